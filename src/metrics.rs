@@ -1,0 +1,57 @@
+//! Every metric, made once. A leaf: anyone may import it.
+//!
+//! Names follow CoreDNS for DNS, etcd for gRPC; label values come from closed sets, never from an
+//! error's text or from the wire.
+
+mod dns;
+mod grpc;
+mod registry;
+mod store;
+
+use prometheus_client::registry::Registry;
+
+pub use dns::DnsMetrics;
+pub use grpc::GrpcMetrics;
+pub use registry::RegistryMetrics;
+pub use store::StoreMetrics;
+
+/// Every metric of the process.
+#[derive(Debug)]
+pub struct Metrics {
+    /// The DNS listeners.
+    pub dns: DnsMetrics,
+    /// The gRPC listeners.
+    pub grpc: GrpcMetrics,
+    /// The registry: registrations, instances, batches.
+    pub registry: RegistryMetrics,
+    /// The journal and its snapshots.
+    pub store: StoreMetrics,
+    all: Registry,
+}
+
+impl Metrics {
+    /// Makes every metric and registers it.
+    #[must_use]
+    pub fn new() -> Self {
+        let mut all = Registry::default();
+        Self {
+            dns: DnsMetrics::register(&mut all),
+            grpc: GrpcMetrics::register(&mut all),
+            registry: RegistryMetrics::register(&mut all),
+            store: StoreMetrics::register(&mut all),
+            all,
+        }
+    }
+
+    /// The registry of all of them, for the scrape.
+    #[must_use]
+    pub fn all(&self) -> &Registry {
+        &self.all
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}

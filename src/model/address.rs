@@ -1,0 +1,277 @@
+//! Where an instance is reached: an IP address that pods can use, or a DNS name.
+
+use std::{
+    fmt::{self, Write as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use super::name::{DnsName, NameError};
+
+/// Why a text is not an address for an instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum AddressError {
+    /// Nothing there.
+    #[error("must not be empty")]
+    Empty,
+    /// An address that means something else on every machine.
+    #[error("{0} addresses cannot be reached by pods")]
+    Unusable(&'static str),
+    /// `::ffff:10.0.0.1`: two spellings of one host.
+    #[error("IPv4-mapped IPv6: write the IPv4 address itself")]
+    Mapped,
+    /// `fe80::1%eth0`.
+    #[error("an address with a zone id (RFC 4007) means something on one machine only")]
+    ZoneId,
+    /// Neither an IP address nor a DNS name.
+    #[error("neither an IPv4 or IPv6 address nor a DNS name: {0}")]
+    NotAName(NameError),
+}
+
+/// Where an instance is reached. IP addresses are kept in binary, so that every spelling of one
+/// address is one key; IPv4 orders before IPv6, and both before names.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Address {
+    /// A unicast address that pods can reach.
+    Ip(IpAddr),
+    /// A name that is looked up (the egress gateway's case).
+    Name(DnsName),
+}
+
+impl Address {
+    /// Takes `text` as an IP address, or else as a DNS name of two labels or more.
+    ///
+    /// # Errors
+    /// When it is neither, or an address that pods cannot reach: loopback, link-local,
+    /// unspecified, `0.0.0.0/8`, `240.0.0.0/4`, multicast, IPv4-mapped, or with a zone id.
+    pub fn parse(text: &str) -> Result<Self, AddressError> {
+        if text.is_empty() {
+            return Err(AddressError::Empty);
+        }
+        if let Ok(ip) = text.parse::<IpAddr>() {
+            return Self::from_ip(ip);
+        }
+        if text.split_once('%').is_some_and(|(ip, _)| ip.parse::<Ipv6Addr>().is_ok()) {
+            return Err(AddressError::ZoneId);
+        }
+        DnsName::parse_host(text).map(Self::Name).map_err(AddressError::NotAName)
+    }
+
+    /// Takes an IP address that pods can reach.
+    ///
+    /// # Errors
+    /// As [`Address::parse`].
+    pub fn from_ip(ip: IpAddr) -> Result<Self, AddressError> {
+        let unusable = match ip {
+            IpAddr::V4(v4) => unusable_v4(v4),
+            IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => return Err(AddressError::Mapped),
+            IpAddr::V6(v6) => unusable_v6(v6),
+        };
+        unusable.map_or(Ok(Self::Ip(ip)), |what| Err(AddressError::Unusable(what)))
+    }
+
+    /// The IP address, if it is one.
+    #[must_use]
+    pub fn ip(&self) -> Option<IpAddr> {
+        match self {
+            Self::Ip(ip) => Some(*ip),
+            Self::Name(_) => None,
+        }
+    }
+}
+
+fn unusable_v4(ip: Ipv4Addr) -> Option<&'static str> {
+    match ip.octets()[0] {
+        _ if ip.is_unspecified() => Some("unspecified"),
+        _ if ip.is_broadcast() => Some("broadcast"),
+        0 => Some("\"this network\" (0.0.0.0/8)"),
+        127 => Some("loopback"),
+        224..=239 => Some("multicast"),
+        240..=255 => Some("reserved (240.0.0.0/4)"),
+        _ if ip.is_link_local() => Some("link-local"),
+        _ => None,
+    }
+}
+
+fn unusable_v6(ip: Ipv6Addr) -> Option<&'static str> {
+    if ip.is_unspecified() {
+        Some("unspecified")
+    } else if ip.is_loopback() {
+        Some("loopback")
+    } else if ip.is_multicast() {
+        Some("multicast")
+    } else if ip.is_unicast_link_local() {
+        Some("link-local")
+    } else {
+        None
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ip(ip) => fmt::Display::fmt(ip, f),
+            Self::Name(name) => fmt::Display::fmt(name, f),
+        }
+    }
+}
+
+impl fmt::Debug for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Address({self})")
+    }
+}
+
+/// The host label of an instance that gave none: its address with dashes, `10-0-0-1` or
+/// `2001-db8--1`. Where the address begins or ends in `::` a `0` stands at that end, because a
+/// label may not begin or end with a dash (RFC 1123 §2.1) and glibc and Go refuse one that does.
+///
+/// It lives on the stack: answers are rendered with it, without an allocation.
+#[derive(Clone, Copy)]
+pub struct DashedLabel {
+    octets: [u8; Self::LONGEST],
+    len: usize,
+}
+
+impl DashedLabel {
+    /// The longest text of an IPv6 address has 39 characters, and 45 with an IPv4 tail.
+    const LONGEST: usize = 47;
+
+    /// The label of `ip`.
+    #[must_use]
+    pub fn new(ip: IpAddr) -> Self {
+        let mut label = Self { octets: [0; Self::LONGEST], len: 0 };
+        write!(label, "{ip}").expect("write_str never fails");
+        if label.as_bytes().ends_with(b"-") {
+            label.push(b'0');
+        }
+        label
+    }
+
+    /// The label as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        std::str::from_utf8(self.as_bytes()).expect("digits, letters a-f and dashes")
+    }
+
+    /// The label as octets.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.octets[..self.len]
+    }
+
+    fn push(&mut self, octet: u8) {
+        self.octets[self.len] = octet;
+        self.len += 1;
+    }
+}
+
+/// Takes what an address prints, in one piece or several, and turns separators into dashes.
+impl fmt::Write for DashedLabel {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for octet in text.bytes() {
+            let separator = matches!(octet, b'.' | b':');
+            if separator && self.len == 0 {
+                self.push(b'0');
+            }
+            self.push(if separator { b'-' } else { octet });
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for DashedLabel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The address that `label` is the [`DashedLabel`] of, or `None`. Allocates nothing.
+///
+/// Only the one canonical spelling counts: `10-0-0-01` and `2001-0db8--1` are nobody's label.
+#[must_use]
+pub fn parse_dashed_label(label: &[u8]) -> Option<IpAddr> {
+    if label.len() > DashedLabel::LONGEST || !label.contains(&b'-') {
+        return None;
+    }
+    let spelled = |separator: u8| {
+        let mut text = [0; DashedLabel::LONGEST];
+        let text = &mut text[..label.len()];
+        for (to, from) in text.iter_mut().zip(label) {
+            *to = if *from == b'-' { separator } else { *from };
+        }
+        std::str::from_utf8(text).ok()?.parse::<IpAddr>().ok()
+    };
+    let ip = spelled(b'.').or_else(|| spelled(b':'))?;
+    (DashedLabel::new(ip).as_bytes() == label).then_some(ip)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spellings_of_one_address_are_one_key() {
+        let a = Address::parse("2001:DB8:0::1").expect("an address");
+        assert_eq!(a, Address::parse("2001:db8::1").expect("an address"));
+        assert_eq!(a.to_string(), "2001:db8::1");
+        assert_eq!(Address::parse("DB.Example.COM.").expect("a name").to_string(), "db.example.com");
+    }
+
+    #[test]
+    fn what_pods_cannot_reach_is_refused() {
+        for bad in [
+            "",
+            "127.0.0.1",
+            "127.9.9.9",
+            "169.254.1.1",
+            "0.0.0.0",
+            "0.1.2.3",
+            "240.0.0.1",
+            "255.255.255.255",
+            "224.0.0.1",
+            "239.1.2.3",
+            "::",
+            "::1",
+            "fe80::1",
+            "febf::1",
+            "ff02::1",
+            "ff0e::1",
+            "::ffff:10.0.0.1",
+            "fe80::1%eth0",
+            "2001:db8::1%1",
+            "010.0.0.1",
+            "10.0.0",
+            "10.0.0.256",
+            "1.2.3.4.5",
+            "localhost",
+            "a_b.com",
+            "*.example.com",
+            "http://x.y",
+            " 10.0.0.1",
+        ] {
+            assert!(Address::parse(bad).is_err(), "{bad:?} was accepted");
+        }
+        for good in ["10.0.0.1", "192.168.1.1", "8.8.8.8", "2001:db8::1", "fd00::1", "fec0::1", "a.example.com"] {
+            assert!(Address::parse(good).is_ok(), "{good:?} was refused");
+        }
+    }
+
+    #[test]
+    fn a_dashed_label_is_a_label_and_reads_back() {
+        for (ip, label) in [
+            ("10.0.0.1", "10-0-0-1"),
+            ("2001:db8::1", "2001-db8--1"),
+            ("2001:db8::", "2001-db8--0"),
+            ("::abcd", "0--abcd"),
+            ("1:2:3:4:5:6:7:8", "1-2-3-4-5-6-7-8"),
+        ] {
+            let ip: IpAddr = ip.parse().expect("an address");
+            assert_eq!(DashedLabel::new(ip).as_str(), label);
+            assert!(super::super::Label::parse(label).is_ok());
+            assert_eq!(parse_dashed_label(label.as_bytes()), Some(ip));
+        }
+        for nobody in ["10-0-0-01", "10-0-0", "2001-0db8--1", "2001-DB8--1", "-1", "web-1", "--", "0-0--0"] {
+            assert_eq!(parse_dashed_label(nobody.as_bytes()), None, "{nobody}");
+        }
+    }
+}

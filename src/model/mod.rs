@@ -1,0 +1,22 @@
+//! What gangplank knows, in types that cannot hold a bad value.
+//!
+//! Text becomes one of these types once, at the door, and is not looked at again. There is no
+//! I/O here, no protobuf and no DNS encoding; what Kubernetes or a resolver would refuse is
+//! refused here first, so that nothing behind the door meets a surprise.
+
+mod address;
+mod instance;
+mod name;
+mod port;
+mod service;
+pub mod table;
+
+pub use address::{Address, AddressError, DashedLabel, parse_dashed_label};
+pub use instance::{
+    Change, Door, Draft, Field, Instance, InstanceId, InstanceKey, InvalidInstance, MAX_INSTANCE_OCTETS, UnixMillis,
+    Weight, WeightError,
+};
+pub use name::{DnsName, Label, NameError, Namespace, ServiceKey, ServiceName};
+pub use port::{DraftPort, Port, PortError, PortSet, Ports, Protocol};
+pub use service::{Service, Timeline};
+pub use table::Table;

@@ -1,0 +1,245 @@
+//! Ports: number, transport protocol, name.
+
+use std::fmt;
+
+use super::name::{Label, NameError};
+
+/// Transport protocol of a port; TCP where none is said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub enum Protocol {
+    /// `_tcp`
+    #[default]
+    Tcp,
+    /// `_udp`
+    Udp,
+    /// `_sctp`
+    Sctp,
+}
+
+impl Protocol {
+    /// Every protocol.
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Sctp];
+
+    /// As Kubernetes writes it: `TCP`, `UDP`, `SCTP`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
+        }
+    }
+
+    /// The label of SRV names (RFC 2782): `_tcp`, `_udp`, `_sctp`.
+    #[must_use]
+    pub fn srv_label(self) -> &'static str {
+        match self {
+            Self::Tcp => "_tcp",
+            Self::Udp => "_udp",
+            Self::Sctp => "_sctp",
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Why a list of ports cannot stand.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PortError {
+    /// Not 1..=65535.
+    #[error("must be 1..=65535, got {0}")]
+    Number(i64),
+    /// The name is not a label.
+    #[error("{0}")]
+    Name(NameError),
+    /// The same number and protocol twice.
+    #[error("{number}/{protocol} is given twice")]
+    Twice {
+        /// The number.
+        number: u16,
+        /// The protocol.
+        protocol: Protocol,
+    },
+    /// The same name twice with one protocol: an SRV name would mean two ports.
+    #[error("the name {name:?} is given twice for {protocol}")]
+    NameTwice {
+        /// The name.
+        name: Label,
+        /// The protocol.
+        protocol: Protocol,
+    },
+    /// More than one port without a name, which Kubernetes refuses.
+    #[error("only one port may have no name")]
+    TwoUnnamed,
+}
+
+/// One port of an instance.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Port {
+    /// 1..=65535.
+    pub number: u16,
+    /// What it speaks.
+    pub protocol: Protocol,
+    /// With a name it has an SRV record.
+    pub name: Option<Label>,
+}
+
+impl Port {
+    /// What identifies the port within its instance.
+    fn id(&self) -> (Protocol, u16) {
+        (self.protocol, self.number)
+    }
+}
+
+/// `8080/TCP`, or `8080/TCP(http)`.
+impl fmt::Display for Port {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.number, self.protocol)?;
+        self.name.as_ref().map_or(Ok(()), |name| write!(f, "({name})"))
+    }
+}
+
+/// A port as a client wrote it, before it is checked.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct DraftPort {
+    /// Should be 1..=65535.
+    pub number: i64,
+    /// What it speaks.
+    pub protocol: Protocol,
+    /// A label, or empty.
+    pub name: String,
+}
+
+/// The ports of one instance, in order of protocol and number; each pair once, names unique
+/// within a protocol, at most one port without a name. May be empty.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Ports(Box<[Port]>);
+
+impl Ports {
+    /// Checks and orders `drafts`.
+    ///
+    /// # Errors
+    /// The index of the first port that cannot stand, and why.
+    pub fn parse(drafts: &[DraftPort]) -> Result<Self, (usize, PortError)> {
+        let mut ports: Vec<Port> = Vec::with_capacity(drafts.len());
+        for (index, draft) in drafts.iter().enumerate() {
+            let port = Port {
+                number: port_number(draft.number).map_err(|why| (index, why))?,
+                protocol: draft.protocol,
+                name: match draft.name.as_str() {
+                    "" => None,
+                    name => Some(Label::parse(name).map_err(|why| (index, PortError::Name(why)))?),
+                },
+            };
+            if let Some(why) = ports.iter().find_map(|earlier| clash(earlier, &port)) {
+                return Err((index, why));
+            }
+            ports.push(port);
+        }
+        ports.sort_unstable_by_key(Port::id);
+        Ok(Self(ports.into()))
+    }
+
+    /// The ports, in order of protocol and number.
+    #[must_use]
+    pub fn as_slice(&self) -> &[Port] {
+        &self.0
+    }
+
+    /// Their identity: protocols and numbers without names.
+    #[must_use]
+    pub fn set(&self) -> PortSet {
+        PortSet(self.0.iter().map(Port::id).collect())
+    }
+
+    /// The same identity without an allocation, for comparing.
+    pub fn ids(&self) -> impl Iterator<Item = (Protocol, u16)> {
+        self.0.iter().map(Port::id)
+    }
+}
+
+/// A number that a client wrote, as a port number.
+///
+/// # Errors
+/// When it is not 1..=65535.
+fn port_number(number: i64) -> Result<u16, PortError> {
+    match u16::try_from(number) {
+        Ok(0) | Err(_) => Err(PortError::Number(number)),
+        Ok(number) => Ok(number),
+    }
+}
+
+/// Why two ports cannot stand in one instance.
+fn clash(a: &Port, b: &Port) -> Option<PortError> {
+    if a.id() == b.id() {
+        return Some(PortError::Twice { number: b.number, protocol: b.protocol });
+    }
+    match (&a.name, &b.name) {
+        (None, None) => Some(PortError::TwoUnnamed),
+        (Some(x), Some(y)) if x == y && a.protocol == b.protocol => {
+            Some(PortError::NameTwice { name: y.clone(), protocol: b.protocol })
+        }
+        _ => None,
+    }
+}
+
+/// The part of an instance's ports that identifies it: protocols and numbers, in order.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct PortSet(Box<[(Protocol, u16)]>);
+
+impl PortSet {
+    /// The pairs, in any order and with repetitions, as a set.
+    #[must_use]
+    pub fn new(mut pairs: Vec<(Protocol, u16)>) -> Self {
+        pairs.sort_unstable();
+        pairs.dedup();
+        Self(pairs.into())
+    }
+
+    /// The pairs in order.
+    #[must_use]
+    pub fn as_slice(&self) -> &[(Protocol, u16)] {
+        &self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn draft(number: i64, name: &str) -> DraftPort {
+        DraftPort { number, name: name.into(), ..DraftPort::default() }
+    }
+
+    #[test]
+    fn ports_are_ordered_and_unique() {
+        let udp = DraftPort { protocol: Protocol::Udp, ..draft(53, "dns") };
+        let ports = Ports::parse(&[udp, draft(8080, "http"), draft(53, "dns")]).expect("valid");
+        let shown: Vec<String> = ports.as_slice().iter().map(ToString::to_string).collect();
+        assert_eq!(shown, ["53/TCP(dns)", "8080/TCP(http)", "53/UDP(dns)"]);
+    }
+
+    #[test]
+    fn what_cannot_stand_is_named_with_its_place() {
+        let tcp = Protocol::Tcp;
+        for (drafts, at, why) in [
+            (vec![draft(0, "")], 0, PortError::Number(0)),
+            (vec![draft(65_536, "")], 0, PortError::Number(65_536)),
+            (vec![draft(-1, "")], 0, PortError::Number(-1)),
+            (vec![draft(1, "a"), draft(1, "b")], 1, PortError::Twice { number: 1, protocol: tcp }),
+            (vec![draft(1, ""), draft(2, "")], 1, PortError::TwoUnnamed),
+            (
+                vec![draft(1, "a"), draft(2, "a")],
+                1,
+                PortError::NameTwice { name: Label::parse("a").expect("a label"), protocol: tcp },
+            ),
+            (vec![draft(1, "A")], 0, PortError::Name(NameError::Character('A'))),
+        ] {
+            assert_eq!(Ports::parse(&drafts), Err((at, why)));
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! What is registered, for readers: a lock-free map of immutable services.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use crate::model::{Service, ServiceKey};
+
+/// Every service that has an instance. The writer alone changes it, after the journal is synced;
+/// readers see each service as one value and never wait.
+#[derive(Debug, Default)]
+pub struct Catalog {
+    services: papaya::HashMap<ServiceKey, Service, foldhash::fast::RandomState>,
+    instances: AtomicUsize,
+    generation: AtomicU64,
+}
+
+impl Catalog {
+    /// The service, as it stands now.
+    #[must_use]
+    pub fn get(&self, key: &ServiceKey) -> Option<Service> {
+        self.services.pin().get(key).cloned()
+    }
+
+    /// Every service, in no order. Not one moment's picture: what changes meanwhile may or may
+    /// not be seen, and each service carries the generation of its last change.
+    #[must_use]
+    pub fn services(&self) -> Vec<(ServiceKey, Service)> {
+        self.services.pin().iter().map(|(key, service)| (key.clone(), service.clone())).collect()
+    }
+
+    /// Services that have an instance.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.services.len()
+    }
+
+    /// Whether nothing is registered.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Instances of all services.
+    #[must_use]
+    pub fn instances(&self) -> usize {
+        self.instances.load(Ordering::Relaxed)
+    }
+
+    /// The generation that was published last. What it contains can be read.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Replaces one service; one without instances is gone.
+    pub(super) fn set(&self, key: ServiceKey, service: Service) {
+        let map = self.services.pin();
+        let after = service.instances.len();
+        let before = if after == 0 {
+            map.remove(&key).map_or(0, |old| old.instances.len())
+        } else {
+            map.insert(key, service).map_or(0, |old| old.instances.len())
+        };
+        // The writer is the only one who stores, so that this cannot run below zero.
+        self.instances.store(self.instances() + after - before, Ordering::Relaxed);
+    }
+
+    /// Says that everything up to `generation` can be read.
+    pub(super) fn set_generation(&self, generation: u64) {
+        self.generation.store(generation, Ordering::Release);
+    }
+}

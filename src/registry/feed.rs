@@ -1,0 +1,175 @@
+//! The change feed: every change in order of generation, held for a while in a ring.
+//!
+//! The writer appends and never waits; whoever reads takes what it has not seen yet, and is told
+//! when the ring has moved past it.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use tokio::sync::watch;
+
+use crate::model::{Change, ServiceKey, Timeline, UnixMillis};
+
+/// Changes that are held for readers that come back or fall behind.
+const RING: usize = 65_536;
+
+/// One change.
+#[derive(Debug, Clone)]
+pub struct Event {
+    /// Under this service.
+    pub service: ServiceKey,
+    /// What happened.
+    pub change: Change,
+    /// When the registry took the command.
+    pub received: UnixMillis,
+}
+
+/// Everything that changed with one generation.
+#[derive(Debug)]
+pub struct Batch {
+    /// The generation.
+    pub generation: u64,
+    /// The changes, in the order in which they were made.
+    pub events: Vec<Event>,
+    pub(super) durable: UnixMillis,
+    pub(super) visible: UnixMillis,
+    pub(super) acknowledged: UnixMillis,
+}
+
+impl Batch {
+    /// When `event`, of this batch, reached each station.
+    #[must_use]
+    pub fn timeline(&self, event: &Event) -> Timeline {
+        Timeline {
+            received: event.received,
+            durable: self.durable,
+            visible: self.visible,
+            acknowledged: self.acknowledged,
+        }
+    }
+}
+
+/// The ring has moved past the reader: what it missed is no longer held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("more changes happened than are kept")]
+pub struct Lagged;
+
+/// The last changes, and who waits for the next.
+#[derive(Debug)]
+pub struct Feed {
+    ring: Mutex<Ring>,
+    newest: watch::Sender<u64>,
+    epoch: u64,
+}
+
+#[derive(Debug)]
+struct Ring {
+    batches: VecDeque<Arc<Batch>>,
+    /// Changes in all batches.
+    held: usize,
+    /// The generation just before the oldest batch: a reader that has seen it has missed nothing.
+    before: u64,
+}
+
+impl Feed {
+    pub(super) fn new() -> Self {
+        Self {
+            ring: Mutex::new(Ring { batches: VecDeque::new(), held: 0, before: 0 }),
+            newest: watch::Sender::new(0),
+            epoch: fastrand::u64(1..),
+        }
+    }
+
+    /// A number of this run of the server: generations of a cursor compare within one run only.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Reads everything after `generation`.
+    #[must_use]
+    pub fn subscribe(self: &Arc<Self>, generation: u64) -> Subscription {
+        Subscription { feed: Arc::clone(self), seen: generation, newest: self.newest.subscribe() }
+    }
+
+    /// The feed begins after `generation`: what came before was recovered, not changed.
+    pub(super) fn begin(&self, generation: u64) {
+        self.lock().before = generation;
+        self.newest.send_replace(generation);
+    }
+
+    pub(super) fn push(&self, batch: Batch) {
+        let generation = batch.generation;
+        {
+            let mut ring = self.lock();
+            ring.held += batch.events.len();
+            ring.batches.push_back(Arc::new(batch));
+            // The newest batch stays, however large.
+            while ring.held > RING && ring.batches.len() > 1 {
+                let Some(oldest) = ring.batches.pop_front() else { break };
+                ring.held -= oldest.events.len();
+                ring.before = oldest.generation;
+            }
+        }
+        self.newest.send_replace(generation);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Ring> {
+        // Nothing panics while it holds the lock, and what it guards is whole at every step.
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One reader of the feed. It holds no more than its place.
+#[derive(Debug)]
+pub struct Subscription {
+    feed: Arc<Feed>,
+    seen: u64,
+    newest: watch::Receiver<u64>,
+}
+
+impl Subscription {
+    /// The generation up to which everything was read.
+    #[must_use]
+    pub fn seen(&self) -> u64 {
+        self.seen
+    }
+
+    /// The next batch; waits until there is one. Cancelling loses nothing.
+    ///
+    /// # Errors
+    /// When what comes next is no longer held; the reader must begin again.
+    pub async fn next(&mut self) -> Result<Arc<Batch>, Lagged> {
+        loop {
+            if let Some(batch) = self.try_next()? {
+                return Ok(batch);
+            }
+            if self.newest.changed().await.is_err() {
+                // The feed lives as long as this value holds it.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// The next batch, if there is one already.
+    ///
+    /// # Errors
+    /// As [`Subscription::next`].
+    pub fn try_next(&mut self) -> Result<Option<Arc<Batch>>, Lagged> {
+        self.newest.mark_unchanged();
+        let next = {
+            let ring = self.feed.lock();
+            if self.seen < ring.before {
+                return Err(Lagged);
+            }
+            let at = ring.batches.partition_point(|batch| batch.generation <= self.seen);
+            ring.batches.get(at).cloned()
+        };
+        if let Some(batch) = &next {
+            self.seen = batch.generation;
+        }
+        Ok(next)
+    }
+}
