@@ -1,10 +1,12 @@
-//! Server CPU per UDP query, beside a bare loop that sends every datagram back.
+//! What a server in a process of its own costs: CPU per UDP query, beside a bare loop that sends
+//! every datagram back, and memory per instance at a million instances.
 //!
-//! `cargo bench --bench udp`. Server and echo run in turns, as processes of their own on core 0;
-//! the generator stays on core 1, with eight sockets and a bounded number of questions under way.
-//! CPU time is what the kernel says of the process (`/proc/PID/stat`), so that a noisy neighbour
-//! costs time but not truth. A thousand services of three instances; 70 % A, 15 % SRV, 10 % names
-//! that do not exist, 5 % AAAA without data.
+//! `cargo bench --bench footprint`. For CPU, server and echo run in turns on core 0; the generator
+//! stays on core 1, with eight sockets and a bounded number of questions under way. CPU time is
+//! what the kernel says of the process (`/proc/PID/stat`), so that a noisy neighbour costs time
+//! but not truth. A thousand services of three instances; 70 % A, 15 % SRV, 10 % names that do not
+//! exist, 5 % AAAA without data. Memory is what the resident set grew by, registry and zone
+//! together; the journal lies on disk and does not count.
 
 mod support;
 
@@ -39,11 +41,14 @@ const ECHO: &str = "--echo";
 /// A process on core 0, and where it answers.
 struct Peer {
     child: Child,
+    /// Where it answers DNS, or echoes.
     dns: SocketAddr,
+    /// Where it takes registrations.
     grpc: Option<SocketAddr>,
 }
 
 impl Peer {
+    /// Starts `program` there and waits until it says that it is ready.
     fn start(program: &Path, args: &[&str]) -> Self {
         let mut child = Command::new("taskset")
             .args(["-c", "0"])
@@ -65,11 +70,30 @@ impl Peer {
         Self { child, dns: dns.expect("it says where"), grpc }
     }
 
+    fn gangplank(data_dir: &str) -> Self {
+        let any = "127.0.0.1:0";
+        let listen = ["--grpc-listen", any, "--dns-listen", any, "--admin-listen", any];
+        let flags = [&["serve", "--data-dir", data_dir, "--dns-threads", "1"], &listen[..]].concat();
+        Self::start(Path::new(env!("CARGO_BIN_EXE_gangplank")), &flags)
+    }
+
+    /// What `/proc/PID/<file>` says.
+    fn proc(&self, file: &str) -> String {
+        fs::read_to_string(format!("/proc/{}/{file}", self.child.id())).expect("it runs")
+    }
+
+    /// Octets of memory that it occupies.
+    fn resident(&self) -> f64 {
+        let status = self.proc("status");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux says it");
+        line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") * 1024.0
+    }
+
     /// CPU seconds, user and system, since its start.
     fn cpu(&self) -> f64 {
         // The 14th and 15th fields, counted from behind the name, which may hold blanks; ticks of
         // a hundredth of a second on every Linux.
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("it runs");
+        let stat = self.proc("stat");
         let fields: Vec<&str> = stat[stat.rfind(')').expect("the name ends") + 2..].split(' ').collect();
         let ticks = |at: usize| fields[at].parse::<f64>().expect("a number");
         (ticks(11) + ticks(12)) / 100.0
@@ -171,6 +195,33 @@ async fn register(to: SocketAddr) {
     }
 }
 
+const MILLION: u32 = 1_000_000;
+
+async fn grown(instances_per_service: u32) -> f64 {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a data directory");
+    let dir = dir.path().display().to_string();
+    let server = Peer::gangplank(&dir);
+    let before = server.resident();
+    let to = format!("http://{}", server.grpc.expect("it takes registrations"));
+    let mut client = ServiceRegistryClient::connect(to).await.expect("it listens");
+    let messages = (0..MILLION).map(move |n| {
+        let [_, b, c, d] = n.to_be_bytes();
+        RegistrationMsg {
+            namespace: "bench".into(),
+            service_name: format!("s{}", n / instances_per_service),
+            ipaddress: format!("10.{b}.{c}.{d}"),
+            ports: vec![NamedPort { port: 8080, name: "http".into(), ..NamedPort::default() }],
+            ..RegistrationMsg::default()
+        }
+    });
+    let mut answers = client.registration_event(tokio_stream::iter(messages)).await.expect("it streams").into_inner();
+    for _ in 0..MILLION {
+        let answer = answers.next().await.expect("one answer per message").expect("the stream goes on");
+        assert_eq!(answer.status, 201);
+    }
+    (server.resident() - before) / f64::from(MILLION)
+}
+
 #[tokio::main(flavor = "current_thread")]
 async fn main() {
     if env::args().any(|arg| arg == ECHO) {
@@ -184,21 +235,7 @@ async fn main() {
 
     let dir = tempfile::tempdir().expect("a data directory");
     let dir = dir.path().display().to_string();
-    let any = "127.0.0.1:0";
-    let flags = [
-        "serve",
-        "--data-dir",
-        &dir,
-        "--grpc-listen",
-        any,
-        "--dns-listen",
-        any,
-        "--admin-listen",
-        any,
-        "--dns-threads",
-        "1",
-    ];
-    let ours = Peer::start(Path::new(env!("CARGO_BIN_EXE_gangplank")), &flags);
+    let ours = Peer::gangplank(&dir);
     register(ours.grpc.expect("it takes registrations")).await;
     let bare = Peer::start(&env::current_exe().expect("this program"), &[ECHO]);
 
@@ -213,4 +250,7 @@ async fn main() {
     }
     println!("µs of CPU per query: echo {:.2}, gangplank {:.2}", spread(echoes).0, spread(costs).0);
     row("CPU per query ÷ bare recv_from/send_to echo", ratios, "≤ 1.3 (P1a ÷ batched echo: later)");
+    drop((ours, bare));
+    row("resident octets per instance, 1 a service", vec![grown(1).await], "≤ 550");
+    row("resident octets per instance, 10 a service", vec![grown(10).await], "≤ 300");
 }
