@@ -25,6 +25,9 @@ const MAX_TTL: u32 = 3600;
 /// Longest NSID: it has to leave room for the answer (RFC 5001 sets no limit).
 const MAX_NSID: usize = 255;
 
+/// Smallest journal segment, in octets: below that, closing segments is most of the work.
+const MIN_SEGMENT: u64 = 4096;
+
 /// The flags of `gangplank serve`. Every flag is an environment variable too, lists with commas.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
@@ -65,6 +68,10 @@ pub struct ServeArgs {
     /// Start although what is stored is damaged, and lose what cannot be read
     #[arg(long, env = "GANGPLANK_ACCEPT_LOSS", value_parser = FalseyValueParser::new())]
     accept_loss: bool,
+
+    /// Octets after which a journal segment is closed and merged into the snapshot
+    #[arg(long, env = "GANGPLANK_SEGMENT_OCTETS", value_name = "N", default_value_t = store::Options::default().segment_octets)]
+    segment_octets: u64,
 
     /// The cluster's zone
     #[arg(long, env = "GANGPLANK_ZONE", value_name = "NAME", default_value = "cluster.local")]
@@ -163,6 +170,7 @@ impl ServeArgs {
             admin_listen,
             data_dir,
             accept_loss,
+            segment_octets,
             zone,
             ttl,
             dns_threads,
@@ -203,6 +211,7 @@ impl ServeArgs {
         for (flag, value) in [("--tcp-idle", tcp_idle), ("--tcp-message", tcp_message)] {
             ensure!(!value.is_zero(), "{flag}: must be longer than nothing");
         }
+        ensure!(segment_octets >= MIN_SEGMENT, "--segment-octets {segment_octets}: must be at least {MIN_SEGMENT}");
         let reverse_zones = reverse_zone.iter().map(|cidr| parse_cidr(cidr)).collect::<Result<_, _>>()?;
         let threads = dns_threads.or_else(|| thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
 
@@ -224,7 +233,7 @@ impl ServeArgs {
             door: Door { zone_wire_len: origin.wire_len(), names_allowed: false },
             zone: ZoneConfig { origin, ttl, reverse_zones, ns_addresses: ns_address, publish_not_ready },
             data_dir: data_dir.map_or_else(default_data_dir, Ok)?,
-            store: store::Options { accept_loss, ..store::Options::default() },
+            store: store::Options { accept_loss, segment_octets },
             max_instances,
             drain,
         })
