@@ -1,11 +1,62 @@
 //! State that lasts: a journal and snapshots in one data directory.
+//!
+//! ```text
+//! LOCK                  held by the process that has the directory; its pid
+//! snapshot-0000000007   every instance as it stood at the end of segment 7
+//! journal-0000000008    a closed segment: what changed since
+//! journal-0000000009    the newest segment, to which batches are appended
+//! *.tmp                 not finished; removed at the next start
+//! *.damaged             set aside when somebody accepted a loss; never read again
+//! ```
+//!
+//! What holds, and where it is seen to:
+//!
+//! 1. A batch that was acknowledged is on the disk, whole; one that was not is there whole or not
+//!    at all ([`journal`]).
+//! 2. What is read back is what was written, or a start says where it is not ([`format`],
+//!    [`recover`]). A start never goes on without acknowledged records unless told to.
+//! 3. After a failed write or sync nothing is acknowledged until a restart ([`journal`]).
+//! 4. Compaction never makes a registration wait and never loses anything ([`snapshot`]).
+//! 5. The stored generation never goes back, and one process at a time has the directory.
+//!
+//! What cannot be known: whether the last batch, damaged while gangplank was not running after
+//! it was killed, had been acknowledged. Nothing on the disk vouches for it then, so it is taken
+//! for torn, cut, and reported. After a clean stop, or one more start, a mark vouches for it.
+//! Neither can it be known that the newest files were taken away by somebody.
+//!
+//! This is one directory of one process. There is no replication here, and no cache: the
+//! registry holds the state, the store only remembers it.
 
-use std::{path::Path, sync::Arc};
+mod error;
+mod files;
+mod format;
+mod journal;
+mod recover;
+mod snapshot;
+mod walk;
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fs,
+    io::{self, Read, Seek, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+pub use error::{Damage, StoreError};
+pub use journal::Journal;
 
 use crate::{
     metrics::Metrics,
-    model::{Instance, InstanceId, ServiceKey},
+    model::{Instance, InstanceId, ServiceKey, UnixMillis},
 };
+use error::Trying;
+
+/// The file that is locked.
+const LOCK: &str = "LOCK";
 
 /// One thing to remember.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,12 +83,22 @@ pub struct Options {
     /// Go on although damage loses acknowledged records (`--accept-loss`).
     pub accept_loss: bool,
     /// A segment that has grown to this many octets is closed and compacted in the background.
+    /// Default 64 MiB.
     pub segment_octets: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { accept_loss: false, segment_octets: 64 << 20 }
+    }
 }
 
 /// A data directory that no other process can open while this value lives.
 #[derive(Debug)]
-pub struct DataDir {}
+pub struct DataDir {
+    path: PathBuf,
+    lock: fs::File,
+}
 
 /// How far a recovery is.
 #[derive(Debug, Clone, Copy)]
@@ -57,48 +118,61 @@ pub struct Recovery {
     pub repairs: Vec<String>,
 }
 
-/// The open journal.
-#[derive(Debug)]
-pub struct Journal {}
-
-/// Why the store cannot go on.
-#[derive(Debug, thiserror::Error)]
-#[error("not written yet")]
-pub struct StoreError;
-
 impl DataDir {
-    /// Creates `path` where it is absent and locks it.
+    /// Creates `path` where it is absent, for this user only, and locks it.
     ///
     /// # Errors
     /// When another process holds it (which one is said), or the directory cannot be used.
-    pub fn lock(_path: &Path) -> Result<Self, StoreError> {
-        Err(StoreError)
+    pub fn lock(path: &Path) -> Result<Self, StoreError> {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(path).trying("create", path)?;
+        let file = path.join(LOCK);
+        let mut options = fs::OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let mut lock = options.open(&file).trying("open", &file)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => {
+                let mut holder = String::new();
+                let _ = lock.read_to_string(&mut holder);
+                let holder = match holder.trim() {
+                    "" => "another process".into(),
+                    holder => holder.to_owned(),
+                };
+                return Err(StoreError::Locked { dir: path.into(), holder });
+            }
+            Err(fs::TryLockError::Error(why)) => return Err(why).trying("lock", &file),
+        }
+        // The lock is what counts. On a full disk the next one is told less, and that is all.
+        if let Err(why) = write_holder(&mut lock) {
+            tracing::warn!(file = %file.display(), %why, "cannot note the pid in the lock file");
+        }
+        Ok(Self { path: path.into(), lock })
     }
 
     /// Reads everything that is stored, in an order in which later records win, and opens the
-    /// journal behind it.
+    /// journal behind it. What was already given to `record` when an error comes must not be used.
+    ///
+    /// On a disk that cannot be written to, what is stored is read all the same; the journal then
+    /// refuses every batch, and [`Journal::usable`] and the repairs say why.
     ///
     /// # Errors
     /// When something stored cannot be read, unless the loss is accepted.
     pub fn recover(
         self,
-        _options: &Options,
-        _metrics: Arc<Metrics>,
-        _record: &mut dyn FnMut(Record),
-        _progress: &mut dyn FnMut(Progress),
+        options: &Options,
+        metrics: Arc<Metrics>,
+        record: &mut dyn FnMut(Record),
+        progress: &mut dyn FnMut(Progress),
     ) -> Result<(Journal, Recovery), StoreError> {
-        Err(StoreError)
+        let disk = Arc::new(files::Disk(self.path.clone()));
+        recover::Start { files: disk, dir: self.path, lock: Some(self.lock), options, metrics }.run(record, progress)
     }
 }
 
-impl Journal {
-    /// Appends one batch; when it returns, the batch is durable. May start a compaction in the
-    /// background, for which it never waits.
-    ///
-    /// # Errors
-    /// After the first error every later call fails too: what reached the disk is unknown until
-    /// a restart reads it.
-    pub fn append(&mut self, _generation: u64, _records: &[Record]) -> Result<(), StoreError> {
-        Err(StoreError)
-    }
+/// Puts who we are into the lock file.
+fn write_holder(lock: &mut fs::File) -> io::Result<()> {
+    lock.set_len(0)?;
+    lock.rewind()?;
+    let since = humantime::format_rfc3339_seconds(UnixMillis::now().to_system_time());
+    writeln!(lock, "process {} (pid), which took it at {since}", std::process::id())
 }

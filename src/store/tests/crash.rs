@@ -1,0 +1,94 @@
+//! The power is cut at any operation: what was acknowledged is there, and nothing else is.
+
+use fastrand::Rng;
+
+use super::{Model, apply, machine::Machine, open_with, random_batch};
+use crate::store::Options;
+
+/// Crash points of a default run; `GANGPLANK_CRASH_POINTS` sets another number.
+const POINTS: u64 = 600;
+
+#[test]
+fn what_was_acknowledged_survives_a_power_cut_at_any_operation() {
+    let points = std::env::var("GANGPLANK_CRASH_POINTS").map_or(POINTS, |text| text.parse().expect("a number"));
+    let mut seen = Seen::default();
+    let mut seed = 0;
+    while seen.cuts < points {
+        life(seed, &mut seen);
+        seed += 1;
+    }
+    // The test is worth something only if it went through all of this.
+    assert!(seen.in_recovery > 0 && seen.in_append > 0 && seen.repairs > 0 && seen.snapshots > 0, "{seen:?}");
+    assert!(seen.late > 0 && seen.never > 0, "{seen:?}");
+}
+
+/// What the crashes hit.
+#[derive(Debug, Default)]
+struct Seen {
+    cuts: u64,
+    in_recovery: u64,
+    in_append: u64,
+    repairs: u64,
+    snapshots: u64,
+    /// Batches that were not acknowledged and were there, and such that were not.
+    late: u64,
+    never: u64,
+}
+
+/// One data directory from its first start on, through a few power cuts.
+fn life(seed: u64, seen: &mut Seen) {
+    let rng = &mut Rng::with_seed(seed);
+    let machine = Machine::default();
+    let options = Options { accept_loss: false, segment_octets: rng.u64(100..3000) };
+    let frame_octets = if rng.bool() { 100 } else { 1 << 20 };
+    let (mut acknowledged, mut generation) = (Model::new(), 0);
+    // The batch that was under way when the power went, applied.
+    let mut perhaps: Option<Model> = None;
+    for cut in 0..6 {
+        let last = cut == 5;
+        if !last {
+            let within = if rng.bool() { 20 } else { 250 };
+            machine.cut_after(rng.u64(..within));
+        }
+        let mut ended = false;
+        match open_with(&machine, &options, &std::sync::Arc::default()) {
+            Err(why) => assert!(machine.is_off(), "seed {seed}: {why}"),
+            Ok((mut journal, recovery, read)) => {
+                let late = perhaps.as_ref().is_some_and(|model| *model == read);
+                assert!(late || read == acknowledged, "seed {seed}, cut {cut}: read what was never acknowledged");
+                assert!(recovery.generation >= generation, "seed {seed}, cut {cut}: the generation went back");
+                seen.repairs += recovery.repairs.len() as u64;
+                if journal.usable().is_ok() {
+                    if perhaps.is_some() && *perhaps.as_ref().expect("some") != acknowledged {
+                        if late { seen.late += 1 } else { seen.never += 1 }
+                    }
+                    (acknowledged, perhaps) = (read, None);
+                    generation = recovery.generation;
+                    journal.frame_octets = frame_octets;
+                    ended = true;
+                    for _ in 0..rng.u64(..60) {
+                        let batch = random_batch(rng);
+                        let mut after = acknowledged.clone();
+                        batch.iter().for_each(|record| apply(&mut after, record));
+                        if let Err(why) = journal.append(generation + 1, &batch) {
+                            assert!(machine.is_off(), "seed {seed}: {why}");
+                            assert!(journal.append(generation + 1, &batch).is_err(), "seed {seed}: after a failure");
+                            perhaps = Some(after);
+                            seen.in_append += 1;
+                            break;
+                        }
+                        generation += 1;
+                        acknowledged = after;
+                        if rng.bool() {
+                            journal.reap();
+                        }
+                    }
+                }
+            }
+        }
+        seen.snapshots += machine.contents().keys().filter(|name| name.starts_with("snapshot")).count() as u64;
+        seen.cuts += u64::from(!last);
+        seen.in_recovery += u64::from(!ended && !last);
+        machine.power_cut(rng);
+    }
+}

@@ -1,0 +1,372 @@
+//! A machine whose power can be cut: files that forget what was not synced, names that forget
+//! what their directory was not synced for, and a disk that fails when told to.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use fastrand::Rng;
+
+use super::super::files::{File, Files};
+
+/// What a disk writes at once: a cut tears writes at any of these, or at any octet.
+const SECTOR: usize = 512;
+
+/// What can be told to fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Operation {
+    Create,
+    Write,
+    Sync,
+    SyncDir,
+    Rename,
+    Remove,
+    Truncate,
+}
+
+#[derive(Debug, Clone)]
+enum Change {
+    Write(u64, Vec<u8>),
+    Truncate(u64),
+}
+
+impl Change {
+    fn apply(&self, to: &mut Vec<u8>) {
+        match self {
+            Self::Truncate(len) => to.truncate(index(*len)),
+            Self::Write(offset, bytes) => {
+                let end = index(*offset) + bytes.len();
+                if to.len() < end {
+                    to.resize(end, 0);
+                }
+                to[index(*offset)..end].copy_from_slice(bytes);
+            }
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Naming {
+    Link(String, usize),
+    Unlink(String),
+    Rename(String, String),
+}
+
+impl Naming {
+    fn apply(&self, names: &mut BTreeMap<String, usize>) {
+        match self {
+            Self::Link(name, inode) => {
+                names.insert(name.clone(), *inode);
+            }
+            Self::Unlink(name) => {
+                names.remove(name);
+            }
+            Self::Rename(from, to) => {
+                if let Some(inode) = names.remove(from) {
+                    names.insert(to.clone(), inode);
+                }
+            }
+        }
+    }
+}
+
+#[derive(Debug, Default, Clone)]
+struct Inode {
+    cached: Vec<u8>,
+    durable: Vec<u8>,
+    pending: Vec<Change>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    inodes: Vec<Inode>,
+    names: BTreeMap<String, usize>,
+    durable_names: BTreeMap<String, usize>,
+    pending_names: Vec<Naming>,
+    /// Operations until the power goes.
+    left: Option<u64>,
+    off: bool,
+    /// What fails, how, and how many times more.
+    fault: Option<(Operation, io::ErrorKind, u32)>,
+}
+
+/// The machine. Clones are the same one.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Machine(Arc<Mutex<State>>);
+
+impl Machine {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().expect("no test panics while it holds this")
+    }
+
+    /// Has the power go off during one of the next operations.
+    pub(super) fn cut_after(&self, operations: u64) {
+        self.state().left = Some(operations);
+    }
+
+    pub(super) fn is_off(&self) -> bool {
+        self.state().off
+    }
+
+    /// Has an operation fail some times.
+    pub(super) fn fail(&self, operation: Operation, kind: io::ErrorKind, times: u32) {
+        self.state().fault = Some((operation, kind, times));
+    }
+
+    pub(super) fn mend(&self) {
+        self.state().fault = None;
+    }
+
+    /// Cuts the power and starts the machine again: of what was not synced, any part may be left.
+    pub(super) fn power_cut(&self, rng: &mut Rng) {
+        let state = &mut *self.state();
+        let in_order = rng.bool();
+        for naming in kept(&std::mem::take(&mut state.pending_names), in_order, rng) {
+            naming.apply(&mut state.durable_names);
+        }
+        state.names = state.durable_names.clone();
+        for inode in &mut state.inodes {
+            let pending = std::mem::take(&mut inode.pending);
+            if in_order {
+                let whole = rng.usize(..=pending.len());
+                pending[..whole].iter().for_each(|change| change.apply(&mut inode.durable));
+                if let Some(Change::Write(offset, bytes)) = pending.get(whole) {
+                    let torn = bytes[..rng.usize(..=bytes.len())].to_vec();
+                    Change::Write(*offset, torn).apply(&mut inode.durable);
+                }
+            } else {
+                for change in sectors(&pending).iter().filter(|_| rng.bool()) {
+                    change.apply(&mut inode.durable);
+                }
+            }
+            inode.cached = inode.durable.clone();
+        }
+        (state.off, state.left, state.fault) = (false, None, None);
+    }
+
+    /// The files as they can be read now.
+    pub(super) fn contents(&self) -> BTreeMap<String, Vec<u8>> {
+        let state = self.state();
+        state.names.iter().map(|(name, inode)| (name.clone(), state.inodes[*inode].cached.clone())).collect()
+    }
+
+    /// A machine whose disk holds exactly these files.
+    pub(super) fn holding(contents: &BTreeMap<String, Vec<u8>>) -> Self {
+        let mut state = State::default();
+        for (name, bytes) in contents {
+            state.names.insert(name.clone(), state.inodes.len());
+            state.inodes.push(Inode { cached: bytes.clone(), durable: bytes.clone(), pending: Vec::new() });
+        }
+        state.durable_names = state.names.clone();
+        Self(Arc::new(Mutex::new(state)))
+    }
+
+    /// Counts an operation; whether it only begins, because the power goes during it, and the
+    /// error it ends with.
+    fn operate(state: &mut State, operation: Operation) -> Result<(), Interrupted> {
+        if state.off {
+            return Err(Interrupted::Never(off()));
+        }
+        if let Some((failing, kind, times)) = &mut state.fault
+            && *failing == operation
+            && *times > 0
+        {
+            *times -= 1;
+            return Err(Interrupted::Halfway(io::Error::from(*kind)));
+        }
+        match &mut state.left {
+            Some(0) => {
+                state.off = true;
+                Err(Interrupted::Halfway(off()))
+            }
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// How an operation ended that did not succeed.
+enum Interrupted {
+    /// It had no effect.
+    Never(io::Error),
+    /// It may have had a part of its effect.
+    Halfway(io::Error),
+}
+
+impl From<Interrupted> for io::Error {
+    fn from(why: Interrupted) -> Self {
+        match why {
+            Interrupted::Never(why) | Interrupted::Halfway(why) => why,
+        }
+    }
+}
+
+fn off() -> io::Error {
+    io::Error::other("the power is off")
+}
+
+fn index(offset: u64) -> usize {
+    usize::try_from(offset).expect("test files are small")
+}
+
+/// The part of the changes that reached the disk: the first ones, or any.
+fn kept<T: Clone>(changes: &[T], in_order: bool, rng: &mut Rng) -> Vec<T> {
+    if in_order {
+        return changes[..rng.usize(..=changes.len())].to_vec();
+    }
+    changes.iter().filter(|_| rng.bool()).cloned().collect()
+}
+
+/// The changes with every write split where a disk may tear it.
+fn sectors(changes: &[Change]) -> Vec<Change> {
+    let mut split = Vec::new();
+    for change in changes {
+        let Change::Write(offset, bytes) = change else {
+            split.push(change.clone());
+            continue;
+        };
+        let mut at = 0;
+        while at < bytes.len() {
+            let to_boundary = SECTOR - (index(*offset) + at) % SECTOR;
+            let end = bytes.len().min(at + to_boundary);
+            split.push(Change::Write(offset + at as u64, bytes[at..end].to_vec()));
+            at = end;
+        }
+    }
+    split
+}
+
+impl Files for Machine {
+    fn list(&self) -> io::Result<Vec<String>> {
+        let state = self.state();
+        if state.off { Err(off()) } else { Ok(state.names.keys().cloned().collect()) }
+    }
+
+    fn create(&self, name: &str) -> io::Result<Box<dyn File>> {
+        let state = &mut *self.state();
+        Self::operate(state, Operation::Create)?;
+        let inode = state.inodes.len();
+        state.inodes.push(Inode::default());
+        let naming = Naming::Link(name.into(), inode);
+        naming.apply(&mut state.names);
+        state.pending_names.push(naming);
+        Ok(Box::new(Handle { machine: self.clone(), inode }))
+    }
+
+    fn open(&self, name: &str) -> io::Result<Box<dyn File>> {
+        let state = self.state();
+        if state.off {
+            return Err(off());
+        }
+        let inode = *state.names.get(name).ok_or(io::ErrorKind::NotFound)?;
+        Ok(Box::new(Handle { machine: self.clone(), inode }))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.rename_names(Operation::Rename, Naming::Rename(from.into(), to.into()))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.rename_names(Operation::Remove, Naming::Unlink(name.into()))
+    }
+
+    fn sync_dir(&self) -> io::Result<()> {
+        let state = &mut *self.state();
+        Self::operate(state, Operation::SyncDir)?;
+        for naming in std::mem::take(&mut state.pending_names) {
+            naming.apply(&mut state.durable_names);
+        }
+        Ok(())
+    }
+}
+
+impl Machine {
+    fn rename_names(&self, operation: Operation, naming: Naming) -> io::Result<()> {
+        let state = &mut *self.state();
+        let done = Self::operate(state, operation);
+        if matches!(done, Ok(()) | Err(Interrupted::Halfway(_))) && (done.is_ok() || state.off) {
+            naming.apply(&mut state.names);
+            state.pending_names.push(naming);
+        }
+        Ok(done?)
+    }
+}
+
+#[derive(Debug)]
+struct Handle {
+    machine: Machine,
+    inode: usize,
+}
+
+impl Handle {
+    fn change(&self, state: &mut State, change: Change) {
+        let inode = &mut state.inodes[self.inode];
+        change.apply(&mut inode.cached);
+        inode.pending.push(change);
+    }
+}
+
+impl File for Handle {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.machine.state().inodes[self.inode].cached.len() as u64)
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
+        let state = self.machine.state();
+        if state.off {
+            return Err(off());
+        }
+        let there = &state.inodes[self.inode].cached;
+        let from = index(offset).min(there.len());
+        let len = into.len().min(there.len() - from);
+        into[..len].copy_from_slice(&there[from..from + len]);
+        Ok(len)
+    }
+
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let state = &mut *self.machine.state();
+        let done = Machine::operate(state, Operation::Write);
+        match &done {
+            Ok(()) => self.change(state, Change::Write(offset, bytes.to_vec())),
+            // The disk is full or gone in the middle of it.
+            Err(Interrupted::Halfway(_)) => {
+                self.change(state, Change::Write(offset, bytes[..bytes.len() / 2].to_vec()));
+            }
+            Err(Interrupted::Never(_)) => {}
+        }
+        Ok(done?)
+    }
+
+    fn truncate(&mut self, len: u64) -> io::Result<()> {
+        let state = &mut *self.machine.state();
+        let done = Machine::operate(state, Operation::Truncate);
+        if done.is_ok() || state.off {
+            self.change(state, Change::Truncate(len));
+        }
+        Ok(done?)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        let state = &mut *self.machine.state();
+        let done = Machine::operate(state, Operation::Sync);
+        let off = state.off;
+        let inode = &mut state.inodes[self.inode];
+        match &done {
+            Ok(()) => {
+                for change in std::mem::take(&mut inode.pending) {
+                    change.apply(&mut inode.durable);
+                }
+            }
+            // As Linux has it: after a failed fsync the pages count as clean. They can still be
+            // read, and will never be written unless they are changed again.
+            Err(Interrupted::Halfway(_)) if !off => inode.pending.clear(),
+            Err(_) => {}
+        }
+        Ok(done?)
+    }
+}
