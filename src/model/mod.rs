@@ -10,6 +10,7 @@ mod name;
 mod port;
 mod service;
 pub mod table;
+pub mod view;
 
 pub use address::{Address, AddressError, DashedLabel, parse_dashed_label};
 pub use instance::{

@@ -69,3 +69,13 @@ impl Catalog {
         self.generation.store(generation, Ordering::Release);
     }
 }
+
+#[cfg(test)]
+impl Catalog {
+    /// A catalog that holds `services`, for tests of those who read it.
+    pub(crate) fn of(services: impl IntoIterator<Item = (ServiceKey, Service)>) -> Self {
+        let catalog = Self::default();
+        services.into_iter().for_each(|(key, service)| catalog.set(key, service));
+        catalog
+    }
+}

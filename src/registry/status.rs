@@ -79,3 +79,11 @@ impl Status {
         self.accepting().err().unwrap_or(Unavailable::ShuttingDown)
     }
 }
+
+#[cfg(test)]
+impl Status {
+    /// A registry that stands at `phase`, for tests of those who read it.
+    pub(crate) fn at(phase: Phase) -> Self {
+        Self(watch::Sender::new(phase))
+    }
+}

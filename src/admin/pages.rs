@@ -1,0 +1,133 @@
+//! The pages and who answers them.
+
+use axum::{
+    Router,
+    extract::{Path, Query, State, rejection::QueryRejection},
+    http::{HeaderMap, StatusCode, Uri, header},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use serde::{Deserialize, Serialize, Serializer};
+
+use super::{Admin, json, readiness::Readiness};
+use crate::model::{
+    Namespace, Service, ServiceKey, ServiceName,
+    view::{ServiceView, ServicesView},
+};
+
+/// What `GET /` and every unknown path show. A test asks for each of them.
+pub(super) const INDEX: &str = "\
+GET /metrics                                        counters and gauges, OpenMetrics text
+GET /livez                                          200 while the process runs
+GET /readyz                                         200 when DNS can answer, else 503 and why
+GET /readyz/registrations                           200 when registrations are accepted too
+GET /api/v1/services                                every service with its instances, JSON
+GET /api/v1/namespaces/{namespace}/services         those of one namespace
+GET /api/v1/namespaces/{namespace}/services/{name}  one service
+
+Both readyz pages answer in JSON to ?format=json or `Accept: application/json`.
+";
+
+/// OpenMetrics 1.0 §4.1: the type that says which format the text has.
+const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+pub(super) fn router(admin: Admin) -> Router {
+    Router::new()
+        .route("/", get(async || format!("gangplank {}\n\n{INDEX}", env!("CARGO_PKG_VERSION"))))
+        .route("/metrics", get(metrics))
+        .route("/livez", get(async || "alive\n"))
+        .route("/readyz", get(readyz))
+        .route("/readyz/registrations", get(readyz_registrations))
+        .route("/api/v1/services", get(services))
+        .route("/api/v1/namespaces/{namespace}/services", get(services_of_namespace))
+        .route("/api/v1/namespaces/{namespace}/services/{name}", get(service))
+        .fallback(async || (StatusCode::NOT_FOUND, format!("404: no such page. There are:\n\n{INDEX}")))
+        .with_state(admin)
+}
+
+async fn metrics(State(admin): State<Admin>) -> Response {
+    let mut text = String::new();
+    match prometheus_client::encoding::text::encode(&mut text, admin.metrics.all()) {
+        Ok(()) => ([(header::CONTENT_TYPE, OPENMETRICS)], text).into_response(),
+        Err(why) => {
+            (StatusCode::INTERNAL_SERVER_ERROR, format!("the metrics cannot be written: {why}\n")).into_response()
+        }
+    }
+}
+
+async fn readyz(State(admin): State<Admin>, uri: Uri, headers: HeaderMap) -> Response {
+    show(&Readiness::of_dns(&admin), &uri, &headers)
+}
+
+async fn readyz_registrations(State(admin): State<Admin>, uri: Uri, headers: HeaderMap) -> Response {
+    show(&Readiness::of_registrations(&admin), &uri, &headers)
+}
+
+/// A probe may send any query; what is unknown is ignored, because a probe that failed for its
+/// spelling would restart a healthy process.
+fn show(readiness: &Readiness, uri: &Uri, headers: &HeaderMap) -> Response {
+    let status = if readiness.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let asked = uri.query().is_some_and(|query| query.split('&').any(|pair| pair == "format=json"));
+    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
+    if asked || accept.is_some_and(|accept| accept.contains("application/json")) {
+        return (status, axum::Json(readiness)).into_response();
+    }
+    (status, readiness.to_text()).into_response()
+}
+
+/// The list takes nothing; a filter that is misspelt must not look like a list of everything.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Nothing {}
+
+async fn services(State(admin): State<Admin>, query: Result<Query<Nothing>, QueryRejection>) -> Response {
+    match query {
+        Ok(Query(Nothing {})) => json::respond(move || List::of(&admin, None)),
+        Err(why) => json::error(StatusCode::BAD_REQUEST, &why.body_text()),
+    }
+}
+
+async fn services_of_namespace(State(admin): State<Admin>, Path(namespace): Path<String>) -> Response {
+    match Namespace::parse(&namespace) {
+        Ok(_) => json::respond(move || List::of(&admin, Some(&namespace))),
+        Err(why) => json::error(StatusCode::BAD_REQUEST, &format!("namespace: {why}")),
+    }
+}
+
+async fn service(State(admin): State<Admin>, Path((namespace, name)): Path<(String, String)>) -> Response {
+    let key = match (Namespace::parse(&namespace), ServiceName::parse(&name)) {
+        (Ok(namespace), Ok(name)) => ServiceKey::new(namespace, name),
+        (Err(why), _) => return json::error(StatusCode::BAD_REQUEST, &format!("namespace: {why}")),
+        (_, Err(why)) => return json::error(StatusCode::BAD_REQUEST, &format!("service_name: {why}")),
+    };
+    match admin.catalog.get(&key) {
+        Some(service) => json::respond(move || One(key, service)),
+        None => json::error(StatusCode::NOT_FOUND, &format!("there is no service {key}")),
+    }
+}
+
+/// Services in order of namespace and name.
+struct List(Vec<(ServiceKey, Service)>);
+
+impl List {
+    fn of(admin: &Admin, namespace: Option<&str>) -> Self {
+        let mut services = admin.catalog.services();
+        services.retain(|(key, _)| namespace.is_none_or(|namespace| key.namespace() == namespace));
+        services.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+        Self(services)
+    }
+}
+
+impl Serialize for List {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        ServicesView(&self.0).serialize(serializer)
+    }
+}
+
+struct One(ServiceKey, Service);
+
+impl Serialize for One {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        ServiceView { key: &self.0, service: &self.1 }.serialize(serializer)
+    }
+}

@@ -1,0 +1,127 @@
+//! Whether the process can do its two jobs, and if not, why not.
+
+use std::fmt::Write as _;
+
+use serde::Serialize;
+
+use super::Admin;
+use crate::registry::Phase;
+
+/// One thing that must hold.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(super) struct Check {
+    /// Stable: `dns` or `registrations`.
+    id: &'static str,
+    ready: bool,
+    /// What is wrong and what to do about it; `None` when all is well.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+}
+
+impl Check {
+    fn new(id: &'static str, fault: Option<String>) -> Self {
+        Self { id, ready: fault.is_none(), reason: fault }
+    }
+}
+
+/// What a readiness page says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(super) struct Readiness {
+    ready: bool,
+    checks: Vec<Check>,
+}
+
+impl Readiness {
+    /// Whether DNS answers from everything that is stored, and goes on doing so.
+    pub(super) fn of_dns(admin: &Admin) -> Self {
+        Self::of(vec![dns(admin.zone.is_ready(), &admin.status.phase())])
+    }
+
+    /// Whether a registration would be accepted and served, as the gRPC health service says.
+    pub(super) fn of_registrations(admin: &Admin) -> Self {
+        let phase = admin.status.phase();
+        Self::of(vec![dns(admin.zone.is_ready(), &phase), registrations(&phase)])
+    }
+
+    fn of(checks: Vec<Check>) -> Self {
+        Self { ready: checks.iter().all(|check| check.ready), checks }
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        self.ready
+    }
+
+    /// `ready`, or one line for each thing that is not.
+    pub(super) fn to_text(&self) -> String {
+        if self.ready {
+            return "ready\n".into();
+        }
+        let mut text = String::new();
+        for Check { id, reason, .. } in &self.checks {
+            if let Some(reason) = reason {
+                writeln!(text, "not ready: {id}: {reason}").expect("a String takes everything");
+            }
+        }
+        text
+    }
+}
+
+fn dns(loaded: bool, phase: &Phase) -> Check {
+    let fault = if *phase == Phase::Draining {
+        Some("shutting down: answers go on until the drain time is over".into())
+    } else if !loaded {
+        Some("what is stored is still being loaded: every name in the zone gets SERVFAIL until then".into())
+    } else {
+        None
+    };
+    Check::new("dns", fault)
+}
+
+fn registrations(phase: &Phase) -> Check {
+    let fault = match phase {
+        Phase::Ready => None,
+        Phase::Recovering => Some("the journal is still being read; the log shows how far it is".into()),
+        Phase::StorageFailed(why) => Some(format!(
+            "the journal cannot be written ({why}): nothing is accepted until a restart; mend the data directory's \
+             disk, then restart gangplank"
+        )),
+        Phase::Draining => Some("shutting down".into()),
+    };
+    Check::new("registrations", fault)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_disk_stops_registrations_and_not_dns() {
+        let phase = Phase::StorageFailed("No space left on device".into());
+        assert!(Readiness::of(vec![dns(true, &phase)]).is_ready());
+        let both = Readiness::of(vec![dns(true, &phase), registrations(&phase)]);
+        assert!(!both.is_ready());
+        let text = both.to_text();
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(text.starts_with("not ready: registrations: the journal cannot be written (No space left on device)"));
+        assert!(text.contains("restart"), "{text}");
+    }
+
+    #[test]
+    fn draining_takes_both_down() {
+        let both = Readiness::of(vec![dns(true, &Phase::Draining), registrations(&Phase::Draining)]);
+        assert_eq!(both.to_text().lines().count(), 2);
+        let shown = serde_json::to_value(&both).expect("JSON");
+        assert_eq!(shown["ready"], false);
+        assert_eq!(shown["checks"][1]["id"], "registrations");
+        assert_eq!(shown["checks"][1]["reason"], "shutting down");
+    }
+
+    #[test]
+    fn ready_says_so_and_nothing_else() {
+        let both = Readiness::of(vec![dns(true, &Phase::Ready), registrations(&Phase::Ready)]);
+        assert!(both.is_ready());
+        assert_eq!(both.to_text(), "ready\n");
+        let shown = serde_json::to_value(&both).expect("JSON");
+        assert_eq!(shown["checks"][0], serde_json::json!({"id": "dns", "ready": true}));
+    }
+}

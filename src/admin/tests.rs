@@ -1,0 +1,332 @@
+//! The real listener on a free port, asked by hand over TCP.
+
+use std::{net::SocketAddr, time::Instant};
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use super::*;
+use crate::{
+    model::{DnsName, Door, Draft, Service, ServiceKey, UnixMillis},
+    registry::Phase,
+    zone::ZoneConfig,
+};
+
+const DOOR: Door = Door { zone_wire_len: 15, names_allowed: false };
+
+/// Long enough for a slow machine; nothing waits for it when all is well.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn service(namespace: &str, name: &str, instances: u8) -> (ServiceKey, Service) {
+    let key = DOOR.service(namespace, name).expect("valid");
+    let instances = (1..=instances).map(|last| {
+        let draft = Draft { address: format!("10.0.0.{last}"), ..Draft::default() };
+        Arc::new(DOOR.instance(&key, &draft, UnixMillis(1_700_000_000_000)).expect("valid"))
+    });
+    (key.clone(), Service { instances: instances.collect(), generation: 7 })
+}
+
+/// An admin listener that runs, and what its pages are made from.
+struct Running {
+    address: SocketAddr,
+    admin: Admin,
+    stop: CancellationToken,
+    tasks: JoinSet<io::Result<()>>,
+}
+
+impl Running {
+    async fn start(limits: Limits, services: Vec<(ServiceKey, Service)>, phase: Phase) -> Self {
+        let config = ZoneConfig {
+            origin: DnsName::parse("cluster.local").expect("valid"),
+            ttl: 5,
+            reverse_zones: Vec::new(),
+            ns_addresses: Vec::new(),
+            publish_not_ready: false,
+        };
+        let (zone, _publisher) = Zone::new(config);
+        let admin = Admin {
+            zone,
+            catalog: Arc::new(Catalog::of(services)),
+            status: Status::at(phase),
+            metrics: Arc::new(Metrics::new()),
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        let stop = CancellationToken::new();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(run_within(limits, vec![listener], admin.clone(), stop.clone()));
+        Self { address, admin, stop, tasks }
+    }
+
+    async fn with(services: Vec<(ServiceKey, Service)>) -> Self {
+        Self::start(Limits::default(), services, Phase::Ready).await
+    }
+
+    /// A connection over which `request` was sent.
+    async fn send(&self, request: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(self.address).await.expect("it listens");
+        stream.write_all(request.as_bytes()).await.expect("it reads");
+        stream
+    }
+
+    async fn get(&self, path: &str) -> Answer {
+        self.ask(path, "*/*").await
+    }
+
+    async fn ask(&self, path: &str, accept: &str) -> Answer {
+        let request = format!("GET {path} HTTP/1.1\r\nHost: test\r\nAccept: {accept}\r\nConnection: close\r\n\r\n");
+        let mut stream = self.send(&request).await;
+        Answer::read(&mut stream).await
+    }
+
+    /// Stops it and waits for its end.
+    async fn stop(mut self) {
+        self.stop.cancel();
+        let ended = timeout(PATIENCE, self.tasks.join_next()).await.expect("it ends after stop");
+        ended.expect("one task").expect("no panic").expect("no error");
+    }
+}
+
+#[derive(Debug)]
+struct Answer {
+    status: u16,
+    content_type: String,
+    body: String,
+}
+
+impl Answer {
+    /// Reads until the peer closes.
+    async fn read(stream: &mut TcpStream) -> Self {
+        let mut octets = Vec::new();
+        timeout(PATIENCE, stream.read_to_end(&mut octets)).await.expect("an answer in time").expect("an answer");
+        let text = String::from_utf8(octets).expect("UTF-8");
+        let (head, body) = text.split_once("\r\n\r\n").expect("a head and a body");
+        let status = head.split(' ').nth(1).expect("a status").parse().expect("a number");
+        let header = |name: &str| {
+            let lines = head.lines().filter_map(|line| line.split_once(": "));
+            lines.filter(|(found, _)| found.eq_ignore_ascii_case(name)).map(|(_, value)| value.to_owned()).next()
+        };
+        let chunked = header("transfer-encoding").is_some_and(|coding| coding == "chunked");
+        let body = if chunked { unchunked(body) } else { body.to_owned() };
+        Self { status, content_type: header("content-type").unwrap_or_default(), body }
+    }
+
+    fn json(&self) -> Value {
+        assert_eq!(self.content_type, "application/json");
+        serde_json::from_str(&self.body).expect("JSON")
+    }
+}
+
+/// RFC 9112 §7.1; panics unless the last chunk is there.
+fn unchunked(mut rest: &str) -> String {
+    let mut whole = String::new();
+    loop {
+        let (size, after) = rest.split_once("\r\n").expect("a size");
+        let size = usize::from_str_radix(size, 16).expect("in hex");
+        if size == 0 {
+            return whole;
+        }
+        whole.push_str(&after[..size]);
+        rest = after[size..].strip_prefix("\r\n").expect("the end of the chunk");
+    }
+}
+
+#[tokio::test]
+async fn every_page_of_the_index_is_there() {
+    let running = Running::with(vec![service("prod", "web", 1)]).await;
+    let mut pages = 0;
+    for line in pages::INDEX.lines().filter_map(|line| line.strip_prefix("GET ")) {
+        let path = line.split(' ').next().expect("a path").replace("{namespace}", "prod").replace("{name}", "web");
+        let answer = running.get(&path).await;
+        assert_ne!(answer.status, 404, "{path}");
+        pages += 1;
+    }
+    assert_eq!(pages, 7);
+    let index = running.get("/").await;
+    assert_eq!(index.status, 200);
+    assert!(index.body.ends_with(pages::INDEX), "{}", index.body);
+    let absent = running.get("/nope").await;
+    assert_eq!(absent.status, 404);
+    assert!(absent.body.contains(pages::INDEX), "{}", absent.body);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn metrics_are_openmetrics() {
+    let running = Running::with(vec![]).await;
+    running.admin.metrics.registry.set_registered(2, 3, 1712);
+    let answer = running.get("/metrics").await;
+    assert_eq!(answer.status, 200);
+    assert_eq!(answer.content_type, "application/openmetrics-text; version=1.0.0; charset=utf-8");
+    assert!(answer.body.contains("\ngangplank_registry_instances 3\n"), "{}", answer.body);
+    assert!(answer.body.ends_with("# EOF\n"), "OpenMetrics 1.0 wants its end marked");
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn readiness_follows_the_zone_and_the_registry() {
+    let running = Running::start(Limits::default(), vec![], Phase::Recovering).await;
+    assert_eq!(running.get("/livez").await.status, 200);
+    let loading = running.get("/readyz").await;
+    assert_eq!(loading.status, 503);
+    assert!(loading.body.starts_with("not ready: dns: what is stored is still being loaded"), "{}", loading.body);
+    let both = running.get("/readyz/registrations").await;
+    assert_eq!((both.status, both.body.lines().count()), (503, 2), "{}", both.body);
+    running.stop().await;
+
+    let running = Running::with(vec![]).await;
+    running.admin.zone.set_ready();
+    for path in ["/readyz", "/readyz/registrations"] {
+        let ready = running.get(path).await;
+        assert_eq!((ready.status, ready.body.as_str()), (200, "ready\n"), "{path}");
+    }
+    running.admin.status.drain();
+    for path in ["/readyz", "/readyz/registrations"] {
+        assert_eq!(running.get(path).await.status, 503, "{path}");
+        let asked = running.get(&format!("{path}?format=json")).await;
+        assert_eq!(asked.status, 503, "{path}");
+        assert_eq!(asked.json(), running.ask(path, "application/json").await.json());
+        assert_eq!(asked.json()["ready"], false);
+    }
+    assert_eq!(running.get("/livez").await.status, 200);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_failed_journal_leaves_dns_ready() {
+    let running = Running::start(Limits::default(), vec![], Phase::StorageFailed("disk full".into())).await;
+    running.admin.zone.set_ready();
+    assert_eq!(running.get("/readyz").await.status, 200);
+    let registrations = running.get("/readyz/registrations").await;
+    assert_eq!(registrations.status, 503);
+    assert!(registrations.body.contains("disk full"), "{}", registrations.body);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn services_are_listed_in_order() {
+    let services = vec![service("prod", "web", 2), service("dev", "web", 1), service("prod", "api", 1)];
+    let running = Running::with(services).await;
+    let names = |list: Value| -> Vec<String> {
+        let services = list["services"].as_array().expect("a list").clone();
+        services.iter().map(|one| format!("{}/{}", one["namespace"], one["name"]).replace('"', "")).collect()
+    };
+    let all = running.get("/api/v1/services").await;
+    assert_eq!(all.status, 200);
+    assert_eq!(names(all.json()), ["dev/web", "prod/api", "prod/web"]);
+    let some = running.get("/api/v1/namespaces/prod/services").await;
+    assert_eq!(names(some.json()), ["prod/api", "prod/web"]);
+    let none = running.get("/api/v1/namespaces/test/services").await;
+    assert_eq!((none.status, none.json()), (200, json!({"services": []})));
+
+    let web = running.get("/api/v1/namespaces/prod/services/web").await;
+    assert_eq!(web.status, 200);
+    assert_eq!(web.json()["instances"][1]["address"], "10.0.0.2");
+    assert_eq!(web.json()["instances"][1]["share"], 0.5);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_not_there_or_misspelt_says_so_in_json() {
+    let running = Running::with(vec![service("prod", "web", 1)]).await;
+    for (path, status, word) in [
+        ("/api/v1/namespaces/prod/services/db", 404, "there is no service prod/db"),
+        ("/api/v1/namespaces/Prod/services/web", 400, "namespace: must consist of lower-case letters"),
+        ("/api/v1/namespaces/prod/services/1a", 400, "service_name: must begin with a letter"),
+        ("/api/v1/namespaces/-/services", 400, "namespace: must begin and end"),
+        ("/api/v1/services?namespace=prod", 400, "unknown field `namespace`"),
+    ] {
+        let answer = running.get(path).await;
+        assert_eq!(answer.status, status, "{path}");
+        let json = answer.json();
+        let why = json["error"].as_str().expect("a text");
+        assert!(why.contains(word), "{path}: {why}");
+    }
+    running.stop().await;
+}
+
+/// Some 3 MB of JSON: far more than what is held for a peer and what the kernel takes.
+fn many() -> Vec<(ServiceKey, Service)> {
+    (0..20_000).map(|number| service("prod", &format!("web-{number:05}"), 1)).collect()
+}
+
+#[tokio::test]
+async fn a_long_list_comes_whole() {
+    let running = Running::with(many()).await;
+    let list = running.get("/api/v1/services").await.json();
+    let services = list["services"].as_array().expect("a list");
+    assert_eq!(services.len(), 20_000);
+    assert_eq!(services[19_999]["name"], "web-19999");
+    running.stop().await;
+}
+
+const LIST: &str = "GET /api/v1/services HTTP/1.1\r\nHost: test\r\n\r\n";
+const LIVEZ: &str = "GET /livez HTTP/1.1\r\nHost: test\r\n\r\n";
+
+/// Reads one answer's first line from a connection that stays open.
+async fn first_line(stream: &mut TcpStream) -> String {
+    let mut line = Vec::new();
+    while !line.ends_with(b"\r\n") {
+        line.push(timeout(PATIENCE, stream.read_u8()).await.expect("an answer in time").expect("an answer"));
+    }
+    String::from_utf8(line).expect("ASCII")
+}
+
+#[tokio::test]
+async fn stop_waits_for_no_reader() {
+    let grace = Duration::from_millis(50);
+    let running = Running::start(Limits { grace, ..Limits::default() }, many(), Phase::Ready).await;
+    let mut idle = running.send(LIVEZ).await;
+    assert_eq!(first_line(&mut idle).await, "HTTP/1.1 200 OK\r\n");
+    let mut unread = running.send(LIST).await;
+    assert_eq!(first_line(&mut unread).await, "HTTP/1.1 200 OK\r\n");
+    let mut half = running.send("GET /livez HTT").await;
+    assert_eq!(running.get("/livez").await.status, 200, "the others are served meanwhile");
+    running.stop().await;
+    let mut rest = Vec::new();
+    half.read_to_end(&mut rest).await.expect("closed in an orderly way");
+    assert_eq!(rest, b"");
+}
+
+#[tokio::test]
+async fn a_request_must_arrive_in_time() {
+    let request = Duration::from_millis(50);
+    let running = Running::start(Limits { request, ..Limits::default() }, vec![], Phase::Ready).await;
+    let began = Instant::now();
+    let mut half = running.send("GET /livez HTT").await;
+    let mut rest = Vec::new();
+    let _ = timeout(PATIENCE, half.read_to_end(&mut rest)).await.expect("closed in time");
+    assert!(began.elapsed() >= request, "not before its time");
+    // An idle connection has the same time for its next request.
+    let mut idle = running.send(LIVEZ).await;
+    let _ = timeout(PATIENCE, idle.read_to_end(&mut rest)).await.expect("closed in time");
+    assert!(String::from_utf8_lossy(&rest).contains("alive"), "it was answered first");
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_peer_that_reads_nothing_is_cut_off() {
+    let unread = Duration::from_millis(100);
+    let limits = Limits { unread, connections: 1, ..Limits::default() };
+    let running = Running::start(limits, many(), Phase::Ready).await;
+    let mut stuck = running.send(LIST).await;
+    assert_eq!(first_line(&mut stuck).await, "HTTP/1.1 200 OK\r\n");
+    // It holds the only place: the next one is served once it is gone.
+    assert_eq!(running.get("/livez").await.status, 200);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn connections_are_capped() {
+    let running = Running::start(Limits { connections: 1, ..Limits::default() }, vec![], Phase::Ready).await;
+    let mut first = running.send(LIVEZ).await;
+    assert_eq!(first_line(&mut first).await, "HTTP/1.1 200 OK\r\n");
+    let mut second = running.send(LIVEZ).await;
+    let mut octet = [0];
+    let early = timeout(Duration::from_millis(100), second.read_exact(&mut octet)).await;
+    assert!(early.is_err(), "the second waits for a place");
+    drop(first);
+    assert_eq!(first_line(&mut second).await, "HTTP/1.1 200 OK\r\n");
+    drop(second);
+    running.stop().await;
+}
