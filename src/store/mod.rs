@@ -78,7 +78,7 @@ pub enum Record {
 }
 
 /// How the store is opened.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Options {
     /// Go on although damage loses acknowledged records (`--accept-loss`).
     pub accept_loss: bool,
