@@ -1,1 +1,68 @@
-fn main() {}
+//! The process: arguments, logs, signals, exit code.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use gangplank::{
+    app, cli,
+    config::ServeArgs,
+    telemetry::{self, LogArgs},
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// DNS inside Kubernetes for services that live outside it.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true, max_term_width = 100)]
+struct Gangplank {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the server: takes registrations over gRPC, answers DNS
+    Serve {
+        #[command(flatten)]
+        serve: Box<ServeArgs>,
+        #[command(flatten)]
+        log: LogArgs,
+    },
+    #[command(flatten)]
+    Client(cli::Command),
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match Gangplank::parse().command {
+        Command::Client(command) => cli::run(command).await,
+        Command::Serve { serve, log } => match run(*serve, &log).await {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(why) => {
+                eprintln!("error: {why:#}");
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+/// Serves until SIGTERM or SIGINT; a second signal ends the process at once.
+async fn run(serve: ServeArgs, log: &LogArgs) -> anyhow::Result<()> {
+    telemetry::init(log)?;
+    let bound = app::bind(serve.check()?)?;
+    for (what, address) in bound.listeners()? {
+        println!("listening {what} {address}");
+    }
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut signalled = async move || tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} };
+    let (first, told) = tokio::sync::oneshot::channel();
+    let second = async {
+        signalled().await;
+        let _ = first.send(());
+        signalled().await;
+    };
+    let shutdown = async { told.await.unwrap_or(()) };
+    tokio::select! {
+        ended = bound.run(shutdown, |generation| println!("ready generation {generation}")) => ended,
+        () = second => anyhow::bail!("stopped by a second signal before the drain time was over"),
+    }
+}

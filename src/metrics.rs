@@ -5,6 +5,7 @@
 
 mod dns;
 mod grpc;
+mod process;
 mod registry;
 mod store;
 
@@ -12,7 +13,7 @@ use prometheus_client::registry::Registry;
 
 pub use dns::DnsMetrics;
 pub use grpc::GrpcMetrics;
-pub use registry::RegistryMetrics;
+pub use registry::{CommandOutcome, RefusalReason, RegistryMetrics};
 pub use store::StoreMetrics;
 
 /// Every metric of the process.
@@ -34,6 +35,7 @@ impl Metrics {
     #[must_use]
     pub fn new() -> Self {
         let mut all = Registry::default();
+        process::register(&mut all);
         Self {
             dns: DnsMetrics::register(&mut all),
             grpc: GrpcMetrics::register(&mut all),

@@ -1,14 +1,282 @@
-//! Metrics of the registry.
+//! Metrics of the registry: what is registered, what the writer did, what was refused.
+//!
+//! The writer calls [`RegistryMetrics::observe_batch`] and the setters once per batch; every
+//! handle is made once, so that a call is a few atomic adds.
 
-use prometheus_client::registry::Registry;
+use std::{
+    fmt::{self, Write as _},
+    sync::atomic::AtomicU64,
+    time::Duration,
+};
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder},
+    metrics::{
+        counter::Counter,
+        family::Family,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
+    },
+    registry::Registry,
+};
+
+/// A gauge of what cannot be negative.
+type Level = Gauge<u64, AtomicU64>;
+
+/// What became of one command that the writer carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CommandOutcome {
+    /// A new instance.
+    Created,
+    /// Its attributes or its readiness were replaced.
+    Updated,
+    /// It was there just so.
+    Unchanged,
+    /// Instances were removed.
+    Removed,
+    /// There was nothing to remove.
+    NotFound,
+    /// The instance limit is reached.
+    Full,
+}
+
+impl CommandOutcome {
+    /// Every outcome.
+    pub const ALL: [Self; 6] =
+        [Self::Created, Self::Updated, Self::Unchanged, Self::Removed, Self::NotFound, Self::Full];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Updated => "updated",
+            Self::Unchanged => "unchanged",
+            Self::Removed => "removed",
+            Self::NotFound => "not_found",
+            Self::Full => "full",
+        }
+    }
+}
+
+impl EncodeLabelValue for CommandOutcome {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
+        encoder.write_str(self.as_str())
+    }
+}
+
+/// Why a registration or removal never reached the writer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RefusalReason {
+    /// A field is wrong.
+    Invalid,
+    /// Not recovered yet.
+    NotReady,
+    /// On its way out.
+    ShuttingDown,
+    /// A write or sync failed.
+    StorageFailed,
+}
+
+impl RefusalReason {
+    /// Every reason.
+    pub const ALL: [Self; 4] = [Self::Invalid, Self::NotReady, Self::ShuttingDown, Self::StorageFailed];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Invalid => "invalid",
+            Self::NotReady => "not_ready",
+            Self::ShuttingDown => "shutting_down",
+            Self::StorageFailed => "storage_failed",
+        }
+    }
+}
+
+impl EncodeLabelValue for RefusalReason {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
+        encoder.write_str(self.as_str())
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OutcomeLabels {
+    outcome: CommandOutcome,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabels {
+    reason: RefusalReason,
+}
 
 /// Metrics of the registry.
 #[derive(Debug)]
-pub struct RegistryMetrics {}
+pub struct RegistryMetrics {
+    services: Level,
+    instances: Level,
+    generation: Level,
+    queue: Level,
+    batches: Counter,
+    batch_submissions: Histogram,
+    batch_commands: Histogram,
+    changes: Counter,
+    publish: Histogram,
+    /// By [`CommandOutcome`], in the order of its discriminants.
+    outcomes: [Counter; CommandOutcome::ALL.len()],
+    /// By [`RefusalReason`], in the order of its discriminants.
+    refusals: [Counter; RefusalReason::ALL.len()],
+}
 
 impl RegistryMetrics {
     /// Makes them and adds them to `all`.
-    pub(super) fn register(_all: &mut Registry) -> Self {
-        Self {}
+    pub(super) fn register(all: &mut Registry) -> Self {
+        let outcomes = Family::<OutcomeLabels, Counter>::default();
+        let refusals = Family::<ReasonLabels, Counter>::default();
+        // 1 to about a million, and 10 µs to about 2.6 s, by fours.
+        let sizes = || Histogram::new(exponential_buckets(1.0, 4.0, 11));
+        let durations = Histogram::new(exponential_buckets(1e-5, 4.0, 10));
+        let metrics = Self {
+            services: Level::default(),
+            instances: Level::default(),
+            generation: Level::default(),
+            queue: Level::default(),
+            batches: Counter::default(),
+            batch_submissions: sizes(),
+            batch_commands: sizes(),
+            changes: Counter::default(),
+            publish: durations,
+            // Made here, all of them, so that a series exists at 0 before its first event.
+            outcomes: CommandOutcome::ALL.map(|outcome| outcomes.get_or_create_owned(&OutcomeLabels { outcome })),
+            refusals: RefusalReason::ALL.map(|reason| refusals.get_or_create_owned(&ReasonLabels { reason })),
+        };
+        let of = all.sub_registry_with_prefix("gangplank_registry");
+        of.register("services", "Services that have an instance", metrics.services.clone());
+        of.register("instances", "Instances of all services", metrics.instances.clone());
+        of.register("generation", "The generation that is served", metrics.generation.clone());
+        of.register("queue_length", "Submissions that wait for the writer", metrics.queue.clone());
+        of.register("batches", "Batches that were carried out", metrics.batches.clone());
+        of.register("batch_submissions", "Submissions in one batch", metrics.batch_submissions.clone());
+        of.register("batch_commands", "Commands in one batch", metrics.batch_commands.clone());
+        of.register("changes", "Instances that were added, changed or removed", metrics.changes.clone());
+        of.register("publish_duration_seconds", "Time from durable to visible, of one batch", metrics.publish.clone());
+        of.register("commands", "Commands that were carried out, by outcome", outcomes);
+        of.register("refused", "Registrations and removals that never reached the writer, by reason", refusals);
+        metrics
+    }
+
+    /// One batch was carried out: of so many submissions with so many commands, which changed so
+    /// many instances. `generation` is the one that is served now; without a change it is the
+    /// one before.
+    pub fn observe_batch(&self, submissions: usize, commands: usize, changed: usize, generation: u64) {
+        self.batches.inc();
+        self.batch_submissions.observe(submissions as f64);
+        self.batch_commands.observe(commands as f64);
+        self.changes.inc_by(changed as u64);
+        self.generation.set(generation);
+    }
+
+    /// How long a durable batch took to become visible.
+    pub fn observe_publish(&self, took: Duration) {
+        self.publish.observe(took.as_secs_f64());
+    }
+
+    /// Counts `commands` that ended so.
+    pub fn count(&self, outcome: CommandOutcome, commands: usize) {
+        self.outcomes[outcome as usize].inc_by(commands as u64);
+    }
+
+    /// Counts one message that never reached the writer.
+    pub fn refused(&self, reason: RefusalReason) {
+        self.refusals[reason as usize].inc();
+    }
+
+    /// What is registered now; also called once after a recovery.
+    pub fn set_registered(&self, services: usize, instances: usize, generation: u64) {
+        self.services.set(services as u64);
+        self.instances.set(instances as u64);
+        self.generation.set(generation);
+    }
+
+    /// How many submissions wait.
+    pub fn set_queue_length(&self, submissions: usize) {
+        self.queue.set(submissions as u64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn encoded(all: &Registry) -> String {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, all).expect("a String takes everything");
+        text
+    }
+
+    #[test]
+    fn every_series_exists_before_its_first_event() {
+        let mut all = Registry::default();
+        let _metrics = RegistryMetrics::register(&mut all);
+        let text = encoded(&all);
+        for line in [
+            "# TYPE gangplank_registry_services gauge",
+            "gangplank_registry_services 0",
+            "gangplank_registry_instances 0",
+            "gangplank_registry_generation 0",
+            "gangplank_registry_queue_length 0",
+            "# TYPE gangplank_registry_batches counter",
+            "gangplank_registry_batches_total 0",
+            "gangplank_registry_batch_submissions_count 0",
+            "gangplank_registry_batch_commands_count 0",
+            "gangplank_registry_changes_total 0",
+            "# TYPE gangplank_registry_publish_duration_seconds histogram",
+            "gangplank_registry_publish_duration_seconds_count 0",
+            "gangplank_registry_commands_total{outcome=\"created\"} 0",
+            "gangplank_registry_commands_total{outcome=\"updated\"} 0",
+            "gangplank_registry_commands_total{outcome=\"unchanged\"} 0",
+            "gangplank_registry_commands_total{outcome=\"removed\"} 0",
+            "gangplank_registry_commands_total{outcome=\"not_found\"} 0",
+            "gangplank_registry_commands_total{outcome=\"full\"} 0",
+            "gangplank_registry_refused_total{reason=\"invalid\"} 0",
+            "gangplank_registry_refused_total{reason=\"not_ready\"} 0",
+            "gangplank_registry_refused_total{reason=\"shutting_down\"} 0",
+            "gangplank_registry_refused_total{reason=\"storage_failed\"} 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "no line {line:?} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn what_the_writer_says_is_counted() {
+        let mut all = Registry::default();
+        let metrics = RegistryMetrics::register(&mut all);
+        metrics.observe_batch(3, 70, 65, 1712);
+        metrics.observe_publish(Duration::from_micros(50));
+        metrics.set_registered(2, 64, 1712);
+        metrics.set_queue_length(5);
+        // Each by another number, so that a counter taken for its neighbour shows.
+        for (at, outcome) in CommandOutcome::ALL.into_iter().enumerate() {
+            metrics.count(outcome, at + 1);
+        }
+        for (at, reason) in RefusalReason::ALL.into_iter().enumerate() {
+            (0..=at).for_each(|_| metrics.refused(reason));
+        }
+        let text = encoded(&all);
+        for line in [
+            "gangplank_registry_services 2",
+            "gangplank_registry_instances 64",
+            "gangplank_registry_generation 1712",
+            "gangplank_registry_queue_length 5",
+            "gangplank_registry_batches_total 1",
+            "gangplank_registry_batch_submissions_sum 3.0",
+            "gangplank_registry_batch_commands_bucket{le=\"64.0\"} 0",
+            "gangplank_registry_batch_commands_bucket{le=\"256.0\"} 1",
+            "gangplank_registry_changes_total 65",
+            "gangplank_registry_publish_duration_seconds_bucket{le=\"0.00004\"} 0",
+            "gangplank_registry_publish_duration_seconds_bucket{le=\"0.00016\"} 1",
+            "gangplank_registry_commands_total{outcome=\"created\"} 1",
+            "gangplank_registry_commands_total{outcome=\"full\"} 6",
+            "gangplank_registry_refused_total{reason=\"invalid\"} 1",
+            "gangplank_registry_refused_total{reason=\"storage_failed\"} 4",
+        ] {
+            assert!(text.lines().any(|found| found == line), "no line {line:?} in\n{text}");
+        }
     }
 }

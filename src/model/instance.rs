@@ -231,7 +231,9 @@ impl Door {
         if matches!(address, Address::Name(_)) && !self.names_allowed {
             return Err(InvalidInstance::new(
                 Field::Address,
-                &format_args!("{address} is a DNS name, which needs a server that runs with --upstream"),
+                &format_args!(
+                    "{address} is a DNS name, and this server looks none up: that needs --upstream, which is not there yet"
+                ),
             ));
         }
         Ok(address)
@@ -550,7 +552,7 @@ mod tests {
         for (bad, says) in [
             (Draft { address: "10.0.0".into(), ..draft() }, "ipaddress: neither"),
             (Draft { address: "127.0.0.1".into(), ..draft() }, "ipaddress: 127.0.0.1: loopback"),
-            (Draft { address: "db.example.com".into(), ..draft() }, "ipaddress: db.example.com is a DNS name"),
+            (Draft { address: "db.example.com".into(), ..draft() }, "ipaddress: db.example.com is a DNS name, and"),
             (Draft { host_name: "a.b".into(), ..draft() }, "host_name: must be one label"),
             (Draft { host_name: "10-0-0-9".into(), ..draft() }, "host_name: \"10-0-0-9\" spells the address 10.0.0.9"),
             (Draft { node_name: "Node".into(), ..draft() }, "node_name: must consist of"),

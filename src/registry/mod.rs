@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 pub use catalog::Catalog;
 pub use feed::{Batch, Event, Feed, Lagged, Subscription};
 pub use status::{Phase, Status};
+pub use writer::{Unrecovered, Writer, new};
 
 use crate::model::{Address, Instance, InstanceId, PortSet, ServiceKey, UnixMillis};
 

@@ -27,7 +27,7 @@ pub enum Record {
 }
 
 /// How the store is opened.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Options {
     /// Go on although damage loses acknowledged records (`--accept-loss`).
     pub accept_loss: bool,

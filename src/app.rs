@@ -1,0 +1,261 @@
+//! The composition root: [`bind`] takes everything that can be refused, [`Bound::run`] does the
+//! rest. The only file that sees every module; `main` and the tests share it.
+
+use std::{
+    io,
+    net::{SocketAddr, TcpListener as StdTcpListener},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, anyhow};
+use tokio::{net::TcpListener, runtime::Handle, sync::oneshot, task::JoinSet, time::timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::{
+    admin::{self, Admin},
+    config::Config,
+    dns, grpc,
+    metrics::Metrics,
+    registry::{self, Unrecovered},
+    store::{self, DataDir, Progress},
+    zone::{Publisher, Zone, ZoneConfig},
+};
+
+/// Once everything was told to stop, it has this long.
+const STOP_GRACE: Duration = Duration::from_secs(10);
+
+/// A recovery that takes longer than this says how far it is, again and again.
+const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+
+/// A process that holds its data directory and its addresses but does not serve yet.
+#[derive(Debug)]
+pub struct Bound {
+    config: Config,
+    data_dir: DataDir,
+    dns: dns::Bound,
+    grpc: Vec<StdTcpListener>,
+    admin: Vec<StdTcpListener>,
+}
+
+/// Takes the data directory, then the addresses: what another process holds is found out before
+/// anything is served.
+///
+/// # Errors
+/// What is held or cannot be had, by name.
+pub fn bind(config: Config) -> anyhow::Result<Bound> {
+    raise_open_files();
+    let data_dir = DataDir::lock(&config.data_dir)?;
+    let grpc = listen("--grpc-listen", &config.grpc_listen)?;
+    let admin = listen("--admin-listen", &config.admin_listen)?;
+    let dns = dns::bind(&config.dns).context("--dns-listen")?;
+    Ok(Bound { config, data_dir, dns, grpc, admin })
+}
+
+fn listen(flag: &str, addresses: &[SocketAddr]) -> anyhow::Result<Vec<StdTcpListener>> {
+    let one = |address: &SocketAddr| {
+        let listener = StdTcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    };
+    addresses
+        .iter()
+        .map(|address| {
+            one(address).map_err(|why: io::Error| match why.kind() {
+                io::ErrorKind::AddrInUse => anyhow!("{flag} {address}: another process listens there already"),
+                _ => anyhow!(why).context(format!("{flag} {address} cannot be bound")),
+            })
+        })
+        .collect()
+}
+
+/// Connections and streams need descriptors, and the usual soft limit is 1024.
+fn raise_open_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(why) = setrlimit(Resource::Nofile, limit) {
+        warn!(error = &why as &dyn std::error::Error, "the limit on open files stays where it is");
+    }
+}
+
+impl Bound {
+    /// Every listener: what it serves, and its address with the real port.
+    ///
+    /// # Errors
+    /// When the system does not say.
+    pub fn listeners(&self) -> io::Result<Vec<(&'static str, SocketAddr)>> {
+        let mut all = Vec::new();
+        for listener in &self.grpc {
+            all.push(("grpc", listener.local_addr()?));
+        }
+        all.extend(self.dns.addresses().into_iter().map(|address| ("dns", address)));
+        for listener in &self.admin {
+            all.push(("admin", listener.local_addr()?));
+        }
+        Ok(all)
+    }
+
+    /// Serves until `shutdown`, then drains: readiness goes down and registrations are refused
+    /// first, DNS answers until the drain time is over. Calls `ready` with the generation once
+    /// what was stored is served.
+    ///
+    /// # Errors
+    /// The first part that fails stops all others.
+    pub async fn run(
+        self,
+        shutdown: impl Future<Output = ()>,
+        ready: impl FnOnce(u64) + Send + 'static,
+    ) -> anyhow::Result<()> {
+        let Self { config, data_dir, dns, grpc, admin } = self;
+        let Config { zone, door, store, max_instances, drain, .. } = config;
+        let metrics = Arc::new(Metrics::new());
+        let (zone, publisher) = Zone::new(with_name_servers(zone, &dns.addresses()));
+        let (registry, unrecovered) = registry::new(max_instances, Arc::clone(&metrics));
+        let status = registry.status().clone();
+
+        // Registrations stop first, then the writer that answers them, answers last.
+        let [stop_grpc, stop_writer, stop_answers] = std::array::from_fn(|_| CancellationToken::new());
+        let mut parts = Parts::default();
+
+        let answers = dns.run(Arc::clone(&zone), Arc::clone(&metrics), stop_answers.clone());
+        parts.spawn("the DNS listeners", answers);
+
+        let pages = Admin {
+            zone: Arc::clone(&zone),
+            catalog: Arc::clone(registry.catalog()),
+            status: status.clone(),
+            metrics: Arc::clone(&metrics),
+        };
+        parts.spawn("the admin listeners", admin::run(from_std(admin)?, pages, stop_answers.clone()));
+
+        let services = grpc::Services { registry, door, metrics };
+        let calls = grpc::run(from_std(grpc)?, services, stop_grpc.clone());
+        let then_writer = stop_writer.clone();
+        parts.spawn("the gRPC listeners", async move {
+            let ended = calls.await;
+            then_writer.cancel();
+            ended
+        });
+
+        let recovery = Recovery { unrecovered, data_dir, store, publisher, zone };
+        let writer = spawn_writer(recovery, ready, stop_writer.clone())?;
+        parts.spawn("the registry", async { writer.await.context("its thread panicked")? });
+
+        let failed = tokio::select! {
+            () = shutdown => None,
+            failed = parts.first() => Some(failed),
+        };
+        status.drain();
+        stop_grpc.cancel();
+        if failed.is_none() {
+            info!(?drain, "shutting down: registrations are refused, DNS answers until the drain time is over");
+            tokio::time::sleep(drain).await;
+        }
+        stop_writer.cancel();
+        stop_answers.cancel();
+        if timeout(STOP_GRACE, parts.rest()).await.is_err() {
+            warn!("not everything stopped in time; what was acknowledged is safe");
+        }
+        failed.map_or(Ok(()), Err)
+    }
+}
+
+/// The tasks that make up the server, by name. None of them ends before it is told to, unless it
+/// failed, and then the others must not go on as if the server were whole.
+#[derive(Debug, Default)]
+struct Parts(JoinSet<(&'static str, anyhow::Result<()>)>);
+
+impl Parts {
+    fn spawn<E: Into<anyhow::Error>>(
+        &mut self,
+        name: &'static str,
+        part: impl Future<Output = Result<(), E>> + Send + 'static,
+    ) {
+        self.0.spawn(async move { (name, part.await.map_err(Into::into)) });
+    }
+
+    /// Why the first of them ended.
+    async fn first(&mut self) -> anyhow::Error {
+        match self.0.join_next().await {
+            Some(Ok((name, Err(why)))) => why.context(format!("{name} failed")),
+            Some(Ok((name, Ok(())))) => anyhow!("{name} ended without being told to"),
+            Some(Err(why)) => anyhow!(why).context("a part of the server panicked"),
+            None => anyhow!("nothing was started"),
+        }
+    }
+
+    /// Waits for all that are left, now that they were told to stop.
+    async fn rest(&mut self) {
+        while let Some(ended) = self.0.join_next().await {
+            match ended {
+                Ok((_, Ok(()))) => {}
+                Ok((name, Err(why))) => warn!("{name} failed while stopping: {why:#}"),
+                Err(why) => warn!("a part of the server panicked while stopping: {why}"),
+            }
+        }
+    }
+}
+
+/// What the writer's thread begins with.
+#[derive(Debug)]
+struct Recovery {
+    unrecovered: Unrecovered,
+    data_dir: DataDir,
+    store: store::Options,
+    publisher: Publisher,
+    zone: Arc<Zone>,
+}
+
+/// Recovers, then writes, on a thread of its own: both block. The receiver hears how it ended.
+fn spawn_writer(
+    recovery: Recovery,
+    ready: impl FnOnce(u64) + Send + 'static,
+    stop: CancellationToken,
+) -> anyhow::Result<oneshot::Receiver<anyhow::Result<()>>> {
+    let (ended, end) = oneshot::channel();
+    let runtime = Handle::current();
+    let work = move || -> anyhow::Result<()> {
+        let Recovery { unrecovered, data_dir, store, publisher, zone } = recovery;
+        let mut said = Instant::now();
+        let mut progress = |Progress { read, total }: Progress| {
+            if said.elapsed() >= PROGRESS_EVERY {
+                said = Instant::now();
+                let percent = (read * 100).checked_div(total).unwrap_or(100);
+                info!("recovering: {percent} % ({} of {} MiB)", read >> 20, total >> 20);
+            }
+        };
+        let writer = unrecovered.recover(data_dir, &store, publisher, &mut progress)?;
+        zone.set_ready();
+        ready(writer.generation());
+        writer.run(&runtime, &stop);
+        Ok(())
+    };
+    thread::Builder::new()
+        .name("registry".into())
+        .spawn(move || {
+            // Nobody may be left to hear it, when the server stopped during a recovery.
+            let _ = ended.send(work());
+        })
+        .context("the registry's thread cannot be started")?;
+    Ok(end)
+}
+
+fn from_std(listeners: Vec<StdTcpListener>) -> io::Result<Vec<TcpListener>> {
+    listeners.into_iter().map(TcpListener::from_std).collect()
+}
+
+/// Where no addresses of the zone's name server were given, they are the bound ones that others
+/// can reach.
+fn with_name_servers(zone: ZoneConfig, bound: &[SocketAddr]) -> ZoneConfig {
+    if !zone.ns_addresses.is_empty() {
+        return zone;
+    }
+    let reachable = bound.iter().map(SocketAddr::ip).filter(|ip| !ip.is_loopback());
+    let mut ns_addresses: Vec<_> = reachable.collect();
+    ns_addresses.sort_unstable();
+    ns_addresses.dedup();
+    ZoneConfig { ns_addresses, ..zone }
+}

@@ -1,0 +1,311 @@
+//! What `gangplank serve` is told: flags, environment variables, defaults, and what cannot stand.
+
+use std::{
+    env,
+    net::{IpAddr, SocketAddr},
+    num::NonZeroUsize,
+    path::PathBuf,
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail, ensure};
+use clap::{Args, builder::FalseyValueParser};
+
+use crate::{
+    dns::{DnsConfig, TcpLimits},
+    model::{DnsName, Door},
+    store,
+    zone::ZoneConfig,
+};
+
+/// Longest TTL that may be set, in seconds: an hour without a change is long for a service.
+const MAX_TTL: u32 = 3600;
+
+/// Longest NSID: it has to leave room for the answer (RFC 5001 sets no limit).
+const MAX_NSID: usize = 255;
+
+/// The flags of `gangplank serve`. Every flag is an environment variable too, lists with commas.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Where registrants connect; repeatable. Anything but loopback needs --insecure
+    #[arg(
+        long,
+        env = "GANGPLANK_GRPC_LISTEN",
+        value_name = "ADDR:PORT",
+        value_delimiter = ',',
+        default_value = "127.0.0.1:9080"
+    )]
+    grpc_listen: Vec<SocketAddr>,
+
+    /// Where DNS is answered, over UDP and TCP; repeatable. 0.0.0.0 and [::] mean every address of this machine
+    #[arg(
+        long,
+        env = "GANGPLANK_DNS_LISTEN",
+        value_name = "ADDR:PORT",
+        value_delimiter = ',',
+        default_value = "127.0.0.1:1053"
+    )]
+    dns_listen: Vec<SocketAddr>,
+
+    /// Where metrics, readiness and the JSON are served over HTTP; repeatable
+    #[arg(
+        long,
+        env = "GANGPLANK_ADMIN_LISTEN",
+        value_name = "ADDR:PORT",
+        value_delimiter = ',',
+        default_value = "127.0.0.1:9153"
+    )]
+    admin_listen: Vec<SocketAddr>,
+
+    /// Where registrations are kept [default: $XDG_STATE_HOME/gangplank, or ~/.local/state/gangplank]
+    #[arg(long, env = "GANGPLANK_DATA_DIR", value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+
+    /// Start although what is stored is damaged, and lose what cannot be read
+    #[arg(long, env = "GANGPLANK_ACCEPT_LOSS", value_parser = FalseyValueParser::new())]
+    accept_loss: bool,
+
+    /// The cluster's zone
+    #[arg(long, env = "GANGPLANK_ZONE", value_name = "NAME", default_value = "cluster.local")]
+    zone: String,
+
+    /// Seconds that answers may be cached, 0..=3600
+    #[arg(long, env = "GANGPLANK_TTL", value_name = "SECONDS", default_value_t = 5)]
+    ttl: u32,
+
+    /// Threads that answer UDP [default: one per core]
+    #[arg(long, env = "GANGPLANK_DNS_THREADS", value_name = "N")]
+    dns_threads: Option<NonZeroUsize>,
+
+    /// A network whose reverse zone is ours: its other addresses are NXDOMAIN instead of REFUSED; repeatable
+    #[arg(long, env = "GANGPLANK_REVERSE_ZONE", value_name = "CIDR", value_delimiter = ',')]
+    reverse_zone: Vec<String>,
+
+    /// The addresses of ns.dns.ZONE; repeatable [default: the DNS addresses that are not loopback]
+    #[arg(long, env = "GANGPLANK_NS_ADDRESS", value_name = "ADDR", value_delimiter = ',')]
+    ns_address: Vec<IpAddr>,
+
+    /// Serve instances that are not ready too
+    #[arg(long, env = "GANGPLANK_PUBLISH_NOT_READY", value_parser = FalseyValueParser::new())]
+    publish_not_ready: bool,
+
+    /// What NSID (RFC 5001) says of this server [default: the host name]
+    #[arg(long, env = "GANGPLANK_NSID", value_name = "TEXT")]
+    nsid: Option<String>,
+
+    /// Listen for gRPC beyond loopback without TLS: whoever reaches the port may register anything
+    #[arg(long, env = "GANGPLANK_INSECURE", value_parser = FalseyValueParser::new())]
+    insecure: bool,
+
+    /// Instances that may be registered; beyond that the answer is 507
+    #[arg(long, env = "GANGPLANK_MAX_INSTANCES", value_name = "N", default_value_t = 2_000_000)]
+    max_instances: usize,
+
+    /// DNS connections over TCP in all
+    #[arg(long, env = "GANGPLANK_TCP_CONNECTIONS", value_name = "N", default_value_t = 4096)]
+    tcp_connections: usize,
+
+    /// DNS connections over TCP of one address [default: no limit; CoreDNS is one address]
+    #[arg(long, env = "GANGPLANK_TCP_PER_PEER", value_name = "N")]
+    tcp_per_peer: Option<usize>,
+
+    /// A DNS connection without a question is closed after this long
+    #[arg(long, env = "GANGPLANK_TCP_IDLE", value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
+    tcp_idle: Duration,
+
+    /// A DNS message over TCP must arrive whole, and its answer be taken, within this long
+    #[arg(long, env = "GANGPLANK_TCP_MESSAGE", value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration)]
+    tcp_message: Duration,
+
+    /// Questions that may wait on one DNS connection
+    #[arg(long, env = "GANGPLANK_TCP_PIPELINED", value_name = "N", default_value_t = 64)]
+    tcp_pipelined: usize,
+
+    /// How long DNS goes on answering after SIGTERM, while clients turn elsewhere
+    #[arg(long, env = "GANGPLANK_DRAIN", value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
+    drain: Duration,
+}
+
+/// The same, checked, in the types of those who use it.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where registrants connect.
+    pub grpc_listen: Vec<SocketAddr>,
+    /// Where operators connect.
+    pub admin_listen: Vec<SocketAddr>,
+    /// The DNS listeners.
+    pub dns: DnsConfig,
+    /// The zone, with the addresses of its name server as far as they were given.
+    pub zone: ZoneConfig,
+    /// What registrations are measured against.
+    pub door: Door,
+    /// Where registrations are kept.
+    pub data_dir: PathBuf,
+    /// How the store is opened.
+    pub store: store::Options,
+    /// Instances that may be registered.
+    pub max_instances: usize,
+    /// How long DNS goes on answering after SIGTERM.
+    pub drain: Duration,
+}
+
+impl ServeArgs {
+    /// Checks what was given.
+    ///
+    /// # Errors
+    /// The flag that cannot stand, why, and what to do.
+    pub fn check(self) -> anyhow::Result<Config> {
+        // Without `..`: a flag that nobody uses does not compile.
+        let Self {
+            grpc_listen,
+            dns_listen,
+            admin_listen,
+            data_dir,
+            accept_loss,
+            zone,
+            ttl,
+            dns_threads,
+            reverse_zone,
+            ns_address,
+            publish_not_ready,
+            nsid,
+            insecure,
+            max_instances,
+            tcp_connections,
+            tcp_per_peer,
+            tcp_idle,
+            tcp_message,
+            tcp_pipelined,
+            drain,
+        } = self;
+
+        if let Some(open) = grpc_listen.iter().find(|addr| !addr.ip().is_loopback())
+            && !insecure
+        {
+            bail!(
+                "--grpc-listen {open}: whoever reaches this address could register anything, because there is no TLS yet. \
+                 Listen on a loopback address (127.0.0.1:{port}), or, where the network itself is trusted, add --insecure",
+                port = open.port()
+            );
+        }
+        let origin = DnsName::parse(&zone.to_ascii_lowercase()).with_context(|| format!("--zone {zone:?}"))?;
+        ensure!(ttl <= MAX_TTL, "--ttl {ttl}: must be 0..={MAX_TTL} seconds");
+        let nsid = nsid.map_or_else(|| gethostname::gethostname().into_encoded_bytes(), String::into_bytes);
+        ensure!(nsid.len() <= MAX_NSID, "--nsid: must have at most {MAX_NSID} octets, has {}", nsid.len());
+        for (flag, value) in [
+            ("--tcp-connections", tcp_connections),
+            ("--tcp-per-peer", tcp_per_peer.unwrap_or(1)),
+            ("--tcp-pipelined", tcp_pipelined),
+        ] {
+            ensure!(value > 0, "{flag}: must be at least 1");
+        }
+        for (flag, value) in [("--tcp-idle", tcp_idle), ("--tcp-message", tcp_message)] {
+            ensure!(!value.is_zero(), "{flag}: must be longer than nothing");
+        }
+        let reverse_zones = reverse_zone.iter().map(|cidr| parse_cidr(cidr)).collect::<Result<_, _>>()?;
+        let threads = dns_threads.or_else(|| thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
+
+        Ok(Config {
+            grpc_listen,
+            admin_listen,
+            dns: DnsConfig {
+                listen: dns_listen,
+                threads,
+                nsid,
+                tcp: TcpLimits {
+                    connections: tcp_connections,
+                    per_peer: tcp_per_peer,
+                    idle: tcp_idle,
+                    message: tcp_message,
+                    pipelined: tcp_pipelined,
+                },
+            },
+            door: Door { zone_wire_len: origin.wire_len(), names_allowed: false },
+            zone: ZoneConfig { origin, ttl, reverse_zones, ns_addresses: ns_address, publish_not_ready },
+            data_dir: data_dir.map_or_else(default_data_dir, Ok)?,
+            store: store::Options { accept_loss, ..store::Options::default() },
+            max_instances,
+            drain,
+        })
+    }
+}
+
+/// `10.1.0.0/16` or `2001:db8::/32`.
+fn parse_cidr(text: &str) -> anyhow::Result<(IpAddr, u8)> {
+    let parse = || {
+        let (address, length) = text.split_once('/').context("an address, a slash and a length are needed")?;
+        let address: IpAddr = address.parse().context("the address is none")?;
+        let length: u8 = length.parse().context("the length is no number")?;
+        let (bits, width) = match address {
+            IpAddr::V4(v4) => (u128::from(v4.to_bits()), 32),
+            IpAddr::V6(v6) => (v6.to_bits(), 128),
+        };
+        ensure!(length <= width, "the length must be 0..={width}");
+        let host_bits = u32::from(width - length);
+        let host_part = bits & 1u128.checked_shl(host_bits).map_or(u128::MAX, |bit| bit - 1);
+        ensure!(host_part == 0, "bits are set beyond the first {length}");
+        Ok((address, length))
+    };
+    parse().with_context(|| format!("--reverse-zone {text:?} is not a network such as 10.1.0.0/16"))
+}
+
+/// The per-user state directory (XDG Base Directory Specification).
+fn default_data_dir() -> anyhow::Result<PathBuf> {
+    let from = |name: &str| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    from("XDG_STATE_HOME")
+        .or_else(|| from("HOME").map(|home| home.join(".local/state")))
+        .map(|state| state.join("gangplank"))
+        .context("--data-dir: must be given, because neither XDG_STATE_HOME nor HOME is set")
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        serve: ServeArgs,
+    }
+
+    fn check(flags: &[&str]) -> Result<Config, String> {
+        let line = ["gangplank", "--data-dir", "/nowhere"].iter().chain(flags);
+        Line::try_parse_from(line).expect("clap takes it").serve.check().map_err(|why| format!("{why:#}"))
+    }
+
+    #[test]
+    fn beyond_loopback_grpc_needs_to_be_told_so() {
+        let said = check(&["--grpc-listen", "0.0.0.0:9080"]).expect_err("refused");
+        assert!(said.contains("--grpc-listen 0.0.0.0:9080") && said.contains("--insecure"), "{said}");
+        assert!(check(&["--grpc-listen", "0.0.0.0:9080", "--insecure"]).is_ok());
+        assert!(check(&["--grpc-listen", "[::1]:9080"]).is_ok());
+    }
+
+    #[test]
+    fn what_cannot_stand_names_its_flag() {
+        for (flags, says) in [
+            (["--ttl", "3601"], "--ttl 3601"),
+            (["--zone", "a..b"], "--zone \"a..b\""),
+            (["--reverse-zone", "10.0.0.0"], "--reverse-zone \"10.0.0.0\""),
+            (["--reverse-zone", "10.0.0.1/8"], "bits are set beyond the first 8"),
+            (["--reverse-zone", "10.0.0.0/33"], "0..=32"),
+            (["--tcp-pipelined", "0"], "--tcp-pipelined"),
+            (["--tcp-idle", "0s"], "--tcp-idle"),
+        ] {
+            let said = check(&flags).expect_err("refused");
+            assert!(said.contains(says), "{said:?} should contain {says:?}");
+        }
+    }
+
+    #[test]
+    fn networks_of_every_length_are_read() {
+        for (text, length) in
+            [("0.0.0.0/0", 0), ("10.0.0.0/8", 8), ("10.1.2.3/32", 32), ("::/0", 0), ("2001:db8::/33", 33)]
+        {
+            assert_eq!(parse_cidr(text).expect(text).1, length);
+        }
+    }
+}
