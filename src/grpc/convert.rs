@@ -110,11 +110,6 @@ pub(super) struct Echo {
 }
 
 impl Echo {
-    /// The type of the message, as it came.
-    pub(super) fn kind(&self) -> i32 {
-        self.kind
-    }
-
     /// The answer to a message that was refused here.
     pub(super) fn refused(self, refusal: Refusal) -> RegistrationResponse {
         self.answer(AnswerStatus::Invalid, refusal.0, 0)
@@ -132,8 +127,7 @@ impl Echo {
             Outcome::Updated | Outcome::Unchanged => self.answer(AnswerStatus::Ok, String::new(), generation),
             Outcome::Removed(_) => self.answer(AnswerStatus::Removed, String::new(), generation),
             Outcome::NotFound => {
-                let details =
-                    format!("{}/{} has no instance at {}", self.namespace, self.service_name, self.ipaddress);
+                let details = format!("{}/{} has no instance at {}", self.namespace, self.service_name, self.ipaddress);
                 let with_ports = if self.ports.is_empty() { "" } else { " with exactly these ports" };
                 self.answer(AnswerStatus::NotFound, details + with_ports, generation)
             }
@@ -293,13 +287,7 @@ fn reserved(message: &RegistrationMsg) -> Result<(), Refusal> {
     Ok(())
 }
 
-fn register(
-    echo: &mut Echo,
-    rest: Draft,
-    priority: u32,
-    door: &Door,
-    now: UnixMillis,
-) -> Result<Command, Refusal> {
+fn register(echo: &mut Echo, rest: Draft, priority: u32, door: &Door, now: UnixMillis) -> Result<Command, Refusal> {
     let service = service(echo, door)?;
     let priority = u16::try_from(priority)
         .map_err(|_| Refusal(format!("priority: must be 0..=65535 (RFC 2782), got {priority}")))?;
@@ -311,8 +299,7 @@ fn register(
         protocol,
         name: std::mem::take(&mut port.name),
     });
-    let draft =
-        Draft { address: std::mem::take(&mut echo.ipaddress), ports: ports.collect(), priority, ..rest };
+    let draft = Draft { address: std::mem::take(&mut echo.ipaddress), ports: ports.collect(), priority, ..rest };
     let instance = door.instance(&service, &draft, now).map_err(|why| Refusal::new(&why));
     echo.ipaddress = draft.address;
     for (port, lent) in echo.ports.iter_mut().zip(draft.ports) {

@@ -2,8 +2,6 @@
 
 mod conversation;
 
-use std::sync::Arc;
-
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -17,9 +15,9 @@ use super::{
     },
 };
 use crate::{
-    metrics::{Metrics, RegistrationKind},
+    metrics::{Metrics, RefusalReason, RegistrationKind},
     model::UnixMillis,
-    registry::{Ack, Unavailable},
+    registry::{Ack, Command, Outcome, Unavailable},
 };
 
 /// `registry.ServiceRegistry`.
@@ -38,22 +36,26 @@ impl RegistryService {
     /// the registry carries it out.
     async fn carry_out(&self, message: RegistrationMsg) -> RegistrationResult {
         let (echo, command) = convert::parse(message, &self.services.door, UnixMillis::now());
+        let mut unavailable = None;
         let response = match command {
             Err(refusal) => echo.refused(refusal),
             Ok(command) => match self.submit_one(command).await {
-                Ok(Ack { generation, outcomes }) => match outcomes.first() {
-                    Some(outcome) => echo.carried_out(*outcome, generation),
-                    None => echo.unavailable(Unavailable::ShuttingDown),
-                },
-                Err(why) => echo.unavailable(why),
+                Ok((outcome, generation)) => echo.carried_out(outcome, generation),
+                Err(why) => {
+                    unavailable = Some(why);
+                    echo.unavailable(why)
+                }
             },
         };
-        count(&self.services.metrics, &response);
+        count(&self.services.metrics, &response, unavailable);
         convert::result(response)
     }
 
-    async fn submit_one(&self, command: crate::registry::Command) -> Result<Ack, Unavailable> {
-        self.services.registry.submit(vec![command]).await?.await
+    async fn submit_one(&self, command: Command) -> Result<(Outcome, u64), Unavailable> {
+        let Ack { generation, outcomes } = self.services.registry.submit(vec![command]).await?.await?;
+        // One outcome per command; a missing one cannot be called done.
+        let outcome = outcomes.first().copied().ok_or(Unavailable::ShuttingDown)?;
+        Ok((outcome, generation))
     }
 }
 
@@ -80,8 +82,17 @@ impl ServiceRegistry for RegistryService {
     }
 }
 
-/// Counts an answer that is given.
-fn count(metrics: &Arc<Metrics>, response: &RegistrationResponse) {
+/// Counts an answer that is given; `unavailable` is why the registry did not take it, if so.
+fn count(metrics: &Metrics, response: &RegistrationResponse, unavailable: Option<Unavailable>) {
+    let refused = match unavailable {
+        Some(Unavailable::NotReady) => Some(RefusalReason::NotReady),
+        Some(Unavailable::ShuttingDown) => Some(RefusalReason::ShuttingDown),
+        Some(Unavailable::StorageFailed) => Some(RefusalReason::StorageFailed),
+        None => (response.status == convert::AnswerStatus::Invalid.code()).then_some(RefusalReason::Invalid),
+    };
+    if let Some(reason) = refused {
+        metrics.registry.refused(reason);
+    }
     let kind = match RegistrationType::try_from(response.r#type) {
         Ok(RegistrationType::Register) => RegistrationKind::Register,
         Ok(RegistrationType::Unregister) => RegistrationKind::Unregister,

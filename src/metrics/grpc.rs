@@ -119,9 +119,8 @@ impl GrpcMetrics {
     pub(super) fn register(all: &mut Registry) -> Self {
         let handled = Family::<Handled, Counter>::default();
         // 0.1 ms to 26 s.
-        let handling = Family::<Method, Histogram>::new_with_constructor(|| {
-            Histogram::new(exponential_buckets(0.000_1, 4.0, 10))
-        });
+        let handling =
+            Family::<Method, Histogram>::new_with_constructor(|| Histogram::new(exponential_buckets(0.000_1, 4.0, 10)));
         for method in Method::ALL {
             drop(handled.get_or_create(&Handled { method, grpc_code: "OK" }));
             drop(handling.get_or_create(&method));

@@ -74,6 +74,17 @@ struct Landed {
     cost: usize,
 }
 
+impl Landed {
+    /// What became of the next command.
+    fn outcome(&mut self) -> Result<Outcome, Unavailable> {
+        match self.refused {
+            Some(why) => Err(why),
+            // One outcome per command; a missing one cannot be called done.
+            None => self.outcomes.next().ok_or(Unavailable::ShuttingDown),
+        }
+    }
+}
+
 /// Where the reading side stands.
 #[derive(Debug)]
 enum Reading {
@@ -189,16 +200,14 @@ where
             self.cost -= mem::take(&mut self.landed.cost);
             return None;
         };
-        let response = match (place, self.landed.refused) {
-            (Err(refusal), _) => echo.refused(refusal),
-            (Ok(()), Some(why)) => echo.unavailable(why),
-            (Ok(()), None) => match self.landed.outcomes.next() {
-                Some(outcome) => echo.carried_out(outcome, self.landed.generation),
-                // The registry gives one outcome per command; a missing one cannot be called done.
-                None => echo.unavailable(Unavailable::ShuttingDown),
+        let (response, unavailable) = match place {
+            Err(refusal) => (echo.refused(refusal), None),
+            Ok(()) => match self.landed.outcome() {
+                Ok(outcome) => (echo.carried_out(outcome, self.landed.generation), None),
+                Err(why) => (echo.unavailable(why), Some(why)),
             },
         };
-        count(&self.services.metrics, &response);
+        count(&self.services.metrics, &response, unavailable);
         Some(response)
     }
 
