@@ -11,8 +11,7 @@ mod reading;
 use std::sync::Arc;
 
 pub(super) use reading::{
-    change_from_proto, change_to_proto, key_from_proto, protocol_from_proto, service_from_proto, service_parts,
-    timestamp,
+    change_from_proto, change_to_proto, protocol_from_proto, service_from_proto, service_parts, service_to_proto,
 };
 
 use super::proto::registry::{

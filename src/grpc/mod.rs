@@ -5,6 +5,7 @@
 
 pub mod client;
 mod convert;
+mod discovery_service;
 mod incoming;
 mod registry_service;
 mod track;
@@ -19,7 +20,12 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::warn;
 
 use self::{
-    proto::registry::service_registry_server::ServiceRegistryServer, registry_service::RegistryService, track::Tracked,
+    discovery_service::DiscoveryService,
+    proto::{
+        gangplank::v1::discovery_server::DiscoveryServer, registry::service_registry_server::ServiceRegistryServer,
+    },
+    registry_service::RegistryService,
+    track::Tracked,
 };
 use crate::{
     metrics::Metrics,
@@ -133,6 +139,7 @@ fn server() -> Server {
 
 fn routes(services: &Services, stop: &CancellationToken) -> io::Result<(Routes, HealthReporter)> {
     let registry = RegistryService::new(services.clone(), stop.clone());
+    let discovery = DiscoveryService::new(services.clone(), stop.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -140,6 +147,7 @@ fn routes(services: &Services, stop: &CancellationToken) -> io::Result<(Routes, 
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     let routes = Routes::new(ServiceRegistryServer::new(registry).max_decoding_message_size(MAX_MESSAGE))
+        .add_service(DiscoveryServer::new(discovery).max_decoding_message_size(MAX_MESSAGE))
         .add_service(health_service)
         .add_service(reflection().build_v1().map_err(io::Error::other)?)
         // Older grpcurl and others ask for this one.

@@ -20,7 +20,7 @@ const PART: usize = 1_000;
 const ANSWERS: Door = Door { zone_wire_len: 1, names_allowed: true };
 
 /// The moment as protobuf writes it.
-pub(in crate::grpc) fn timestamp(at: UnixMillis) -> Timestamp {
+fn timestamp(at: UnixMillis) -> Timestamp {
     Timestamp {
         seconds: i64::try_from(at.0 / 1_000).unwrap_or(i64::MAX),
         nanos: i32::try_from(at.0 % 1_000).expect("below 1 000") * 1_000_000,
@@ -59,22 +59,32 @@ fn instance_to_proto(instance: &Instance) -> v1::Instance {
     }
 }
 
-/// The service as messages of at most [`PART`] instances; one for a service without any.
-pub(in crate::grpc) fn service_parts(
-    key: ServiceKey,
-    service: Service,
-    most: Option<usize>,
-) -> impl Iterator<Item = v1::Service> + Send {
-    let created = service.created().map(timestamp);
-    let part = most.unwrap_or(PART).max(1);
-    let parts = service.instances.len().div_ceil(part).max(1);
-    (0..parts).map(move |index| v1::Service {
+/// The service as one message, however large.
+pub(in crate::grpc) fn service_to_proto(key: &ServiceKey, service: &Service) -> v1::Service {
+    part_to_proto(key, service, service.created(), 0, service.instances.len())
+}
+
+/// The service as messages of at most [`PART`] instances, one after the other.
+pub(in crate::grpc) fn service_parts(key: ServiceKey, service: Service) -> impl Iterator<Item = v1::Service> + Send {
+    let created = service.created();
+    let parts = service.instances.len().div_ceil(PART);
+    (0..parts).map(move |index| part_to_proto(&key, &service, created, index * PART, PART))
+}
+
+fn part_to_proto(
+    key: &ServiceKey,
+    service: &Service,
+    created: Option<UnixMillis>,
+    from: usize,
+    most: usize,
+) -> v1::Service {
+    v1::Service {
         namespace: key.namespace().to_owned(),
         name: key.name().to_owned(),
-        instances: service.instances.iter_from(index * part).take(part).map(|i| instance_to_proto(i)).collect(),
+        instances: service.instances.iter_from(from).take(most).map(|instance| instance_to_proto(instance)).collect(),
         generation: service.generation,
-        created,
-    })
+        created: created.map(timestamp),
+    }
 }
 
 /// A change, with everything but its cursor.
@@ -106,7 +116,7 @@ pub(in crate::grpc) fn change_to_proto(
 }
 
 /// The two names of a service in an answer.
-pub(in crate::grpc) fn key_from_proto(namespace: &str, name: &str) -> Result<ServiceKey, ClientError> {
+fn key_from_proto(namespace: &str, name: &str) -> Result<ServiceKey, ClientError> {
     ANSWERS.service(namespace, name).map_err(|why| ClientError::Answer(why.to_string()))
 }
 
