@@ -1,7 +1,40 @@
 //! The client side of both services, in model types: for the command line and the agent.
+//!
+//! It dials once, at [`Client::connect`], so that a server that is not there is said at once and
+//! not by the first call. It does not retry: who calls it knows whether that makes sense.
 
+use std::{collections::VecDeque, error::Error, sync::Arc, time::Duration};
+
+use tonic::{
+    Code, Request, Status, Streaming,
+    transport::{Channel, Endpoint},
+};
+
+use super::{
+    convert::{change_from_proto, port_to_proto, service_from_proto},
+    proto::{
+        gangplank::v1::{
+            GetServiceRequest, ListServicesRequest, Restart, WatchRequest, WatchResponse,
+            discovery_client::DiscoveryClient, restart::Reason, watch_response::Event,
+        },
+        registry::{RegistrationResult, ServiceInfo, service_registry_client::ServiceRegistryClient},
+    },
+};
 use crate::model::{Draft, Instance, Service, ServiceKey, Timeline};
-use std::sync::Arc;
+
+/// How long a connection may take to open.
+const CONNECT: Duration = Duration::from_secs(5);
+
+/// How long one unary call may take. A server whose disk hangs answers late or never.
+const CALL: Duration = Duration::from_secs(30);
+
+/// A quiet connection is probed after this long, and given up [`KEEPALIVE_TIMEOUT`] later: a
+/// watch that hangs on a dead peer would show an old world for ever.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Most octets of one answer. A service of a million instances comes to some 100 MB.
+const MAX_ANSWER: usize = 256 * 1024 * 1024;
 
 /// Why a call did not succeed.
 #[derive(Debug, thiserror::Error)]
@@ -12,7 +45,7 @@ pub enum ClientError {
         /// The URL that was dialled.
         url: String,
         /// What the transport said.
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: Box<dyn Error + Send + Sync>,
     },
     /// The URL is not one.
     #[error("{url:?} is not a server URL such as http://127.0.0.1:9080")]
@@ -40,7 +73,7 @@ pub struct Answer {
     pub status: u32,
     /// For a refusal: the field and the reason.
     pub details: String,
-    /// The generation in which it is served.
+    /// The generation in which it is served; 0 for a refusal.
     pub generation: u64,
 }
 
@@ -49,7 +82,8 @@ pub struct Answer {
 pub enum WatchEvent {
     /// A service as it stands.
     Snapshot(ServiceKey, Service),
-    /// The snapshot is complete.
+    /// The snapshot is complete, or, later and now and then, nothing that was asked for has
+    /// changed up to here.
     Synced {
         /// Up to which generation.
         generation: u64,
@@ -93,7 +127,14 @@ pub enum ChangeKind {
 
 /// A watch that is open.
 #[derive(Debug)]
-pub struct Watch {}
+pub struct Watch {
+    url: Arc<str>,
+    stream: Streaming<WatchResponse>,
+    /// A service of the snapshot of which more parts may come.
+    part: Option<(ServiceKey, Service)>,
+    /// What was read already and stands behind what was given out.
+    read: VecDeque<WatchEvent>,
+}
 
 impl Watch {
     /// The next event; `None` when the server ended the stream.
@@ -101,13 +142,69 @@ impl Watch {
     /// # Errors
     /// When the connection breaks or the answer cannot be read.
     pub async fn next(&mut self) -> Result<Option<WatchEvent>, ClientError> {
-        Ok(None)
+        loop {
+            if let Some(event) = self.read.pop_front() {
+                return Ok(Some(event));
+            }
+            let Some(message) = self.stream.message().await.map_err(|status| refused(&self.url, status))? else {
+                return Ok(self.part.take().map(|(key, service)| WatchEvent::Snapshot(key, service)));
+            };
+            self.take(message)?;
+        }
+    }
+
+    fn take(&mut self, message: WatchResponse) -> Result<(), ClientError> {
+        let cursor = message.cursor;
+        let event = match message.event {
+            Some(Event::Snapshot(part)) => {
+                let (key, service) = service_from_proto(part)?;
+                let whole = join(&mut self.part, key, service);
+                self.read.extend(whole.map(|(key, service)| WatchEvent::Snapshot(key, service)));
+                return Ok(());
+            }
+            Some(Event::Synced(synced)) => WatchEvent::Synced { generation: synced.generation, cursor },
+            Some(Event::Change(change)) => change_from_proto(change, cursor)?,
+            Some(Event::Restart(restart)) => restart_from_proto(restart),
+            // Something a newer server says: it is not for us.
+            None => return Ok(()),
+        };
+        self.read.extend(self.part.take().map(|(key, service)| WatchEvent::Snapshot(key, service)));
+        self.read.push_back(event);
+        Ok(())
+    }
+}
+
+fn restart_from_proto(restart: Restart) -> WatchEvent {
+    let reason = match Reason::try_from(restart.reason) {
+        Ok(Reason::SlowReader) => "slow reader",
+        Ok(Reason::UnknownCursor) => "unknown cursor",
+        Ok(Reason::ShuttingDown) => "shutting down",
+        Ok(Reason::Unspecified) | Err(_) => "unknown",
+    };
+    WatchEvent::Restart { reason, message: restart.message }
+}
+
+/// Adds a part to the service it belongs to; gives back the service before, when that is whole.
+fn join(open: &mut Option<(ServiceKey, Service)>, key: ServiceKey, part: Service) -> Option<(ServiceKey, Service)> {
+    match open {
+        Some((open, service)) if *open == key => {
+            service.generation = service.generation.max(part.generation);
+            for instance in &part.instances {
+                service.instances.put(Arc::clone(instance));
+            }
+            None
+        }
+        open => open.replace((key, part)),
     }
 }
 
 /// A connection to a server.
 #[derive(Debug, Clone)]
-pub struct Client {}
+pub struct Client {
+    url: Arc<str>,
+    registry: ServiceRegistryClient<Channel>,
+    discovery: DiscoveryClient<Channel>,
+}
 
 impl Client {
     /// Dials `url`, for instance `http://127.0.0.1:9080`.
@@ -115,39 +212,79 @@ impl Client {
     /// # Errors
     /// When it is not a URL or nobody listens there.
     pub async fn connect(url: &str) -> Result<Self, ClientError> {
-        Err(ClientError::Url { url: url.into() })
+        let no_url = || ClientError::Url { url: url.to_owned() };
+        let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| no_url())?;
+        // TLS is not there yet; `https` would dial in plaintext.
+        if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().host().is_none_or(str::is_empty) {
+            return Err(no_url());
+        }
+        let endpoint = endpoint
+            .connect_timeout(CONNECT)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEPALIVE)
+            .keep_alive_timeout(KEEPALIVE_TIMEOUT);
+        let dialled = tokio::time::timeout(CONNECT, endpoint.connect()).await;
+        let channel = match dialled {
+            Ok(Ok(channel)) => channel,
+            Ok(Err(source)) => return Err(ClientError::Unreachable { url: url.to_owned(), source: source.into() }),
+            Err(late) => return Err(ClientError::Unreachable { url: url.to_owned(), source: late.into() }),
+        };
+        Ok(Self {
+            url: url.into(),
+            registry: ServiceRegistryClient::new(channel.clone()),
+            discovery: DiscoveryClient::new(channel).max_decoding_message_size(MAX_ANSWER),
+        })
     }
 
     /// Registers one instance. A refusal is an [`Answer`] too.
     ///
     /// # Errors
     /// When the call itself fails.
-    pub async fn register(&mut self, _namespace: &str, _name: &str, _draft: &Draft) -> Result<Answer, ClientError> {
-        Err(ClientError::Answer(String::new()))
+    pub async fn register(&mut self, namespace: &str, name: &str, draft: &Draft) -> Result<Answer, ClientError> {
+        let answered = self.registry.register(call(info(namespace, name, draft))).await;
+        self.answer(answered.map(tonic::Response::into_inner))
     }
 
     /// Removes one instance; without ports in `draft`, all of its address. Only address and ports count.
     ///
     /// # Errors
     /// When the call itself fails.
-    pub async fn unregister(&mut self, _namespace: &str, _name: &str, _draft: &Draft) -> Result<Answer, ClientError> {
-        Err(ClientError::Answer(String::new()))
+    pub async fn unregister(&mut self, namespace: &str, name: &str, draft: &Draft) -> Result<Answer, ClientError> {
+        let answered = self.registry.un_register(call(info(namespace, name, draft))).await;
+        self.answer(answered.map(tonic::Response::into_inner))
     }
 
     /// One service, or `None`.
     ///
     /// # Errors
     /// When the call itself fails.
-    pub async fn service(&mut self, _key: &ServiceKey) -> Result<Option<Service>, ClientError> {
-        Err(ClientError::Answer(String::new()))
+    pub async fn service(&mut self, key: &ServiceKey) -> Result<Option<Service>, ClientError> {
+        let request = GetServiceRequest { namespace: key.namespace().to_owned(), name: key.name().to_owned() };
+        let answer = match self.discovery.get_service(call(request)).await {
+            Ok(answer) => answer.into_inner(),
+            Err(status) if status.code() == Code::NotFound => return Ok(None),
+            Err(status) => return Err(refused(&self.url, status)),
+        };
+        let service = answer.service.ok_or_else(|| ClientError::Answer("no service in it".into()))?;
+        service_from_proto(service).map(|(_, service)| Some(service))
     }
 
     /// All services in order, or those of one namespace.
     ///
     /// # Errors
     /// When the call itself fails.
-    pub async fn services(&mut self, _namespace: Option<&str>) -> Result<Vec<(ServiceKey, Service)>, ClientError> {
-        Err(ClientError::Answer(String::new()))
+    pub async fn services(&mut self, namespace: Option<&str>) -> Result<Vec<(ServiceKey, Service)>, ClientError> {
+        let request = ListServicesRequest { namespace: namespace.unwrap_or_default().to_owned() };
+        let listed = self.discovery.list_services(request).await;
+        let mut stream = listed.map_err(|status| refused(&self.url, status))?.into_inner();
+        let (mut services, mut part) = (Vec::new(), None);
+        while let Some(message) = stream.message().await.map_err(|status| refused(&self.url, status))? {
+            let service = message.service.ok_or_else(|| ClientError::Answer("no service in it".into()))?;
+            let (key, service) = service_from_proto(service)?;
+            services.extend(join(&mut part, key, service));
+        }
+        services.extend(part);
+        Ok(services)
     }
 
     /// Watches all, one namespace, or one service; from a cursor, or from a snapshot.
@@ -156,10 +293,53 @@ impl Client {
     /// When the call itself fails.
     pub async fn watch(
         &mut self,
-        _namespace: Option<&str>,
-        _service: Option<&str>,
-        _cursor: Option<Vec<u8>>,
+        namespace: Option<&str>,
+        service: Option<&str>,
+        cursor: Option<Vec<u8>>,
     ) -> Result<Watch, ClientError> {
-        Err(ClientError::Answer(String::new()))
+        let request = WatchRequest {
+            namespace: namespace.unwrap_or_default().to_owned(),
+            service: service.unwrap_or_default().to_owned(),
+            cursor: cursor.unwrap_or_default(),
+        };
+        let opened = self.discovery.watch(request).await;
+        let stream = opened.map_err(|status| refused(&self.url, status))?.into_inner();
+        Ok(Watch { url: Arc::clone(&self.url), stream, part: None, read: VecDeque::new() })
     }
+
+    fn answer(&self, answered: Result<RegistrationResult, Status>) -> Result<Answer, ClientError> {
+        let result = answered.map_err(|status| refused(&self.url, status))?;
+        Ok(Answer { status: result.status, details: result.status_details, generation: result.generation })
+    }
+}
+
+/// A unary call, which does not wait for ever.
+fn call<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(CALL);
+    request
+}
+
+fn info(namespace: &str, name: &str, draft: &Draft) -> ServiceInfo {
+    let ports = draft.ports.iter().map(|port| port_to_proto(port.number, port.protocol, &port.name));
+    ServiceInfo {
+        namespace: namespace.to_owned(),
+        service_name: name.to_owned(),
+        host_name: draft.host_name.clone(),
+        ipaddress: draft.address.clone(),
+        node_name: draft.node_name.clone(),
+        ports: ports.collect(),
+        weight: draft.weight,
+        priority: draft.priority.into(),
+        ..ServiceInfo::default()
+    }
+}
+
+/// A failed call: either the server said no, or there was no server to say it.
+fn refused(url: &str, status: Status) -> ClientError {
+    let transport = status.source().is_some_and(|source| source.is::<tonic::transport::Error>());
+    if transport {
+        return ClientError::Unreachable { url: url.to_owned(), source: status.into() };
+    }
+    ClientError::Status { code: format!("{:?}", status.code()), message: status.message().to_owned() }
 }

@@ -4,13 +4,34 @@
 //! goes to the registry are model types.
 
 pub mod client;
+mod convert;
+mod discovery_service;
+mod incoming;
+mod registry_service;
+mod track;
 
-use std::{io, sync::Arc};
+use std::{io, sync::Arc, time::Duration};
 
-use tokio::net::TcpListener;
+use futures::future;
+use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
+use tonic::{service::Routes, transport::Server};
+use tonic_health::{ServingStatus, server::HealthReporter};
+use tracing::warn;
 
-use crate::{metrics::Metrics, model::Door, registry::RegistryHandle};
+use self::{
+    discovery_service::DiscoveryService,
+    proto::{
+        gangplank::v1::discovery_server::DiscoveryServer, registry::service_registry_server::ServiceRegistryServer,
+    },
+    registry_service::RegistryService,
+    track::Tracked,
+};
+use crate::{
+    metrics::Metrics,
+    model::Door,
+    registry::{Phase, RegistryHandle, Status},
+};
 
 /// Code generated from `proto/`.
 #[allow(missing_docs, unreachable_pub, clippy::all, reason = "generated")]
@@ -41,11 +62,121 @@ pub struct Services {
     pub metrics: Arc<Metrics>,
 }
 
+/// Calls and streams that may be open at once, on all listeners together. Beyond it a call is
+/// answered RESOURCE_EXHAUSTED.
+const MAX_CALLS: usize = 12_000;
+
+/// Calls and streams that may be open at once on one connection; the client is told and waits.
+const MAX_CALLS_PER_CONNECTION: u32 = 1_024;
+
+/// Most octets of one message from a client: a registration has a few hundred.
+const MAX_MESSAGE: usize = 64 * 1024;
+
+/// Most octets of a call's headers.
+const MAX_HEADERS: u32 = 16 * 1024;
+
+/// Octets that a client may send ahead of what was read, on one stream and on one connection.
+const STREAM_WINDOW: u32 = 128 * 1024;
+const CONNECTION_WINDOW: u32 = 1024 * 1024;
+
+/// A quiet connection is probed after this long, and given up [`KEEPALIVE_TIMEOUT`] later: so
+/// half-open peers (a machine that lost power) are noticed.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long clients have to take their last answers after the stop; then connections are cut.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// How long connections that are cut may take to be gone.
+const CUT: Duration = Duration::from_secs(1);
+
+/// What answers for each service, and for the server as a whole (the empty name).
+const HEALTH_NAMES: [&str; 3] = ["", "registry.ServiceRegistry", "gangplank.v1.Discovery"];
+
 /// Serves on every listener until `stop`: then streams are told, and what was read is answered.
 ///
 /// # Errors
 /// The first listener that fails stops all.
-pub async fn run(_listeners: Vec<TcpListener>, _services: Services, stop: CancellationToken) -> io::Result<()> {
+pub async fn run(listeners: Vec<TcpListener>, services: Services, stop: CancellationToken) -> io::Result<()> {
+    let cut = CancellationToken::new();
+    let (routes, health) = routes(&services, &stop)?;
+    let routes = Tracked::new(routes, Arc::new(Semaphore::new(MAX_CALLS)), Arc::clone(&services.metrics));
+    let servers = listeners.into_iter().map(|listener| {
+        let connections = incoming::connections(listener, Arc::clone(&services.metrics), cut.clone());
+        let served = server().serve_with_incoming_shutdown(routes.clone(), connections, stop.clone().cancelled_owned());
+        async { served.await.map_err(io::Error::other) }
+    });
+    // Without a listener too this lasts until the stop.
+    let servers = async { future::try_join(future::try_join_all(servers), stopped(&stop)).await.map(|_| ()) };
+    let status = follow_health(services.registry.status(), health, &stop);
+    let deadline = async {
+        stop.cancelled().await;
+        tokio::time::sleep(GRACE).await;
+        warn!("clients did not take their last answers in time; their connections are closed");
+        cut.cancel();
+        tokio::time::sleep(CUT).await;
+    };
+    tokio::select! {
+        served = async { future::join(servers, status).await.0 } => served,
+        () = deadline => Ok(()),
+    }
+}
+
+async fn stopped(stop: &CancellationToken) -> io::Result<()> {
     stop.cancelled().await;
     Ok(())
+}
+
+fn server() -> Server {
+    Server::builder()
+        .max_concurrent_streams(MAX_CALLS_PER_CONNECTION)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .http2_max_header_list_size(MAX_HEADERS)
+}
+
+fn routes(services: &Services, stop: &CancellationToken) -> io::Result<(Routes, HealthReporter)> {
+    let registry = RegistryService::new(services.clone(), stop.clone());
+    let discovery = DiscoveryService::new(services.clone(), stop.clone());
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let routes = Routes::new(ServiceRegistryServer::new(registry).max_decoding_message_size(MAX_MESSAGE))
+        .add_service(DiscoveryServer::new(discovery).max_decoding_message_size(MAX_MESSAGE))
+        .add_service(health_service)
+        .add_service(reflection().build_v1().map_err(io::Error::other)?)
+        // Older grpcurl and others ask for this one.
+        .add_service(reflection().build_v1alpha().map_err(io::Error::other)?);
+    Ok((routes, health))
+}
+
+/// Health is what registrants go by: serving means that registrations are accepted. Readers are
+/// told the same, though what stands can be read as long as the process runs.
+async fn follow_health(status: &Status, mut health: HealthReporter, stop: &CancellationToken) {
+    let mut phases = status.watch();
+    loop {
+        let serving = match *phases.borrow_and_update() {
+            Phase::Ready if !stop.is_cancelled() => ServingStatus::Serving,
+            Phase::Ready | Phase::Recovering | Phase::StorageFailed(_) | Phase::Draining => ServingStatus::NotServing,
+        };
+        for name in HEALTH_NAMES {
+            health.set_service_status(name, serving).await;
+        }
+        if stop.is_cancelled() {
+            break;
+        }
+        tokio::select! {
+            changed = phases.changed() => if changed.is_err() { stop.cancelled().await },
+            () = stop.cancelled() => {}
+        }
+    }
+    // Ends the streams of those who watch, after they saw the last word.
+    for name in HEALTH_NAMES {
+        health.clear_service_status(name).await;
+    }
 }

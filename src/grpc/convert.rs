@@ -1,0 +1,356 @@
+//! Protobuf ↔ model. Every refusal of a registration is made here or in [`Door`], and names the
+//! field and the reason; past this module there are no raw texts.
+//!
+//! A removal looks at what identifies an instance and at nothing else: `namespace`,
+//! `service_name`, `ipaddress`, and the numbers and protocols of `ports`. Whatever attributes a
+//! client leaves in the message (names, weight, priority) are not looked at, so that the message
+//! that registered an instance also removes it. Reserved fields are refused in both.
+
+mod reading;
+
+use std::sync::Arc;
+
+pub(super) use reading::{
+    change_from_proto, change_to_proto, protocol_from_proto, service_from_proto, service_parts, service_to_proto,
+};
+
+use super::proto::registry::{
+    Health, NamedPort, Protocol as WireProtocol, RegistrationMsg, RegistrationResponse, RegistrationResult,
+    RegistrationType, ServiceInfo,
+};
+use crate::{
+    model::{
+        Address, Door, Draft, DraftPort, MAX_INSTANCE_OCTETS, PortError, PortSet, Protocol, ServiceKey, UnixMillis,
+    },
+    registry::{Command, Outcome, Unavailable},
+};
+
+/// Most octets of a `request_id`. It is echoed, never kept.
+const MAX_REQUEST_ID: usize = 128;
+
+/// Most ports in a message: each takes 12 octets or more of what an instance may carry. It keeps
+/// the search for doubles, which compares each with each, short.
+const MAX_PORTS: usize = MAX_INSTANCE_OCTETS / 12;
+
+/// Longest `status_details` in octets; texts that came from outside are shown in part.
+const MAX_DETAILS: usize = 512;
+
+/// What a message costs beyond its texts, in octets: the structs it becomes.
+const MESSAGE_COST: usize = 256;
+const PORT_COST: usize = 128;
+
+/// What becomes of a message, as `status` of its answer says it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum AnswerStatus {
+    /// A new instance.
+    Created,
+    /// Already there: same or updated.
+    Ok,
+    /// Removed.
+    Removed,
+    /// A field cannot stand.
+    Invalid,
+    /// Nothing there to remove.
+    NotFound,
+    /// Try again.
+    Unavailable,
+    /// The server's limit of instances is reached.
+    Full,
+}
+
+impl AnswerStatus {
+    /// The number on the wire: HTTP's, where HTTP has one for it.
+    pub(super) fn code(self) -> u32 {
+        match self {
+            Self::Created => 201,
+            Self::Ok => 200,
+            Self::Removed => 204,
+            Self::Invalid => 400,
+            Self::NotFound => 404,
+            Self::Unavailable => 503,
+            Self::Full => 507,
+        }
+    }
+}
+
+/// Why a message cannot stand: `field: reason`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Refusal(String);
+
+impl Refusal {
+    fn new(text: &dyn std::fmt::Display) -> Self {
+        let mut text = text.to_string();
+        shorten(&mut text, MAX_DETAILS);
+        Self(text)
+    }
+
+    fn unsupported(field: &dyn std::fmt::Display) -> Self {
+        Self(format!("{field}: not supported yet; leave it out"))
+    }
+}
+
+/// Cuts `text` to `most` octets at the border of a character, and shows that it was cut.
+fn shorten(text: &mut String, most: usize) {
+    if text.len() > most {
+        text.truncate(text.floor_char_boundary(most.saturating_sub('…'.len_utf8())));
+        text.push('…');
+    }
+}
+
+/// What an answer repeats of its message: the fields that say which instance was meant.
+#[derive(Debug, Default)]
+pub(super) struct Echo {
+    kind: i32,
+    namespace: String,
+    service_name: String,
+    ipaddress: String,
+    ports: Vec<NamedPort>,
+    request_id: String,
+}
+
+impl Echo {
+    /// The answer to a message that was refused here.
+    pub(super) fn refused(self, refusal: Refusal) -> RegistrationResponse {
+        self.answer(AnswerStatus::Invalid, refusal.0, 0)
+    }
+
+    /// The answer to a message that the registry did not take.
+    pub(super) fn unavailable(self, why: Unavailable) -> RegistrationResponse {
+        self.answer(AnswerStatus::Unavailable, why.to_string(), 0)
+    }
+
+    /// The answer to a message that the registry carried out, in `generation`.
+    pub(super) fn carried_out(self, outcome: Outcome, generation: u64) -> RegistrationResponse {
+        match outcome {
+            Outcome::Created => self.answer(AnswerStatus::Created, String::new(), generation),
+            Outcome::Updated | Outcome::Unchanged => self.answer(AnswerStatus::Ok, String::new(), generation),
+            Outcome::Removed(_) => self.answer(AnswerStatus::Removed, String::new(), generation),
+            Outcome::NotFound => {
+                let details = format!("{}/{} has no instance at {}", self.namespace, self.service_name, self.ipaddress);
+                let with_ports = if self.ports.is_empty() { "" } else { " with exactly these ports" };
+                self.answer(AnswerStatus::NotFound, details + with_ports, generation)
+            }
+            Outcome::Full { limit } => {
+                let details = format!("the server holds {limit} instances, which is its limit; nothing was added");
+                self.answer(AnswerStatus::Full, details, 0)
+            }
+        }
+    }
+
+    fn answer(self, status: AnswerStatus, details: String, generation: u64) -> RegistrationResponse {
+        RegistrationResponse {
+            r#type: self.kind,
+            namespace: self.namespace,
+            service_name: self.service_name,
+            ipaddress: self.ipaddress,
+            ports: self.ports,
+            status: status.code(),
+            status_details: details,
+            request_id: self.request_id,
+            generation,
+        }
+    }
+}
+
+/// A unary call as the message of the stream that says the same.
+pub(super) fn message(kind: RegistrationType, info: ServiceInfo) -> RegistrationMsg {
+    let ServiceInfo {
+        namespace,
+        service_name,
+        host_name,
+        ipaddress,
+        node_name,
+        ports,
+        weight,
+        request_id,
+        ttl,
+        priority,
+        metadata,
+        methods,
+        topology_zone,
+        checks,
+        health,
+    } = info;
+    RegistrationMsg {
+        r#type: kind.into(),
+        namespace,
+        service_name,
+        host_name,
+        ipaddress,
+        node_name,
+        ports,
+        weight,
+        request_id,
+        ttl,
+        priority,
+        metadata,
+        methods,
+        topology_zone,
+        checks,
+        health,
+    }
+}
+
+/// The answer on the stream as the result of a unary call.
+pub(super) fn result(response: RegistrationResponse) -> RegistrationResult {
+    let RegistrationResponse {
+        r#type: _,
+        namespace,
+        service_name,
+        ipaddress,
+        ports,
+        status,
+        status_details,
+        request_id,
+        generation,
+    } = response;
+    RegistrationResult { namespace, service_name, ipaddress, ports, status, status_details, request_id, generation }
+}
+
+/// Octets of memory that a message takes until it is answered, roughly and from above.
+pub(super) fn cost(message: &RegistrationMsg) -> usize {
+    let texts = [
+        &message.namespace,
+        &message.service_name,
+        &message.host_name,
+        &message.ipaddress,
+        &message.node_name,
+        &message.request_id,
+    ];
+    let texts: usize = texts.into_iter().map(String::len).sum();
+    let ports: usize = message.ports.iter().map(|port| port.name.len() + PORT_COST).sum();
+    // What identifies the instance stands in the echo and again in the command.
+    MESSAGE_COST + 2 * texts + ports
+}
+
+/// Takes a message apart: what its answer repeats, and the command, or why there is none.
+pub(super) fn parse(message: RegistrationMsg, door: &Door, now: UnixMillis) -> (Echo, Result<Command, Refusal>) {
+    let refusal = reserved(&message).err();
+    let RegistrationMsg {
+        r#type: kind,
+        namespace,
+        service_name,
+        host_name,
+        ipaddress,
+        node_name,
+        ports,
+        weight,
+        mut request_id,
+        priority,
+        ..
+    } = message;
+
+    let too_long = request_id.len() > MAX_REQUEST_ID;
+    let refusal = if too_long {
+        let length = request_id.len();
+        shorten(&mut request_id, MAX_REQUEST_ID);
+        Some(Refusal(format!("request_id: must have at most {MAX_REQUEST_ID} octets, got {length}")))
+    } else {
+        refusal
+    };
+    let mut echo = Echo { kind, namespace, service_name, ipaddress, ports, request_id };
+    if let Some(refusal) = refusal {
+        return (echo, Err(refusal));
+    }
+    let command = match RegistrationType::try_from(kind) {
+        Ok(RegistrationType::Register) => {
+            let rest = Draft { host_name, node_name, weight, ..Draft::default() };
+            register(&mut echo, rest, priority, door, now)
+        }
+        Ok(RegistrationType::Unregister) => unregister(&echo, door),
+        Ok(later @ (RegistrationType::Heartbeat | RegistrationType::Drain)) => {
+            Err(Refusal(format!("type: {} is not supported yet", later.as_str_name())))
+        }
+        Err(_) => Err(Refusal(format!("type: {kind} is none; REGISTER is 0 and UNREGISTER 1"))),
+    };
+    (echo, command)
+}
+
+/// Fields whose numbers are taken but which mean nothing yet: one that is set is refused,
+/// because a setting silently ignored would be a lie.
+fn reserved(message: &RegistrationMsg) -> Result<(), Refusal> {
+    let set = [
+        (message.ttl.is_some(), "ttl"),
+        (!message.metadata.is_empty(), "metadata"),
+        (!message.methods.is_empty(), "methods"),
+        (!message.topology_zone.is_empty(), "topology_zone"),
+        (!message.checks.is_empty(), "checks"),
+        (message.health != i32::from(Health::Unspecified), "health"),
+    ];
+    if let Some((_, field)) = set.iter().find(|(set, _)| *set) {
+        return Err(Refusal::unsupported(field));
+    }
+    if let Some(index) = message.ports.iter().position(|port| !port.app_protocol.is_empty()) {
+        return Err(Refusal::unsupported(&format_args!("ports[{index}].app_protocol")));
+    }
+    Ok(())
+}
+
+fn register(echo: &mut Echo, rest: Draft, priority: u32, door: &Door, now: UnixMillis) -> Result<Command, Refusal> {
+    let service = service(echo, door)?;
+    let priority = u16::try_from(priority)
+        .map_err(|_| Refusal(format!("priority: must be 0..=65535 (RFC 2782), got {priority}")))?;
+    let protocols = protocols(&echo.ports)?;
+
+    // The texts are lent to the draft and taken back for the answer: nothing is copied.
+    let ports = echo.ports.iter_mut().zip(protocols).map(|(port, protocol)| DraftPort {
+        number: port.port.into(),
+        protocol,
+        name: std::mem::take(&mut port.name),
+    });
+    let draft = Draft { address: std::mem::take(&mut echo.ipaddress), ports: ports.collect(), priority, ..rest };
+    let instance = door.instance(&service, &draft, now).map_err(|why| Refusal::new(&why));
+    echo.ipaddress = draft.address;
+    for (port, lent) in echo.ports.iter_mut().zip(draft.ports) {
+        port.name = lent.name;
+    }
+    Ok(Command::Register { service, instance: Arc::new(instance?) })
+}
+
+fn unregister(echo: &Echo, door: &Door) -> Result<Command, Refusal> {
+    let service = service(echo, door)?;
+    let address: Address = door.address(&echo.ipaddress).map_err(|why| Refusal::new(&why))?;
+    let protocols = protocols(&echo.ports)?;
+    let mut pairs = Vec::with_capacity(echo.ports.len());
+    for (index, (port, protocol)) in echo.ports.iter().zip(protocols).enumerate() {
+        match u16::try_from(port.port) {
+            Ok(0) | Err(_) => {
+                return Err(Refusal(format!("ports[{index}]: {}", PortError::Number(port.port.into()))));
+            }
+            Ok(number) => pairs.push((protocol, number)),
+        }
+    }
+    Ok(Command::Unregister { service, address, ports: PortSet::new(pairs) })
+}
+
+fn service(echo: &Echo, door: &Door) -> Result<ServiceKey, Refusal> {
+    door.service(&echo.namespace, &echo.service_name).map_err(|why| Refusal::new(&why))
+}
+
+fn protocols(ports: &[NamedPort]) -> Result<Vec<Protocol>, Refusal> {
+    if ports.len() > MAX_PORTS {
+        return Err(Refusal(format!("ports: {} given, an instance carries at most {MAX_PORTS}", ports.len())));
+    }
+    let known = |(index, port): (usize, &NamedPort)| {
+        protocol_from_proto(port.protocol).ok_or_else(|| {
+            Refusal(format!("ports[{index}].protocol: {} is none; TCP is 0, UDP 1, SCTP 2", port.protocol))
+        })
+    };
+    ports.iter().enumerate().map(known).collect()
+}
+
+/// A port as it goes out.
+pub(super) fn port_to_proto(number: i64, protocol: Protocol, name: &str) -> NamedPort {
+    let protocol = match protocol {
+        Protocol::Tcp => WireProtocol::Tcp,
+        Protocol::Udp => WireProtocol::Udp,
+        Protocol::Sctp => WireProtocol::Sctp,
+    };
+    NamedPort {
+        // What does not fit is no port either way, and the server says so.
+        port: i32::try_from(number).unwrap_or(-1),
+        name: name.to_owned(),
+        protocol: protocol.into(),
+        app_protocol: String::new(),
+    }
+}

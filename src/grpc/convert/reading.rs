@@ -1,0 +1,172 @@
+//! What readers get: services, instances and changes, in both directions.
+
+use std::sync::Arc;
+
+use prost_types::Timestamp;
+
+use super::port_to_proto;
+use crate::{
+    grpc::{
+        client::{ChangeKind, ClientError, WatchEvent},
+        proto::{gangplank::v1, registry::Protocol as WireProtocol},
+    },
+    model::{Change, Door, Draft, DraftPort, Instance, Protocol, Service, ServiceKey, Timeline, UnixMillis},
+};
+
+/// Most instances in one message of a list or of a watch's snapshot: some 100 KB.
+const PART: usize = 1_000;
+
+/// What a client holds an answer against: the server has checked more than this already.
+const ANSWERS: Door = Door { zone_wire_len: 1, names_allowed: true };
+
+/// The moment as protobuf writes it.
+fn timestamp(at: UnixMillis) -> Timestamp {
+    Timestamp {
+        seconds: i64::try_from(at.0 / 1_000).unwrap_or(i64::MAX),
+        nanos: i32::try_from(at.0 % 1_000).expect("below 1 000") * 1_000_000,
+    }
+}
+
+fn millis(at: Option<Timestamp>) -> UnixMillis {
+    let Some(at) = at else { return UnixMillis(0) };
+    let seconds = u64::try_from(at.seconds).unwrap_or(0);
+    let nanos = u64::try_from(at.nanos).unwrap_or(0);
+    UnixMillis(seconds.saturating_mul(1_000).saturating_add(nanos / 1_000_000))
+}
+
+/// The protocol with this number, if there is one.
+pub(in crate::grpc) fn protocol_from_proto(number: i32) -> Option<Protocol> {
+    match WireProtocol::try_from(number).ok()? {
+        WireProtocol::Tcp => Some(Protocol::Tcp),
+        WireProtocol::Udp => Some(Protocol::Udp),
+        WireProtocol::Sctp => Some(Protocol::Sctp),
+    }
+}
+
+fn instance_to_proto(instance: &Instance) -> v1::Instance {
+    let ports = instance.ports().as_slice().iter();
+    v1::Instance {
+        address: instance.address().to_string(),
+        ports: ports
+            .map(|port| port_to_proto(port.number.into(), port.protocol, port.name.as_ref().map_or("", |n| n.as_str())))
+            .collect(),
+        host_name: instance.host_name().map_or_else(String::new, ToString::to_string),
+        node_name: instance.node_name().map_or_else(String::new, ToString::to_string),
+        weight: instance.weight().get(),
+        priority: instance.priority().into(),
+        ready: instance.ready(),
+        registered: Some(timestamp(instance.registered())),
+    }
+}
+
+/// The service as one message, however large.
+pub(in crate::grpc) fn service_to_proto(key: &ServiceKey, service: &Service) -> v1::Service {
+    part_to_proto(key, service, service.created(), 0, service.instances.len())
+}
+
+/// The service as messages of at most [`PART`] instances, one after the other.
+pub(in crate::grpc) fn service_parts(key: ServiceKey, service: Service) -> impl Iterator<Item = v1::Service> + Send {
+    let created = service.created();
+    let parts = service.instances.len().div_ceil(PART);
+    (0..parts).map(move |index| part_to_proto(&key, &service, created, index * PART, PART))
+}
+
+fn part_to_proto(
+    key: &ServiceKey,
+    service: &Service,
+    created: Option<UnixMillis>,
+    from: usize,
+    most: usize,
+) -> v1::Service {
+    v1::Service {
+        namespace: key.namespace().to_owned(),
+        name: key.name().to_owned(),
+        instances: service.instances.iter_from(from).take(most).map(|instance| instance_to_proto(instance)).collect(),
+        generation: service.generation,
+        created: created.map(timestamp),
+    }
+}
+
+/// A change, with everything but its cursor.
+pub(in crate::grpc) fn change_to_proto(
+    service: &ServiceKey,
+    change: &Change,
+    generation: u64,
+    timeline: Timeline,
+) -> v1::Change {
+    let (kind, instance) = match (&change.before, &change.after) {
+        (None, after) => (v1::change::Kind::Added, after),
+        (Some(_), after @ Some(_)) => (v1::change::Kind::Updated, after),
+        (before @ Some(_), None) => (v1::change::Kind::Removed, before),
+    };
+    let Timeline { received, durable, visible, acknowledged } = timeline;
+    v1::Change {
+        kind: kind.into(),
+        namespace: service.namespace().to_owned(),
+        service: service.name().to_owned(),
+        instance: instance.as_deref().map(instance_to_proto),
+        generation,
+        timeline: Some(v1::Timeline {
+            received: Some(timestamp(received)),
+            durable: Some(timestamp(durable)),
+            visible: Some(timestamp(visible)),
+            acknowledged: Some(timestamp(acknowledged)),
+        }),
+    }
+}
+
+/// The two names of a service in an answer.
+fn key_from_proto(namespace: &str, name: &str) -> Result<ServiceKey, ClientError> {
+    ANSWERS.service(namespace, name).map_err(|why| ClientError::Answer(why.to_string()))
+}
+
+/// A service in an answer, or a part of one.
+pub(in crate::grpc) fn service_from_proto(service: v1::Service) -> Result<(ServiceKey, Service), ClientError> {
+    let key = key_from_proto(&service.namespace, &service.name)?;
+    let instances = service.instances.into_iter().map(|instance| instance_from_proto(&key, instance).map(Arc::new));
+    let instances = instances.collect::<Result<_, _>>()?;
+    Ok((key, Service { instances, generation: service.generation }))
+}
+
+/// A change in an answer.
+pub(in crate::grpc) fn change_from_proto(change: v1::Change, cursor: Vec<u8>) -> Result<WatchEvent, ClientError> {
+    let kind = match v1::change::Kind::try_from(change.kind) {
+        Ok(v1::change::Kind::Added) => ChangeKind::Added,
+        Ok(v1::change::Kind::Updated) => ChangeKind::Updated,
+        Ok(v1::change::Kind::Removed) => ChangeKind::Removed,
+        Ok(v1::change::Kind::Unspecified) | Err(_) => {
+            return Err(ClientError::Answer(format!("a change of kind {}", change.kind)));
+        }
+    };
+    let service = key_from_proto(&change.namespace, &change.service)?;
+    let instance = change.instance.ok_or_else(|| ClientError::Answer("a change without an instance".into()))?;
+    let instance = Arc::new(instance_from_proto(&service, instance)?);
+    let v1::Timeline { received, durable, visible, acknowledged } = change.timeline.unwrap_or_default();
+    let timeline = Timeline {
+        received: millis(received),
+        durable: millis(durable),
+        visible: millis(visible),
+        acknowledged: millis(acknowledged),
+    };
+    Ok(WatchEvent::Change { kind, service, instance, generation: change.generation, timeline, cursor })
+}
+
+fn instance_from_proto(service: &ServiceKey, instance: v1::Instance) -> Result<Instance, ClientError> {
+    let unreadable = |why: &dyn std::fmt::Display| ClientError::Answer(format!("an instance of {service}: {why}"));
+    let mut ports = Vec::with_capacity(instance.ports.len());
+    for port in instance.ports {
+        let protocol = protocol_from_proto(port.protocol)
+            .ok_or_else(|| unreadable(&format_args!("the protocol {} is unknown", port.protocol)))?;
+        ports.push(DraftPort { number: port.port.into(), protocol, name: port.name });
+    }
+    let draft = Draft {
+        address: instance.address,
+        ports,
+        host_name: instance.host_name,
+        node_name: instance.node_name,
+        weight: Some(instance.weight),
+        priority: u16::try_from(instance.priority).map_err(|why| unreadable(&why))?,
+    };
+    let read = ANSWERS.instance(service, &draft, millis(instance.registered)).map_err(|why| unreadable(&why))?;
+    Ok(read.with_ready(instance.ready))
+}

@@ -1,0 +1,130 @@
+//! The readers' service: what is registered, and every change as it happens.
+//!
+//! It reads immutable values and a ring of changes. Nothing here can hold up the writer.
+
+mod cursor;
+mod snapshot;
+mod watch;
+
+use std::{pin::Pin, sync::Arc};
+
+use futures::{Stream, StreamExt as _, stream};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+
+use self::{cursor::Cursor, snapshot::Filter, watch::Watch};
+use super::{
+    Services, convert,
+    proto::gangplank::v1::{
+        GetServiceRequest, GetServiceResponse, GetServicesByMethodRequest, GetServicesByMethodResponse,
+        ListServicesRequest, ListServicesResponse, WatchRequest, WatchResponse, discovery_server::Discovery,
+        restart::Reason,
+    },
+};
+use crate::{
+    model::{Field, InvalidInstance, Namespace, ServiceKey},
+    registry::{Phase, Unavailable},
+};
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// `gangplank.v1.Discovery`.
+#[derive(Debug)]
+pub(super) struct DiscoveryService {
+    services: Services,
+    stop: CancellationToken,
+}
+
+impl DiscoveryService {
+    pub(super) fn new(services: Services, stop: CancellationToken) -> Self {
+        Self { services, stop }
+    }
+
+    /// Before the recovery is complete, "there is none" would be a lie.
+    fn ready(&self) -> Result<(), Status> {
+        match self.services.registry.status().phase() {
+            Phase::Recovering => Err(Status::unavailable(Unavailable::NotReady.to_string())),
+            Phase::Ready | Phase::StorageFailed(_) | Phase::Draining => Ok(()),
+        }
+    }
+
+    fn service(&self, namespace: &str, name: &str) -> Result<ServiceKey, Status> {
+        self.services.door.service(namespace, name).map_err(|InvalidInstance { field, reason }| {
+            // These requests call the name of a service otherwise than registrations do.
+            let field = if field == Field::ServiceName { "name".into() } else { field.to_string() };
+            Status::invalid_argument(format!("{field}: {reason}"))
+        })
+    }
+
+    fn filter(&self, namespace: String, service: &str) -> Result<Filter, Status> {
+        match (namespace.as_str(), service) {
+            ("", "") => Ok(Filter::All),
+            ("", _) => Err(Status::invalid_argument("namespace: must be given with a service")),
+            (namespace, "") => Namespace::parse(namespace)
+                .map(|namespace| Filter::Namespace(namespace.as_str().into()))
+                .map_err(|why| Status::invalid_argument(format!("namespace: {why}"))),
+            (namespace, service) => self.service(namespace, service).map(Filter::Service),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Discovery for DiscoveryService {
+    async fn get_service(&self, request: Request<GetServiceRequest>) -> Result<Response<GetServiceResponse>, Status> {
+        self.ready()?;
+        let GetServiceRequest { namespace, name } = request.into_inner();
+        let key = self.service(&namespace, &name)?;
+        let catalog = self.services.registry.catalog();
+        let generation = catalog.generation();
+        let service =
+            catalog.get(&key).ok_or_else(|| Status::not_found(format!("nothing is registered under {key}")))?;
+        let generation = generation.max(service.generation);
+        let service = Some(convert::service_to_proto(&key, &service));
+        Ok(Response::new(GetServiceResponse { service, generation }))
+    }
+
+    async fn get_services_by_method(
+        &self,
+        _request: Request<GetServicesByMethodRequest>,
+    ) -> Result<Response<GetServicesByMethodResponse>, Status> {
+        Err(Status::unimplemented("registrations carry no methods yet, so there is nothing to find by them"))
+    }
+
+    type ListServicesStream = Answers<ListServicesResponse>;
+
+    async fn list_services(
+        &self,
+        request: Request<ListServicesRequest>,
+    ) -> Result<Response<Self::ListServicesStream>, Status> {
+        self.ready()?;
+        let filter = self.filter(request.into_inner().namespace, "")?;
+        let catalog = self.services.registry.catalog();
+        let generation = catalog.generation();
+        let services = snapshot::read(Arc::clone(catalog), filter).await?;
+        let parts = services.into_iter().flat_map(|(key, service)| convert::service_parts(key, service));
+        let messages = parts.map(move |part| Ok(ListServicesResponse { service: Some(part), generation }));
+        Ok(Response::new(stream::iter(messages).boxed()))
+    }
+
+    type WatchStream = Answers<WatchResponse>;
+
+    async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        self.ready()?;
+        let WatchRequest { namespace, service, cursor } = request.into_inner();
+        let filter = self.filter(namespace, &service)?;
+        let registry = &self.services.registry;
+        let watch = if cursor.is_empty() {
+            Watch::from_snapshot(registry, filter, self.stop.clone()).await?
+        } else {
+            match Cursor::decode(&cursor, registry.feed().epoch(), registry.catalog().generation()) {
+                Some(cursor) => Watch::resume(registry, filter, cursor, self.stop.clone()),
+                None => Watch::over(
+                    registry,
+                    Reason::UnknownCursor,
+                    "the cursor is not of this run of the server; watch again without one",
+                ),
+            }
+        };
+        Ok(Response::new(watch.into_stream().boxed()))
+    }
+}
