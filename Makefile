@@ -1,0 +1,72 @@
+# Every command of this project. `make` alone lists them.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+target := $(or $(CARGO_TARGET_DIR),target)
+tools := target/tools/bin
+
+.PHONY: help
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# The development profile: it compiles in half the time of a release build and answers a person
+# just as fast. `make release` builds what one would install or measure.
+.PHONY: run
+run: ## start the server with its defaults: gRPC 9080, DNS 1053, admin 9153, all on 127.0.0.1
+	cargo run -- serve
+
+.PHONY: release
+release: ## build target/release/gangplank, optimised
+	cargo build --release --locked
+
+.PHONY: test
+test: lint doc deny ## everything that CI runs: lints, docs, licences, benches compile, all tests
+	tests/tools/install.sh dns python go
+	cargo test --locked --benches --no-run
+	cargo test --locked --no-fail-fast
+
+.PHONY: lint
+lint: ## formatting, clippy with warnings as errors, and that every source file is compiled
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	@cat $(target)/debug/deps/*.d | tr -s ' :' '\n' | sed "s|^$$PWD/||" | sort -u >$(target)/compiled-files
+	@find src tests benches -name '*.rs' 2>/dev/null | sort | comm -23 - $(target)/compiled-files >$(target)/uncompiled-files
+	@if [ -s $(target)/uncompiled-files ]; then \
+		echo "no target compiles these files; declare them with \`mod\`, or delete them:"; cat $(target)/uncompiled-files; exit 1; fi
+
+.PHONY: fmt
+fmt: ## format the sources
+	cargo fmt
+
+.PHONY: doc
+doc: ## build the API docs, warnings as errors
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+
+.PHONY: deny
+deny: ## licences, duplicate crates and sources of the dependencies
+	tests/tools/install.sh deny
+	$(tools)/cargo-deny check licenses bans sources
+
+.PHONY: advisories
+advisories: ## known vulnerabilities of the dependencies (fetches the advisory database)
+	tests/tools/install.sh deny
+	$(tools)/cargo-deny check advisories
+
+.PHONY: tools
+tools: ## install what the tests run beside gangplank (dig, Go and Python clients, …) into target/tools
+	tests/tools/install.sh
+
+.PHONY: bench
+bench: ## run the benches (about ten minutes)
+	cargo bench
+
+.PHONY: crash
+crash: ## 200 cycles of kill -9 under load, each checked against what was acknowledged
+	GANGPLANK_CRASH_CYCLES=200 cargo test --locked --test integration crash -- --nocapture
+
+.PHONY: clean
+clean: ## delete everything that was built, the test tools too
+	cargo clean

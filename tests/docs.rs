@@ -1,0 +1,198 @@
+//! What the pages show is what happens: every `console` block of the README and of `docs/` is
+//! carried out against the real binary, and what it prints is compared.
+//!
+//! A page is one session from top to bottom. `make run` starts the server, on free ports, and
+//! again on the same data; `kill -9 …` and `kill -TERM …` strike that server; every other command
+//! is run by a shell. Ports are exchanged for the real ones on the way in and back on the way
+//! out; generations, times and process ids compare as equal, and so do runs of blanks.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use crate::support::{
+    server::{BINARY, Server},
+    tools::{self, ROOT},
+};
+
+#[test]
+fn readme() {
+    replay("README.md", &["dig", "nslookup"]);
+}
+
+#[test]
+fn docs_registry_api() {
+    replay("docs/registry-api.md", &["dig"]);
+}
+
+#[test]
+fn docs_dns() {
+    replay("docs/dns.md", &["dig"]);
+}
+
+#[test]
+fn docs_operations() {
+    replay("docs/operations.md", &["dig"]);
+}
+
+#[test]
+fn every_page_is_replayed_and_says_what_to_do_next() {
+    for entry in fs::read_dir(Path::new(ROOT).join("docs")).expect("there is a folder of pages") {
+        let page = entry.expect("it can be read").file_name().into_string().expect("ASCII");
+        let replayed = include_str!("docs.rs").contains(&format!("replay(\"docs/{page}\""));
+        assert!(replayed, "docs/{page} is replayed by no test");
+        let text = fs::read_to_string(Path::new(ROOT).join("docs").join(&page)).expect("a page is UTF-8");
+        let last = text.lines().rfind(|line| line.starts_with("## ")).unwrap_or_default();
+        assert_eq!(last, "## Next", "the last section of docs/{page}");
+    }
+}
+
+#[test]
+fn every_make_command_that_a_page_names_exists() {
+    let makefile = fs::read_to_string(Path::new(ROOT).join("Makefile")).expect("there is a Makefile");
+    for page in ["README.md", "docs/operations.md"] {
+        let text = fs::read_to_string(Path::new(ROOT).join(page)).expect("a page is UTF-8");
+        let named = text.match_indices("make ").map(|(at, make)| {
+            let rest = &text[at + make.len()..];
+            (&text[..at], &rest[..rest.find(|c: char| !c.is_ascii_lowercase()).unwrap_or(rest.len())])
+        });
+        let mut commands = 0;
+        for (_, name) in named.filter(|(before, _)| before.ends_with(['`', ' ', '\n']) && !before.ends_with(" to ")) {
+            assert!(makefile.contains(&format!("\n{name}:")), "{page} names `make {name}`");
+            commands += 1;
+        }
+        assert!(commands > 0, "{page} names commands");
+    }
+}
+
+/// One command and what the page says it prints.
+#[derive(Debug, PartialEq, Eq)]
+struct Step {
+    line: usize,
+    command: String,
+    printed: Vec<String>,
+}
+
+fn replay(page: &str, needed: &[&str]) {
+    if needed.iter().any(|tool| tools::require(tool).is_none()) {
+        return;
+    }
+    let text = fs::read_to_string(Path::new(ROOT).join(page)).expect("a page is UTF-8");
+    let steps = steps(&text);
+    assert!(steps.len() > 2, "{page} shows commands");
+    let mut server: Option<Server> = None;
+    for Step { line, command, printed } in steps {
+        let (out, real) = carry_out(&command, &mut server);
+        let real = if let Some(server) = &server { as_documented(&real, server) } else { real };
+        let shown: Vec<String> = printed.iter().map(|line| masked(line)).collect();
+        let got: Vec<String> = real.lines().map(masked).collect();
+        let got = got.strip_suffix(&[String::new()]).unwrap_or(&got);
+        assert_eq!(shown, got, "{page}:{line}: `{command}` ({out}) printed:\n{real}\n");
+    }
+}
+
+/// How it ended, and what it printed on stdout and stderr.
+fn carry_out(command: &str, server: &mut Option<Server>) -> (String, String) {
+    match command {
+        "make run" => {
+            let started = server.take().map_or_else(Server::start, Server::restart);
+            let greeting = started.greeting.join("\n");
+            *server = Some(started);
+            ("started".into(), greeting)
+        }
+        signal if signal.starts_with("kill -") => {
+            let server = server.as_mut().expect("the page starts the server first");
+            match signal {
+                "kill -9 $(pidof gangplank)" => server.kill9(),
+                "kill -TERM $(pidof gangplank)" => assert!(server.terminate().success(), "it ends with exit code 0"),
+                other => panic!("the test does not know the signal of `{other}`"),
+            }
+            ("signalled".into(), String::new())
+        }
+        command => {
+            let server = server.as_ref().expect("the page starts the server first");
+            let command = format!("{{ {}\n}} 2>&1", as_running(command, server));
+            let programs = Path::new(BINARY).parent().expect("a file is in a folder");
+            let path = std::env::var("PATH").expect("there is a PATH");
+            let output = Command::new("bash")
+                .args(["-c", &command])
+                .env("PATH", format!("{}:{}:{path}", programs.display(), tools::bin().display()))
+                .env("GANGPLANK_SERVER", format!("http://{}", server.grpc))
+                .env("GANGPLANK_DNS", server.dns.to_string())
+                .current_dir(ROOT)
+                .stdin(Stdio::null())
+                .output()
+                .expect("there is a bash");
+            (output.status.to_string(), String::from_utf8(output.stdout).expect("it prints UTF-8"))
+        }
+    }
+}
+
+/// The commands of all `console` blocks. A line that ends in `\` goes on in the next.
+fn steps(page: &str) -> Vec<Step> {
+    let mut steps: Vec<Step> = Vec::new();
+    let (mut inside, mut open) = (false, false);
+    for (number, line) in (1..).zip(page.lines()) {
+        if line.starts_with("```") {
+            inside = !inside && line == "```console";
+            open = false;
+        } else if inside && open {
+            let step = steps.last_mut().expect("it was opened");
+            step.command.push('\n');
+            step.command.push_str(line);
+            open = line.ends_with('\\');
+        } else if let Some(command) = line.strip_prefix("$ ").filter(|_| inside) {
+            steps.push(Step { line: number, command: command.to_owned(), printed: Vec::new() });
+            open = line.ends_with('\\');
+        } else if inside {
+            steps.last_mut().expect("a block begins with a command").printed.push(line.to_owned());
+        }
+    }
+    steps
+}
+
+/// Documented port and real port of each listener.
+fn ports(server: &Server) -> [(&'static str, String); 3] {
+    [("9080", server.grpc), ("1053", server.dns), ("9153", server.admin)]
+        .map(|(documented, real)| (documented, real.port().to_string()))
+}
+
+fn as_running(command: &str, server: &Server) -> String {
+    ports(server).iter().fold(command.to_owned(), |command, (documented, real)| command.replace(documented, real))
+}
+
+fn as_documented(printed: &str, server: &Server) -> String {
+    let printed = printed.replace(&server.data_dir().display().to_string(), "DATA_DIR");
+    ports(server).iter().fold(printed, |printed, (documented, real)| printed.replace(real, documented))
+}
+
+/// A line without what differs from run to run.
+fn masked(line: &str) -> String {
+    let word = |word: &str| {
+        let bare = word.trim_matches(|c: char| "\",:;()".contains(c));
+        let digits = bare.chars().filter(char::is_ascii_digit).count();
+        let age = bare.len() > 1
+            && bare.ends_with(['s', 'm'])
+            && bare.trim_end_matches(|c: char| "ums".contains(c)).chars().all(|c| c.is_ascii_digit() || c == '.');
+        let generation = digits >= 10 && digits == bare.len();
+        let time = bare.len() >= 20 && bare.contains('T') && bare.ends_with('Z');
+        if age || generation || time { word.replace(bare, "~") } else { word.to_owned() }
+    };
+    line.split_whitespace().map(word).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn pages_are_read_as_people_read_them() {
+    let page = "```sh\n$ not this\n```\n```console\n$ a \\\n  b\nx  1\n\ny\n$ c\n```\n";
+    let step = |line, command: &str, printed: &[&str]| Step {
+        line,
+        command: command.into(),
+        printed: printed.iter().map(|&line| line.to_owned()).collect(),
+    };
+    assert_eq!(steps(page), [step(5, "a \\\n  b", &["x  1", "", "y"]), step(10, "c", &[])]);
+    assert_eq!(masked("registered, generation 1795256400"), "registered, generation ~");
+    assert_eq!(masked("web   2  12s"), "web 2 ~");
+    assert_eq!(masked("a 5 IN A 10.0.0.1 1234.5"), "a 5 IN A 10.0.0.1 1234.5");
+}

@@ -1,0 +1,99 @@
+//! The process as an operator meets it: what survives a kill, how it ends, what it says of itself.
+
+use hickory_proto::{
+    op::ResponseCode,
+    rr::RecordType::{A, PTR, SRV},
+};
+
+use crate::support::{
+    dns::{Over, answers, ask},
+    http::get,
+    server::{Process, Server},
+};
+
+const WEB: &str = "web.prod.svc.cluster.local.";
+
+#[test]
+fn a_registration_survives_kill_9() {
+    let mut server = Server::start();
+    server.register("prod", "web", "10.0.0.1", "http=8080");
+    server.register("prod", "web", "10.0.0.2", "http=8080");
+    let served = |server: &Server| {
+        [Over::Udp, Over::Tcp].map(|over| {
+            let ask = |name, rtype| answers(server.dns, over, name, rtype);
+            [ask(WEB, A), ask("_http._tcp.web.prod.svc.cluster.local.", SRV), ask("1.0.0.10.in-addr.arpa.", PTR)]
+        })
+    };
+    let before = served(&server);
+    assert_eq!(before[0][0], ["10.0.0.1", "10.0.0.2"]);
+    assert_eq!(before[0][2], ["10-0-0-1.web.prod.svc.cluster.local."]);
+    server.kill9();
+    let server = server.restart();
+    assert_eq!(served(&server), before);
+}
+
+#[test]
+fn a_removal_survives_kill_9() {
+    let mut server = Server::start();
+    server.register("prod", "web", "10.0.0.1", "http=8080");
+    let output = server.run(&["deregister", "web", "10.0.0.1", "-n", "prod"]);
+    assert!(output.status.success(), "{output:?}");
+    server.kill9();
+    let server = server.restart();
+    assert_eq!(ask(server.dns, Over::Udp, WEB, A).response_code, ResponseCode::NXDomain);
+}
+
+#[test]
+fn the_generation_never_goes_back() {
+    let server = Server::start();
+    let generation = |server: &Server| -> u64 {
+        let line = server.greeting.last().expect("it greets");
+        line.rsplit(' ').next().and_then(|number| number.parse().ok()).expect("`ready generation N`")
+    };
+    let first = generation(&server);
+    server.register("prod", "web", "10.0.0.1", "http=8080");
+    let second = generation(&server.restart());
+    assert!(second > first, "{second} after {first} and one registration");
+}
+
+#[test]
+fn sigterm_ends_it_with_exit_code_0() {
+    let mut server = Server::start();
+    server.register("prod", "web", "10.0.0.1", "http=8080");
+    let status = server.terminate();
+    assert_eq!(status.code(), Some(0), "{status}");
+    let server = server.restart();
+    assert_eq!(answers(server.dns, Over::Udp, WEB, A), ["10.0.0.1"]);
+}
+
+#[test]
+fn a_ready_server_says_so_over_http() {
+    let server = Server::start();
+    for path in ["/livez", "/readyz", "/readyz/registrations"] {
+        let (status, body) = get(server.admin, path);
+        assert_eq!(status, 200, "{path}: {body}");
+    }
+    let (status, body) = get(server.admin, "/metrics");
+    assert_eq!(status, 200);
+    assert!(body.contains("gangplank_build_info"), "{body}");
+    assert_eq!(get(server.admin, "/no-such-page").0, 404);
+}
+
+#[test]
+fn a_second_process_on_one_data_directory_refuses_to_start() {
+    let server = Server::start();
+    let mut second = Process::serve::<&str>(server.data_dir(), &[]);
+    let status = second.exit();
+    assert_eq!(status.code(), Some(1), "{status}");
+    assert!(second.stderr().contains(&server.data_dir().display().to_string()), "{}", second.stderr());
+    assert_eq!(get(server.admin, "/readyz").0, 200, "the first goes on");
+}
+
+#[test]
+fn grpc_beyond_loopback_needs_a_word() {
+    let data = tempfile::tempdir().expect("a temporary directory can be made");
+    let mut refused = Process::serve(data.path(), &["--grpc-listen", "0.0.0.0:0"]);
+    let status = refused.exit();
+    assert!(!status.success(), "{status}");
+    assert!(refused.stderr().contains("--insecure"), "{}", refused.stderr());
+}

@@ -1,0 +1,210 @@
+//! The shape of the sources: who may import whom, what stays in one place, what may not stand
+//! anywhere. Each rule is a function from a source to its faults, and is shown a bad source too.
+
+mod source;
+
+use std::path::Path;
+
+use source::{Source, line, words};
+
+use crate::support::tools::ROOT;
+
+/// Imports point down: what each module may name of the crate, besides itself. `module::item`
+/// allows only that item. `app` joins everything and is not here.
+const DOWN: &[(&str, &[&str])] = &[
+    ("main", &["app", "cli", "config", "telemetry"]),
+    ("config", &["dns", "grpc", "model", "registry", "store", "zone"]),
+    ("telemetry", &[]),
+    ("cli", &["grpc::client", "model"]),
+    ("dns", &["metrics", "model", "zone"]),
+    ("grpc", &["metrics", "model", "registry"]),
+    ("admin", &["metrics", "model", "registry", "zone"]),
+    ("registry", &["metrics", "model", "store", "zone"]),
+    ("store", &["metrics", "model"]),
+    ("zone", &["metrics", "model"]),
+    ("metrics", &[]),
+    ("model", &[]),
+];
+
+/// Crates that stay in one place, with all whose names begin so and go on after `_`, and where that is.
+const PLACES: &[(&str, &[&str])] = &[
+    ("anyhow", &["main", "app", "cli"]),
+    ("axum", &["admin"]),
+    ("clap", &["main", "cli", "config"]),
+    ("hickory", &["dns", "cli::resolve"]),
+    ("kube", &["kubernetes"]),
+    ("prometheus_client", &["metrics", "admin"]),
+    ("prost", &["grpc", "store::format"]),
+    ("tokio", &["main", "app", "admin", "cli", "dns", "grpc", "registry"]),
+    ("tonic", &["grpc"]),
+];
+
+/// Files that may say `unsafe`: the batched socket calls, and the programs that count allocations.
+const UNSAFE: &[&str] = &["src/dns/udp.rs", "benches/allocations.rs", "tests/allocations.rs"];
+
+/// What may not stand in code, where (a path's beginning), and why.
+const BANNED: &[(&str, &str, &str)] = &[
+    ("todo!", "", "unfinished"),
+    ("unimplemented!", "", "unfinished"),
+    ("#[ignore", "", "a test that nothing runs"),
+    ("tokio::spawn", "", "a task that nobody joins"),
+    ("allow(dead_code", "", "delete it instead"),
+    ("allow(unused", "", "delete it instead"),
+    ("thread::sleep", "tests/", "wait for a state"),
+    ("time::sleep", "tests/", "wait for a state"),
+];
+
+/// Lines that a file may have before its tests; one that needs more is two.
+const MOST_LINES: usize = 500;
+
+#[test]
+fn imports_point_down() {
+    holds(&["src"], upward_imports);
+    let bad = |path, text: &str| upward_imports(&Source::new(path, text));
+    assert_eq!(bad("src/zone/mod.rs", "use crate::{\n    model::Label,\n    registry::Catalog,\n};").len(), 1);
+    assert_eq!(bad("src/model/name.rs", "fn f() { super::super::zone::x(); }").len(), 1);
+    assert_eq!(bad("src/dns/tcp.rs", "use crate::grpc::client;").len(), 1, "transports do not know each other");
+    assert_eq!(bad("src/cli/ls.rs", "use crate::grpc::{client::Client, proto};").len(), 1, "only the client");
+    assert_eq!(bad("src/cli/ls.rs", "use crate::{cli::table, grpc::client::Client};").len(), 0);
+    assert_eq!(bad("src/unheard_of.rs", "").len(), 1, "a module without a place in the table");
+}
+
+#[test]
+fn third_party_types_stop_where_they_belong() {
+    holds(&["src"], strayed_crates);
+    let bad = |path, text: &str| strayed_crates(&Source::new(path, text));
+    assert_eq!(bad("src/registry/writer.rs", "fn f(_: tonic::Status) {}").len(), 1);
+    assert_eq!(bad("src/store/mod.rs", "use prost::Message;").len(), 1);
+    assert_eq!(bad("src/store/format.rs", "use prost::Message;").len(), 0);
+    assert_eq!(bad("src/zone/lookup.rs", "#[cfg(test)]\nmod tests {\n    use hickory_proto::op;\n}").len(), 0);
+    assert_eq!(bad("src/app.rs", "use crate::{kubernetes::Mirror, admin};").len(), 0, "a module of ours");
+    assert_eq!(bad("src/zone/lookup.rs", "use {hickory_proto::op, std::io};").len(), 1);
+}
+
+#[test]
+fn unsafe_stays_in_its_files() {
+    holds(&["src", "tests", "benches"], unsafe_code);
+    assert_eq!(unsafe_code(&Source::new("src/dns/tcp.rs", "fn f() { unsafe { g() } } // unsafe")).len(), 1);
+    assert_eq!(unsafe_code(&Source::new("src/dns/udp.rs", "fn f() { unsafe { g() } }")).len(), 0);
+    assert_eq!(unsafe_code(&Source::new("src/lib.rs", "#![deny(unsafe_code)] // unsafe")).len(), 0);
+}
+
+#[test]
+fn nothing_banned_stands_in_code() {
+    holds(&["src", "tests", "benches"], banned);
+    assert_eq!(banned(&Source::new("src/app.rs", "fn f() { todo!() } // todo!()")).len(), 1);
+    assert_eq!(banned(&Source::new("tests/x.rs", "std::thread::sleep(second);")).len(), 1);
+    assert_eq!(
+        banned(&Source::new("src/app.rs", "fn f() {}\n#[cfg(test)]\nmod tests { tokio::time::sleep(x); }")).len(),
+        1
+    );
+}
+
+#[test]
+fn files_stay_readable() {
+    holds(&["src", "tests", "benches"], too_long);
+    assert_eq!(too_long(&Source::new("src/a.rs", &"x();\n".repeat(MOST_LINES + 1))).len(), 1);
+    let tests = format!("x();\n#[cfg(test)]\nmod tests {{\n{}}}", "x();\n".repeat(MOST_LINES));
+    assert_eq!(too_long(&Source::new("src/a.rs", &tests)).len(), 0);
+}
+
+#[test]
+fn every_source_is_declared() {
+    for folder in ["src", "tests"] {
+        let sources = Source::all(Path::new(ROOT), &[folder]);
+        assert_eq!(undeclared(&sources, &[&format!("{folder}/main.rs"), "src/lib.rs"]), Vec::<String>::new());
+    }
+    let orphan =
+        [Source::new("src/lib.rs", "mod a;\n// mod b;"), Source::new("src/a.rs", ""), Source::new("src/b.rs", "")];
+    assert_eq!(undeclared(&orphan, &["src/lib.rs"]), ["src/b.rs"]);
+    let nested =
+        [Source::new("src/lib.rs", "pub mod a;"), Source::new("src/a/mod.rs", ""), Source::new("src/a/b.rs", "")];
+    assert_eq!(undeclared(&nested, &["src/lib.rs"]), ["src/a/b.rs"]);
+}
+
+/// Runs a rule over the repository's sources.
+fn holds(folders: &[&str], rule: fn(&Source) -> Vec<String>) {
+    let sources = Source::all(Path::new(ROOT), folders);
+    assert!(sources.iter().any(|source| source.path == "src/lib.rs"), "the sources are found");
+    let faults: Vec<String> = sources.iter().flat_map(rule).collect();
+    assert!(faults.is_empty(), "\n{}\n", faults.join("\n"));
+}
+
+fn upward_imports(source: &Source) -> Vec<String> {
+    let module = source.module();
+    let Some(&top) = module.first().filter(|&&top| top != "app") else { return Vec::new() };
+    let Some((_, below)) = DOWN.iter().find(|(name, _)| *name == top) else {
+        return vec![format!("{}: module `{top}` has no place in the table of imports", source.path)];
+    };
+    let allowed = |path: &str| {
+        let first = path.split("::").next().unwrap_or(path);
+        first == top || below.iter().any(|&one| one == first || one == path)
+    };
+    let paths = source.crate_paths().into_iter().filter(|path| !allowed(path));
+    paths.map(|path| format!("{}: `{top}` may not import `{path}`", source.path)).collect()
+}
+
+fn strayed_crates(source: &Source) -> Vec<String> {
+    let module = source.module().join("::");
+    let home = |places: &[&str]| {
+        places
+            .iter()
+            .any(|&place| module == place || module.strip_prefix(place).is_some_and(|rest| rest.starts_with("::")))
+    };
+    let code = source.shipped();
+    let names = |name: &'static str| {
+        code.match_indices(name).map(|(at, _)| at).filter(move |&at| {
+            let own = !code[..at].ends_with(|c: char| c.is_alphanumeric() || "_:.".contains(c));
+            let rest = code[at..].trim_start_matches(|c: char| c.is_alphanumeric() || c == '_');
+            let family = &code[at + name.len()..code.len() - rest.len()];
+            own && (family.is_empty() || family.starts_with('_'))
+                && (rest.starts_with("::") || code[..at].ends_with("use "))
+        })
+    };
+    let strays =
+        PLACES.iter().filter(|(_, places)| !home(places)).flat_map(|&(name, _)| names(name).map(move |at| (name, at)));
+    strays.map(|(name, at)| format!("{}:{}: `{name}` has no business here", source.path, line(code, at))).collect()
+}
+
+fn unsafe_code(source: &Source) -> Vec<String> {
+    if UNSAFE.contains(&source.path.as_str()) {
+        return Vec::new();
+    }
+    words(&source.code, "unsafe").map(|at| format!("{}:{}: unsafe", source.path, line(&source.code, at))).collect()
+}
+
+fn banned(source: &Source) -> Vec<String> {
+    let mut faults = Vec::new();
+    for (word, place, why) in BANNED {
+        // Test code inside src counts as tests.
+        let code = &source.code;
+        let from = if source.path.starts_with(place) { 0 } else { source.shipped().len() };
+        let found = code[from..].match_indices(word).map(|(at, _)| from + at);
+        faults.extend(found.map(|at| format!("{}:{}: {word}: {why}", source.path, line(code, at))));
+    }
+    faults
+}
+
+fn too_long(source: &Source) -> Vec<String> {
+    let lines = source.shipped().lines().count();
+    if lines > MOST_LINES { vec![format!("{}: {lines} lines before its tests", source.path)] } else { Vec::new() }
+}
+
+/// Files that their parent does not declare with `mod`.
+fn undeclared(sources: &[Source], roots: &[&str]) -> Vec<String> {
+    let declares = |parent: &str, name: &str| {
+        let declaration = format!("mod {name};");
+        sources.iter().any(|source| source.path == parent && words(&source.code, &declaration).next().is_some())
+    };
+    let orphan = |path: &str| {
+        let (folder, name) = path.rsplit_once('/').expect("a folder");
+        let name = name.strip_suffix(".rs").expect("a Rust file");
+        // `a/mod.rs` is module `a` of the folder above.
+        let (folder, name) = if name == "mod" { folder.rsplit_once('/').expect("a folder") } else { (folder, name) };
+        let mut parents = vec![format!("{folder}/mod.rs"), format!("{folder}.rs")];
+        parents.extend(["lib", "main"].map(|root| format!("{folder}/{root}.rs")));
+        !parents.iter().any(|parent| declares(parent, name))
+    };
+    let files = sources.iter().map(|source| source.path.as_str()).filter(|path| !roots.contains(path));
+    files.filter(|path| orphan(path)).map(str::to_owned).collect()
+}

@@ -1,0 +1,192 @@
+//! `gangplank serve` as a child process on free ports with a data directory of its own.
+
+use std::{
+    ffi::OsStr,
+    io::{BufRead as _, BufReader, Read as _},
+    net::SocketAddr,
+    path::Path,
+    process::{Child, Command, ExitStatus, Output, Stdio},
+    sync::{
+        Arc, Mutex,
+        mpsc::{self, Receiver},
+    },
+    thread,
+    time::Instant,
+};
+
+use tempfile::TempDir;
+
+use super::PATIENCE;
+
+/// The binary under test.
+pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_gangplank");
+
+/// A server that runs until it is dropped.
+///
+/// Ports are learnt from its stdout, where it prints `listening <what> <address>` for each
+/// listener and `ready generation <n>` once it answers.
+#[derive(Debug)]
+pub(crate) struct Server {
+    /// Where registrations go.
+    pub(crate) grpc: SocketAddr,
+    /// Where DNS is asked, UDP and TCP.
+    pub(crate) dns: SocketAddr,
+    /// Where metrics and readiness are.
+    pub(crate) admin: SocketAddr,
+    /// Everything that it has printed on stdout before it was ready, that line included.
+    pub(crate) greeting: Vec<String>,
+    process: Process,
+    data: TempDir,
+    flags: Vec<String>,
+}
+
+/// A child that is killed on drop, and what it says.
+#[derive(Debug)]
+pub(crate) struct Process {
+    child: Child,
+    stdout: Receiver<String>,
+    stderr: Arc<Mutex<String>>,
+}
+
+impl Server {
+    /// Starts with defaults, on free ports, with a new data directory, and waits until it is ready.
+    pub(crate) fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// The same with more flags for `serve`.
+    pub(crate) fn start_with(flags: &[&str]) -> Self {
+        let data = TempDir::new().expect("a temporary directory can be made");
+        Self::start_on(data, flags.iter().map(|&flag| flag.to_owned()).collect())
+    }
+
+    fn start_on(data: TempDir, flags: Vec<String>) -> Self {
+        let process = Process::serve(data.path(), &flags);
+        let mut greeting = Vec::new();
+        while !greeting.last().is_some_and(|line: &String| line.starts_with("ready generation ")) {
+            greeting.push(process.line());
+        }
+        let address = |what: &str| {
+            greeting
+                .iter()
+                .find_map(|line| line.strip_prefix("listening ")?.strip_prefix(what)?.strip_prefix(' '))
+                .unwrap_or_else(|| panic!("no line `listening {what} ADDRESS` in {greeting:?}"))
+                .parse()
+                .expect("an address and a port")
+        };
+        let (grpc, dns, admin) = (address("grpc"), address("dns"), address("admin"));
+        Self { grpc, dns, admin, greeting, process, data, flags }
+    }
+
+    /// `kill -9`, and waits for the death.
+    pub(crate) fn kill9(&mut self) {
+        self.process.child.kill().expect("the server still runs");
+        self.process.child.wait().expect("a killed child can be waited for");
+    }
+
+    /// SIGTERM, and how it ended.
+    pub(crate) fn terminate(&mut self) -> ExitStatus {
+        self.process.terminate()
+    }
+
+    /// Starts again on the same data directory, with new ports; a process that still runs is killed.
+    pub(crate) fn restart(self) -> Self {
+        let Self { process, data, flags, .. } = self;
+        drop(process);
+        Self::start_on(data, flags)
+    }
+
+    /// The data directory.
+    pub(crate) fn data_dir(&self) -> &Path {
+        self.data.path()
+    }
+
+    /// Runs a subcommand of the binary against this server.
+    pub(crate) fn run<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Output {
+        Command::new(BINARY)
+            .args(arguments)
+            .env("GANGPLANK_SERVER", format!("http://{}", self.grpc))
+            .env("GANGPLANK_DNS", self.dns.to_string())
+            .stdin(Stdio::null())
+            .output()
+            .expect("the binary can be run")
+    }
+
+    /// Registers through the command line and insists that it succeeds.
+    pub(crate) fn register(&self, namespace: &str, service: &str, address: &str, port: &str) {
+        let output = self.run(&["register", service, address, "--port", port, "-n", namespace]);
+        assert!(output.status.success(), "register {service} {address}: {output:?}");
+    }
+}
+
+impl Process {
+    /// Starts `gangplank serve` on free ports and on this data directory; does not wait.
+    pub(crate) fn serve<S: AsRef<OsStr>>(data: &Path, flags: &[S]) -> Self {
+        let mut child = Command::new(BINARY)
+            .args(["serve", "--grpc-listen", "127.0.0.1:0", "--dns-listen", "127.0.0.1:0"])
+            .args(["--admin-listen", "127.0.0.1:0", "--data-dir"])
+            .arg(data)
+            .args(flags)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the binary can be run");
+        let (lines, stdout) = mpsc::channel();
+        let out = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        // Both threads end with the child's ends of the pipes.
+        thread::spawn(move || out.lines().map_while(Result::ok).try_for_each(|line| lines.send(line)));
+        let stderr = Arc::new(Mutex::new(String::new()));
+        let mut err = child.stderr.take().expect("stderr is piped");
+        let said = Arc::clone(&stderr);
+        thread::spawn(move || {
+            let mut chunk = [0; 4096];
+            while let Ok(count @ 1..) = err.read(&mut chunk) {
+                said.lock().expect("nobody panics here").push_str(&String::from_utf8_lossy(&chunk[..count]));
+            }
+        });
+        Self { child, stdout, stderr }
+    }
+
+    /// The next line on stdout.
+    pub(crate) fn line(&self) -> String {
+        self.stdout
+            .recv_timeout(PATIENCE)
+            .unwrap_or_else(|error| panic!("no line on stdout ({error}); stderr so far:\n{}", self.stderr()))
+    }
+
+    /// What was written to stderr so far.
+    pub(crate) fn stderr(&self) -> String {
+        self.stderr.lock().expect("nobody panics here").clone()
+    }
+
+    /// SIGTERM, and how it ended.
+    pub(crate) fn terminate(&mut self) -> ExitStatus {
+        // The shell's own kill: a machine need not have another, and libc's is unsafe.
+        let signal = Command::new("sh").args(["-c", "kill -TERM \"$0\"", &self.child.id().to_string()]).status();
+        assert!(signal.expect("there is a shell").success(), "the server still runs");
+        self.exit()
+    }
+
+    /// How it ended, once it has.
+    pub(crate) fn exit(&mut self) -> ExitStatus {
+        // stdout closes at the end of the process: that wait, unlike `Child::wait`, has a limit.
+        let limit = Instant::now() + PATIENCE;
+        loop {
+            match self.stdout.recv_timeout(limit.saturating_duration_since(Instant::now())) {
+                Ok(_) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+                Err(mpsc::RecvTimeoutError::Timeout) => panic!("it does not end; stderr so far:\n{}", self.stderr()),
+            }
+        }
+        self.child.wait().expect("a child can be waited for")
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Either may fail because it has ended and was waited for, which is what is wanted.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

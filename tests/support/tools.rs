@@ -1,0 +1,46 @@
+//! Programs that are not ours: `make tools` installs them.
+
+use std::{
+    env,
+    ffi::OsStr,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+
+/// The repository.
+pub(crate) const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+/// Where `tests/tools/install.sh` puts programs.
+pub(crate) fn bin() -> PathBuf {
+    Path::new(ROOT).join("target/tools/bin")
+}
+
+/// The program `name`. Without it a test says so and is over, except in CI, where it fails.
+pub(crate) fn require(name: &str) -> Option<PathBuf> {
+    require_file(name, bin().join(name))
+}
+
+/// The Python that has grpcio.
+pub(crate) fn require_python() -> Option<PathBuf> {
+    require_file("python", Path::new(ROOT).join("target/tools/venv/bin/python"))
+}
+
+fn require_file(name: &str, path: PathBuf) -> Option<PathBuf> {
+    if path.exists() {
+        return Some(path);
+    }
+    let missing = format!("{name} is missing, so this test checked nothing: `make tools` installs it");
+    assert!(env::var_os("CI").is_none(), "{missing}");
+    eprintln!("{missing}");
+    None
+}
+
+/// What a program prints on stdout; a failure is a failure of the test.
+pub(crate) fn stdout<S: AsRef<OsStr>>(program: &Path, arguments: impl IntoIterator<Item = S>) -> String {
+    let mut command = Command::new(program);
+    let Output { status, stdout, stderr } =
+        command.args(arguments).stdin(Stdio::null()).output().expect("the program can be run");
+    let stdout = String::from_utf8(stdout).expect("it prints UTF-8");
+    assert!(status.success(), "{command:?}: {status}\n{stdout}\n{}", String::from_utf8_lossy(&stderr));
+    stdout
+}

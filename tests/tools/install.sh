@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Installs the programs that tests run beside gangplank, by name, into target/tools:
+#
+#   tests/tools/install.sh            everything the tests use
+#   tests/tools/install.sh dns go     only these: dns (dig, nslookup, kdig, drill), python, go, deny
+#
+# Quick when all is there already. Needs apt-get, python3, go and cargo, and a network that
+# reaches their package registries. Nothing is installed outside target/, so no root is needed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+tools=$PWD/target/tools
+bin=$tools/bin
+sources=$PWD/tests/tools
+mkdir -p "$bin"
+
+say() { printf 'tools: %s\n' "$*" >&2; }
+
+# done_for NAME FILE...: whether NAME was installed from exactly these files; mark_done says that it was.
+stamp() { cat "${@:2}" | sha256sum | cut -d' ' -f1; }
+done_for() { [ "$(cat "$tools/.$1.done" 2>/dev/null)" = "$(stamp "$@")" ]; }
+mark_done() { stamp "$@" >"$tools/.$1.done"; }
+
+# Debian's DNS clients, unpacked beside their libraries; a wrapper in bin/ finds those.
+install_dns() {
+    local packages=(bind9-dnsutils knot-dnsutils ldnsutils) root=$tools/debian name
+    done_for dns "$sources/install.sh" && return
+    say "dig, nslookup, kdig, drill: from Debian's packages"
+    # Package lists of our own: those of the machine may be missing, and need root to renew.
+    local apt=(apt-get -qq -o "Dir::State::Lists=$tools/apt/lists" -o "Dir::Cache=$tools/apt/cache" -o APT::Sandbox::User=)
+    mkdir -p "$tools/apt/lists/partial" "$tools/apt/cache/archives/partial" "$root"
+    "${apt[@]}" update
+    # What an installation would add; a package that the machine has already is fetched all the same.
+    local wanted
+    wanted=$("${apt[@]}" -s --no-install-recommends install "${packages[@]}" | awk '/^Inst/ {print $2}')
+    # shellcheck disable=SC2086 # a list of package names
+    (cd "$tools/apt/cache/archives" && "${apt[@]}" download "${packages[@]}" $wanted && for deb in ./*.deb; do dpkg -x "$deb" "$root"; done)
+    for name in dig nslookup kdig drill; do
+        cat >"$bin/$name" <<WRAPPER
+#!/bin/sh
+LD_LIBRARY_PATH="$root/usr/lib/$(dpkg-architecture -qDEB_HOST_MULTIARCH 2>/dev/null || gcc -print-multiarch)" exec "$root/usr/bin/$name" "\$@"
+WRAPPER
+        chmod +x "$bin/$name"
+    done
+    mark_done dns "$sources/install.sh"
+}
+
+# grpcio in a virtual environment, with stubs generated from the frozen contract and from ours.
+install_python() {
+    local inputs=("$sources/python/requirements.txt" "$sources/contract/registry.proto" proto/registry.proto "$sources/install.sh")
+    done_for python "${inputs[@]}" && return
+    say "the Python registrant: grpcio and its generated stubs"
+    python3 -m venv "$tools/venv"
+    "$tools/venv/bin/pip" install --quiet --requirement "$sources/python/requirements.txt"
+    local contract
+    for contract in frozen:$sources/contract current:$PWD/proto; do
+        local out=$tools/stubs/${contract%%:*} from=${contract#*:}
+        mkdir -p "$out"
+        "$tools/venv/bin/python" -m grpc_tools.protoc -I "$from" --python_out="$out" --grpc_python_out="$out" "$from/registry.proto"
+    done
+    mark_done python "${inputs[@]}"
+}
+
+# The Go tool, compiled against stubs that are generated from the frozen contract.
+install_go() {
+    local inputs=("$sources"/go/* "$sources/contract/registry.proto" "$sources/install.sh")
+    done_for go "${inputs[@]}" && return
+    install_python # for its protoc
+    say "the Go registrant and resolver"
+    rm -rf "$tools/go"
+    mkdir -p "$tools/go/contract"
+    cp "$sources"/go/* "$tools/go/"
+    (
+        cd "$tools/go"
+        export GOBIN=$bin GOFLAGS=-mod=readonly
+        go build -o "$bin/" google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc
+        PATH=$bin:$PATH "$tools/venv/bin/python" -m grpc_tools.protoc -I "$sources/contract" \
+            --go_out=contract --go_opt=paths=source_relative \
+            --go-grpc_out=contract --go-grpc_opt=paths=source_relative registry.proto
+        go build -o "$bin/gotool" .
+    )
+    mark_done go "${inputs[@]}"
+}
+
+# cargo-deny, which checks licences, duplicates and sources.
+install_deny() {
+    local version=0.20.2
+    [ "$("$bin/cargo-deny" --version 2>/dev/null)" = "cargo-deny $version" ] && return
+    say "cargo-deny: about two minutes of compiling"
+    cargo install --quiet --locked --root "$tools" "cargo-deny@$version"
+}
+
+if [ $# -eq 0 ]; then set -- dns python go deny; fi
+for tool in "$@"; do
+    case $tool in
+        dns | python | go | deny) "install_$tool" ;;
+        *) say "no tool is called $tool: dns, python, go or deny" && exit 2 ;;
+    esac
+done
