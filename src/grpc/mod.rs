@@ -75,9 +75,18 @@ const MAX_MESSAGE: usize = 64 * 1024;
 /// Most octets of a call's headers.
 const MAX_HEADERS: u32 = 16 * 1024;
 
-/// Octets that a client may send ahead of what was read, on one stream and on one connection.
-const STREAM_WINDOW: u32 = 128 * 1024;
-const CONNECTION_WINDOW: u32 = 1024 * 1024;
+/// Octets that a client may send ahead of what was read, on one stream.
+///
+/// The two windows are chosen together. h2 takes small DATA frames that wait to be read for an
+/// attack: each counts what it lacks to 256 octets, and when that adds up to half the connection's
+/// window, the connection is closed with ENHANCE_YOUR_CALM, "too_many_data_frames". A registrant
+/// that pipelines writes just such frames, of 40 octets and more. With these windows some fifty
+/// streams of one connection may stand full, while the registry is busy, before it comes to that.
+const STREAM_WINDOW: u32 = 32 * 1024;
+
+/// Octets that a client may send ahead of what was read, on all streams of one connection. What
+/// can lie here in all is bounded by [`MAX_CALLS`] times [`STREAM_WINDOW`].
+const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 
 /// A quiet connection is probed after this long, and given up [`KEEPALIVE_TIMEOUT`] later: so
 /// half-open peers (a machine that lost power) are noticed.
