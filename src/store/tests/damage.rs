@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use super::{Model, apply, machine::Machine, open, open_with, random_batch, small};
 use crate::store::{
     Options, Record, StoreError,
-    files::{File as _, Files as _},
+    files::Files as _,
     format::{Frame, FrameBuffer, HEADER_LEN, Header, Place, StoreId},
 };
 
@@ -55,7 +55,7 @@ fn accepting() -> Options {
 fn last_batch(contents: &Contents) -> (String, std::ops::Range<usize>) {
     let (name, bytes) = contents.iter().rfind(|(name, _)| name.starts_with("journal")).expect("a segment");
     let starts = bytes.windows(4).enumerate().filter(|(_, four)| Frame::may_begin(four));
-    let start = starts.map(|(at, _)| at).last().expect("a frame");
+    let start = starts.map(|(at, _)| at).next_back().expect("a frame");
     (name.clone(), start..bytes.len())
 }
 
@@ -206,7 +206,7 @@ fn a_batch_that_is_lost_takes_no_other_with_it() {
     let starts: Vec<usize> =
         closed[name].windows(4).enumerate().filter(|(_, four)| Frame::may_begin(four)).map(|(at, _)| at).collect();
     // Frame 0 is the mark of the first start; frame 9 holds the last batch.
-    let mut flipped = closed.clone();
+    let mut flipped = closed;
     flipped.get_mut(name).expect("it is there")[starts[9] + 40] ^= 1;
     let said = open(&Machine::holding(&flipped)).expect_err("it was acknowledged").to_string();
     let place = format!("data/{name} at offset {} ({} octets): the checksum", starts[9], starts[10] - starts[9]);
@@ -272,7 +272,7 @@ fn a_record_that_no_door_lets_in_is_damage_with_its_place() {
     let closed = sample(false).closed;
     let name = "journal-0000000001";
     let end = closed[name].len() as u64;
-    let mut contents = closed.clone();
+    let mut contents = closed;
     let mut buffer = FrameBuffer::new();
     buffer.extend_raw(&[0x0A, 2, 0x0A, 0]); // a Put of nothing
     let frame = Frame { more: false, end: false, unknown_flags: 0, generation: 10, synced: end };

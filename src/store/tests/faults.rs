@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     metrics::Metrics,
-    store::{Journal, Record},
+    store::{Journal, Record, format},
 };
 
 fn batch(seed: u64) -> Vec<Record> {
@@ -153,4 +153,53 @@ fn compaction_is_not_started_for_little() {
     let journal_octets = metrics.store.journal_written_bytes.get();
     let snapshot_octets = metrics.store.snapshot_written_bytes.get();
     assert!(snapshot_octets > 0 && snapshot_octets < 3 * journal_octets, "{snapshot_octets} of {journal_octets}");
+}
+
+/// The names of a snapshot and of what it replaces are in one directory, which a crash may leave
+/// half written: the old may go only when the new is there.
+#[test]
+fn a_start_removes_nothing_before_the_name_of_its_snapshot_is_on_the_disk() {
+    for seed in 0..50 {
+        let machine = Machine::default();
+        let (mut journal, _, mut model) = open(&machine).expect("a new directory");
+        fill(&mut journal, &mut model, 2);
+        journal.rotate().expect("a good disk");
+        journal.append(3, &batch(3)).expect("a good disk");
+        batch(3).iter().for_each(|record| apply(&mut model, record));
+        machine.fail(Operation::SyncDir, ErrorKind::Other, 1);
+        journal.compact();
+        journal.reap();
+        assert!(machine.contents().contains_key("snapshot-0000000001"), "it has its name, but only in memory");
+        drop(journal);
+        let (journal, _, read) = open(&machine).expect("a restart");
+        assert_eq!(read, model);
+        assert!(!machine.contents().contains_key("journal-0000000001"));
+        machine.power_cut(&mut fastrand::Rng::with_seed(seed));
+        drop(journal);
+        let (_, _, read) = open(&machine).unwrap_or_else(|why| panic!("seed {seed}: {why}"));
+        assert_eq!(read, model, "seed {seed}");
+    }
+}
+
+#[test]
+fn a_snapshot_of_nothing_holds_nothing_but_the_generation() {
+    let (machine, metrics) = (Machine::default(), Arc::new(Metrics::default()));
+    let (mut journal, _, mut model) = open_with(&machine, &small(), &metrics).expect("a new directory");
+    fill(&mut journal, &mut model, 2);
+    journal.rotate().expect("a good disk");
+    journal.compact();
+    journal.reap();
+    let gone = model.into_keys().map(|(service, id)| Record::Remove { service, id });
+    journal.append(7, &gone.collect::<Vec<_>>()).expect("a good disk");
+    journal.rotate().expect("a good disk");
+    journal.compact();
+    journal.reap();
+    // As a killed process leaves it, with nothing in the newest segment.
+    let contents = machine.contents();
+    let header_and_end = format::HEADER_LEN + format::FRAME_LEN;
+    assert_eq!(contents["snapshot-0000000002"].len(), header_and_end);
+    assert_eq!(metrics.store.snapshot_bytes.get(), header_and_end as i64);
+    assert_eq!(contents["journal-0000000003"].len(), format::HEADER_LEN);
+    let (_, recovery, read) = open(&Machine::holding(&contents)).expect("a restart");
+    assert_eq!((recovery.generation, read.len()), (7, 0));
 }
