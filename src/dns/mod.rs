@@ -1,8 +1,15 @@
 //! The DNS listeners: UDP and TCP in front of one pure function, packet in, packet out.
 
+mod answer;
+mod question;
+mod render;
+mod writer;
+
 use std::{io, net::SocketAddr, num::NonZeroUsize, sync::Arc, time::Duration};
 
 use tokio_util::sync::CancellationToken;
+
+pub use answer::{Context, MAX_TCP, MAX_UDP, Rcode, Reply, Transport, answer};
 
 use crate::{metrics::Metrics, zone::Zone};
 
