@@ -80,7 +80,9 @@ pub enum Rcode {
 }
 
 impl Rcode {
-    fn number(self) -> u16 {
+    /// Its number, with the upper part that OPT carries.
+    #[must_use]
+    pub fn number(self) -> u16 {
         match self {
             Self::NoError => 0,
             Self::FormErr => 1,
