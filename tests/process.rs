@@ -58,7 +58,7 @@ fn the_generation_never_goes_back() {
 
 #[test]
 fn sigterm_ends_it_with_exit_code_0() {
-    let mut server = Server::start();
+    let mut server = Server::start_with(&["--drain", "100ms"]);
     server.register("prod", "web", "10.0.0.1", "http=8080");
     let status = server.terminate();
     assert_eq!(status.code(), Some(0), "{status}");
