@@ -24,7 +24,7 @@ release: ## build target/release/gangplank, optimised
 
 .PHONY: test
 test: lint doc deny ## everything that CI runs: lints, docs, licences, benches compile, all tests
-	tests/tools/install.sh dns python go
+	tests/tools/install.sh dns python go coredns
 	cargo test --locked --benches --no-run
 	cargo test --locked --no-fail-fast
 

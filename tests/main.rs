@@ -1,7 +1,12 @@
 //! All integration tests, in one binary: files are named by what they prove.
 
 mod clients;
+mod coredns;
+mod crash;
 mod docs;
+mod lifecycle;
+mod listeners;
 mod process;
 mod structure;
 mod support;
+mod visible;

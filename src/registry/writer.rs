@@ -21,7 +21,7 @@ use tokio::{
     sync::{mpsc, oneshot},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::{
     Ack, Batch, Catalog, Feed, Outcome, QUEUE, RegistryHandle, Status, Submission, Unavailable,
@@ -114,6 +114,9 @@ impl Unrecovered {
             }
         };
         let (journal, recovery) = data_dir.recover(options, Arc::clone(&metrics), &mut replay, progress)?;
+        for repair in &recovery.repairs {
+            warn!("{repair}");
+        }
         // Never back for one data directory, and ahead of what a lost directory had handed out.
         let generation = recovery.generation.saturating_add(1).max(unix_seconds());
 
@@ -137,6 +140,9 @@ impl Unrecovered {
         catalog.set_generation(generation);
         feed.begin(generation);
         status.ready();
+        if let Err(why) = journal.usable() {
+            storage_failed(&status, &why);
+        }
         info!(services = catalog.len(), instances = catalog.instances(), generation, "recovered");
 
         let state = State::new(Arc::clone(&catalog), max_instances);
@@ -194,11 +200,7 @@ impl Writer {
         // 2. append: durable. After a failure nothing is acknowledged any more: what reached the
         // disk is unknown, and a later sync that succeeds proves nothing.
         if let Err(why) = self.journal.append(self.generation + 1, &pending.records) {
-            error!(
-                error = &why as &dyn std::error::Error,
-                "the journal cannot be written; registrations are refused until a restart, DNS goes on"
-            );
-            self.status.storage_failed(&why.to_string());
+            storage_failed(&self.status, &why);
             for (reply, _) in decided {
                 let _ = reply.send(Err(Unavailable::StorageFailed));
             }
@@ -263,6 +265,12 @@ fn counted(outcome: Outcome) -> CommandOutcome {
         Outcome::NotFound => CommandOutcome::NotFound,
         Outcome::Full { .. } => CommandOutcome::Full,
     }
+}
+
+fn storage_failed(status: &Status, why: &StoreError) {
+    let error = why as &dyn std::error::Error;
+    error!(error, "the journal cannot be written: registrations are refused, DNS goes on; mend the disk, then restart");
+    status.storage_failed(&why.to_string());
 }
 
 fn unix_seconds() -> u64 {

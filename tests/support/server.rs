@@ -62,19 +62,7 @@ impl Server {
 
     fn start_on(data: TempDir, flags: Vec<String>) -> Self {
         let process = Process::serve(data.path(), &flags);
-        let mut greeting = Vec::new();
-        while !greeting.last().is_some_and(|line: &String| line.starts_with("ready generation ")) {
-            greeting.push(process.line());
-        }
-        let address = |what: &str| {
-            greeting
-                .iter()
-                .find_map(|line| line.strip_prefix("listening ")?.strip_prefix(what)?.strip_prefix(' '))
-                .unwrap_or_else(|| panic!("no line `listening {what} ADDRESS` in {greeting:?}"))
-                .parse()
-                .expect("an address and a port")
-        };
-        let (grpc, dns, admin) = (address("grpc"), address("dns"), address("admin"));
+        let (greeting, [grpc, dns, admin]) = process.ready();
         Self { grpc, dns, admin, greeting, process, data, flags }
     }
 
@@ -87,6 +75,32 @@ impl Server {
     /// SIGTERM, and how it ended.
     pub(crate) fn terminate(&mut self) -> ExitStatus {
         self.process.terminate()
+    }
+
+    /// SIGTERM, without waiting for what follows.
+    pub(crate) fn signal_terminate(&self) {
+        self.process.signal_terminate();
+    }
+
+    /// How it ended, once it has.
+    pub(crate) fn exit(&mut self) -> ExitStatus {
+        self.process.exit()
+    }
+
+    /// What it has logged so far.
+    pub(crate) fn stderr(&self) -> String {
+        self.process.stderr()
+    }
+
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.child.id()
+    }
+
+    /// Its data directory, after its death by `kill -9`.
+    pub(crate) fn into_data(mut self) -> TempDir {
+        self.kill9();
+        self.data
     }
 
     /// Starts again on the same data directory, with new ports; a process that still runs is killed.
@@ -160,12 +174,34 @@ impl Process {
         self.stderr.lock().expect("nobody panics here").clone()
     }
 
+    /// Waits until it is ready: what it has printed, and where gRPC, DNS and admin listen.
+    pub(crate) fn ready(&self) -> (Vec<String>, [SocketAddr; 3]) {
+        let mut greeting = Vec::new();
+        while !greeting.last().is_some_and(|line: &String| line.starts_with("ready generation ")) {
+            greeting.push(self.line());
+        }
+        let addresses = ["grpc", "dns", "admin"].map(|what| {
+            greeting
+                .iter()
+                .find_map(|line| line.strip_prefix("listening ")?.strip_prefix(what)?.strip_prefix(' '))
+                .unwrap_or_else(|| panic!("no line `listening {what} ADDRESS` in {greeting:?}"))
+                .parse()
+                .expect("an address and a port")
+        });
+        (greeting, addresses)
+    }
+
     /// SIGTERM, and how it ended.
     pub(crate) fn terminate(&mut self) -> ExitStatus {
+        self.signal_terminate();
+        self.exit()
+    }
+
+    /// SIGTERM, without waiting for what follows.
+    pub(crate) fn signal_terminate(&self) {
         // The shell's own kill: a machine need not have another, and libc's is unsafe.
         let signal = Command::new("sh").args(["-c", "kill -TERM \"$0\"", &self.child.id().to_string()]).status();
         assert!(signal.expect("there is a shell").success(), "the server still runs");
-        self.exit()
     }
 
     /// How it ended, once it has.

@@ -2,7 +2,7 @@
 # Installs the programs that tests run beside gangplank, by name, into target/tools:
 #
 #   tests/tools/install.sh            everything the tests use
-#   tests/tools/install.sh dns go     only these: dns (dig, nslookup, kdig, drill, and curl), python, go, deny
+#   tests/tools/install.sh dns go     only these: dns (dig, nslookup, kdig, drill, curl), python, go, coredns, deny
 #
 # Quick when all is there already. Needs apt-get, python3, go and cargo, and a network that
 # reaches their package registries. Nothing is installed outside target/, so no root is needed.
@@ -82,6 +82,15 @@ install_go() {
     mark_done go "${inputs[@]}"
 }
 
+# CoreDNS, to stand in front of gangplank.
+install_coredns() {
+    local version=v1.15.0
+    done_for coredns "$sources/install.sh" && return
+    say "CoreDNS $version: about two minutes of compiling"
+    (cd "$tools" && CGO_ENABLED=0 GOBIN=$bin GOFLAGS=-buildvcs=false go install -ldflags '-s -w' "github.com/coredns/coredns@$version")
+    mark_done coredns "$sources/install.sh"
+}
+
 # cargo-deny, which checks licences, duplicates and sources.
 install_deny() {
     local version=0.20.2
@@ -90,10 +99,10 @@ install_deny() {
     cargo install --quiet --locked --root "$tools" "cargo-deny@$version"
 }
 
-if [ $# -eq 0 ]; then set -- dns python go deny; fi
+if [ $# -eq 0 ]; then set -- dns python go coredns deny; fi
 for tool in "$@"; do
     case $tool in
-        dns | python | go | deny) "install_$tool" ;;
-        *) say "no tool is called $tool: dns, python, go or deny" && exit 2 ;;
+        dns | python | go | coredns | deny) "install_$tool" ;;
+        *) say "no tool is called $tool: dns, python, go, coredns or deny" && exit 2 ;;
     esac
 done
