@@ -80,16 +80,6 @@ fn a_ready_server_says_so_over_http() {
 }
 
 #[test]
-fn a_second_process_on_one_data_directory_refuses_to_start() {
-    let server = Server::start();
-    let mut second = Process::serve::<&str>(server.data_dir(), &[]);
-    let status = second.exit();
-    assert_eq!(status.code(), Some(1), "{status}");
-    assert!(second.stderr().contains(&server.data_dir().display().to_string()), "{}", second.stderr());
-    assert_eq!(get(server.admin, "/readyz").0, 200, "the first goes on");
-}
-
-#[test]
 fn grpc_beyond_loopback_needs_a_word() {
     let data = tempfile::tempdir().expect("a temporary directory can be made");
     let mut refused = Process::serve(data.path(), &["--grpc-listen", "0.0.0.0:0"]);
