@@ -14,7 +14,8 @@ use tracing::warn;
 use super::{
     Record, StoreError,
     files::{File, publish},
-    format::{Entry, Frame, FrameBuffer, HEADER_LEN, Header, Place},
+    format::Entry,
+    frame::{Frame, FrameBuffer, HEADER_LEN, Header, Place},
     snapshot::{Closed, Plan, Running, Shared},
     walk::read_exact,
 };

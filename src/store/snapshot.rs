@@ -23,7 +23,8 @@ use tracing::{info, warn};
 
 use super::{
     files::{File, Files, STAGED, publish},
-    format::{Entry, Frame, FrameBuffer, HEADER_LEN, Header, Kind, Payload, Place, Reader, StoreId, Unreadable},
+    format::{Entry, Payload, Reader, Unreadable},
+    frame::{Frame, FrameBuffer, HEADER_LEN, Header, Kind, Place, StoreId},
     walk::{Piece, Walk, read_header},
 };
 use crate::metrics::Metrics;

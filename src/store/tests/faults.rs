@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     metrics::Metrics,
-    store::{Journal, Record, format},
+    store::{Journal, Record, frame},
 };
 
 fn batch(seed: u64) -> Vec<Record> {
@@ -196,10 +196,10 @@ fn a_snapshot_of_nothing_holds_nothing_but_the_generation() {
     journal.reap();
     // As a killed process leaves it, with nothing in the newest segment.
     let contents = machine.contents();
-    let header_and_end = format::HEADER_LEN + format::FRAME_LEN;
+    let header_and_end = frame::HEADER_LEN + frame::FRAME_LEN;
     assert_eq!(contents["snapshot-0000000002"].len(), header_and_end);
     assert_eq!(metrics.store.snapshot_bytes.get(), header_and_end as i64);
-    assert_eq!(contents["journal-0000000003"].len(), format::HEADER_LEN);
+    assert_eq!(contents["journal-0000000003"].len(), frame::HEADER_LEN);
     let (_, recovery, read) = open(&Machine::holding(&contents)).expect("a restart");
     assert_eq!((recovery.generation, read.len()), (7, 0));
 }
