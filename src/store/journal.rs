@@ -236,7 +236,8 @@ impl Journal {
 
     /// Takes in what a finished compaction has done; waits for one that still runs.
     pub(super) fn reap(&mut self) {
-        if let Some(snapshot) = self.compaction.take().and_then(Running::finish) {
+        let finished = self.compaction.take().and_then(|running| running.finish(&self.shared.metrics));
+        if let Some(snapshot) = finished {
             self.replaced_by(snapshot);
         }
     }

@@ -143,6 +143,30 @@ fn a_failed_compaction_stops_nothing_and_is_tried_again() {
 }
 
 #[test]
+fn old_files_that_cannot_be_removed_go_with_the_next_snapshot() {
+    let (machine, metrics) = (Machine::default(), Arc::new(Metrics::default()));
+    let (mut journal, _, mut model) = open_with(&machine, &small(), &metrics).expect("a new directory");
+    fill(&mut journal, &mut model, 2);
+    for (generations, times) in [(3..=3, 1), (4..=9, 0)] {
+        for generation in generations {
+            journal.append(generation, &batch(generation)).expect("a good disk");
+            batch(generation).iter().for_each(|record| apply(&mut model, record));
+        }
+        journal.rotate().expect("a good disk");
+        machine.fail(Operation::Remove, ErrorKind::PermissionDenied, times);
+        journal.compact();
+        journal.reap();
+        assert_eq!(machine.contents().contains_key("journal-0000000001"), times > 0);
+    }
+    assert_eq!(metrics.store.compactions_counted(), (2, 0));
+    drop(journal);
+    let names: Vec<String> = machine.contents().into_keys().collect();
+    assert_eq!(names, ["journal-0000000003", "snapshot-0000000002"]);
+    let (_, _, read) = open(&machine).expect("a restart");
+    assert_eq!(read, model);
+}
+
+#[test]
 fn compaction_is_not_started_for_little() {
     let (machine, metrics) = (Machine::default(), Arc::new(Metrics::default()));
     let (mut journal, ..) = open_with(&machine, &small(), &metrics).expect("a new directory");
