@@ -16,6 +16,10 @@ mod qname;
 mod reverse;
 mod rows;
 mod service;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::{
     cell::OnceCell,
