@@ -44,6 +44,7 @@ pub(crate) fn instance(service: &ServiceKey, draft: &Draft) -> Arc<Instance> {
 }
 
 /// A zone and what is registered in it.
+#[derive(Debug)]
 pub(crate) struct World {
     pub(crate) zone: Arc<Zone>,
     publisher: Publisher,
