@@ -266,21 +266,20 @@ impl DnsMetrics {
     }
 }
 
+/// Where the counts of one zone are in a tally.
+type InZone = fn(&Tally) -> &Counts;
+
 impl Group {
     fn sum(&self, cell: impl Fn(&Tally) -> &Cell) -> u64 {
         self.tallies.iter().map(|tally| cell(tally).get()).sum()
     }
 
     /// In the zone and outside: the label, and where its counts are.
-    fn zones(&self) -> [(&str, fn(&Tally) -> &Counts); 2] {
+    fn zones(&self) -> [(&str, InZone); 2] {
         [(&self.listener.zone, |tally| &tally.in_zone), (".", |tally| &tally.outside)]
     }
 
-    fn histogram<const N: usize>(
-        &self,
-        counts: fn(&Tally) -> &Counts,
-        of: fn(&Counts) -> &Histogram<N>,
-    ) -> (u64, [u64; N], u64) {
+    fn histogram<const N: usize>(&self, counts: InZone, of: fn(&Counts) -> &Histogram<N>) -> (u64, [u64; N], u64) {
         let buckets = std::array::from_fn(|index| self.sum(|tally| &of(counts(tally)).buckets[index]));
         (self.sum(|tally| &of(counts(tally)).sum), buckets, self.sum(|tally| &of(counts(tally)).above))
     }

@@ -263,7 +263,6 @@ impl Publisher {
             self.publish_service(change);
         }
         // RFC 1982: serials wrap, so that the low half of the generation is one.
-        #[expect(clippy::cast_possible_truncation, reason = "the low 32 bits are meant")]
         self.zone.serial.store(generation as u32, Ordering::Release);
     }
 

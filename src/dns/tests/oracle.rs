@@ -6,7 +6,10 @@ use hickory_proto::{
     op::{Edns, MessageType, OpCode, Query, ResponseCode},
     rr::{
         DNSClass, Name, RData, Record,
-        rdata::{A as RdataA, AAAA as RdataAaaa, NS as RdataNs, PTR as RdataPtr, SOA as RdataSoa, SRV as RdataSrv, TXT as RdataTxt},
+        rdata::{
+            A as RdataA, AAAA as RdataAaaa, NS as RdataNs, PTR as RdataPtr, SOA as RdataSoa, SRV as RdataSrv,
+            TXT as RdataTxt,
+        },
     },
 };
 use proptest::prelude::*;

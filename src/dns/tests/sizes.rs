@@ -35,7 +35,7 @@ fn no_answer_is_larger_than_asked_for_and_none_smaller_than_it_could_be() {
             for edns in [None, Some(0), Some(512), Some(700), Some(1232), Some(4096)] {
                 for transport in [Transport::Udp, Transport::Tcp] {
                     let query = Ask { transport, ..ask(name, qtype) };
-                    let query = edns.map_or(query.clone(), |size| query.edns(size));
+                    let query = edns.map_or_else(|| query.clone(), |size| query.clone().edns(size));
                     let told = tell(&world, &query);
                     let limit = limit(edns, transport);
                     let says = format!("{count} instances, {name}, EDNS {edns:?}, {transport:?}");
