@@ -8,7 +8,8 @@
 //! exist, 5 % AAAA without data. Memory is what the resident set grew by, registry and zone
 //! together; the journal lies on disk and does not count.
 
-mod support;
+#[path = "support/ratio.rs"]
+mod ratio;
 
 use std::{
     env, fs,
@@ -20,7 +21,7 @@ use std::{
 };
 
 use gangplank::grpc::proto::registry::{NamedPort, RegistrationMsg, service_registry_client::ServiceRegistryClient};
-use support::{machine, row, spread};
+use ratio::{machine, row, spread};
 use tokio_stream::StreamExt as _;
 
 const ROUNDS: usize = 5;

@@ -3,7 +3,8 @@
 //!
 //! `cargo bench --bench registrations`. The client runs in the same process, for both sides.
 
-mod support;
+#[path = "support/ratio.rs"]
+mod ratio;
 
 use std::{
     hint::black_box,
@@ -23,7 +24,7 @@ use gangplank::{
         service_registry_server::{ServiceRegistry, ServiceRegistryServer},
     },
 };
-use support::{machine, row};
+use ratio::{machine, row};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinSet};
 use tokio_stream::{Stream, StreamExt as _, wrappers::TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};

@@ -13,6 +13,8 @@ mod bind;
 mod question;
 mod render;
 mod tcp;
+#[cfg(test)]
+mod tests;
 mod udp;
 mod writer;
 

@@ -138,18 +138,21 @@ pub(super) async fn serve(
                 let (responder, door, stop) = (responder.clone(), Arc::clone(&door), stop.clone());
                 connections.spawn(async move {
                     responder.tally.connected();
-                    let connection = Connection { stream, responder: &responder, limits: &door.limits };
-                    if let Err(why) = connection.serve(&stop).await
-                        && let Some(why) = why
-                    {
+                    let mut connection = Connection { stream, responder: &responder, limits: &door.limits };
+                    if let Err(Some(why)) = connection.serve(&stop).await {
                         responder.tally.closed(why);
                     }
+                    // Counted out and its place given back before the peer can know of its end.
                     responder.tally.disconnected();
                     drop(seat);
+                    drop(connection);
                 });
             }
             // Closed at once: a peer that waits for nothing is worse off than one that knows.
-            Err(why) => responder.tally.closed(why),
+            Err(why) => {
+                responder.tally.closed(why);
+                drop(stream);
+            }
         }
     }
     drop(listener);
@@ -175,7 +178,7 @@ type Ended = Option<Closed>;
 type Patience = (Instant, Closed);
 
 impl Connection<'_> {
-    async fn serve(mut self, stop: &CancellationToken) -> Result<(), Ended> {
+    async fn serve(&mut self, stop: &CancellationToken) -> Result<(), Ended> {
         let mut rng = fastrand::Rng::new();
         let mut received = Vec::new();
         // Answers that are written are on their way, not held back for more.

@@ -266,21 +266,20 @@ impl DnsMetrics {
     }
 }
 
+/// Where the counts of one zone are in a tally.
+type InZone = fn(&Tally) -> &Counts;
+
 impl Group {
     fn sum(&self, cell: impl Fn(&Tally) -> &Cell) -> u64 {
         self.tallies.iter().map(|tally| cell(tally).get()).sum()
     }
 
     /// In the zone and outside: the label, and where its counts are.
-    fn zones(&self) -> [(&str, fn(&Tally) -> &Counts); 2] {
+    fn zones(&self) -> [(&str, InZone); 2] {
         [(&self.listener.zone, |tally| &tally.in_zone), (".", |tally| &tally.outside)]
     }
 
-    fn histogram<const N: usize>(
-        &self,
-        counts: fn(&Tally) -> &Counts,
-        of: fn(&Counts) -> &Histogram<N>,
-    ) -> (u64, [u64; N], u64) {
+    fn histogram<const N: usize>(&self, counts: InZone, of: fn(&Counts) -> &Histogram<N>) -> (u64, [u64; N], u64) {
         let buckets = std::array::from_fn(|index| self.sum(|tally| &of(counts(tally)).buckets[index]));
         (self.sum(|tally| &of(counts(tally)).sum), buckets, self.sum(|tally| &of(counts(tally)).above))
     }
@@ -300,7 +299,7 @@ fn spread<const N: usize, const B: usize>(
     (sum, buckets, above): (u64, [u64; B], u64),
 ) -> fmt::Result {
     let mut rows: Vec<(f64, u64)> = ends.into_iter().zip(buckets).collect();
-    rows.push((f64::MAX, above));
+    rows.push((f64::INFINITY, above));
     let all = rows.iter().map(|(_, count)| count).sum();
     to.encode_family(&labels)?.encode_histogram::<[(&str, &str); 0]>(sum as f64 * unit, all, &rows, None)
 }
@@ -455,8 +454,9 @@ mod tests {
             r#"gangplank_dns_requests_total{server="dns://127.0.0.1:53",zone=".",proto="udp",family="1",type="other"} 1"#,
             r#"gangplank_dns_responses_total{server="dns://127.0.0.1:53",zone="z.",rcode="NOERROR"} 3"#,
             r#"gangplank_dns_responses_total{server="dns://127.0.0.1:53",zone=".",rcode="REFUSED"} 1"#,
-            r#"gangplank_dns_request_duration_seconds_bucket{le="1e-6",server="dns://127.0.0.1:53",zone="z."} 0"#,
+            r#"gangplank_dns_request_duration_seconds_bucket{le="0.000001",server="dns://127.0.0.1:53",zone="z."} 0"#,
             r#"gangplank_dns_request_duration_seconds_count{server="dns://127.0.0.1:53",zone="z."} 3"#,
+            r#"gangplank_dns_request_duration_seconds_bucket{le="+Inf",server="dns://127.0.0.1:53",zone="z."} 3"#,
             r#"gangplank_dns_response_size_bytes_bucket{le="1023.0",server="dns://127.0.0.1:53",zone="z.",proto="tcp"} 1"#,
             r#"gangplank_dns_response_size_bytes_bucket{le="511.0",server="dns://127.0.0.1:53",zone="z.",proto="tcp"} 0"#,
             r#"gangplank_dns_tcp_connections{server="dns://127.0.0.1:53"} 1"#,

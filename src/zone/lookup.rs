@@ -178,7 +178,7 @@ impl ReverseName {
     fn address(&self) -> Option<IpAddr> {
         let whole = self.good == self.family.labels() && self.below == self.good;
         whole.then(|| match self.family {
-            #[expect(clippy::cast_possible_truncation, reason = "32 bits are left")]
+            // 32 bits are left.
             Family::V4 => Ipv4Addr::from_bits((self.bits >> 96) as u32).into(),
             Family::V6 => Ipv6Addr::from_bits(self.bits).into(),
         })

@@ -16,6 +16,10 @@ mod qname;
 mod reverse;
 mod rows;
 mod service;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::{
     cell::OnceCell,
@@ -259,7 +263,6 @@ impl Publisher {
             self.publish_service(change);
         }
         // RFC 1982: serials wrap, so that the low half of the generation is one.
-        #[expect(clippy::cast_possible_truncation, reason = "the low 32 bits are meant")]
         self.zone.serial.store(generation as u32, Ordering::Release);
     }
 

@@ -115,3 +115,12 @@ impl ReverseView<'_> {
         names?.rrset()
     }
 }
+
+#[cfg(test)]
+impl Reverse {
+    /// Every address that has names.
+    pub(super) fn visit(&self, mut each: impl FnMut(IpAddr, &Rows<HostName>)) {
+        self.v4.pin().iter().for_each(|(ip, names)| each((*ip).into(), names));
+        self.v6.pin().iter().for_each(|(ip, names)| each((*ip).into(), names));
+    }
+}

@@ -1,0 +1,210 @@
+//! Tests of [`answer()`](super::answer()) with a raw client: questions are octets, answers are read by
+//! hickory-proto's decoder, which shares nothing with our encoder.
+
+mod behaviour;
+mod fuzz;
+mod messages;
+mod oracle;
+mod reverse;
+mod sizes;
+mod sockets;
+
+use hickory_proto::op::Message;
+
+use super::{Context, MAX_TCP, MAX_UDP, Transport, answer};
+use crate::zone::{
+    ZoneConfig,
+    testing::{World, config, draft},
+};
+
+const A: u16 = 1;
+const NS: u16 = 2;
+const SOA: u16 = 6;
+const PTR: u16 = 12;
+const MX: u16 = 15;
+const TXT: u16 = 16;
+const AAAA: u16 = 28;
+const SRV: u16 = 33;
+const AXFR: u16 = 252;
+const ANY: u16 = 255;
+
+/// What NSID says in these tests.
+const NSID: &[u8] = b"gp-1";
+
+/// A query, octet by octet.
+#[derive(Debug, Clone)]
+struct Ask {
+    id: u16,
+    flags: [u8; 2],
+    name: Vec<u8>,
+    qtype: u16,
+    qclass: u16,
+    /// Records after the question, as they stand in the message, and their counts.
+    records: Vec<u8>,
+    counts: [u16; 3],
+    transport: Transport,
+}
+
+/// A name in wire form, in the case as written.
+fn wire(name: &str) -> Vec<u8> {
+    let labels = name.trim_end_matches('.').split('.').filter(|label| !label.is_empty());
+    let mut wire: Vec<u8> = labels.flat_map(|label| [&[label.len() as u8], label.as_bytes()].concat()).collect();
+    wire.push(0);
+    wire
+}
+
+fn ask(name: &str, qtype: u16) -> Ask {
+    Ask {
+        id: 0x1234,
+        flags: [1, 0],
+        name: wire(name),
+        qtype,
+        qclass: 1,
+        records: Vec::new(),
+        counts: [0; 3],
+        transport: Transport::Udp,
+    }
+}
+
+impl Ask {
+    /// With an OPT record.
+    fn edns(self, size: u16) -> Self {
+        self.opt(size, [0, 0, 0, 0], &[])
+    }
+
+    fn opt(mut self, size: u16, ttl: [u8; 4], options: &[u8]) -> Self {
+        let [s0, s1] = size.to_be_bytes();
+        let [l0, l1] = (options.len() as u16).to_be_bytes();
+        self.records.extend([0, 0, 41, s0, s1]);
+        self.records.extend(ttl);
+        self.records.extend([l0, l1]);
+        self.records.extend(options);
+        self.counts[2] += 1;
+        self
+    }
+
+    fn tcp(self) -> Self {
+        Self { transport: Transport::Tcp, ..self }
+    }
+
+    fn packet(&self) -> Vec<u8> {
+        let [id0, id1] = self.id.to_be_bytes();
+        let mut packet = vec![id0, id1, self.flags[0], self.flags[1], 0, 1];
+        self.counts.iter().for_each(|count| packet.extend(count.to_be_bytes()));
+        packet.extend(&self.name);
+        packet.extend(self.qtype.to_be_bytes());
+        packet.extend(self.qclass.to_be_bytes());
+        packet.extend(&self.records);
+        packet
+    }
+}
+
+/// What came back.
+struct Told {
+    octets: Vec<u8>,
+    message: Message,
+}
+
+impl Told {
+    fn records(section: &[hickory_proto::rr::Record]) -> Vec<String> {
+        section.iter().map(ToString::to_string).collect()
+    }
+
+    /// Answers, each as `owner ttl class type rdata`, in order of their text.
+    fn answers(&self) -> Vec<String> {
+        let mut answers = Self::records(&self.message.answers);
+        answers.sort();
+        answers
+    }
+
+    fn additional(&self) -> Vec<String> {
+        let mut additional = Self::records(&self.message.additionals);
+        additional.sort();
+        additional
+    }
+
+    fn authority(&self) -> Vec<String> {
+        Self::records(&self.message.authorities)
+    }
+
+    fn rcode(&self) -> u16 {
+        let high = self.message.edns.as_ref().map_or(0, |edns| edns.rcode_high());
+        u16::from(high) << 4 | u16::from(self.octets[3] & 0x0f)
+    }
+
+    fn truncated(&self) -> bool {
+        self.octets[2] & 0x02 != 0
+    }
+}
+
+fn respond(world: &World, transport: Transport, packet: &[u8]) -> Option<Vec<u8>> {
+    respond_with(world, transport, packet, &mut fastrand::Rng::with_seed(7))
+}
+
+fn respond_with(world: &World, transport: Transport, packet: &[u8], rng: &mut fastrand::Rng) -> Option<Vec<u8>> {
+    let size = match transport {
+        Transport::Udp => usize::from(MAX_UDP),
+        Transport::Tcp => MAX_TCP,
+    };
+    // Not zeroed: what is left of an earlier answer must not show.
+    let mut out = vec![0xa5; size];
+    let context = Context { transport, nsid: NSID };
+    let reply = answer(&world.zone.pin(), &context, rng, packet, &mut out)?;
+    out.truncate(reply.len);
+    Some(out)
+}
+
+fn tell(world: &World, ask: &Ask) -> Told {
+    let octets = respond(world, ask.transport, &ask.packet()).expect("an answer");
+    let message = Message::from_vec(&octets).expect("an answer that parses");
+    Told { octets, message }
+}
+
+/// Answers of `name` in the order of their text.
+fn answers(world: &World, name: &str, qtype: u16) -> Vec<String> {
+    let told = tell(world, &ask(name, qtype));
+    assert_eq!(told.rcode(), 0, "{name}");
+    told.answers()
+}
+
+/// `NOERROR` without an answer but with the SOA of `owner`.
+fn assert_no_data(world: &World, name: &str, qtype: u16, owner: &str) {
+    assert_negative(world, name, qtype, owner, 0);
+}
+
+/// `NXDOMAIN` with the SOA of `owner`.
+fn assert_no_name(world: &World, name: &str, qtype: u16, owner: &str) {
+    assert_negative(world, name, qtype, owner, 3);
+}
+
+fn assert_negative(world: &World, name: &str, qtype: u16, owner: &str, rcode: u16) {
+    let told = tell(world, &ask(name, qtype));
+    assert_eq!((told.rcode(), told.answers().len()), (rcode, 0), "{name} {qtype}");
+    assert_eq!(told.octets[2] & 0x04, 0x04, "AA");
+    let [soa] = &*told.authority() else { panic!("{name} {qtype}: no SOA in {:?}", told.authority()) };
+    assert!(soa.starts_with(&format!("{owner} 5 IN SOA ")), "{name} {qtype}: {soa}");
+}
+
+fn assert_refused(world: &World, name: &str, qtype: u16) {
+    let told = tell(world, &ask(name, qtype));
+    assert_eq!((told.rcode(), told.octets[2] & 0x04), (5, 0), "{name} {qtype}");
+    assert!(told.answers().is_empty() && told.authority().is_empty(), "{name} {qtype}");
+}
+
+/// Two services in two namespaces, of both families, with host names, shared addresses and ports.
+fn world() -> World {
+    let mut world = World::new(ZoneConfig {
+        ns_addresses: vec!["192.0.2.53".parse().expect("valid"), "2001:db8::53".parse().expect("valid")],
+        ..config()
+    });
+    world.add("web.prod", &draft("10.0.0.1", &["http:80", "9"]));
+    world.add("web.prod", &draft("10.0.0.2", &["http:80", "dns:53/udp"]));
+    world.add("web.prod", &draft("2001:db8::", &["http:8080"]));
+    let db = crate::model::Draft { host_name: "main".into(), priority: 3, ..draft("10.1.0.1", &["pg:5432"]) };
+    world.add("db.prod", &db);
+    world.add("db.prod", &crate::model::Draft { address: "2001:db8::1:1".into(), weight: Some(0.5), ..db });
+    world.add("bare.test", &draft("10.0.0.1", &[]));
+    world.add_unready("sick.ill", &draft("10.9.0.1", &["http:80"]));
+    world.generation(1712);
+    world
+}

@@ -1,0 +1,238 @@
+//! A second encoder: hickory-proto's, given the same lookup and the same draw, says the same.
+
+use std::net::IpAddr;
+
+use hickory_proto::{
+    op::{Edns, MessageType, OpCode, Query, ResponseCode},
+    rr::{
+        DNSClass, Name, RData, Record,
+        rdata::{
+            A as RdataA, AAAA as RdataAaaa, NS as RdataNs, PTR as RdataPtr, SOA as RdataSoa, SRV as RdataSrv,
+            TXT as RdataTxt,
+        },
+    },
+};
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    dns::render::MAX_PTR,
+    model::{DashedLabel, Draft},
+    zone::{Addresses, Apex, Hit, Lookup, QName, RecordType, Target, View},
+};
+
+const ORIGIN: &str = "cluster.local.";
+
+fn name(text: &str) -> Name {
+    Name::from_ascii(text).expect("a name")
+}
+
+/// The message that hickory-proto is to encode.
+struct Oracle<'v, 'z> {
+    view: &'v View<'z>,
+    asked: Name,
+    rng: fastrand::Rng,
+    message: Message,
+}
+
+impl Oracle<'_, '_> {
+    fn record(&self, owner: &Name, ttl: u32, data: RData) -> Record {
+        Record::from_rdata(owner.clone(), ttl, data)
+    }
+
+    fn addresses(&mut self, owner: &Name, found: Addresses<'_>) -> Vec<Record> {
+        let ttl = self.view.ttl();
+        let mut records = Vec::new();
+        if let Some(set) = found.v4 {
+            let rows = set.wrap_from(set.draw(&mut self.rng));
+            records.extend(rows.map(|row| self.record(owner, ttl, RData::A(RdataA(row.ip)))));
+        }
+        if let Some(set) = found.v6 {
+            let rows = set.wrap_from(set.draw(&mut self.rng));
+            records.extend(rows.map(|row| self.record(owner, ttl, RData::AAAA(RdataAaaa(row.ip)))));
+        }
+        records
+    }
+
+    fn soa(&self, apex: Apex) -> Record {
+        let labels = self.asked.num_labels() as usize - apex.0;
+        let minimum = self.view.ttl();
+        let soa = RdataSoa::new(
+            name("ns.dns.cluster.local."),
+            name("hostmaster.cluster.local."),
+            self.view.serial(),
+            7200,
+            1800,
+            86_400,
+            minimum,
+        );
+        self.record(&self.asked.trim_to(labels), minimum.min(300), RData::SOA(soa))
+    }
+
+    fn hit(&mut self, hit: &Hit<'_>) {
+        let (asked, ttl) = (self.asked.clone(), self.view.ttl());
+        match hit {
+            Hit::A(set) => {
+                self.message.answers = self.addresses(&asked, Addresses { v4: Some(*set), v6: None });
+            }
+            Hit::Aaaa(set) => {
+                self.message.answers = self.addresses(&asked, Addresses { v4: None, v6: Some(*set) });
+            }
+            Hit::Srv(set, facts) => {
+                let service = asked.trim_to(asked.num_labels() as usize - 2).to_lowercase();
+                let rows: Vec<_> = set.wrap_from(set.draw(&mut self.rng)).collect();
+                let mut seen: Vec<&Target> = Vec::new();
+                for row in &rows {
+                    let target = name(&format!("{}.{service}", host_label(&row.target)));
+                    let data = RdataSrv::new(row.priority, row.srv_weight(), row.port, target.clone());
+                    self.message.answers.push(self.record(&asked, ttl, RData::SRV(data)));
+                    if !seen.contains(&&row.target) {
+                        seen.push(&row.target);
+                        let found = facts.target(&row.target).expect("the target exists");
+                        let records = self.addresses(&target, found);
+                        self.message.additionals.extend(records);
+                    }
+                }
+            }
+            Hit::Ptr(set, ip) => {
+                let rows = set.wrap_from(set.draw(&mut self.rng)).take(MAX_PTR);
+                for row in rows {
+                    let host = row.host.as_ref().map_or_else(|| DashedLabel::new(*ip).to_string(), ToString::to_string);
+                    let target = name(&format!("{host}.{}.svc.{ORIGIN}", row.service.as_str()));
+                    self.message.answers.push(self.record(&asked, ttl, RData::PTR(RdataPtr(target))));
+                }
+            }
+            Hit::Version => {
+                let data = RData::TXT(RdataTxt::new(vec!["1.1.0".into()]));
+                self.message.answers = vec![self.record(&asked, 28_800, data)];
+            }
+            Hit::Soa(apex) => self.message.answers = vec![self.soa(*apex)],
+            Hit::Ns(found) => {
+                let server = name("ns.dns.cluster.local.");
+                self.message.answers = vec![self.record(&asked, ttl, RData::NS(RdataNs(server.clone())))];
+                self.message.additionals = self.addresses(&server, *found);
+            }
+        }
+    }
+}
+
+fn host_label(target: &Target) -> String {
+    match target {
+        Target::Dashed(ip) => DashedLabel::new(*ip).to_string(),
+        Target::Host(label) => label.to_string(),
+    }
+}
+
+/// What hickory-proto would send.
+fn expected(world: &World, text: &str, qtype: u16, seed: u64, edns: bool) -> Vec<u8> {
+    let view = world.zone.pin();
+    let asked = name(text);
+    let mut message = Message::response(0x1234, OpCode::Query);
+    message.metadata.message_type = MessageType::Response;
+    message.metadata.recursion_desired = true;
+    let mut query = Query::query(asked.clone(), qtype.into());
+    query.set_query_class(DNSClass::IN);
+    message.add_query(query);
+    let rng = fastrand::Rng::with_seed(seed);
+    let mut oracle = Oracle { view: &view, asked, rng, message };
+    let qname = QName::from_text(text).expect("a name");
+    let (rcode, authoritative) = match view.lookup(view.locate(&qname), &qname, RecordType::from(qtype)) {
+        Lookup::Hit(hit) => {
+            oracle.hit(&hit);
+            (ResponseCode::NoError, true)
+        }
+        Lookup::NoData(apex) => {
+            oracle.message.authorities = vec![oracle.soa(apex)];
+            (ResponseCode::NoError, true)
+        }
+        Lookup::NxDomain(apex) => {
+            oracle.message.authorities = vec![oracle.soa(apex)];
+            (ResponseCode::NXDomain, true)
+        }
+        Lookup::OutOfZone => (ResponseCode::Refused, false),
+        Lookup::NotReady => (ResponseCode::ServFail, false),
+    };
+    let mut message = oracle.message;
+    message.metadata.response_code = rcode;
+    message.metadata.authoritative = authoritative;
+    if edns {
+        let mut edns = Edns::new();
+        edns.set_max_payload(1232);
+        edns.set_version(0);
+        message.set_edns(edns);
+    }
+    message.to_vec().expect("hickory-proto encodes it")
+}
+
+fn any_world() -> impl Strategy<Value = World> {
+    let address = prop_oneof![
+        3 => (1u8..8).prop_map(|n| format!("10.20.0.{n}")),
+        1 => (1u8..4).prop_map(|n| format!("2001:db8:0:{n}::")),
+    ];
+    let service = prop::sample::select(vec!["web.prod", "db.prod", "web.test"]);
+    let host = prop::sample::select(vec!["", "", "a", "b"]);
+    let ports = prop::sample::subsequence(vec!["http:80", "web:80/udp", "9", "dns:53/udp", "alt:81"], 0..5);
+    let weight = prop::sample::select(vec![0.0, 0.25, 1.0, 1.0, 655.0]);
+    let registration = (service, address, host, ports, weight, 0u16..3);
+    (prop::collection::vec(registration, 0..20), prop::sample::select(vec![0, 5, 3600]), any::<bool>()).prop_map(
+        |(registrations, ttl, reverse)| {
+            let network = ("10.20.0.0".parse().expect("valid"), 21);
+            let mut world = World::new(ZoneConfig {
+                ttl,
+                reverse_zones: if reverse { vec![network] } else { Vec::new() },
+                ns_addresses: vec!["192.0.2.53".parse::<IpAddr>().expect("valid")],
+                ..config()
+            });
+            for (service, address, host, ports, weight, priority) in registrations {
+                let draft = Draft { host_name: host.into(), weight: Some(weight), priority, ..draft(&address, &ports) };
+                world.add(service, &draft);
+            }
+            world
+        },
+    )
+}
+
+fn any_name() -> impl Strategy<Value = String> {
+    let label = |labels: &'static [&'static str]| prop::sample::select(labels);
+    let service = (label(&["web", "db", "no"]), label(&["prod", "test", "no"]));
+    let host = label(&["", "a.", "b.", "10-20-0-1.", "10-20-0-2.", "2001-db8-0-1--0.", "_tcp.", "_udp.", "x.a."]);
+    let port = (label(&["_http", "_web", "_dns", "_no"]), label(&["_tcp", "_udp", "_sctp"]));
+    prop_oneof![
+        4 => (host, service.clone()).prop_map(|(host, (s, n))| format!("{host}{s}.{n}.svc.{ORIGIN}")),
+        4 => (port, service).prop_map(|((p, t), (s, n))| format!("{p}.{t}.{s}.{n}.svc.{ORIGIN}")),
+        2 => (0u8..9, label(&["0.20.10", "8.20.10", "256.20.10"])).prop_map(|(n, net)| format!("{n}.{net}.in-addr.arpa.")),
+        1 => (1u8..4).prop_map(|n| format!("{}{n}.0.0.0.0.0.0.0.8.b.d.0.1.0.0.2.ip6.arpa.", "0.".repeat(16))),
+        2 => label(&[
+            ".", ORIGIN, "svc.cluster.local.", "dns.cluster.local.", "ns.dns.cluster.local.", "prod.svc.cluster.local.",
+            "dns-version.cluster.local.", "no.cluster.local.", "20.10.in-addr.arpa.", "0.20.10.in-addr.arpa.", "example.com.",
+        ]).prop_map(ToOwned::to_owned),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    #[test]
+    fn two_encoders_say_the_same(
+        world in any_world(),
+        names in prop::collection::vec((any_name(), any::<u64>()), 1..12),
+        qtype in prop::sample::select(vec![A, AAAA, SRV, PTR, TXT, SOA, NS, ANY, MX]),
+        edns in any::<bool>(),
+    ) {
+        for (text, seed) in names {
+            // Bits of the seed say which letters are upper case.
+            let odd: String = text
+                .chars()
+                .enumerate()
+                .map(|(index, c)| if seed >> (index % 64) & 1 == 1 { c.to_ascii_uppercase() } else { c })
+                .collect();
+            let query = ask(&odd, qtype).tcp();
+            let query = if edns { query.edns(1232) } else { query };
+            let mut rng = fastrand::Rng::with_seed(seed);
+            let ours = respond_with(&world, Transport::Tcp, &query.packet(), &mut rng).expect("an answer");
+            let theirs = expected(&world, &odd, qtype, seed, edns);
+            let (ours, theirs) = (Message::from_vec(&ours), Message::from_vec(&theirs));
+            prop_assert_eq!(ours.expect("ours parses"), theirs.expect("theirs parses"), "{} {}", odd, qtype);
+        }
+    }
+}

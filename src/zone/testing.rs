@@ -1,0 +1,156 @@
+//! A zone with a registry's worth of services behind it, for tests.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use super::{Facts, Publisher, ServiceChange, Zone, ZoneConfig, rows::Rows};
+use crate::model::{
+    Change, DnsName, Door, Draft, DraftPort, Instance, InstanceKey, Protocol, Service, ServiceKey, UnixMillis,
+};
+
+const DOOR: Door = Door { zone_wire_len: 15, names_allowed: true };
+
+/// The zone's configuration in most tests.
+pub(crate) fn config() -> ZoneConfig {
+    ZoneConfig {
+        origin: DnsName::parse("cluster.local").expect("valid"),
+        ttl: 5,
+        reverse_zones: Vec::new(),
+        ns_addresses: Vec::new(),
+        publish_not_ready: false,
+    }
+}
+
+/// An instance at `address` with ports such as `http:80` or `dns:53/udp`.
+pub(crate) fn draft(address: &str, ports: &[&str]) -> Draft {
+    let port = |text: &&str| {
+        let (text, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
+        let protocol = Protocol::ALL.into_iter().find(|p| p.srv_label()[1..] == *protocol).expect("a protocol");
+        let (name, number) = text.split_once(':').unwrap_or(("", text));
+        DraftPort { number: number.parse().expect("a number"), protocol, name: name.into() }
+    };
+    Draft { address: address.into(), ports: ports.iter().map(port).collect(), ..Draft::default() }
+}
+
+pub(crate) fn key(service: &str) -> ServiceKey {
+    let (name, namespace) = service.split_once('.').expect("service.namespace");
+    DOOR.service(namespace, name).expect("valid")
+}
+
+pub(crate) fn instance(service: &ServiceKey, draft: &Draft) -> Arc<Instance> {
+    Arc::new(DOOR.instance(service, draft, UnixMillis(0)).expect("valid"))
+}
+
+/// A zone and what is registered in it.
+#[derive(Debug)]
+pub(crate) struct World {
+    pub(crate) zone: Arc<Zone>,
+    publisher: Publisher,
+    services: BTreeMap<ServiceKey, Service>,
+    generation: u64,
+}
+
+impl World {
+    /// Nothing registered, and not ready.
+    pub(crate) fn loading(config: ZoneConfig) -> Self {
+        let (zone, publisher) = Zone::new(config);
+        Self { zone, publisher, services: BTreeMap::new(), generation: 0 }
+    }
+
+    /// Nothing registered, and ready.
+    pub(crate) fn new(config: ZoneConfig) -> Self {
+        let world = Self::loading(config);
+        world.zone.set_ready();
+        world
+    }
+
+    /// Registers an instance under `service.namespace`.
+    pub(crate) fn add(&mut self, service: &str, draft: &Draft) {
+        let service = key(service);
+        let instance = instance(&service, draft);
+        self.put(&service, instance);
+    }
+
+    /// Registers an instance that is not ready.
+    pub(crate) fn add_unready(&mut self, service: &str, draft: &Draft) {
+        let service = key(service);
+        let instance = Arc::unwrap_or_clone(instance(&service, draft)).with_ready(false);
+        self.put(&service, instance.into());
+    }
+
+    /// Removes an instance.
+    pub(crate) fn remove(&mut self, service: &str, draft: &Draft) {
+        let service = key(service);
+        let instance = instance(&service, draft);
+        self.change(&service, &[(instance, false)]);
+    }
+
+    pub(crate) fn put(&mut self, service: &ServiceKey, instance: Arc<Instance>) {
+        self.change(service, &[(instance, true)]);
+    }
+
+    /// One generation: puts each instance, or takes it out.
+    pub(crate) fn change(&mut self, service: &ServiceKey, steps: &[(Arc<Instance>, bool)]) {
+        let known = self.services.entry(service.clone()).or_default();
+        let mut changes = Vec::new();
+        for (instance, stays) in steps {
+            let before = if *stays {
+                known.instances.put(Arc::clone(instance))
+            } else {
+                known.instances.remove(&InstanceKey::from(&instance.id()))
+            };
+            let after = stays.then(|| Arc::clone(instance));
+            if before.is_some() || after.is_some() {
+                changes.push(Change { before, after });
+            }
+        }
+        self.generation += 1;
+        let change = ServiceChange { service, changes: &changes, after: known };
+        self.publisher.publish(self.generation, &[change]);
+    }
+
+    /// Publishes nothing but a generation.
+    pub(crate) fn generation(&mut self, generation: u64) {
+        self.generation = generation;
+        self.publisher.publish(generation, &[]);
+    }
+
+    /// The same, registered at once in a zone of its own.
+    pub(crate) fn rebuilt(&self, config: ZoneConfig) -> Self {
+        let mut fresh = Self::new(config);
+        for (service, known) in &self.services {
+            let all: Vec<_> = known.instances.iter().map(|instance| (Arc::clone(instance), true)).collect();
+            fresh.change(service, &all);
+        }
+        fresh
+    }
+}
+
+/// All that a zone holds, to compare.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Contents {
+    services: BTreeMap<ServiceKey, Facts>,
+    namespaces: BTreeMap<String, usize>,
+    names: BTreeSet<String>,
+}
+
+impl Contents {
+    pub(crate) fn of(zone: &Zone) -> Self {
+        let mut names = BTreeSet::new();
+        zone.reverse.visit(|ip, rows: &Rows<_>| {
+            assert!(!rows.is_empty(), "{ip} is left without a name");
+            names.extend(rows.iter().map(|name| format!("{ip} {name:?}")));
+        });
+        Self {
+            services: zone.services.pin().iter().map(|(key, facts)| (key.clone(), facts.clone())).collect(),
+            namespaces: zone.namespaces.pin().iter().map(|(name, count)| (name.to_string(), *count)).collect(),
+            names,
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.services.is_empty() && self.namespaces.is_empty() && self.names.is_empty()
+    }
+}
