@@ -62,9 +62,19 @@ pub struct Services {
     pub metrics: Arc<Metrics>,
 }
 
-/// Calls and streams that may be open at once, on all listeners together. Beyond it a call is
-/// answered RESOURCE_EXHAUSTED.
-const MAX_CALLS: usize = 12_000;
+/// What tests make smaller.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    /// Calls and streams that may be open at once, on all listeners together. Beyond it a call
+    /// is answered RESOURCE_EXHAUSTED.
+    calls: usize,
+    /// How long a peer may take to send the preface of HTTP/2: until then nothing else watches it.
+    handshake: Duration,
+    /// How long clients have to take their last answers after the stop; then connections are cut.
+    grace: Duration,
+}
+
+const LIMITS: Limits = Limits { calls: 12_000, handshake: Duration::from_secs(5), grace: Duration::from_secs(5) };
 
 /// Calls and streams that may be open at once on one connection; the client is told and waits.
 const MAX_CALLS_PER_CONNECTION: u32 = 1_024;
@@ -84,9 +94,6 @@ const CONNECTION_WINDOW: u32 = 1024 * 1024;
 const KEEPALIVE: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long clients have to take their last answers after the stop; then connections are cut.
-const GRACE: Duration = Duration::from_secs(5);
-
 /// How long connections that are cut may take to be gone.
 const CUT: Duration = Duration::from_secs(1);
 
@@ -98,11 +105,20 @@ const HEALTH_NAMES: [&str; 3] = ["", "registry.ServiceRegistry", "gangplank.v1.D
 /// # Errors
 /// The first listener that fails stops all.
 pub async fn run(listeners: Vec<TcpListener>, services: Services, stop: CancellationToken) -> io::Result<()> {
+    serve(listeners, services, stop, LIMITS).await
+}
+
+async fn serve(
+    listeners: Vec<TcpListener>,
+    services: Services,
+    stop: CancellationToken,
+    limits: Limits,
+) -> io::Result<()> {
     let cut = CancellationToken::new();
     let (routes, health) = routes(&services, &stop)?;
-    let routes = Tracked::new(routes, Arc::new(Semaphore::new(MAX_CALLS)), Arc::clone(&services.metrics));
+    let routes = Tracked::new(routes, Arc::new(Semaphore::new(limits.calls)), Arc::clone(&services.metrics));
     let servers = listeners.into_iter().map(|listener| {
-        let connections = incoming::connections(listener, Arc::clone(&services.metrics), cut.clone());
+        let connections = incoming::connections(listener, limits.handshake, Arc::clone(&services.metrics), cut.clone());
         let served = server().serve_with_incoming_shutdown(routes.clone(), connections, stop.clone().cancelled_owned());
         async { served.await.map_err(io::Error::other) }
     });
@@ -111,7 +127,7 @@ pub async fn run(listeners: Vec<TcpListener>, services: Services, stop: Cancella
     let status = follow_health(services.registry.status(), health, &stop);
     let deadline = async {
         stop.cancelled().await;
-        tokio::time::sleep(GRACE).await;
+        tokio::time::sleep(limits.grace).await;
         warn!("clients did not take their last answers in time; their connections are closed");
         cut.cancel();
         tokio::time::sleep(CUT).await;
@@ -141,6 +157,7 @@ fn routes(services: &Services, stop: &CancellationToken) -> io::Result<(Routes, 
     let registry = RegistryService::new(services.clone(), stop.clone());
     let discovery = DiscoveryService::new(services.clone(), stop.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
+    // Requests for reflection and health are small too.
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
@@ -148,10 +165,10 @@ fn routes(services: &Services, stop: &CancellationToken) -> io::Result<(Routes, 
     };
     let routes = Routes::new(ServiceRegistryServer::new(registry).max_decoding_message_size(MAX_MESSAGE))
         .add_service(DiscoveryServer::new(discovery).max_decoding_message_size(MAX_MESSAGE))
-        .add_service(health_service)
-        .add_service(reflection().build_v1().map_err(io::Error::other)?)
+        .add_service(health_service.max_decoding_message_size(MAX_MESSAGE))
+        .add_service(reflection().build_v1().map_err(io::Error::other)?.max_decoding_message_size(MAX_MESSAGE))
         // Older grpcurl and others ask for this one.
-        .add_service(reflection().build_v1alpha().map_err(io::Error::other)?);
+        .add_service(reflection().build_v1alpha().map_err(io::Error::other)?.max_decoding_message_size(MAX_MESSAGE));
     Ok((routes, health))
 }
 
@@ -180,3 +197,6 @@ async fn follow_health(status: &Status, mut health: HealthReporter, stop: &Cance
         health.clear_service_status(name).await;
     }
 }
+
+#[cfg(test)]
+mod tests;
