@@ -36,6 +36,12 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most octets of one answer. A service of a million instances comes to some 100 MB.
 const MAX_ANSWER: usize = 256 * 1024 * 1024;
 
+/// Octets that the server may send ahead of what was read, on one stream and on one connection.
+/// The latter is this large because h2 breaks a connection on which many small messages, such as
+/// changes are, lie unread: more than half of it, each counted as what it lacks of 256 octets.
+const STREAM_WINDOW: u32 = 1024 * 1024;
+const CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
+
 /// Why a call did not succeed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -221,6 +227,8 @@ impl Client {
         let endpoint = endpoint
             .connect_timeout(CONNECT)
             .tcp_nodelay(true)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
             .http2_keep_alive_interval(KEEPALIVE)
             .keep_alive_timeout(KEEPALIVE_TIMEOUT);
         let dialled = tokio::time::timeout(CONNECT, endpoint.connect()).await;

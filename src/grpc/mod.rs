@@ -76,8 +76,9 @@ struct Limits {
 
 const LIMITS: Limits = Limits { calls: 12_000, handshake: Duration::from_secs(5), grace: Duration::from_secs(5) };
 
-/// Calls and streams that may be open at once on one connection; the client is told and waits.
-const MAX_CALLS_PER_CONNECTION: u32 = 1_024;
+/// Calls and streams that may be open at once on one connection; the client is told and waits or
+/// opens another connection.
+const MAX_CALLS_PER_CONNECTION: u32 = 200;
 
 /// Most octets of one message from a client: a registration has a few hundred.
 const MAX_MESSAGE: usize = 64 * 1024;
@@ -85,9 +86,15 @@ const MAX_MESSAGE: usize = 64 * 1024;
 /// Most octets of a call's headers.
 const MAX_HEADERS: u32 = 16 * 1024;
 
-/// Octets that a client may send ahead of what was read, on one stream and on one connection.
-const STREAM_WINDOW: u32 = 128 * 1024;
-const CONNECTION_WINDOW: u32 = 1024 * 1024;
+/// Octets that a client may send on one stream ahead of what was read: some 900 registrations.
+const STREAM_WINDOW: u32 = 64 * 1024;
+
+/// The same for one connection. It is not what bounds memory, the streams' windows are; but h2
+/// lets unread DATA frames of less than 256 octets, which is what registrations are, miss no more
+/// than half of this window in sum, and beyond it breaks the connection (ENHANCE_YOUR_CALM). A
+/// registry that is slow for a moment must slow its clients down, not lose them: this is enough
+/// for every stream of a connection to stand still with its window full of them.
+const CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
 
 /// A quiet connection is probed after this long, and given up [`KEEPALIVE_TIMEOUT`] later: so
 /// half-open peers (a machine that lost power) are noticed.
@@ -176,13 +183,16 @@ fn routes(services: &Services, stop: &CancellationToken) -> io::Result<(Routes, 
 /// told the same, though what stands can be read as long as the process runs.
 async fn follow_health(status: &Status, mut health: HealthReporter, stop: &CancellationToken) {
     let mut phases = status.watch();
+    let mut said = None;
     loop {
         let serving = match *phases.borrow_and_update() {
             Phase::Ready if !stop.is_cancelled() => ServingStatus::Serving,
             Phase::Ready | Phase::Recovering | Phase::StorageFailed(_) | Phase::Draining => ServingStatus::NotServing,
         };
-        for name in HEALTH_NAMES {
-            health.set_service_status(name, serving).await;
+        if said.replace(serving) != Some(serving) {
+            for name in HEALTH_NAMES {
+                health.set_service_status(name, serving).await;
+            }
         }
         if stop.is_cancelled() {
             break;

@@ -118,11 +118,11 @@ async fn at_the_stop_what_was_read_is_answered_and_the_stream_ends_unavailable()
     let mut registry = Registry::new(1_000_000);
     registry.recover();
     let stop = CancellationToken::new();
-    let mut open = conversation(&registry, (0..2_500).map(message), stream::pending(), &stop);
+    let mut open = conversation(&registry, (0..2_000).map(message), stream::pending(), &stop);
     assert!(poll!(open.next()).is_pending());
     stop.cancel();
     registry.write();
-    for n in 0..2_500 {
+    for n in 0..2_000 {
         let answer: RegistrationResponse =
             soon("an answer", open.next()).await.expect("one per message").expect("answered");
         assert_eq!((answer.status, answer.request_id), (201, n.to_string()));
@@ -170,20 +170,62 @@ async fn a_client_that_does_not_read_its_answers_is_not_read_either() {
     });
     let mut answers = client.registration_event(messages).await.expect("served").into_inner();
     // The sender stands still when all windows are full.
-    let mut before = usize::MAX;
-    while before != sent.load(Ordering::Relaxed) {
-        before = sent.load(Ordering::Relaxed);
-        let full = async {
-            while before == sent.load(Ordering::Relaxed) {
-                tokio::task::yield_now().await;
-            }
-        };
-        let _ = tokio::time::timeout(Duration::from_millis(300), full).await;
-    }
+    let before = stands_still(&sent).await;
     assert!(before < 30_000, "{before} messages were taken although no answer was read");
     for n in 0..ALL {
         let answer = soon("an answer", answers.message()).await.expect("a good stream").expect("one per message");
         assert_eq!(answer.request_id, n.to_string());
     }
     assert!(answers.message().await.expect("a good end").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_stands_still_does_not_cost_its_clients_their_connection() {
+    const STREAMS: u32 = 16;
+    const EACH: u32 = 5_000;
+    let mut registry = Registry::new(1_000_000);
+    registry.recover();
+    let mut server = TestServer::serving(registry, LIMITS).await;
+    let channel = server.channel().await;
+    let sent = Arc::new(AtomicUsize::new(0));
+    let mut clients = JoinSet::new();
+    for which in 0..STREAMS {
+        let (channel, sent) = (channel.clone(), Arc::clone(&sent));
+        clients.spawn(async move {
+            // Between messages the sender has nothing, so that each is a DATA frame of its own.
+            let messages = stream::unfold(0, move |n| {
+                let sent = Arc::clone(&sent);
+                async move {
+                    tokio::task::yield_now().await;
+                    sent.fetch_add(1, Ordering::Relaxed);
+                    (n < EACH).then(|| (message(which * EACH + n), n + 1))
+                }
+            });
+            let mut client = ServiceRegistryClient::new(channel);
+            let mut answers = client.registration_event(messages).await.expect("served").into_inner();
+            for n in 0..EACH {
+                let answer = answers.message().await.expect("a good stream").expect("one per message");
+                assert_eq!((answer.status, answer.request_id), (201, (which * EACH + n).to_string()));
+            }
+        });
+    }
+    stands_still(&sent).await;
+    server.registry.write();
+    let ended = soon("all are answered", clients.join_all()).await;
+    assert_eq!(ended.len(), STREAMS as usize);
+}
+
+/// Waits until nothing more is sent; gives back how much was.
+async fn stands_still(sent: &AtomicUsize) -> usize {
+    let mut before = usize::MAX;
+    while before != sent.load(Ordering::Relaxed) {
+        before = sent.load(Ordering::Relaxed);
+        let moves = async {
+            while before == sent.load(Ordering::Relaxed) {
+                tokio::task::yield_now().await;
+            }
+        };
+        let _ = tokio::time::timeout(Duration::from_millis(300), moves).await;
+    }
+    before
 }
