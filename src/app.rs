@@ -219,12 +219,10 @@ fn spawn_writer(
     let runtime = Handle::current();
     let work = move || -> anyhow::Result<()> {
         let Recovery { unrecovered, data_dir, store, publisher, zone } = recovery;
-        let mut said = Instant::now();
-        let mut progress = |Progress { read, total }: Progress| {
-            if said.elapsed() >= PROGRESS_EVERY {
-                said = Instant::now();
-                let percent = (read * 100).checked_div(total).unwrap_or(100);
-                info!("recovering: {percent} % ({} of {} MiB)", read >> 20, total >> 20);
+        let mut reporter = ProgressReporter { said: Instant::now() };
+        let mut progress = |progress| {
+            if let Some(line) = reporter.report(Instant::now(), progress) {
+                info!("{line}");
             }
         };
         let writer = unrecovered.recover(data_dir, &store, publisher, &mut progress)?;
@@ -243,6 +241,23 @@ fn spawn_writer(
     Ok(end)
 }
 
+/// Says how far a long recovery is, and nothing of a short one.
+#[derive(Debug)]
+struct ProgressReporter {
+    said: Instant,
+}
+
+impl ProgressReporter {
+    fn report(&mut self, now: Instant, Progress { read, total }: Progress) -> Option<String> {
+        if now.duration_since(self.said) < PROGRESS_EVERY {
+            return None;
+        }
+        self.said = now;
+        let percent = (read * 100).checked_div(total).unwrap_or(100);
+        Some(format!("recovering: {percent} % ({} of {} MiB)", read >> 20, total >> 20))
+    }
+}
+
 fn from_std(listeners: Vec<StdTcpListener>) -> io::Result<Vec<TcpListener>> {
     listeners.into_iter().map(TcpListener::from_std).collect()
 }
@@ -258,4 +273,40 @@ fn with_name_servers(zone: ZoneConfig, bound: &[SocketAddr]) -> ZoneConfig {
     ns_addresses.sort_unstable();
     ns_addresses.dedup();
     ZoneConfig { ns_addresses, ..zone }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_recovery_of_more_than_a_second_says_how_far_it_is() {
+        let begun = Instant::now();
+        let mut reporter = ProgressReporter { said: begun };
+        let mut after = |millis, read| {
+            let progress = Progress { read, total: 300 << 20 };
+            reporter.report(begun + Duration::from_millis(millis), progress)
+        };
+        assert_eq!(after(999, 10 << 20), None);
+        assert_eq!(after(1000, 120 << 20).as_deref(), Some("recovering: 40 % (120 of 300 MiB)"));
+        assert_eq!(after(1999, 200 << 20), None);
+        assert_eq!(after(2000, 300 << 20).as_deref(), Some("recovering: 100 % (300 of 300 MiB)"));
+    }
+
+    #[test]
+    fn the_name_servers_addresses_are_the_given_ones_or_the_bound_ones_that_others_reach() {
+        let zone = |ns: &[&str]| ZoneConfig {
+            origin: crate::model::DnsName::parse("cluster.local").expect("a name"),
+            ttl: 5,
+            reverse_zones: Vec::new(),
+            ns_addresses: ns.iter().map(|ip| ip.parse().expect("an address")).collect(),
+            publish_not_ready: false,
+        };
+        let bound: Vec<SocketAddr> = ["127.0.0.1:53", "10.0.0.2:53", "10.0.0.2:54", "[::1]:53"]
+            .iter()
+            .map(|address| address.parse().expect("an address"))
+            .collect();
+        assert_eq!(with_name_servers(zone(&[]), &bound).ns_addresses, zone(&["10.0.0.2"]).ns_addresses);
+        assert_eq!(with_name_servers(zone(&["10.9.9.9"]), &bound).ns_addresses, zone(&["10.9.9.9"]).ns_addresses);
+    }
 }

@@ -3,7 +3,7 @@
 //! Names follow CoreDNS for DNS, etcd for gRPC; label values come from closed sets, never from an
 //! error's text or from the wire.
 
-mod dns;
+pub mod dns;
 mod grpc;
 mod process;
 mod registry;

@@ -5,6 +5,7 @@ mod coredns;
 mod crash;
 mod docs;
 mod lifecycle;
+mod listeners;
 mod process;
 mod structure;
 mod support;

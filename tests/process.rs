@@ -58,7 +58,7 @@ fn the_generation_never_goes_back() {
 
 #[test]
 fn sigterm_ends_it_with_exit_code_0() {
-    let mut server = Server::start();
+    let mut server = Server::start_with(&["--drain", "100ms"]);
     server.register("prod", "web", "10.0.0.1", "http=8080");
     let status = server.terminate();
     assert_eq!(status.code(), Some(0), "{status}");
@@ -77,16 +77,6 @@ fn a_ready_server_says_so_over_http() {
     assert_eq!(status, 200);
     assert!(body.contains("gangplank_build_info"), "{body}");
     assert_eq!(get(server.admin, "/no-such-page").0, 404);
-}
-
-#[test]
-fn a_second_process_on_one_data_directory_refuses_to_start() {
-    let server = Server::start();
-    let mut second = Process::serve::<&str>(server.data_dir(), &[]);
-    let status = second.exit();
-    assert_eq!(status.code(), Some(1), "{status}");
-    assert!(second.stderr().contains(&server.data_dir().display().to_string()), "{}", second.stderr());
-    assert_eq!(get(server.admin, "/readyz").0, 200, "the first goes on");
 }
 
 #[test]

@@ -28,9 +28,9 @@ const DOWN: &[(&str, &[&str])] = &[
 
 /// Crates that stay in one place, with all whose names begin so and go on after `_`, and where that is.
 const PLACES: &[(&str, &[&str])] = &[
-    ("anyhow", &["main", "app", "cli"]),
+    ("anyhow", &["main", "app", "cli", "config", "telemetry"]),
     ("axum", &["admin"]),
-    ("clap", &["main", "cli", "config"]),
+    ("clap", &["main", "cli", "config", "telemetry"]),
     ("hickory", &["dns", "cli::resolve"]),
     ("kube", &["kubernetes"]),
     ("prometheus_client", &["metrics", "admin"]),

@@ -1,10 +1,34 @@
 //! The DNS listeners: UDP and TCP in front of one pure function, packet in, packet out.
+//!
+//! 1. [`answer()`] decides everything; the fronts move octets and keep limits.
+//! 2. UDP threads are those of the operating system, each with a socket of its own. TCP runs on
+//!    the runtime, within caps.
+//! 3. Every socket is bound to one address, so that an answer leaves from where it was asked.
+//! 4. Everything that runs is joined, and the first to fail stops the rest.
+//!
+//! Nothing here changes the zone, and no answer writes a log line.
 
-use std::{io, net::SocketAddr, num::NonZeroUsize, sync::Arc, time::Duration};
+mod answer;
+mod bind;
+mod question;
+mod render;
+mod tcp;
+mod udp;
+mod writer;
 
+use std::{io, net::SocketAddr, num::NonZeroUsize, sync::Arc, thread, time::Duration};
+
+use tokio::{net::TcpListener, sync::oneshot, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::{metrics::Metrics, zone::Zone};
+pub use answer::{Context, MAX_TCP, MAX_UDP, Rcode, Reply, Transport, answer};
+
+use crate::{
+    metrics::{Metrics, dns::Listener},
+    zone::Zone,
+};
+use bind::Sockets;
+use udp::Responder;
 
 /// What the listeners are given.
 #[derive(Debug, Clone)]
@@ -36,29 +60,99 @@ pub struct TcpLimits {
 
 /// Listeners that are bound but do not answer yet.
 #[derive(Debug)]
-pub struct Bound {}
+pub struct Bound {
+    sockets: Vec<Sockets>,
+    nsid: Arc<[u8]>,
+    tcp: TcpLimits,
+}
 
 /// Binds every address: TCP before UDP, because SO_REUSEPORT would let a second process in silently.
 ///
 /// # Errors
 /// When an address cannot be bound; the error names it.
-pub fn bind(_config: &DnsConfig) -> io::Result<Bound> {
-    Ok(Bound {})
+pub fn bind(config: &DnsConfig) -> io::Result<Bound> {
+    let DnsConfig { listen, threads, nsid, tcp } = config;
+    let addresses = bind::expand(listen)?;
+    let sockets = addresses.into_iter().map(|address| Sockets::bind(address, *threads)).collect::<io::Result<_>>()?;
+    let nsid = nsid[..nsid.len().min(255)].into();
+    Ok(Bound { sockets, nsid, tcp: tcp.clone() })
 }
 
 impl Bound {
     /// The addresses that were bound, wildcards expanded, with their real ports.
     #[must_use]
     pub fn addresses(&self) -> Vec<SocketAddr> {
-        Vec::new()
+        self.sockets.iter().map(|sockets| sockets.address).collect()
     }
 
     /// Answers until `stop`, then drains TCP and returns.
     ///
     /// # Errors
     /// The first listener that fails stops all.
-    pub async fn run(self, _zone: Arc<Zone>, _metrics: Arc<Metrics>, stop: CancellationToken) -> io::Result<()> {
-        stop.cancelled().await;
-        Ok(())
+    pub async fn run(self, zone: Arc<Zone>, metrics: Arc<Metrics>, stop: CancellationToken) -> io::Result<()> {
+        let Self { sockets, nsid, tcp } = self;
+        // Stops these listeners alone, when one of them fails.
+        let stop = stop.child_token();
+        let door = tcp::Door::new(tcp);
+        let mut running: JoinSet<io::Result<()>> = JoinSet::new();
+        let mut started = Ok(());
+        for Sockets { address, tcp, udp } in sockets {
+            let listener = |proto| Listener {
+                server: format!("dns://{address}"),
+                proto,
+                family: if address.is_ipv4() { "1" } else { "2" },
+                zone: format!("{}.", zone.origin()),
+            };
+            let responder = |tally| Responder { zone: Arc::clone(&zone), nsid: Arc::clone(&nsid), tally };
+            for (index, socket) in udp.into_iter().enumerate() {
+                let responder = responder(metrics.dns.sole(&listener("udp")));
+                let stopped = stop.clone();
+                let serve = move || udp::serve(&socket, &responder, &stopped);
+                match in_thread(format!("dns-udp-{index}"), serve) {
+                    Ok(ended) => drop(running.spawn(async move { named(address, "UDP", ended.await) })),
+                    Err(error) => started = Err(error),
+                }
+            }
+            let responder = responder(metrics.dns.shared(&listener("tcp")));
+            let (door, stopped) = (Arc::clone(&door), stop.clone());
+            running.spawn(async move {
+                let served = async { tcp::serve(TcpListener::from_std(tcp)?, responder, door, stopped).await };
+                named(address, "TCP", served.await)
+            });
+        }
+        let mut result = started;
+        if result.is_err() {
+            stop.cancel();
+        }
+        while let Some(ended) = running.join_next().await {
+            let ended = ended.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
+            if ended.is_err() {
+                stop.cancel();
+            }
+            result = result.and(ended);
+        }
+        result
     }
+}
+
+/// Runs `work` on a thread of its own. The future is ready when the thread has ended and is joined.
+fn in_thread(
+    name: String,
+    work: impl FnOnce() -> io::Result<()> + Send + 'static,
+) -> io::Result<impl Future<Output = io::Result<()>> + Send> {
+    let (done, ended) = oneshot::channel::<()>();
+    let thread = thread::Builder::new().name(name).spawn(move || {
+        // Dropped when the thread ends, also by a panic.
+        let _done = done;
+        work()
+    })?;
+    Ok(async move {
+        let _ = ended.await;
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
+    })
+}
+
+/// An error says which listener it is of.
+fn named(address: SocketAddr, transport: &str, result: io::Result<()>) -> io::Result<()> {
+    result.map_err(|error| io::Error::new(error.kind(), format!("DNS over {transport} on {address}: {error}")))
 }

@@ -86,14 +86,18 @@ const MAX_MESSAGE: usize = 64 * 1024;
 /// Most octets of a call's headers.
 const MAX_HEADERS: u32 = 16 * 1024;
 
-/// Octets that a client may send on one stream ahead of what was read: some 900 registrations.
-const STREAM_WINDOW: u32 = 64 * 1024;
+/// Octets that a client may send ahead of what was read, on one stream: some 400 registrations.
+///
+/// The two windows are chosen together. h2 takes small DATA frames that wait to be read for an
+/// attack: each counts what it lacks to 256 octets, and when that adds up to half the connection's
+/// window, the connection is closed with ENHANCE_YOUR_CALM, "too_many_data_frames". A registrant
+/// that pipelines writes just such frames, of 40 octets and more. A registry that is slow for a
+/// moment must slow its clients down, not lose them: with these windows all
+/// [`MAX_CALLS_PER_CONNECTION`] streams may stand full of registrations before it comes to that.
+const STREAM_WINDOW: u32 = 32 * 1024;
 
-/// The same for one connection. It is not what bounds memory, the streams' windows are; but h2
-/// lets unread DATA frames of less than 256 octets, which is what registrations are, miss no more
-/// than half of this window in sum, and beyond it breaks the connection (ENHANCE_YOUR_CALM). A
-/// registry that is slow for a moment must slow its clients down, not lose them: this is enough
-/// for every stream of a connection to stand still with its window full of them.
+/// Octets that a client may send ahead of what was read, on all streams of one connection. It
+/// never fills: what can lie here in all is bounded by the calls times [`STREAM_WINDOW`].
 const CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
 
 /// A quiet connection is probed after this long, and given up [`KEEPALIVE_TIMEOUT`] later: so

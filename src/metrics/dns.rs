@@ -1,14 +1,476 @@
-//! Metrics of the DNS listeners.
+//! Metrics of the DNS listeners, named and labelled as CoreDNS has them.
+//!
+//! Each writer counts in a [`Tally`] of its own, in plain cells that no other thread writes; the
+//! scrape adds them up. So a query costs a few additions and shares no cache line.
 
-use prometheus_client::registry::Registry;
+use std::{
+    fmt,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, MetricEncoder},
+    metrics::{MetricType, exemplar::Exemplar},
+    registry::{Registry, Unit},
+};
+
+/// Types with a label value of their own; all others are `other`.
+const TYPES: [(u16, &str); 14] = [
+    (1, "A"),
+    (2, "NS"),
+    (5, "CNAME"),
+    (6, "SOA"),
+    (12, "PTR"),
+    (15, "MX"),
+    (16, "TXT"),
+    (28, "AAAA"),
+    (33, "SRV"),
+    (35, "NAPTR"),
+    (43, "DS"),
+    (64, "SVCB"),
+    (65, "HTTPS"),
+    (255, "ANY"),
+];
+
+/// Rcodes that are ever sent.
+const RCODES: [(u16, &str); 7] =
+    [(0, "NOERROR"), (1, "FORMERR"), (2, "SERVFAIL"), (3, "NXDOMAIN"), (4, "NOTIMP"), (5, "REFUSED"), (16, "BADVERS")];
+
+/// Upper ends of the size buckets in octets, those of CoreDNS.
+const SIZES: [u64; 14] = [0, 100, 200, 300, 400, 511, 1023, 2047, 4095, 8291, 16_000, 32_000, 48_000, 64_000];
+
+/// Duration buckets: the upper ends are 1 µs × 2^n.
+const DURATIONS: usize = 20;
+
+/// One listener, as labels.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listener {
+    /// `dns://` and the address it is bound to.
+    pub server: String,
+    /// `udp` or `tcp`.
+    pub proto: &'static str,
+    /// `1` for IPv4, `2` for IPv6.
+    pub family: &'static str,
+    /// The zone's name with its final dot. What is outside of it is counted under `.`.
+    pub zone: String,
+}
+
+/// One answered query.
+#[derive(Debug, Clone, Copy)]
+pub struct Query {
+    /// Whether the name is in the zone.
+    pub in_zone: bool,
+    /// The type; `None` where no question was read.
+    pub qtype: Option<u16>,
+    /// The rcode of the answer.
+    pub rcode: u16,
+    /// Octets of the query.
+    pub request: usize,
+    /// Octets of the answer.
+    pub response: usize,
+    /// From the packet in hand to the answer in hand.
+    pub took: Duration,
+}
+
+/// Why a TCP connection was refused or ended by the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Closed {
+    /// As many connections as there may be.
+    Full,
+    /// As many connections of that peer as there may be.
+    PeerFull,
+    /// No question for too long.
+    Idle,
+    /// A message took too long to arrive.
+    SlowMessage,
+    /// The answers took too long to be taken.
+    SlowReader,
+}
+
+const CLOSED: [(Closed, &str); 5] = [
+    (Closed::Full, "connections"),
+    (Closed::PeerFull, "connections_per_peer"),
+    (Closed::Idle, "idle"),
+    (Closed::SlowMessage, "slow_message"),
+    (Closed::SlowReader, "slow_reader"),
+];
+
+/// A cell of a tally.
+#[derive(Debug, Default)]
+struct Cell(AtomicU64);
+
+impl Cell {
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn add(&self, number: u64, shared: bool) {
+        if shared {
+            self.0.fetch_add(number, Ordering::Relaxed);
+        } else {
+            // One writer only: no need for the bus to be locked.
+            self.0.store(self.get().wrapping_add(number), Ordering::Relaxed);
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Histogram<const N: usize> {
+    buckets: [Cell; N],
+    above: Cell,
+    sum: Cell,
+}
+
+impl<const N: usize> Default for Histogram<N> {
+    fn default() -> Self {
+        Self { buckets: std::array::from_fn(|_| Cell::default()), above: Cell::default(), sum: Cell::default() }
+    }
+}
+
+impl<const N: usize> Histogram<N> {
+    fn add(&self, bucket: usize, value: u64, shared: bool) {
+        self.buckets.get(bucket).unwrap_or(&self.above).add(1, shared);
+        self.sum.add(value, shared);
+    }
+}
+
+/// Queries in the zone, or outside of it.
+#[derive(Debug, Default)]
+struct Counts {
+    types: [Cell; TYPES.len() + 1],
+    rcodes: [Cell; RCODES.len()],
+    durations: Histogram<DURATIONS>,
+    requests: Histogram<{ SIZES.len() }>,
+    responses: Histogram<{ SIZES.len() }>,
+}
+
+/// What one writer counts: a UDP thread alone, or the connections of a TCP listener together.
+#[derive(Debug)]
+#[repr(align(128))] // so that no two writers share a cache line, nor a pair of them
+pub struct Tally {
+    shared: bool,
+    outside: Counts,
+    in_zone: Counts,
+    panics: Cell,
+    accepted: Cell,
+    ended: Cell,
+    closed: [Cell; CLOSED.len()],
+}
+
+impl Tally {
+    fn new(shared: bool) -> Self {
+        Self {
+            shared,
+            outside: Counts::default(),
+            in_zone: Counts::default(),
+            panics: Cell::default(),
+            accepted: Cell::default(),
+            ended: Cell::default(),
+            closed: Default::default(),
+        }
+    }
+
+    /// Counts an answered query.
+    pub fn query(&self, query: &Query) {
+        let shared = self.shared;
+        let counts = if query.in_zone { &self.in_zone } else { &self.outside };
+        let index = TYPES.iter().position(|(number, _)| Some(*number) == query.qtype).unwrap_or(TYPES.len());
+        counts.types[index].add(1, shared);
+        if let Some(index) = RCODES.iter().position(|(number, _)| *number == query.rcode) {
+            counts.rcodes[index].add(1, shared);
+        }
+        let nanos = u64::try_from(query.took.as_nanos()).unwrap_or(u64::MAX);
+        counts.durations.add(duration_bucket(nanos), nanos, shared);
+        for (histogram, octets) in [(&counts.requests, query.request), (&counts.responses, query.response)] {
+            let octets = octets as u64;
+            histogram.add(SIZES.partition_point(|end| *end < octets), octets, shared);
+        }
+    }
+
+    /// Counts a packet on which the responder panicked, which it never should.
+    pub fn panicked(&self) {
+        self.panics.add(1, self.shared);
+    }
+
+    /// Counts a TCP connection in.
+    pub fn connected(&self) {
+        self.accepted.add(1, self.shared);
+    }
+
+    /// Counts a TCP connection out.
+    pub fn disconnected(&self) {
+        self.ended.add(1, self.shared);
+    }
+
+    /// Counts a TCP connection that the server refused or ended.
+    pub fn closed(&self, why: Closed) {
+        if let Some(index) = CLOSED.iter().position(|(reason, _)| *reason == why) {
+            self.closed[index].add(1, self.shared);
+        }
+    }
+}
+
+/// The bucket of a duration: the first whose upper end, 1 000 ns × 2^n, is not below it.
+fn duration_bucket(nanos: u64) -> usize {
+    let micros = nanos.div_ceil(1000).max(1);
+    (u64::BITS - (micros - 1).leading_zeros()) as usize
+}
 
 /// Metrics of the DNS listeners.
+#[derive(Debug, Clone)]
+pub struct DnsMetrics(Arc<Tallies>);
+
+#[derive(Debug, Default)]
+struct Tallies(Mutex<Vec<Group>>);
+
+/// All tallies of one listener.
 #[derive(Debug)]
-pub struct DnsMetrics {}
+struct Group {
+    listener: Listener,
+    tallies: Vec<Arc<Tally>>,
+}
 
 impl DnsMetrics {
     /// Makes them and adds them to `all`.
-    pub(super) fn register(_all: &mut Registry) -> Self {
-        Self {}
+    pub(super) fn register(all: &mut Registry) -> Self {
+        let tallies = Arc::new(Tallies::default());
+        all.register_collector(Box::new(Arc::clone(&tallies)));
+        Self(tallies)
+    }
+
+    /// A tally for one thread, which alone may write it.
+    #[must_use]
+    pub fn sole(&self, listener: &Listener) -> Arc<Tally> {
+        self.add(listener, Tally::new(false))
+    }
+
+    /// A tally that several threads write.
+    #[must_use]
+    pub fn shared(&self, listener: &Listener) -> Arc<Tally> {
+        self.add(listener, Tally::new(true))
+    }
+
+    fn add(&self, listener: &Listener, tally: Tally) -> Arc<Tally> {
+        let tally = Arc::new(tally);
+        let mut groups = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match groups.iter_mut().find(|group| group.listener == *listener) {
+            Some(group) => group.tallies.push(Arc::clone(&tally)),
+            None => groups.push(Group { listener: listener.clone(), tallies: vec![Arc::clone(&tally)] }),
+        }
+        tally
+    }
+}
+
+impl Group {
+    fn sum(&self, cell: impl Fn(&Tally) -> &Cell) -> u64 {
+        self.tallies.iter().map(|tally| cell(tally).get()).sum()
+    }
+
+    /// In the zone and outside: the label, and where its counts are.
+    fn zones(&self) -> [(&str, fn(&Tally) -> &Counts); 2] {
+        [(&self.listener.zone, |tally| &tally.in_zone), (".", |tally| &tally.outside)]
+    }
+
+    fn histogram<const N: usize>(
+        &self,
+        counts: fn(&Tally) -> &Counts,
+        of: fn(&Counts) -> &Histogram<N>,
+    ) -> (u64, [u64; N], u64) {
+        let buckets = std::array::from_fn(|index| self.sum(|tally| &of(counts(tally)).buckets[index]));
+        (self.sum(|tally| &of(counts(tally)).sum), buckets, self.sum(|tally| &of(counts(tally)).above))
+    }
+}
+
+type NoExemplar = Exemplar<[(&'static str, &'static str); 0], f64>;
+
+fn count<const N: usize>(to: &mut MetricEncoder<'_>, labels: [(&str, &str); N], number: u64) -> fmt::Result {
+    to.encode_family(&labels)?.encode_counter(&number, None::<&NoExemplar>)
+}
+
+fn spread<const N: usize, const B: usize>(
+    to: &mut MetricEncoder<'_>,
+    labels: [(&str, &str); N],
+    ends: [f64; B],
+    unit: f64,
+    (sum, buckets, above): (u64, [u64; B], u64),
+) -> fmt::Result {
+    let mut rows: Vec<(f64, u64)> = ends.into_iter().zip(buckets).collect();
+    rows.push((f64::MAX, above));
+    let all = rows.iter().map(|(_, count)| count).sum();
+    to.encode_family(&labels)?.encode_histogram::<[(&str, &str); 0]>(sum as f64 * unit, all, &rows, None)
+}
+
+impl Collector for Tallies {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let groups = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let e = &mut encoder;
+        encode_queries(&groups, e)?;
+        encode_spreads(&groups, e)?;
+        encode_connections(&groups, e)
+    }
+}
+
+fn encode_queries(groups: &[Group], e: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let mut to =
+        e.encode_descriptor("gangplank_dns_requests", "DNS queries that were answered", None, MetricType::Counter)?;
+    for group in groups {
+        let Listener { server, proto, family, zone: _ } = &group.listener;
+        for (zone, counts) in group.zones() {
+            let names = TYPES.iter().map(|(_, name)| *name).chain(["other"]);
+            for (index, rtype) in names.enumerate() {
+                let labels =
+                    [("server", &**server), ("zone", zone), ("proto", proto), ("family", family), ("type", rtype)];
+                count(&mut to, labels, group.sum(|tally| &counts(tally).types[index]))?;
+            }
+        }
+    }
+    let mut to = e.encode_descriptor("gangplank_dns_responses", "DNS answers by rcode", None, MetricType::Counter)?;
+    for (server, same) in by_server(groups) {
+        for zone in 0..2 {
+            for (index, (_, rcode)) in RCODES.iter().enumerate() {
+                // Both transports of a server are one here.
+                let sum = |group: &&Group| group.sum(|tally| &group.zones()[zone].1(tally).rcodes[index]);
+                let labels = [("server", server), ("zone", same[0].zones()[zone].0), ("rcode", *rcode)];
+                count(&mut to, labels, same.iter().map(sum).sum())?;
+            }
+        }
+    }
+    let help = "Packets on which the responder panicked";
+    let mut to = e.encode_descriptor("gangplank_dns_panics", help, None, MetricType::Counter)?;
+    let panics: u64 = groups.iter().map(|group| group.sum(|tally| &tally.panics)).sum();
+    to.encode_counter(&panics, None::<&NoExemplar>)
+}
+
+fn encode_spreads(groups: &[Group], e: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let ends: [f64; DURATIONS] = std::array::from_fn(|n| (1u64 << n) as f64 * 1e-6);
+    let help = "From the packet in hand to the answer in hand";
+    let mut to =
+        e.encode_descriptor("gangplank_dns_request_duration", help, Some(&Unit::Seconds), MetricType::Histogram)?;
+    for (server, same) in by_server(groups) {
+        for zone in 0..2 {
+            let mut all = (0, [0; DURATIONS], 0);
+            for group in &same {
+                let (sum, buckets, above) = group.histogram(group.zones()[zone].1, |counts| &counts.durations);
+                all.0 += sum;
+                all.1.iter_mut().zip(buckets).for_each(|(all, one)| *all += one);
+                all.2 += above;
+            }
+            spread(&mut to, [("server", server), ("zone", same[0].zones()[zone].0)], ends, 1e-9, all)?;
+        }
+    }
+    let ends = SIZES.map(|octets| octets as f64);
+    type Sizes = fn(&Counts) -> &Histogram<{ SIZES.len() }>;
+    let sizes: [(&str, &str, Sizes); 2] = [
+        ("gangplank_dns_request_size", "Octets of queries", |counts| &counts.requests),
+        ("gangplank_dns_response_size", "Octets of answers", |counts| &counts.responses),
+    ];
+    for (name, help, of) in sizes {
+        let mut to = e.encode_descriptor(name, help, Some(&Unit::Bytes), MetricType::Histogram)?;
+        for group in groups {
+            let Listener { server, proto, .. } = &group.listener;
+            for (zone, counts) in group.zones() {
+                let labels = [("server", &**server), ("zone", zone), ("proto", proto)];
+                spread(&mut to, labels, ends, 1.0, group.histogram(counts, of))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn encode_connections(groups: &[Group], e: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let tcp = || groups.iter().filter(|group| group.listener.proto == "tcp");
+    let mut to = e.encode_descriptor("gangplank_dns_tcp_connections", "Open connections", None, MetricType::Gauge)?;
+    for group in tcp() {
+        // Ended first: a connection that ends meanwhile must not count below zero.
+        let ended = group.sum(|tally| &tally.ended);
+        let open = group.sum(|tally| &tally.accepted).saturating_sub(ended);
+        to.encode_family(&[("server", &*group.listener.server)])?.encode_gauge(&open)?;
+    }
+    let help = "Connections that were accepted";
+    let mut to = e.encode_descriptor("gangplank_dns_tcp_accepted", help, None, MetricType::Counter)?;
+    for group in tcp() {
+        count(&mut to, [("server", &group.listener.server)], group.sum(|tally| &tally.accepted))?;
+    }
+    let help = "Connections that a limit refused or ended";
+    let mut to = e.encode_descriptor("gangplank_dns_tcp_closed", help, None, MetricType::Counter)?;
+    for group in tcp() {
+        for (index, (_, limit)) in CLOSED.iter().enumerate() {
+            let labels = [("server", &*group.listener.server), ("limit", *limit)];
+            count(&mut to, labels, group.sum(|tally| &tally.closed[index]))?;
+        }
+    }
+    Ok(())
+}
+
+/// The groups of each server: UDP and TCP of one address.
+fn by_server(groups: &[Group]) -> Vec<(&str, Vec<&Group>)> {
+    let mut servers: Vec<(&str, Vec<&Group>)> = Vec::new();
+    for group in groups {
+        let server = group.listener.server.as_str();
+        match servers.iter_mut().find(|(known, _)| *known == server) {
+            Some((_, same)) => same.push(group),
+            None => servers.push((server, vec![group])),
+        }
+    }
+    servers
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_scrape_adds_up_what_every_thread_counted() {
+        let mut registry = Registry::default();
+        let metrics = DnsMetrics::register(&mut registry);
+        let udp = Listener { server: "dns://127.0.0.1:53".into(), proto: "udp", family: "1", zone: "z.".into() };
+        let tcp = Listener { proto: "tcp", ..udp.clone() };
+        let query = Query {
+            in_zone: true,
+            qtype: Some(1),
+            rcode: 0,
+            request: 40,
+            response: 600,
+            took: Duration::from_nanos(1500),
+        };
+        let tally = metrics.sole(&udp);
+        tally.query(&query);
+        tally.query(&Query { in_zone: false, qtype: Some(999), rcode: 5, ..query });
+        metrics.sole(&udp).query(&query);
+        let shared = metrics.shared(&tcp);
+        shared.query(&query);
+        shared.connected();
+        shared.closed(Closed::Idle);
+        shared.panicked();
+
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).expect("writes to a string");
+        for line in [
+            r#"gangplank_dns_requests_total{server="dns://127.0.0.1:53",zone="z.",proto="udp",family="1",type="A"} 2"#,
+            r#"gangplank_dns_requests_total{server="dns://127.0.0.1:53",zone=".",proto="udp",family="1",type="other"} 1"#,
+            r#"gangplank_dns_responses_total{server="dns://127.0.0.1:53",zone="z.",rcode="NOERROR"} 3"#,
+            r#"gangplank_dns_responses_total{server="dns://127.0.0.1:53",zone=".",rcode="REFUSED"} 1"#,
+            r#"gangplank_dns_request_duration_seconds_bucket{le="1e-6",server="dns://127.0.0.1:53",zone="z."} 0"#,
+            r#"gangplank_dns_request_duration_seconds_count{server="dns://127.0.0.1:53",zone="z."} 3"#,
+            r#"gangplank_dns_response_size_bytes_bucket{le="1023.0",server="dns://127.0.0.1:53",zone="z.",proto="tcp"} 1"#,
+            r#"gangplank_dns_response_size_bytes_bucket{le="511.0",server="dns://127.0.0.1:53",zone="z.",proto="tcp"} 0"#,
+            r#"gangplank_dns_tcp_connections{server="dns://127.0.0.1:53"} 1"#,
+            r#"gangplank_dns_tcp_closed_total{server="dns://127.0.0.1:53",limit="idle"} 1"#,
+            "gangplank_dns_panics_total 1",
+        ] {
+            assert!(text.lines().any(|l| l == line), "no {line} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn durations_fall_into_the_first_bucket_that_holds_them() {
+        for (nanos, bucket) in [(0, 0), (1, 0), (1000, 0), (1001, 1), (2000, 1), (2001, 2), (4000, 2), (1 << 40, 31)] {
+            assert_eq!(duration_bucket(nanos), bucket, "{nanos}");
+        }
     }
 }

@@ -112,4 +112,11 @@ impl StoreMetrics {
         let result = if ok { CompactionResult::ok } else { CompactionResult::failed };
         self.compactions.get_or_create(&CompactionLabels { result }).inc();
     }
+
+    /// Compactions that succeeded, and that failed.
+    #[cfg(test)]
+    pub(crate) fn compactions_counted(&self) -> (u64, u64) {
+        let counted = |result| self.compactions.get_or_create(&CompactionLabels { result }).get();
+        (counted(CompactionResult::ok), counted(CompactionResult::failed))
+    }
 }

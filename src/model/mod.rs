@@ -5,6 +5,7 @@
 //! refused here first, so that nothing behind the door meets a surprise.
 
 mod address;
+mod door;
 mod instance;
 mod name;
 mod port;
@@ -13,10 +14,8 @@ pub mod table;
 pub mod view;
 
 pub use address::{Address, AddressError, DashedLabel, parse_dashed_label};
-pub use instance::{
-    Change, Door, Draft, Field, Instance, InstanceId, InstanceKey, InvalidInstance, MAX_INSTANCE_OCTETS, UnixMillis,
-    Weight, WeightError,
-};
+pub use door::{Door, Draft, Field, InvalidInstance, MAX_INSTANCE_OCTETS};
+pub use instance::{Change, Instance, InstanceId, InstanceKey, UnixMillis, Weight, WeightError};
 pub use name::{DnsName, Label, NameError, Namespace, ServiceKey, ServiceName};
 pub use port::{DraftPort, Port, PortError, PortSet, Ports, Protocol};
 pub use service::{Service, Timeline};

@@ -100,7 +100,7 @@ impl Place {
     }
 
     /// What the checksum of a frame at `offset` begins with.
-    fn seed(self, offset: u64) -> u32 {
+    pub(super) fn seed(self, offset: u64) -> u32 {
         let file = crc32c::crc32c_append(crc32c::crc32c(&self.kind.magic()), &self.number.to_le_bytes());
         crc32c::crc32c_append(file, &offset.to_le_bytes())
     }
@@ -236,6 +236,12 @@ impl FrameBuffer {
         // list of all its entries.
         self.0.push(1 << 3 | 2);
         entry.encode_length_delimited(&mut self.0).expect("a Vec grows");
+    }
+
+    /// Adds octets as they are.
+    #[cfg(test)]
+    pub(super) fn extend_raw(&mut self, payload: &[u8]) {
+        self.0.extend_from_slice(payload);
     }
 
     /// Fills in the frame's beginning for `offset` of the file in `place` and gives the whole.
@@ -497,5 +503,129 @@ impl Reader {
         let key = Self::DOOR.service(namespace, name).map_err(|why| Unreadable::Invalid(why.to_string()))?;
         self.service = Some(key.clone());
         Ok(key)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn label() -> impl Strategy<Value = String> {
+        "[a-z]([a-z0-9-]{0,20}[a-z0-9])?"
+    }
+
+    fn address() -> impl Strategy<Value = String> {
+        prop_oneof![
+            (1..=126u8, any::<[u8; 3]>()).prop_map(|(a, [b, c, d])| format!("{a}.{b}.{c}.{d}")),
+            any::<[u16; 7]>().prop_map(|rest| {
+                let [b, c, d, e, f, g, h] = rest;
+                std::net::Ipv6Addr::new(0x2001, b, c, d, e, f, g, h).to_string()
+            }),
+            (label(), label()).prop_map(|(host, domain)| format!("{host}.{domain}.com")),
+        ]
+    }
+
+    prop_compose! {
+        fn draft()(
+            address in address(),
+            ports in prop::collection::btree_map((0..3usize, 1..=65_535u16), label(), 0..6),
+            host_name in prop_oneof![Just(String::new()), label()],
+            node_name in prop_oneof![Just(String::new()), label()],
+            weight in prop_oneof![Just(None), (0.0..=655.0f32).prop_map(Some)],
+            priority in any::<u16>(),
+        ) -> Draft {
+            let ports = ports.into_iter().enumerate().map(|(index, ((protocol, number), name))| DraftPort {
+                number: number.into(),
+                protocol: Protocol::ALL[protocol],
+                // Unique, and one without a name.
+                name: if index == 0 { String::new() } else { format!("{name}{index}") },
+            });
+            Draft { address, ports: ports.collect(), host_name, node_name, weight, priority }
+        }
+    }
+
+    prop_compose! {
+        fn record()(
+            (namespace, name) in (label(), label()),
+            draft in draft(),
+            registered in any::<u64>(),
+            remove in any::<bool>(),
+        ) -> Option<Record> {
+            let service = Reader::DOOR.service(&namespace, &name).expect("labels");
+            let instance = Reader::DOOR.instance(&service, &draft, UnixMillis(registered)).ok()?;
+            Some(if remove {
+                Record::Remove { service, id: instance.id() }
+            } else {
+                Record::Put { service, instance: Arc::new(instance) }
+            })
+        }
+    }
+
+    const PLACE: Place = Place { kind: Kind::Journal, number: 3 };
+
+    proptest! {
+        #[test]
+        fn records_are_read_back_as_they_were(
+            records in prop::collection::vec(record(), 0..20),
+            generation in any::<u64>(),
+            offset in any::<u64>(),
+        ) {
+            let records: Vec<Record> = records.into_iter().flatten().collect();
+            let mut buffer = FrameBuffer::new();
+            records.iter().for_each(|record| buffer.push(&Entry::from(record)));
+            let frame = Frame { more: true, end: false, unknown_flags: 0, generation, synced: 7 };
+            let bytes = buffer.seal(&frame, PLACE, offset).to_vec();
+            prop_assert_eq!(Frame::claimed(&bytes), Some(bytes.len() - FRAME_LEN));
+            prop_assert_eq!(Frame::decode(&bytes, PLACE, offset), Some(frame));
+            prop_assert_eq!(Frame::decode(&bytes, PLACE, offset ^ 1), None);
+            prop_assert_eq!(Frame::decode(&bytes, Place::journal(4), offset), None);
+            prop_assert_eq!(Frame::decode(&bytes, Place::snapshot(3), offset), None);
+            let payload = Payload::read(&bytes[FRAME_LEN..]).expect("just written");
+            let mut reader = Reader::default();
+            let read: Result<Vec<Record>, Unreadable> =
+                payload.entries.into_iter().map(|entry| reader.record(entry)).collect();
+            prop_assert_eq!(read, Ok(records));
+        }
+
+        #[test]
+        fn a_key_is_that_of_the_instance(one in record(), other in record()) {
+            let id = |record: &Record| match record {
+                Record::Put { service, instance } => (service.clone(), instance.id()),
+                Record::Remove { service, id } => (service.clone(), id.clone()),
+            };
+            if let (Some(one), Some(other)) = (one, other) {
+                prop_assert_eq!(Entry::from(&one).key() == Entry::from(&other).key(), id(&one) == id(&other));
+                let (service, id) = id(&one);
+                prop_assert_eq!(Entry::from(&one).key(), Entry::from(&Record::Remove { service, id }).key());
+            }
+        }
+
+        #[test]
+        fn any_octets_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            if let Ok(payload) = Payload::read(&bytes) {
+                let mut reader = Reader::default();
+                payload.entries.into_iter().for_each(|entry| drop(reader.record(entry)));
+            }
+        }
+    }
+
+    #[test]
+    fn names_are_those_of_places_and_back() {
+        for (name, place) in [
+            ("journal-0000000001", Some(Place::journal(1))),
+            ("snapshot-0000000042", Some(Place::snapshot(42))),
+            ("journal-10000000000", Some(Place::journal(10_000_000_000))),
+            ("journal-1", None),
+            ("journal-0000000001.tmp", None),
+            ("journal-+000000001", None),
+            ("LOCK", None),
+        ] {
+            assert_eq!(Place::of(name), place, "{name}");
+            if let Some(place) = place {
+                assert_eq!(place.name(), name);
+            }
+        }
     }
 }

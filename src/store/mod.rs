@@ -12,17 +12,18 @@
 //! What holds, and where it is seen to:
 //!
 //! 1. A batch that was acknowledged is on the disk, whole; one that was not is there whole or not
-//!    at all ([`journal`]).
-//! 2. What is read back is what was written, or a start says where it is not ([`format`],
-//!    [`recover`]). A start never goes on without acknowledged records unless told to.
-//! 3. After a failed write or sync nothing is acknowledged until a restart ([`journal`]).
-//! 4. Compaction never makes a registration wait and never loses anything ([`snapshot`]).
+//!    at all (`journal.rs`).
+//! 2. What is read back is what was written, or a start says where it is not (`format.rs`,
+//!    `recover.rs`). A start never goes on without acknowledged records unless told to.
+//! 3. After a failed write or sync nothing is acknowledged until a restart (`journal.rs`).
+//! 4. Compaction never makes a registration wait and never loses anything (`snapshot.rs`).
 //! 5. The stored generation never goes back, and one process at a time has the directory.
 //!
 //! What cannot be known: whether the last batch, damaged while gangplank was not running after
 //! it was killed, had been acknowledged. Nothing on the disk vouches for it then, so it is taken
 //! for torn, cut, and reported. After a clean stop, or one more start, a mark vouches for it.
-//! Neither can it be known that the newest files were taken away by somebody.
+//! Neither can it be known that somebody took the newest segment away, or cut it at the end of a
+//! batch. Cut or damaged further up, or behind a mark, it is found.
 //!
 //! This is one directory of one process. There is no replication here, and no cache: the
 //! registry holds the state, the store only remembers it.

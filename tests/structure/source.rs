@@ -37,8 +37,11 @@ impl Source {
             .collect()
     }
 
-    /// The code before the tests at its end.
+    /// The code before the tests at its end; nothing of a file that is all tests.
     pub(super) fn shipped(&self) -> &str {
+        if self.path.ends_with("/tests.rs") || self.path.contains("/tests/") {
+            return "";
+        }
         let tests = self.code.match_indices("#[cfg(test)]").find(|(at, attribute)| {
             let next = self.code[at + attribute.len()..].trim_start();
             next.starts_with("mod ") && next.find('{') < next.find(';').or(Some(usize::MAX))

@@ -1,15 +1,22 @@
-//! The power is cut at any operation: what was acknowledged is there, and nothing else is.
+//! The power is cut, or the process killed, at any operation, and now and then a sync fails: what
+//! was acknowledged is there, and nothing else is.
+
+use std::io;
 
 use fastrand::Rng;
 
-use super::{Model, apply, machine::Machine, open_with, random_batch};
+use super::{
+    Model, apply,
+    machine::{Machine, Operation},
+    open_with, random_batch,
+};
 use crate::store::Options;
 
 /// Crash points of a default run; `GANGPLANK_CRASH_POINTS` sets another number.
 const POINTS: u64 = 600;
 
 #[test]
-fn what_was_acknowledged_survives_a_power_cut_at_any_operation() {
+fn what_was_acknowledged_survives_an_end_at_any_operation() {
     let points = std::env::var("GANGPLANK_CRASH_POINTS").map_or(POINTS, |text| text.parse().expect("a number"));
     let mut seen = Seen::default();
     let mut seed = 0;
@@ -67,11 +74,15 @@ fn life(seed: u64, seen: &mut Seen) {
                     journal.frame_octets = frame_octets;
                     ended = true;
                     for _ in 0..rng.u64(..60) {
+                        let faulty = rng.u8(..100) == 0;
+                        if faulty {
+                            machine.fail(Operation::Sync, io::ErrorKind::Other, 1);
+                        }
                         let batch = random_batch(rng);
                         let mut after = acknowledged.clone();
                         batch.iter().for_each(|record| apply(&mut after, record));
                         if let Err(why) = journal.append(generation + 1, &batch) {
-                            assert!(machine.is_off(), "seed {seed}: {why}");
+                            assert!(machine.is_off() || faulty, "seed {seed}: {why}");
                             assert!(journal.append(generation + 1, &batch).is_err(), "seed {seed}: after a failure");
                             perhaps = Some(after);
                             seen.in_append += 1;
@@ -89,6 +100,7 @@ fn life(seed: u64, seen: &mut Seen) {
         seen.snapshots += machine.contents().keys().filter(|name| name.starts_with("snapshot")).count() as u64;
         seen.cuts += u64::from(!last);
         seen.in_recovery += u64::from(!ended && !last);
-        machine.power_cut(rng);
+        // Killed, its writes stay in the system's memory, whether or not they reach the disk.
+        if rng.u8(..3) == 0 { machine.restart() } else { machine.power_cut(rng) }
     }
 }

@@ -51,7 +51,8 @@ impl Change {
 enum Naming {
     Link(String, usize),
     Unlink(String),
-    Rename(String, String),
+    /// From, to, and what is meant: the entry itself is what a directory writes.
+    Rename(String, String, usize),
 }
 
 impl Naming {
@@ -63,10 +64,11 @@ impl Naming {
             Self::Unlink(name) => {
                 names.remove(name);
             }
-            Self::Rename(from, to) => {
-                if let Some(inode) = names.remove(from) {
-                    names.insert(to.clone(), inode);
+            Self::Rename(from, to, inode) => {
+                if names.get(from) == Some(inode) {
+                    names.remove(from);
                 }
+                names.insert(to.clone(), *inode);
             }
         }
     }
@@ -143,6 +145,12 @@ impl Machine {
             }
             inode.cached = inode.durable.clone();
         }
+        (state.off, state.left, state.fault) = (false, None, None);
+    }
+
+    /// Starts only the process again: what the system has cached is still there.
+    pub(super) fn restart(&self) {
+        let state = &mut *self.state();
         (state.off, state.left, state.fault) = (false, None, None);
     }
 
@@ -250,6 +258,11 @@ impl Files for Machine {
     fn create(&self, name: &str) -> io::Result<Box<dyn File>> {
         let state = &mut *self.state();
         Self::operate(state, Operation::Create)?;
+        if let Some(&inode) = state.names.get(name) {
+            let handle = Handle { machine: self.clone(), inode };
+            handle.change(state, Change::Truncate(0));
+            return Ok(Box::new(handle));
+        }
         let inode = state.inodes.len();
         state.inodes.push(Inode::default());
         let naming = Naming::Link(name.into(), inode);
@@ -268,7 +281,8 @@ impl Files for Machine {
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        self.rename_names(Operation::Rename, Naming::Rename(from.into(), to.into()))
+        let inode = *self.state().names.get(from).ok_or(io::ErrorKind::NotFound)?;
+        self.rename_names(Operation::Rename, Naming::Rename(from.into(), to.into(), inode))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {

@@ -1,6 +1,9 @@
 //! Tests of the store as a whole, on disks that forget, fail and rot.
 
 mod crash;
+mod damage;
+mod directory;
+mod faults;
 mod machine;
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};

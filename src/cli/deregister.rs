@@ -1,0 +1,50 @@
+//! `gangplank deregister`: takes an instance out.
+
+use super::{
+    args::{NamespaceArgs, Place, ServerArgs, ServiceName, port},
+    failure::Failure,
+    mutation::Mutation,
+    output::OutputArgs,
+};
+use crate::{
+    grpc::client::Client,
+    model::{Draft, DraftPort},
+};
+
+pub(super) const EXAMPLES: &str = "\
+With ports it removes the instance that has exactly these ports; without any,
+all instances of the address in this service.
+
+Examples:
+  gangplank deregister web 10.0.0.1
+  gangplank deregister prod/web 10.0.0.2:8080
+  gangplank deregister dns 10.0.0.3 -n prod --port 53/udp --port 53/tcp
+  gangplank ls web -o name | xargs -L1 gangplank deregister
+
+Exit codes: 0 done, 1 failed or refused, 2 wrong usage, 3 it was not there";
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The service: NAME, or NAMESPACE/NAME
+    service: ServiceName,
+    /// The address, with ports or without: 10.0.0.1, 10.0.0.1:8080, [2001:db8::1]:80
+    address: Place,
+    /// A port of the instance; repeatable. Its name does not matter
+    #[arg(long = "port", short = 'p', value_name = "[NAME=]PORT[/PROTO]", value_parser = port)]
+    ports: Vec<DraftPort>,
+    #[command(flatten)]
+    namespace: NamespaceArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+pub(super) async fn run(args: Args) -> Result<(), Failure> {
+    let Args { service, address: place, ports, namespace, output, server } = args;
+    let ports = place.ports.into_iter().chain(ports).collect();
+    let draft = Draft { address: place.address, ports, ..Draft::default() };
+    let namespace = namespace.of(&service);
+    let answer = Client::connect(&server.server).await?.unregister(namespace, &service.name, &draft).await?;
+    Mutation { namespace, name: &service.name, draft: &draft, answer }.report(output.output)
+}

@@ -1,0 +1,143 @@
+//! What a change has to say: one line, or its JSON; and what each status means for the exit code.
+
+use serde::Serialize;
+
+use super::{
+    args::ANY_DOOR,
+    failure::{Exit, Failure},
+    output::{Format, print, print_json, print_yaml},
+};
+use crate::{
+    grpc::client::Answer,
+    model::{Draft, InstanceId, PortSet},
+};
+
+/// A change that was asked for, and the server's answer.
+#[derive(Debug)]
+pub(super) struct Mutation<'a> {
+    pub(super) namespace: &'a str,
+    pub(super) name: &'a str,
+    pub(super) draft: &'a Draft,
+    pub(super) answer: Answer,
+}
+
+/// How a change that was made looks as JSON and YAML.
+#[derive(Debug, Serialize)]
+struct View<'a> {
+    namespace: &'a str,
+    name: &'a str,
+    instance: &'a str,
+    status: u32,
+    outcome: &'static str,
+    details: &'a str,
+    generation: u64,
+}
+
+impl Mutation<'_> {
+    /// Prints what happened, or says why it did not.
+    pub(super) fn report(&self, format: Option<Format>) -> Result<(), Failure> {
+        let instance = self.instance();
+        let outcome = self.outcome(&instance)?;
+        let Self { namespace, name, answer, .. } = self;
+        let Answer { status, details, generation } = answer;
+        let view =
+            View { namespace, name, instance: &instance, status: *status, outcome, details, generation: *generation };
+        match format {
+            None | Some(Format::Wide) => print(&self.line(&instance, outcome)),
+            Some(Format::Json) => print_json(&view),
+            Some(Format::Yaml) => print_yaml(&view),
+            Some(Format::Name) => print(&format!("{namespace}/{name} {instance}\n")),
+        }
+    }
+
+    /// The instance as it is printed everywhere; what does not parse stays as it was typed.
+    fn instance(&self) -> String {
+        let ports = self.draft.ports.iter();
+        let ports = ports.filter_map(|port| Some((port.protocol, u16::try_from(port.number).ok()?))).collect();
+        match ANY_DOOR.address(&self.draft.address) {
+            Ok(address) => InstanceId { address, ports: PortSet::new(ports) }.to_string(),
+            Err(_) => self.draft.address.clone(),
+        }
+    }
+
+    fn line(&self, instance: &str, outcome: &str) -> String {
+        let Self { namespace, name, answer, .. } = self;
+        format!("instance {namespace}/{name} {instance} {outcome}, generation {}\n", answer.generation)
+    }
+
+    /// What a status means, in a word; an error for those that are none of what was asked.
+    fn outcome(&self, instance: &str) -> Result<&'static str, Failure> {
+        let Self { namespace, name, answer: Answer { status, details, .. }, .. } = self;
+        let subject = format!("instance {namespace}/{name} {instance}");
+        let because = if details.is_empty() { String::new() } else { format!(": {details}") };
+        let refused = |exit| Failure::new(exit, format!("{subject} refused{because}"));
+        match status {
+            201 => Ok("registered"),
+            // The server does not say whether an attribute changed; either way it stands as asked.
+            200 => Ok("up to date"),
+            202 => Ok("accepted"),
+            204 => Ok("deregistered"),
+            404 => Err(Failure::new(Exit::Absent, format!("{subject} not found{because}"))
+                .next(format!("what is there:  gangplank ls {namespace}/{name}"))),
+            400 => {
+                Err(refused(Exit::Failed).next("mend the field that is named; the flags: gangplank register --help"))
+            }
+            429 | 507 => Err(refused(Exit::Failed)
+                .next("make room:  gangplank deregister SERVICE ADDRESS")
+                .next("or start the server with a higher limit:  gangplank serve --help")),
+            503 => Err(refused(Exit::Failed)
+                .next("why, and whether to wait:  curl http://127.0.0.1:9153/readyz/registrations")),
+            _ => Err(Failure::new(Exit::Failed, format!("{subject} refused with status {status}{because}"))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{DraftPort, Protocol};
+
+    fn outcome(status: u32, details: &str) -> Result<String, Failure> {
+        let port = |number, protocol, name: &str| DraftPort { number, protocol, name: name.into() };
+        let draft = Draft {
+            address: "2001:DB8::1".into(),
+            ports: vec![port(8080, Protocol::Tcp, "http"), port(53, Protocol::Udp, "")],
+            ..Draft::default()
+        };
+        let answer = Answer { status, details: details.into(), generation: 1712 };
+        let mutation = Mutation { namespace: "prod", name: "web", draft: &draft, answer };
+        let instance = mutation.instance();
+        mutation.outcome(&instance).map(|word| mutation.line(&instance, word))
+    }
+
+    #[test]
+    fn one_line_says_what_happened() {
+        for (status, line) in [
+            (201, "instance prod/web [2001:db8::1]:8080,53/UDP registered, generation 1712\n"),
+            (200, "instance prod/web [2001:db8::1]:8080,53/UDP up to date, generation 1712\n"),
+            (204, "instance prod/web [2001:db8::1]:8080,53/UDP deregistered, generation 1712\n"),
+        ] {
+            assert_eq!(outcome(status, "").expect("done"), line);
+        }
+    }
+
+    #[test]
+    fn a_refusal_names_the_field_and_the_next_step() {
+        let refused = outcome(400, "weight: must be a finite number in 0..=655, got -1").expect_err("refused");
+        assert_eq!(refused.exit, Exit::Failed);
+        let text = refused.to_string();
+        assert!(text.contains("refused: weight: must be a finite number"), "{text}");
+        assert!(text.contains("gangplank register --help"), "{text}");
+    }
+
+    #[test]
+    fn statuses_have_their_exit_codes() {
+        for (status, exit) in
+            [(400, Exit::Failed), (404, Exit::Absent), (503, Exit::Failed), (507, Exit::Failed), (999, Exit::Failed)]
+        {
+            let failure = outcome(status, "why").expect_err("no success");
+            assert_eq!(failure.exit, exit, "{status}");
+            assert!(failure.to_string().contains("why"), "{failure}");
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! How results look: tables of at most 80 columns, JSON, YAML, names.
+
+use std::{
+    env,
+    fmt::Write as _,
+    io::{self, Write as _},
+    time::{Duration, SystemTime},
+};
+
+use serde::Serialize;
+
+use super::failure::{Exit, Failure};
+use crate::model::UnixMillis;
+
+/// What stands where there is nothing.
+pub(super) const NONE: &str = "<none>";
+
+/// Columns of a terminal that every table of short names fits.
+const WIDTH: usize = 80;
+
+/// Blanks between columns, as `kubectl` has them.
+const GAP: usize = 3;
+
+/// A column that may be cut is never cut below this.
+const NARROWEST: usize = 8;
+
+/// `-o`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Format {
+    /// More columns, nothing cut
+    Wide,
+    /// JSON; the shape is stable
+    Json,
+    /// The same as YAML
+    Yaml,
+    /// Names only, one a line, as other commands take them
+    Name,
+}
+
+/// `-o`, for every subcommand.
+#[derive(Debug, clap::Args)]
+pub(super) struct OutputArgs {
+    /// How the result looks, instead of a table of at most 80 columns
+    #[arg(short = 'o', long = "output", value_enum, value_name = "FORMAT")]
+    pub(super) output: Option<Format>,
+}
+
+/// Prints to standard output, at once.
+pub(super) fn print(text: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    Ok(out.flush()?)
+}
+
+/// Prints `value` as indented JSON.
+pub(super) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    serde_json::to_writer_pretty(&mut out, value).map_err(io::Error::from)?;
+    out.write_all(b"\n")?;
+    Ok(out.flush()?)
+}
+
+/// Prints `value` as one YAML document.
+pub(super) fn print_yaml(value: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_yaml_ng::to_string(value).map_err(|why| {
+        Failure::new(Exit::Failed, format!("this cannot be written as YAML: {why}")).next("use -o json")
+    })?;
+    print(&text)
+}
+
+/// Whether colour may be used on a stream: only on a terminal, and not against the will of
+/// `NO_COLOR` (no-color.org: set and not empty).
+pub(super) fn colour_allowed(terminal: bool) -> bool {
+    terminal && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+/// Rows under titles, each column as wide as its widest cell.
+#[derive(Debug)]
+pub(super) struct Table {
+    titles: Vec<&'static str>,
+    /// Columns that may be cut so that a row fits, the first of them first.
+    cut: Vec<usize>,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// A table with these titles. Those named in `cut` are cut where a row would not fit;
+    /// with `-o wide` nothing is.
+    pub(super) fn new(titles: &[&'static str], cut: &[&str], format: Option<Format>) -> Self {
+        let cut = if format == Some(Format::Wide) { &[] } else { cut };
+        let place = |name: &&str| titles.iter().position(|title| title == name).expect("one of the titles");
+        Self { titles: titles.to_vec(), cut: cut.iter().map(place).collect(), rows: Vec::new() }
+    }
+
+    pub(super) fn row(&mut self, cells: Vec<String>) {
+        debug_assert_eq!(cells.len(), self.titles.len(), "one cell for each title");
+        self.rows.push(cells);
+    }
+
+    /// The table as text, a line feed after each line.
+    pub(super) fn render(&self) -> String {
+        let length = |text: &str| text.chars().count();
+        let mut widths: Vec<usize> = self.titles.iter().map(|title| length(title)).collect();
+        for row in &self.rows {
+            for (width, cell) in widths.iter_mut().zip(row) {
+                *width = length(cell).max(*width);
+            }
+        }
+        for at in &self.cut {
+            let all = widths.iter().sum::<usize>() + GAP * (widths.len() - 1);
+            let floor = NARROWEST.max(length(self.titles[*at]));
+            widths[*at] = widths[*at].saturating_sub(all.saturating_sub(WIDTH)).max(floor.min(widths[*at]));
+        }
+        let mut text = String::new();
+        let titles = self.titles.iter().map(|title| (*title).to_owned()).collect();
+        for row in std::iter::once(&titles).chain(&self.rows) {
+            let mut line = String::new();
+            for (cell, width) in row.iter().zip(&widths) {
+                let width = *width;
+                write!(line, "{:<width$}{:GAP$}", shortened(cell, width), "").expect("a String takes everything");
+            }
+            text.push_str(line.trim_end());
+            text.push('\n');
+        }
+        text
+    }
+}
+
+/// `text` in at most `width` characters, the last of which says that something is missing.
+fn shortened(text: &str, width: usize) -> String {
+    if text.chars().count() <= width {
+        return text.to_owned();
+    }
+    let mut short: String = text.chars().take(width.saturating_sub(1)).collect();
+    short.push('…');
+    short
+}
+
+/// How long ago `since` was, by this machine's clock: `5m`, `3h`, `2d`, in the steps of `kubectl`.
+pub(super) fn age(since: UnixMillis, now: SystemTime) -> String {
+    match now.duration_since(since.to_system_time()) {
+        Ok(age) => duration(age),
+        // The server's clock is ahead of ours.
+        Err(_) => duration(Duration::ZERO),
+    }
+}
+
+fn duration(age: Duration) -> String {
+    let seconds = age.as_secs();
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
+    let two = |large: u64, unit, small: u64, small_unit| match small {
+        0 => format!("{large}{unit}"),
+        small => format!("{large}{unit}{small}{small_unit}"),
+    };
+    match () {
+        () if seconds < 120 => format!("{seconds}s"),
+        () if minutes < 10 => two(minutes, 'm', seconds % 60, 's'),
+        () if minutes < 180 => format!("{minutes}m"),
+        () if hours < 8 => two(hours, 'h', minutes % 60, 'm'),
+        () if hours < 48 => format!("{hours}h"),
+        () if days < 8 => two(days, 'd', hours % 24, 'h'),
+        () if days < 730 => format!("{days}d"),
+        () if days < 2920 => two(days / 365, 'y', days % 365, 'd'),
+        () => format!("{}y", days / 365),
+    }
+}
+
+/// A part of the whole: `33%`, `0.5%`, `0%`.
+pub(super) fn percent(share: f64) -> String {
+    let hundredths = share * 100.0;
+    if hundredths > 0.0 && hundredths < 1.0 {
+        return if hundredths < 0.1 { "<0.1%".into() } else { format!("{hundredths:.1}%") };
+    }
+    format!("{hundredths:.0}%")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ages_are_those_of_kubectl() {
+        const M: u64 = 60;
+        const H: u64 = 60 * M;
+        const D: u64 = 24 * H;
+        for (seconds, shown) in [
+            (0, "0s"),
+            (1, "1s"),
+            (119, "119s"),
+            (2 * M, "2m"),
+            (3 * M + 5, "3m5s"),
+            (10 * M + 5, "10m"),
+            (179 * M, "179m"),
+            (3 * H, "3h"),
+            (7 * H + 23 * M, "7h23m"),
+            (8 * H + M, "8h"),
+            (47 * H, "47h"),
+            (2 * D, "2d"),
+            (2 * D + 3 * H, "2d3h"),
+            (8 * D + H, "8d"),
+            (729 * D, "729d"),
+            (731 * D, "2y1d"),
+            (3000 * D, "8y"),
+        ] {
+            assert_eq!(duration(Duration::from_secs(seconds)), shown);
+        }
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
+        assert_eq!(age(UnixMillis(700_000), now), "5m");
+        assert_eq!(age(UnixMillis(9_000_000), now), "0s", "the server's clock is ahead");
+    }
+
+    #[test]
+    fn a_table_is_aligned_and_has_no_trailing_blanks() {
+        let mut table = Table::new(&["NAMESPACE", "NAME", "AGE"], &[], None);
+        table.row(vec!["prod".into(), "a-longer-name".into(), "5m".into()]);
+        table.row(vec!["prod".into(), "w".into(), NONE.into()]);
+        assert_eq!(
+            table.render(),
+            "NAMESPACE   NAME            AGE\n\
+             prod        a-longer-name   5m\n\
+             prod        w               <none>\n"
+        );
+    }
+
+    #[test]
+    fn what_may_be_cut_is_cut_to_80_columns() {
+        let cells = || vec!["prod".to_owned(), "web".into(), "http=8080,".repeat(9), "50%,".repeat(20), "5m".into()];
+        let titles = ["NAMESPACE", "NAME", "PORTS", "SHARES", "AGE"];
+        let mut table = Table::new(&titles, &["SHARES", "PORTS"], None);
+        table.row(cells());
+        let text = table.render();
+        for line in text.lines() {
+            assert!(line.chars().count() <= 80, "{line}");
+        }
+        assert!(text.contains('…'), "{text}");
+        assert!(text.lines().all(|line| line.ends_with("AGE") || line.ends_with("5m")), "{text}");
+
+        let mut wide = Table::new(&titles, &["SHARES", "PORTS"], Some(Format::Wide));
+        wide.row(cells());
+        assert!(wide.render().contains(&"50%,".repeat(20)));
+    }
+
+    #[test]
+    fn shares_are_short() {
+        for (share, shown) in
+            [(0.0, "0%"), (1.0, "100%"), (1.0 / 3.0, "33%"), (0.005, "0.5%"), (0.0001, "<0.1%"), (0.01, "1%")]
+        {
+            assert_eq!(percent(share), shown);
+        }
+    }
+
+    #[test]
+    fn colour_is_for_terminals_only() {
+        assert!(!colour_allowed(false));
+    }
+}

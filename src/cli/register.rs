@@ -1,0 +1,66 @@
+//! `gangplank register`: one instance, once.
+
+use super::{
+    args::{NamespaceArgs, Place, ServerArgs, ServiceName, port},
+    failure::Failure,
+    mutation::Mutation,
+    output::OutputArgs,
+};
+use crate::{
+    grpc::client::Client,
+    model::{Draft, DraftPort},
+};
+
+pub(super) const EXAMPLES: &str = "\
+Registering again replaces the attributes; the same again changes nothing and
+is no error, so that a start script may do it every time.
+
+Examples:
+  gangplank register web 10.0.0.1 --port http=8080
+  gangplank register prod/web 10.0.0.2:8080 --weight 0.5
+  gangplank register dns 10.0.0.3 -n prod --port dns=53/udp --port dns=53/tcp
+  gangplank register db 2001:db8::7 --port 5432 --host-name db-1
+
+Exit codes: 0 done, 1 failed or refused, 2 wrong usage";
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The service: NAME, or NAMESPACE/NAME
+    service: ServiceName,
+    /// IPv4 or IPv6 address, with ports or without: 10.0.0.1, 10.0.0.1:8080,
+    /// [2001:db8::1]:80
+    address: Place,
+    /// A port it serves; repeatable. With a name it has an SRV record. TCP, unless
+    /// /udp or /sctp follows
+    #[arg(long = "port", short = 'p', value_name = "[NAME=]PORT[/PROTO]", value_parser = port)]
+    ports: Vec<DraftPort>,
+    /// The label of its own name, HOST.SERVICE.NAMESPACE.svc.ZONE; without it the
+    /// address with dashes
+    #[arg(long, value_name = "HOST", default_value = "", hide_default_value = true)]
+    host_name: String,
+    /// The machine it runs on
+    #[arg(long, value_name = "NODE", default_value = "", hide_default_value = true)]
+    node_name: String,
+    /// Its share of traffic beside its siblings, 0 to 655 [default: 1]
+    #[arg(long, allow_negative_numbers = true)]
+    weight: Option<f32>,
+    /// SRV priority; the lowest is used first
+    #[arg(long, default_value_t = 0)]
+    priority: u16,
+    #[command(flatten)]
+    namespace: NamespaceArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+pub(super) async fn run(args: Args) -> Result<(), Failure> {
+    let Args { service, address: place, ports, host_name, node_name, weight, priority, namespace, output, server } =
+        args;
+    let ports = place.ports.into_iter().chain(ports).collect();
+    let draft = Draft { address: place.address, ports, host_name, node_name, weight, priority };
+    let namespace = namespace.of(&service);
+    let answer = Client::connect(&server.server).await?.register(namespace, &service.name, &draft).await?;
+    Mutation { namespace, name: &service.name, draft: &draft, answer }.report(output.output)
+}

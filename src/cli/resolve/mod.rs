@@ -1,0 +1,154 @@
+//! `gangplank resolve`: what clients would get from a DNS server.
+
+mod ask;
+mod name;
+mod report;
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use hickory_proto::rr::{Name, RecordType};
+use tokio::time::timeout;
+
+use super::{
+    args::{NamespaceArgs, ServerArgs, port},
+    failure::{Exit, Failure},
+    output::OutputArgs,
+};
+use crate::{
+    grpc::client::Client,
+    model::{DraftPort, Protocol, ServiceKey},
+};
+use ask::AskError;
+use name::Target;
+use report::{Asked, Report};
+
+pub(super) const EXAMPLES: &str = "\
+Short names are completed: web, prod/web and web.prod mean
+web.NAMESPACE.svc.ZONE; an IP address asks for its PTR. A service is asked for
+A, AAAA and the SRV of its named ports: those of --port-name, or what the
+server at --server says, if it runs.
+
+Examples:
+  gangplank resolve web
+  gangplank resolve prod/web --port-name http --port-name dns/udp
+  gangplank resolve _http._tcp.web -n prod -o wide
+  gangplank resolve 10.0.0.1
+  gangplank resolve web.prod.svc.cluster.local --dns 10.96.0.10:53 --type A
+
+Exit codes: 0 there are records; 1 no answer, SERVFAIL or REFUSED; 2 wrong
+usage; 3 no such name, or no such record";
+
+/// How long the registry may take to say which ports a service has: it is only a help.
+const LEARN: Duration = Duration::from_secs(1);
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// A service, a host, a whole DNS name, or an IP address
+    name: String,
+    /// The DNS server, ADDRESS:PORT, or ADDRESS for port 53
+    #[arg(long, env = "GANGPLANK_DNS", value_name = "ADDR", default_value = "127.0.0.1:1053", value_parser = dns_server)]
+    dns: SocketAddr,
+    /// Ask for this type only; repeatable
+    #[arg(long = "type", short = 't', value_name = "TYPE", value_parser = record_type)]
+    types: Vec<RecordType>,
+    /// Ask for the SRV of this port; repeatable
+    #[arg(long = "port-name", value_name = "NAME[/PROTO]", value_parser = port_name)]
+    ports: Vec<PortName>,
+    /// Ask over TCP from the start
+    #[arg(long)]
+    tcp: bool,
+    /// The cluster's zone, for short names
+    #[arg(long, env = "GANGPLANK_ZONE", default_value = "cluster.local")]
+    zone: String,
+    #[command(flatten)]
+    namespace: NamespaceArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+/// A port as SRV names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct PortName {
+    name: String,
+    protocol: Protocol,
+}
+
+fn dns_server(text: &str) -> Result<SocketAddr, String> {
+    let port_53 = || text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, 53));
+    text.parse().or_else(|_| port_53()).map_err(|_| "a DNS server is written ADDRESS or ADDRESS:PORT".into())
+}
+
+fn record_type(text: &str) -> Result<RecordType, String> {
+    text.to_ascii_uppercase().parse().map_err(|_| "not a record type such as A, AAAA, SRV, PTR, TXT, SOA".into())
+}
+
+fn port_name(text: &str) -> Result<PortName, String> {
+    let (name, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
+    let DraftPort { protocol, .. } = port(&format!("1/{protocol}")).map_err(|_| "the protocol is tcp, udp or sctp")?;
+    if name.is_empty() {
+        return Err("a port name is written NAME or NAME/PROTO, for example http or dns/udp".into());
+    }
+    Ok(PortName { name: name.to_owned(), protocol })
+}
+
+pub(super) async fn run(args: Args) -> Result<(), Failure> {
+    let Args { name, dns, types, ports, tcp, zone, namespace, output, server } = args;
+    let target = Target::complete(&name, namespace.get(), &zone)?;
+    let ports = match &target {
+        Target::Service(_, key) if types.is_empty() && ports.is_empty() => learn(&server.server, key).await,
+        _ => ports,
+    };
+    let mut asked = Vec::new();
+    for (name, kind) in questions(&target, &types, &ports)? {
+        let reply = ask::ask(dns, &name, kind, tcp).await.map_err(|why| unanswered(dns, &name, kind, &why))?;
+        asked.push(Asked { name, kind, reply });
+    }
+    let report = Report { server: dns, asked };
+    report.print(output.output)?;
+    report.verdict()
+}
+
+/// What to ask for: what was named, or what suits the name.
+fn questions(target: &Target, types: &[RecordType], ports: &[PortName]) -> Result<Vec<(Name, RecordType)>, Failure> {
+    let name = target.name();
+    let kinds: &[RecordType] = match target {
+        _ if !types.is_empty() => types,
+        Target::Address(_) => &[RecordType::PTR],
+        Target::Port(_) => &[RecordType::SRV],
+        Target::Service(..) | Target::Other(_) => &[RecordType::A, RecordType::AAAA],
+    };
+    let mut questions: Vec<_> = kinds.iter().map(|kind| (name.clone(), *kind)).collect();
+    for PortName { name: port, protocol } in ports {
+        let full = format!("_{port}.{}.{name}", protocol.srv_label());
+        let full = Name::from_ascii(&full)
+            .map_err(|why| Failure::new(Exit::Usage, format!("{full:?} is not a DNS name: {why}")))?;
+        questions.push((full, RecordType::SRV));
+    }
+    Ok(questions)
+}
+
+/// The named ports of a service, if the registry runs and knows it. Without it there is no SRV,
+/// and that is no fault: what is asked here is DNS.
+async fn learn(url: &str, key: &ServiceKey) -> Vec<PortName> {
+    let service = timeout(LEARN, async { Client::connect(url).await?.service(key).await }).await;
+    let Ok(Ok(Some(service))) = service else { return Vec::new() };
+    let ports = service.instances.iter().flat_map(|instance| instance.ports().as_slice());
+    let mut names: Vec<_> = ports.filter_map(|port| Some((port.name.as_ref()?.as_str(), port.protocol))).collect();
+    names.sort_unstable();
+    names.dedup();
+    names.into_iter().map(|(name, protocol)| PortName { name: name.to_owned(), protocol }).collect()
+}
+
+fn unanswered(dns: SocketAddr, name: &Name, kind: RecordType, why: &AskError) -> Failure {
+    Failure::new(Exit::Failed, format!("no answer from {dns} to {name} {kind}: {why}"))
+        .next("start the server:  gangplank serve")
+        .next("or name another:   --dns ADDRESS:PORT, or GANGPLANK_DNS")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,209 @@
+//! The real exchange with a server on a free port that says what the test wants.
+
+use std::str::FromStr as _;
+
+use hickory_proto::{
+    op::{Edns, Message, MessageType, ResponseCode},
+    rr::{
+        RData, Record,
+        rdata::{
+            A, SRV,
+            opt::{EdnsCode, EdnsOption, NSIDPayload},
+        },
+    },
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, UdpSocket},
+    task::JoinSet,
+};
+
+use super::*;
+
+fn name(text: &str) -> Name {
+    Name::from_str(text).expect("a name")
+}
+
+/// What a server says to a question; `tcp` is how it came.
+type Script = fn(question: Message, tcp: bool) -> Message;
+
+/// A server that answers over UDP and TCP until it is dropped.
+struct Server {
+    address: SocketAddr,
+    _tasks: JoinSet<()>,
+}
+
+impl Server {
+    async fn start(script: Script) -> Self {
+        let tcp = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = tcp.local_addr().expect("bound");
+        let udp = UdpSocket::bind(address).await.expect("the same port for UDP");
+        let mut tasks = JoinSet::new();
+        let answer = move |octets: &[u8], tcp| {
+            script(Message::from_vec(octets).expect("a question"), tcp).to_vec().expect("an answer")
+        };
+        tasks.spawn(async move {
+            let mut datagram = [0; 4096];
+            while let Ok((octets, peer)) = udp.recv_from(&mut datagram).await {
+                udp.send_to(&answer(&datagram[..octets], false), peer).await.expect("sent");
+            }
+        });
+        tasks.spawn(async move {
+            while let Ok((mut stream, _)) = tcp.accept().await {
+                let mut octets = vec![0; usize::from(stream.read_u16().await.expect("a length"))];
+                stream.read_exact(&mut octets).await.expect("a question");
+                let octets = answer(&octets, true);
+                stream.write_u16(u16::try_from(octets.len()).expect("short")).await.expect("sent");
+                stream.write_all(&octets).await.expect("sent");
+            }
+        });
+        Self { address, _tasks: tasks }
+    }
+
+    async fn report(&self, questions: &[(&str, RecordType)]) -> Report {
+        let mut asked = Vec::new();
+        for (text, kind) in questions {
+            let name = name(text);
+            let reply = ask::ask(self.address, &name, *kind, false).await.expect("an answer");
+            asked.push(Asked { name, kind: *kind, reply });
+        }
+        Report { server: self.address, asked }
+    }
+}
+
+fn answer(question: &Message, rcode: ResponseCode) -> Message {
+    let mut message = Message::response(question.metadata.id, question.metadata.op_code);
+    message.metadata.response_code = rcode;
+    message.metadata.authoritative = true;
+    message.add_queries(question.queries.clone());
+    message
+}
+
+/// Three SRV records, one of them behind, and the addresses of two targets.
+fn of_ports(question: Message, _tcp: bool) -> Message {
+    let mut message = answer(&question, ResponseCode::NoError);
+    let owner = question.queries[0].name().clone();
+    for (host, priority, weight) in [("a", 0, 100), ("b", 0, 300), ("c", 10, 100)] {
+        let target = name(&format!("{host}.web.prod.svc.cluster.local."));
+        message.add_answer(Record::from_rdata(owner.clone(), 5, RData::SRV(SRV::new(priority, weight, 8080, target))));
+    }
+    for (host, last) in [("a", 1), ("b", 2)] {
+        let target = name(&format!("{host}.web.prod.svc.cluster.local."));
+        message.add_additional(Record::from_rdata(target, 5, RData::A(A::new(10, 0, 0, last))));
+    }
+    assert!(question.edns.expect("EDNS").option(EdnsCode::NSID).is_some(), "NSID is asked for");
+    let mut edns = Edns::new();
+    edns.options_mut().insert(EdnsOption::NSID(NSIDPayload::new(*b"node-1").expect("short")));
+    message.set_edns(edns);
+    message
+}
+
+#[tokio::test]
+async fn srv_says_share_port_and_address() {
+    let server = Server::start(of_ports).await;
+    let report = server.report(&[("_http._tcp.web.prod.svc.cluster.local.", RecordType::SRV)]).await;
+    let text = report.view().tables(None);
+    let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(rows[0], ["TYPE", "TTL", "SHARE", "PORT", "ANSWER"]);
+    assert_eq!(rows[1], ["SRV", "5", "25%", "8080", "10.0.0.1"]);
+    assert_eq!(rows[2], ["SRV", "5", "75%", "8080", "10.0.0.2"]);
+    assert_eq!(rows[3], ["SRV", "5", "0%", "8080", "c.web.prod.svc.cluster.local."]);
+    assert_eq!(rows[6][1..5], ["SRV", "NOERROR", "udp", "node-1"]);
+    assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    assert_eq!(report.verdict(), Ok(()));
+}
+
+#[tokio::test]
+async fn what_is_cut_off_is_asked_again_over_tcp() {
+    let server = Server::start(|question, tcp| {
+        let mut message = answer(&question, ResponseCode::NoError);
+        message.metadata.truncation = !tcp;
+        if tcp {
+            let owner = question.queries[0].name().clone();
+            message.add_answer(Record::from_rdata(owner, 5, RData::A(A::new(10, 0, 0, 1))));
+        }
+        message
+    })
+    .await;
+    let report = server.report(&[("web.prod.svc.cluster.local.", RecordType::A)]).await;
+    assert!(report.asked[0].reply.tcp);
+    assert_eq!(report.asked[0].reply.message.answers.len(), 1);
+}
+
+#[tokio::test]
+async fn an_answer_to_another_question_is_not_taken() {
+    let server = Server::start(|question, _| {
+        let mut message = answer(&question, ResponseCode::NoError);
+        message.metadata.id = question.metadata.id.wrapping_add(1);
+        message
+    })
+    .await;
+    let asked = ask::ask(server.address, &name("web."), RecordType::A, true).await;
+    assert!(matches!(asked, Err(AskError::Garbage(_))), "{asked:?}");
+    let server = Server::start(|question, _| {
+        let mut message = answer(&question, ResponseCode::NoError);
+        message.metadata.message_type = MessageType::Query;
+        message
+    })
+    .await;
+    let asked = ask::ask(server.address, &name("web."), RecordType::A, true).await;
+    assert!(matches!(asked, Err(AskError::Garbage(_))), "{asked:?}");
+}
+
+#[tokio::test]
+async fn rcodes_have_their_exit_codes() {
+    for (script, exit, word) in [
+        ((|question, _| answer(&question, ResponseCode::NXDomain)) as Script, Exit::Absent, "does not exist"),
+        (|question, _| answer(&question, ResponseCode::NoError), Exit::Absent, "has no A or AAAA record"),
+        (|question, _| answer(&question, ResponseCode::ServFail), Exit::Failed, "SERVFAIL"),
+        (|question, _| answer(&question, ResponseCode::Refused), Exit::Failed, "REFUSED"),
+        (|question, _| answer(&question, ResponseCode::NotImp), Exit::Failed, "NOTIMP"),
+    ] {
+        let server = Server::start(script).await;
+        let questions =
+            [("web.prod.svc.cluster.local.", RecordType::A), ("web.prod.svc.cluster.local.", RecordType::AAAA)];
+        let failure = server.report(&questions).await.verdict().expect_err("nothing was found");
+        assert_eq!(failure.exit, exit, "{failure}");
+        assert!(failure.to_string().contains(word), "{failure}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_is_away_is_said_at_once() {
+    let socket = UdpSocket::bind("127.0.0.1:0").await.expect("a free port");
+    let nobody = socket.local_addr().expect("bound");
+    drop(socket);
+    let why = ask::ask(nobody, &name("web."), RecordType::A, false).await.expect_err("nobody listens");
+    let failure = unanswered(nobody, &name("web."), RecordType::A, &why);
+    assert_eq!(failure.exit, Exit::Failed);
+    assert!(failure.to_string().contains("Connection refused"), "{failure}");
+    assert!(failure.to_string().contains("gangplank serve"), "{failure}");
+}
+
+#[test]
+fn the_name_decides_what_is_asked() {
+    let kinds = |text, types: &[RecordType], ports: &[PortName]| {
+        let target = Target::complete(text, "prod", "cluster.local").expect(text);
+        let all = questions(&target, types, ports).expect("questions");
+        all.into_iter().map(|(name, kind)| format!("{name} {kind}")).collect::<Vec<_>>()
+    };
+    let web = "web.prod.svc.cluster.local.";
+    assert_eq!(kinds("web", &[], &[]), [format!("{web} A"), format!("{web} AAAA")]);
+    let ports = [port_name("http").expect("a name"), port_name("dns/udp").expect("a name")];
+    let srv = [format!("_http._tcp.{web} SRV"), format!("_dns._udp.{web} SRV")];
+    assert_eq!(kinds("web", &[], &ports)[2..], srv);
+    assert_eq!(kinds("_http._tcp.web", &[], &[]), srv[..1]);
+    assert_eq!(kinds("10.0.0.1", &[], &[]), ["1.0.0.10.in-addr.arpa. PTR"]);
+    assert_eq!(kinds("web", &[RecordType::TXT], &[]), [format!("{web} TXT")]);
+}
+
+#[test]
+fn arguments_are_read() {
+    assert_eq!(dns_server("10.96.0.10"), Ok("10.96.0.10:53".parse().expect("an address")));
+    assert_eq!(dns_server("[::1]:1053"), Ok("[::1]:1053".parse().expect("an address")));
+    assert!(dns_server("localhost").is_err());
+    assert_eq!(record_type("srv"), Ok(RecordType::SRV));
+    for bad in ["", "/udp", "http/icmp"] {
+        assert!(port_name(bad).is_err(), "{bad:?}");
+    }
+}

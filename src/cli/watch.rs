@@ -1,0 +1,370 @@
+//! `gangplank watch`: what is there, then every change, one line each.
+
+use std::{
+    fmt::Write as _,
+    io::{self, IsTerminal as _},
+    str::FromStr,
+    time::SystemTime,
+};
+
+use serde::Serialize;
+
+use super::{
+    args::{ScopeArgs, ServerArgs, ServiceName, key},
+    failure::{Exit, Failure},
+    output::{Format, OutputArgs, age, colour_allowed, print, print_yaml},
+};
+use crate::{
+    grpc::client::{ChangeKind, Client, WatchEvent},
+    model::{
+        Instance, ServiceKey, Timeline,
+        view::{InstanceView, ServiceView, TimelineView},
+    },
+};
+
+pub(super) const EXAMPLES: &str = "\
+First comes what is there (CHANGE says present), then every change. -o json
+prints one object a line, by its \"type\": \"snapshot\" and \"synced\", then
+\"added\", \"updated\" or \"removed\" with a cursor and the times at which the
+change was received, durable, visible and acknowledged. --from CURSOR goes on
+after that change.
+
+Examples:
+  gangplank watch
+  gangplank watch prod/web
+  gangplank watch -A -o json
+  gangplank watch -A -o json --from 0a1b2c3d4e5f
+
+Exit codes: 0 interrupted with Ctrl-C, 1 the server is away, stops, or says to
+start again (the reason is on standard error), 2 wrong usage";
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Only this service: NAME, or NAMESPACE/NAME
+    #[arg(conflicts_with = "all_namespaces")]
+    service: Option<ServiceName>,
+    #[command(flatten)]
+    scope: ScopeArgs,
+    /// Go on after the change that carried this cursor, without a snapshot
+    #[arg(long, value_name = "CURSOR")]
+    from: Option<Cursor>,
+    #[command(flatten)]
+    output: OutputArgs,
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+/// An opaque place in the feed, in hexadecimal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Cursor(Vec<u8>);
+
+impl FromStr for Cursor {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let why = "a cursor is an even number of hexadecimal digits, as -o json prints it";
+        if text.is_empty() || !text.bytes().all(|b| b.is_ascii_hexdigit()) || !text.len().is_multiple_of(2) {
+            return Err(why);
+        }
+        let pairs = (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16));
+        pairs.collect::<Result<_, _>>().map(Self).map_err(|_| why)
+    }
+}
+
+fn hex(cursor: &[u8]) -> String {
+    cursor.iter().fold(String::new(), |mut text, octet| {
+        write!(text, "{octet:02x}").expect("a String takes everything");
+        text
+    })
+}
+
+pub(super) async fn run(args: Args) -> Result<(), Failure> {
+    let Args { service, scope, from, output, server } = args;
+    let namespace = scope.of(service.as_ref());
+    if let Some(service) = &service {
+        key(namespace.unwrap_or_default(), &service.name)?;
+    }
+    let name = service.as_ref().map(|service| service.name.as_str());
+    let watching = follow(&server.server, namespace, name, from.map(|Cursor(octets)| octets), output.output);
+    tokio::select! {
+        ended = watching => ended,
+        interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),
+    }
+}
+
+async fn follow(
+    url: &str,
+    namespace: Option<&str>,
+    service: Option<&str>,
+    from: Option<Vec<u8>>,
+    format: Option<Format>,
+) -> Result<(), Failure> {
+    let mut watch = Client::connect(url).await?.watch(namespace, service, from).await?;
+    let mut lines = Lines { format, colour: colour_allowed(io::stdout().is_terminal()), titled: false };
+    // The last cursor seen: where a watch that breaks can go on.
+    let mut seen = None;
+    loop {
+        let event = match watch.next().await {
+            Ok(Some(event)) => event,
+            Ok(None) => return Err(ended("the server ended the watch", seen.as_deref())),
+            Err(why) => return Err(ended(&why.to_string(), seen.as_deref())),
+        };
+        if let WatchEvent::Restart { reason, message } = event {
+            let what = format!("the watch is over ({reason}): {message}");
+            return Err(Failure::new(Exit::Failed, what).next("start again, without --from:  gangplank watch"));
+        }
+        if let WatchEvent::Synced { cursor, .. } | WatchEvent::Change { cursor, .. } = &event {
+            seen = Some(cursor.clone());
+        }
+        lines.print(&event)?;
+    }
+}
+
+fn ended(what: &str, seen: Option<&[u8]>) -> Failure {
+    let failure = Failure::new(Exit::Failed, what);
+    match seen {
+        Some(cursor) => failure.next(format!("go on where it ended:  gangplank watch --from {}", hex(cursor))),
+        None => failure.next("start again:  gangplank watch"),
+    }
+}
+
+/// One line of `-o json`, one document of `-o yaml`.
+#[derive(Serialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+enum Line<'a> {
+    Snapshot { service: ServiceView<'a> },
+    Synced { generation: u64, cursor: String },
+    Added(Changed<'a>),
+    Updated(Changed<'a>),
+    Removed(Changed<'a>),
+}
+
+#[derive(Serialize)]
+struct Changed<'a> {
+    namespace: &'a str,
+    name: &'a str,
+    /// Without a share: its siblings are not known here.
+    instance: InstanceView<'a>,
+    generation: u64,
+    cursor: String,
+    timeline: TimelineView,
+}
+
+impl<'a> Line<'a> {
+    fn of(event: &'a WatchEvent) -> Option<Self> {
+        Some(match event {
+            WatchEvent::Snapshot(key, service) => Self::Snapshot { service: ServiceView { key, service } },
+            WatchEvent::Synced { generation, cursor } => Self::Synced { generation: *generation, cursor: hex(cursor) },
+            WatchEvent::Change { kind, service, instance, generation, timeline, cursor } => {
+                let changed = Changed {
+                    namespace: service.namespace(),
+                    name: service.name(),
+                    instance: InstanceView { instance, share: None },
+                    generation: *generation,
+                    cursor: hex(cursor),
+                    timeline: TimelineView(*timeline),
+                };
+                match kind {
+                    ChangeKind::Added => Self::Added(changed),
+                    ChangeKind::Updated => Self::Updated(changed),
+                    ChangeKind::Removed => Self::Removed(changed),
+                }
+            }
+            // It ends the watch and is told on standard error.
+            WatchEvent::Restart { .. } => return None,
+        })
+    }
+}
+
+/// Prints events as they come.
+struct Lines {
+    format: Option<Format>,
+    colour: bool,
+    titled: bool,
+}
+
+impl Lines {
+    fn print(&mut self, event: &WatchEvent) -> Result<(), Failure> {
+        let Some(line) = Line::of(event) else { return Ok(()) };
+        match self.format {
+            None | Some(Format::Wide) => print(&self.rows(event, SystemTime::now())),
+            Some(Format::Json) => {
+                let text = serde_json::to_string(&line).map_err(io::Error::from)?;
+                print(&(text + "\n"))
+            }
+            Some(Format::Yaml) => {
+                print("---\n")?;
+                print_yaml(&line)
+            }
+            Some(Format::Name) => print(&names(event)),
+        }
+    }
+
+    /// The rows of a table that has no end: columns as wide as most need.
+    fn rows(&mut self, event: &WatchEvent, now: SystemTime) -> String {
+        let mut text = String::new();
+        if !self.titled {
+            let more = if self.wide() { "   GENERATION   VISIBLE" } else { "" };
+            text = format!("NAMESPACE    NAME               CHANGE    INSTANCE               READY{more}   AGE\n");
+            self.titled = true;
+        }
+        match event {
+            WatchEvent::Snapshot(key, service) => {
+                for instance in service.instances.iter() {
+                    text += &self.row(key, "present", instance, service.generation, None, now);
+                }
+            }
+            WatchEvent::Change { kind, service, instance, generation, timeline, .. } => {
+                let word = match kind {
+                    ChangeKind::Added => "added",
+                    ChangeKind::Updated => "updated",
+                    ChangeKind::Removed => "removed",
+                };
+                text += &self.row(service, word, instance, *generation, Some(timeline), now);
+            }
+            WatchEvent::Synced { .. } | WatchEvent::Restart { .. } => {}
+        }
+        text
+    }
+
+    fn row(
+        &self,
+        key: &ServiceKey,
+        change: &str,
+        instance: &Instance,
+        generation: u64,
+        timeline: Option<&Timeline>,
+        now: SystemTime,
+    ) -> String {
+        let colour = match change {
+            _ if !self.colour => "",
+            "added" => "\x1b[32m",
+            "updated" => "\x1b[33m",
+            "removed" => "\x1b[31m",
+            _ => "",
+        };
+        let off = if colour.is_empty() { "" } else { "\x1b[0m" };
+        let (namespace, name, id) = (key.namespace(), key.name(), instance.id().to_string());
+        let mut row =
+            format!("{namespace:<10}   {name:<16}   {colour}{change:<7}{off}   {id:<20}   {:<5}", instance.ready());
+        if self.wide() {
+            // How long the registrant's word took to be answered over DNS.
+            let visible = timeline.map_or_else(
+                || "<none>".to_owned(),
+                |timeline| format!("{}ms", timeline.visible.0.saturating_sub(timeline.received.0)),
+            );
+            write!(row, "   {generation:<10}   {visible:<7}").expect("a String takes everything");
+        }
+        row + "   " + &age(instance.registered(), now) + "\n"
+    }
+
+    fn wide(&self) -> bool {
+        self.format == Some(Format::Wide)
+    }
+}
+
+fn names(event: &WatchEvent) -> String {
+    match event {
+        WatchEvent::Snapshot(key, service) => {
+            service.instances.iter().map(|instance| format!("{key} {}\n", instance.id())).collect()
+        }
+        WatchEvent::Change { service, instance, .. } => format!("{service} {}\n", instance.id()),
+        WatchEvent::Synced { .. } | WatchEvent::Restart { .. } => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, time::Duration};
+
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::{
+        cli::args::ANY_DOOR,
+        model::{Draft, Service, UnixMillis},
+    };
+
+    fn instance() -> Arc<Instance> {
+        let draft = Draft {
+            address: "10.0.0.1".into(),
+            ports: vec![crate::cli::args::port("http=8080").expect("a port")],
+            ..Draft::default()
+        };
+        let key = key("prod", "web").expect("valid");
+        Arc::new(ANY_DOOR.instance(&key, &draft, UnixMillis(1_000_000)).expect("valid"))
+    }
+
+    fn change() -> WatchEvent {
+        WatchEvent::Change {
+            kind: ChangeKind::Added,
+            service: key("prod", "web").expect("valid"),
+            instance: instance(),
+            generation: 1712,
+            timeline: Timeline {
+                received: UnixMillis(1_000_000),
+                durable: UnixMillis(1_000_001),
+                visible: UnixMillis(1_000_002),
+                acknowledged: UnixMillis(1_000_003),
+            },
+            cursor: vec![0x0a, 0xff],
+        }
+    }
+
+    fn snapshot() -> WatchEvent {
+        let service = Service { instances: std::iter::once(instance()).collect(), generation: 1700 };
+        WatchEvent::Snapshot(key("prod", "web").expect("valid"), service)
+    }
+
+    fn json_of(event: &WatchEvent) -> Value {
+        serde_json::to_value(Line::of(event).expect("a line")).expect("JSON")
+    }
+
+    #[test]
+    fn a_cursor_survives_being_printed() {
+        assert_eq!(hex(&[0x00, 0x0a, 0xff]).parse(), Ok(Cursor(vec![0x00, 0x0a, 0xff])));
+        for bad in ["", "a", "xy", "0a1", "äé", "+1"] {
+            assert!(bad.parse::<Cursor>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_line_of_json_has_a_type_a_cursor_and_the_timeline() {
+        let line = json_of(&change());
+        assert_eq!(line["type"], "added");
+        assert_eq!((&line["namespace"], &line["name"]), (&json!("prod"), &json!("web")));
+        assert_eq!(line["instance"]["address"], "10.0.0.1");
+        assert_eq!(line["instance"]["share"], Value::Null, "its siblings are not known");
+        assert_eq!((&line["generation"], &line["cursor"]), (&json!(1712), &json!("0aff")));
+        assert_eq!(line["timeline"]["visible"], "1970-01-01T00:16:40.002Z");
+        let line = json_of(&snapshot());
+        assert_eq!((&line["type"], &line["service"]["instances"][0]["share"]), (&json!("snapshot"), &json!(1.0)));
+        let synced = WatchEvent::Synced { generation: 5, cursor: vec![1] };
+        assert_eq!(json_of(&synced), json!({"type": "synced", "generation": 5, "cursor": "01"}));
+    }
+
+    #[test]
+    fn rows_stand_under_their_titles_within_80_columns() {
+        let mut lines = Lines { format: None, colour: false, titled: false };
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1300);
+        let text = lines.rows(&snapshot(), now) + &lines.rows(&change(), now);
+        let rows: Vec<&str> = text.lines().collect();
+        assert_eq!(rows.len(), 3, "{text}");
+        let ends = |title: &str, cell: &str, row: usize| {
+            assert_eq!(rows[0].find(title).expect(title), rows[row].find(cell).expect(cell), "{text}");
+        };
+        for (title, cell) in [("NAME ", "web"), ("INSTANCE", "10.0.0.1:8080"), ("READY", "true"), ("AGE", "5m")] {
+            ends(title, cell, 1);
+            ends(title, cell, 2);
+        }
+        ends("CHANGE", "present", 1);
+        ends("CHANGE", "added", 2);
+        assert!(rows.iter().all(|row| row.chars().count() <= 80), "{text}");
+    }
+
+    #[test]
+    fn a_watch_that_breaks_says_where_to_go_on() {
+        assert!(ended("gone", Some(&[0x0a])).to_string().contains("--from 0a"));
+        assert_eq!(ended("gone", None).exit, Exit::Failed);
+    }
+}

@@ -1,0 +1,265 @@
+//! The responder: packet in, packet out.
+//!
+//! It takes no lock, allocates nothing and cannot panic on what a peer sends. A packet gets one
+//! answer or none; a response never gets one, because two servers that answer each other's
+//! answers never stop (RFC 5625 §4.5 has seen them).
+
+use super::{
+    question::{CD, DO, Edns, HEADER, NSID, OPCODE, OPT, QR, Question, RD},
+    render::{Render, Sections},
+    writer::{Writer, Written},
+};
+use crate::zone::{Lookup, Place, RecordType, View};
+
+/// Largest answer over UDP without EDNS, in octets (RFC 1035 §2.3.4).
+const MIN_UDP: u16 = 512;
+
+/// Largest answer over UDP, in octets, 512..=4096. 1232 fits every path that carries IPv6 without
+/// fragments (DNS flag day 2020); what is longer gets TC and comes back over TCP.
+pub const MAX_UDP: u16 = 1232;
+
+/// Largest answer over TCP, in octets (RFC 1035 §4.2.2).
+pub const MAX_TCP: usize = 65_535;
+
+/// Class IN, and any class, which is taken as IN.
+const CLASSES: [u16; 2] = [1, 255];
+
+/// IXFR and AXFR: nobody transfers this zone.
+const TRANSFERS: [u16; 2] = [251, 252];
+
+/// AA: the answer is from whom the name belongs to.
+const AA: u8 = 0x04;
+/// TC: not everything that had to be there fits.
+const TC: u8 = 0x02;
+
+/// Octets of an OPT record without options.
+const OPT_FIXED: usize = 11;
+
+/// Option "extended DNS error" (RFC 8914).
+const EXTENDED_ERROR: u16 = 15;
+/// "Not Ready" (RFC 8914 §4.15).
+const NOT_READY: u16 = 14;
+/// Octets of that option.
+const EXTENDED_ERROR_LEN: usize = 6;
+
+/// How a packet came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// The size is what the client can take, 1232 octets at most.
+    Udp,
+    /// The size is what two octets can count.
+    Tcp,
+}
+
+/// What an answer depends on beside zone and packet.
+#[derive(Debug, Clone, Copy)]
+pub struct Context<'c> {
+    /// How the packet came.
+    pub transport: Transport,
+    /// What NSID says (RFC 5001).
+    pub nsid: &'c [u8],
+}
+
+/// How an answer turned out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rcode {
+    /// 0
+    NoError,
+    /// 1
+    FormErr,
+    /// 2
+    ServFail,
+    /// 3
+    NxDomain,
+    /// 4
+    NotImp,
+    /// 5
+    Refused,
+    /// 16, of which OPT carries the upper part
+    BadVers,
+}
+
+impl Rcode {
+    /// Its number, with the upper part that OPT carries.
+    #[must_use]
+    pub fn number(self) -> u16 {
+        match self {
+            Self::NoError => 0,
+            Self::FormErr => 1,
+            Self::ServFail => 2,
+            Self::NxDomain => 3,
+            Self::NotImp => 4,
+            Self::Refused => 5,
+            Self::BadVers => 16,
+        }
+    }
+}
+
+/// An answer that was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reply {
+    /// Its octets.
+    pub len: usize,
+    /// How it turned out.
+    pub rcode: Rcode,
+    /// The type asked for; `None` where no question was read.
+    pub qtype: Option<u16>,
+    /// Whether the name asked for is in the zone.
+    pub in_zone: bool,
+}
+
+/// Answers `packet` into `out`; `None` where silence is the answer. Over UDP `out` should have
+/// [`MAX_UDP`] octets, over TCP [`MAX_TCP`]; with less the answer is cut shorter.
+pub fn answer(
+    view: &View<'_>,
+    context: &Context<'_>,
+    rng: &mut fastrand::Rng,
+    packet: &[u8],
+    out: &mut [u8],
+) -> Option<Reply> {
+    // Without a whole header there is no telling whom to answer what.
+    if packet.len() < HEADER || packet[2] & QR != 0 || out.len() < HEADER {
+        return None;
+    }
+    if packet[2] & OPCODE != 0 {
+        return Some(header_only(packet, Rcode::NotImp, out));
+    }
+    let Ok(question) = Question::parse(packet) else {
+        return Some(header_only(packet, Rcode::FormErr, out));
+    };
+    let limit = match (context.transport, &question.edns) {
+        (Transport::Tcp, _) => MAX_TCP,
+        // RFC 6891 §6.2.3: less than 512 means 512.
+        (Transport::Udp, Some(edns)) => edns.size.clamp(MIN_UDP, MAX_UDP).into(),
+        (Transport::Udp, None) => MIN_UDP.into(),
+    };
+    let limit = limit.min(out.len());
+    Message { view, context, packet, question: &question }.write(rng, &mut out[..limit])
+}
+
+/// RFC 1035 §4.1.1: an error that comes before the question has its header and nothing else.
+fn header_only(packet: &[u8], rcode: Rcode, out: &mut [u8]) -> Reply {
+    out[..HEADER].copy_from_slice(&header(packet, rcode, false, Sections::default(), 0));
+    Reply { len: HEADER, rcode, qtype: None, in_zone: false }
+}
+
+/// The header of the answer to `packet`: RD and CD are copied, RA, Z and AD are clear (RFC 6840
+/// §5.7, §5.9).
+fn header(packet: &[u8], rcode: Rcode, questions: bool, sections: Sections, extra: u16) -> [u8; HEADER] {
+    let authoritative = matches!(rcode, Rcode::NoError | Rcode::NxDomain);
+    let mut flags = QR | packet[2] & (OPCODE | RD);
+    flags |= if authoritative { AA } else { 0 } | if sections.truncated { TC } else { 0 };
+    let [_, low] = rcode.number().to_be_bytes();
+    let [an0, an1] = sections.answers.to_be_bytes();
+    let [ns0, ns1] = sections.authority.to_be_bytes();
+    let [ar0, ar1] = (sections.additional + extra).to_be_bytes();
+    let code = packet[3] & CD | low & 0x0f;
+    [packet[0], packet[1], flags, code, 0, u8::from(questions), an0, an1, ns0, ns1, ar0, ar1]
+}
+
+/// One well-formed question on its way to its answer.
+struct Message<'m, 'z> {
+    view: &'m View<'z>,
+    context: &'m Context<'m>,
+    packet: &'m [u8],
+    question: &'m Question,
+}
+
+impl Message<'_, '_> {
+    fn write(&self, rng: &mut fastrand::Rng, out: &mut [u8]) -> Option<Reply> {
+        let Question { name, qtype, qclass, end, edns } = self.question;
+        let place = self.view.locate(name);
+        let refused = !CLASSES.contains(qclass) || TRANSFERS.contains(qtype);
+        let lookup = match edns {
+            // RFC 6891 §6.1.3: a version that is not spoken here.
+            Some(edns) if edns.version > 0 => Err(Rcode::BadVers),
+            _ if refused => Err(Rcode::Refused),
+            _ => match self.view.lookup(place, name, RecordType::from(*qtype)) {
+                Lookup::OutOfZone => Err(Rcode::Refused),
+                Lookup::NotReady => Err(Rcode::ServFail),
+                found => Ok(found),
+            },
+        };
+        let opt = edns.map(|edns| Opt {
+            dnssec_ok: edns.dnssec_ok,
+            nsid: self.nsid(&edns, out.len()),
+            rcode: lookup.as_ref().err().copied(),
+        });
+        let mut w = Writer::new(out, opt.as_ref().map_or(0, Opt::len));
+        w.put(&[0; HEADER]).and_then(|()| w.put(&self.packet[HEADER..*end])).ok()?;
+        let mut render = Render { w, view: self.view, name, rng, sections: Sections::default() };
+        let rcode = match lookup {
+            Ok(Lookup::Hit(hit)) => {
+                render.hit(&hit);
+                Rcode::NoError
+            }
+            Ok(Lookup::NoData(apex)) => {
+                render.negative(apex);
+                Rcode::NoError
+            }
+            Ok(Lookup::NxDomain(apex)) => {
+                render.negative(apex);
+                Rcode::NxDomain
+            }
+            Ok(Lookup::OutOfZone) => Rcode::Refused,
+            Ok(Lookup::NotReady) => Rcode::ServFail,
+            Err(rcode) => rcode,
+        };
+        let Render { mut w, sections, .. } = render;
+        w.release();
+        if let Some(opt) = &opt {
+            opt.write(&mut w).ok()?;
+        }
+        let header = header(self.packet, rcode, true, sections, opt.is_some().into());
+        w.written()[..HEADER].copy_from_slice(&header);
+        let in_zone = matches!(place, Place::Zone(_));
+        Some(Reply { len: w.len(), rcode, qtype: Some(*qtype), in_zone })
+    }
+
+    /// What NSID says, if it was asked for. It is left out where it and the question alone would
+    /// fill half of a small packet: then there is no room for an answer.
+    fn nsid(&self, edns: &Edns, room: usize) -> Option<&[u8]> {
+        let needs = self.question.end + OPT_FIXED + 4 + self.context.nsid.len();
+        (edns.nsid && needs <= room / 2).then_some(self.context.nsid)
+    }
+}
+
+/// The OPT record of an answer (RFC 6891 §6.1).
+struct Opt<'m> {
+    dnssec_ok: bool,
+    nsid: Option<&'m [u8]>,
+    rcode: Option<Rcode>,
+}
+
+impl Opt<'_> {
+    fn not_ready(&self) -> bool {
+        self.rcode == Some(Rcode::ServFail)
+    }
+
+    fn len(&self) -> usize {
+        let error = if self.not_ready() { EXTENDED_ERROR_LEN } else { 0 };
+        OPT_FIXED + self.nsid.map_or(0, |nsid| 4 + nsid.len()) + error
+    }
+
+    fn write(&self, w: &mut Writer<'_>) -> Written {
+        let [upper, _] = (self.rcode.map_or(0, Rcode::number) << 4).to_be_bytes();
+        w.put(&[0])?;
+        w.u16(OPT)?;
+        w.u16(MAX_UDP)?;
+        // Upper part of the rcode, version 0; of the flags DO is copied (RFC 3225 §3).
+        w.put(&[upper, 0])?;
+        w.u16(if self.dnssec_ok { DO } else { 0 })?;
+        w.u16(u16::try_from(self.len() - OPT_FIXED).unwrap_or(0))?;
+        if let Some(nsid) = self.nsid {
+            w.u16(NSID)?;
+            w.u16(u16::try_from(nsid.len()).unwrap_or(0))?;
+            w.put(nsid)?;
+        }
+        if self.not_ready() {
+            w.u16(EXTENDED_ERROR)?;
+            w.u16(2)?;
+            w.u16(NOT_READY)?;
+        }
+        Ok(())
+    }
+}

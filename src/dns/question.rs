@@ -1,0 +1,145 @@
+//! What a packet asks: its header, its one question and what EDNS says, in one pass.
+//!
+//! Nothing is copied but the name. Records that a query has no business to carry are stepped over.
+
+use crate::zone::QName;
+
+/// Octets of a header (RFC 1035 §4.1.1).
+pub(super) const HEADER: usize = 12;
+
+/// QR: this is a response.
+pub(super) const QR: u8 = 0x80;
+/// The opcode's bits in the third octet.
+pub(super) const OPCODE: u8 = 0x78;
+/// RD: recursion desired.
+pub(super) const RD: u8 = 0x01;
+/// CD, in the fourth octet: checking disabled (RFC 4035 §3.1.6).
+pub(super) const CD: u8 = 0x10;
+
+/// The type of OPT (RFC 6891 §6.1.1).
+pub(super) const OPT: u16 = 41;
+/// Option NSID (RFC 5001).
+pub(super) const NSID: u16 = 3;
+/// DO, in the flags of OPT (RFC 3225).
+pub(super) const DO: u16 = 0x8000;
+
+/// A well-formed query of one question.
+#[derive(Debug, Clone)]
+pub(super) struct Question {
+    /// The name, in lower case.
+    pub(super) name: QName,
+    /// The type asked for.
+    pub(super) qtype: u16,
+    /// The class asked for.
+    pub(super) qclass: u16,
+    /// Where the question ends in the packet.
+    pub(super) end: usize,
+    /// What EDNS says, if it came.
+    pub(super) edns: Option<Edns>,
+}
+
+/// What a query's OPT record says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Edns {
+    /// The UDP payload that the sender can take.
+    pub(super) size: u16,
+    /// The version; only 0 exists.
+    pub(super) version: u8,
+    /// The flag DO.
+    pub(super) dnssec_ok: bool,
+    /// Whether the server should say who it is.
+    pub(super) nsid: bool,
+}
+
+/// The packet cannot be taken apart: FORMERR.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Malformed;
+
+/// A place in a packet.
+struct Reader<'p> {
+    packet: &'p [u8],
+    at: usize,
+}
+
+impl Question {
+    /// Takes apart a query whose header was looked at already. What follows the last record that
+    /// the header counts is ignored.
+    pub(super) fn parse(packet: &[u8]) -> Result<Self, Malformed> {
+        let mut reader = Reader { packet, at: 4 };
+        // RFC 9619 §4: a query has one question.
+        if reader.u16()? != 1 {
+            return Err(Malformed);
+        }
+        let others = usize::from(reader.u16()?) + usize::from(reader.u16()?);
+        let additional = reader.u16()?;
+        let name = QName::parse(packet.get(HEADER..).ok_or(Malformed)?).map_err(|_| Malformed)?;
+        reader.at = HEADER + name.wire_len();
+        let (qtype, qclass) = (reader.u16()?, reader.u16()?);
+        let end = reader.at;
+        for _ in 0..others {
+            reader.record()?;
+        }
+        let mut edns = None;
+        for _ in 0..additional {
+            if let Some(found) = reader.record()?
+                && edns.replace(found).is_some()
+            {
+                // RFC 6891 §6.1.1: more than one OPT is a FORMERR.
+                return Err(Malformed);
+            }
+        }
+        Ok(Self { name, qtype, qclass, end, edns })
+    }
+}
+
+impl Reader<'_> {
+    fn take(&mut self, len: usize) -> Result<&[u8], Malformed> {
+        let taken = self.packet.get(self.at..self.at + len).ok_or(Malformed)?;
+        self.at += len;
+        Ok(taken)
+    }
+
+    fn u16(&mut self) -> Result<u16, Malformed> {
+        Ok(u16::from_be_bytes(self.take(2)?.try_into().map_err(|_| Malformed)?))
+    }
+
+    /// Steps over a name; says whether it was the root. Where a pointer leads is of no interest.
+    fn name(&mut self) -> Result<bool, Malformed> {
+        let begin = self.at;
+        loop {
+            match self.take(1)?[0] {
+                0 => return Ok(self.at == begin + 1),
+                len @ 1..=63 => self.take(usize::from(len)).map(|_| ())?,
+                0xc0.. => return self.take(1).map(|_| false),
+                _ => return Err(Malformed),
+            }
+            if self.at - begin > 255 {
+                return Err(Malformed);
+            }
+        }
+    }
+
+    /// Steps over a record, and reads it if it is OPT.
+    fn record(&mut self) -> Result<Option<Edns>, Malformed> {
+        let root = self.name()?;
+        let (rtype, class) = (self.u16()?, self.u16()?);
+        let ttl = [self.u16()?, self.u16()?];
+        let len = usize::from(self.u16()?);
+        if rtype != OPT {
+            return self.take(len).map(|_| None);
+        }
+        // RFC 6891 §6.1.2: the owner of OPT is the root.
+        if !root {
+            return Err(Malformed);
+        }
+        let mut options = Reader { packet: self.take(len)?, at: 0 };
+        let mut nsid = false;
+        while options.at < options.packet.len() {
+            let (code, len) = (options.u16()?, usize::from(options.u16()?));
+            options.take(len)?;
+            nsid |= code == NSID;
+        }
+        let [_, version] = ttl[0].to_be_bytes();
+        Ok(Some(Edns { size: class, version, dnssec_ok: ttl[1] & DO != 0, nsid }))
+    }
+}

@@ -1,0 +1,287 @@
+//! Facts to wire: one function per kind of RRset.
+//!
+//! Owners are pointers into the question (RFC 1035 §4.1.4), so that they keep the case that was
+//! asked. SRV targets are spelled out (RFC 2782) and in lower case.
+
+use std::net::IpAddr;
+
+use super::{
+    question::HEADER,
+    writer::{Full, HostOf, Owner, Writer, Written},
+};
+use crate::{
+    model::table::Row,
+    zone::{AddressRow, Addresses, Apex, Facts, Hit, HostName, QName, Rrset, SrvRow, View},
+};
+
+const A: u16 = 1;
+const NS: u16 = 2;
+const SOA: u16 = 6;
+const PTR: u16 = 12;
+const TXT: u16 = 16;
+const AAAA: u16 = 28;
+const SRV: u16 = 33;
+
+/// Which version of Kubernetes' DNS specification is answered, as TXT.
+const VERSION: &[u8] = b"1.1.0";
+
+/// Seconds that it may be cached: it changes with a release at most.
+const VERSION_TTL: u32 = 28_800;
+
+/// Longest that an SOA may be cached, in seconds, whatever the zone's TTL.
+const MAX_SOA_TTL: u32 = 300;
+
+/// Seconds between a secondary's looks at the SOA, if there were one; then between its tries, and
+/// until it gives up (RFC 1035 §3.3.13).
+const REFRESH_RETRY_EXPIRE: [u32; 3] = [7200, 1800, 86_400];
+
+/// Most names in the answer to one PTR question. Nobody reads more, and an address that a
+/// hundred thousand services share would fill every packet.
+pub(super) const MAX_PTR: usize = 64;
+
+/// Octets of a record before its RDATA, when the owner is a pointer.
+const FIXED: usize = 12;
+
+/// Octets in the RDATA of SRV before the target.
+const SRV_FIXED: usize = 6;
+
+/// What the records of an answer take from.
+pub(super) struct Render<'r, 'z, 'o> {
+    pub(super) w: Writer<'o>,
+    pub(super) view: &'r View<'z>,
+    pub(super) name: &'r QName,
+    pub(super) rng: &'r mut fastrand::Rng,
+    pub(super) sections: Sections,
+}
+
+/// Records per section, and whether one that had to be there is not.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Sections {
+    pub(super) answers: u16,
+    pub(super) authority: u16,
+    pub(super) additional: u16,
+    pub(super) truncated: bool,
+}
+
+impl<'r> Render<'r, '_, '_> {
+    /// The answer, and what helps with it.
+    pub(super) fn hit(&mut self, hit: &Hit<'r>) {
+        let ttl = self.view.ttl();
+        let owner = self.asked();
+        match *hit {
+            Hit::A(set) => self.addresses(owner, A, set),
+            Hit::Aaaa(set) => self.addresses(owner, AAAA, set),
+            Hit::Srv(set, facts) => self.srv(set, facts),
+            Hit::Ptr(set, ip) => self.ptr(set, ip),
+            Hit::Version => {
+                let written = self.w.record(owner, TXT, VERSION_TTL, |w| w.label(VERSION));
+                self.answered(written);
+            }
+            Hit::Soa(apex) => {
+                let written = self.write_soa(apex);
+                self.answered(written);
+            }
+            Hit::Ns(found) => {
+                let host_at = self.w.len() + FIXED;
+                let zone_at = self.zone_in_question();
+                let view = self.view;
+                let written = self.w.record(owner, NS, ttl, |w| name_server(w, view, zone_at));
+                self.answered(written);
+                if written.is_ok() {
+                    let name = HostOf { target: None, service: &[] };
+                    let _ = self.additional(Owner { at: host_at, name }, found);
+                }
+            }
+        }
+    }
+
+    /// RFC 2308 §3: the SOA carries the negative TTL. Without it nothing is cached, and pods with
+    /// `ndots:5` ask again for every search suffix.
+    pub(super) fn negative(&mut self, apex: Apex) {
+        match self.write_soa(apex) {
+            Ok(()) => self.sections.authority += 1,
+            Err(Full) => self.sections.truncated = true,
+        }
+    }
+
+    /// The name that was asked.
+    fn asked(&self) -> Owner<'r> {
+        Owner { at: HEADER, name: HostOf { target: None, service: self.name.suffix(0) } }
+    }
+
+    fn answered(&mut self, written: Written) {
+        match written {
+            Ok(()) => self.sections.answers += 1,
+            // RFC 2181 §9: TC is for data that had to be there.
+            Err(Full) => self.sections.truncated = true,
+        }
+    }
+
+    /// Where the zone's name stands in the question, if it was asked in the zone.
+    fn zone_in_question(&self) -> Option<usize> {
+        let below = self.name.labels().checked_sub(self.view.origin_labels())?;
+        (self.name.suffix(below) == self.view.origin()).then(|| HEADER + self.name.offset(below))
+    }
+
+    fn write_soa(&mut self, apex: Apex) -> Written {
+        let view = self.view;
+        // RFC 2308 §5: a negative answer is cached for the smaller of the SOA's TTL and MINIMUM.
+        let (ttl, minimum) = (view.ttl().min(MAX_SOA_TTL), view.ttl());
+        let at = HEADER + self.name.offset(apex.0);
+        let owner = Owner { at, name: HostOf { target: None, service: self.name.suffix(apex.0) } };
+        let zone_at = self.zone_in_question();
+        self.w.record(owner, SOA, ttl, |w| {
+            name_server(w, view, zone_at)?;
+            let zone_at = zone_at.unwrap_or_else(|| w.len() - view.origin().len());
+            w.label(b"hostmaster")?;
+            w.pointer_or(zone_at, |w| w.put(view.origin()))?;
+            w.u32(view.serial())?;
+            REFRESH_RETRY_EXPIRE.iter().try_for_each(|seconds| w.u32(*seconds))?;
+            w.u32(minimum)
+        })
+    }
+
+    fn addresses<I: Ip>(&mut self, owner: Owner<'_>, rtype: u16, set: Rrset<'_, AddressRow<I>>)
+    where
+        AddressRow<I>: Row,
+    {
+        let ttl = self.view.ttl();
+        for row in set.wrap_from(set.draw(self.rng)) {
+            let written = row.ip.with_octets(|octets| self.w.record(owner, rtype, ttl, |w| w.put(octets)));
+            self.answered(written);
+            if written.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn srv(&mut self, set: Rrset<'r, SrvRow>, facts: &'r Facts) {
+        let ttl = self.view.ttl();
+        let owner = self.asked();
+        // `_port._proto` stand before the service.
+        let service = self.name.suffix(2);
+        let first = set.draw(self.rng);
+        let mut at = self.w.len();
+        for row in set.wrap_from(first) {
+            let written = self.w.record(owner, SRV, ttl, |w| {
+                w.u16(row.priority)?;
+                w.u16(row.srv_weight())?;
+                w.u16(row.port)?;
+                // RFC 2782: the target is not compressed.
+                w.host(HostOf { target: Some(&row.target), service })
+            });
+            self.answered(written);
+            if written.is_err() {
+                return;
+            }
+        }
+        // Rows are in order of their targets: the same ones stand together, but for those that
+        // the window's beginning has cut off.
+        let targets = || set.wrap_from(first).map(|row| &row.target);
+        let (mut seen, opening) = (None, targets().next());
+        for target in targets() {
+            let name = Owner { at: at + FIXED + SRV_FIXED, name: HostOf { target: Some(target), service } };
+            at += FIXED + usize::from(self.w.u16_at(at + FIXED - 2));
+            if seen.is_some() && (seen == Some(target) || opening == Some(target)) {
+                continue;
+            }
+            seen = Some(target);
+            let Some(found) = facts.target(target) else { continue };
+            if self.additional(name, found).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// RFC 2181 §9: what merely helps is left out by whole RRsets, without TC.
+    fn additional(&mut self, owner: Owner<'_>, found: Addresses<'_>) -> Written {
+        if let Some(v4) = found.v4 {
+            self.additional_rrset(owner, A, v4)?;
+        }
+        if let Some(v6) = found.v6 {
+            self.additional_rrset(owner, AAAA, v6)?;
+        }
+        Ok(())
+    }
+
+    fn additional_rrset<I: Ip>(&mut self, owner: Owner<'_>, rtype: u16, set: Rrset<'_, AddressRow<I>>) -> Written
+    where
+        AddressRow<I>: Row,
+    {
+        // Known before a thousand records are written and taken back.
+        if set.len() * (FIXED + size_of::<I>()) > self.w.room() {
+            return Err(Full);
+        }
+        let ttl = self.view.ttl();
+        let first = set.draw(self.rng);
+        let count = self.w.whole(|w| {
+            let mut count = 0;
+            for row in set.wrap_from(first) {
+                row.ip.with_octets(|octets| w.record(owner, rtype, ttl, |w| w.put(octets)))?;
+                count += 1;
+            }
+            Ok(count)
+        })?;
+        self.sections.additional += count;
+        Ok(())
+    }
+
+    fn ptr(&mut self, set: Rrset<'_, HostName>, ip: IpAddr) {
+        let (ttl, view) = (self.view.ttl(), self.view);
+        let owner = self.asked();
+        // Where `svc.<zone>` was spelled out.
+        let mut spelled = None;
+        for HostName { service, host } in set.wrap_from(set.draw(self.rng)).take(MAX_PTR) {
+            let mut suffix_at = 0;
+            let written = self.w.record(owner, PTR, ttl, |w| {
+                match host {
+                    Some(label) => w.label(label.as_str().as_bytes())?,
+                    None => w.dashed(ip)?,
+                }
+                w.label(service.name().as_bytes())?;
+                w.label(service.namespace().as_bytes())?;
+                suffix_at = w.len();
+                let suffix = |w: &mut Writer<'_>| {
+                    w.label(b"svc")?;
+                    w.put(view.origin())
+                };
+                match spelled {
+                    Some(at) => w.pointer_or(at, suffix),
+                    None => suffix(w),
+                }
+            });
+            self.answered(written);
+            if written.is_err() {
+                return;
+            }
+            spelled.get_or_insert(suffix_at);
+        }
+    }
+}
+
+/// `ns.dns.<zone>`.
+fn name_server(w: &mut Writer<'_>, view: &View<'_>, zone_at: Option<usize>) -> Written {
+    w.label(b"ns")?;
+    w.label(b"dns")?;
+    match zone_at {
+        Some(at) => w.pointer_or(at, |w| w.put(view.origin())),
+        None => w.put(view.origin()),
+    }
+}
+
+/// An address of either family, as RDATA.
+trait Ip: Copy + Ord {
+    fn with_octets<T>(self, write: impl FnOnce(&[u8]) -> T) -> T;
+}
+
+impl Ip for std::net::Ipv4Addr {
+    fn with_octets<T>(self, write: impl FnOnce(&[u8]) -> T) -> T {
+        write(&self.octets())
+    }
+}
+
+impl Ip for std::net::Ipv6Addr {
+    fn with_octets<T>(self, write: impl FnOnce(&[u8]) -> T) -> T {
+        write(&self.octets())
+    }
+}

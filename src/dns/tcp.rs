@@ -1,0 +1,287 @@
+//! The TCP front (RFC 7766, RFC 9210): its own small loop, because every limit counts.
+//!
+//! A connection is one task that reads what is there, answers it, writes the answers together and
+//! only then reads on. So nobody can have more unanswered than one turn's worth, and a peer that
+//! does not read its answers is not read from either. An idle connection holds a few hundred
+//! octets; the large buffer for answers belongs to the thread.
+
+use std::{
+    cell::RefCell,
+    collections::{HashMap, hash_map::Entry},
+    io,
+    net::{IpAddr, SocketAddr},
+    ops::ControlFlow,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    io::AsyncWriteExt,
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+    time::{Instant, sleep, timeout, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    TcpLimits,
+    answer::{MAX_TCP, Transport},
+    udp::Responder,
+};
+use crate::metrics::dns::Closed;
+
+/// Octets of the length before each message (RFC 1035 §4.2.2).
+const PREFIX: usize = 2;
+
+/// Octets that are read at a time: several questions, or a piece of a long one.
+const READ: usize = 4096;
+
+/// Answers that wait to be written are written when they reach this many octets.
+const WRITE: usize = 65_536;
+
+/// How long the listener rests when a connection cannot be accepted: without descriptors or
+/// memory the next try would fail as well, and the connection stays in the backlog.
+const REST: Duration = Duration::from_millis(50);
+
+thread_local! {
+    /// Where an answer is written before its length is known.
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; MAX_TCP].into());
+}
+
+/// Connections that are open, in all listeners together.
+#[derive(Debug)]
+pub(super) struct Door {
+    limits: TcpLimits,
+    open: Mutex<Open>,
+}
+
+#[derive(Debug, Default)]
+struct Open {
+    all: usize,
+    peers: HashMap<IpAddr, usize>,
+}
+
+impl Door {
+    pub(super) fn new(limits: TcpLimits) -> Arc<Self> {
+        Arc::new(Self { limits, open: Mutex::default() })
+    }
+
+    /// Lets a connection in, until the value is dropped.
+    fn enter(self: &Arc<Self>, peer: IpAddr) -> Result<Seat, Closed> {
+        let mut open = self.lock();
+        if open.all >= self.limits.connections {
+            return Err(Closed::Full);
+        }
+        let of_peer = open.peers.entry(peer).or_default();
+        if self.limits.per_peer.is_some_and(|limit| *of_peer >= limit) {
+            if *of_peer == 0 {
+                open.peers.remove(&peer);
+            }
+            return Err(Closed::PeerFull);
+        }
+        *of_peer += 1;
+        open.all += 1;
+        Ok(Seat { door: Arc::clone(self), peer })
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Open> {
+        // Nothing panics while it holds the lock.
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A connection's place among those that are open.
+struct Seat {
+    door: Arc<Door>,
+    peer: IpAddr,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut open = self.door.lock();
+        open.all -= 1;
+        if let Entry::Occupied(mut of_peer) = open.peers.entry(self.peer) {
+            *of_peer.get_mut() -= 1;
+            if *of_peer.get() == 0 {
+                of_peer.remove();
+            }
+        }
+    }
+}
+
+/// Accepts until `stop`, then waits until every connection has its answers.
+pub(super) async fn serve(
+    listener: TcpListener,
+    responder: Responder,
+    door: Arc<Door>,
+    stop: CancellationToken,
+) -> io::Result<()> {
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => break,
+            accepted = listener.accept() => accepted,
+            Some(_) = connections.join_next() => continue,
+        };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "a TCP connection for DNS could not be accepted");
+                tokio::select! {
+                    () = stop.cancelled() => break,
+                    () = sleep(REST) => continue,
+                }
+            }
+        };
+        match door.enter(canonical(peer)) {
+            Ok(seat) => {
+                let (responder, door, stop) = (responder.clone(), Arc::clone(&door), stop.clone());
+                connections.spawn(async move {
+                    responder.tally.connected();
+                    let connection = Connection { stream, responder: &responder, limits: &door.limits };
+                    if let Err(why) = connection.serve(&stop).await
+                        && let Some(why) = why
+                    {
+                        responder.tally.closed(why);
+                    }
+                    responder.tally.disconnected();
+                    drop(seat);
+                });
+            }
+            // Closed at once: a peer that waits for nothing is worse off than one that knows.
+            Err(why) => responder.tally.closed(why),
+        }
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+    Ok(())
+}
+
+fn canonical(peer: SocketAddr) -> IpAddr {
+    peer.ip().to_canonical()
+}
+
+/// One connection.
+struct Connection<'c> {
+    stream: TcpStream,
+    responder: &'c Responder,
+    limits: &'c TcpLimits,
+}
+
+/// Why a connection ends early: a limit, or the peer went away.
+type Ended = Option<Closed>;
+
+/// Until when something is waited for, and what it means if it does not come.
+type Patience = (Instant, Closed);
+
+impl Connection<'_> {
+    async fn serve(mut self, stop: &CancellationToken) -> Result<(), Ended> {
+        let mut rng = fastrand::Rng::new();
+        let mut received = Vec::new();
+        // Answers that are written are on their way, not held back for more.
+        let _ = self.stream.set_nodelay(true);
+        let mut patience = self.idle();
+        while self.read(&mut received, patience, stop).await?.is_continue() {
+            let whole = self.answer_all(&mut rng, &mut received).await?;
+            patience = match patience {
+                _ if received.is_empty() => self.idle(),
+                // The clock runs from a message's first octet, however slowly the others come.
+                (_, Closed::SlowMessage) if !whole => patience,
+                _ => (Instant::now() + self.limits.message, Closed::SlowMessage),
+            };
+        }
+        // The peer has said all, or the server stops: what came is answered before the end.
+        while received.len() < WRITE && self.read_now(&mut received)? > 0 {}
+        self.answer_all(&mut rng, &mut received).await?;
+        self.stream.shutdown().await.map_err(|_| None)
+    }
+
+    /// Until when a connection without a question is kept.
+    fn idle(&self) -> Patience {
+        (Instant::now() + self.limits.idle, Closed::Idle)
+    }
+
+    /// Waits for something to read and reads it. Breaks when the peer has said all, or on `stop`.
+    async fn read(
+        &self,
+        received: &mut Vec<u8>,
+        (until, otherwise): Patience,
+        stop: &CancellationToken,
+    ) -> Result<ControlFlow<()>, Ended> {
+        loop {
+            let ready = tokio::select! {
+                () = stop.cancelled() => return Ok(ControlFlow::Break(())),
+                ready = timeout_at(until, self.stream.readable()) => ready,
+            };
+            ready.map_err(|_| Some(otherwise))?.map_err(|_| None)?;
+            received.reserve(READ);
+            match self.stream.try_read_buf(received) {
+                Ok(0) => return Ok(ControlFlow::Break(())),
+                Ok(_) => return Ok(ControlFlow::Continue(())),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return Err(None),
+            }
+        }
+    }
+
+    /// Reads what is there already.
+    fn read_now(&self, received: &mut Vec<u8>) -> Result<usize, Ended> {
+        received.reserve(READ);
+        match self.stream.try_read_buf(received) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+            read => read.map_err(|_| None),
+        }
+    }
+
+    /// Answers every whole message and leaves the beginning of the next one; says whether there
+    /// was one.
+    async fn answer_all(&mut self, rng: &mut fastrand::Rng, received: &mut Vec<u8>) -> Result<bool, Ended> {
+        let (mut taken, mut answers) = (0, Vec::new());
+        loop {
+            let more = self.answer_some(rng, &received[taken..], &mut answers);
+            if more == 0 {
+                break;
+            }
+            taken += more;
+            // RFC 7766 §6.2.1.1: what was asked in one go is answered in one go. A peer that does
+            // not take its answers loses the connection.
+            let written = timeout(self.limits.message, self.stream.write_all(&answers)).await;
+            written.map_err(|_| Some(Closed::SlowReader))?.map_err(|_| None)?;
+            answers.clear();
+        }
+        if taken == received.len() {
+            *received = Vec::new();
+        } else {
+            received.drain(..taken);
+        }
+        Ok(taken > 0)
+    }
+
+    /// Answers the whole messages that `received` begins with, as many as may wait at once, and
+    /// says how many octets they took.
+    fn answer_some(&self, rng: &mut fastrand::Rng, received: &[u8], answers: &mut Vec<u8>) -> usize {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut taken = 0;
+            for _ in 0..self.limits.pipelined.max(1) {
+                let Some((message, octets)) = split_message(&received[taken..]) else { break };
+                taken += octets;
+                if let Some(len) = self.responder.respond(Transport::Tcp, rng, message, scratch) {
+                    let prefix = u16::try_from(len).unwrap_or(u16::MAX).to_be_bytes();
+                    answers.extend_from_slice(&prefix);
+                    answers.extend_from_slice(&scratch[..len]);
+                }
+                if answers.len() >= WRITE {
+                    break;
+                }
+            }
+            taken
+        })
+    }
+}
+
+/// The message that `received` begins with and the octets it takes with its length, if it is whole.
+fn split_message(received: &[u8]) -> Option<(&[u8], usize)> {
+    let (prefix, rest) = received.split_first_chunk::<PREFIX>()?;
+    let len = usize::from(u16::from_be_bytes(*prefix));
+    rest.get(..len).map(|message| (message, PREFIX + len))
+}

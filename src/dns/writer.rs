@@ -1,0 +1,212 @@
+//! A buffer that a message is written into, and that is never run over.
+//!
+//! What does not fit is left out whole: a record is there entirely or not at all.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use crate::{model::DashedLabel, zone::Target};
+
+/// Class IN.
+const IN: u16 = 1;
+
+/// What a pointer can reach (RFC 1035 §4.1.4): 14 bits.
+const MAX_POINTER: usize = 0x3fff;
+
+/// There is no room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Full;
+
+/// Whether it was written, whole.
+pub(super) type Written = Result<(), Full>;
+
+/// Writes a message into a buffer, as far as that goes.
+#[derive(Debug)]
+pub(super) struct Writer<'o> {
+    out: &'o mut [u8],
+    at: usize,
+    /// Where records must end.
+    end: usize,
+}
+
+/// A name that is pointed at where a pointer reaches, and else spelled out.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Owner<'a> {
+    /// Where it stands in the message.
+    pub(super) at: usize,
+    /// What it is.
+    pub(super) name: HostOf<'a>,
+}
+
+/// The name of a host: its label before the name of its service.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct HostOf<'a> {
+    /// The label; `None` for the name of the service itself.
+    pub(super) target: Option<&'a Target>,
+    /// The service's name in wire form.
+    pub(super) service: &'a [u8],
+}
+
+impl<'o> Writer<'o> {
+    /// A message in all of `out`, the last `reserved` octets of which are kept for the OPT record.
+    pub(super) fn new(out: &'o mut [u8], reserved: usize) -> Self {
+        let end = out.len().saturating_sub(reserved);
+        Self { out, at: 0, end }
+    }
+
+    /// Octets written, which is where the next one goes.
+    pub(super) fn len(&self) -> usize {
+        self.at
+    }
+
+    /// Octets that may still be written.
+    pub(super) fn room(&self) -> usize {
+        self.end - self.at
+    }
+
+    /// What was kept is free now: what it was kept for comes next.
+    pub(super) fn release(&mut self) {
+        self.end = self.out.len();
+    }
+
+    /// What is written so far.
+    pub(super) fn written(&mut self) -> &mut [u8] {
+        &mut self.out[..self.at]
+    }
+
+    /// The two octets at `at`, as a number; 0 beyond what is written.
+    pub(super) fn u16_at(&self, at: usize) -> u16 {
+        self.out[..self.at].get(at..at + 2).map_or(0, |octets| u16::from_be_bytes([octets[0], octets[1]]))
+    }
+
+    pub(super) fn put(&mut self, octets: &[u8]) -> Written {
+        if octets.len() > self.room() {
+            return Err(Full);
+        }
+        let end = self.at + octets.len();
+        self.out[self.at..end].copy_from_slice(octets);
+        self.at = end;
+        Ok(())
+    }
+
+    pub(super) fn u16(&mut self, number: u16) -> Written {
+        self.put(&number.to_be_bytes())
+    }
+
+    pub(super) fn u32(&mut self, number: u32) -> Written {
+        self.put(&number.to_be_bytes())
+    }
+
+    /// Writes what `part` writes, all of it or nothing.
+    pub(super) fn whole<T>(&mut self, part: impl FnOnce(&mut Self) -> Result<T, Full>) -> Result<T, Full> {
+        let mark = self.at;
+        let written = part(self);
+        if written.is_err() {
+            self.at = mark;
+        }
+        written
+    }
+
+    /// One label, of at most 63 octets.
+    pub(super) fn label(&mut self, label: &[u8]) -> Written {
+        self.put(&[u8::try_from(label.len()).map_err(|_| Full)?])?;
+        self.put(label)
+    }
+
+    /// A pointer to `at`, or `name` where a pointer does not reach.
+    pub(super) fn pointer_or(&mut self, at: usize, name: impl FnOnce(&mut Self) -> Written) -> Written {
+        match u16::try_from(at) {
+            Ok(offset) if at <= MAX_POINTER => self.u16(0xc000 | offset),
+            _ => name(self),
+        }
+    }
+
+    /// The name of a host, spelled out.
+    pub(super) fn host(&mut self, host: HostOf<'_>) -> Written {
+        match host.target {
+            Some(Target::Dashed(ip)) => self.dashed(*ip)?,
+            Some(Target::Host(label)) => self.label(label.as_str().as_bytes())?,
+            None => {}
+        }
+        self.put(host.service)
+    }
+
+    /// The label of an address with dashes. That of an IPv4 address is in most SRV records, so
+    /// that it does without the formatting machinery.
+    pub(super) fn dashed(&mut self, ip: IpAddr) -> Written {
+        match ip {
+            IpAddr::V4(ip) => {
+                let (text, len) = dashed_v4(ip);
+                self.label(&text[..len])
+            }
+            IpAddr::V6(_) => self.label(DashedLabel::new(ip).as_bytes()),
+        }
+    }
+
+    /// A record: what comes before the RDATA, the RDATA as `rdata` writes it, and its length.
+    pub(super) fn record(
+        &mut self,
+        owner: Owner<'_>,
+        rtype: u16,
+        ttl: u32,
+        rdata: impl FnOnce(&mut Self) -> Written,
+    ) -> Written {
+        self.whole(|w| {
+            w.pointer_or(owner.at, |w| w.host(owner.name))?;
+            let [t0, t1] = rtype.to_be_bytes();
+            let [c0, c1] = IN.to_be_bytes();
+            let [s0, s1, s2, s3] = ttl.to_be_bytes();
+            w.put(&[t0, t1, c0, c1, s0, s1, s2, s3, 0, 0])?;
+            let begin = w.at;
+            rdata(w)?;
+            let len = u16::try_from(w.at - begin).map_err(|_| Full)?;
+            w.out[begin - 2..begin].copy_from_slice(&len.to_be_bytes());
+            Ok(())
+        })
+    }
+}
+
+/// `10-0-0-1`, and how many octets of it count.
+fn dashed_v4(ip: Ipv4Addr) -> ([u8; 15], usize) {
+    let (mut text, mut len) = ([b'-'; 15], 0);
+    for (index, octet) in ip.octets().into_iter().enumerate() {
+        len += usize::from(index > 0);
+        for (from, digit) in [(100, octet / 100), (10, octet / 10 % 10), (0, octet % 10)] {
+            if octet >= from {
+                text[len] = b'0' + digit;
+                len += 1;
+            }
+        }
+    }
+    (text, len)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dashed_ipv4_labels_are_those_of_the_model() {
+        let edges = [0u8, 1, 9, 10, 11, 99, 100, 101, 109, 110, 199, 200, 255];
+        for a in edges {
+            for b in edges {
+                let ip = Ipv4Addr::new(a, b, 255 - a, b / 2);
+                let (text, len) = dashed_v4(ip);
+                assert_eq!(&text[..len], DashedLabel::new(ip.into()).as_bytes());
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_leaves_nothing_behind() {
+        let mut out = [0; 30];
+        let mut w = Writer::new(&mut out, 2);
+        let owner = Owner { at: 12, name: HostOf { target: None, service: b"\0" } };
+        assert_eq!(w.record(owner, 1, 5, |w| w.put(&[1, 2, 3, 4])), Ok(()));
+        assert_eq!((w.len(), w.room()), (16, 12));
+        assert_eq!(w.record(owner, 1, 5, |w| w.put(&[1, 2, 3, 4])), Err(Full));
+        assert_eq!(w.len(), 16);
+        w.release();
+        assert_eq!((w.room(), w.put(&[0; 15])), (14, Err(Full)));
+        assert_eq!(w.u16_at(0), 0xc00c);
+    }
+}

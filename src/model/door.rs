@@ -1,0 +1,301 @@
+//! The door: what a client wrote, and whether it can stand.
+
+use std::fmt;
+
+use super::{
+    address::{Address, AddressError, parse_dashed_label},
+    instance::{Instance, UnixMillis, Weight},
+    name::{DnsName, Label, NameError, Namespace, ServiceKey, ServiceName},
+    port::{DraftPort, PortError, Ports},
+};
+
+/// Most octets that what one instance carries may take, counted as protobuf would encode it.
+/// It keeps a million instances within memory, and a slice within what Kubernetes stores.
+pub const MAX_INSTANCE_OCTETS: usize = 2048;
+
+/// Most octets of a name in a message (RFC 1035 §2.3.4).
+const MAX_WIRE_NAME: usize = 255;
+
+/// The field of a registration that cannot stand, named as the wire contract names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Field {
+    /// `namespace`
+    Namespace,
+    /// `service_name`
+    ServiceName,
+    /// `host_name`
+    HostName,
+    /// `ipaddress`
+    Address,
+    /// `node_name`
+    NodeName,
+    /// `ports[i]`
+    Port(usize),
+    /// `weight`
+    Weight,
+    /// The message as a whole.
+    Instance,
+}
+
+impl fmt::Display for Field {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Namespace => f.write_str("namespace"),
+            Self::ServiceName => f.write_str("service_name"),
+            Self::HostName => f.write_str("host_name"),
+            Self::Address => f.write_str("ipaddress"),
+            Self::NodeName => f.write_str("node_name"),
+            Self::Port(index) => write!(f, "ports[{index}]"),
+            Self::Weight => f.write_str("weight"),
+            Self::Instance => f.write_str("instance"),
+        }
+    }
+}
+
+/// Which field of a registration cannot stand, and why.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("{field}: {reason}")]
+pub struct InvalidInstance {
+    /// The field.
+    pub field: Field,
+    /// Why, and where it helps what was given.
+    pub reason: String,
+}
+
+impl InvalidInstance {
+    /// Longest part of a bad value that a message repeats, in characters.
+    const SHOWN: usize = 80;
+
+    fn new(field: Field, reason: &dyn fmt::Display) -> Self {
+        Self { field, reason: reason.to_string() }
+    }
+
+    fn text(field: Field, why: NameError, given: &str) -> Self {
+        let shown: String = given.chars().take(Self::SHOWN).collect();
+        let rest = if shown.len() < given.len() { "…" } else { "" };
+        Self { field, reason: format!("{why}, got {shown:?}{rest}") }
+    }
+}
+
+/// An instance as a client wrote it, before it is checked. Texts are empty where nothing was said.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Draft {
+    /// An IP address or a DNS name.
+    pub address: String,
+    /// The ports.
+    pub ports: Vec<DraftPort>,
+    /// One label, or empty.
+    pub host_name: String,
+    /// A DNS name, or empty.
+    pub node_name: String,
+    /// Absent means 1.
+    pub weight: Option<f32>,
+    /// SRV priority.
+    pub priority: u16,
+}
+
+/// What the door measures a registration against, beyond the types.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Door {
+    /// Octets of the zone's name in a message: what is left of 255 is for the service.
+    pub zone_wire_len: usize,
+    /// Whether an instance may be a DNS name, which needs somebody to look it up.
+    pub names_allowed: bool,
+}
+
+impl Door {
+    /// Takes the two names of a service.
+    ///
+    /// # Errors
+    /// The field that cannot stand.
+    pub fn service(&self, namespace: &str, name: &str) -> Result<ServiceKey, InvalidInstance> {
+        let ns = Namespace::parse(namespace).map_err(|why| InvalidInstance::text(Field::Namespace, why, namespace))?;
+        let name = ServiceName::parse(name).map_err(|why| InvalidInstance::text(Field::ServiceName, why, name))?;
+        Ok(ServiceKey::new(ns, name))
+    }
+
+    /// Takes the address of an instance.
+    ///
+    /// # Errors
+    /// When it is none, or a DNS name and names are not allowed here.
+    pub fn address(&self, text: &str) -> Result<Address, InvalidInstance> {
+        let address = Address::parse(text).map_err(|why| match why {
+            AddressError::NotAName(_) => {
+                let shown: String = text.chars().take(InvalidInstance::SHOWN).collect();
+                InvalidInstance { field: Field::Address, reason: format!("{why}, got {shown:?}") }
+            }
+            AddressError::Empty => InvalidInstance::new(Field::Address, &why),
+            _ => InvalidInstance { field: Field::Address, reason: format!("{text}: {why}") },
+        })?;
+        if matches!(address, Address::Name(_)) && !self.names_allowed {
+            return Err(InvalidInstance::new(
+                Field::Address,
+                &format_args!(
+                    "{address} is a DNS name, and this server looks none up: that needs --upstream, which is not there yet"
+                ),
+            ));
+        }
+        Ok(address)
+    }
+
+    /// Takes the ports of an instance.
+    ///
+    /// # Errors
+    /// The first port that cannot stand.
+    pub fn ports(&self, drafts: &[DraftPort]) -> Result<Ports, InvalidInstance> {
+        Ports::parse(drafts).map_err(|(index, why)| match why {
+            PortError::Name(name) => {
+                let InvalidInstance { field, reason } =
+                    InvalidInstance::text(Field::Port(index), name, &drafts[index].name);
+                InvalidInstance { field, reason: format!("name: {reason}") }
+            }
+            why => InvalidInstance::new(Field::Port(index), &why),
+        })
+    }
+
+    /// Takes a whole instance of `service`.
+    ///
+    /// # Errors
+    /// The first field that cannot stand; nothing is corrected silently.
+    pub fn instance(
+        &self,
+        service: &ServiceKey,
+        draft: &Draft,
+        registered: UnixMillis,
+    ) -> Result<Instance, InvalidInstance> {
+        let address = self.address(&draft.address)?;
+        let ports = self.ports(&draft.ports)?;
+        let label = |field, text: &str| match text {
+            "" => Ok(None),
+            text => Label::parse(text).map(Some).map_err(|why| InvalidInstance::text(field, why, text)),
+        };
+        let host_name = label(Field::HostName, &draft.host_name)?;
+        if let Some(spelled) = host_name.as_ref().and_then(|label| parse_dashed_label(label.as_str().as_bytes()))
+            && address.ip() != Some(spelled)
+        {
+            return Err(InvalidInstance::new(
+                Field::HostName,
+                &format_args!("{:?} spells the address {spelled}, which is not this instance's", draft.host_name),
+            ));
+        }
+        let node_name = match draft.node_name.as_str() {
+            "" => None,
+            text => Some(DnsName::parse(text).map_err(|why| InvalidInstance::text(Field::NodeName, why, text))?),
+        };
+        let weight = draft.weight.map_or_else(|| Ok(Weight::default()), Weight::new);
+        let weight = weight.map_err(|why| InvalidInstance::new(Field::Weight, &why))?;
+        let instance = Instance {
+            address,
+            ports,
+            host_name,
+            node_name,
+            weight,
+            priority: draft.priority,
+            ready: true,
+            registered,
+        };
+        self.check_sizes(service, &instance)?;
+        Ok(instance)
+    }
+
+    /// Every name that the instance would give must fit a message, and the whole must be small.
+    fn check_sizes(&self, service: &ServiceKey, instance: &Instance) -> Result<(), InvalidInstance> {
+        // `_name._proto.` is the longest prefix of a port, `label.` that of a host.
+        let port = instance
+            .ports
+            .as_slice()
+            .iter()
+            .filter_map(|port| Some(port.name.as_ref()?.as_str().len() + 2 + port.protocol.srv_label().len() + 1));
+        // A dashed IPv6 label takes at most 39 octets.
+        let host = instance.host_name.as_ref().map_or(39, |label| label.as_str().len()) + 1;
+        let longest = port.max().unwrap_or(0).max(host);
+        // `svc` and its length octet stand between namespace and zone.
+        let octets = longest + service.as_str().len() + 1 + "svc".len() + 1 + self.zone_wire_len;
+        if octets > MAX_WIRE_NAME {
+            return Err(InvalidInstance::new(
+                Field::Instance,
+                &format_args!(
+                    "its longest name would take {octets} octets with the zone, 255 are allowed (RFC 1035 §2.3.4)"
+                ),
+            ));
+        }
+        let carried = instance.octets();
+        if carried > MAX_INSTANCE_OCTETS {
+            return Err(InvalidInstance::new(
+                Field::Instance,
+                &format_args!("carries {carried} octets, {MAX_INSTANCE_OCTETS} are allowed"),
+            ));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DOOR: Door = Door { zone_wire_len: 15, names_allowed: false };
+
+    fn service() -> ServiceKey {
+        DOOR.service("prod", "web").expect("valid")
+    }
+
+    fn draft() -> Draft {
+        Draft {
+            address: "10.0.0.1".into(),
+            ports: vec![DraftPort { number: 8080, name: "http".into(), ..DraftPort::default() }],
+            ..Draft::default()
+        }
+    }
+
+    fn refused(draft: &Draft) -> String {
+        DOOR.instance(&service(), draft, UnixMillis(0)).expect_err("must be refused").to_string()
+    }
+
+    #[test]
+    fn a_good_one_passes_and_shows_itself() {
+        let instance = DOOR.instance(&service(), &draft(), UnixMillis(7)).expect("valid");
+        assert_eq!(instance.id().to_string(), "10.0.0.1:8080");
+        assert!(instance.ready());
+        assert_eq!(instance.weight().units(), 65_536);
+    }
+
+    #[test]
+    fn each_refusal_names_its_field() {
+        for (bad, says) in [
+            (Draft { address: "10.0.0".into(), ..draft() }, "ipaddress: neither"),
+            (Draft { address: "127.0.0.1".into(), ..draft() }, "ipaddress: 127.0.0.1: loopback"),
+            (Draft { address: "db.example.com".into(), ..draft() }, "ipaddress: db.example.com is a DNS name, and"),
+            (Draft { host_name: "a.b".into(), ..draft() }, "host_name: must be one label"),
+            (Draft { host_name: "10-0-0-9".into(), ..draft() }, "host_name: \"10-0-0-9\" spells the address 10.0.0.9"),
+            (Draft { node_name: "Node".into(), ..draft() }, "node_name: must consist of"),
+            (Draft { weight: Some(f32::NAN), ..draft() }, "weight: must be a finite number in 0..=655, got NaN"),
+            (Draft { weight: Some(655.5), ..draft() }, "weight: must be"),
+            (Draft { weight: Some(-1.0), ..draft() }, "weight: must be"),
+            (
+                Draft { ports: vec![DraftPort { number: 0, ..DraftPort::default() }], ..draft() },
+                "ports[0]: must be 1..=65535, got 0",
+            ),
+            (
+                Draft { ports: vec![DraftPort { number: 1, name: "A".into(), ..DraftPort::default() }], ..draft() },
+                "ports[0]: name: must consist of",
+            ),
+        ] {
+            let said = refused(&bad);
+            assert!(said.starts_with(says), "{said:?} should begin with {says:?}");
+        }
+        assert!(DOOR.instance(&service(), &Draft { host_name: "10-0-0-1".into(), ..draft() }, UnixMillis(0)).is_ok());
+    }
+
+    #[test]
+    fn what_does_not_fit_a_message_is_refused() {
+        let ports = (1..200).map(|n| DraftPort { number: n, name: format!("p{n}"), ..DraftPort::default() });
+        let said = refused(&Draft { ports: ports.collect(), ..draft() });
+        assert!(said.starts_with("instance: carries"), "{said}");
+
+        let narrow = Door { zone_wire_len: 200, ..DOOR };
+        let long = Draft { host_name: "h".repeat(60), ..draft() };
+        let said = narrow.instance(&service(), &long, UnixMillis(0)).expect_err("too long").to_string();
+        assert!(said.contains("255 are allowed"), "{said}");
+    }
+}

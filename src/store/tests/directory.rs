@@ -1,0 +1,143 @@
+//! A real directory: the lock, the first disk version, and a start from both.
+
+use std::{fs, os::unix::fs::PermissionsExt, path::Path, sync::Arc};
+
+use super::{DOOR, Model, apply, random_batch, service};
+use crate::{
+    metrics::Metrics,
+    model::{Draft, DraftPort, Protocol, UnixMillis},
+    store::{DataDir, Journal, Options, Record, Recovery, StoreError},
+};
+
+fn start(path: &Path, options: &Options) -> (Journal, Recovery, Model) {
+    let mut model = Model::new();
+    let dir = DataDir::lock(path).expect("nobody else has it");
+    let (journal, recovery) = dir
+        .recover(options, Arc::new(Metrics::default()), &mut |record| apply(&mut model, &record), &mut |_| {})
+        .expect("a good directory");
+    (journal, recovery, model)
+}
+
+#[test]
+fn a_second_process_is_refused_and_told_who_holds_the_directory() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().join("state/data");
+    let (mut journal, ..) = start(&path, &Options { segment_octets: 300, ..Options::default() });
+    let mode = fs::metadata(&path).expect("it was made").permissions().mode();
+    assert_eq!(mode & 0o777, 0o700);
+
+    let refused = || match DataDir::lock(&path) {
+        Err(why @ StoreError::Locked { .. }) => why.to_string(),
+        other => panic!("{other:?}"),
+    };
+    let said = refused();
+    assert!(said.contains(&format!("process {} (pid)", std::process::id())), "{said}");
+    assert!(said.contains(&path.display().to_string()) && said.contains("--data-dir"), "{said}");
+
+    let rng = &mut fastrand::Rng::with_seed(1);
+    for generation in 1..30 {
+        journal.append(generation, &random_batch(rng)).expect("a good disk");
+        journal.reap();
+    }
+    assert!(fs::read_dir(&path).expect("it is there").any(|entry| {
+        entry.expect("readable").file_name().to_str().is_some_and(|name| name.starts_with("snapshot-"))
+    }));
+    refused();
+    drop(journal);
+    DataDir::lock(&path).expect("free again");
+}
+
+#[test]
+fn what_is_appended_is_read_back_with_progress() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let options = Options { segment_octets: 2000, ..Options::default() };
+    let (mut journal, recovery, read) = start(dir.path(), &options);
+    assert_eq!((recovery.generation, read.len(), recovery.repairs), (0, 0, vec![]));
+    let rng = &mut fastrand::Rng::with_seed(2);
+    let mut model = Model::new();
+    for generation in 1..100 {
+        let batch = random_batch(rng);
+        journal.append(generation, &batch).expect("a good disk");
+        batch.iter().for_each(|record| apply(&mut model, record));
+    }
+    drop(journal);
+    let mut last = None;
+    let (_, recovery) = DataDir::lock(dir.path())
+        .expect("free")
+        .recover(&options, Arc::default(), &mut |_| {}, &mut |progress| last = Some((progress.read, progress.total)))
+        .expect("a good directory");
+    assert_eq!(recovery.generation, 99);
+    let (read, total) = last.expect("the end is reported");
+    assert!(read == total && total > 0);
+    let (_, recovery, read) = start(dir.path(), &options);
+    assert_eq!((read, recovery.generation, recovery.repairs), (model, 99, vec![]));
+}
+
+/// What stands in `tests/fixtures/store/v1`, by batches: a snapshot of the first, a closed
+/// segment with the second, the newest segment with the third. It must never change.
+fn fixture() -> [Vec<Record>; 3] {
+    let put = |name: &str, draft: Draft, registered| {
+        let service = service(name);
+        let instance = DOOR.instance(&service, &draft, UnixMillis(registered)).expect("valid");
+        Record::Put { service, instance: Arc::new(instance) }
+    };
+    let port = |number, protocol, name: &str| DraftPort { number, protocol, name: name.into() };
+    let full = Draft {
+        address: "10.0.0.1".into(),
+        ports: vec![port(8080, Protocol::Tcp, "http"), port(53, Protocol::Udp, "dns"), port(9, Protocol::Sctp, "")],
+        host_name: "web-1".into(),
+        node_name: "rack7.example.com".into(),
+        weight: Some(2.5),
+        priority: 65_535,
+    };
+    let six = Draft { address: "2001:db8::1".into(), weight: Some(0.0), ..Draft::default() };
+    let name = Draft { address: "db.example.com".into(), ports: vec![port(1, Protocol::Tcp, "")], ..Draft::default() };
+    let gone = put("web", six.clone(), 1_700_000_000_001);
+    let Record::Put { service, instance } = &gone else { unreachable!("made by put") };
+    let removed = Record::Remove { service: service.clone(), id: instance.id() };
+    [
+        vec![put("web", full.clone(), 1_700_000_000_000), gone],
+        vec![removed, put("db", name, 1_700_000_000_002)],
+        vec![put("web", Draft { weight: None, priority: 0, ..full }, 1_700_000_000_000), put("six", six, 0)],
+    ]
+}
+
+#[test]
+fn the_first_disk_version_is_read() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/store/v1");
+    let mut names = Vec::new();
+    for entry in fs::read_dir(fixtures).expect("the fixtures are in the repository") {
+        let entry = entry.expect("readable");
+        fs::copy(entry.path(), dir.path().join(entry.file_name())).expect("writable");
+        names.push(entry.file_name().into_string().expect("UTF-8"));
+    }
+    names.sort();
+    assert_eq!(names, ["journal-0000000002", "journal-0000000003", "snapshot-0000000001"]);
+    let mut model = Model::new();
+    fixture().iter().flatten().for_each(|record| apply(&mut model, record));
+    let (_, recovery, read) = start(dir.path(), &Options::default());
+    assert_eq!((read, recovery.generation, recovery.repairs), (model, 1_700_000_003, vec![]));
+}
+
+/// Writes the fixture. Only for a new version of the format, into a directory of its own:
+/// `GANGPLANK_FIXTURE=tests/fixtures/store/vN cargo test --lib write_the_fixture -- --ignored`.
+#[test]
+#[ignore = "writes a fixture; run by hand for a new version of the format"]
+fn write_the_fixture() {
+    let path = std::env::var("GANGPLANK_FIXTURE").expect("where to");
+    let path = Path::new(&path);
+    let (mut journal, ..) = start(path, &Options::default());
+    for (index, batch) in fixture().iter().enumerate() {
+        journal.append(1_700_000_001 + index as u64, batch).expect("a good disk");
+        if index < 2 {
+            journal.rotate().expect("a good disk");
+        }
+        if index == 0 {
+            journal.compact();
+            journal.reap();
+        }
+    }
+    drop(journal);
+    fs::remove_file(path.join("LOCK")).expect("not part of the fixture");
+}

@@ -1,0 +1,205 @@
+//! Disks that are full or fail: nothing is acknowledged after that until a restart.
+
+use std::{io::ErrorKind, sync::Arc};
+
+use super::{
+    Model, apply,
+    machine::{Machine, Operation},
+    open, open_with, random_put, small,
+};
+use crate::{
+    metrics::Metrics,
+    store::{Journal, Record, format},
+};
+
+fn batch(seed: u64) -> Vec<Record> {
+    let rng = &mut fastrand::Rng::with_seed(seed);
+    (0..3).map(|_| random_put(rng)).collect()
+}
+
+/// Appends batches `1..=count`, all of which succeed.
+fn fill(journal: &mut Journal, model: &mut Model, count: u64) {
+    for generation in 1..=count {
+        let batch = batch(generation);
+        journal.append(generation, &batch).expect("a good disk");
+        batch.iter().for_each(|record| apply(model, record));
+    }
+}
+
+#[test]
+fn after_a_failed_write_or_sync_no_append_succeeds_until_a_restart() {
+    for (operation, kind, says) in [
+        (Operation::Write, ErrorKind::StorageFull, "cannot write data/journal-0000000001"),
+        (Operation::Write, ErrorKind::Other, "cannot write data/journal-0000000001"),
+        (Operation::Sync, ErrorKind::Other, "cannot sync data/journal-0000000001"),
+        (Operation::Sync, ErrorKind::StorageFull, "cannot sync data/journal-0000000001"),
+    ] {
+        let (machine, metrics) = (Machine::default(), Arc::new(Metrics::default()));
+        let (mut journal, _, mut model) = open_with(&machine, &small(), &metrics).expect("a new directory");
+        fill(&mut journal, &mut model, 2);
+        assert_eq!(metrics.store.failed.get(), 0);
+
+        // Only once: whoever tries again is told that all is well.
+        machine.fail(operation, kind, 1);
+        let said = journal.append(3, &batch(3)).expect_err("the disk failed").to_string();
+        assert!(said.starts_with(says) && said.contains("until gangplank is restarted"), "{said}");
+        assert_eq!(said.contains("the disk is full"), kind == ErrorKind::StorageFull, "{said}");
+        for _ in 0..3 {
+            assert_eq!(journal.append(4, &batch(4)).expect_err("still failed").to_string(), said);
+        }
+        assert!(journal.usable().is_err());
+        assert_eq!(metrics.store.failed.get(), 1);
+        drop(journal);
+
+        let (mut journal, _, read) = open_with(&machine, &small(), &metrics).expect("a restart");
+        let mut with_third = model.clone();
+        batch(3).iter().for_each(|record| apply(&mut with_third, record));
+        assert!(read == model || read == with_third, "{operation:?}");
+        journal.append(5, &batch(5)).expect("the disk works again");
+        assert_eq!(metrics.store.failed.get(), 0);
+    }
+}
+
+#[test]
+fn a_segment_that_cannot_be_made_stops_the_journal_too() {
+    for operation in [Operation::Create, Operation::Write, Operation::Sync, Operation::Rename, Operation::SyncDir] {
+        let machine = Machine::default();
+        let (mut journal, _, mut model) = open(&machine).expect("a new directory");
+        fill(&mut journal, &mut model, 2);
+        machine.fail(operation, ErrorKind::StorageFull, 1);
+        let said = journal.rotate().expect_err("the disk is full").to_string();
+        assert!(said.starts_with("cannot create data/journal-0000000002: nothing is accepted"), "{said}");
+        assert!(journal.append(3, &batch(3)).is_err());
+        drop(journal);
+        machine.mend();
+        let (mut journal, recovery, read) = open(&machine).expect("a restart");
+        assert_eq!((read, recovery.repairs), (model, vec![]));
+        journal.append(3, &batch(3)).expect("the disk works again");
+    }
+}
+
+/// The system drops what it could not write, calls the next sync a success, and still shows it
+/// to whoever reads: nothing may be built on that.
+#[test]
+fn what_a_failed_sync_left_in_memory_only_is_written_again_by_a_restart() {
+    let machine = Machine::default();
+    let (mut journal, _, mut model) = open(&machine).expect("a new directory");
+    fill(&mut journal, &mut model, 2);
+    machine.fail(Operation::Sync, ErrorKind::Other, 1);
+    journal.append(3, &batch(3)).expect_err("the sync failed");
+    drop(journal);
+
+    let (mut journal, _, read) = open(&machine).expect("a restart");
+    batch(3).iter().for_each(|record| apply(&mut model, record));
+    assert_eq!(read, model, "the batch is served now");
+    journal.append(4, &batch(4)).expect("all is well");
+    batch(4).iter().for_each(|record| apply(&mut model, record));
+    machine.power_cut(&mut fastrand::Rng::with_seed(1));
+    drop(journal);
+    let (_, _, read) = open(&machine).expect("nothing is damaged");
+    assert_eq!(read, model);
+}
+
+#[test]
+fn a_full_disk_at_the_start_keeps_nothing_from_being_read() {
+    let machine = Machine::default();
+    let (mut journal, _, mut model) = open(&machine).expect("a new directory");
+    fill(&mut journal, &mut model, 3);
+    drop(journal);
+    machine.fail(Operation::Write, ErrorKind::StorageFull, u32::MAX);
+    let (mut journal, recovery, read) = open(&machine).expect("reading needs no space");
+    assert_eq!(read, model);
+    assert!(recovery.repairs[0].contains("the disk is full"), "{:?}", recovery.repairs);
+    assert!(journal.usable().is_err());
+    machine.mend();
+    assert!(journal.append(9, &batch(9)).is_err(), "not until a restart");
+}
+
+#[test]
+fn a_failed_compaction_stops_nothing_and_is_tried_again() {
+    for operation in [Operation::Create, Operation::Write, Operation::Sync, Operation::Rename, Operation::SyncDir] {
+        let (machine, metrics) = (Machine::default(), Arc::new(Metrics::default()));
+        let (mut journal, _, mut model) = open_with(&machine, &small(), &metrics).expect("a new directory");
+        fill(&mut journal, &mut model, 2);
+        journal.rotate().expect("a good disk");
+        machine.fail(operation, ErrorKind::StorageFull, 1);
+        journal.compact();
+        journal.reap();
+        assert_eq!(metrics.store.compactions_counted(), (0, 1), "{operation:?}");
+        assert!(machine.contents().contains_key("journal-0000000001"), "{operation:?}: nothing was removed");
+
+        journal.append(3, &batch(3)).expect("registrations go on");
+        batch(3).iter().for_each(|record| apply(&mut model, record));
+        journal.rotate().expect("a good disk");
+        journal.compact();
+        journal.reap();
+        assert_eq!(metrics.store.compactions_counted(), (1, 1), "{operation:?}");
+        drop(journal);
+        let names: Vec<String> = machine.contents().into_keys().collect();
+        assert_eq!(names, ["journal-0000000003", "snapshot-0000000002"], "{operation:?}");
+        let (_, recovery, read) = open(&machine).expect("a restart");
+        assert_eq!((read, recovery.generation, recovery.repairs), (model, 3, vec![]), "{operation:?}");
+    }
+}
+
+#[test]
+fn compaction_is_not_started_for_little() {
+    let (machine, metrics) = (Machine::default(), Arc::new(Metrics::default()));
+    let (mut journal, ..) = open_with(&machine, &small(), &metrics).expect("a new directory");
+    for generation in 1..=200 {
+        journal.append(generation, &batch(generation)).expect("a good disk");
+        journal.reap();
+    }
+    let journal_octets = metrics.store.journal_written_bytes.get();
+    let snapshot_octets = metrics.store.snapshot_written_bytes.get();
+    assert!(snapshot_octets > 0 && snapshot_octets < 3 * journal_octets, "{snapshot_octets} of {journal_octets}");
+}
+
+/// The names of a snapshot and of what it replaces are in one directory, which a crash may leave
+/// half written: the old may go only when the new is there.
+#[test]
+fn a_start_removes_nothing_before_the_name_of_its_snapshot_is_on_the_disk() {
+    for seed in 0..50 {
+        let machine = Machine::default();
+        let (mut journal, _, mut model) = open(&machine).expect("a new directory");
+        fill(&mut journal, &mut model, 2);
+        journal.rotate().expect("a good disk");
+        journal.append(3, &batch(3)).expect("a good disk");
+        batch(3).iter().for_each(|record| apply(&mut model, record));
+        machine.fail(Operation::SyncDir, ErrorKind::Other, 1);
+        journal.compact();
+        journal.reap();
+        assert!(machine.contents().contains_key("snapshot-0000000001"), "it has its name, but only in memory");
+        drop(journal);
+        let (journal, _, read) = open(&machine).expect("a restart");
+        assert_eq!(read, model);
+        assert!(!machine.contents().contains_key("journal-0000000001"));
+        machine.power_cut(&mut fastrand::Rng::with_seed(seed));
+        drop(journal);
+        let (_, _, read) = open(&machine).unwrap_or_else(|why| panic!("seed {seed}: {why}"));
+        assert_eq!(read, model, "seed {seed}");
+    }
+}
+
+#[test]
+fn a_snapshot_of_nothing_holds_nothing_but_the_generation() {
+    let (machine, metrics) = (Machine::default(), Arc::new(Metrics::default()));
+    let (mut journal, _, mut model) = open_with(&machine, &small(), &metrics).expect("a new directory");
+    fill(&mut journal, &mut model, 2);
+    journal.rotate().expect("a good disk");
+    journal.compact();
+    journal.reap();
+    let gone = model.into_keys().map(|(service, id)| Record::Remove { service, id });
+    journal.append(7, &gone.collect::<Vec<_>>()).expect("a good disk");
+    journal.rotate().expect("a good disk");
+    journal.compact();
+    journal.reap();
+    // As a killed process leaves it, with nothing in the newest segment.
+    let contents = machine.contents();
+    let header_and_end = format::HEADER_LEN + format::FRAME_LEN;
+    assert_eq!(contents["snapshot-0000000002"].len(), header_and_end);
+    assert_eq!(metrics.store.snapshot_bytes.get(), header_and_end as i64);
+    assert_eq!(contents["journal-0000000003"].len(), format::HEADER_LEN);
+    let (_, recovery, read) = open(&Machine::holding(&contents)).expect("a restart");
+    assert_eq!((recovery.generation, read.len()), (7, 0));
+}

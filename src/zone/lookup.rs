@@ -1,0 +1,307 @@
+//! The decision: what a name and a type mean in this zone, in DNS words. Pure; no packet in sight.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use super::{
+    Settings, View,
+    qname::QName,
+    reverse::HostName,
+    rows::Rrset,
+    service::{AddressRow, Addresses, Facts, SrvRow},
+};
+use crate::model::Protocol;
+
+/// The types that a lookup tells apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RecordType {
+    /// 1
+    A,
+    /// 2
+    Ns,
+    /// 6
+    Soa,
+    /// 12
+    Ptr,
+    /// 16
+    Txt,
+    /// 28
+    Aaaa,
+    /// 33
+    Srv,
+    /// 255, every type: answered with one RRset (RFC 8482 §4.1).
+    Any,
+    /// A type of which there is nothing here (RFC 3597).
+    Other,
+}
+
+impl From<u16> for RecordType {
+    fn from(number: u16) -> Self {
+        match number {
+            1 => Self::A,
+            2 => Self::Ns,
+            6 => Self::Soa,
+            12 => Self::Ptr,
+            16 => Self::Txt,
+            28 => Self::Aaaa,
+            33 => Self::Srv,
+            255 => Self::Any,
+            _ => Self::Other,
+        }
+    }
+}
+
+impl RecordType {
+    /// Whether a question of this type takes records of `other`.
+    fn takes(self, other: Self) -> bool {
+        self == other || self == Self::Any
+    }
+}
+
+/// What a question finds.
+#[derive(Debug)]
+pub enum Lookup<'v> {
+    /// Records.
+    Hit(Hit<'v>),
+    /// The name exists, with other types or as one above a name that exists (RFC 8020).
+    NoData(Apex),
+    /// The name does not exist.
+    NxDomain(Apex),
+    /// Not a name of ours.
+    OutOfZone,
+    /// A name of ours of which nothing can be said yet.
+    NotReady,
+}
+
+/// The RRset that a question finds.
+#[derive(Debug)]
+pub enum Hit<'v> {
+    /// IPv4 addresses.
+    A(Rrset<'v, AddressRow<Ipv4Addr>>),
+    /// IPv6 addresses.
+    Aaaa(Rrset<'v, AddressRow<Ipv6Addr>>),
+    /// Ports, and the service where their targets' addresses are.
+    Srv(Rrset<'v, SrvRow>, &'v Facts),
+    /// Host names of the address.
+    Ptr(Rrset<'v, HostName>, IpAddr),
+    /// The version of the Kubernetes DNS specification.
+    Version,
+    /// The zone's own record.
+    Soa(Apex),
+    /// The zone's name server, and its addresses.
+    Ns(Addresses<'v>),
+}
+
+/// Where the SOA of an answer stands: at the question's name from this label on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Apex(pub usize);
+
+/// To what part of the tree a name belongs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In the zone, this many labels below its apex.
+    Zone(usize),
+    /// Under `in-addr.arpa` or `ip6.arpa`.
+    Reverse(ReverseName),
+    /// Anywhere else.
+    Outside,
+}
+
+/// A name under `in-addr.arpa` (RFC 1035 §3.5) or `ip6.arpa` (RFC 3596 §2.5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReverseName {
+    family: Family,
+    /// The address as far as it is spelled, from the highest bit on.
+    bits: u128,
+    /// Well-formed labels below the suffix, from right to left.
+    good: usize,
+    /// All labels below the suffix.
+    below: usize,
+}
+
+/// How a family spells an address in the reverse tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    /// Bits that one label stands for.
+    fn label_bits(self) -> usize {
+        match self {
+            Self::V4 => 8,
+            Self::V6 => 4,
+        }
+    }
+
+    /// Labels of a whole address.
+    fn labels(self) -> usize {
+        match self {
+            Self::V4 => 4,
+            Self::V6 => 32,
+        }
+    }
+
+    /// The value of one label, if it is spelled as it must be: `010` and `256` are not.
+    fn digit(self, label: &[u8]) -> Option<u128> {
+        match (self, label) {
+            (Self::V4, [b'0']) => Some(0),
+            (Self::V4, [b'1'..=b'9', ..]) if label.len() <= 3 => {
+                let digits = label.iter().map(|c| c.is_ascii_digit().then(|| u16::from(c - b'0')));
+                let number = digits.into_iter().try_fold(0u16, |sum, digit| Some(sum * 10 + digit?))?;
+                u8::try_from(number).ok().map(u128::from)
+            }
+            (Self::V6, [digit]) => char::from(*digit).to_digit(16).map(u128::from),
+            _ => None,
+        }
+    }
+}
+
+impl ReverseName {
+    fn parse(name: &QName) -> Option<Self> {
+        let below = name.labels().checked_sub(2)?;
+        let family = match name.suffix(below) {
+            b"\x07in-addr\x04arpa\0" => Family::V4,
+            b"\x03ip6\x04arpa\0" => Family::V6,
+            _ => return None,
+        };
+        let (mut bits, mut good) = (0, 0);
+        while good < below.min(family.labels()) {
+            let Some(digit) = family.digit(name.label(below - 1 - good)) else { break };
+            good += 1;
+            bits |= digit << (128 - good * family.label_bits());
+        }
+        Some(Self { family, bits, good, below })
+    }
+
+    /// The address, if the name spells one out and nothing more.
+    fn address(&self) -> Option<IpAddr> {
+        let whole = self.good == self.family.labels() && self.below == self.good;
+        whole.then(|| match self.family {
+            #[expect(clippy::cast_possible_truncation, reason = "32 bits are left")]
+            Family::V4 => Ipv4Addr::from_bits((self.bits >> 96) as u32).into(),
+            Family::V6 => Ipv6Addr::from_bits(self.bits).into(),
+        })
+    }
+
+    /// The zone among `networks` in which the name lies: how many labels its apex has below the
+    /// suffix. A network that does not end at a label's border is as many zones as it takes.
+    fn apex(&self, networks: &[(IpAddr, u8)]) -> Option<usize> {
+        let inside = |(network, prefix): &(IpAddr, u8)| {
+            let (family, network) = match network {
+                IpAddr::V4(ip) => (Family::V4, u128::from(ip.to_bits()) << 96),
+                IpAddr::V6(ip) => (Family::V6, ip.to_bits()),
+            };
+            let prefix = usize::from(*prefix);
+            let labels = prefix.div_ceil(family.label_bits());
+            let differ = (self.bits ^ network).leading_zeros() as usize;
+            (self.family == family && self.good >= labels && differ >= prefix).then_some(labels)
+        };
+        networks.iter().filter_map(inside).max()
+    }
+}
+
+/// To what part of the tree `name` belongs.
+pub(super) fn locate(settings: &Settings, name: &QName) -> Place {
+    if let Some(below) = name.labels().checked_sub(settings.origin_labels)
+        && name.suffix(below) == &*settings.origin
+    {
+        return Place::Zone(below);
+    }
+    ReverseName::parse(name).map_or(Place::Outside, Place::Reverse)
+}
+
+/// What `name`, which is at `place`, has of `rtype`.
+pub(super) fn lookup<'v>(view: &'v View<'_>, place: Place, name: &QName, rtype: RecordType) -> Lookup<'v> {
+    match place {
+        Place::Zone(_) if !view.is_ready() => Lookup::NotReady,
+        Place::Zone(below) => in_zone(view, name, below, rtype),
+        Place::Reverse(reverse) => in_reverse(view, name, reverse, rtype),
+        Place::Outside => Lookup::OutOfZone,
+    }
+}
+
+fn in_zone<'v>(view: &'v View<'_>, name: &QName, below: usize, rtype: RecordType) -> Lookup<'v> {
+    let apex = Apex(below);
+    let Some(first) = below.checked_sub(1) else { return at_apex(view, apex, rtype) };
+    match (name.label(first), below) {
+        // RFC 8020: a name above one that exists does exist.
+        (b"svc" | b"dns", 1) => Lookup::NoData(apex),
+        (b"svc", 2) if view.has_namespace(name.label(0)) => Lookup::NoData(apex),
+        (b"svc", 3..=5) => match view.service(name.label(below - 3), name.label(below - 2)) {
+            Some(facts) => in_service(facts, apex, name, below - 3, rtype),
+            None => Lookup::NxDomain(apex),
+        },
+        (b"dns", 2) if name.label(0) == b"ns" => addresses(view.name_server(), apex, rtype),
+        (b"dns-version", 1) if rtype.takes(RecordType::Txt) => Lookup::Hit(Hit::Version),
+        (b"dns-version", 1) => Lookup::NoData(apex),
+        _ => Lookup::NxDomain(apex),
+    }
+}
+
+/// A name of `facts`' service, or one with `below` labels before it.
+fn in_service<'v>(facts: &'v Facts, apex: Apex, name: &QName, below: usize, rtype: RecordType) -> Lookup<'v> {
+    let protocol = |index| Protocol::ALL.into_iter().find(|p| p.srv_label().as_bytes() == name.label(index));
+    match below {
+        0 => addresses(facts.addresses(), apex, rtype),
+        1 => match (facts.host(name.label(0)), protocol(0)) {
+            (Some(found), _) => addresses(found, apex, rtype),
+            // RFC 8020: `_tcp` stands above the SRV names.
+            (None, Some(protocol)) if facts.has_srv(protocol) => Lookup::NoData(apex),
+            _ => Lookup::NxDomain(apex),
+        },
+        _ => {
+            let port_name = name.label(0).strip_prefix(b"_");
+            match port_name.zip(protocol(1)).and_then(|(port_name, protocol)| facts.srv(protocol, port_name)) {
+                Some(records) if rtype.takes(RecordType::Srv) => Lookup::Hit(Hit::Srv(records, facts)),
+                Some(_) => Lookup::NoData(apex),
+                None => Lookup::NxDomain(apex),
+            }
+        }
+    }
+}
+
+fn addresses(found: Addresses<'_>, apex: Apex, rtype: RecordType) -> Lookup<'_> {
+    match found {
+        Addresses { v4: Some(v4), .. } if rtype.takes(RecordType::A) => Lookup::Hit(Hit::A(v4)),
+        Addresses { v6: Some(v6), .. } if rtype.takes(RecordType::Aaaa) => Lookup::Hit(Hit::Aaaa(v6)),
+        _ => Lookup::NoData(apex),
+    }
+}
+
+/// The apex of the zone, or of a reverse zone, has an SOA and an NS.
+fn at_apex<'v>(view: &'v View<'_>, apex: Apex, rtype: RecordType) -> Lookup<'v> {
+    match rtype {
+        RecordType::Soa | RecordType::Any => Lookup::Hit(Hit::Soa(apex)),
+        RecordType::Ns => Lookup::Hit(Hit::Ns(view.name_server())),
+        _ => Lookup::NoData(apex),
+    }
+}
+
+fn in_reverse<'v>(view: &'v View<'_>, name: &QName, reverse: ReverseName, rtype: RecordType) -> Lookup<'v> {
+    let zone = reverse.apex(view.reverse_zones());
+    let address = reverse.address();
+    if !view.is_ready() {
+        // Any address could turn out to be an instance's.
+        return if zone.is_some() || address.is_some() { Lookup::NotReady } else { Lookup::OutOfZone };
+    }
+    let found = address.and_then(|ip| Some((view.names_of(ip)?, ip)));
+    // Outside of the reverse zones only the addresses of instances are ours: the SOA of what they
+    // have not stands at their own name.
+    let Some(labels) = zone else {
+        return match found {
+            Some((names, ip)) if rtype.takes(RecordType::Ptr) => Lookup::Hit(Hit::Ptr(names, ip)),
+            Some(_) => Lookup::NoData(Apex(0)),
+            None => Lookup::OutOfZone,
+        };
+    };
+    debug_assert!(labels <= name.labels(), "the apex is part of the name");
+    let apex = Apex(reverse.below - labels);
+    match found {
+        Some((names, ip)) if rtype.takes(RecordType::Ptr) => Lookup::Hit(Hit::Ptr(names, ip)),
+        _ if reverse.below == labels => at_apex(view, apex, rtype),
+        Some(_) => Lookup::NoData(apex),
+        None if address.is_none() && reverse.good == reverse.below => Lookup::NoData(apex),
+        None => Lookup::NxDomain(apex),
+    }
+}

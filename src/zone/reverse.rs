@@ -1,0 +1,117 @@
+//! From an address to the names of the hosts that have it, for PTR.
+//!
+//! Entries are a set of their own, written before a service's value and removed after it, so that
+//! whoever finds a host by its service finds it by its address too.
+
+use std::{
+    cmp::Ordering,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use foldhash::fast::RandomState;
+use papaya::{HashMap, HashMapRef, LocalGuard};
+
+use super::{
+    rows::{Rows, Rrset},
+    service::Target,
+};
+use crate::model::{Label, ServiceKey, table::Row};
+
+/// One host name of an address: `<host>.<service>.svc.<zone>`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostName {
+    /// Under this service.
+    pub service: ServiceKey,
+    /// The host label as registered; `None` for the address with dashes.
+    pub host: Option<Label>,
+}
+
+impl HostName {
+    /// The name of `target` under `service`.
+    pub(super) fn new(service: &ServiceKey, target: &Target) -> Self {
+        let host = match target {
+            Target::Dashed(_) => None,
+            Target::Host(label) => Some(label.clone()),
+        };
+        Self { service: service.clone(), host }
+    }
+}
+
+impl Row for HostName {
+    type Key<'a> = (&'a str, Option<&'a str>);
+
+    fn key(&self) -> Self::Key<'_> {
+        (self.service.as_str(), self.host.as_ref().map(Label::as_str))
+    }
+
+    fn order(&self, key: &Self::Key<'_>) -> Ordering {
+        self.key().cmp(key)
+    }
+}
+
+type Map<I> = HashMap<I, Rows<HostName>, RandomState>;
+type Pinned<'z, I> = HashMapRef<'z, I, Rows<HostName>, RandomState, LocalGuard<'z>>;
+
+/// The index itself.
+#[derive(Debug, Default)]
+pub(super) struct Reverse {
+    v4: Map<Ipv4Addr>,
+    v6: Map<Ipv6Addr>,
+}
+
+/// The index of one family, held for reading.
+#[derive(Debug)]
+pub(super) enum ReverseView<'z> {
+    V4(Pinned<'z, Ipv4Addr>),
+    V6(Pinned<'z, Ipv6Addr>),
+}
+
+impl Reverse {
+    /// Holds the index of the family of `ip` for reading.
+    pub(super) fn pin(&self, ip: IpAddr) -> ReverseView<'_> {
+        match ip {
+            IpAddr::V4(_) => ReverseView::V4(self.v4.pin()),
+            IpAddr::V6(_) => ReverseView::V6(self.v6.pin()),
+        }
+    }
+
+    /// Adds a name. Only the publisher may.
+    pub(super) fn add(&self, ip: IpAddr, name: HostName) {
+        self.edit(ip, |names| names.put(name));
+    }
+
+    /// Removes a name. Only the publisher may.
+    pub(super) fn remove(&self, ip: IpAddr, name: &HostName) {
+        self.edit(ip, |names| names.remove(&name.key()));
+    }
+
+    fn edit(&self, ip: IpAddr, change: impl FnOnce(&mut Rows<HostName>)) {
+        match ip {
+            IpAddr::V4(ip) => edit(&self.v4, ip, change),
+            IpAddr::V6(ip) => edit(&self.v6, ip, change),
+        }
+    }
+}
+
+fn edit<I: std::hash::Hash + Eq + Copy>(map: &Map<I>, ip: I, change: impl FnOnce(&mut Rows<HostName>)) {
+    let map = map.pin();
+    let mut names = map.get(&ip).cloned().unwrap_or_default();
+    change(&mut names);
+    if names.is_empty() {
+        map.remove(&ip);
+    } else {
+        map.insert(ip, names);
+    }
+}
+
+impl ReverseView<'_> {
+    /// The host names of `ip`.
+    pub(super) fn get(&self, ip: IpAddr) -> Option<Rrset<'_, HostName>> {
+        let names = match (self, ip) {
+            (Self::V4(map), IpAddr::V4(ip)) => map.get(&ip),
+            (Self::V6(map), IpAddr::V6(ip)) => map.get(&ip),
+            _ => None,
+        };
+        names?.rrset()
+    }
+}

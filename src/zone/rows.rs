@@ -1,0 +1,170 @@
+//! A table that costs nothing extra while it has one row, as most tables of a zone do.
+//!
+//! One row lives in place; two or more live in a [`Table`]. Readers get an [`Rrset`]: never empty,
+//! borrowed, free to copy.
+
+use std::{fmt, ops::ControlFlow};
+
+use crate::model::table::{self, Row, Table};
+
+/// No row, one in place, or a table of them.
+#[derive(Clone, Default)]
+pub(super) enum Rows<R> {
+    /// Nothing.
+    #[default]
+    None,
+    /// The usual case, without an allocation.
+    One(R),
+    /// Two rows or more.
+    Many(Table<R>),
+}
+
+impl<R: Row> Rows<R> {
+    /// Whether there is no row.
+    pub(super) fn is_empty(&self) -> bool {
+        matches!(self, Self::None)
+    }
+
+    /// The rows as a set of records; `None` when there are none.
+    pub(super) fn rrset(&self) -> Option<Rrset<'_, R>> {
+        match self {
+            Self::None => None,
+            Self::One(row) => Some(Rrset::One(row)),
+            Self::Many(table) => Some(Rrset::Many(table)),
+        }
+    }
+
+    /// The row with this key.
+    pub(super) fn get<'a>(&'a self, key: &R::Key<'_>) -> Option<&'a R> {
+        match self {
+            Self::None => None,
+            Self::One(row) => row.order(key).is_eq().then_some(row),
+            Self::Many(table) => table.get(key),
+        }
+    }
+
+    /// Whether `accept` takes the first row whose key is not below `key`.
+    pub(super) fn any_from(&self, key: &R::Key<'_>, accept: impl Fn(&R) -> bool) -> bool {
+        match self {
+            Self::None => false,
+            Self::One(row) => row.order(key).is_ge() && accept(row),
+            Self::Many(table) => {
+                let first = table.visit_from(key, &mut |row| ControlFlow::Break(accept(row)));
+                matches!(first, ControlFlow::Break(true))
+            }
+        }
+    }
+
+    /// Puts `row` in its place; one with the same key is replaced.
+    pub(super) fn put(&mut self, row: R) {
+        *self = match std::mem::take(self) {
+            Self::None => Self::One(row),
+            Self::One(old) if old.order(&row.key()).is_eq() => Self::One(row),
+            Self::One(old) => Self::Many([old, row].into_iter().collect()),
+            Self::Many(mut table) => {
+                table.put(row);
+                Self::Many(table)
+            }
+        };
+    }
+
+    /// Takes the row with this key out, if there is one.
+    pub(super) fn remove(&mut self, key: &R::Key<'_>) {
+        *self = match std::mem::take(self) {
+            Self::One(row) if row.order(key).is_eq() => Self::None,
+            Self::Many(mut table) => {
+                table.remove(key);
+                match (table.len(), table.iter().next()) {
+                    (1, Some(last)) => Self::One(last.clone()),
+                    _ => Self::Many(table),
+                }
+            }
+            rest => rest,
+        };
+    }
+
+    /// Changes the row with this key, or one that `new` makes; `change` says whether it stays.
+    pub(super) fn update(&mut self, key: &R::Key<'_>, new: impl FnOnce() -> R, change: impl FnOnce(&mut R) -> bool) {
+        let mut row = self.get(key).cloned().unwrap_or_else(new);
+        if change(&mut row) {
+            self.put(row);
+        } else {
+            self.remove(key);
+        }
+    }
+
+    /// All rows in order.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &R> {
+        self.rrset().into_iter().flat_map(|set| set.iter_from(0))
+    }
+}
+
+impl<R: Row + PartialEq> PartialEq for Rows<R> {
+    fn eq(&self, other: &Self) -> bool {
+        self.iter().eq(other.iter())
+    }
+}
+
+impl<R: Row + fmt::Debug> fmt::Debug for Rows<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.iter()).finish()
+    }
+}
+
+/// The records of one name and type: at least one, in the order of their keys.
+pub enum Rrset<'v, R> {
+    /// A single record.
+    One(&'v R),
+    /// Two or more.
+    Many(&'v Table<R>),
+}
+
+impl<R> Clone for Rrset<'_, R> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<R> Copy for Rrset<'_, R> {}
+
+impl<R: Row + fmt::Debug> fmt::Debug for Rrset<'_, R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.iter_from(0)).finish()
+    }
+}
+
+impl<'v, R: Row> Rrset<'v, R> {
+    /// How many records.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "never empty")]
+    pub fn len(self) -> usize {
+        match self {
+            Self::One(_) => 1,
+            Self::Many(table) => table.len(),
+        }
+    }
+
+    /// Draws the record that comes first, by weight; where no record has any, all are alike.
+    #[must_use]
+    pub fn draw(self, rng: &mut fastrand::Rng) -> usize {
+        let Self::Many(table) = self else { return 0 };
+        match table.weight() {
+            0 => rng.usize(0..table.len()),
+            weight => table.rank_at(rng.u64(0..weight)),
+        }
+    }
+
+    /// The records from the one at `rank` to the last.
+    pub fn iter_from(self, rank: usize) -> impl Iterator<Item = &'v R> {
+        let (one, many): (Option<&R>, Option<table::Iter<'_, R>>) = match self {
+            Self::One(row) => ((rank == 0).then_some(row), None),
+            Self::Many(table) => (None, Some(table.iter_from(rank))),
+        };
+        one.into_iter().chain(many.into_iter().flatten())
+    }
+
+    /// All records, beginning with the one at `rank` and going on with the first after the last.
+    pub fn wrap_from(self, rank: usize) -> impl Iterator<Item = &'v R> {
+        self.iter_from(rank).chain(self.iter_from(0).take(rank))
+    }
+}

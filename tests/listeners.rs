@@ -1,0 +1,48 @@
+//! Where DNS is answered: several addresses, both families, and what a wildcard means.
+
+use std::net::SocketAddr;
+
+use hickory_proto::rr::RecordType;
+
+use crate::support::{
+    dns::{Over, answers},
+    server::Server,
+};
+
+/// Every address on which the server says that it answers DNS.
+fn dns_addresses(server: &Server) -> Vec<SocketAddr> {
+    let lines = server.greeting.iter().filter_map(|line| line.strip_prefix("listening dns "));
+    lines.map(|address| address.parse().expect("an address and a port")).collect()
+}
+
+fn assert_answers(server: &Server, address: SocketAddr) {
+    for over in [Over::Udp, Over::Tcp] {
+        let found = answers(address, over, "web.prod.svc.cluster.local.", RecordType::A);
+        assert_eq!(found, ["10.0.0.1"], "{address} over {over:?}, of {:?}", server.greeting);
+    }
+}
+
+#[test]
+fn every_address_answers_over_udp_and_tcp() {
+    let server = Server::start_with(&["--dns-listen", "[::1]:0", "--dns-listen", "127.0.0.1:0"]);
+    server.register("prod", "web", "10.0.0.1", "http=8080");
+    let addresses = dns_addresses(&server);
+    assert_eq!(addresses.len(), 3, "{:?}", server.greeting);
+    assert!(addresses.iter().any(SocketAddr::is_ipv6));
+    for address in addresses {
+        assert_answers(&server, address);
+    }
+}
+
+#[test]
+fn a_wildcard_means_every_address_of_the_machine() {
+    let server = Server::start_with(&["--dns-listen", "0.0.0.0:0"]);
+    server.register("prod", "web", "10.0.0.1", "http=8080");
+    let addresses = dns_addresses(&server);
+    assert!(addresses.iter().all(|address| !address.ip().is_unspecified()), "{addresses:?}");
+    // The one that every test server has, and at least loopback again behind the wildcard.
+    assert!(addresses.len() >= 2, "{addresses:?}");
+    for address in addresses.into_iter().filter(|address| address.ip().is_loopback()) {
+        assert_answers(&server, address);
+    }
+}
