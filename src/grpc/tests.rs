@@ -23,7 +23,7 @@ use crate::{
     zone::{Zone, ZoneConfig},
 };
 
-const DOOR: Door = Door { zone_wire_len: 15, names_allowed: false };
+pub(super) const DOOR: Door = Door { zone_wire_len: 15, names_allowed: false };
 
 /// Longest that a test waits for anything.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -33,8 +33,8 @@ async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
 }
 
 /// A registry with a store of its own, which may not be recovered or written yet.
-struct Registry {
-    services: Services,
+pub(super) struct Registry {
+    pub(super) services: Services,
     unrecovered: Option<Unrecovered>,
     writer: Option<Writer>,
     stop: CancellationToken,
@@ -76,7 +76,7 @@ impl Registry {
         std::thread::spawn(move || writer.run(&runtime, &stop));
     }
 
-    fn working(max_instances: usize) -> Self {
+    pub(super) fn working(max_instances: usize) -> Self {
         let mut registry = Self::new(max_instances);
         registry.recover();
         registry.write();
