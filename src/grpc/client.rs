@@ -45,7 +45,7 @@ const CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
 /// Why a call did not succeed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens there.
+    /// Nobody listens there, or not any more.
     #[error("no gangplank server at {url}")]
     Unreachable {
         /// The URL that was dialled.
@@ -345,8 +345,9 @@ fn info(namespace: &str, name: &str, draft: &Draft) -> ServiceInfo {
 
 /// A failed call: either the server said no, or there was no server to say it.
 fn refused(url: &str, status: Status) -> ClientError {
-    let transport = status.source().is_some_and(|source| source.is::<tonic::transport::Error>());
-    if transport {
+    // What came over the wire has no source; what went wrong on this side has.
+    let local = status.source().is_some() && !matches!(status.code(), Code::Cancelled | Code::DeadlineExceeded);
+    if local {
         return ClientError::Unreachable { url: url.to_owned(), source: status.into() };
     }
     ClientError::Status { code: format!("{:?}", status.code()), message: status.message().to_owned() }

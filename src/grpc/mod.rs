@@ -10,7 +10,7 @@ mod incoming;
 mod registry_service;
 mod track;
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, pin::pin, sync::Arc, time::Duration};
 
 use futures::future;
 use tokio::{net::TcpListener, sync::Semaphore};
@@ -127,6 +127,8 @@ async fn serve(
 ) -> io::Result<()> {
     let cut = CancellationToken::new();
     let (routes, health) = routes(&services, &stop)?;
+    // Its builder has the server serving from the start; nobody may see that.
+    say(&health, ServingStatus::NotServing).await;
     let routes = Tracked::new(routes, Arc::new(Semaphore::new(limits.calls)), Arc::clone(&services.metrics));
     let servers = listeners.into_iter().map(|listener| {
         let connections = incoming::connections(listener, limits.handshake, Arc::clone(&services.metrics), cut.clone());
@@ -143,8 +145,15 @@ async fn serve(
         cut.cancel();
         tokio::time::sleep(CUT).await;
     };
+    let mut servers = pin!(servers);
+    let served = async {
+        tokio::select! {
+            served = &mut servers => served,
+            () = status => servers.await,
+        }
+    };
     tokio::select! {
-        served = async { future::join(servers, status).await.0 } => served,
+        served = served => served,
         () = deadline => Ok(()),
     }
 }
@@ -187,16 +196,15 @@ fn routes(services: &Services, stop: &CancellationToken) -> io::Result<(Routes, 
 /// told the same, though what stands can be read as long as the process runs.
 async fn follow_health(status: &Status, mut health: HealthReporter, stop: &CancellationToken) {
     let mut phases = status.watch();
-    let mut said = None;
+    let mut said = ServingStatus::NotServing;
     loop {
         let serving = match *phases.borrow_and_update() {
             Phase::Ready if !stop.is_cancelled() => ServingStatus::Serving,
             Phase::Ready | Phase::Recovering | Phase::StorageFailed(_) | Phase::Draining => ServingStatus::NotServing,
         };
-        if said.replace(serving) != Some(serving) {
-            for name in HEALTH_NAMES {
-                health.set_service_status(name, serving).await;
-            }
+        if said != serving {
+            said = serving;
+            say(&health, serving).await;
         }
         if stop.is_cancelled() {
             break;
@@ -209,6 +217,12 @@ async fn follow_health(status: &Status, mut health: HealthReporter, stop: &Cance
     // Ends the streams of those who watch, after they saw the last word.
     for name in HEALTH_NAMES {
         health.clear_service_status(name).await;
+    }
+}
+
+async fn say(health: &HealthReporter, status: ServingStatus) {
+    for name in HEALTH_NAMES {
+        health.set_service_status(name, status).await;
     }
 }
 

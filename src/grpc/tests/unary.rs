@@ -139,6 +139,21 @@ async fn the_client_says_when_nobody_listens_and_what_is_no_url() {
         assert!(matches!(why, ClientError::Url { .. }), "{url:?}: {why}");
     }
 
+    // Somebody listens who speaks something else, and hangs up.
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let url = format!("http://{}", listener.local_addr().expect("bound"));
+    let mut hanging_up = JoinSet::new();
+    hanging_up.spawn(async move {
+        loop {
+            drop(listener.accept().await.expect("a connection"));
+        }
+    });
+    let why = match Client::connect(&url).await {
+        Err(why) => why,
+        Ok(mut client) => client.services(None).await.expect_err("no answer"),
+    };
+    assert!(matches!(why, ClientError::Unreachable { .. }), "{why:?}");
+
     let mut server = TestServer::start().await;
     let mut client = server.client().await;
     server.ended().await;
