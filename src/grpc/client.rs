@@ -36,10 +36,16 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most octets of one answer. A service of a million instances comes to some 100 MB.
 const MAX_ANSWER: usize = 256 * 1024 * 1024;
 
+/// Octets that the server may send ahead of what was read, on one stream and on one connection.
+/// The latter is this large because h2 breaks a connection on which many small messages, such as
+/// changes are, lie unread: more than half of it, each counted as what it lacks of 256 octets.
+const STREAM_WINDOW: u32 = 1024 * 1024;
+const CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
+
 /// Why a call did not succeed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens there.
+    /// Nobody listens there, or not any more.
     #[error("no gangplank server at {url}")]
     Unreachable {
         /// The URL that was dialled.
@@ -221,6 +227,8 @@ impl Client {
         let endpoint = endpoint
             .connect_timeout(CONNECT)
             .tcp_nodelay(true)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
             .http2_keep_alive_interval(KEEPALIVE)
             .keep_alive_timeout(KEEPALIVE_TIMEOUT);
         let dialled = tokio::time::timeout(CONNECT, endpoint.connect()).await;
@@ -337,8 +345,9 @@ fn info(namespace: &str, name: &str, draft: &Draft) -> ServiceInfo {
 
 /// A failed call: either the server said no, or there was no server to say it.
 fn refused(url: &str, status: Status) -> ClientError {
-    let transport = status.source().is_some_and(|source| source.is::<tonic::transport::Error>());
-    if transport {
+    // What came over the wire has no source; what went wrong on this side has.
+    let local = status.source().is_some() && !matches!(status.code(), Code::Cancelled | Code::DeadlineExceeded);
+    if local {
         return ClientError::Unreachable { url: url.to_owned(), source: status.into() };
     }
     ClientError::Status { code: format!("{:?}", status.code()), message: status.message().to_owned() }

@@ -354,3 +354,189 @@ pub(super) fn port_to_proto(number: i64, protocol: Protocol, name: &str) -> Name
         app_protocol: String::new(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use prost_types::Duration;
+
+    use super::*;
+    use crate::grpc::proto::registry::HealthCheck;
+
+    const DOOR: Door = Door { zone_wire_len: 15, names_allowed: false };
+
+    fn port(number: i32, name: &str) -> NamedPort {
+        NamedPort { port: number, name: name.into(), ..NamedPort::default() }
+    }
+
+    fn good() -> RegistrationMsg {
+        RegistrationMsg {
+            namespace: "prod".into(),
+            service_name: "web".into(),
+            ipaddress: "10.0.0.1".into(),
+            ports: vec![port(8080, "http"), port(9090, "")],
+            request_id: "r1".into(),
+            ..RegistrationMsg::default()
+        }
+    }
+
+    fn refusal(message: RegistrationMsg) -> String {
+        let (echo, command) = parse(message, &DOOR, UnixMillis(1));
+        let response = echo.refused(command.expect_err("must be refused"));
+        assert_eq!(response.status, 400);
+        assert_eq!(response.generation, 0);
+        response.status_details
+    }
+
+    #[test]
+    fn a_good_one_becomes_a_command_and_is_echoed_as_it_came() {
+        let (echo, command) = parse(RegistrationMsg { ipaddress: "10.0.0.1".into(), ..good() }, &DOOR, UnixMillis(7));
+        let Ok(Command::Register { service, instance }) = command else { panic!("{command:?}") };
+        assert_eq!(service.to_string(), "prod/web");
+        assert_eq!(instance.id().to_string(), "10.0.0.1:8080,9090");
+        assert_eq!(instance.registered(), UnixMillis(7));
+        let response = echo.carried_out(Outcome::Created, 42);
+        let expected = RegistrationResponse {
+            namespace: "prod".into(),
+            service_name: "web".into(),
+            ipaddress: "10.0.0.1".into(),
+            ports: good().ports,
+            status: 201,
+            request_id: "r1".into(),
+            generation: 42,
+            ..RegistrationResponse::default()
+        };
+        assert_eq!(response, expected);
+    }
+
+    #[test]
+    fn each_refusal_names_its_field() {
+        let health_check = HealthCheck::default();
+        for (bad, says) in [
+            (RegistrationMsg { namespace: "Prod".into(), ..good() }, "namespace: must consist of"),
+            (RegistrationMsg { namespace: String::new(), ..good() }, "namespace: must not be empty"),
+            (RegistrationMsg { service_name: "1web".into(), ..good() }, "service_name: must begin with a letter"),
+            (RegistrationMsg { host_name: "a.b".into(), ..good() }, "host_name: must be one label"),
+            (RegistrationMsg { host_name: "10-0-0-9".into(), ..good() }, "host_name: \"10-0-0-9\" spells"),
+            (RegistrationMsg { ipaddress: String::new(), ..good() }, "ipaddress: must not be empty"),
+            (
+                RegistrationMsg { ipaddress: "::ffff:10.0.0.1".into(), ..good() },
+                "ipaddress: ::ffff:10.0.0.1: IPv4-mapp",
+            ),
+            (
+                RegistrationMsg { ipaddress: "db.example.com".into(), ..good() },
+                "ipaddress: db.example.com is a DNS name",
+            ),
+            (RegistrationMsg { node_name: "Node 1".into(), ..good() }, "node_name: must consist of"),
+            (RegistrationMsg { ports: vec![port(0, "")], ..good() }, "ports[0]: must be 1..=65535, got 0"),
+            (
+                RegistrationMsg { ports: vec![port(1, "a"), port(-1, "b")], ..good() },
+                "ports[1]: must be 1..=65535, got -1",
+            ),
+            (RegistrationMsg { ports: vec![port(1, "A")], ..good() }, "ports[0]: name: must consist of"),
+            (RegistrationMsg { ports: vec![port(1, ""), port(2, "")], ..good() }, "ports[1]: only one port"),
+            (RegistrationMsg { ports: vec![port(1, "a"); 171], ..good() }, "ports: 171 given"),
+            (
+                RegistrationMsg { ports: vec![NamedPort { protocol: 3, ..port(1, "a") }], ..good() },
+                "ports[0].protocol: 3 is none",
+            ),
+            (
+                RegistrationMsg { ports: vec![NamedPort { app_protocol: "h2c".into(), ..port(1, "a") }], ..good() },
+                "ports[0].app_protocol: not supported yet",
+            ),
+            (RegistrationMsg { weight: Some(f32::INFINITY), ..good() }, "weight: must be a finite number"),
+            (RegistrationMsg { weight: Some(655.1), ..good() }, "weight: must be a finite number"),
+            (RegistrationMsg { priority: 65_536, ..good() }, "priority: must be 0..=65535"),
+            (RegistrationMsg { request_id: "x".repeat(129), ..good() }, "request_id: must have at most 128 octets"),
+            (RegistrationMsg { ttl: Some(Duration::default()), ..good() }, "ttl: not supported yet"),
+            (
+                RegistrationMsg { metadata: [("k".to_owned(), String::new())].into(), ..good() },
+                "metadata: not supported yet",
+            ),
+            (RegistrationMsg { methods: vec![String::new()], ..good() }, "methods: not supported yet"),
+            (RegistrationMsg { topology_zone: "a".into(), ..good() }, "topology_zone: not supported yet"),
+            (RegistrationMsg { checks: vec![health_check], ..good() }, "checks: not supported yet"),
+            (RegistrationMsg { health: Health::Healthy.into(), ..good() }, "health: not supported yet"),
+            (RegistrationMsg { health: 77, ..good() }, "health: not supported yet"),
+            (RegistrationMsg { r#type: RegistrationType::Heartbeat.into(), ..good() }, "type: HEARTBEAT is not supp"),
+            (RegistrationMsg { r#type: RegistrationType::Drain.into(), ..good() }, "type: DRAIN is not supported"),
+            (RegistrationMsg { r#type: 9, ..good() }, "type: 9 is none"),
+        ] {
+            let said = refusal(bad);
+            assert!(said.starts_with(says), "{said:?} should begin with {says:?}");
+        }
+    }
+
+    #[test]
+    fn long_texts_are_not_repeated_whole() {
+        let long = "ä".repeat(30_000);
+        for bad in [
+            RegistrationMsg { namespace: long.clone(), ..good() },
+            RegistrationMsg { service_name: long.clone(), ..good() },
+            RegistrationMsg { host_name: long.clone(), ..good() },
+            RegistrationMsg { ipaddress: long.clone(), ..good() },
+            RegistrationMsg { ipaddress: format!("fe80::1%{long}"), ..good() },
+            RegistrationMsg { node_name: long.clone(), ..good() },
+            RegistrationMsg { ports: vec![port(1, &long)], ..good() },
+        ] {
+            let said = refusal(bad);
+            assert!(said.len() <= MAX_DETAILS, "{} octets: {said}", said.len());
+        }
+        let (echo, refused) = parse(RegistrationMsg { request_id: long, ..good() }, &DOOR, UnixMillis(1));
+        let response = echo.refused(refused.expect_err("too long"));
+        assert!(response.request_id.len() <= MAX_REQUEST_ID && response.request_id.ends_with('…'));
+    }
+
+    #[test]
+    fn what_was_refused_is_echoed_whole() {
+        let (echo, command) = parse(RegistrationMsg { weight: Some(-1.0), ..good() }, &DOOR, UnixMillis(1));
+        let response = echo.refused(command.expect_err("the weight is below 0"));
+        assert_eq!((response.ipaddress.as_str(), response.ports), ("10.0.0.1", good().ports));
+    }
+
+    #[test]
+    fn a_removal_looks_at_identity_alone() {
+        let message = RegistrationMsg {
+            r#type: RegistrationType::Unregister.into(),
+            host_name: "not a label".into(),
+            node_name: "NOR THIS".into(),
+            weight: Some(f32::NAN),
+            priority: u32::MAX,
+            ports: vec![port(9090, ""), port(80, ""), port(9090, "UPPER")],
+            ..good()
+        };
+        let (_, command) = parse(message.clone(), &DOOR, UnixMillis(1));
+        let expected = Command::Unregister {
+            service: DOOR.service("prod", "web").expect("valid"),
+            address: Address::parse("10.0.0.1").expect("valid"),
+            ports: PortSet::new(vec![(Protocol::Tcp, 80), (Protocol::Tcp, 9090)]),
+        };
+        assert_eq!(command, Ok(expected));
+
+        let bad = RegistrationMsg { ports: vec![port(80, ""), port(65_536, "")], ..message.clone() };
+        assert_eq!(refusal(bad), "ports[1]: must be 1..=65535, got 65536");
+        let bad = RegistrationMsg { ttl: Some(Duration::default()), ..message };
+        assert!(refusal(bad).starts_with("ttl: not supported yet"));
+    }
+
+    #[test]
+    fn every_outcome_has_its_status() {
+        for (outcome, status, generation) in [
+            (Outcome::Created, 201, 5),
+            (Outcome::Updated, 200, 5),
+            (Outcome::Unchanged, 200, 5),
+            (Outcome::Removed(3), 204, 5),
+            (Outcome::NotFound, 404, 5),
+            (Outcome::Full { limit: 10 }, 507, 0),
+        ] {
+            let (echo, _) = parse(good(), &DOOR, UnixMillis(1));
+            let response = echo.carried_out(outcome, 5);
+            assert_eq!((response.status, response.generation), (status, generation), "{outcome:?}");
+            assert_eq!(response.status_details.is_empty(), status < 300, "{}", response.status_details);
+        }
+        for why in [Unavailable::NotReady, Unavailable::ShuttingDown, Unavailable::StorageFailed] {
+            let (echo, _) = parse(good(), &DOOR, UnixMillis(1));
+            let response = echo.unavailable(why);
+            assert_eq!((response.status, response.status_details), (503, why.to_string()));
+        }
+    }
+}

@@ -28,15 +28,14 @@ use crate::metrics::Metrics;
 /// as no descriptors left (EMFILE): the loop must neither spin nor end.
 const REST: Duration = Duration::from_millis(50);
 
-/// How long a peer may take to send the [`PREFACE`]: until then nothing else watches it.
-const HANDSHAKE: Duration = Duration::from_secs(5);
-
 /// Octets that every HTTP/2 client sends first (RFC 9113 §3.4).
 const PREFACE: usize = 24;
 
-/// The connections of `listener`, without end. `cut` breaks all of them.
+/// The connections of `listener`, without end. Their clients must have said the preface after
+/// `handshake`; `cut` breaks all of them.
 pub(super) fn connections(
     listener: TcpListener,
+    handshake: Duration,
     metrics: Arc<Metrics>,
     cut: CancellationToken,
 ) -> impl Stream<Item = Result<Connection, io::Error>> {
@@ -44,7 +43,7 @@ pub(super) fn connections(
         let (metrics, cut) = (Arc::clone(&metrics), cut.clone());
         async move {
             let stream = accept(&listener, &metrics).await;
-            Some((Ok(accepted(stream, metrics, cut)), listener))
+            Some((Ok(accepted(stream, handshake, metrics, cut)), listener))
         }
     })
 }
@@ -80,13 +79,13 @@ fn gone(kind: io::ErrorKind) -> bool {
 }
 
 /// What becomes of a connection that was accepted.
-fn accepted(stream: TcpStream, metrics: Arc<Metrics>, cut: CancellationToken) -> Connection {
+fn accepted(stream: TcpStream, handshake: Duration, metrics: Arc<Metrics>, cut: CancellationToken) -> Connection {
     // Answers are small, and each is awaited. Without it they are only slower.
     let _ = stream.set_nodelay(true);
     metrics.grpc.connections.inc();
     Connection {
         stream,
-        greeting: Some((Box::pin(tokio::time::sleep(HANDSHAKE)), 0)),
+        greeting: Some((Box::pin(tokio::time::sleep(handshake)), 0)),
         cut: Box::pin(cut.cancelled_owned()),
         metrics,
     }

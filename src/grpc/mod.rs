@@ -10,7 +10,7 @@ mod incoming;
 mod registry_service;
 mod track;
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, pin::pin, sync::Arc, time::Duration};
 
 use futures::future;
 use tokio::{net::TcpListener, sync::Semaphore};
@@ -62,12 +62,23 @@ pub struct Services {
     pub metrics: Arc<Metrics>,
 }
 
-/// Calls and streams that may be open at once, on all listeners together. Beyond it a call is
-/// answered RESOURCE_EXHAUSTED.
-const MAX_CALLS: usize = 12_000;
+/// What tests make smaller.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    /// Calls and streams that may be open at once, on all listeners together. Beyond it a call
+    /// is answered RESOURCE_EXHAUSTED.
+    calls: usize,
+    /// How long a peer may take to send the preface of HTTP/2: until then nothing else watches it.
+    handshake: Duration,
+    /// How long clients have to take their last answers after the stop; then connections are cut.
+    grace: Duration,
+}
 
-/// Calls and streams that may be open at once on one connection; the client is told and waits.
-const MAX_CALLS_PER_CONNECTION: u32 = 1_024;
+const LIMITS: Limits = Limits { calls: 12_000, handshake: Duration::from_secs(5), grace: Duration::from_secs(5) };
+
+/// Calls and streams that may be open at once on one connection; the client is told and waits or
+/// opens another connection.
+const MAX_CALLS_PER_CONNECTION: u32 = 200;
 
 /// Most octets of one message from a client: a registration has a few hundred.
 const MAX_MESSAGE: usize = 64 * 1024;
@@ -75,26 +86,24 @@ const MAX_MESSAGE: usize = 64 * 1024;
 /// Most octets of a call's headers.
 const MAX_HEADERS: u32 = 16 * 1024;
 
-/// Octets that a client may send ahead of what was read, on one stream.
+/// Octets that a client may send ahead of what was read, on one stream: some 400 registrations.
 ///
 /// The two windows are chosen together. h2 takes small DATA frames that wait to be read for an
 /// attack: each counts what it lacks to 256 octets, and when that adds up to half the connection's
 /// window, the connection is closed with ENHANCE_YOUR_CALM, "too_many_data_frames". A registrant
-/// that pipelines writes just such frames, of 40 octets and more. With these windows some fifty
-/// streams of one connection may stand full, while the registry is busy, before it comes to that.
+/// that pipelines writes just such frames, of 40 octets and more. A registry that is slow for a
+/// moment must slow its clients down, not lose them: with these windows all
+/// [`MAX_CALLS_PER_CONNECTION`] streams may stand full of registrations before it comes to that.
 const STREAM_WINDOW: u32 = 32 * 1024;
 
-/// Octets that a client may send ahead of what was read, on all streams of one connection. What
-/// can lie here in all is bounded by [`MAX_CALLS`] times [`STREAM_WINDOW`].
-const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
+/// Octets that a client may send ahead of what was read, on all streams of one connection. It
+/// never fills: what can lie here in all is bounded by the calls times [`STREAM_WINDOW`].
+const CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
 
 /// A quiet connection is probed after this long, and given up [`KEEPALIVE_TIMEOUT`] later: so
 /// half-open peers (a machine that lost power) are noticed.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// How long clients have to take their last answers after the stop; then connections are cut.
-const GRACE: Duration = Duration::from_secs(5);
 
 /// How long connections that are cut may take to be gone.
 const CUT: Duration = Duration::from_secs(1);
@@ -107,11 +116,22 @@ const HEALTH_NAMES: [&str; 3] = ["", "registry.ServiceRegistry", "gangplank.v1.D
 /// # Errors
 /// The first listener that fails stops all.
 pub async fn run(listeners: Vec<TcpListener>, services: Services, stop: CancellationToken) -> io::Result<()> {
+    serve(listeners, services, stop, LIMITS).await
+}
+
+async fn serve(
+    listeners: Vec<TcpListener>,
+    services: Services,
+    stop: CancellationToken,
+    limits: Limits,
+) -> io::Result<()> {
     let cut = CancellationToken::new();
     let (routes, health) = routes(&services, &stop)?;
-    let routes = Tracked::new(routes, Arc::new(Semaphore::new(MAX_CALLS)), Arc::clone(&services.metrics));
+    // Its builder has the server serving from the start; nobody may see that.
+    say(&health, ServingStatus::NotServing).await;
+    let routes = Tracked::new(routes, Arc::new(Semaphore::new(limits.calls)), Arc::clone(&services.metrics));
     let servers = listeners.into_iter().map(|listener| {
-        let connections = incoming::connections(listener, Arc::clone(&services.metrics), cut.clone());
+        let connections = incoming::connections(listener, limits.handshake, Arc::clone(&services.metrics), cut.clone());
         let served = server().serve_with_incoming_shutdown(routes.clone(), connections, stop.clone().cancelled_owned());
         async { served.await.map_err(io::Error::other) }
     });
@@ -120,13 +140,20 @@ pub async fn run(listeners: Vec<TcpListener>, services: Services, stop: Cancella
     let status = follow_health(services.registry.status(), health, &stop);
     let deadline = async {
         stop.cancelled().await;
-        tokio::time::sleep(GRACE).await;
+        tokio::time::sleep(limits.grace).await;
         warn!("clients did not take their last answers in time; their connections are closed");
         cut.cancel();
         tokio::time::sleep(CUT).await;
     };
+    let mut servers = pin!(servers);
+    let served = async {
+        tokio::select! {
+            served = &mut servers => served,
+            () = status => servers.await,
+        }
+    };
     tokio::select! {
-        served = async { future::join(servers, status).await.0 } => served,
+        served = served => served,
         () = deadline => Ok(()),
     }
 }
@@ -150,6 +177,7 @@ fn routes(services: &Services, stop: &CancellationToken) -> io::Result<(Routes, 
     let registry = RegistryService::new(services.clone(), stop.clone());
     let discovery = DiscoveryService::new(services.clone(), stop.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
+    // Requests for reflection and health are small too.
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
@@ -157,10 +185,10 @@ fn routes(services: &Services, stop: &CancellationToken) -> io::Result<(Routes, 
     };
     let routes = Routes::new(ServiceRegistryServer::new(registry).max_decoding_message_size(MAX_MESSAGE))
         .add_service(DiscoveryServer::new(discovery).max_decoding_message_size(MAX_MESSAGE))
-        .add_service(health_service)
-        .add_service(reflection().build_v1().map_err(io::Error::other)?)
+        .add_service(health_service.max_decoding_message_size(MAX_MESSAGE))
+        .add_service(reflection().build_v1().map_err(io::Error::other)?.max_decoding_message_size(MAX_MESSAGE))
         // Older grpcurl and others ask for this one.
-        .add_service(reflection().build_v1alpha().map_err(io::Error::other)?);
+        .add_service(reflection().build_v1alpha().map_err(io::Error::other)?.max_decoding_message_size(MAX_MESSAGE));
     Ok((routes, health))
 }
 
@@ -168,13 +196,15 @@ fn routes(services: &Services, stop: &CancellationToken) -> io::Result<(Routes, 
 /// told the same, though what stands can be read as long as the process runs.
 async fn follow_health(status: &Status, mut health: HealthReporter, stop: &CancellationToken) {
     let mut phases = status.watch();
+    let mut said = ServingStatus::NotServing;
     loop {
         let serving = match *phases.borrow_and_update() {
             Phase::Ready if !stop.is_cancelled() => ServingStatus::Serving,
             Phase::Ready | Phase::Recovering | Phase::StorageFailed(_) | Phase::Draining => ServingStatus::NotServing,
         };
-        for name in HEALTH_NAMES {
-            health.set_service_status(name, serving).await;
+        if said != serving {
+            said = serving;
+            say(&health, serving).await;
         }
         if stop.is_cancelled() {
             break;
@@ -189,3 +219,12 @@ async fn follow_health(status: &Status, mut health: HealthReporter, stop: &Cance
         health.clear_service_status(name).await;
     }
 }
+
+async fn say(health: &HealthReporter, status: ServingStatus) {
+    for name in HEALTH_NAMES {
+        health.set_service_status(name, status).await;
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -5,7 +5,7 @@ mod conversation;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use conversation::Conversation;
+pub(super) use conversation::Conversation;
 
 use super::{
     Services, convert,

@@ -122,3 +122,66 @@ fn apply(service: &mut Service, changes: &[(&Change, u64)]) {
         service.generation = service.generation.max(*generation);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::{
+        grpc::tests::{DOOR, Registry},
+        model::{Draft, Instance, PortSet, UnixMillis},
+        registry::Command,
+    };
+
+    type World = BTreeMap<ServiceKey, Vec<Arc<Instance>>>;
+
+    fn world(services: &Read) -> World {
+        let instances = |service: &Service| service.instances.iter().cloned().collect();
+        services.iter().map(|(key, service)| (key.clone(), instances(service))).collect()
+    }
+
+    fn some_command() -> Command {
+        let service = DOOR.service("prod", ["a", "b", "c"][fastrand::usize(..3)]).expect("valid");
+        let address = format!("10.0.0.{}", fastrand::u8(1..4));
+        if fastrand::bool() {
+            let address = DOOR.address(&address).expect("valid");
+            return Command::Unregister { service, address, ports: PortSet::default() };
+        }
+        let draft = Draft { address, weight: Some(fastrand::u8(..3).into()), ..Draft::default() };
+        let instance = DOOR.instance(&service, &draft, UnixMillis(1)).expect("valid");
+        Command::Register { service, instance: Arc::new(instance) }
+    }
+
+    /// Whichever moments of the reading show whichever services, what comes out is the last one.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn services_read_at_different_moments_are_settled_to_one() {
+        let registry = Registry::working(1_000);
+        let handle = &registry.services.registry;
+        let mut feed = handle.feed().subscribe(handle.catalog().generation());
+        for round in 0..300 {
+            fastrand::seed(round);
+            // What stood at each moment, and what changed between them.
+            let mut moments = vec![handle.catalog().services()];
+            let mut missed = Vec::new();
+            for _ in 0..fastrand::usize(1..8) {
+                let commands = (0..fastrand::usize(1..4)).map(|_| some_command()).collect();
+                let acked = handle.submit(commands).await.expect("it accepts").await.expect("carried out");
+                while feed.seen() < acked.generation {
+                    missed.push(feed.next().await.expect("held"));
+                }
+                moments.push(handle.catalog().services());
+            }
+            let mut read = Read::new();
+            for name in ["a", "b", "c"] {
+                let key = DOOR.service("prod", name).expect("valid");
+                let moment = &moments[fastrand::usize(..moments.len())];
+                read.extend(moment.iter().find(|(found, _)| *found == key).cloned());
+            }
+            let last = moments.last().expect("at least the first");
+            let settled = settle(read, &missed, &Filter::All);
+            assert_eq!(world(&settled), world(last), "round {round}");
+            assert!(settled.is_sorted_by(|(a, _), (b, _)| a < b), "round {round}");
+        }
+    }
+}

@@ -117,7 +117,7 @@ impl<S> Conversation<S>
 where
     S: Stream<Item = Result<RegistrationMsg, Status>> + Unpin,
 {
-    pub(super) fn new(inbound: S, services: Services, stop: WaitForCancellationFutureOwned) -> Self {
+    pub(in crate::grpc) fn new(inbound: S, services: Services, stop: WaitForCancellationFutureOwned) -> Self {
         Self {
             inbound,
             services,

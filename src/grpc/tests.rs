@@ -1,0 +1,169 @@
+//! The services as clients meet them: a real server on loopback, a real registry behind it.
+
+mod limits;
+mod stream;
+mod unary;
+mod watching;
+
+use std::{future::Future, net::SocketAddr, time::Duration};
+
+use tempfile::TempDir;
+use tokio::{runtime::Handle, task::JoinSet};
+use tonic::transport::{Channel, Endpoint};
+
+use super::{
+    client::Client,
+    proto::registry::{NamedPort, RegistrationMsg, RegistrationType},
+    *,
+};
+use crate::{
+    model::DnsName,
+    registry::{self, Unrecovered, Writer},
+    store::{DataDir, Options},
+    zone::{Zone, ZoneConfig},
+};
+
+pub(super) const DOOR: Door = Door { zone_wire_len: 15, names_allowed: false };
+
+/// Longest that a test waits for anything.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("{what}: not within {PATIENCE:?}"))
+}
+
+/// A registry with a store of its own, which may not be recovered or written yet.
+pub(super) struct Registry {
+    pub(super) services: Services,
+    unrecovered: Option<Unrecovered>,
+    writer: Option<Writer>,
+    stop: CancellationToken,
+    dir: TempDir,
+}
+
+impl Registry {
+    fn new(max_instances: usize) -> Self {
+        let metrics = Arc::new(Metrics::new());
+        let (registry, unrecovered) = registry::new(max_instances, Arc::clone(&metrics));
+        Self {
+            services: Services { registry, door: DOOR, metrics },
+            unrecovered: Some(unrecovered),
+            writer: None,
+            stop: CancellationToken::new(),
+            dir: tempfile::tempdir().expect("a directory for the store"),
+        }
+    }
+
+    /// From now on submissions are taken; they wait until [`Registry::write`].
+    fn recover(&mut self) {
+        let unrecovered = self.unrecovered.take().expect("recovered once");
+        let config = ZoneConfig {
+            origin: DnsName::parse("cluster.local").expect("a name"),
+            ttl: 5,
+            reverse_zones: Vec::new(),
+            ns_addresses: Vec::new(),
+            publish_not_ready: false,
+        };
+        let (_, publisher) = Zone::new(config);
+        let data_dir = DataDir::lock(self.dir.path()).expect("nobody else has it");
+        let writer = unrecovered.recover(data_dir, &Options::default(), publisher, &mut |_| {});
+        self.writer = Some(writer.expect("an empty store"));
+    }
+
+    fn write(&mut self) {
+        let writer = self.writer.take().expect("recovered, and writing begins once");
+        let (runtime, stop) = (Handle::current(), self.stop.clone());
+        std::thread::spawn(move || writer.run(&runtime, &stop));
+    }
+
+    pub(super) fn working(max_instances: usize) -> Self {
+        let mut registry = Self::new(max_instances);
+        registry.recover();
+        registry.write();
+        registry
+    }
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+/// A server on a port of its own.
+struct TestServer {
+    registry: Registry,
+    address: SocketAddr,
+    stop: CancellationToken,
+    running: JoinSet<io::Result<()>>,
+}
+
+impl TestServer {
+    async fn start() -> Self {
+        Self::serving(Registry::working(1_000_000), LIMITS).await
+    }
+
+    async fn serving(registry: Registry, limits: Limits) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+        let address = listener.local_addr().expect("bound");
+        let stop = CancellationToken::new();
+        let mut running = JoinSet::new();
+        running.spawn(serve(vec![listener], registry.services.clone(), stop.clone(), limits));
+        Self { registry, address, stop, running }
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    async fn client(&self) -> Client {
+        Client::connect(&self.url()).await.expect("it listens")
+    }
+
+    async fn channel(&self) -> Channel {
+        Endpoint::from_shared(self.url()).expect("a URL").connect().await.expect("it listens")
+    }
+
+    /// Stops it and waits until it has.
+    async fn ended(&mut self) {
+        self.stop.cancel();
+        let ended = soon("the server ends", self.running.join_next()).await;
+        ended.expect("it runs").expect("it did not panic").expect("it did not fail");
+    }
+
+    fn metrics(&self) -> String {
+        let mut text = String::new();
+        let all = self.registry.services.metrics.all();
+        prometheus_client::encoding::text::encode(&mut text, all).expect("a String takes everything");
+        text
+    }
+
+    /// Waits for a line of the metrics.
+    async fn metric(&self, line: &str) {
+        let seen = async {
+            while !self.metrics().lines().any(|found| found == line) {
+                tokio::task::yield_now().await;
+            }
+        };
+        if tokio::time::timeout(PATIENCE, seen).await.is_err() {
+            panic!("no line {line:?} in\n{}", self.metrics());
+        }
+    }
+}
+
+/// A message that registers the `n`th instance of prod/web.
+fn message(n: u32) -> RegistrationMsg {
+    let [_, a, b, c] = n.to_be_bytes();
+    RegistrationMsg {
+        namespace: "prod".into(),
+        service_name: "web".into(),
+        ipaddress: format!("10.{a}.{b}.{c}"),
+        ports: vec![NamedPort { port: 8080, name: "http".into(), ..NamedPort::default() }],
+        request_id: n.to_string(),
+        ..RegistrationMsg::default()
+    }
+}
+
+fn removal(n: u32) -> RegistrationMsg {
+    RegistrationMsg { r#type: RegistrationType::Unregister.into(), ..message(n) }
+}

@@ -1,0 +1,110 @@
+//! Every limit refuses in its own words, counts it, and lets everyone else go on.
+
+use futures::stream;
+use tokio::{io::AsyncReadExt as _, net::TcpStream};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
+
+use super::*;
+use crate::grpc::proto::registry::{ServiceInfo, service_registry_client::ServiceRegistryClient};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_oversized_message_ends_the_stream_behind_the_answers_before_it() {
+    let server = TestServer::start().await;
+    let mut client = ServiceRegistryClient::new(server.channel().await);
+    let large = RegistrationMsg { host_name: "x".repeat(MAX_MESSAGE), ..message(1) };
+    let messages = stream::iter([message(0), large, message(2)]);
+    let mut answers = client.registration_event(messages).await.expect("served").into_inner();
+    assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
+    let end = answers.message().await.expect_err("too large");
+    assert_eq!(end.code(), Code::OutOfRange);
+    assert!(end.message().contains("65536"), "{end}");
+
+    let info = ServiceInfo { host_name: "x".repeat(MAX_MESSAGE), ..ServiceInfo::default() };
+    assert_eq!(client.register(info).await.expect_err("too large").code(), Code::OutOfRange);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_calls_than_the_cap_are_turned_away_until_one_ends() {
+    let server = TestServer::serving(Registry::working(10), Limits { calls: 2, ..LIMITS }).await;
+    let mut client = ServiceRegistryClient::new(server.channel().await);
+    let mut open = Vec::new();
+    for n in 0..2 {
+        let (send, messages) = tokio::sync::mpsc::channel(1);
+        send.send(message(n)).await.expect("it is read");
+        let opened = client.registration_event(ReceiverStream::new(messages)).await;
+        let mut answers = opened.expect("served").into_inner();
+        assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
+        open.push((send, answers));
+    }
+    server.metric("gangplank_grpc_streams 2").await;
+    let turned_away = client.register(ServiceInfo::default()).await.expect_err("too many");
+    assert_eq!(turned_away.code(), Code::ResourceExhausted);
+    assert!(turned_away.message().contains("as many calls open as it may"), "{turned_away}");
+    server.metric("gangplank_grpc_streams_rejected_total 1").await;
+
+    drop(open.pop());
+    server.metric("gangplank_grpc_streams 1").await;
+    assert_eq!(client.register(ServiceInfo::default()).await.expect("served").into_inner().status, 400);
+    server
+        .metric(
+            r#"grpc_server_handled_total{grpc_type="unary",grpc_service="registry.ServiceRegistry",grpc_method="Register",grpc_code="ResourceExhausted"} 1"#,
+        )
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_says_nothing_or_something_else_is_let_go() {
+    let limits = Limits { handshake: Duration::from_millis(50), ..LIMITS };
+    let server = TestServer::serving(Registry::working(10), limits).await;
+    let mut silent = TcpStream::connect(server.address).await.expect("it listens");
+    let mut rest = Vec::new();
+    let closed = soon("the connection is closed", silent.read_to_end(&mut rest)).await;
+    assert!(closed.is_ok() || closed.is_err_and(|why| why.kind() == io::ErrorKind::ConnectionReset));
+    server.metric("gangplank_grpc_connections 0").await;
+
+    // Whoever said the preface in time may take its time from there on.
+    let mut client = server.client().await;
+    server.metric("gangplank_grpc_connections 1").await;
+    let key = DOOR.service("prod", "web").expect("valid");
+    assert!(client.service(&key).await.expect("answered").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_stop_ends_streams_and_waits_for_nobody_for_long() {
+    let limits = Limits { grace: Duration::from_millis(200), ..LIMITS };
+    let mut server = TestServer::serving(Registry::working(1_000_000), limits).await;
+    let mut client = ServiceRegistryClient::new(server.channel().await);
+    let (send, messages) = tokio::sync::mpsc::channel(1);
+    send.send(message(0)).await.expect("it is read");
+    let opened = client.registration_event(ReceiverStream::new(messages)).await;
+    let mut answers = opened.expect("served").into_inner();
+    assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
+
+    // One more client sends without end and reads nothing.
+    let mut deaf = ServiceRegistryClient::new(server.channel().await);
+    let endless = stream::iter((0..).map(|_| message(0)));
+    let _answers = deaf.registration_event(endless).await.expect("served");
+
+    server.ended().await;
+    let end = soon("the end", answers.message()).await.expect_err("it stops");
+    assert_eq!((end.code(), end.message()), (Code::Unavailable, "shutting down"));
+    server.metric("gangplank_grpc_connections 0").await;
+    assert!(TcpStream::connect(server.address).await.is_err(), "the listener is closed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_method_is_one_label() {
+    let server = TestServer::start().await;
+    let mut channel = tonic::client::Grpc::new(server.channel().await);
+    channel.ready().await.expect("connected");
+    let path = "/no.such.Service/Method".parse().expect("a path");
+    let codec = tonic_prost::ProstCodec::<ServiceInfo, ServiceInfo>::default();
+    let status = channel.unary(tonic::Request::new(ServiceInfo::default()), path, codec).await.expect_err("unknown");
+    assert_eq!(status.code(), Code::Unimplemented);
+    server
+        .metric(
+            r#"grpc_server_handled_total{grpc_type="unknown",grpc_service="unknown",grpc_method="unknown",grpc_code="Unimplemented"} 1"#,
+        )
+        .await;
+}

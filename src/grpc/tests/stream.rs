@@ -1,0 +1,231 @@
+//! The registration stream: one answer per message, in order, whatever happens to either end.
+
+use std::{
+    ops::Range,
+    pin::pin,
+    sync::atomic::{AtomicUsize, Ordering},
+    task::Poll,
+};
+
+use futures::{StreamExt as _, poll, stream};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status};
+
+use super::*;
+use crate::{
+    grpc::{
+        proto::registry::{RegistrationResponse, service_registry_client::ServiceRegistryClient},
+        registry_service::Conversation,
+    },
+    registry::MAX_COMMANDS,
+};
+
+/// Registers these instances of prod/web on one stream.
+pub(super) async fn register_all(server: &TestServer, which: Range<u32>) {
+    let mut client = ServiceRegistryClient::new(server.channel().await);
+    let messages = stream::iter(which.clone().map(message));
+    let mut answers = client.registration_event(messages).await.expect("served").into_inner();
+    for n in which {
+        let answer = soon("an answer", answers.message()).await.expect("a good stream").expect("one per message");
+        assert_eq!((answer.status, answer.request_id), (201, n.to_string()));
+    }
+    assert!(answers.message().await.expect("a good end").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_pipelined_messages_get_one_answer_each_in_order() {
+    let server = TestServer::start().await;
+    let mut client = ServiceRegistryClient::new(server.channel().await);
+    // Every kind of message in turn, so that refused ones stand between others in every batch.
+    let messages = (0..10_000).map(|n| match n % 5 {
+        0 | 1 => message(n),
+        2 => RegistrationMsg { weight: Some(-1.0), ..message(n) },
+        3 => RegistrationMsg { request_id: n.to_string(), ..removal(n - 2) },
+        _ => removal(n),
+    });
+    let mut answers = client.registration_event(stream::iter(messages)).await.expect("served").into_inner();
+    let mut generation = 0;
+    for n in 0..10_000 {
+        let answer = soon("an answer", answers.message()).await.expect("a good stream").expect("one per message");
+        assert_eq!(answer.request_id, n.to_string());
+        assert_eq!(answer.status, [201, 201, 400, 204, 404][n % 5], "{answer:?}");
+        assert_eq!(answer.r#type, i32::from(n % 5 > 2));
+        if answer.status == 400 {
+            assert_eq!(answer.status_details, "weight: must be a finite number in 0..=655, got -1");
+            assert_eq!(answer.ports, message(0).ports);
+        } else {
+            assert!(answer.generation >= generation, "generations never go back");
+            generation = answer.generation;
+        }
+    }
+    assert!(answers.message().await.expect("a good end").is_none());
+    assert_eq!(server.registry.services.registry.catalog().instances(), 2_000);
+    server
+        .metric(
+            r#"grpc_server_handled_total{grpc_type="bidi_stream",grpc_service="registry.ServiceRegistry",grpc_method="RegistrationEvent",grpc_code="OK"} 1"#,
+        )
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_comes_before_the_next_message_is_sent() {
+    let server = TestServer::start().await;
+    let mut client = ServiceRegistryClient::new(server.channel().await);
+    let (send, messages) = tokio::sync::mpsc::channel(1);
+    send.send(message(0)).await.expect("it is read");
+    let opened = client.registration_event(ReceiverStream::new(messages)).await;
+    let mut answers = opened.expect("served").into_inner();
+    for n in 1..100 {
+        let answer = soon("an answer", answers.message()).await.expect("a good stream").expect("one per message");
+        assert_eq!(answer.status, 201);
+        send.send(message(n)).await.expect("it is read");
+    }
+}
+
+/// A stream of these messages and what comes `then`, without a network.
+fn conversation<M, T>(
+    registry: &Registry,
+    messages: M,
+    then: T,
+    stop: &CancellationToken,
+) -> Conversation<impl futures::Stream<Item = Result<RegistrationMsg, Status>> + Unpin + use<M, T>>
+where
+    M: IntoIterator<Item = RegistrationMsg>,
+    T: futures::Stream<Item = Result<RegistrationMsg, Status>> + Unpin,
+{
+    let messages: Vec<_> = messages.into_iter().map(Ok).collect();
+    Conversation::new(stream::iter(messages).chain(then), registry.services.clone(), stop.clone().cancelled_owned())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_goes_away_tears_nothing() {
+    let mut registry = Registry::new(1_000_000);
+    registry.recover();
+    // The writer does not write yet: the client is gone before anything is carried out.
+    let mut gone = conversation(&registry, (0..1_500).map(message), stream::pending(), &CancellationToken::new());
+    assert!(poll!(gone.next()).is_pending());
+    drop(gone);
+    registry.write();
+    let services = &registry.services;
+    let mut later = conversation(&registry, [message(9_999)], stream::empty(), &CancellationToken::new());
+    let answer = soon("an answer", later.next()).await.expect("one per message").expect("answered");
+    assert_eq!(answer.status, 201);
+    assert_eq!(services.registry.catalog().instances(), 1_501, "all that was handed in is there");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_the_stop_what_was_read_is_answered_and_the_stream_ends_unavailable() {
+    let mut registry = Registry::new(1_000_000);
+    registry.recover();
+    let stop = CancellationToken::new();
+    let mut open = conversation(&registry, (0..2_000).map(message), stream::pending(), &stop);
+    assert!(poll!(open.next()).is_pending());
+    stop.cancel();
+    registry.write();
+    for n in 0..2_000 {
+        let answer: RegistrationResponse =
+            soon("an answer", open.next()).await.expect("one per message").expect("answered");
+        assert_eq!((answer.status, answer.request_id), (201, n.to_string()));
+    }
+    let end = soon("the end", open.next()).await.expect("a status").expect_err("not answered");
+    assert_eq!((end.code(), end.message()), (Code::Unavailable, "shutting down"));
+    assert!(open.next().await.is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_holds_a_bounded_number_of_unanswered_messages() {
+    let mut registry = Registry::new(1_000_000);
+    registry.recover();
+    let read = AtomicUsize::new(0);
+    // Nobody writes, so that nothing is ever answered: small messages are bounded by their
+    // number, large ones by their octets.
+    for (texts, most) in [(0, 4 * MAX_COMMANDS), (30_000, 35)] {
+        read.store(0, Ordering::Relaxed);
+        let endless = stream::iter(0..).map(|n| {
+            read.fetch_add(1, Ordering::Relaxed);
+            Ok(RegistrationMsg { host_name: "x".repeat(texts), ..message(n) })
+        });
+        let stop = CancellationToken::new();
+        let mut open = pin!(conversation(&registry, [], endless, &stop));
+        // Refused ones are answered at once; then nobody takes the answers.
+        let first = poll!(open.next());
+        assert_eq!(matches!(first, Poll::Ready(Some(Ok(_)))), texts > 0);
+        assert!(read.load(Ordering::Relaxed) <= most, "{} read", read.load(Ordering::Relaxed));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_does_not_read_its_answers_is_not_read_either() {
+    const ALL: u32 = 200_000;
+    let server = TestServer::start().await;
+    let endpoint = Endpoint::from_shared(server.url()).expect("a URL");
+    let endpoint = endpoint.initial_stream_window_size(65_535).initial_connection_window_size(65_535);
+    let mut client = ServiceRegistryClient::new(endpoint.connect().await.expect("it listens"));
+    let sent = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&sent);
+    // All of them are refused or change nothing after the first: this is about the transport.
+    let messages = stream::iter(0..ALL).map(move |n| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        RegistrationMsg { request_id: n.to_string(), ..message(0) }
+    });
+    let mut answers = client.registration_event(messages).await.expect("served").into_inner();
+    // The sender stands still when all windows are full.
+    let before = stands_still(&sent).await;
+    assert!(before < 30_000, "{before} messages were taken although no answer was read");
+    for n in 0..ALL {
+        let answer = soon("an answer", answers.message()).await.expect("a good stream").expect("one per message");
+        assert_eq!(answer.request_id, n.to_string());
+    }
+    assert!(answers.message().await.expect("a good end").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_stands_still_does_not_cost_its_clients_their_connection() {
+    const STREAMS: u32 = 16;
+    const EACH: u32 = 5_000;
+    let mut registry = Registry::new(1_000_000);
+    registry.recover();
+    let mut server = TestServer::serving(registry, LIMITS).await;
+    let channel = server.channel().await;
+    let sent = Arc::new(AtomicUsize::new(0));
+    let mut clients = JoinSet::new();
+    for which in 0..STREAMS {
+        let (channel, sent) = (channel.clone(), Arc::clone(&sent));
+        clients.spawn(async move {
+            // Between messages the sender has nothing, so that each is a DATA frame of its own.
+            let messages = stream::unfold(0, move |n| {
+                let sent = Arc::clone(&sent);
+                async move {
+                    tokio::task::yield_now().await;
+                    sent.fetch_add(1, Ordering::Relaxed);
+                    (n < EACH).then(|| (message(which * EACH + n), n + 1))
+                }
+            });
+            let mut client = ServiceRegistryClient::new(channel);
+            let mut answers = client.registration_event(messages).await.expect("served").into_inner();
+            for n in 0..EACH {
+                let answer = answers.message().await.expect("a good stream").expect("one per message");
+                assert_eq!((answer.status, answer.request_id), (201, (which * EACH + n).to_string()));
+            }
+        });
+    }
+    stands_still(&sent).await;
+    server.registry.write();
+    let ended = soon("all are answered", clients.join_all()).await;
+    assert_eq!(ended.len(), STREAMS as usize);
+}
+
+/// Waits until nothing more is sent; gives back how much was.
+async fn stands_still(sent: &AtomicUsize) -> usize {
+    let mut before = usize::MAX;
+    while before != sent.load(Ordering::Relaxed) {
+        before = sent.load(Ordering::Relaxed);
+        let moves = async {
+            while before == sent.load(Ordering::Relaxed) {
+                tokio::task::yield_now().await;
+            }
+        };
+        let _ = tokio::time::timeout(Duration::from_millis(300), moves).await;
+    }
+    before
+}

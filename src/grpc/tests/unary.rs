@@ -1,0 +1,219 @@
+//! Single calls: every status, health, reflection, and what the client makes of failures.
+
+use tonic::Code;
+use tonic_health::pb::{HealthCheckRequest, health_check_response, health_client::HealthClient};
+use tonic_reflection::pb::{
+    v1::{
+        ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+        server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+    },
+    v1alpha,
+};
+
+use super::*;
+use crate::{
+    grpc::client::ClientError,
+    model::{Draft, DraftPort},
+};
+
+fn draft(address: &str) -> Draft {
+    let http = DraftPort { number: 8080, name: "http".into(), ..DraftPort::default() };
+    Draft { address: address.into(), ports: vec![http], ..Draft::default() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_status_by_single_calls() {
+    let server = TestServer::serving(Registry::working(2), LIMITS).await;
+    let mut client = server.client().await;
+    let web = draft("10.0.0.1");
+
+    let created = client.register("prod", "web", &web).await.expect("answered");
+    assert_eq!((created.status, created.details.as_str()), (201, ""));
+    let same = client.register("prod", "web", &web).await.expect("answered");
+    assert_eq!((same.status, same.generation), (200, created.generation));
+    let changed = client.register("prod", "web", &Draft { weight: Some(2.0), ..web.clone() }).await.expect("answered");
+    assert_eq!((changed.status, changed.generation), (200, created.generation + 1));
+    assert_eq!(client.register("prod", "web", &draft("10.0.0.2")).await.expect("answered").status, 201);
+    let full = client.register("prod", "web", &draft("10.0.0.3")).await.expect("answered");
+    assert_eq!((full.status, full.generation), (507, 0));
+    assert!(full.details.contains("2 instances"), "{}", full.details);
+
+    let bad = client.register("prod", "web", &draft("127.0.0.1")).await.expect("answered");
+    assert_eq!((bad.status, bad.generation), (400, 0));
+    assert!(bad.details.starts_with("ipaddress: 127.0.0.1: loopback"), "{}", bad.details);
+
+    let other = Draft { ports: Vec::new(), ..draft("10.0.0.9") };
+    let absent = client.unregister("prod", "web", &other).await.expect("answered");
+    assert_eq!((absent.status, absent.details.as_str()), (404, "prod/web has no instance at 10.0.0.9"));
+    let all_ports = Draft { ports: Vec::new(), ..draft("10.0.0.1") };
+    let removed = client.unregister("prod", "web", &all_ports).await.expect("answered");
+    assert_eq!((removed.status, removed.generation), (204, changed.generation + 2));
+
+    server.registry.services.registry.status().drain();
+    let late = client.register("prod", "web", &web).await.expect("answered");
+    assert_eq!((late.status, late.details.as_str()), (503, "the server is shutting down; try again"));
+
+    for line in [
+        r#"gangplank_registrations_total{type="register",status="201"} 2"#,
+        r#"gangplank_registrations_total{type="register",status="200"} 2"#,
+        r#"gangplank_registrations_total{type="register",status="507"} 1"#,
+        r#"gangplank_registrations_total{type="register",status="400"} 1"#,
+        r#"gangplank_registrations_total{type="register",status="503"} 1"#,
+        r#"gangplank_registrations_total{type="unregister",status="404"} 1"#,
+        r#"gangplank_registrations_total{type="unregister",status="204"} 1"#,
+        r#"gangplank_registry_refused_total{reason="invalid"} 1"#,
+        r#"gangplank_registry_refused_total{reason="shutting_down"} 1"#,
+        r#"grpc_server_handled_total{grpc_type="unary",grpc_service="registry.ServiceRegistry",grpc_method="UnRegister",grpc_code="OK"} 2"#,
+        "gangplank_grpc_streams 0",
+    ] {
+        server.metric(line).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn before_the_recovery_nothing_is_taken_and_nothing_denied() {
+    let server = TestServer::serving(Registry::new(10), LIMITS).await;
+    let mut client = server.client().await;
+    let answer = client.register("prod", "web", &draft("10.0.0.1")).await.expect("answered");
+    assert_eq!(answer.status, 503);
+    assert!(answer.details.starts_with("not ready"), "{}", answer.details);
+
+    let key = DOOR.service("prod", "web").expect("valid");
+    let service = client.service(&key).await.expect_err("unknown as yet");
+    let services = client.services(None).await.expect_err("unknown as yet");
+    let watch = client.watch(None, None, None).await.expect_err("unknown as yet");
+    for why in [service, services, watch] {
+        let ClientError::Status { code, message } = why else { panic!("{why}") };
+        assert_eq!(code, "Unavailable");
+        assert!(message.starts_with("not ready"), "{message}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_instances_are_read_back_as_they_were_written() {
+    let server = TestServer::start().await;
+    let mut client = server.client().await;
+    let key = DOOR.service("prod", "web").expect("valid");
+    assert!(client.service(&key).await.expect("answered").is_none());
+    assert!(client.services(None).await.expect("answered").is_empty());
+
+    stream::register_all(&server, 0..10_000).await;
+    let one = Draft {
+        host_name: "db1".into(),
+        node_name: "node.example.com".into(),
+        weight: Some(0.5),
+        priority: 3,
+        ..draft("2001:db8::1")
+    };
+    assert_eq!(client.register("prod", "db", &one).await.expect("answered").status, 201);
+
+    let catalog = server.registry.services.registry.catalog();
+    let read = client.service(&key).await.expect("answered").expect("it is there");
+    let held = catalog.get(&key).expect("it is there");
+    assert_eq!(read.instances.len(), 10_000);
+    assert_eq!((&read.instances, read.generation), (&held.instances, held.generation));
+
+    let all = client.services(None).await.expect("answered");
+    let names: Vec<_> = all.iter().map(|(key, service)| (key.to_string(), service.instances.len())).collect();
+    assert_eq!(names, [("prod/db".to_owned(), 1), ("prod/web".to_owned(), 10_000)]);
+    for (key, service) in &all {
+        assert_eq!(service.instances, catalog.get(key).expect("it is there").instances);
+    }
+    assert!(client.services(Some("test")).await.expect("answered").is_empty());
+    assert_eq!(client.services(Some("prod")).await.expect("answered").len(), 2);
+
+    let why = client.services(Some("Prod")).await.expect_err("no namespace");
+    assert!(why.to_string().starts_with("the server answered InvalidArgument: namespace: must consist of"), "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_client_says_when_nobody_listens_and_what_is_no_url() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let url = format!("http://{}", listener.local_addr().expect("bound"));
+    drop(listener);
+    let why = Client::connect(&url).await.expect_err("nobody listens");
+    assert!(matches!(why, ClientError::Unreachable { .. }), "{why}");
+    assert_eq!(why.to_string(), format!("no gangplank server at {url}"));
+    for url in ["", "127.0.0.1:9080", "ftp://host", "https://127.0.0.1:9080", "http://", "not a url"] {
+        let why = Client::connect(url).await.expect_err("no URL");
+        assert!(matches!(why, ClientError::Url { .. }), "{url:?}: {why}");
+    }
+
+    // Somebody listens who speaks something else, and hangs up.
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let url = format!("http://{}", listener.local_addr().expect("bound"));
+    let mut hanging_up = JoinSet::new();
+    hanging_up.spawn(async move {
+        loop {
+            drop(listener.accept().await.expect("a connection"));
+        }
+    });
+    let why = match Client::connect(&url).await {
+        Err(why) => why,
+        Ok(mut client) => client.services(None).await.expect_err("no answer"),
+    };
+    assert!(matches!(why, ClientError::Unreachable { .. }), "{why:?}");
+
+    let mut server = TestServer::start().await;
+    let mut client = server.client().await;
+    server.ended().await;
+    let why = client.register("prod", "web", &draft("10.0.0.1")).await.expect_err("it is gone");
+    assert!(matches!(why, ClientError::Unreachable { .. }), "{why:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_follows_the_phase_of_the_registry() {
+    use health_check_response::ServingStatus::{NotServing, Serving};
+    let mut server = TestServer::serving(Registry::new(10), LIMITS).await;
+    let mut health = HealthClient::new(server.channel().await);
+    let watch = HealthCheckRequest { service: "registry.ServiceRegistry".into() };
+    let mut watch = health.watch(watch).await.expect("known").into_inner();
+    let mut next = async || soon("health changes", watch.message()).await.expect("healthy stream");
+
+    assert_eq!(next().await.expect("a status").status, NotServing as i32);
+    server.registry.recover();
+    assert_eq!(next().await.expect("a status").status, Serving as i32);
+    for name in HEALTH_NAMES {
+        let answer = health.check(HealthCheckRequest { service: name.into() }).await.expect("known").into_inner();
+        assert_eq!(answer.status, Serving as i32, "{name:?}");
+    }
+    let unknown = health.check(HealthCheckRequest { service: "x".into() }).await.expect_err("unknown");
+    assert_eq!(unknown.code(), Code::NotFound);
+    server.registry.services.registry.status().drain();
+    assert_eq!(next().await.expect("a status").status, NotServing as i32);
+    server.stop.cancel();
+    assert!(next().await.is_none(), "who watches health does not hold up the stop");
+    server.ended().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reflection_lists_the_services_in_both_versions() {
+    let server = TestServer::start().await;
+    let request = ServerReflectionRequest {
+        message_request: Some(MessageRequest::ListServices(String::new())),
+        ..ServerReflectionRequest::default()
+    };
+    let mut client = ServerReflectionClient::new(server.channel().await);
+    let answers = client.server_reflection_info(futures::stream::iter([request])).await.expect("served");
+    let answer = answers.into_inner().message().await.expect("a good stream").expect("an answer");
+    let Some(MessageResponse::ListServicesResponse(list)) = answer.message_response else { panic!("{answer:?}") };
+    let names: Vec<&str> = list.service.iter().map(|service| service.name.as_str()).collect();
+    for name in ["registry.ServiceRegistry", "gangplank.v1.Discovery", "grpc.health.v1.Health"] {
+        assert!(names.contains(&name), "{name} is not in {names:?}");
+    }
+
+    let old = v1alpha::ServerReflectionRequest {
+        message_request: Some(v1alpha::server_reflection_request::MessageRequest::FileContainingSymbol(
+            "registry.ServiceRegistry".into(),
+        )),
+        ..v1alpha::ServerReflectionRequest::default()
+    };
+    let mut client = v1alpha::server_reflection_client::ServerReflectionClient::new(server.channel().await);
+    let answers = client.server_reflection_info(futures::stream::iter([old])).await.expect("served");
+    let answer = answers.into_inner().message().await.expect("a good stream").expect("an answer");
+    let found = answer.message_response.expect("a response");
+    assert!(
+        matches!(found, v1alpha::server_reflection_response::MessageResponse::FileDescriptorResponse(_)),
+        "{found:?}"
+    );
+}

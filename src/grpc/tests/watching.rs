@@ -1,0 +1,218 @@
+//! Watches: what they say, applied to a map, is what stands.
+
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::{
+    grpc::client::{ChangeKind, Watch, WatchEvent},
+    model::{Draft, Instance, InstanceId, ServiceKey, UnixMillis},
+    registry::{Command, Outcome},
+};
+
+type World = BTreeMap<(ServiceKey, InstanceId), Arc<Instance>>;
+
+/// Applies an event; whatever is no news is an error of the watch.
+fn apply(world: &mut World, event: WatchEvent) -> Option<(u64, Vec<u8>)> {
+    match event {
+        WatchEvent::Snapshot(key, service) => {
+            for instance in &service.instances {
+                let before = world.insert((key.clone(), instance.id()), Arc::clone(instance));
+                assert!(before.is_none(), "{key} twice in the snapshot");
+            }
+            None
+        }
+        WatchEvent::Synced { generation, cursor } => Some((generation, cursor)),
+        WatchEvent::Change { kind, service, instance, generation, timeline, cursor } => {
+            assert!(timeline.received.0 > 0);
+            assert!(timeline.received <= timeline.durable && timeline.durable <= timeline.visible);
+            assert!(timeline.visible <= timeline.acknowledged);
+            let id = (service, instance.id());
+            match kind {
+                ChangeKind::Added => assert!(world.insert(id, instance).is_none(), "added twice"),
+                ChangeKind::Updated => assert!(world.insert(id, instance).is_some(), "updated, but not there"),
+                ChangeKind::Removed => assert!(world.remove(&id).is_some(), "removed, but not there"),
+            }
+            Some((generation, cursor))
+        }
+        WatchEvent::Restart { reason, message } => panic!("{reason}: {message}"),
+    }
+}
+
+/// Reads until everything up to `generation` was said; gives back the last cursor.
+async fn follow(watch: &mut Watch, world: &mut World, generation: u64) -> Vec<u8> {
+    loop {
+        let event = soon("an event", watch.next()).await.expect("a good stream").expect("no end");
+        if let Some((seen, cursor)) = apply(world, event)
+            && seen >= generation
+        {
+            return cursor;
+        }
+    }
+}
+
+async fn restart(watch: &mut Watch) -> &'static str {
+    loop {
+        match soon("an event", watch.next()).await.expect("a good stream").expect("a restart before the end") {
+            WatchEvent::Restart { reason, .. } => {
+                assert!(watch.next().await.expect("a good end").is_none(), "the restart is the last message");
+                return reason;
+            }
+            WatchEvent::Snapshot(..) | WatchEvent::Synced { .. } | WatchEvent::Change { .. } => {}
+        }
+    }
+}
+
+fn catalog_as_world(server: &TestServer) -> World {
+    let services = server.registry.services.registry.catalog().services();
+    let rows = |(key, service): (ServiceKey, crate::model::Service)| {
+        service.instances.iter().map(|i| ((key.clone(), i.id()), Arc::clone(i))).collect::<Vec<_>>()
+    };
+    services.into_iter().flat_map(rows).collect()
+}
+
+fn register(service: &str, address: &str, weight: f32) -> Command {
+    let service = DOOR.service("prod", service).expect("valid");
+    let draft = Draft { address: address.into(), weight: Some(weight), ..Draft::default() };
+    let instance = DOOR.instance(&service, &draft, UnixMillis(1)).expect("valid");
+    Command::Register { service, instance: Arc::new(instance) }
+}
+
+fn unregister(service: &str, address: &str) -> Command {
+    let service = DOOR.service("prod", service).expect("valid");
+    Command::Unregister { service, address: DOOR.address(address).expect("valid"), ports: Default::default() }
+}
+
+async fn submit(server: &TestServer, commands: Vec<Command>) -> (u64, Vec<Outcome>) {
+    let acked = server.registry.services.registry.submit(commands).await.expect("it accepts").await.expect("done");
+    (acked.generation, acked.outcomes)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_watch_is_exact_while_everything_changes() {
+    let server = TestServer::start().await;
+    let handle = server.registry.services.registry.clone();
+    // A service that comes and goes, one that grows and shrinks, and changes in place.
+    let mut writing = JoinSet::new();
+    writing.spawn(async move {
+        let mut last = 0;
+        for n in 0..3_000_u32 {
+            let (address, service) = (format!("10.0.0.{}", 1 + n % 7), format!("s{}", n % 11));
+            let commands = match n % 3 {
+                0 => vec![register(&service, &address, (n % 5) as f32), register("fixed", &address, n as f32 % 600.0)],
+                1 => vec![unregister(&service, &address), register(&service, &address, 1.0)],
+                _ => vec![unregister(&service, &address)],
+            };
+            last = handle.submit(commands).await.expect("it accepts").await.expect("carried out").generation;
+        }
+        last
+    });
+    // Watches that begin at every stage of it.
+    let mut watches = Vec::new();
+    let mut client = server.client().await;
+    for _ in 0..40 {
+        watches.push((client.watch(None, None, None).await.expect("it watches"), World::new()));
+    }
+    let last = writing.join_next().await.expect("it runs").expect("it did not panic");
+    let expected = catalog_as_world(&server);
+    for (watch, world) in &mut watches {
+        follow(watch, world, last).await;
+        assert_eq!(*world, expected);
+    }
+    let mut late = (client.watch(None, None, None).await.expect("it watches"), World::new());
+    follow(&mut late.0, &mut late.1, last).await;
+    assert_eq!(late.1, expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cursor_goes_on_exactly_behind_the_change_it_came_with() {
+    let server = TestServer::start().await;
+    let mut client = server.client().await;
+    let mut watch = client.watch(None, None, None).await.expect("it watches");
+    let Ok(Some(WatchEvent::Synced { cursor: empty, .. })) = watch.next().await else { panic!("nothing stands") };
+    // One generation of many changes: every place in it is one to go on from.
+    let commands: Vec<_> = (1..=20).map(|n| register("web", &format!("10.0.0.{n}"), 1.0)).collect();
+    let (generation, _) = submit(&server, commands).await;
+    let mut cursors = vec![empty];
+    for _ in 0..20 {
+        let event = soon("a change", watch.next()).await.expect("a good stream").expect("no end");
+        let WatchEvent::Change { cursor, generation: with, .. } = event else { panic!("{event:?}") };
+        assert_eq!(with, generation);
+        cursors.push(cursor);
+    }
+    let (last, _) = submit(&server, vec![register("web", "10.0.0.99", 1.0)]).await;
+    for (seen, cursor) in cursors.into_iter().enumerate() {
+        let mut resumed = client.watch(None, None, Some(cursor)).await.expect("it watches");
+        let mut world = World::new();
+        follow(&mut resumed, &mut world, last).await;
+        assert_eq!(world.len(), 21 - seen, "after {seen} changes");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_of_one_service_hears_of_no_other_and_its_cursor_stays_young() {
+    let server = TestServer::start().await;
+    let mut client = server.client().await;
+    submit(&server, vec![register("web", "10.0.0.1", 1.0), register("db", "10.0.0.2", 1.0)]).await;
+    let mut web = client.watch(Some("prod"), Some("web"), None).await.expect("it watches");
+    let mut other = client.watch(Some("test"), None, None).await.expect("it watches");
+    let event = soon("the snapshot", web.next()).await.expect("a good stream").expect("no end");
+    let WatchEvent::Snapshot(key, service) = event else { panic!("{event:?}") };
+    assert_eq!((key.to_string(), service.instances.len()), ("prod/web".to_owned(), 1));
+    for watch in [&mut web, &mut other] {
+        let event = soon("the end of the snapshot", watch.next()).await.expect("a good stream").expect("no end");
+        assert!(matches!(event, WatchEvent::Synced { .. }), "{event:?}");
+    }
+    // Nothing but others' changes: now and then there is a new cursor.
+    for n in 0..10 {
+        let db = (0..1_000).map(|m| register("db", &format!("10.1.{}.{}", m / 250, 1 + m % 250), n as f32));
+        submit(&server, db.collect()).await;
+    }
+    let event = soon("a new cursor", web.next()).await.expect("a good stream").expect("no end");
+    assert!(matches!(event, WatchEvent::Synced { .. }), "{event:?}");
+    submit(&server, vec![unregister("web", "10.0.0.1")]).await;
+    let event = soon("a change", web.next()).await.expect("a good stream").expect("no end");
+    let WatchEvent::Change { kind: ChangeKind::Removed, service, instance, .. } = event else { panic!("{event:?}") };
+    assert_eq!((service.to_string(), instance.id().to_string()), ("prod/web".to_owned(), "10.0.0.1".to_owned()));
+
+    let why = client.watch(None, Some("web"), None).await.expect_err("which namespace?");
+    assert!(why.to_string().ends_with("namespace: must be given with a service"), "{why}");
+    let why = client.watch(Some("prod"), Some("Web"), None).await.expect_err("no service");
+    assert!(why.to_string().contains("InvalidArgument: name: must consist of"), "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_that_cannot_go_on_says_why_and_ends() {
+    let mut server = TestServer::start().await;
+    let mut client = server.client().await;
+    for cursor in [vec![1], vec![0; 20], vec![255; 20]] {
+        let mut watch = client.watch(None, None, Some(cursor)).await.expect("it watches");
+        assert_eq!(restart(&mut watch).await, "unknown cursor");
+    }
+    let mut old = client.watch(None, None, None).await.expect("it watches");
+    let Ok(Some(WatchEvent::Synced { cursor, .. })) = old.next().await else { panic!("nothing stands") };
+
+    // More changes than the ring holds, while one client does not read and one comes back late.
+    let slow = Endpoint::from_shared(server.url()).expect("a URL");
+    let slow = slow.initial_stream_window_size(65_535).initial_connection_window_size(65_535);
+    let channel = slow.connect().await.expect("it listens");
+    let mut slow = proto::gangplank::v1::discovery_client::DiscoveryClient::new(channel);
+    let mut slow = slow.watch(proto::gangplank::v1::WatchRequest::default()).await.expect("it watches").into_inner();
+    for n in 0..150 {
+        let web = (0..1_000).map(|m| register("web", &format!("10.1.{}.{}", m / 250, 1 + m % 250), n as f32));
+        submit(&server, web.collect()).await;
+    }
+    let mut late = client.watch(None, None, Some(cursor)).await.expect("it watches");
+    assert_eq!(restart(&mut late).await, "slow reader");
+    let mut last = None;
+    while let Some(message) = soon("an event", slow.message()).await.expect("a good end") {
+        last = message.event;
+    }
+    use proto::gangplank::v1::{restart::Reason, watch_response::Event};
+    let Some(Event::Restart(restarted)) = last else { panic!("{last:?}") };
+    assert_eq!(restarted.reason(), Reason::SlowReader);
+
+    let mut open = client.watch(None, None, None).await.expect("it watches");
+    server.stop.cancel();
+    assert_eq!(restart(&mut open).await, "shutting down");
+    server.ended().await;
+}
