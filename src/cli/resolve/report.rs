@@ -99,10 +99,13 @@ impl Report {
                 ResponseCode::ServFail => {
                     return Err(failure.next("it may still be loading:  curl http://127.0.0.1:9153/readyz"));
                 }
-                ResponseCode::Refused => {
+                ResponseCode::Refused if *kind == RecordType::PTR => {
                     return Err(failure
-                        .next("the name is outside its zone; name the zone:  --zone ZONE")
-                        .next("reverse names need an instance, or:  gangplank serve --reverse-zone CIDR"));
+                        .next("no ready instance has this address, and no reverse zone holds it; to serve one:")
+                        .next("gangplank serve --reverse-zone CIDR"));
+                }
+                ResponseCode::Refused => {
+                    return Err(failure.next("the name is outside the server's zone; name the zone:  --zone ZONE"));
                 }
                 _ => return Err(failure),
             }
@@ -194,7 +197,7 @@ impl View {
                 question.rcode.clone(),
                 question.transport.to_owned(),
                 question.nsid.clone().unwrap_or_else(|| self.server.to_string()),
-                format!("{:.1}", question.milliseconds),
+                format!("{:.2}", question.milliseconds),
             ]);
         }
         let any = self.questions.iter().any(|question| !question.answers.is_empty());
