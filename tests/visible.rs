@@ -41,15 +41,12 @@ fn known(dns: SocketAddr, stream: usize, n: usize, how: usize) -> bool {
     let service = format!("s{stream}.visible.svc.cluster.local.");
     let host = format!("10-{stream}-0-{n}.{service}");
     let over = if how.is_multiple_of(2) { Over::Udp } else { Over::Tcp };
-    let (name, rtype, expected) = match how / 2 % 4 {
-        0 => (host, RecordType::A, format!("10.{stream}.0.{n}")),
-        1 => (service, RecordType::A, format!("10.{stream}.0.{n}")),
-        // 32 targets do not fit a datagram without EDNS; over UDP the host is asked instead.
-        2 if matches!(over, Over::Tcp) => {
-            (format!("_http._tcp.{service}"), RecordType::SRV, format!("0 100 8080 {host}"))
-        }
-        2 => (host, RecordType::A, format!("10.{stream}.0.{n}")),
-        _ => (format!("{n}.0.{stream}.10.in-addr.arpa."), RecordType::PTR, host),
+    // 32 addresses or targets do not fit a datagram without EDNS: those are asked over TCP.
+    let (name, rtype, expected) = match (how / 2 % 4, over) {
+        (1, Over::Tcp) => (service, RecordType::A, format!("10.{stream}.0.{n}")),
+        (2, Over::Tcp) => (format!("_http._tcp.{service}"), RecordType::SRV, format!("0 100 8080 {host}")),
+        (3, _) => (format!("{n}.0.{stream}.10.in-addr.arpa."), RecordType::PTR, host),
+        _ => (host, RecordType::A, format!("10.{stream}.0.{n}")),
     };
     answers(dns, over, &name, rtype).contains(&expected)
 }

@@ -14,7 +14,8 @@ use tracing::warn;
 use super::{
     Record, StoreError,
     files::{File, publish},
-    format::{Entry, Frame, FrameBuffer, HEADER_LEN, Header, Place},
+    format::Entry,
+    frame::{Frame, FrameBuffer, HEADER_LEN, Header, Place},
     snapshot::{Closed, Plan, Running, Shared},
     walk::read_exact,
 };
@@ -235,7 +236,8 @@ impl Journal {
 
     /// Takes in what a finished compaction has done; waits for one that still runs.
     pub(super) fn reap(&mut self) {
-        if let Some(snapshot) = self.compaction.take().and_then(Running::finish) {
+        let finished = self.compaction.take().and_then(|running| running.finish(&self.shared.metrics));
+        if let Some(snapshot) = finished {
             self.replaced_by(snapshot);
         }
     }

@@ -13,7 +13,7 @@
 //!
 //! 1. A batch that was acknowledged is on the disk, whole; one that was not is there whole or not
 //!    at all (`journal.rs`).
-//! 2. What is read back is what was written, or a start says where it is not (`format.rs`,
+//! 2. What is read back is what was written, or a start says where it is not (`frame.rs`,
 //!    `recover.rs`). A start never goes on without acknowledged records unless told to.
 //! 3. After a failed write or sync nothing is acknowledged until a restart (`journal.rs`).
 //! 4. Compaction never makes a registration wait and never loses anything (`snapshot.rs`).
@@ -31,6 +31,7 @@
 mod error;
 mod files;
 mod format;
+mod frame;
 mod journal;
 mod recover;
 mod snapshot;

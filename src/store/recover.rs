@@ -24,7 +24,8 @@ use super::{
     Damage, Journal, Options, Progress, Record, Recovery, StoreError,
     error::Trying,
     files::{File, Files, STAGED},
-    format::{BadHeader, HEADER_LEN, Header, Kind, Payload, Place, Reader, StoreId, Unreadable},
+    format::{Payload, Reader, Unreadable},
+    frame::{BadHeader, HEADER_LEN, Header, Kind, Place, StoreId},
     journal::{Found, Segment},
     snapshot::{Closed, DAMAGED, Plan, Shared, compact, superseded},
     walk::{Piece, Walk, read_header},
@@ -107,8 +108,15 @@ struct Survey {
     valid: u64,
     /// The last valid frame is the end of a snapshot.
     ended: bool,
-    /// Records are taken up to here.
+    /// Records are taken up to here; 0 for none.
     limit: u64,
+}
+
+impl Survey {
+    /// Whether all that is wrong, if anything, stands where nothing was ever known to be synced.
+    fn tail_is_torn(&self) -> bool {
+        self.bad.first().map_or(self.whole, |bad| bad.octets.start) >= self.proven
+    }
 }
 
 impl Start<'_> {
@@ -185,7 +193,11 @@ impl Start<'_> {
     /// Tells damage from a torn tail.
     fn judge(&self, surveys: &mut [Survey], id: StoreId, damages: &mut Vec<Damage>, repairs: &mut Vec<String>) {
         for index in 0..surveys.len() {
-            let next = surveys.get(index + 1).map(|next| next.header.as_ref().map_or(0, |header| header.previous_len));
+            // What the file after it says of this one's length; 0 when that cannot be read.
+            let next = surveys.get(index + 1).map(|next| match &next.header {
+                Ok(header) if header.id == id => header.previous_len,
+                _ => 0,
+            });
             let survey = &mut surveys[index];
             let newest = survey.place.kind == Kind::Journal && next.is_none();
             let path = self.dir.join(survey.place.name());
@@ -204,23 +216,21 @@ impl Start<'_> {
                     damage(Some(0..end), "the header is not what was written", "nothing if the rest is whole".into());
                 }
             }
-            if newest {
-                let torn = survey.bad.first().map_or(survey.whole, |bad| bad.octets.start.min(survey.whole));
-                let first_bad = survey.bad.first().map_or(survey.whole, |bad| bad.octets.start);
-                if first_bad >= survey.proven {
-                    survey.limit = torn;
-                    if torn < survey.len {
-                        repairs.push(format!(
-                            "{}: cut {} octets from offset {torn} on, the rest of a batch that was being written when \
-                             gangplank or the machine stopped and was never acknowledged; kept the {torn} octets before",
-                            path.display(),
-                            survey.len - torn,
-                        ));
-                    }
-                    continue;
+            if newest && survey.tail_is_torn() {
+                let (cut, kept) = (survey.len.saturating_sub(survey.whole), survey.whole);
+                if cut > 0 {
+                    repairs.push(format!(
+                        "{}: cut {cut} octets from offset {kept} on: they look like a batch that was being written when \
+                         gangplank or the machine stopped, and nothing shows that it was acknowledged; kept the \
+                         {kept} octets before it",
+                        path.display(),
+                    ));
                 }
-                // Damage further up has been accepted if it comes to that; of the tail, all that
-                // is valid is taken.
+                survey.limit = kept;
+                continue;
+            }
+            if newest {
+                // If the loss is accepted, everything valid is taken and the rest of the tail cut.
                 survey.limit = survey.valid;
             }
             for bad in &survey.bad {
@@ -335,7 +345,7 @@ impl Start<'_> {
             surveys
                 .iter()
                 .filter(move |survey| survey.place.kind == kind)
-                .map(|survey| Closed { number: survey.place.number, len: survey.len })
+                .map(|survey| Closed { number: survey.place.number, len: survey.limit })
         };
         let found =
             Found { closed: closed(Kind::Journal).collect(), snapshot: closed(Kind::Snapshot).next(), generation };

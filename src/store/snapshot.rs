@@ -23,7 +23,8 @@ use tracing::{info, warn};
 
 use super::{
     files::{File, Files, STAGED, publish},
-    format::{Entry, Frame, FrameBuffer, HEADER_LEN, Header, Kind, Payload, Place, Reader, StoreId, Unreadable},
+    format::{Entry, Payload, Reader, Unreadable},
+    frame::{Frame, FrameBuffer, HEADER_LEN, Header, Kind, Place, StoreId},
     walk::{Piece, Walk, read_header},
 };
 use crate::metrics::Metrics;
@@ -127,8 +128,9 @@ impl Running {
     }
 
     /// Waits for it and gives the new snapshot, if there is one.
-    pub(super) fn finish(self) -> Option<Closed> {
+    pub(super) fn finish(self, metrics: &Metrics) -> Option<Closed> {
         self.thread.join().unwrap_or_else(|_| {
+            metrics.store.compacted(false);
             warn!("the compaction of the journal panicked; it is tried again when the next segment is full");
             None
         })
@@ -150,18 +152,25 @@ pub(super) fn compact(shared: &Shared, plan: &Plan, stop: &AtomicBool) -> Result
         let _ = files.remove(&format!("{name}{STAGED}"));
         return Err(why);
     }
-    // 4. Only now, with the new name on the disk, the old may go. A removal that a crash undoes
-    //    is done again at the next start.
+    // 4. Only now, with the new name on the disk, the old may go. What stays, or comes back after
+    //    a crash, goes with the next snapshot or at the next start.
+    if let Err(why) = remove_old(files, plan, place.number) {
+        warn!(dir = %shared.dir.display(), %why, "cannot remove what a snapshot has replaced; it costs only space");
+    }
+    shared.metrics.store.snapshot_bytes.set(i64::try_from(len).unwrap_or(i64::MAX));
+    Ok(Closed { number: place.number, len })
+}
+
+fn remove_old(files: &dyn Files, plan: &Plan, newest: u64) -> io::Result<()> {
     for name in files.list()? {
         match Place::of(&name) {
-            Some(old) if !superseded(old, place.number) => {}
+            Some(old) if !superseded(old, newest) => {}
             Some(old) if plan.keep.contains(&old) => files.rename(&name, &format!("{name}{DAMAGED}"))?,
             Some(_) => files.remove(&name)?,
             None => {}
         }
     }
-    shared.metrics.store.snapshot_bytes.set(i64::try_from(len).unwrap_or(i64::MAX));
-    Ok(Closed { number: place.number, len })
+    Ok(())
 }
 
 /// Whether the snapshot `newest` makes a file needless.

@@ -7,7 +7,7 @@ use std::{io, ops::Range};
 
 use super::{
     files::File,
-    format::{BadHeader, FRAME_LEN, Frame, HEADER_LEN, Header, Place},
+    frame::{BadHeader, FRAME_LEN, Frame, HEADER_LEN, Header, Place},
 };
 
 /// Octets read at a time.

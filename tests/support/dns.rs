@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
 };
 
 use hickory_proto::{
@@ -46,7 +46,8 @@ pub(crate) fn answers(server: SocketAddr, over: Over, name: &str, rtype: RecordT
 
 /// Sends one datagram and gives the one that comes back.
 pub(crate) fn exchange_udp(server: SocketAddr, packet: &[u8]) -> Vec<u8> {
-    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+    let local = if server.is_ipv4() { IpAddr::from(Ipv4Addr::LOCALHOST) } else { Ipv6Addr::LOCALHOST.into() };
+    let socket = UdpSocket::bind((local, 0)).expect("a free port");
     socket.set_read_timeout(Some(PATIENCE)).expect("a timeout above zero");
     socket.connect(server).expect("loopback is there");
     socket.send(packet).expect("the server's port is open");

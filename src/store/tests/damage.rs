@@ -6,7 +6,7 @@ use super::{Model, apply, machine::Machine, open, open_with, random_batch, small
 use crate::store::{
     Options, Record, StoreError,
     files::Files as _,
-    format::{Frame, FrameBuffer, HEADER_LEN, Header, Place, StoreId},
+    frame::{Frame, FrameBuffer, HEADER_LEN, Header, Place, StoreId},
 };
 
 type Contents = BTreeMap<String, Vec<u8>>;
@@ -302,4 +302,27 @@ fn stale_files_are_removed_at_the_start_and_foreign_ones_stay() {
     let names: Vec<String> = machine.contents().into_keys().collect();
     assert!(names.contains(&"notes.txt".into()) && !names.iter().any(|name| name.ends_with(".tmp")), "{names:?}");
     assert!(!names.contains(&"journal-0000000001".into()), "{names:?}");
+}
+
+#[test]
+fn a_start_that_sets_files_aside_can_be_cut_anywhere() {
+    let mut flipped = sample(true).closed;
+    flipped.get_mut("journal-0000000002").expect("it is there")[100] ^= 1;
+    let accepted = |machine: &Machine| open_with(machine, &accepting(), &Arc::default());
+    let (_, _, expected) = accepted(&Machine::holding(&flipped)).expect("accepted");
+    for seed in 0..5 {
+        let rng = &mut fastrand::Rng::with_seed(seed);
+        for operations in 0.. {
+            let machine = Machine::holding(&flipped);
+            machine.cut_after(operations);
+            drop(accepted(&machine));
+            if !machine.is_off() {
+                assert!(operations > 15, "the cuts went through all of it");
+                break;
+            }
+            machine.power_cut(rng);
+            let (_, _, read) = accepted(&machine).expect("still accepted");
+            assert_eq!(read, expected, "cut after {operations}");
+        }
+    }
 }

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     metrics::Metrics,
-    store::{Journal, Record, format},
+    store::{Journal, Record, frame},
 };
 
 fn batch(seed: u64) -> Vec<Record> {
@@ -143,6 +143,30 @@ fn a_failed_compaction_stops_nothing_and_is_tried_again() {
 }
 
 #[test]
+fn old_files_that_cannot_be_removed_go_with_the_next_snapshot() {
+    let (machine, metrics) = (Machine::default(), Arc::new(Metrics::default()));
+    let (mut journal, _, mut model) = open_with(&machine, &small(), &metrics).expect("a new directory");
+    fill(&mut journal, &mut model, 2);
+    for (generations, times) in [(3..=3, 1), (4..=9, 0)] {
+        for generation in generations {
+            journal.append(generation, &batch(generation)).expect("a good disk");
+            batch(generation).iter().for_each(|record| apply(&mut model, record));
+        }
+        journal.rotate().expect("a good disk");
+        machine.fail(Operation::Remove, ErrorKind::PermissionDenied, times);
+        journal.compact();
+        journal.reap();
+        assert_eq!(machine.contents().contains_key("journal-0000000001"), times > 0);
+    }
+    assert_eq!(metrics.store.compactions_counted(), (2, 0));
+    drop(journal);
+    let names: Vec<String> = machine.contents().into_keys().collect();
+    assert_eq!(names, ["journal-0000000003", "snapshot-0000000002"]);
+    let (_, _, read) = open(&machine).expect("a restart");
+    assert_eq!(read, model);
+}
+
+#[test]
 fn compaction_is_not_started_for_little() {
     let (machine, metrics) = (Machine::default(), Arc::new(Metrics::default()));
     let (mut journal, ..) = open_with(&machine, &small(), &metrics).expect("a new directory");
@@ -196,10 +220,10 @@ fn a_snapshot_of_nothing_holds_nothing_but_the_generation() {
     journal.reap();
     // As a killed process leaves it, with nothing in the newest segment.
     let contents = machine.contents();
-    let header_and_end = format::HEADER_LEN + format::FRAME_LEN;
+    let header_and_end = frame::HEADER_LEN + frame::FRAME_LEN;
     assert_eq!(contents["snapshot-0000000002"].len(), header_and_end);
     assert_eq!(metrics.store.snapshot_bytes.get(), header_and_end as i64);
-    assert_eq!(contents["journal-0000000003"].len(), format::HEADER_LEN);
+    assert_eq!(contents["journal-0000000003"].len(), frame::HEADER_LEN);
     let (_, recovery, read) = open(&Machine::holding(&contents)).expect("a restart");
     assert_eq!((recovery.generation, read.len()), (7, 0));
 }
