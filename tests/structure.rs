@@ -46,7 +46,7 @@ const UNSAFE: &[&str] = &["src/dns/udp.rs", "benches/allocations.rs", "tests/all
 const BANNED: &[(&str, &str, &str)] = &[
     ("todo!", "", "unfinished"),
     ("unimplemented!", "", "unfinished"),
-    ("#[ignore", "", "a test that nothing runs"),
+    ("#[ignore]", "", "a test that nothing runs needs its reason"),
     ("tokio::spawn", "", "a task that nobody joins"),
     ("allow(dead_code", "", "delete it instead"),
     ("allow(unused", "", "delete it instead"),
