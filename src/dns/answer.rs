@@ -2,7 +2,7 @@
 //!
 //! It takes no lock, allocates nothing and cannot panic on what a peer sends. A packet gets one
 //! answer or none; a response never gets one, because two servers that answer each other's
-//! answers never stop (RFC 5625 §4.5 has seen them).
+//! answers never stop.
 
 use super::{
     question::{CD, DO, Edns, HEADER, NSID, OPCODE, OPT, QR, Question, RD},

@@ -75,19 +75,18 @@ impl<'r> Render<'r, '_, '_> {
             Hit::Ptr(set, ip) => self.ptr(set, ip),
             Hit::Version => {
                 let written = self.w.record(owner, TXT, VERSION_TTL, |w| w.label(VERSION));
-                self.answered(written);
+                let _ = self.answered(written);
             }
             Hit::Soa(apex) => {
                 let written = self.write_soa(apex);
-                self.answered(written);
+                let _ = self.answered(written);
             }
             Hit::Ns(found) => {
                 let host_at = self.w.len() + FIXED;
                 let zone_at = self.zone_in_question();
                 let view = self.view;
                 let written = self.w.record(owner, NS, ttl, |w| name_server(w, view, zone_at));
-                self.answered(written);
-                if written.is_ok() {
+                if self.answered(written).is_ok() {
                     let name = HostOf { target: None, service: &[] };
                     let _ = self.additional(Owner { at: host_at, name }, found);
                 }
@@ -109,12 +108,14 @@ impl<'r> Render<'r, '_, '_> {
         Owner { at: HEADER, name: HostOf { target: None, service: self.name.suffix(0) } }
     }
 
-    fn answered(&mut self, written: Written) {
+    /// Counts a record of the answer, or that it is missing.
+    fn answered(&mut self, written: Written) -> Written {
         match written {
             Ok(()) => self.sections.answers += 1,
             // RFC 2181 §9: TC is for data that had to be there.
             Err(Full) => self.sections.truncated = true,
         }
+        written
     }
 
     /// Where the zone's name stands in the question, if it was asked in the zone.
@@ -146,13 +147,10 @@ impl<'r> Render<'r, '_, '_> {
         AddressRow<I>: Row,
     {
         let ttl = self.view.ttl();
-        for row in set.wrap_from(set.draw(self.rng)) {
+        let _ = set.visit_from(set.draw(self.rng), |row| {
             let written = row.ip.with_octets(|octets| self.w.record(owner, rtype, ttl, |w| w.put(octets)));
-            self.answered(written);
-            if written.is_err() {
-                return;
-            }
-        }
+            self.answered(written)
+        });
     }
 
     fn srv(&mut self, set: Rrset<'r, SrvRow>, facts: &'r Facts) {
@@ -162,7 +160,7 @@ impl<'r> Render<'r, '_, '_> {
         let service = self.name.suffix(2);
         let first = set.draw(self.rng);
         let mut at = self.w.len();
-        for row in set.wrap_from(first) {
+        let all = set.visit_from(first, |row| {
             let written = self.w.record(owner, SRV, ttl, |w| {
                 w.u16(row.priority)?;
                 w.u16(row.srv_weight())?;
@@ -170,27 +168,24 @@ impl<'r> Render<'r, '_, '_> {
                 // RFC 2782: the target is not compressed.
                 w.host(HostOf { target: Some(&row.target), service })
             });
-            self.answered(written);
-            if written.is_err() {
-                return;
-            }
+            self.answered(written)
+        });
+        if all.is_err() {
+            return;
         }
         // Rows are in order of their targets: the same ones stand together, but for those that
         // the window's beginning has cut off.
-        let targets = || set.wrap_from(first).map(|row| &row.target);
-        let (mut seen, opening) = (None, targets().next());
-        for target in targets() {
+        let (mut seen, mut opening) = (None, None);
+        let _ = set.visit_from(first, |SrvRow { target, .. }| {
             let name = Owner { at: at + FIXED + SRV_FIXED, name: HostOf { target: Some(target), service } };
             at += FIXED + usize::from(self.w.u16_at(at + FIXED - 2));
-            if seen.is_some() && (seen == Some(target) || opening == Some(target)) {
-                continue;
+            if seen == Some(target) || opening == Some(target) {
+                return Ok(());
             }
             seen = Some(target);
-            let Some(found) = facts.target(target) else { continue };
-            if self.additional(name, found).is_err() {
-                return;
-            }
-        }
+            opening.get_or_insert(target);
+            facts.target(target).map_or(Ok(()), |found| self.additional(name, found))
+        });
     }
 
     /// RFC 2181 §9: what merely helps is left out by whole RRsets, without TC.
@@ -216,10 +211,10 @@ impl<'r> Render<'r, '_, '_> {
         let first = set.draw(self.rng);
         let count = self.w.whole(|w| {
             let mut count = 0;
-            for row in set.wrap_from(first) {
-                row.ip.with_octets(|octets| w.record(owner, rtype, ttl, |w| w.put(octets)))?;
+            set.visit_from(first, |row| {
                 count += 1;
-            }
+                row.ip.with_octets(|octets| w.record(owner, rtype, ttl, |w| w.put(octets)))
+            })?;
             Ok(count)
         })?;
         self.sections.additional += count;
@@ -250,8 +245,7 @@ impl<'r> Render<'r, '_, '_> {
                     None => suffix(w),
                 }
             });
-            self.answered(written);
-            if written.is_err() {
+            if self.answered(written).is_err() {
                 return;
             }
             spelled.get_or_insert(suffix_at);

@@ -117,6 +117,7 @@ pub(super) async fn serve(
     stop: CancellationToken,
 ) -> io::Result<()> {
     let mut connections = JoinSet::new();
+    let mut failing = false;
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => break,
@@ -124,9 +125,15 @@ pub(super) async fn serve(
             Some(_) = connections.join_next() => continue,
         };
         let (stream, peer) = match accepted {
-            Ok(accepted) => accepted,
+            Ok(accepted) => {
+                failing = false;
+                accepted
+            }
             Err(error) => {
-                tracing::warn!(%error, "a TCP connection for DNS could not be accepted");
+                // Said once, however long it lasts.
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!(%error, "TCP connections for DNS cannot be accepted; UDP is not affected");
+                }
                 tokio::select! {
                     () = stop.cancelled() => break,
                     () = sleep(REST) => continue,

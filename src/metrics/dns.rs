@@ -340,7 +340,7 @@ fn encode_queries(groups: &[Group], e: &mut DescriptorEncoder<'_>) -> fmt::Resul
         }
     }
     let help = "Packets on which the responder panicked";
-    let mut to = e.encode_descriptor("gangplank_dns_panics", help, None, MetricType::Counter)?;
+    let mut to = e.encode_descriptor("gangplank_panics", help, None, MetricType::Counter)?;
     let panics: u64 = groups.iter().map(|group| group.sum(|tally| &tally.panics)).sum();
     to.encode_counter(&panics, None::<&NoExemplar>)
 }
@@ -461,7 +461,7 @@ mod tests {
             r#"gangplank_dns_response_size_bytes_bucket{le="511.0",server="dns://127.0.0.1:53",zone="z.",proto="tcp"} 0"#,
             r#"gangplank_dns_tcp_connections{server="dns://127.0.0.1:53"} 1"#,
             r#"gangplank_dns_tcp_closed_total{server="dns://127.0.0.1:53",limit="idle"} 1"#,
-            "gangplank_dns_panics_total 1",
+            "gangplank_panics_total 1",
         ] {
             assert!(text.lines().any(|l| l == line), "no {line} in\n{text}");
         }

@@ -114,6 +114,15 @@ impl<R: Row> Table<R> {
         removed
     }
 
+    /// The rows of a table of one chunk, at most 32; `None` for a larger one.
+    #[must_use]
+    pub fn as_chunk(&self) -> Option<&[R]> {
+        match &self.0 {
+            Node::Leaf(rows) => Some(rows),
+            Node::Inner(_) => None,
+        }
+    }
+
     /// All rows in order.
     #[must_use]
     pub fn iter(&self) -> Iter<'_, R> {
@@ -449,6 +458,7 @@ mod tests {
         assert_eq!(table.iter().copied().collect::<Vec<_>>(), rows);
         assert_eq!(table.len(), rows.len());
         assert_eq!(table.is_empty(), rows.is_empty());
+        assert!(table.as_chunk().map_or(rows.len() > 1, |chunk| chunk == rows));
         assert_eq!(table.weight(), model.values().sum::<u64>());
         for rank in [0, 1, rows.len() / 2, rows.len()] {
             let from: Vec<_> = table.iter_from(rank).copied().collect();

@@ -22,8 +22,9 @@ use crate::model::{Label, ServiceKey, table::Row};
 pub struct HostName {
     /// Under this service.
     pub service: ServiceKey,
-    /// The host label as registered; `None` for the address with dashes.
-    pub host: Option<Label>,
+    /// The host label as registered; `None` for the address with dashes. Boxed because it is rare,
+    /// and there is one of these for nearly every instance.
+    pub host: Option<Box<Label>>,
 }
 
 impl HostName {
@@ -31,7 +32,7 @@ impl HostName {
     pub(super) fn new(service: &ServiceKey, target: &Target) -> Self {
         let host = match target {
             Target::Dashed(_) => None,
-            Target::Host(label) => Some(label.clone()),
+            Target::Host(label) => Some(Box::new(label.clone())),
         };
         Self { service: service.clone(), host }
     }
@@ -41,7 +42,7 @@ impl Row for HostName {
     type Key<'a> = (&'a str, Option<&'a str>);
 
     fn key(&self) -> Self::Key<'_> {
-        (self.service.as_str(), self.host.as_ref().map(Label::as_str))
+        (self.service.as_str(), self.host.as_ref().map(|label| label.as_str()))
     }
 
     fn order(&self, key: &Self::Key<'_>) -> Ordering {

@@ -3,9 +3,9 @@
 //! One row lives in place; two or more live in a [`Table`]. Readers get an [`Rrset`]: never empty,
 //! borrowed, free to copy.
 
-use std::{fmt, ops::ControlFlow};
+use std::{fmt, ops::ControlFlow, slice};
 
-use crate::model::table::{self, Row, Table};
+use crate::model::table::{Row, Table};
 
 /// No row, one in place, or a table of them.
 #[derive(Clone, Default)]
@@ -29,8 +29,8 @@ impl<R: Row> Rows<R> {
     pub(super) fn rrset(&self) -> Option<Rrset<'_, R>> {
         match self {
             Self::None => None,
-            Self::One(row) => Some(Rrset::One(row)),
-            Self::Many(table) => Some(Rrset::Many(table)),
+            Self::One(row) => Some(Rrset::one(row)),
+            Self::Many(table) => Some(table.as_chunk().map_or(Rrset::Many(table), Rrset::Few)),
         }
     }
 
@@ -95,7 +95,7 @@ impl<R: Row> Rows<R> {
 
     /// All rows in order.
     pub(super) fn iter(&self) -> impl Iterator<Item = &R> {
-        self.rrset().into_iter().flat_map(|set| set.iter_from(0))
+        self.rrset().into_iter().flat_map(|set| set.iter())
     }
 }
 
@@ -113,9 +113,9 @@ impl<R: Row + fmt::Debug> fmt::Debug for Rows<R> {
 
 /// The records of one name and type: at least one, in the order of their keys.
 pub enum Rrset<'v, R> {
-    /// A single record.
-    One(&'v R),
-    /// Two or more.
+    /// Up to 32 records, side by side.
+    Few(&'v [R]),
+    /// More.
     Many(&'v Table<R>),
 }
 
@@ -129,17 +129,22 @@ impl<R> Copy for Rrset<'_, R> {}
 
 impl<R: Row + fmt::Debug> fmt::Debug for Rrset<'_, R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.iter_from(0)).finish()
+        f.debug_list().entries(self.iter()).finish()
     }
 }
 
 impl<'v, R: Row> Rrset<'v, R> {
+    /// A single record.
+    pub(super) fn one(row: &'v R) -> Self {
+        Self::Few(slice::from_ref(row))
+    }
+
     /// How many records.
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "never empty")]
     pub fn len(self) -> usize {
         match self {
-            Self::One(_) => 1,
+            Self::Few(rows) => rows.len(),
             Self::Many(table) => table.len(),
         }
     }
@@ -147,24 +152,56 @@ impl<'v, R: Row> Rrset<'v, R> {
     /// Draws the record that comes first, by weight; where no record has any, all are alike.
     #[must_use]
     pub fn draw(self, rng: &mut fastrand::Rng) -> usize {
-        let Self::Many(table) = self else { return 0 };
-        match table.weight() {
-            0 => rng.usize(0..table.len()),
-            weight => table.rank_at(rng.u64(0..weight)),
+        let weight = match self {
+            Self::Few([_]) => return 0,
+            Self::Few(rows) => rows.iter().map(Row::weight).sum(),
+            Self::Many(table) => table.weight(),
+        };
+        if weight == 0 {
+            return rng.usize(0..self.len());
+        }
+        let mut point = rng.u64(0..weight);
+        match self {
+            Self::Few(rows) => rows
+                .iter()
+                .position(|row| {
+                    let hit = point < row.weight();
+                    point = point.saturating_sub(row.weight());
+                    hit
+                })
+                .unwrap_or(0),
+            Self::Many(table) => table.rank_at(point),
         }
     }
 
-    /// The records from the one at `rank` to the last.
-    pub fn iter_from(self, rank: usize) -> impl Iterator<Item = &'v R> {
-        let (one, many): (Option<&R>, Option<table::Iter<'_, R>>) = match self {
-            Self::One(row) => ((rank == 0).then_some(row), None),
-            Self::Many(table) => (None, Some(table.iter_from(rank))),
-        };
-        one.into_iter().chain(many.into_iter().flatten())
+    /// Calls `visit` with every record, beginning with the one at `rank` and going on with the
+    /// first after the last, until it fails.
+    ///
+    /// # Errors
+    /// What `visit` says.
+    pub fn visit_from<E>(self, rank: usize, visit: impl FnMut(&'v R) -> Result<(), E>) -> Result<(), E> {
+        // The iterator of a large table is large itself: a small one does without.
+        match self {
+            Self::Few(rows) => {
+                let (before, from) = rows.split_at(rank.min(rows.len()));
+                from.iter().chain(before).try_for_each(visit)
+            }
+            Self::Many(table) => table.iter_from(rank).chain(table.iter_from(0).take(rank)).try_for_each(visit),
+        }
     }
 
-    /// All records, beginning with the one at `rank` and going on with the first after the last.
+    /// All records, in the order of [`Rrset::visit_from`].
     pub fn wrap_from(self, rank: usize) -> impl Iterator<Item = &'v R> {
-        self.iter_from(rank).chain(self.iter_from(0).take(rank))
+        let (few, many): (&[R], Option<_>) = match self {
+            Self::Few(rows) => (rows, None),
+            Self::Many(table) => (&[], Some(table.iter_from(rank).chain(table.iter_from(0).take(rank)))),
+        };
+        let (before, from) = few.split_at(rank.min(few.len()));
+        from.iter().chain(before).chain(many.into_iter().flatten())
+    }
+
+    /// All records in order.
+    pub fn iter(self) -> impl Iterator<Item = &'v R> {
+        self.wrap_from(0)
     }
 }

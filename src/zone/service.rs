@@ -268,11 +268,11 @@ impl Facts {
         match ip {
             IpAddr::V4(ip) => {
                 let row = self.v4.get(&ip).filter(|row| row.unnamed > 0)?;
-                Some(Addresses { v4: Some(Rrset::One(row)), v6: None })
+                Some(Addresses { v4: Some(Rrset::one(row)), v6: None })
             }
             IpAddr::V6(ip) => {
                 let row = self.rare.as_ref()?.v6.get(&ip).filter(|row| row.unnamed > 0)?;
-                Some(Addresses { v4: None, v6: Some(Rrset::One(row)) })
+                Some(Addresses { v4: None, v6: Some(Rrset::one(row)) })
             }
         }
     }
@@ -483,8 +483,8 @@ impl Edit {
             });
         };
         if let Some(Addresses { v4, v6 }) = self.facts.target(target) {
-            v4.into_iter().flat_map(|set| set.iter_from(0)).for_each(|row| look(row.ip.into()));
-            v6.into_iter().flat_map(|set| set.iter_from(0)).for_each(|row| look(row.ip.into()));
+            v4.into_iter().flat_map(|set| set.iter()).for_each(|row| look(row.ip.into()));
+            v6.into_iter().flat_map(|set| set.iter()).for_each(|row| look(row.ip.into()));
         }
         row.records.put(record);
         self.facts.ports.put(row);

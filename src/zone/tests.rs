@@ -85,7 +85,7 @@ fn an_srv_target_never_dangles() {
                 else {
                     continue;
                 };
-                for record in records.iter_from(0) {
+                for record in records.iter() {
                     let found = facts.target(&record.target).expect("the target exists in the same value");
                     assert!(found.v4.is_some());
                     looked += 1;
@@ -121,7 +121,7 @@ fn a_change_in_a_large_service_leaves_nearly_all_of_it_alone() {
         let view = world.zone.pin();
         let facts = view.service(b"web", b"prod").expect("registered");
         let v4 = facts.addresses().v4.expect("addresses");
-        v4.iter_from(0).map(|row| std::ptr::from_ref(row) as usize).collect()
+        v4.iter().map(|row| std::ptr::from_ref(row) as usize).collect()
     };
     let before = rows(&world);
     // The older value stays alive meanwhile, so that no address is used again.

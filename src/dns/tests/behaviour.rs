@@ -289,7 +289,11 @@ fn rfc8914_what_is_not_loaded_yet_is_servfail_and_says_so() {
         assert!(told.octets.ends_with(&[0, 15, 0, 2, 0, 14]), "{:?}", told.octets);
     }
     assert_refused(&world, "example.com.", A);
+    // Any address may turn out to be an instance's, so that nothing is said about it yet.
+    assert_eq!(tell(&world, &ask("1.2.0.192.in-addr.arpa.", PTR)).rcode(), 2);
+    assert_refused(&world, "2.0.192.in-addr.arpa.", PTR);
     world.zone.set_ready();
+    assert_refused(&world, "1.2.0.192.in-addr.arpa.", PTR);
     assert_eq!(answers(&world, names[0], A).len(), 1);
 }
 
