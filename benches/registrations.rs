@@ -162,7 +162,7 @@ async fn versus_noop(noop: SocketAddr, parent: &Path, what: &str, goal: &str) {
     let server = Server::start(dir.path()).await;
     let mut ratios = Vec::new();
     for round in 0..ROUNDS {
-        let messages: Vec<_> = (0..MESSAGES).map(|n| message(round, n, 1000)).collect();
+        let messages: Vec<_> = (0..MESSAGES).map(|n| message(round, n, 20_000)).collect();
         let bare = stream(noop, messages.clone()).await;
         let ours = stream(server.grpc, messages).await;
         println!(
