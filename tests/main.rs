@@ -6,6 +6,7 @@ mod crash;
 mod docs;
 mod lifecycle;
 mod listeners;
+mod metrics;
 mod process;
 mod structure;
 mod support;
