@@ -8,6 +8,7 @@ mod lifecycle;
 mod listeners;
 mod metrics;
 mod process;
+mod rfc8906;
 mod structure;
 mod support;
 mod visible;
