@@ -4,6 +4,7 @@ mod clients;
 mod coredns;
 mod crash;
 mod docs;
+mod knot;
 mod lifecycle;
 mod listeners;
 mod metrics;

@@ -2,7 +2,7 @@
 # Installs the programs that tests run beside gangplank, by name, into target/tools:
 #
 #   tests/tools/install.sh            everything the tests use
-#   tests/tools/install.sh dns go     only these: dns (dig, nslookup, kdig, drill, curl), python, go, coredns, deny
+#   tests/tools/install.sh dns go     only these: dns (dig, nslookup, kdig, drill, knotd, curl), python, go, coredns, deny
 #
 # Quick when all is there already. Needs apt-get, python3, go and cargo, and a network that
 # reaches their package registries. Nothing is installed outside target/, so no root is needed.
@@ -21,11 +21,11 @@ stamp() { cat "${@:2}" | sha256sum | cut -d' ' -f1; }
 done_for() { [ "$(cat "$tools/.$1.done" 2>/dev/null)" = "$(stamp "$@")" ]; }
 mark_done() { stamp "$@" >"$tools/.$1.done"; }
 
-# Debian's DNS clients and curl, unpacked beside their libraries; a wrapper in bin/ finds those.
+# Debian's DNS clients, Knot DNS and curl, unpacked beside their libraries; a wrapper in bin/ finds those.
 install_dns() {
-    local packages=(bind9-dnsutils knot-dnsutils ldnsutils curl) root=$tools/debian name
+    local packages=(bind9-dnsutils knot-dnsutils ldnsutils knot curl) root=$tools/debian name
     done_for dns "$sources/install.sh" && return
-    say "dig, nslookup, kdig, drill, curl: from Debian's packages"
+    say "dig, nslookup, kdig, drill, knotd, curl: from Debian's packages"
     # Package lists of our own: those of the machine may be missing, and need root to renew.
     local apt=(apt-get -qq -o "Dir::State::Lists=$tools/apt/lists" -o "Dir::Cache=$tools/apt/cache" -o APT::Sandbox::User=)
     mkdir -p "$tools/apt/lists/partial" "$tools/apt/cache/archives/partial" "$root"
@@ -35,12 +35,12 @@ install_dns() {
     wanted=$("${apt[@]}" -s --no-install-recommends install "${packages[@]}" | awk '/^Inst/ {print $2}')
     # shellcheck disable=SC2086 # a list of package names
     (cd "$tools/apt/cache/archives" && "${apt[@]}" download "${packages[@]}" $wanted && for deb in ./*.deb; do dpkg -x "$deb" "$root"; done)
-    for name in dig nslookup kdig drill curl; do
-        cat >"$bin/$name" <<WRAPPER
+    for name in bin/dig bin/nslookup bin/kdig bin/drill sbin/knotd bin/curl; do
+        cat >"$bin/${name#*/}" <<WRAPPER
 #!/bin/sh
-LD_LIBRARY_PATH="$root/usr/lib/$(dpkg-architecture -qDEB_HOST_MULTIARCH 2>/dev/null || gcc -print-multiarch)" exec "$root/usr/bin/$name" "\$@"
+LD_LIBRARY_PATH="$root/usr/lib/$(dpkg-architecture -qDEB_HOST_MULTIARCH 2>/dev/null || gcc -print-multiarch)" exec "$root/usr/$name" "\$@"
 WRAPPER
-        chmod +x "$bin/$name"
+        chmod +x "$bin/${name#*/}"
     done
     mark_done dns "$sources/install.sh"
 }
