@@ -78,7 +78,7 @@ pub struct ServeArgs {
     #[arg(long, env = "GANGPLANK_TTL", value_name = "SECONDS", default_value_t = 5)]
     ttl: u32,
 
-    /// Threads that answer UDP [default: one per core]
+    /// Threads that answer UDP, on each address [default: one per core]
     #[arg(long, env = "GANGPLANK_DNS_THREADS", value_name = "N")]
     dns_threads: Option<NonZeroUsize>,
 

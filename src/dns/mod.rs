@@ -40,7 +40,7 @@ pub const MAX_NSID: usize = 255;
 pub struct DnsConfig {
     /// Where to listen, UDP and TCP both; port 0 takes a free port that is the same for both.
     pub listen: Vec<SocketAddr>,
-    /// UDP threads, each with a socket of its own on every address.
+    /// UDP threads on each address, each with a socket of its own.
     pub threads: NonZeroUsize,
     /// What NSID (RFC 5001) says, at most [`MAX_NSID`] octets.
     pub nsid: Vec<u8>,
