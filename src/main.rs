@@ -10,6 +10,10 @@ use gangplank::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 
+/// Registrations allocate on one thread and free on another, which glibc's allocator is slow at.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// DNS inside Kubernetes for services that live outside it.
 #[derive(Debug, Parser)]
 #[command(version, arg_required_else_help = true, max_term_width = 100)]
