@@ -26,6 +26,7 @@ release: ## build target/release/gangplank, optimised
 test: lint doc deny ## everything that CI runs: lints, docs, licences, benches compile, all tests
 	tests/tools/install.sh dns python go coredns
 	cargo test --locked --benches --no-run
+	cargo test --locked --bench allocations
 	cargo test --locked --no-fail-fast
 
 .PHONY: lint
@@ -66,6 +67,10 @@ bench: ## run the benches (about ten minutes)
 .PHONY: crash
 crash: ## 200 cycles of kill -9 under load, each checked against what was acknowledged
 	GANGPLANK_CRASH_CYCLES=200 cargo test --locked --test integration crash -- --nocapture
+
+.PHONY: visible
+visible: ## 100 000 acknowledgements, each checked in DNS the moment it arrives
+	GANGPLANK_VISIBILITY_CHECKS=100000 cargo test --locked --test integration visible -- --nocapture
 
 .PHONY: clean
 clean: ## delete everything that was built, the test tools too

@@ -13,7 +13,7 @@ use anyhow::{Context as _, bail, ensure};
 use clap::{Args, builder::FalseyValueParser};
 
 use crate::{
-    dns::{DnsConfig, TcpLimits},
+    dns::{DnsConfig, MAX_NSID, TcpLimits},
     model::{DnsName, Door},
     store,
     zone::ZoneConfig,
@@ -21,9 +21,6 @@ use crate::{
 
 /// Longest TTL that may be set, in seconds: an hour without a change is long for a service.
 const MAX_TTL: u32 = 3600;
-
-/// Longest NSID: it has to leave room for the answer (RFC 5001 sets no limit).
-const MAX_NSID: usize = 255;
 
 /// Smallest journal segment, in octets: below that, closing segments is most of the work.
 const MIN_SEGMENT: u64 = 4096;

@@ -12,7 +12,7 @@ mod store;
 use prometheus_client::registry::Registry;
 
 pub use dns::DnsMetrics;
-pub use grpc::{GrpcMetrics, Method, RegistrationKind};
+pub use grpc::{GrpcMetrics, Method, RegistrationKind, WatchEnd};
 pub use registry::{CommandOutcome, RefusalReason, RegistryMetrics};
 pub use store::StoreMetrics;
 

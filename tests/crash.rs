@@ -33,7 +33,7 @@ use crate::support::{
 };
 
 /// Cycles where nothing else is said: enough for CI.
-const CYCLES: usize = 12;
+const CYCLES: usize = 20;
 
 const STREAMS: usize = 4;
 

@@ -1,7 +1,8 @@
 //! Visible before acknowledged: the moment an answer arrives, DNS says the same.
 //!
 //! Eight streams register and remove pipelined; whoever gets an answer asks DNS at once, A, SRV
-//! and PTR, over UDP and TCP. `GANGPLANK_VISIBILITY_CHECKS` sets how many answers are checked.
+//! and PTR, over UDP and TCP. `GANGPLANK_VISIBILITY_CHECKS` sets how many answers are checked;
+//! `make visible` checks 100 000.
 
 use std::{env, net::SocketAddr};
 
@@ -31,7 +32,10 @@ fn message(kind: RegistrationType, stream: usize, n: usize) -> RegistrationMsg {
         namespace: "visible".into(),
         service_name: format!("s{stream}"),
         ipaddress: format!("10.{stream}.0.{n}"),
-        ports: vec![NamedPort { port: 8080, name: "http".into(), ..NamedPort::default() }],
+        // One port that all share, and one of its own, whose SRV record fits a datagram.
+        ports: [(8080, "http".to_owned()), (9000, format!("own-{n}"))]
+            .map(|(port, name)| NamedPort { port, name, ..NamedPort::default() })
+            .into(),
         ..RegistrationMsg::default()
     }
 }
@@ -45,6 +49,7 @@ fn known(dns: SocketAddr, stream: usize, n: usize, how: usize) -> bool {
     let (name, rtype, expected) = match (how / 2 % 4, over) {
         (1, Over::Tcp) => (service, RecordType::A, format!("10.{stream}.0.{n}")),
         (2, Over::Tcp) => (format!("_http._tcp.{service}"), RecordType::SRV, format!("0 100 8080 {host}")),
+        (2, Over::Udp) => (format!("_own-{n}._tcp.{service}"), RecordType::SRV, format!("0 100 9000 {host}")),
         (3, _) => (format!("{n}.0.{stream}.10.in-addr.arpa."), RecordType::PTR, host),
         _ => (host, RecordType::A, format!("10.{stream}.0.{n}")),
     };
@@ -55,7 +60,7 @@ async fn registrant(grpc: SocketAddr, dns: SocketAddr, stream: usize, checks: us
     let mut client = ServiceRegistryClient::connect(format!("http://{grpc}")).await.expect("it listens");
     let (sender, messages) = mpsc::channel(WINDOW);
     let mut answers = client.registration_event(ReceiverStream::new(messages)).await.expect("it streams").into_inner();
-    for round in 0..checks / (2 * WINDOW) {
+    for round in 0..checks.div_ceil(2 * WINDOW) {
         for (kind, status, expected) in
             [(RegistrationType::Register, 201, true), (RegistrationType::Unregister, 204, false)]
         {
@@ -81,7 +86,7 @@ fn dns_knows_what_was_acknowledged() {
     runtime.block_on(async {
         let mut tasks = JoinSet::new();
         for stream in 0..STREAMS {
-            tasks.spawn(registrant(server.grpc, server.dns, stream, checks / STREAMS));
+            tasks.spawn(registrant(server.grpc, server.dns, stream, checks.div_ceil(STREAMS)));
         }
         while let Some(ended) = tasks.join_next().await {
             ended.expect("no answer came before DNS knew");

@@ -32,6 +32,9 @@ use crate::{
 use bind::Sockets;
 use udp::Responder;
 
+/// Most octets that NSID may say: it has to leave room for the answer (RFC 5001 sets no limit).
+pub const MAX_NSID: usize = 255;
+
 /// What the listeners are given.
 #[derive(Debug, Clone)]
 pub struct DnsConfig {
@@ -39,7 +42,7 @@ pub struct DnsConfig {
     pub listen: Vec<SocketAddr>,
     /// UDP threads, each with a socket of its own on every address.
     pub threads: NonZeroUsize,
-    /// What NSID (RFC 5001) says, at most 255 octets.
+    /// What NSID (RFC 5001) says, at most [`MAX_NSID`] octets.
     pub nsid: Vec<u8>,
     /// Limits on TCP.
     pub tcp: TcpLimits,
@@ -76,7 +79,7 @@ pub fn bind(config: &DnsConfig) -> io::Result<Bound> {
     let DnsConfig { listen, threads, nsid, tcp } = config;
     let addresses = bind::expand(listen)?;
     let sockets = addresses.into_iter().map(|address| Sockets::bind(address, *threads)).collect::<io::Result<_>>()?;
-    let nsid = nsid[..nsid.len().min(255)].into();
+    let nsid = nsid[..nsid.len().min(MAX_NSID)].into();
     Ok(Bound { sockets, nsid, tcp: tcp.clone() })
 }
 

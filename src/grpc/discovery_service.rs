@@ -114,12 +114,12 @@ impl Discovery for DiscoveryService {
         let filter = self.filter(namespace, &service)?;
         let registry = &self.services.registry;
         let watch = if cursor.is_empty() {
-            Watch::from_snapshot(registry, filter, self.stop.clone()).await?
+            Watch::from_snapshot(&self.services, filter, self.stop.clone()).await?
         } else {
             match Cursor::decode(&cursor, registry.feed().epoch(), registry.catalog().generation()) {
-                Some(cursor) => Watch::resume(registry, filter, cursor, self.stop.clone()),
+                Some(cursor) => Watch::resume(&self.services, filter, cursor, self.stop.clone()),
                 None => Watch::over(
-                    registry,
+                    &self.services,
                     Reason::UnknownCursor,
                     "the cursor is not of this run of the server; watch again without one",
                 ),

@@ -78,6 +78,36 @@ impl EncodeLabelValue for RegistrationKind {
     }
 }
 
+/// Why a watch was told to begin again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WatchEnd {
+    /// More changes happened than are kept.
+    SlowReader,
+    /// The cursor is none of this run.
+    UnknownCursor,
+    /// The server stops.
+    ShuttingDown,
+}
+
+impl EncodeLabelValue for WatchEnd {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
+        match self {
+            Self::SlowReader => "slow_reader",
+            Self::UnknownCursor => "unknown_cursor",
+            Self::ShuttingDown => "shutting_down",
+        }
+        .encode(encoder)
+    }
+}
+
+/// In the order of their discriminants.
+const WATCH_ENDS: [WatchEnd; 3] = [WatchEnd::SlowReader, WatchEnd::UnknownCursor, WatchEnd::ShuttingDown];
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Restarted {
+    reason: WatchEnd,
+}
+
 /// Statuses that answers have, in order.
 const STATUSES: [u32; 7] = [200, 201, 204, 400, 404, 503, 507];
 
@@ -112,6 +142,8 @@ pub struct GrpcMetrics {
     pub accept_errors: Counter,
     /// By kind and status, in the order of [`KINDS`] and [`STATUSES`].
     registrations: [[Counter; STATUSES.len()]; KINDS.len()],
+    /// By reason, in the order of [`WATCH_ENDS`].
+    watch_restarts: [Counter; WATCH_ENDS.len()],
 }
 
 impl GrpcMetrics {
@@ -130,6 +162,7 @@ impl GrpcMetrics {
 
         let registrations = Family::<Answered, Counter>::default();
         let answered = |r#type, status| registrations.get_or_create(&Answered { r#type, status }).clone();
+        let restarts = Family::<Restarted, Counter>::default();
         let made = Self {
             handled,
             handling,
@@ -138,6 +171,7 @@ impl GrpcMetrics {
             connections: Gauge::default(),
             accept_errors: Counter::default(),
             registrations: KINDS.map(|kind| STATUSES.map(|status| answered(kind, status))),
+            watch_restarts: WATCH_ENDS.map(|reason| restarts.get_or_create(&Restarted { reason }).clone()),
         };
         all.register("gangplank_grpc_streams", "Calls and streams that are open", made.streams.clone());
         all.register(
@@ -152,6 +186,7 @@ impl GrpcMetrics {
             made.accept_errors.clone(),
         );
         all.register("gangplank_registrations", "Registrations and removals answered, by status", registrations);
+        all.register("gangplank_grpc_watch_restarts", "Watches told to begin again, by reason", restarts);
         made
     }
 
@@ -159,6 +194,11 @@ impl GrpcMetrics {
     pub fn ended(&self, method: Method, code: &'static str, after: Duration) {
         self.handled.get_or_create(&Handled { method, grpc_code: code }).inc();
         self.handling.get_or_create(&method).observe(after.as_secs_f64());
+    }
+
+    /// Counts a watch that is told to begin again.
+    pub fn watch_restarted(&self, why: WatchEnd) {
+        self.watch_restarts[why as usize].inc();
     }
 
     /// Counts one answer to a registration or removal.

@@ -8,6 +8,8 @@ mod catalog;
 mod feed;
 mod state;
 mod status;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 use std::{future::Future, sync::Arc};

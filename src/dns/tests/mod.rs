@@ -5,6 +5,7 @@ mod behaviour;
 mod fuzz;
 mod messages;
 mod oracle;
+mod records;
 mod reverse;
 mod sizes;
 mod sockets;

@@ -192,7 +192,7 @@ fn any_world() -> impl Strategy<Value = World> {
     )
 }
 
-fn any_name() -> impl Strategy<Value = String> {
+pub(super) fn any_name() -> impl Strategy<Value = String> {
     let label = |labels: &'static [&'static str]| prop::sample::select(labels);
     let service = (label(&["web", "db", "no"]), label(&["prod", "test", "no"]));
     let host = label(&["", "a.", "b.", "10-20-0-1.", "10-20-0-2.", "2001-db8-0-1--0.", "_tcp.", "_udp.", "x.a."]);

@@ -15,10 +15,11 @@ use super::{
 };
 use crate::{
     grpc::{
-        convert,
+        Services, convert,
         proto::gangplank::v1::{self, Restart, Synced, WatchResponse, restart::Reason, watch_response::Event},
     },
-    registry::{Batch, Lagged, RegistryHandle, Subscription},
+    metrics::{Metrics, WatchEnd},
+    registry::{Batch, Lagged, Subscription},
 };
 
 /// After this many changes that the filter kept back, the client gets a new cursor: one that only
@@ -41,6 +42,7 @@ pub(super) struct Watch {
     seen: usize,
     /// Changes kept back since the client last got a cursor.
     kept_back: usize,
+    metrics: Arc<Metrics>,
     state: State,
 }
 
@@ -52,10 +54,10 @@ enum State {
 }
 
 impl Watch {
-    fn new(registry: &RegistryHandle, feed: Subscription, filter: Filter, stop: CancellationToken) -> Self {
+    fn new(services: &Services, feed: Subscription, filter: Filter, stop: CancellationToken) -> Self {
         Self {
             feed,
-            epoch: registry.feed().epoch(),
+            epoch: services.registry.feed().epoch(),
             filter,
             stop,
             snapshot: Box::new(std::iter::empty()),
@@ -63,40 +65,42 @@ impl Watch {
             batch: None,
             seen: 0,
             kept_back: 0,
+            metrics: Arc::clone(&services.metrics),
             state: State::Open,
         }
     }
 
     /// Begins with what stands.
     pub(super) async fn from_snapshot(
-        registry: &RegistryHandle,
+        services: &Services,
         filter: Filter,
         stop: CancellationToken,
     ) -> Result<Self, Status> {
         let taken = tokio::select! {
-            taken = snapshot::take(registry, &filter) => taken?,
-            () = stop.cancelled() => return Ok(Self::over(registry, Reason::ShuttingDown, SHUTTING_DOWN)),
+            taken = snapshot::take(&services.registry, &filter) => taken?,
+            () = stop.cancelled() => return Ok(Self::over(services, Reason::ShuttingDown, SHUTTING_DOWN)),
         };
-        let Ok((services, feed)) = taken else {
-            return Ok(Self::over(registry, Reason::SlowReader, SLOW_READER));
+        let Ok((standing, feed)) = taken else {
+            return Ok(Self::over(services, Reason::SlowReader, SLOW_READER));
         };
         let synced = feed.seen();
-        let parts = services.into_iter().flat_map(|(key, service)| convert::service_parts(key, service));
-        Ok(Self { snapshot: Box::new(parts), synced: Some(synced), ..Self::new(registry, feed, filter, stop) })
+        let parts = standing.into_iter().flat_map(|(key, service)| convert::service_parts(key, service));
+        Ok(Self { snapshot: Box::new(parts), synced: Some(synced), ..Self::new(services, feed, filter, stop) })
     }
 
     /// Goes on behind `cursor`.
-    pub(super) fn resume(registry: &RegistryHandle, filter: Filter, cursor: Cursor, stop: CancellationToken) -> Self {
+    pub(super) fn resume(services: &Services, filter: Filter, cursor: Cursor, stop: CancellationToken) -> Self {
         let (generation, seen) = cursor.place();
-        let feed = registry.feed().subscribe(generation);
-        Self { seen, ..Self::new(registry, feed, filter, stop) }
+        let feed = services.registry.feed().subscribe(generation);
+        Self { seen, ..Self::new(services, feed, filter, stop) }
     }
 
     /// Has nothing to say but why it must begin again.
-    pub(super) fn over(registry: &RegistryHandle, reason: Reason, message: &'static str) -> Self {
+    pub(super) fn over(services: &Services, reason: Reason, message: &'static str) -> Self {
+        let registry = &services.registry;
         let feed = registry.feed().subscribe(registry.catalog().generation());
         let state = State::Ending(reason, message);
-        Self { state, ..Self::new(registry, feed, Filter::All, CancellationToken::new()) }
+        Self { state, ..Self::new(services, feed, Filter::All, CancellationToken::new()) }
     }
 
     /// The messages of this watch.
@@ -121,6 +125,7 @@ impl Watch {
                 }
                 State::Ending(reason, message) => {
                     self.state = State::Over;
+                    self.metrics.grpc.watch_restarted(counted(reason));
                     let restart = Restart { reason: reason.into(), message: message.into() };
                     return Some(WatchResponse { event: Some(Event::Restart(restart)), cursor: Vec::new() });
                 }
@@ -170,6 +175,14 @@ impl Watch {
                 Err(Lagged) => self.state = State::Ending(Reason::SlowReader, SLOW_READER),
             },
         }
+    }
+}
+
+fn counted(reason: Reason) -> WatchEnd {
+    match reason {
+        Reason::SlowReader => WatchEnd::SlowReader,
+        Reason::UnknownCursor => WatchEnd::UnknownCursor,
+        Reason::ShuttingDown | Reason::Unspecified => WatchEnd::ShuttingDown,
     }
 }
 

@@ -210,6 +210,8 @@ async fn a_watch_that_cannot_go_on_says_why_and_ends() {
     use proto::gangplank::v1::{restart::Reason, watch_response::Event};
     let Some(Event::Restart(restarted)) = last else { panic!("{last:?}") };
     assert_eq!(restarted.reason(), Reason::SlowReader);
+    server.metric("gangplank_grpc_watch_restarts_total{reason=\"unknown_cursor\"} 3").await;
+    server.metric("gangplank_grpc_watch_restarts_total{reason=\"slow_reader\"} 2").await;
 
     let mut open = client.watch(None, None, None).await.expect("it watches");
     server.stop.cancel();

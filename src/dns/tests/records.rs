@@ -1,0 +1,145 @@
+//! A plain list of records: what was registered is written down as the records that it must give,
+//! as strings, without the zone's lookup, weights or reverse entries, and searched from end to end.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use proptest::prelude::*;
+
+use super::{oracle::any_name, *};
+use crate::{
+    model::Draft,
+    zone::testing::{instance, key},
+};
+
+/// Records by owner and type, as `rdata`.
+#[derive(Debug, Default)]
+struct List(BTreeSet<(String, u16, String)>);
+
+/// One registration: under which service, what, and whether it is ready.
+type Registration = (&'static str, Draft, bool);
+
+fn any_registrations() -> impl Strategy<Value = Vec<Registration>> {
+    let address = prop_oneof![
+        3 => (1u8..8).prop_map(|n| format!("10.20.0.{n}")),
+        1 => (1u8..4).prop_map(|n| format!("2001:db8:0:{n}::")),
+    ];
+    let service = prop::sample::select(vec!["web.prod", "db.prod", "web.test"]);
+    let host = prop::sample::select(vec!["", "", "a", "b"]);
+    let ports = prop::sample::subsequence(vec!["http:80", "web:80/udp", "9", "dns:53/udp", "alt:81"], 0..5);
+    let weight = prop::sample::select(vec![None, Some(0.0), Some(0.25), Some(0.001), Some(655.0)]);
+    let one = (service, address, host, ports, weight, 0u16..3, prop::bool::weighted(0.8));
+    let one = one.prop_map(|(service, address, host, ports, weight, priority, ready)| {
+        (service, Draft { host_name: host.into(), weight, priority, ..draft(&address, &ports) }, ready)
+    });
+    prop::collection::vec(one, 0..20)
+}
+
+impl List {
+    fn of(registrations: &[Registration]) -> Self {
+        // The last word on an instance is the one that counts.
+        let mut instances = BTreeMap::new();
+        for (service, draft, ready) in registrations {
+            let ports: BTreeSet<_> = draft.ports.iter().map(|port| (port.protocol.srv_label(), port.number)).collect();
+            instances.insert((service, draft.address.clone(), ports), (draft, ready));
+        }
+        let mut list = Self::default();
+        let mut ports: BTreeMap<(String, String, i64), (f64, u16)> = BTreeMap::new();
+        for ((service, address, _), (draft, _)) in instances.into_iter().filter(|(_, (_, ready))| **ready) {
+            let service = format!("{service}.svc.cluster.local.");
+            let host = if draft.host_name.is_empty() { dashed(&address) } else { draft.host_name.clone() };
+            let host = format!("{host}.{service}");
+            let rtype = if address.contains(':') { AAAA } else { A };
+            list.add(&service, rtype, &address);
+            list.add(&host, rtype, &address);
+            list.add(&reverse(&address), PTR, &host);
+            for port in draft.ports.iter().filter(|port| !port.name.is_empty()) {
+                let owner = format!("_{}.{}.{service}", port.name, port.protocol.srv_label());
+                let (weight, priority) =
+                    ports.entry((owner, host.clone(), port.number)).or_insert((0.0, draft.priority));
+                *weight += f64::from(draft.weight.unwrap_or(1.0));
+                *priority = draft.priority.min(*priority);
+            }
+        }
+        for ((owner, target, port), (weight, priority)) in ports {
+            let weight = if weight == 0.0 { 0.0 } else { (weight * 100.0).round().clamp(1.0, 65_535.0) };
+            list.add(&owner, SRV, &format!("{priority} {weight} {port} {target}"));
+        }
+        list.add("cluster.local.", SOA, "");
+        list.add("cluster.local.", NS, "ns.dns.cluster.local.");
+        list.add("ns.dns.cluster.local.", A, "192.0.2.53");
+        list.add("dns-version.cluster.local.", TXT, "1.1.0");
+        // It is there before the first service is.
+        list.add("svc.cluster.local.", 0, "");
+        list
+    }
+
+    fn add(&mut self, owner: &str, rtype: u16, rdata: &str) {
+        self.0.insert((owner.to_owned(), rtype, rdata.to_owned()));
+    }
+
+    /// The response code, and the records without their TTL.
+    fn search(&self, name: &str, rtype: u16) -> (u16, Vec<String>) {
+        let in_zone = name == "cluster.local." || name.ends_with(".cluster.local.");
+        let below = format!(".{name}");
+        let exists = self.0.iter().any(|(owner, _, _)| owner == name || in_zone && owner.ends_with(&below));
+        let found = self.0.iter().filter(|(owner, held, _)| owner == name && *held == rtype);
+        let found = found.map(|(_, _, rdata)| rdata.clone()).collect();
+        match (exists, in_zone) {
+            (true, _) => (0, found),
+            (false, true) => (3, found),
+            (false, false) => (5, found),
+        }
+    }
+}
+
+fn dashed(address: &str) -> String {
+    let label = address.replace(['.', ':'], "-");
+    if label.ends_with('-') { label + "0" } else { label }
+}
+
+fn reverse(address: &str) -> String {
+    match address.parse().expect("an address") {
+        IpAddr::V4(ip) => {
+            let [a, b, c, d] = ip.octets();
+            format!("{d}.{c}.{b}.{a}.in-addr.arpa.")
+        }
+        IpAddr::V6(ip) => {
+            let nibbles = ip.octets().into_iter().rev().flat_map(|octet| [octet & 15, octet >> 4]);
+            nibbles.map(|nibble| format!("{nibble:x}.")).collect::<String>() + "ip6.arpa."
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    #[test]
+    fn a_plain_list_of_records_says_the_same(
+        registrations in any_registrations(),
+        names in prop::collection::vec(any_name(), 1..12),
+        rtype in prop::sample::select(vec![A, AAAA, SRV, PTR, TXT, SOA, NS, MX]),
+    ) {
+        let ns_addresses = vec!["192.0.2.53".parse().expect("valid")];
+        let mut world = World::new(ZoneConfig { ns_addresses, ..config() });
+        for (service, draft, ready) in &registrations {
+            let service = key(service);
+            let one = std::sync::Arc::unwrap_or_clone(instance(&service, draft)).with_ready(*ready);
+            world.put(&service, one.into());
+        }
+        let list = List::of(&registrations);
+        for name in names {
+            let told = tell(&world, &ask(&name, rtype).tcp());
+            let (rcode, expected) = list.search(&name, rtype);
+            let mut found: Vec<String> = told.message.answers.iter().map(|record| record.data.to_string()).collect();
+            found.sort();
+            if rtype == SOA {
+                // Its numbers are tested elsewhere.
+                found.iter_mut().for_each(String::clear);
+            }
+            prop_assert_eq!((told.rcode(), found), (rcode, expected), "{} {}", name, rtype);
+        }
+    }
+}

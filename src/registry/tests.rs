@@ -1,0 +1,188 @@
+//! The registry from its handle to its journal: what waits is one batch, and whatever is asked of
+//! it in whatever batches, a plain map says the same.
+
+use std::collections::BTreeMap;
+
+use fastrand::Rng;
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::{
+    metrics::Metrics,
+    model::{DnsName, Door, Draft, DraftPort, Protocol},
+    store::{DataDir, Options},
+    zone::{Zone, ZoneConfig},
+};
+
+const DOOR: Door = Door { zone_wire_len: 15, names_allowed: false };
+
+/// A registry on a directory, whose writer works only when it is told to.
+struct World {
+    handle: RegistryHandle,
+    writer: Writer,
+    metrics: Arc<Metrics>,
+    runtime: Runtime,
+}
+
+impl World {
+    fn on(dir: &TempDir, max_instances: usize) -> Self {
+        let metrics = Arc::new(Metrics::new());
+        let (handle, unrecovered) = new(max_instances, Arc::clone(&metrics));
+        let origin = DnsName::parse("cluster.local").expect("a name");
+        let (reverse_zones, ns_addresses) = (Vec::new(), Vec::new());
+        let config = ZoneConfig { origin, ttl: 5, reverse_zones, ns_addresses, publish_not_ready: false };
+        let (_, publisher) = Zone::new(config);
+        let data_dir = DataDir::lock(dir.path()).expect("nobody else has it");
+        let writer = unrecovered.recover(data_dir, &Options::default(), publisher, &mut |_| {}).expect("a good store");
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        Self { handle, writer, metrics, runtime }
+    }
+
+    /// Hands all of them in, lets the writer work them off, and gives what it answered. It is over then.
+    fn carry_out(self, submissions: Vec<Vec<Command>>) -> (Vec<Ack>, Arc<Catalog>, Arc<Metrics>) {
+        let Self { handle, writer, metrics, runtime } = self;
+        let acked = runtime.block_on(async {
+            let mut acked = Vec::new();
+            for commands in submissions {
+                acked.push(handle.submit(commands).await.expect("it is ready"));
+            }
+            acked
+        });
+        let stop = CancellationToken::new();
+        stop.cancel();
+        // What waits is carried out before it ends.
+        writer.run(runtime.handle(), &stop);
+        let acks = runtime.block_on(futures::future::join_all(acked));
+        let acks = acks.into_iter().map(|ack| ack.expect("carried out")).collect();
+        (acks, Arc::clone(handle.catalog()), metrics)
+    }
+}
+
+fn register(service: &str, address: &str, port: u16, weight: f32) -> Command {
+    let service = DOOR.service("prod", service).expect("valid");
+    let ports = vec![DraftPort { number: port.into(), ..DraftPort::default() }];
+    let draft = Draft { address: address.into(), ports, weight: Some(weight), ..Draft::default() };
+    let instance = DOOR.instance(&service, &draft, UnixMillis(1)).expect("valid");
+    Command::Register { service, instance: Arc::new(instance) }
+}
+
+fn scrape(metrics: &Metrics) -> String {
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, metrics.all()).expect("a String takes everything");
+    text
+}
+
+/// A journal that is closed marks its end, with one more sync.
+const AT_THE_END: u64 = 1;
+
+/// Syncs of the journal so far, the one at the start among them.
+fn syncs(metrics: &Metrics) -> u64 {
+    let text = scrape(metrics);
+    let count = text.lines().find_map(|line| line.strip_prefix("gangplank_store_sync_seconds_count "));
+    count.expect("it is there").parse().expect("a number")
+}
+
+#[test]
+fn what_waits_is_one_batch_with_one_sync_and_one_generation() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let world = World::on(&dir, 1_000_000);
+    let before = world.writer.generation();
+    let synced = syncs(&world.metrics);
+    let submissions = (0..100).map(|n| vec![register("web", &format!("10.0.0.{n}"), 80, 1.0)]).collect();
+    let (acks, catalog, metrics) = world.carry_out(submissions);
+    assert!(acks.iter().all(|ack| *ack == Ack { generation: before + 1, outcomes: vec![Outcome::Created] }));
+    assert_eq!(catalog.instances(), 100);
+    let text = scrape(&metrics);
+    for line in ["gangplank_registry_batches_total 1", "gangplank_registry_batch_submissions_sum 100.0"] {
+        assert!(text.lines().any(|found| found == line), "no {line} in\n{text}");
+    }
+    assert_eq!(syncs(&metrics), synced + 1 + AT_THE_END);
+}
+
+#[test]
+fn the_same_again_writes_nothing_and_makes_no_generation() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let same = || vec![register("web", "10.0.0.1", 80, 1.0)];
+    World::on(&dir, 10).carry_out(vec![same()]);
+    let world = World::on(&dir, 10);
+    let (before, synced) = (world.writer.generation(), syncs(&world.metrics));
+    let (acks, _, metrics) = world.carry_out(vec![same(), same()]);
+    assert!(acks.iter().all(|ack| *ack == Ack { generation: before, outcomes: vec![Outcome::Unchanged] }));
+    assert_eq!(syncs(&metrics), synced + AT_THE_END, "there is nothing to sync");
+}
+
+/// What identifies an instance, and its weight.
+type Model = BTreeMap<(String, String, u16), f32>;
+
+/// Few services, addresses and ports, so that they meet often.
+fn any_command(rng: &mut Rng, model: &mut Model, most: usize) -> (Command, Outcome) {
+    let service = ["web", "db"][rng.usize(..2)].to_owned();
+    let address = format!("10.0.0.{}", rng.u8(1..5));
+    let port = rng.u16(80..82);
+    let key = (service.clone(), address.clone(), port);
+    if rng.bool() {
+        let weight = f32::from(rng.u8(..2));
+        let outcome = match model.get(&key) {
+            Some(held) if *held == weight => Outcome::Unchanged,
+            Some(_) => Outcome::Updated,
+            None if model.len() >= most => Outcome::Full { limit: most },
+            None => Outcome::Created,
+        };
+        if !matches!(outcome, Outcome::Full { .. }) {
+            model.insert(key, weight);
+        }
+        return (register(&service, &address, port, weight), outcome);
+    }
+    let all = rng.bool();
+    let held = model.len();
+    model.retain(|(s, a, p), _| !(*s == service && *a == address && (all || *p == port)));
+    let removed = held - model.len();
+    let outcome = if removed == 0 { Outcome::NotFound } else { Outcome::Removed(removed) };
+    let ports = PortSet::new(if all { Vec::new() } else { vec![(Protocol::Tcp, port)] });
+    let key = DOOR.service("prod", &service).expect("valid");
+    (Command::Unregister { service: key, address: DOOR.address(&address).expect("valid"), ports }, outcome)
+}
+
+fn held(catalog: &Catalog) -> Model {
+    let mut model = Model::new();
+    for (key, service) in catalog.services() {
+        assert!(!service.instances.is_empty(), "{key} has an instance, or it is gone");
+        for instance in service.instances.iter() {
+            let port = instance.ports().as_slice()[0].number;
+            model.insert((key.name().to_owned(), instance.address().to_string(), port), instance.weight().get());
+        }
+    }
+    model
+}
+
+#[test]
+fn whatever_is_asked_a_plain_map_says_the_same_and_so_does_a_restart() {
+    const MOST: usize = 10;
+    for seed in 0..40 {
+        let mut rng = Rng::with_seed(seed);
+        let dir = tempfile::tempdir().expect("a directory");
+        let (mut model, mut generation) = (Model::new(), 0);
+        // Each round is another process on the same directory.
+        for round in 0..4 {
+            let world = World::on(&dir, MOST);
+            assert_eq!(held(&world.handle.catalog), model, "recovered, seed {seed} round {round}");
+            assert!(world.writer.generation() >= generation, "never back");
+            let (mut submissions, mut expected) = (Vec::new(), Vec::new());
+            for _ in 0..rng.usize(1..8) {
+                let steps: Vec<_> = (0..rng.usize(1..8)).map(|_| any_command(&mut rng, &mut model, MOST)).collect();
+                let (commands, outcomes): (Vec<_>, Vec<_>) = steps.into_iter().unzip();
+                submissions.push(commands);
+                expected.push(outcomes);
+            }
+            let (acks, catalog, metrics) = world.carry_out(submissions);
+            let outcomes: Vec<_> = acks.iter().map(|ack| ack.outcomes.clone()).collect();
+            assert_eq!(outcomes, expected, "seed {seed} round {round}");
+            assert_eq!(held(&catalog), model, "seed {seed} round {round}");
+            generation = catalog.generation();
+            let line = format!("gangplank_registry_instances {}\n", model.len());
+            assert!(scrape(&metrics).contains(&line), "{line}");
+        }
+    }
+}
