@@ -29,6 +29,10 @@ use tokio::{net::TcpListener, sync::oneshot, task::JoinSet};
 use tokio_stream::{Stream, StreamExt as _, wrappers::TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
+/// What the server itself runs with.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// Rounds of each pair.
 const ROUNDS: usize = 5;
 

@@ -22,6 +22,9 @@ use crate::{
 /// Longest TTL that may be set, in seconds: an hour without a change is long for a service.
 const MAX_TTL: u32 = 3600;
 
+/// Longest that a TCP connection may be left waiting: a deadline has to fit the clock.
+const MAX_PATIENCE: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// Smallest journal segment, in octets: below that, closing segments is most of the work.
 const MIN_SEGMENT: u64 = 4096;
 
@@ -207,6 +210,7 @@ impl ServeArgs {
         }
         for (flag, value) in [("--tcp-idle", tcp_idle), ("--tcp-message", tcp_message)] {
             ensure!(!value.is_zero(), "{flag}: must be longer than nothing");
+            ensure!(value <= MAX_PATIENCE, "{flag}: must be at most {}", humantime::format_duration(MAX_PATIENCE));
         }
         ensure!(segment_octets >= MIN_SEGMENT, "--segment-octets {segment_octets}: must be at least {MIN_SEGMENT}");
         let reverse_zones = reverse_zone.iter().map(|cidr| parse_cidr(cidr)).collect::<Result<_, _>>()?;
@@ -300,6 +304,8 @@ mod tests {
             (["--reverse-zone", "10.0.0.0/33"], "0..=32"),
             (["--tcp-pipelined", "0"], "--tcp-pipelined"),
             (["--tcp-idle", "0s"], "--tcp-idle"),
+            (["--tcp-idle", "500000000000y"], "--tcp-idle: must be at most 1day"),
+            (["--tcp-message", "25h"], "--tcp-message: must be at most 1day"),
         ] {
             let said = check(&flags).expect_err("refused");
             assert!(said.contains(says), "{said:?} should contain {says:?}");

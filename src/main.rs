@@ -1,6 +1,10 @@
 //! The process: arguments, logs, signals, exit code.
 
-use std::process::ExitCode;
+use std::{
+    fmt,
+    io::{self, Write as _},
+    process::ExitCode,
+};
 
 use clap::{Parser, Subcommand};
 use gangplank::{
@@ -9,6 +13,10 @@ use gangplank::{
     telemetry::{self, LogArgs},
 };
 use tokio::signal::unix::{SignalKind, signal};
+
+/// Registrations allocate on one thread and free on another, which glibc's allocator is slow at.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// DNS inside Kubernetes for services that live outside it.
 #[derive(Debug, Parser)]
@@ -38,7 +46,8 @@ async fn main() -> ExitCode {
         Command::Serve { serve, log } => match run(*serve, &log).await {
             Ok(()) => ExitCode::SUCCESS,
             Err(why) => {
-                eprintln!("error: {why:#}");
+                // Not `eprintln!`, which panics where stderr cannot be written.
+                let _ = writeln!(io::stderr(), "error: {why:#}");
                 ExitCode::FAILURE
             }
         },
@@ -50,7 +59,7 @@ async fn run(serve: ServeArgs, log: &LogArgs) -> anyhow::Result<()> {
     telemetry::init(log)?;
     let bound = app::bind(serve.check()?)?;
     for (what, address) in bound.listeners()? {
-        println!("listening {what} {address}");
+        announce(format_args!("listening {what} {address}"));
     }
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut signalled = async move || tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} };
@@ -62,7 +71,13 @@ async fn run(serve: ServeArgs, log: &LogArgs) -> anyhow::Result<()> {
     };
     let shutdown = async { told.await.unwrap_or(()) };
     tokio::select! {
-        ended = bound.run(shutdown, |generation| println!("ready generation {generation}")) => ended,
+        ended = bound.run(shutdown, |generation| announce(format_args!("ready generation {generation}"))) => ended,
         () = second => anyhow::bail!("stopped by a second signal before the drain time was over"),
     }
+}
+
+/// Says it on stdout. A server serves on when whoever listened there has gone, or their disk is
+/// full; `println!` would panic.
+fn announce(line: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stdout(), "{line}");
 }

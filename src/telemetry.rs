@@ -37,7 +37,8 @@ pub enum LogFormat {
 pub fn init(args: &LogArgs) -> anyhow::Result<()> {
     let LogArgs { log, log_format } = args;
     let filter = EnvFilter::try_new(log).with_context(|| format!("--log {log:?} is not a filter such as info"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    // A line that cannot be written is lost. To complain about it on the same stderr would panic.
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).log_internal_errors(false);
     let colour = io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     match log_format {
         LogFormat::Text => builder.with_ansi(colour).try_init(),

@@ -3,7 +3,7 @@
 use std::{
     error::Error,
     fmt::{self, Write as _},
-    io::{self, IsTerminal as _},
+    io::{self, IsTerminal as _, Write as _},
     process::ExitCode,
 };
 
@@ -49,7 +49,8 @@ impl Failure {
         if !self.silent {
             let colour = colour_allowed(io::stderr().is_terminal());
             let (on, off) = if colour { ("\x1b[1;31m", "\x1b[0m") } else { ("", "") };
-            eprintln!("{on}error:{off} {self}");
+            // Not `eprintln!`, whose panic would replace the exit code where stderr cannot be written.
+            let _ = writeln!(io::stderr(), "{on}error:{off} {self}");
         }
         ExitCode::from(self.exit as u8)
     }

@@ -1,6 +1,9 @@
 //! `gangplank ls`: services, or the instances of one service.
 
-use std::time::SystemTime;
+use std::{
+    io::{self, Write as _},
+    time::SystemTime,
+};
 
 use super::{
     args::{ScopeArgs, ServerArgs, ServiceName, key},
@@ -51,7 +54,8 @@ pub(super) async fn run(args: Args) -> Result<(), Failure> {
         (None, namespace) => {
             let services = client.services(namespace).await?;
             if services.is_empty() {
-                eprintln!("{}", nothing(namespace));
+                // The exit code says it too, where stderr cannot be written.
+                let _ = writeln!(io::stderr(), "{}", nothing(namespace));
             }
             show_services(&services, format)
         }

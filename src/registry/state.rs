@@ -54,9 +54,17 @@ impl State {
         Self { catalog, max_instances, pending: Pending::default() }
     }
 
-    /// What the commands since the last call change; the next batch begins.
+    /// What the commands since the last call change; the next batch begins, and is expected to be
+    /// as large.
     pub(super) fn take(&mut self) -> Pending {
-        std::mem::take(&mut self.pending)
+        let Pending { services, records, events, growth: _ } = &self.pending;
+        let next = Pending {
+            services: HashMap::with_capacity_and_hasher(services.len(), services.hasher().clone()),
+            records: Vec::with_capacity(records.len()),
+            events: Vec::with_capacity(events.len()),
+            growth: 0,
+        };
+        std::mem::replace(&mut self.pending, next)
     }
 
     /// Decides one command and notes what it changes.
@@ -69,7 +77,8 @@ impl State {
     }
 
     fn register(&mut self, key: ServiceKey, instance: Arc<Instance>, received: UnixMillis) -> Outcome {
-        let before = self.find(&key, &instance.key());
+        let service = self.service(&key);
+        let before = service.as_ref().and_then(|service| service.instances.get(&instance.key()).cloned());
         let (outcome, instance) = match &before {
             None => {
                 let count = self.catalog.instances().saturating_add_signed(self.pending.growth);
@@ -87,16 +96,17 @@ impl State {
             }
         };
         self.pending.records.push(Record::Put { service: key.clone(), instance: Arc::clone(&instance) });
-        self.note(key, Change { before, after: Some(instance) }, received);
+        self.note(key, service, Change { before, after: Some(instance) }, received);
         outcome
     }
 
     fn unregister(&mut self, key: &ServiceKey, address: Address, ports: PortSet, received: UnixMillis) -> Outcome {
+        let Some(service) = self.service(key) else { return Outcome::NotFound };
         let found = if ports.as_slice().is_empty() {
-            self.service(key).map_or_else(Vec::new, |service| service.at(&address))
+            service.at(&address)
         } else {
             let id = InstanceId { address, ports };
-            self.find(key, &InstanceKey::from(&id)).into_iter().collect()
+            service.instances.get(&InstanceKey::from(&id)).cloned().into_iter().collect()
         };
         if found.is_empty() {
             return Outcome::NotFound;
@@ -104,18 +114,20 @@ impl State {
         let removed = found.len();
         for instance in found {
             self.pending.records.push(Record::Remove { service: key.clone(), id: instance.id() });
-            self.note(key.clone(), Change { before: Some(instance), after: None }, received);
+            self.note(key.clone(), Some(service.clone()), Change { before: Some(instance), after: None }, received);
         }
         Outcome::Removed(removed)
     }
 
     fn set_ready(&mut self, key: ServiceKey, id: &InstanceId, ready: bool, received: UnixMillis) -> Outcome {
-        match self.find(&key, &InstanceKey::from(id)) {
+        let service = self.service(&key);
+        let found = service.as_ref().and_then(|service| service.instances.get(&InstanceKey::from(id)).cloned());
+        match found {
             None => Outcome::NotFound,
             Some(before) if before.ready() == ready => Outcome::Unchanged,
             Some(before) => {
                 let after = Arc::new(Instance::clone(&before).with_ready(ready));
-                self.note(key, Change { before: Some(before), after: Some(after) }, received);
+                self.note(key, service, Change { before: Some(before), after: Some(after) }, received);
                 Outcome::Updated
             }
         }
@@ -129,19 +141,13 @@ impl State {
         }
     }
 
-    fn find(&self, key: &ServiceKey, id: &InstanceKey<'_>) -> Option<Arc<Instance>> {
-        match self.pending.services.get(key) {
-            Some(pending) => pending.after.instances.get(id).cloned(),
-            None => self.catalog.get(key)?.instances.get(id).cloned(),
-        }
-    }
-
-    /// Lays one change over what the batch has so far.
-    fn note(&mut self, key: ServiceKey, change: Change, received: UnixMillis) {
-        let pending = self.pending.services.entry(key.clone()).or_insert_with(|| PendingService {
-            after: self.catalog.get(&key).unwrap_or_default(),
-            changes: Vec::new(),
-        });
+    /// Lays one change over what the batch has so far; `service` is as [`State::service`] gave it.
+    fn note(&mut self, key: ServiceKey, service: Option<Service>, change: Change, received: UnixMillis) {
+        let pending = self
+            .pending
+            .services
+            .entry(key.clone())
+            .or_insert_with(|| PendingService { after: service.unwrap_or_default(), changes: Vec::new() });
         let instances = &mut pending.after.instances;
         match (&change.before, &change.after) {
             (_, Some(after)) => {

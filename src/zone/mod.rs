@@ -23,7 +23,6 @@ mod tests;
 
 use std::{
     cell::OnceCell,
-    collections::BTreeSet,
     net::IpAddr,
     sync::{
         Arc,
@@ -274,7 +273,7 @@ impl Publisher {
         let old = services.get(service);
 
         let mut edit = Edit::new(old.cloned().unwrap_or_default(), not_ready_too);
-        let mut touched = BTreeSet::new();
+        let mut touched: Vec<(IpAddr, Target)> = Vec::with_capacity(changes.len());
         for Change { before, after } in changes {
             let of = |instance| Contribution::of(instance, not_ready_too);
             let (before, after) = (before.as_deref().and_then(of), after.as_deref().and_then(of));
@@ -283,6 +282,8 @@ impl Publisher {
             before.iter().for_each(|contribution| edit.subtract(contribution));
             touched.extend([before, after].into_iter().flatten().map(|c| (c.ip, c.target)));
         }
+        touched.sort_unstable();
+        touched.dedup();
         let new = edit.finish(after);
 
         let had = |(ip, target): &(IpAddr, Target)| old.is_some_and(|old| old.names(*ip, target));
