@@ -80,6 +80,17 @@ fn a_ready_server_says_so_over_http() {
 }
 
 #[test]
+fn a_namespace_that_can_never_be_is_wrong_usage_and_not_the_servers_fault() {
+    let server = Server::start();
+    for command in ["ls", "watch"] {
+        let output = server.run(&[command, "-n", "a b"]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains("namespace: must consist of") && !said.contains("the server answered"), "{said}");
+    }
+}
+
+#[test]
 fn grpc_beyond_loopback_needs_a_word() {
     let data = tempfile::tempdir().expect("a temporary directory can be made");
     let mut refused = Process::serve(data.path(), &["--grpc-listen", "0.0.0.0:0"]);

@@ -79,6 +79,11 @@ pub(super) fn key(namespace: &str, name: &str) -> Result<ServiceKey, Failure> {
     ANY_DOOR.service(namespace, name).map_err(|why| Failure::new(Exit::Usage, why.to_string()))
 }
 
+/// A namespace to be read as a whole; one that can never hold anything is wrong usage.
+pub(super) fn check_namespace(namespace: &str) -> Result<(), Failure> {
+    key(namespace, "any").map(drop)
+}
+
 /// A door that lets through whatever some server might.
 pub(super) const ANY_DOOR: Door = Door { zone_wire_len: 1, names_allowed: true };
 

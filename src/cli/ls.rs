@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    args::{ScopeArgs, ServerArgs, ServiceName, key},
+    args::{ScopeArgs, ServerArgs, ServiceName, check_namespace, key},
     failure::{Exit, Failure},
     output::{Format, NONE, OutputArgs, Table, age, percent, print, print_json, print_yaml},
 };
@@ -52,6 +52,7 @@ pub(super) async fn run(args: Args) -> Result<(), Failure> {
     let mut client = Client::connect(&server.server).await?;
     match (&service, namespace) {
         (None, namespace) => {
+            namespace.map_or(Ok(()), check_namespace)?;
             let services = client.services(namespace).await?;
             if services.is_empty() {
                 // The exit code says it too, where stderr cannot be written.

@@ -9,6 +9,8 @@ use std::{
     path::PathBuf,
 };
 
+use rustix::io::Errno;
+
 /// What a name ends in until the file is whole.
 pub(super) const STAGED: &str = ".tmp";
 
@@ -57,37 +59,54 @@ pub(super) fn publish<E: From<io::Error>>(
     Ok(file)
 }
 
+/// Whether a file could not be opened because there are too many open ones, here or in the whole
+/// system. Of what was asked nothing was done: no other step of [`publish`] needs a descriptor.
+pub(super) fn no_descriptor(why: &io::Error) -> bool {
+    matches!(Errno::from_io_error(why), Some(Errno::MFILE | Errno::NFILE))
+}
+
 /// A real directory.
 #[derive(Debug)]
-pub(super) struct Disk(pub(super) PathBuf);
+pub(super) struct Disk {
+    path: PathBuf,
+    /// Open all the time, so that [`Files::sync_dir`] cannot fail for want of a descriptor.
+    dir: fs::File,
+}
+
+impl Disk {
+    pub(super) fn open(path: PathBuf) -> io::Result<Self> {
+        let dir = fs::File::open(&path)?;
+        Ok(Self { path, dir })
+    }
+}
 
 impl Files for Disk {
     fn list(&self) -> io::Result<Vec<String>> {
         // A name that is not UTF-8 is none of ours.
-        let names = fs::read_dir(&self.0)?.map(|entry| Ok(entry?.file_name().into_string().ok()));
+        let names = fs::read_dir(&self.path)?.map(|entry| Ok(entry?.file_name().into_string().ok()));
         names.filter_map(Result::transpose).collect()
     }
 
     fn create(&self, name: &str) -> io::Result<Box<dyn File>> {
         let mut options = fs::OpenOptions::new();
         options.read(true).write(true).create(true).truncate(true).mode(0o600);
-        Ok(Box::new(options.open(self.0.join(name))?))
+        Ok(Box::new(options.open(self.path.join(name))?))
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn File>> {
-        Ok(Box::new(fs::OpenOptions::new().read(true).write(true).open(self.0.join(name))?))
+        Ok(Box::new(fs::OpenOptions::new().read(true).write(true).open(self.path.join(name))?))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        fs::rename(self.0.join(from), self.0.join(to))
+        fs::rename(self.path.join(from), self.path.join(to))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        fs::remove_file(self.0.join(name))
+        fs::remove_file(self.path.join(name))
     }
 
     fn sync_dir(&self) -> io::Result<()> {
-        fs::File::open(&self.0)?.sync_all()
+        self.dir.sync_all()
     }
 }
 

@@ -13,7 +13,7 @@ use tracing::warn;
 
 use super::{
     Record, StoreError,
-    files::{File, publish},
+    files::{File, no_descriptor, publish},
     format::Entry,
     frame::{Frame, FrameBuffer, HEADER_LEN, Header, Place},
     snapshot::{Closed, Plan, Running, Shared},
@@ -36,6 +36,8 @@ pub struct Journal {
     pub(super) frame_octets: usize,
     frame: FrameBuffer,
     generation: u64,
+    /// The next segment could not be begun for want of a descriptor, and that was said.
+    crowded: bool,
     /// What ended the journal's use.
     failed: Option<StoreError>,
     /// Held until everything above is at rest.
@@ -125,6 +127,7 @@ impl Journal {
             frame_octets: FRAME_OCTETS,
             frame: FrameBuffer::new(),
             generation,
+            crowded: false,
             failed: None,
             _lock: lock,
         };
@@ -143,8 +146,20 @@ impl Journal {
     pub fn append(&mut self, generation: u64, records: &[Record]) -> Result<(), StoreError> {
         self.usable()?;
         if self.segment.end >= self.segment_octets {
-            self.rotate()?;
-            self.compact();
+            match self.begin_segment() {
+                Ok(()) => {
+                    self.crowded = false;
+                    self.compact();
+                }
+                // Nothing was made, so nothing is in doubt. Whoever holds the descriptors must not
+                // end registrations: the segment grows, and the next batch tries again.
+                Err((_, why)) if no_descriptor(&why) => {
+                    if !std::mem::replace(&mut self.crowded, true) {
+                        warn!(%why, "the next journal segment cannot be begun; this one grows until it can");
+                    }
+                }
+                Err((place, why)) => return Err(self.fail("create", place, why)),
+            }
         }
         self.generation = self.generation.max(generation);
         self.write(records).map_err(|Tried(doing, why)| self.fail(doing, self.segment.place, why))?;
@@ -206,11 +221,14 @@ impl Journal {
     /// Closes the segment and begins the next, whose header vouches for the closed one.
     pub(super) fn rotate(&mut self) -> Result<(), StoreError> {
         self.usable()?;
+        self.begin_segment().map_err(|(place, why)| self.fail("create", place, why))
+    }
+
+    /// The error says which segment could not be made.
+    fn begin_segment(&mut self) -> Result<(), (Place, io::Error)> {
         let Segment { place, end, .. } = self.segment;
-        match Segment::create(&self.shared, place.number + 1, end) {
-            Ok(next) => self.segment = next,
-            Err(why) => return Err(self.fail("create", Place::journal(place.number + 1), why)),
-        }
+        let next = place.number + 1;
+        self.segment = Segment::create(&self.shared, next, end).map_err(|why| (Place::journal(next), why))?;
         self.closed.push(Closed { number: place.number, len: end });
         Ok(())
     }

@@ -166,7 +166,7 @@ impl DataDir {
         record: &mut dyn FnMut(Record),
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(Journal, Recovery), StoreError> {
-        let disk = Arc::new(files::Disk(self.path.clone()));
+        let disk = Arc::new(files::Disk::open(self.path.clone()).trying("open", &self.path)?);
         recover::Start { files: disk, dir: self.path, lock: Some(self.lock), options, metrics }.run(record, progress)
     }
 }

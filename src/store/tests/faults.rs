@@ -2,6 +2,8 @@
 
 use std::{io::ErrorKind, sync::Arc};
 
+use rustix::io::Errno;
+
 use super::{
     Model, apply,
     machine::{Machine, Operation},
@@ -9,7 +11,7 @@ use super::{
 };
 use crate::{
     metrics::Metrics,
-    store::{Journal, Record, frame},
+    store::{Journal, Record, files::Files as _, frame},
 };
 
 fn batch(seed: u64) -> Vec<Record> {
@@ -76,6 +78,37 @@ fn a_segment_that_cannot_be_made_stops_the_journal_too() {
         assert_eq!((read, recovery.repairs), (model, vec![]));
         journal.append(3, &batch(3)).expect("the disk works again");
     }
+}
+
+#[test]
+fn without_descriptors_the_segment_grows_until_the_next_one_can_be_begun() {
+    let machine = Machine::default();
+    let (mut journal, _, mut model) = open_with(&machine, &small(), &Arc::default()).expect("a new directory");
+    let mut generation = 0;
+    let mut append = |journal: &mut Journal, batches| {
+        for _ in 0..batches {
+            generation += 1;
+            let batch = batch(generation);
+            journal.append(generation, &batch).expect("what is open can be written");
+            batch.iter().for_each(|record| apply(&mut model, record));
+        }
+    };
+    for lacking in [Errno::MFILE, Errno::NFILE] {
+        let newest = || {
+            let names = machine.list().expect("no fault").into_iter();
+            names.filter(|name| name.starts_with("journal") && !name.ends_with(".tmp")).max()
+        };
+        let before = newest();
+        machine.fail(Operation::Create, lacking, u32::MAX);
+        append(&mut journal, 100);
+        assert_eq!(newest(), before);
+        machine.mend();
+        append(&mut journal, 1);
+        assert!(newest() > before, "the next segment is begun");
+    }
+    drop(journal);
+    let (_, recovery, read) = open(&machine).expect("nothing is damaged");
+    assert_eq!((read, recovery.repairs), (model, vec![]));
 }
 
 /// The system drops what it could not write, calls the next sync a success, and still shows it

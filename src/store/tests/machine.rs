@@ -8,6 +8,7 @@ use std::{
 };
 
 use fastrand::Rng;
+use rustix::io::Errno;
 
 use super::super::files::{File, Files};
 
@@ -91,7 +92,35 @@ struct State {
     left: Option<u64>,
     off: bool,
     /// What fails, how, and how many times more.
-    fault: Option<(Operation, io::ErrorKind, u32)>,
+    fault: Option<(Operation, Fault, u32)>,
+}
+
+/// What the system says of an operation that fails.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Fault {
+    Kind(io::ErrorKind),
+    Number(Errno),
+}
+
+impl From<io::ErrorKind> for Fault {
+    fn from(kind: io::ErrorKind) -> Self {
+        Self::Kind(kind)
+    }
+}
+
+impl From<Errno> for Fault {
+    fn from(number: Errno) -> Self {
+        Self::Number(number)
+    }
+}
+
+impl From<Fault> for io::Error {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::Kind(kind) => kind.into(),
+            Fault::Number(number) => number.into(),
+        }
+    }
 }
 
 /// The machine. Clones are the same one.
@@ -113,8 +142,8 @@ impl Machine {
     }
 
     /// Has an operation fail some times.
-    pub(super) fn fail(&self, operation: Operation, kind: io::ErrorKind, times: u32) {
-        self.state().fault = Some((operation, kind, times));
+    pub(super) fn fail(&self, operation: Operation, fault: impl Into<Fault>, times: u32) {
+        self.state().fault = Some((operation, fault.into(), times));
     }
 
     pub(super) fn mend(&self) {
@@ -177,12 +206,12 @@ impl Machine {
         if state.off {
             return Err(Interrupted::Never(off()));
         }
-        if let Some((failing, kind, times)) = &mut state.fault
+        if let Some((failing, fault, times)) = &mut state.fault
             && *failing == operation
             && *times > 0
         {
             *times -= 1;
-            return Err(Interrupted::Halfway(io::Error::from(*kind)));
+            return Err(Interrupted::Halfway(io::Error::from(*fault)));
         }
         match &mut state.left {
             Some(0) => {
