@@ -10,7 +10,7 @@ use std::{
 use serde::Serialize;
 
 use super::{
-    args::{ScopeArgs, ServerArgs, ServiceName, key},
+    args::{ScopeArgs, ServerArgs, ServiceName, check_namespace, key},
     failure::{Exit, Failure},
     output::{Format, OutputArgs, age, colour_allowed, print, print_yaml},
 };
@@ -81,8 +81,9 @@ fn hex(cursor: &[u8]) -> String {
 pub(super) async fn run(args: Args) -> Result<(), Failure> {
     let Args { service, scope, from, output, server } = args;
     let namespace = scope.of(service.as_ref());
-    if let Some(service) = &service {
-        key(namespace.unwrap_or_default(), &service.name)?;
+    match &service {
+        Some(service) => drop(key(namespace.unwrap_or_default(), &service.name)?),
+        None => namespace.map_or(Ok(()), check_namespace)?,
     }
     let name = service.as_ref().map(|service| service.name.as_str());
     let watching = follow(&server.server, namespace, name, from.map(|Cursor(octets)| octets), output.output);
