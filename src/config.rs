@@ -234,7 +234,7 @@ impl ServeArgs {
             door: Door { zone_wire_len: origin.wire_len(), names_allowed: false },
             zone: ZoneConfig { origin, ttl, reverse_zones, ns_addresses: ns_address, publish_not_ready },
             data_dir: data_dir.map_or_else(default_data_dir, Ok)?,
-            store: store::Options { accept_loss, segment_octets },
+            store: store::Options { accept_loss, segment_octets, outbox: false },
             max_instances,
             drain,
         })

@@ -112,6 +112,8 @@ impl Unrecovered {
                     }
                 }
             }
+            // The store keeps these to itself.
+            Record::Mirrored { .. } | Record::Term { .. } => {}
         };
         let (journal, recovery) = data_dir.recover(options, Arc::clone(&metrics), &mut replay, progress)?;
         for repair in &recovery.repairs {

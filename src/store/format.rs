@@ -33,10 +33,10 @@ impl Payload {
     }
 }
 
-/// One record. Tags 3 (outbox done) and 4 (term) are reserved for the mirror and for replicas.
+/// One record.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Entry {
-    #[prost(oneof = "Change", tags = "1, 2")]
+    #[prost(oneof = "Change", tags = "1, 2, 3, 4")]
     change: Option<Change>,
 }
 
@@ -46,6 +46,10 @@ enum Change {
     Put(Put),
     #[prost(message, tag = "2")]
     Remove(Remove),
+    #[prost(message, tag = "3")]
+    Mirrored(Mirrored),
+    #[prost(message, tag = "4")]
+    Term(Term),
 }
 
 /// An instance stands so.
@@ -73,6 +77,11 @@ struct Put {
     /// Milliseconds since 1970-01-01 UTC.
     #[prost(uint64, tag = "9")]
     registered: u64,
+    /// The generation since which Kubernetes lacks it; 0 when Kubernetes has it. Absent means
+    /// since the generation of the frame: so it is in a segment, and in a snapshot that was made
+    /// without the outbox.
+    #[prost(uint64, optional, tag = "10")]
+    since: Option<u64>,
 }
 
 /// An instance is gone.
@@ -87,6 +96,28 @@ struct Remove {
     /// In the model's order, without names.
     #[prost(message, repeated, tag = "4")]
     ports: Vec<Port>,
+    /// As in `Put`. A snapshot holds it only as long as Kubernetes lacks it.
+    #[prost(uint64, optional, tag = "5")]
+    since: Option<u64>,
+}
+
+/// Kubernetes has everything of a service up to a generation. Only in segments: a snapshot has
+/// drawn the consequences.
+#[derive(Clone, PartialEq, Message)]
+struct Mirrored {
+    #[prost(string, tag = "1")]
+    namespace: String,
+    #[prost(string, tag = "2")]
+    service: String,
+    #[prost(uint64, tag = "3")]
+    generation: u64,
+}
+
+/// The term from here on.
+#[derive(Clone, PartialEq, Message)]
+struct Term {
+    #[prost(uint64, tag = "1")]
+    term: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -118,7 +149,14 @@ impl From<&Record> for Entry {
                 service: service.name().into(),
                 address: id.address.to_string(),
                 ports: id.ports.as_slice().iter().map(|&(protocol, number)| Port::new(protocol, number, "")).collect(),
+                since: None,
             }),
+            Record::Mirrored { service, generation } => Change::Mirrored(Mirrored {
+                namespace: service.namespace().into(),
+                service: service.name().into(),
+                generation: *generation,
+            }),
+            Record::Term { term } => Change::Term(Term { term: *term }),
         };
         Self { change: Some(change) }
     }
@@ -139,6 +177,7 @@ impl Put {
             weight: instance.weight().get(),
             priority: instance.priority().into(),
             registered: instance.registered().0,
+            since: None,
         }
     }
 }
@@ -172,19 +211,32 @@ impl Entry {
         self.encode_length_delimited(payload).expect("a Vec grows");
     }
 
+    /// What it is about.
+    pub(super) fn subject(&self) -> Subject {
+        match &self.change {
+            Some(Change::Put(_) | Change::Remove(_)) => Subject::Instance,
+            Some(Change::Mirrored(mirrored)) => Subject::Mirrored { generation: mirrored.generation },
+            Some(Change::Term(term)) => Subject::Term { term: term.term },
+            None => Subject::Nothing,
+        }
+    }
+
     /// The same for every entry about one instance, and different for any other. Snapshots are in
-    /// the order of these octets.
+    /// the order of these octets. That of a `Mirrored` is what the keys of its service's
+    /// instances, and no others, begin with.
     pub(super) fn key(&self) -> Vec<u8> {
         let (namespace, service, address, ports) = match &self.change {
             Some(Change::Put(put)) => (&put.namespace, &put.service, &put.address, &put.ports),
             Some(Change::Remove(remove)) => (&remove.namespace, &remove.service, &remove.address, &remove.ports),
+            Some(Change::Mirrored(mirrored)) => return key_of_service(&mirrored.namespace, &mirrored.service),
+            // Behind every name.
+            Some(Change::Term(_)) => return vec![0xFF],
             None => return Vec::new(),
         };
-        let mut key = Vec::with_capacity(namespace.len() + service.len() + address.len() + 3 + 3 * ports.len());
-        for text in [namespace, service, address] {
-            key.extend_from_slice(text.as_bytes());
-            key.push(0); // no name holds one
-        }
+        let mut key = key_of_service(namespace, service);
+        key.reserve_exact(address.len() + 1 + 3 * ports.len());
+        key.extend_from_slice(address.as_bytes());
+        key.push(0);
         for port in ports {
             let [.., high, low] = port.number.to_be_bytes();
             key.extend_from_slice(&[port.protocol.to_le_bytes()[0], high, low]);
@@ -196,6 +248,45 @@ impl Entry {
     pub(super) fn removes(&self) -> bool {
         matches!(self.change, Some(Change::Remove(_)))
     }
+
+    /// Since which generation Kubernetes lacks what it says, in a frame of `generation`; 0 when it
+    /// lacks nothing.
+    pub(super) fn since(&self, generation: u64) -> u64 {
+        match &self.change {
+            Some(Change::Put(Put { since, .. }) | Change::Remove(Remove { since, .. })) => since.unwrap_or(generation),
+            _ => 0,
+        }
+    }
+
+    /// Notes that generation, or with `None` that nobody wants to know.
+    pub(super) fn set_since(&mut self, generation: Option<u64>) {
+        if let Some(Change::Put(Put { since, .. }) | Change::Remove(Remove { since, .. })) = &mut self.change {
+            *since = generation;
+        }
+    }
+}
+
+/// What the key of every instance of a service begins with.
+fn key_of_service(namespace: &str, service: &str) -> Vec<u8> {
+    let mut key = Vec::with_capacity(namespace.len() + service.len() + 2);
+    for text in [namespace, service] {
+        key.extend_from_slice(text.as_bytes());
+        key.push(0); // no name holds one
+    }
+    key
+}
+
+/// What an entry is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Subject {
+    /// An instance, which stands or is gone.
+    Instance,
+    /// A service, of which Kubernetes has everything up to this generation.
+    Mirrored { generation: u64 },
+    /// The term.
+    Term { term: u64 },
+    /// Nothing that this program would write.
+    Nothing,
 }
 
 /// Turns entries into records of the model.
@@ -243,6 +334,10 @@ impl Reader {
                 }
                 Ok(Record::Remove { service, id: InstanceId { address, ports: PortSet::new(ports) } })
             }
+            Some(Change::Mirrored(Mirrored { namespace, service, generation })) => {
+                Ok(Record::Mirrored { service: self.service(&namespace, &service)?, generation })
+            }
+            Some(Change::Term(Term { term })) => Ok(Record::Term { term }),
             None => Err(invalid(&"an empty record")),
         }
     }
@@ -306,14 +401,15 @@ mod tests {
             (namespace, name) in (label(), label()),
             draft in draft(),
             registered in any::<u64>(),
-            remove in any::<bool>(),
+            kind in 0..6u8,
         ) -> Option<Record> {
             let service = Reader::DOOR.service(&namespace, &name).expect("labels");
             let instance = Reader::DOOR.instance(&service, &draft, UnixMillis(registered)).ok()?;
-            Some(if remove {
-                Record::Remove { service, id: instance.id() }
-            } else {
-                Record::Put { service, instance: Arc::new(instance) }
+            Some(match kind {
+                0 => Record::Term { term: registered },
+                1 => Record::Mirrored { service, generation: registered },
+                2 | 3 => Record::Remove { service, id: instance.id() },
+                _ => Record::Put { service, instance: Arc::new(instance) },
             })
         }
     }
@@ -347,13 +443,24 @@ mod tests {
         #[test]
         fn a_key_is_that_of_the_instance(one in record(), other in record()) {
             let id = |record: &Record| match record {
-                Record::Put { service, instance } => (service.clone(), instance.id()),
-                Record::Remove { service, id } => (service.clone(), id.clone()),
+                Record::Put { service, instance } => Some((service.clone(), instance.id())),
+                Record::Remove { service, id } => Some((service.clone(), id.clone())),
+                Record::Mirrored { .. } | Record::Term { .. } => None,
             };
-            if let (Some(one), Some(other)) = (one, other) {
-                prop_assert_eq!(Entry::from(&one).key() == Entry::from(&other).key(), id(&one) == id(&other));
-                let (service, id) = id(&one);
-                prop_assert_eq!(Entry::from(&one).key(), Entry::from(&Record::Remove { service, id }).key());
+            let (Some(one), Some(other)) = (one, other) else { return Ok(()) };
+            let (key, other_key) = (Entry::from(&one).key(), Entry::from(&other).key());
+            if let (Some(one), Some(other)) = (id(&one), id(&other)) {
+                prop_assert_eq!(key == other_key, one == other);
+                let (service, id) = one;
+                prop_assert_eq!(&key, &Entry::from(&Record::Remove { service, id }).key());
+            }
+            if let (Some((instance_of, _)), Record::Mirrored { service, .. }) = (id(&one), &other) {
+                prop_assert_eq!(key.starts_with(&other_key), instance_of == *service);
+                let own = Entry::from(&Record::Mirrored { service: instance_of, generation: 0 }).key();
+                prop_assert!(key.starts_with(&own));
+            }
+            if let (Some(_), Record::Term { .. }) = (id(&one), &other) {
+                prop_assert!(key < other_key);
             }
         }
 

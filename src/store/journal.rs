@@ -138,7 +138,8 @@ impl Journal {
     /// Appends one batch; when it returns, the batch is durable. A full segment is closed first,
     /// which may start a compaction in the background; it is never waited for.
     ///
-    /// A batch without records makes its generation durable.
+    /// A batch without records makes its generation durable. One that says that Kubernetes has a
+    /// generation makes that one durable too.
     ///
     /// # Errors
     /// After the first error every later call fails too: what reached the disk is unknown until
@@ -161,7 +162,11 @@ impl Journal {
                 Err((place, why)) => return Err(self.fail("create", place, why)),
             }
         }
-        self.generation = self.generation.max(generation);
+        let named = records.iter().filter_map(|record| match record {
+            Record::Mirrored { generation, .. } => Some(*generation),
+            _ => None,
+        });
+        self.generation = named.fold(self.generation.max(generation), u64::max);
         self.write(records).map_err(|Tried(doing, why)| self.fail(doing, self.segment.place, why))?;
         self.show_octets();
         Ok(())

@@ -18,6 +18,8 @@
 //! 3. After a failed write or sync nothing is acknowledged until a restart (`journal.rs`).
 //! 4. Compaction never makes a registration wait and never loses anything (`snapshot.rs`).
 //! 5. The stored generation never goes back, and one process at a time has the directory.
+//! 6. With [`Options::outbox`], what Kubernetes does not have is remembered until it has it,
+//!    removals too; nothing is remembered of what it has (`outbox.rs`).
 //!
 //! What cannot be known: whether the last batch, damaged while gangplank was not running after
 //! it was killed, had been acknowledged. Nothing on the disk vouches for it then, so it is taken
@@ -33,6 +35,7 @@ mod files;
 mod format;
 mod frame;
 mod journal;
+mod outbox;
 mod recover;
 mod snapshot;
 mod walk;
@@ -77,6 +80,20 @@ pub enum Record {
         /// Which one.
         id: InstanceId,
     },
+    /// Kubernetes has everything of a service up to a generation. Only for a store that keeps the
+    /// outbox.
+    Mirrored {
+        /// Which service.
+        service: ServiceKey,
+        /// The highest generation of which it has everything.
+        generation: u64,
+    },
+    /// The term under which this directory's process writes to Kubernetes; the last one counts.
+    /// Only for a store that keeps the outbox.
+    Term {
+        /// 0 for none.
+        term: u64,
+    },
 }
 
 /// How the store is opened.
@@ -87,11 +104,13 @@ pub struct Options {
     /// A segment that has grown to this many octets is closed and compacted in the background.
     /// Default 64 MiB.
     pub segment_octets: u64,
+    /// Keep what Kubernetes does not have yet (with `--kubernetes`). Default false.
+    pub outbox: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { accept_loss: false, segment_octets: 64 << 20 }
+        Self { accept_loss: false, segment_octets: 64 << 20, outbox: false }
     }
 }
 
@@ -118,6 +137,16 @@ pub struct Recovery {
     pub generation: u64,
     /// What was cut or given up, in words for the log; empty when all was well.
     pub repairs: Vec<String>,
+    /// The last term stored. 0 when there was none, or when the directory was opened without the
+    /// outbox since: what is in Kubernetes is then not known to be ours in any way, and every
+    /// instance that was read is one that Kubernetes may lack, whatever the outbox says.
+    pub term: u64,
+    /// What Kubernetes lacks, in order of generation: of each instance the last `Put` or `Remove`,
+    /// where no [`Record::Mirrored`] of its service has come that covers it. It may name services
+    /// of which nothing stands; those too must be reported as mirrored one day. After a crash, or
+    /// an accepted loss, it may hold what Kubernetes has already. Empty without
+    /// [`Options::outbox`].
+    pub outbox: Vec<Record>,
 }
 
 impl DataDir {

@@ -27,6 +27,7 @@ use super::{
     format::{Payload, Reader, Unreadable},
     frame::{BadHeader, HEADER_LEN, Header, Kind, Place, StoreId},
     journal::{Found, Segment},
+    outbox::Outbox,
     snapshot::{Closed, DAMAGED, Plan, Shared, compact, superseded},
     walk::{Piece, Walk, read_header},
 };
@@ -139,19 +140,33 @@ impl Start<'_> {
         self.judge(&mut surveys, id, &mut damages, &mut repairs);
         self.refuse(&damages)?;
 
-        let generation = self.read(&surveys, id, &mut damages, record, progress)?;
+        let mut outbox = Outbox::new(self.options.outbox);
+        let generation = self.read(&surveys, id, &mut damages, &mut outbox, record, progress)?;
         for damage in &damages {
             repairs.push(format!("given up: {damage}"));
         }
-        let shared =
-            Shared { files: Arc::clone(&self.files), dir: self.dir.clone(), id, metrics: Arc::clone(&self.metrics) };
+        let shared = Shared {
+            files: Arc::clone(&self.files),
+            dir: self.dir.clone(),
+            id,
+            outbox: self.options.outbox,
+            metrics: Arc::clone(&self.metrics),
+        };
         let mut journal = self.journal(&shared, surveys, layout.snapshot, generation, &mut repairs)?;
+        let forgets = !self.options.outbox && outbox.term > 0;
+        if forgets && let Err(why) = journal.append(generation, &[Record::Term { term: 0 }]) {
+            // The term stands, so no snapshot may forget what it is about; and none is made.
+            warn!(dir = %self.dir.display(), %why, "cannot take back the term under which Kubernetes was written to");
+        }
         if !damages.is_empty() {
             set_aside(&shared, &mut journal, &damages)?;
         }
         self.clean(&layout.needless);
-        journal.compact();
-        Ok((journal, Recovery { generation, repairs }))
+        if !forgets || journal.usable().is_ok() {
+            journal.compact();
+        }
+        let term = if forgets { 0 } else { outbox.term };
+        Ok((journal, Recovery { generation, repairs, term, outbox: outbox.into_records() }))
     }
 
     /// Goes through a file once, for its checksums only.
@@ -255,12 +270,13 @@ impl Start<'_> {
         }
     }
 
-    /// Gives every record to `record`, and says which generation is the highest.
+    /// Gives every instance's record to `record`, the others to the outbox alone, and says which generation is the highest.
     fn read(
         &self,
         surveys: &[Survey],
         id: StoreId,
         damages: &mut Vec<Damage>,
+        outbox: &mut Outbox,
         record: &mut dyn FnMut(Record),
         progress: &mut dyn FnMut(Progress),
     ) -> Result<u64, StoreError> {
@@ -280,8 +296,9 @@ impl Start<'_> {
                 match Payload::read(payload) {
                     Ok(payload) => {
                         for entry in payload.entries {
+                            let slot = outbox.slot(&entry, frame.generation);
                             match reader.record(entry) {
-                                Ok(read) => record(read),
+                                Ok(read) => outbox.take(slot, read).into_iter().for_each(&mut *record),
                                 Err(why) => bad(why)?,
                             }
                         }

@@ -1,13 +1,14 @@
 //! Compaction: the last snapshot and the closed segments behind it become one new snapshot.
 //!
 //! A snapshot holds the instances that stood at the end of a segment, whose number it has, one
-//! entry each, in the order of their keys. So a merge streams the old snapshot and holds only
-//! what the closed segments changed. It runs on a thread of its own, reads from the disk what
+//! entry each, in the order of their keys, and behind them the term, if there is one. With the
+//! outbox each entry says since when Kubernetes lacks it, and removals that Kubernetes lacks have
+//! entries too; without it a compaction forgets all that. A merge streams the old snapshot and
+//! holds only what the closed segments changed. It runs on a thread of its own, reads from the disk what
 //! the journal has synced, and changes nothing that the journal writes to; registrations never
 //! wait for it. When it fails, the old files stay and nothing is lost but space.
 
 use std::{
-    collections::BTreeMap,
     io,
     iter::Peekable,
     path::PathBuf,
@@ -22,9 +23,11 @@ use std::{
 use tracing::{info, warn};
 
 use super::{
+    Record,
     files::{File, Files, STAGED, publish},
-    format::{Entry, Payload, Reader, Unreadable},
+    format::{Entry, Payload, Reader, Subject, Unreadable},
     frame::{Frame, FrameBuffer, HEADER_LEN, Header, Kind, Place, StoreId},
+    outbox::Changes,
     walk::{Piece, Walk, read_header},
 };
 use crate::metrics::Metrics;
@@ -46,6 +49,8 @@ pub(super) struct Shared {
     /// The directory, for messages only.
     pub(super) dir: PathBuf,
     pub(super) id: StoreId,
+    /// Whether snapshots keep the outbox.
+    pub(super) outbox: bool,
     pub(super) metrics: Arc<Metrics>,
 }
 
@@ -190,33 +195,41 @@ fn merge(
     stop: &AtomicBool,
 ) -> Result<u64, MergeError> {
     let mut source = Source { shared, lossy: plan.lossy, stop, generation: 0 };
-    // What the segments say last of each instance that they name.
-    let mut changes = BTreeMap::new();
+    let mut changes = Changes::default();
     for segment in &plan.segments {
-        source.entries(Place::journal(segment.number), segment.len, &mut |entry, _| {
-            changes.insert(entry.key(), entry);
+        source.entries(Place::journal(segment.number), segment.len, &mut |entry, generation| {
+            changes.take(entry, generation);
             Ok(())
         })?;
     }
-    let mut changes = changes.into_iter().peekable();
-    let mut writer = Writer::begin(shared, place, file)?;
+    let Changes { entries, services, mut term } = changes;
+    let mut changes = entries.into_iter().peekable();
+    let mut writer = Writer::begin(shared, place, file, source.generation)?;
     if let Some(old) = plan.snapshot {
         let mut last = Vec::new();
-        source.entries(Place::snapshot(old.number), old.len, &mut |entry, generation| {
+        source.entries(Place::snapshot(old.number), old.len, &mut |mut entry, generation| {
             let key = entry.key();
             if !last.is_empty() && key <= last {
                 return Err(MergeError::Damaged(format!("{} is not in order", Place::snapshot(old.number).name())));
             }
-            writer.changes_before(&mut changes, Some(&key), generation)?;
+            if let Subject::Term { term: old } = entry.subject() {
+                term.get_or_insert(old);
+                return Ok(());
+            }
+            writer.generation = writer.generation.max(generation);
+            writer.changes_before(&mut changes, Some(&key))?;
             if changes.peek().is_none_or(|(changed, _)| *changed != key) {
-                writer.put(&entry, generation)?;
+                services.settle(&key, &mut entry, generation);
+                writer.instance(entry)?;
             }
             last = key;
             Ok(())
         })?;
     }
-    writer.changes_before(&mut changes, None, source.generation)?;
-    writer.end(source.generation)
+    writer.changes_before(&mut changes, None)?;
+    writer.term(term.unwrap_or(0))?;
+    writer.generation = source.generation;
+    writer.end()
 }
 
 /// Reads the files that are merged.
@@ -229,7 +242,7 @@ struct Source<'m> {
 }
 
 impl Source<'_> {
-    /// Gives every entry of a file to `take`, with the highest generation so far.
+    /// Gives every entry of a file to `take`, with the generation of its frame.
     fn entries(
         &mut self,
         place: Place,
@@ -275,7 +288,7 @@ impl Source<'_> {
                 // Recovery has taken every entry through the door; only what it left out as lost
                 // must be left out again.
                 if !self.lossy || reader.record(entry.clone()).is_ok() {
-                    take(entry, self.generation)?;
+                    take(entry, frame.generation)?;
                 }
             }
         }
@@ -292,41 +305,58 @@ struct Writer<'m> {
     place: Place,
     file: &'m mut dyn File,
     frame: FrameBuffer,
+    /// The highest generation of what is merged, as far as it is known.
+    generation: u64,
     at: u64,
     synced: u64,
 }
 
 impl<'m> Writer<'m> {
-    fn begin(shared: &'m Shared, place: Place, file: &'m mut dyn File) -> io::Result<Self> {
+    fn begin(shared: &'m Shared, place: Place, file: &'m mut dyn File, generation: u64) -> io::Result<Self> {
         file.write_at(0, &Header { id: shared.id, place, previous_len: 0 }.encode())?;
-        Ok(Self { shared, place, file, frame: FrameBuffer::new(), at: HEADER_LEN as u64, synced: 0 })
+        Ok(Self { shared, place, file, frame: FrameBuffer::new(), generation, at: HEADER_LEN as u64, synced: 0 })
     }
 
-    /// Writes the changes whose keys stand before `key`, and drops one that removes what is at `key`.
+    /// Writes the changes whose keys stand before `key`.
     fn changes_before(
         &mut self,
         changes: &mut Peekable<impl Iterator<Item = (Vec<u8>, Entry)>>,
         key: Option<&Vec<u8>>,
-        generation: u64,
     ) -> io::Result<()> {
         while let Some((_, entry)) = changes.next_if(|(changed, _)| key.is_none_or(|key| changed < key)) {
-            if !entry.removes() {
-                self.put(&entry, generation)?;
-            }
+            self.instance(entry)?;
         }
         Ok(())
     }
 
-    fn put(&mut self, entry: &Entry, generation: u64) -> io::Result<()> {
+    /// Writes what is to be remembered of an instance, whose entry says since when it is lacking.
+    fn instance(&mut self, mut entry: Entry) -> io::Result<()> {
+        if !self.shared.outbox {
+            entry.set_since(None);
+        }
+        if entry.removes() && entry.since(0) == 0 {
+            return Ok(());
+        }
+        self.put(&entry)
+    }
+
+    fn term(&mut self, term: u64) -> io::Result<()> {
+        if !self.shared.outbox || term == 0 {
+            return Ok(());
+        }
+        self.put(&Entry::from(&Record::Term { term }))
+    }
+
+    fn put(&mut self, entry: &Entry) -> io::Result<()> {
         self.frame.push(entry);
         if self.frame.payload_len() >= FRAME_OCTETS {
-            self.flush(generation, false)?;
+            self.flush(false)?;
         }
         Ok(())
     }
 
-    fn flush(&mut self, generation: u64, end: bool) -> io::Result<()> {
-        let frame = Frame { more: false, end, unknown_flags: 0, generation, synced: self.synced };
+    fn flush(&mut self, end: bool) -> io::Result<()> {
+        let frame = Frame { more: false, end, unknown_flags: 0, generation: self.generation, synced: self.synced };
         let bytes = self.frame.seal(&frame, self.place, self.at);
         self.file.write_at(self.at, bytes)?;
         self.at += bytes.len() as u64;
@@ -339,8 +369,8 @@ impl<'m> Writer<'m> {
         Ok(())
     }
 
-    fn end(mut self, generation: u64) -> Result<u64, MergeError> {
-        self.flush(generation, true)?;
+    fn end(mut self) -> Result<u64, MergeError> {
+        self.flush(true)?;
         Ok(self.at)
     }
 }

@@ -46,7 +46,7 @@ struct Seen {
 fn life(seed: u64, seen: &mut Seen) {
     let rng = &mut Rng::with_seed(seed);
     let machine = Machine::default();
-    let options = Options { accept_loss: false, segment_octets: rng.u64(100..3000) };
+    let options = Options { accept_loss: false, segment_octets: rng.u64(100..3000), outbox: rng.bool() };
     let frame_octets = if rng.bool() { 100 } else { 1 << 20 };
     let (mut acknowledged, mut generation) = (Model::new(), 0);
     // The batch that was under way when the power went, applied.

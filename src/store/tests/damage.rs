@@ -256,7 +256,7 @@ fn what_a_later_version_wrote_is_refused_whatever_is_accepted() {
     for (contents, says) in [
         (version, "format version 2"),
         (appended(&[], 0x80), "frame flags 0x80"),
-        (appended(&[0x0A, 2, 0x1A, 0], 0), "a record of a kind, or with a field"), // entry with tag 3
+        (appended(&[0x0A, 2, 0x2A, 0], 0), "a record of a kind, or with a field"), // entry with tag 5
         (appended(&[0x12, 0], 0), "a record of a kind, or with a field"),          // field 2 of the payload
     ] {
         for options in [small(), accepting()] {

@@ -30,11 +30,12 @@ fn apply(model: &mut Model, record: &Record) {
         Record::Remove { service, id } => {
             model.remove(&(service, id));
         }
+        Record::Mirrored { .. } | Record::Term { .. } => {}
     }
 }
 
 fn small() -> Options {
-    Options { accept_loss: false, segment_octets: 1500 }
+    Options { accept_loss: false, segment_octets: 1500, outbox: false }
 }
 
 /// Starts the store on `machine`; with everything it read.
