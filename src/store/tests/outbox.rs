@@ -56,15 +56,15 @@ fn snapshot(machine: &Machine) -> Vec<u8> {
     bytes.clone()
 }
 
-/// What a store's outbox is after `batches`, of generations from 1 on, whenever it was compacted.
-fn outbox_of(batches: &[&[Record]]) -> Vec<Record> {
+/// What a store's outbox is after records of generations from 1 on, whenever it was compacted.
+fn outbox_of(records: &[&Record]) -> Vec<Record> {
     let mut found = Vec::new();
-    // Each bit says whether everything up to a batch becomes a snapshot.
-    for ends in 0..1 << batches.len() {
+    // Each bit says whether everything up to a record becomes a snapshot.
+    for ends in 0..1 << records.len() {
         let machine = Machine::default();
         let (mut journal, ..) = start(&machine, true);
-        for (index, batch) in batches.iter().enumerate() {
-            journal.append(index as u64 + 1, batch).expect("a good disk");
+        for (index, &record) in records.iter().enumerate() {
+            journal.append(index as u64 + 1, std::slice::from_ref(record)).expect("a good disk");
             if ends >> index & 1 == 1 {
                 compact(&mut journal);
             }
@@ -78,21 +78,31 @@ fn outbox_of(batches: &[&[Record]]) -> Vec<Record> {
 
 #[test]
 fn what_is_mirrored_leaves_the_outbox_and_nothing_else_does() {
-    let ([web, again], nothing) = ([put("web", 1), put("web", 2)], Vec::<Record>::new());
-    assert_eq!(outbox_of(&[&[web.clone()]]), [web.clone()]);
-    assert_eq!(outbox_of(&[&[web.clone()], &[mirrored("web", 1)]]), nothing);
-    assert_eq!(outbox_of(&[&[web.clone()], &[mirrored("web", 0)]]), [web.clone()]);
-    // Another service, though its name begins alike.
-    assert_eq!(outbox_of(&[&[put("web-1", 1), put("we", 1)], &[mirrored("web", 1)]]).len(), 2);
-    assert_eq!(outbox_of(&[&[web.clone()], &[again.clone()], &[mirrored("web", 1)]]), [again.clone()]);
-    assert_eq!(outbox_of(&[&[web.clone()], &[mirrored("web", 1)], &[again.clone()]]), [again.clone()]);
-    assert_eq!(outbox_of(&[&[web.clone()], &[mirrored("web", 1)], &[remove("web")]]), [remove("web")]);
-    assert_eq!(outbox_of(&[&[web.clone()], &[remove("web")], &[mirrored("web", 1)]]), [remove("web")]);
-    assert_eq!(outbox_of(&[&[web.clone()], &[remove("web")], &[mirrored("web", 2)]]), nothing);
-    assert_eq!(outbox_of(&[&[web.clone()], &[remove("web")], &[again.clone()]]), [again.clone()]);
-    assert_eq!(outbox_of(&[&[remove("web")], &[again.clone()], &[mirrored("web", 1)]]), [again.clone()]);
-    // By generation, not by name.
-    assert_eq!(outbox_of(&[&[web.clone()], &[put("db", 1)], &[remove("a")]]), [web, put("db", 1), remove("a")]);
+    let [web, again, gone] = &[put("web", 1), put("web", 2), remove("web")];
+    // Their names begin alike.
+    let [we, web_1] = &[put("we", 1), put("web-1", 1)];
+    let [none, first, second] = &[0, 1, 2].map(|generation| mirrored("web", generation));
+    let [db, a] = &[put("db", 1), remove("a")];
+    let table: &[(&[&Record], &[&Record])] = &[
+        (&[web], &[web]),
+        (&[web, first], &[]),
+        (&[web, none], &[web]),
+        (&[we, web_1, second], &[we, web_1]),
+        (&[web, again, first], &[again]),
+        (&[web, first, again], &[again]),
+        (&[web, again, second, first], &[]),
+        (&[web, first, gone], &[gone]),
+        (&[web, gone, first], &[gone]),
+        (&[web, gone, second], &[]),
+        (&[web, gone, again], &[again]),
+        (&[gone, again, first], &[again]),
+        (&[web, gone, second, again], &[again]),
+        // By generation, not by name.
+        (&[web, db, a], &[web, db, a]),
+    ];
+    for (records, expected) in table {
+        assert_eq!(outbox_of(records).iter().collect::<Vec<_>>(), *expected, "{records:?}");
+    }
 }
 
 #[test]
@@ -117,7 +127,7 @@ fn nothing_accumulates_of_what_kubernetes_has() {
     let mut lengths = Vec::new();
     for cycle in 0..40 {
         let generation = 2 + 3 * cycle;
-        let (name, stays) = (format!("service-{:02}", cycle), put("web", 1 << 40));
+        let (name, stays) = (format!("service-{cycle:02}"), put("web", 1 << 40));
         journal.append(generation, &[put(&name, cycle), stays]).expect("a good disk");
         journal.append(generation + 1, &[remove(&name)]).expect("a good disk");
         let with_removal = cycle % 2 == 0;
