@@ -129,7 +129,7 @@ fn instances_are_small() {
             .collect();
         let before = HELD.get();
         for (service, changes, after) in &all {
-            world.publish(&[ServiceChange { service, changes, after }]);
+            world.publish(&[ServiceChange { service, changes, after, foreign: None }]);
         }
         let each = (HELD.get() - before) / i64::from(services * instances);
         println!("zone alone, {services} services of {instances}: {each} octets per instance");

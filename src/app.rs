@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow};
+use futures::FutureExt as _;
 use tokio::{net::TcpListener, runtime::Handle, sync::oneshot, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -18,6 +19,7 @@ use crate::{
     admin::{self, Admin},
     config::Config,
     dns, grpc,
+    kubernetes::Kubernetes,
     metrics::Metrics,
     registry::{self, Unrecovered},
     store::{self, DataDir, Progress},
@@ -111,11 +113,25 @@ impl Bound {
     ) -> anyhow::Result<()> {
         let Self { config, data_dir, dns, grpc, admin } = self;
         // Without `..`: what nobody uses does not compile. The others went into `bind`.
-        let Config { zone, door, store, max_instances, drain, grpc_listen: _, admin_listen: _, dns: _, data_dir: _ } =
-            config;
+        let Config {
+            zone,
+            door,
+            store,
+            registry,
+            kubernetes,
+            drain,
+            grpc_listen: _,
+            admin_listen: _,
+            dns: _,
+            data_dir: _,
+        } = config;
+        let kubernetes = match kubernetes {
+            Some(options) => Some(Kubernetes::connect(options).await?),
+            None => None,
+        };
         let metrics = Arc::new(Metrics::new());
         let (zone, publisher) = Zone::new(with_name_servers(zone, &dns.addresses()));
-        let (registry, unrecovered) = registry::new(max_instances, Arc::clone(&metrics));
+        let (registry, unrecovered) = registry::new(registry, Arc::clone(&metrics));
         let status = registry.status().clone();
 
         // Registrations stop first, then the writer that answers them, answers last.
@@ -132,6 +148,11 @@ impl Bound {
             metrics: Arc::clone(&metrics),
         };
         parts.spawn("the admin listeners", admin::run(from_std(admin)?, pages, stop_answers.clone()));
+
+        if let Some(kubernetes) = kubernetes {
+            let mirror = kubernetes.run(registry.clone(), Arc::clone(&metrics), stop_answers.clone());
+            parts.spawn("the Kubernetes mirror", mirror.map(anyhow::Ok));
+        }
 
         let services = grpc::Services { registry, door, metrics };
         let calls = grpc::run(from_std(grpc)?, services, stop_grpc.clone());
@@ -227,7 +248,10 @@ fn spawn_writer(
                 info!("{line}");
             }
         };
-        let writer = unrecovered.recover(data_dir, &store, publisher, &mut progress)?;
+        let mut writer = unrecovered.recover(data_dir, &store, publisher, &mut progress)?;
+        if !writer.await_restore(&runtime, &stop) {
+            return Ok(());
+        }
         zone.set_ready();
         ready(writer.generation());
         writer.run(&runtime, &stop);

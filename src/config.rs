@@ -3,7 +3,7 @@
 use std::{
     env,
     net::{IpAddr, SocketAddr},
-    num::NonZeroUsize,
+    num::{NonZeroU32, NonZeroUsize},
     path::PathBuf,
     thread,
     time::Duration,
@@ -14,8 +14,9 @@ use clap::{Args, builder::FalseyValueParser};
 
 use crate::{
     dns::{DnsConfig, MAX_NSID, TcpLimits},
+    kubernetes,
     model::{DnsName, Door},
-    store,
+    registry, store,
     zone::ZoneConfig,
 };
 
@@ -105,6 +106,34 @@ pub struct ServeArgs {
     #[arg(long, env = "GANGPLANK_INSECURE", value_parser = FalseyValueParser::new())]
     insecure: bool,
 
+    /// Mirror what is registered into Kubernetes, and restore it from there
+    #[arg(long, env = "GANGPLANK_KUBERNETES", value_parser = FalseyValueParser::new())]
+    kubernetes: bool,
+
+    /// How to reach the API server; means --kubernetes [default: the pod's own ServiceAccount]
+    #[arg(long, env = "GANGPLANK_KUBECONFIG", value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+
+    /// Create a namespace that does not exist, instead of refusing its registrations with 404
+    #[arg(long, env = "GANGPLANK_CREATE_NAMESPACES", value_parser = FalseyValueParser::new())]
+    create_namespaces: bool,
+
+    /// Endpoints in one EndpointSlice, 1..=1000
+    #[arg(long, env = "GANGPLANK_SLICE_ENDPOINTS", value_name = "N", default_value_t = kubernetes::DEFAULT_MAX_ENDPOINTS)]
+    slice_endpoints: usize,
+
+    /// Write the older Endpoints object beside the EndpointSlices
+    #[arg(long, env = "GANGPLANK_ENDPOINTS_OBJECT", value_parser = FalseyValueParser::new())]
+    endpoints_object: bool,
+
+    /// Requests to the API server, a second, at most; twice as many at once
+    #[arg(long, env = "GANGPLANK_KUBERNETES_QPS", value_name = "N", default_value = "400")]
+    kubernetes_qps: NonZeroU32,
+
+    /// How long a Service that gangplank created stays when its last instance has gone
+    #[arg(long, env = "GANGPLANK_SERVICE_LINGER", value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    service_linger: Duration,
+
     /// Instances that may be registered; beyond that the answer is 507
     #[arg(long, env = "GANGPLANK_MAX_INSTANCES", value_name = "N", default_value_t = 2_000_000)]
     max_instances: usize,
@@ -151,8 +180,10 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// How the store is opened.
     pub store: store::Options,
-    /// Instances that may be registered.
-    pub max_instances: usize,
+    /// How many instances may be registered, and where.
+    pub registry: registry::Options,
+    /// The mirror, where there is one.
+    pub kubernetes: Option<kubernetes::Options>,
     /// How long DNS goes on answering after SIGTERM.
     pub drain: Duration,
 }
@@ -179,6 +210,13 @@ impl ServeArgs {
             publish_not_ready,
             nsid,
             insecure,
+            kubernetes,
+            kubeconfig,
+            create_namespaces,
+            slice_endpoints,
+            endpoints_object,
+            kubernetes_qps,
+            service_linger,
             max_instances,
             tcp_connections,
             tcp_per_peer,
@@ -196,6 +234,17 @@ impl ServeArgs {
                  Listen on a loopback address (127.0.0.1:{port}), or, where the network itself is trusted, add --insecure",
                 port = open.port()
             );
+        }
+        let most = kubernetes::MAX_ENDPOINTS;
+        ensure!((1..=most).contains(&slice_endpoints), "--slice-endpoints {slice_endpoints}: must be 1..={most}");
+        ensure!(
+            service_linger <= MAX_PATIENCE,
+            "--service-linger: must be at most {}",
+            humantime::format_duration(MAX_PATIENCE)
+        );
+        let kubernetes = kubernetes || kubeconfig.is_some();
+        for (flag, given) in [("--create-namespaces", create_namespaces), ("--endpoints-object", endpoints_object)] {
+            ensure!(kubernetes || !given, "{flag}: means nothing without --kubernetes");
         }
         let origin = DnsName::parse(&zone.to_ascii_lowercase()).with_context(|| format!("--zone {zone:?}"))?;
         ensure!(ttl <= MAX_TTL, "--ttl {ttl}: must be 0..={MAX_TTL} seconds");
@@ -216,6 +265,9 @@ impl ServeArgs {
         let reverse_zones = reverse_zone.iter().map(|cidr| parse_cidr(cidr)).collect::<Result<_, _>>()?;
         let threads = dns_threads.or_else(|| thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
 
+        let door = Door { zone_wire_len: origin.wire_len(), names_allowed: false };
+        let rules = registry::Rules { create_namespaces };
+
         Ok(Config {
             grpc_listen,
             admin_listen,
@@ -231,11 +283,21 @@ impl ServeArgs {
                     pipelined: tcp_pipelined,
                 },
             },
-            door: Door { zone_wire_len: origin.wire_len(), names_allowed: false },
+            door,
             zone: ZoneConfig { origin, ttl, reverse_zones, ns_addresses: ns_address, publish_not_ready },
             data_dir: data_dir.map_or_else(default_data_dir, Ok)?,
-            store: store::Options { accept_loss, segment_octets, outbox: false },
-            max_instances,
+            store: store::Options { accept_loss, segment_octets, outbox: kubernetes },
+            registry: registry::Options { max_instances, kubernetes: kubernetes.then_some(rules) },
+            kubernetes: kubernetes.then_some(kubernetes::Options {
+                kubeconfig,
+                create_namespaces,
+                max_endpoints: slice_endpoints,
+                endpoints_object,
+                requests_per_second: kubernetes_qps,
+                linger: service_linger,
+                publish_not_ready,
+                door,
+            }),
             drain,
         })
     }

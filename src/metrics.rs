@@ -5,6 +5,7 @@
 
 pub mod dns;
 mod grpc;
+mod mirror;
 mod process;
 mod registry;
 mod store;
@@ -13,6 +14,7 @@ use prometheus_client::registry::Registry;
 
 pub use dns::DnsMetrics;
 pub use grpc::{GrpcMetrics, Method, RegistrationKind, WatchEnd};
+pub use mirror::{Blocked, MirrorMetrics, RequestOutcome, Verb};
 pub use registry::{CommandOutcome, RefusalReason, RegistryMetrics};
 pub use store::StoreMetrics;
 
@@ -27,6 +29,8 @@ pub struct Metrics {
     pub registry: RegistryMetrics,
     /// The journal and its snapshots.
     pub store: StoreMetrics,
+    /// The Kubernetes mirror.
+    pub mirror: MirrorMetrics,
     all: Registry,
 }
 
@@ -41,6 +45,7 @@ impl Metrics {
             grpc: GrpcMetrics::register(&mut all),
             registry: RegistryMetrics::register(&mut all),
             store: StoreMetrics::register(&mut all),
+            mirror: MirrorMetrics::register(&mut all),
             all,
         }
     }

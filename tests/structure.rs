@@ -13,7 +13,7 @@ use crate::support::tools::ROOT;
 /// allows only that item. `app` joins everything and is not here.
 const DOWN: &[(&str, &[&str])] = &[
     ("main", &["app", "cli", "config", "telemetry"]),
-    ("config", &["dns", "grpc", "model", "registry", "store", "zone"]),
+    ("config", &["dns", "grpc", "kubernetes", "model", "registry", "store", "zone"]),
     ("telemetry", &[]),
     ("cli", &["grpc::client", "model"]),
     ("dns", &["metrics", "model", "zone"]),

@@ -64,7 +64,7 @@ impl World {
         let before = known.instances.put(Arc::clone(&instance));
         let changes = [Change { before, after: Some(instance) }];
         let after = known.clone();
-        self.publish(&[ServiceChange { service: key, changes: &changes, after: &after }]);
+        self.publish(&[ServiceChange { service: key, changes: &changes, after: &after, foreign: None }]);
     }
 
     /// Publishes changes that were made elsewhere.

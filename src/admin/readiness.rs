@@ -70,7 +70,7 @@ fn dns(loaded: bool, phase: &Phase) -> Check {
     let fault = if *phase == Phase::Draining {
         Some("shutting down: answers go on until the drain time is over".into())
     } else if !loaded {
-        Some("what is stored is still being loaded: every name in the zone gets SERVFAIL until then".into())
+        Some("what is stored is still being loaded: every name that is not known yet gets SERVFAIL until then".into())
     } else {
         None
     };
@@ -81,6 +81,9 @@ fn registrations(phase: &Phase) -> Check {
     let fault = match phase {
         Phase::Ready => None,
         Phase::Recovering => Some("the journal is still being read; the log shows how far it is".into()),
+        Phase::Restoring => {
+            Some("what Kubernetes holds is still being read; the log says why when it does not answer".into())
+        }
         Phase::StorageFailed(why) => Some(format!(
             "the journal cannot be written ({why}): nothing is accepted until a restart; mend the data directory's \
              disk, then restart gangplank"

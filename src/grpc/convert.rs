@@ -22,7 +22,7 @@ use crate::{
     model::{
         Address, Door, Draft, DraftPort, MAX_INSTANCE_OCTETS, PortError, PortSet, Protocol, ServiceKey, UnixMillis,
     },
-    registry::{Command, Outcome, Unavailable},
+    registry::{Command, NoPlace, Outcome, Unavailable},
 };
 
 /// Most octets of a `request_id`. It is echoed, never kept.
@@ -46,12 +46,18 @@ pub(super) enum AnswerStatus {
     Created,
     /// Already there: same or updated.
     Ok,
+    /// Durable and served, but not in Kubernetes yet.
+    Accepted,
     /// Removed.
     Removed,
     /// A field cannot stand.
     Invalid,
-    /// Nothing there to remove.
+    /// Not a place for anybody's registrations.
+    Forbidden,
+    /// Nothing there to remove, or no such namespace.
     NotFound,
+    /// The name belongs to somebody else.
+    Conflict,
     /// Try again.
     Unavailable,
     /// The server's limit of instances is reached.
@@ -64,9 +70,12 @@ impl AnswerStatus {
         match self {
             Self::Created => 201,
             Self::Ok => 200,
+            Self::Accepted => 202,
             Self::Removed => 204,
             Self::Invalid => 400,
+            Self::Forbidden => 403,
             Self::NotFound => 404,
+            Self::Conflict => 409,
             Self::Unavailable => 503,
             Self::Full => 507,
         }
@@ -119,9 +128,14 @@ impl Echo {
         self.answer(AnswerStatus::Unavailable, why.to_string(), 0)
     }
 
-    /// The answer to a message that the registry carried out, in `generation`.
-    pub(super) fn carried_out(self, outcome: Outcome, generation: u64) -> RegistrationResponse {
+    /// The answer to a message that the registry carried out, in `generation`; `mirrored` says
+    /// whether Kubernetes has it too, where there is one.
+    pub(super) fn carried_out(self, outcome: Outcome, generation: u64, mirrored: bool) -> RegistrationResponse {
         match outcome {
+            Outcome::Created | Outcome::Updated | Outcome::Removed(_) if !mirrored => {
+                let details = "durable and served; not in Kubernetes yet, it will follow".into();
+                self.answer(AnswerStatus::Accepted, details, generation)
+            }
             Outcome::Created => self.answer(AnswerStatus::Created, String::new(), generation),
             Outcome::Updated | Outcome::Unchanged => self.answer(AnswerStatus::Ok, String::new(), generation),
             Outcome::Removed(_) => self.answer(AnswerStatus::Removed, String::new(), generation),
@@ -134,7 +148,33 @@ impl Echo {
                 let details = format!("the server holds {limit} instances, which is its limit; nothing was added");
                 self.answer(AnswerStatus::Full, details, 0)
             }
+            Outcome::Refused(why) => self.no_place(why),
         }
+    }
+
+    fn no_place(self, why: NoPlace) -> RegistrationResponse {
+        let Self { namespace, service_name, .. } = &self;
+        let (status, details) = match why {
+            NoPlace::Reserved => (
+                AnswerStatus::Forbidden,
+                format!("namespace: {namespace}/{service_name} is the cluster's own and never takes registrations"),
+            ),
+            NoPlace::NamespaceAbsent => (
+                AnswerStatus::NotFound,
+                format!(
+                    "namespace: {namespace} does not exist in Kubernetes; create it, or start the server with \
+                     --create-namespaces"
+                ),
+            ),
+            NoPlace::ForeignService => (
+                AnswerStatus::Conflict,
+                format!(
+                    "service_name: the Service {namespace}/{service_name} is not managed by gangplank; label it \
+                     gangplank.dev/service=joined to let external instances stand beside its own"
+                ),
+            ),
+        };
+        self.answer(status, details, 0)
     }
 
     fn answer(self, status: AnswerStatus, details: String, generation: u64) -> RegistrationResponse {
@@ -394,7 +434,7 @@ mod tests {
         assert_eq!(service.to_string(), "prod/web");
         assert_eq!(instance.id().to_string(), "10.0.0.1:8080,9090");
         assert_eq!(instance.registered(), UnixMillis(7));
-        let response = echo.carried_out(Outcome::Created, 42);
+        let response = echo.carried_out(Outcome::Created, 42, true);
         let expected = RegistrationResponse {
             namespace: "prod".into(),
             service_name: "web".into(),

@@ -43,7 +43,7 @@ impl DiscoveryService {
     /// Before the recovery is complete, "there is none" would be a lie.
     fn ready(&self) -> Result<(), Status> {
         match self.services.registry.status().phase() {
-            Phase::Recovering => Err(Status::unavailable(Unavailable::NotReady.to_string())),
+            Phase::Recovering | Phase::Restoring => Err(Status::unavailable(Unavailable::NotReady.to_string())),
             Phase::Ready | Phase::StorageFailed(_) | Phase::Draining => Ok(()),
         }
     }

@@ -200,7 +200,9 @@ async fn follow_health(status: &Status, mut health: HealthReporter, stop: &Cance
     loop {
         let serving = match *phases.borrow_and_update() {
             Phase::Ready if !stop.is_cancelled() => ServingStatus::Serving,
-            Phase::Ready | Phase::Recovering | Phase::StorageFailed(_) | Phase::Draining => ServingStatus::NotServing,
+            Phase::Ready | Phase::Recovering | Phase::Restoring | Phase::StorageFailed(_) | Phase::Draining => {
+                ServingStatus::NotServing
+            }
         };
         if said != serving {
             said = serving;

@@ -1,11 +1,14 @@
 //! The registrants' service: one instance per call, or a stream of them.
 
+mod confirmation;
 mod conversation;
 
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 pub(super) use conversation::Conversation;
+
+use confirmation::Confirmation;
 
 use super::{
     Services, convert,
@@ -40,7 +43,7 @@ impl RegistryService {
         let response = match command {
             Err(refusal) => echo.refused(refusal),
             Ok(command) => match self.submit_one(command).await {
-                Ok((outcome, generation)) => echo.carried_out(outcome, generation),
+                Ok((outcome, generation, mirrored)) => echo.carried_out(outcome, generation, mirrored),
                 Err(why) => {
                     unavailable = Some(why);
                     echo.unavailable(why)
@@ -51,11 +54,15 @@ impl RegistryService {
         convert::result(response)
     }
 
-    async fn submit_one(&self, command: Command) -> Result<(Outcome, u64), Unavailable> {
-        let Ack { generation, outcomes } = self.services.registry.submit(vec![command]).await?.await?;
+    /// What became of it, in which generation, and whether Kubernetes has it.
+    async fn submit_one(&self, command: Command) -> Result<(Outcome, u64, bool), Unavailable> {
+        let registry = &self.services.registry;
+        let confirmation = Confirmation::of(&command, registry);
+        let Ack { generation, outcomes } = registry.submit(vec![command]).await?.await?;
         // One outcome per command; a missing one cannot be called done.
         let outcome = outcomes.first().copied().ok_or(Unavailable::ShuttingDown)?;
-        Ok((outcome, generation))
+        let mirrored = confirmation.wait(registry, outcome, generation).await;
+        Ok((outcome, generation, mirrored))
     }
 }
 

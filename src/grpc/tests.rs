@@ -44,7 +44,8 @@ pub(super) struct Registry {
 impl Registry {
     fn new(max_instances: usize) -> Self {
         let metrics = Arc::new(Metrics::new());
-        let (registry, unrecovered) = registry::new(max_instances, Arc::clone(&metrics));
+        let (registry, unrecovered) =
+            registry::new(registry::Options { max_instances, kubernetes: None }, Arc::clone(&metrics));
         Self {
             services: Services { registry, door: DOOR, metrics },
             unrecovered: Some(unrecovered),

@@ -38,12 +38,14 @@ pub enum CommandOutcome {
     NotFound,
     /// The instance limit is reached.
     Full,
+    /// Kubernetes has no place for it.
+    Refused,
 }
 
 impl CommandOutcome {
     /// Every outcome.
-    pub const ALL: [Self; 6] =
-        [Self::Created, Self::Updated, Self::Unchanged, Self::Removed, Self::NotFound, Self::Full];
+    pub const ALL: [Self; 7] =
+        [Self::Created, Self::Updated, Self::Unchanged, Self::Removed, Self::NotFound, Self::Full, Self::Refused];
 
     fn as_str(self) -> &'static str {
         match self {
@@ -53,6 +55,7 @@ impl CommandOutcome {
             Self::Removed => "removed",
             Self::NotFound => "not_found",
             Self::Full => "full",
+            Self::Refused => "refused",
         }
     }
 }

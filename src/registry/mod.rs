@@ -3,9 +3,16 @@
 //! Everyone who wants a change hands [`Command`]s to the [`RegistryHandle`]; one writer takes all
 //! that wait as one batch and makes it durable, then visible, then acknowledged, in this order.
 //! Readers use the [`Catalog`] and the [`Feed`] and never wait for the writer.
+//!
+//! A mirror, where there is one, tells the registry what Kubernetes says ([`Fact`]), gives it what
+//! the EndpointSlices held at the start ([`Restored`]), learns from [`Confirmations`] what it has to
+//! write, and reports what is written. The registry knows no more of Kubernetes than that.
 
 mod catalog;
+mod confirmations;
+mod facts;
 mod feed;
+mod restore;
 mod state;
 mod status;
 #[cfg(test)]
@@ -17,9 +24,12 @@ use std::{future::Future, sync::Arc};
 use tokio::sync::{mpsc, oneshot};
 
 pub use catalog::Catalog;
+pub use confirmations::{Confirmations, MirrorLag};
+pub use facts::{Fact, NoPlace, Rules};
 pub use feed::{Batch, Event, Feed, Lagged, Subscription};
+pub use restore::Restored;
 pub use status::{Phase, Status};
-pub use writer::{Unrecovered, Writer, new};
+pub use writer::{Options, Unrecovered, Writer, new};
 
 use crate::model::{Address, Instance, InstanceId, PortSet, ServiceKey, UnixMillis};
 
@@ -77,6 +87,8 @@ pub enum Outcome {
         /// How many that is.
         limit: usize,
     },
+    /// Kubernetes has no place for it.
+    Refused(NoPlace),
 }
 
 /// The answer to a submission, after its batch is durable and visible.
@@ -91,7 +103,7 @@ pub struct Ack {
 /// Why the registry takes nothing now. A client may try again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Unavailable {
-    /// Not recovered yet.
+    /// Not recovered yet, or what Kubernetes holds is not read yet.
     #[error("not ready: the server is still loading; try again")]
     NotReady,
     /// On its way out.
@@ -104,6 +116,15 @@ pub enum Unavailable {
 
 /// What waits for the writer.
 #[derive(Debug)]
+enum Work {
+    Commands(Submission),
+    Facts(Vec<Fact>),
+    Restore(Restored, oneshot::Sender<u64>),
+    Mirrored(Vec<(ServiceKey, u64)>),
+}
+
+/// Commands, and who waits for what becomes of them.
+#[derive(Debug)]
 struct Submission {
     commands: Vec<Command>,
     received: UnixMillis,
@@ -113,10 +134,11 @@ struct Submission {
 /// The only way to change anything. Clones are cheap and share one bounded queue.
 #[derive(Debug, Clone)]
 pub struct RegistryHandle {
-    queue: mpsc::Sender<Submission>,
+    queue: mpsc::Sender<Work>,
     catalog: Arc<Catalog>,
     feed: Arc<Feed>,
     status: Status,
+    confirmations: Arc<Confirmations>,
 }
 
 impl RegistryHandle {
@@ -135,8 +157,48 @@ impl RegistryHandle {
         let (reply, answer) = oneshot::channel();
         let submission = Submission { commands, received: UnixMillis::now(), reply };
         let status = self.status.clone();
-        self.queue.send(submission).await.map_err(|_| status.refusal())?;
+        self.queue.send(Work::Commands(submission)).await.map_err(|_| status.refusal())?;
         Ok(async move { answer.await.unwrap_or_else(|_| Err(status.refusal())) })
+    }
+
+    /// Tells what Kubernetes says. What is told in one call holds for everything that is
+    /// submitted afterwards.
+    ///
+    /// # Errors
+    /// When the registry is gone.
+    pub async fn learn(&self, facts: Vec<Fact>) -> Result<(), Unavailable> {
+        self.queue.send(Work::Facts(facts)).await.map_err(|_| self.status.refusal())
+    }
+
+    /// Gives what all EndpointSlices of ours hold, once after each start; until then, or until it
+    /// was waited for long enough, nothing is accepted. Gives back the term under which slices are
+    /// written from now on, after the registry holds what it should.
+    ///
+    /// # Errors
+    /// When the registry is gone, or cannot write its journal.
+    pub async fn restore(&self, restored: Restored) -> Result<u64, Unavailable> {
+        let (reply, term) = oneshot::channel();
+        self.queue.send(Work::Restore(restored, reply)).await.map_err(|_| self.status.refusal())?;
+        term.await.map_err(|_| self.status.refusal())
+    }
+
+    /// Kubernetes has everything of each service up to its generation: whoever waits for it is
+    /// told at once, and the store some time later.
+    ///
+    /// # Errors
+    /// When the registry is gone.
+    pub async fn mirrored(&self, mut services: Vec<(ServiceKey, u64)>) -> Result<(), Unavailable> {
+        services.retain(|(service, generation)| self.confirmations.confirm(service, *generation));
+        if services.is_empty() {
+            return Ok(());
+        }
+        self.queue.send(Work::Mirrored(services)).await.map_err(|_| self.status.refusal())
+    }
+
+    /// What Kubernetes does not have yet.
+    #[must_use]
+    pub fn confirmations(&self) -> &Arc<Confirmations> {
+        &self.confirmations
     }
 
     /// What is registered.

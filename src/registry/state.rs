@@ -6,9 +6,9 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use super::{Catalog, Command, Event, Outcome};
+use super::{Catalog, Command, Event, Outcome, Rules, facts::Facts};
 use crate::{
-    model::{Address, Change, Instance, InstanceId, InstanceKey, PortSet, Service, ServiceKey, UnixMillis},
+    model::{Address, Change, Instance, InstanceId, InstanceKey, PortSet, Service, ServiceKey, Table, UnixMillis},
     store::Record,
 };
 
@@ -37,7 +37,7 @@ pub(super) struct PendingService {
 impl Pending {
     /// Whether nothing changes.
     pub(super) fn is_empty(&self) -> bool {
-        self.events.is_empty()
+        self.services.is_empty() && self.records.is_empty()
     }
 }
 
@@ -46,12 +46,59 @@ impl Pending {
 pub(super) struct State {
     catalog: Arc<Catalog>,
     max_instances: usize,
+    facts: Facts,
     pending: Pending,
 }
 
 impl State {
-    pub(super) fn new(catalog: Arc<Catalog>, max_instances: usize) -> Self {
-        Self { catalog, max_instances, pending: Pending::default() }
+    pub(super) fn new(catalog: Arc<Catalog>, max_instances: usize, rules: Option<Rules>) -> Self {
+        Self { catalog, max_instances, facts: Facts::new(rules), pending: Pending::default() }
+    }
+
+    /// What Kubernetes says.
+    pub(super) fn facts(&mut self) -> &mut Facts {
+        &mut self.facts
+    }
+
+    /// Replaces what others have under a service. It is served, and nothing else: no record, no event.
+    pub(super) fn set_endpoints(&mut self, key: ServiceKey, instances: Vec<Arc<Instance>>) {
+        let mut now = Table::default();
+        instances.into_iter().for_each(|instance| drop(now.put(instance)));
+        let before = self.facts.set_endpoints(key.clone(), now.clone());
+        let gone = before.iter().filter(|old| now.get(&old.key()).is_none());
+        let gone = gone.map(|old| Change { before: Some(Arc::clone(old)), after: None });
+        let news = now.iter().filter_map(|new| {
+            let old = before.get(&new.key()).cloned();
+            (old.as_ref() != Some(new)).then(|| Change { before: old, after: Some(Arc::clone(new)) })
+        });
+        let changes: Vec<Change> = gone.chain(news).collect();
+        if !changes.is_empty() {
+            let service = self.service(&key).unwrap_or_default();
+            let pending = self.pending.services.entry(key);
+            let pending = pending.or_insert_with(|| PendingService { after: service, changes: Vec::new() });
+            pending.changes.extend(changes);
+        }
+    }
+
+    /// Makes what a start has decided come true, whatever the limit says: it was accepted once.
+    pub(super) fn replay(&mut self, records: Vec<Record>, now: UnixMillis) {
+        for record in records {
+            match &record {
+                Record::Put { service, instance } => {
+                    let held = self.service(service);
+                    let before = held.as_ref().and_then(|held| held.instances.get(&instance.key()).cloned());
+                    let change = Change { before, after: Some(Arc::clone(instance)) };
+                    self.note(service.clone(), held, change, now);
+                }
+                Record::Remove { service, id } => {
+                    let held = self.service(service);
+                    let before = held.as_ref().and_then(|held| held.instances.get(&InstanceKey::from(id)).cloned());
+                    self.note(service.clone(), held, Change { before, after: None }, now);
+                }
+                Record::Mirrored { .. } | Record::Term { .. } => {}
+            }
+            self.pending.records.push(record);
+        }
     }
 
     /// What the commands since the last call change; the next batch begins, and is expected to be
@@ -77,6 +124,9 @@ impl State {
     }
 
     fn register(&mut self, key: ServiceKey, instance: Arc<Instance>, received: UnixMillis) -> Outcome {
+        if let Some(why) = self.facts.refuse(&key) {
+            return Outcome::Refused(why);
+        }
         let service = self.service(&key);
         let before = service.as_ref().and_then(|service| service.instances.get(&instance.key()).cloned());
         let (outcome, instance) = match &before {
@@ -199,7 +249,7 @@ mod tests {
     }
 
     fn empty(max_instances: usize) -> State {
-        State::new(Arc::new(Catalog::default()), max_instances)
+        State::new(Arc::new(Catalog::default()), max_instances, None)
     }
 
     #[test]

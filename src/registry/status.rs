@@ -11,6 +11,8 @@ use super::Unavailable;
 pub enum Phase {
     /// What is stored is being read; DNS does not answer from it yet.
     Recovering,
+    /// What is stored is served; what Kubernetes holds is being read.
+    Restoring,
     /// All is well.
     Ready,
     /// A write or sync failed, as said here. DNS goes on with what it has.
@@ -47,7 +49,7 @@ impl Status {
 
     pub(super) fn ready(&self) {
         self.0.send_if_modified(|phase| {
-            let recovered = *phase == Phase::Recovering;
+            let recovered = matches!(phase, Phase::Recovering | Phase::Restoring);
             if recovered {
                 *phase = Phase::Ready;
             }
@@ -55,9 +57,19 @@ impl Status {
         });
     }
 
+    pub(super) fn restoring(&self) {
+        self.0.send_if_modified(|phase| {
+            let recovered = *phase == Phase::Recovering;
+            if recovered {
+                *phase = Phase::Restoring;
+            }
+            recovered
+        });
+    }
+
     pub(super) fn storage_failed(&self, why: &str) {
         self.0.send_if_modified(|phase| {
-            let news = matches!(phase, Phase::Recovering | Phase::Ready);
+            let news = matches!(phase, Phase::Recovering | Phase::Restoring | Phase::Ready);
             if news {
                 *phase = Phase::StorageFailed(why.into());
             }
@@ -68,7 +80,7 @@ impl Status {
     pub(super) fn accepting(&self) -> Result<(), Unavailable> {
         match *self.0.borrow() {
             Phase::Ready => Ok(()),
-            Phase::Recovering => Err(Unavailable::NotReady),
+            Phase::Recovering | Phase::Restoring => Err(Unavailable::NotReady),
             Phase::StorageFailed(_) => Err(Unavailable::StorageFailed),
             Phase::Draining => Err(Unavailable::ShuttingDown),
         }

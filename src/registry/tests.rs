@@ -12,7 +12,7 @@ use super::*;
 use crate::{
     metrics::Metrics,
     model::{DnsName, Door, Draft, DraftPort, Protocol},
-    store::{DataDir, Options},
+    store::{self, DataDir},
     zone::{Zone, ZoneConfig},
 };
 
@@ -29,13 +29,14 @@ struct World {
 impl World {
     fn on(dir: &TempDir, max_instances: usize) -> Self {
         let metrics = Arc::new(Metrics::new());
-        let (handle, unrecovered) = new(max_instances, Arc::clone(&metrics));
+        let (handle, unrecovered) = new(super::Options { max_instances, kubernetes: None }, Arc::clone(&metrics));
         let origin = DnsName::parse("cluster.local").expect("a name");
         let (reverse_zones, ns_addresses) = (Vec::new(), Vec::new());
         let config = ZoneConfig { origin, ttl: 5, reverse_zones, ns_addresses, publish_not_ready: false };
         let (_, publisher) = Zone::new(config);
         let data_dir = DataDir::lock(dir.path()).expect("nobody else has it");
-        let writer = unrecovered.recover(data_dir, &Options::default(), publisher, &mut |_| {}).expect("a good store");
+        let writer =
+            unrecovered.recover(data_dir, &store::Options::default(), publisher, &mut |_| {}).expect("a good store");
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         Self { handle, writer, metrics, runtime }
     }

@@ -13,7 +13,7 @@
 use std::{
     collections::HashMap,
     sync::Arc,
-    time::{Instant, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::{
@@ -24,13 +24,15 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::{
-    Ack, Batch, Catalog, Feed, Outcome, QUEUE, RegistryHandle, Status, Submission, Unavailable,
+    Ack, Batch, Catalog, Confirmations, Fact, Feed, Outcome, QUEUE, RegistryHandle, Restored, Rules, Status,
+    Submission, Unavailable, Work,
+    restore::{self, Origin, Verdict},
     state::{Pending, State},
 };
 use crate::{
     metrics::{CommandOutcome, Metrics},
     model::{Change, InstanceKey, Service, ServiceKey, UnixMillis},
-    store::{DataDir, Journal, Options, Progress, Record, StoreError},
+    store::{self, DataDir, Journal, Progress, Record, StoreError},
     zone::{Publisher, ServiceChange},
 };
 
@@ -41,64 +43,96 @@ const BATCH_COMMANDS: usize = 65_536;
 /// Publications of recovered services that are made at once.
 const RECOVERY_CHUNK: usize = 1024;
 
+/// How long a start waits for the API server when the store alone could go on.
+const RESTORE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Confirmations that wait for the next batch's sync before they get one of their own. A lost one
+/// costs a comparison at the next start, and nothing else.
+const UNSAVED: usize = 1024;
+
+/// What the registry is told before it begins.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Instances that may be registered.
+    pub max_instances: usize,
+    /// How registrations are checked where there is a Kubernetes; `None` where there is none.
+    pub kubernetes: Option<Rules>,
+}
+
 /// A registry that has not read its store yet. It refuses every submission as not ready.
 #[derive(Debug)]
 pub struct Unrecovered {
-    queue: mpsc::Receiver<Submission>,
+    queue: mpsc::Receiver<Work>,
     catalog: Arc<Catalog>,
     feed: Arc<Feed>,
     status: Status,
+    confirmations: Arc<Confirmations>,
     metrics: Arc<Metrics>,
-    max_instances: usize,
+    options: Options,
 }
 
 /// The writer: consumes submissions until it is told to stop.
 #[derive(Debug)]
 pub struct Writer {
-    queue: mpsc::Receiver<Submission>,
+    queue: mpsc::Receiver<Work>,
     state: State,
     journal: Journal,
     publisher: Publisher,
     catalog: Arc<Catalog>,
     feed: Arc<Feed>,
     status: Status,
+    confirmations: Arc<Confirmations>,
     metrics: Arc<Metrics>,
     generation: u64,
+    /// What the store said, until it was compared with what Kubernetes holds.
+    origin: Option<Origin>,
+    /// What the mirror has reported and the journal does not say yet.
+    unsaved: Vec<Record>,
 }
 
 /// Submissions whose commands were decided and that wait for the batch.
 type Decided = Vec<(oneshot::Sender<Result<Ack, Unavailable>>, Vec<Outcome>)>;
 
-/// A registry for at most `max_instances` instances: the handle for everyone, and what becomes
-/// its writer.
+/// A registry: the handle for everyone, and what becomes its writer.
 #[must_use]
-pub fn new(max_instances: usize, metrics: Arc<Metrics>) -> (RegistryHandle, Unrecovered) {
+pub fn new(options: Options, metrics: Arc<Metrics>) -> (RegistryHandle, Unrecovered) {
     let (sender, queue) = mpsc::channel(QUEUE);
     let catalog = Arc::new(Catalog::default());
     let feed = Arc::new(Feed::new());
     let status = Status::new();
+    let confirmations = Arc::new(Confirmations::new(options.kubernetes.is_some()));
     let handle = RegistryHandle {
         queue: sender,
         catalog: Arc::clone(&catalog),
         feed: Arc::clone(&feed),
         status: status.clone(),
+        confirmations: Arc::clone(&confirmations),
     };
-    (handle, Unrecovered { queue, catalog, feed, status, metrics, max_instances })
+    (handle, Unrecovered { queue, catalog, feed, status, confirmations, metrics, options })
 }
 
 impl Unrecovered {
-    /// Reads what `data_dir` holds, publishes it, and only then accepts submissions. Blocks.
+    /// Reads what `data_dir` holds, publishes it, and only then accepts submissions; with a
+    /// Kubernetes not before [`Writer::await_restore`]. Blocks.
     ///
     /// # Errors
     /// When the store cannot be read; the registry stays not ready.
     pub fn recover(
         self,
         data_dir: DataDir,
-        options: &Options,
+        options: &store::Options,
         mut publisher: Publisher,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Writer, StoreError> {
-        let Self { queue, catalog, feed, status, metrics, max_instances } = self;
+        let Self {
+            queue,
+            catalog,
+            feed,
+            status,
+            confirmations,
+            metrics,
+            options: Options { max_instances, kubernetes },
+        } = self;
         let mut services: HashMap<ServiceKey, Service, foldhash::fast::RandomState> = HashMap::default();
         let mut replay = |record| match record {
             Record::Put { service, instance } => {
@@ -112,7 +146,7 @@ impl Unrecovered {
                     }
                 }
             }
-            // The store keeps these to itself.
+            // The store keeps these to itself, and gives their sum.
             Record::Mirrored { .. } | Record::Term { .. } => {}
         };
         let (journal, recovery) = data_dir.recover(options, Arc::clone(&metrics), &mut replay, progress)?;
@@ -131,8 +165,9 @@ impl Unrecovered {
             })
             .collect();
         for chunk in services.chunks(RECOVERY_CHUNK) {
-            let changes: Vec<ServiceChange<'_>> =
-                chunk.iter().map(|(service, after, changes)| ServiceChange { service, changes, after }).collect();
+            let changes =
+                chunk.iter().map(|(service, after, changes)| ServiceChange { service, changes, after, foreign: None });
+            let changes: Vec<_> = changes.collect();
             publisher.publish(generation, &changes);
         }
         publisher.publish(generation, &[]);
@@ -141,15 +176,36 @@ impl Unrecovered {
         }
         catalog.set_generation(generation);
         feed.begin(generation);
-        status.ready();
+        let origin = kubernetes.is_some().then_some(Origin { term: recovery.term, outbox: recovery.outbox });
+        if let Some(origin) = &origin {
+            status.restoring();
+            let unmirrored = origin.unmirrored(&catalog);
+            confirmations.note(unmirrored.map(|service| (service, generation, UnixMillis::now())));
+        } else {
+            status.ready();
+        }
         if let Err(why) = journal.usable() {
             storage_failed(&status, &why);
         }
         info!(services = catalog.len(), instances = catalog.instances(), generation, "recovered");
 
-        let state = State::new(Arc::clone(&catalog), max_instances);
+        let state = State::new(Arc::clone(&catalog), max_instances, kubernetes);
         metrics.registry.set_registered(catalog.len(), catalog.instances(), generation);
-        Ok(Writer { queue, state, journal, publisher, catalog, feed, status, metrics, generation })
+        let unsaved = Vec::new();
+        Ok(Writer {
+            queue,
+            state,
+            journal,
+            publisher,
+            catalog,
+            feed,
+            status,
+            confirmations,
+            metrics,
+            generation,
+            origin,
+            unsaved,
+        })
     }
 }
 
@@ -158,6 +214,36 @@ impl Writer {
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+
+    /// Waits for what Kubernetes holds, where there is one, and only then accepts submissions. A
+    /// store that has been in step with Kubernetes before waits a few seconds only: its own word
+    /// is good while the API server is away. Gives back whether it was not stopped meanwhile.
+    /// Blocks.
+    pub fn await_restore(&mut self, runtime: &Handle, stop: &CancellationToken) -> bool {
+        let Some(origin) = &self.origin else { return true };
+        let known = origin.term != 0;
+        let give_up = Instant::now() + RESTORE_PATIENCE;
+        while self.origin.is_some() {
+            let next = runtime.block_on(async {
+                tokio::select! {
+                    biased;
+                    () = stop.cancelled() => Err(true),
+                    work = self.queue.recv() => work.ok_or(true),
+                    () = tokio::time::sleep_until(give_up.into()), if known => Err(false),
+                }
+            });
+            match next {
+                Ok(work) => self.batch(work),
+                Err(true) => return false,
+                Err(false) => {
+                    warn!("Kubernetes does not answer; going on with what is stored, and its slices follow later");
+                    break;
+                }
+            }
+        }
+        self.status.ready();
+        true
     }
 
     /// Works until `stop`, then answers what still waits. Blocks: run it on a thread of its own.
@@ -173,32 +259,69 @@ impl Writer {
                     }
                 }
             });
-            let Some(first) = first else { return };
+            let Some(first) = first else { break };
             self.batch(first);
+        }
+        self.save();
+    }
+
+    fn batch(&mut self, first: Work) {
+        let mut decided = Decided::new();
+        let mut restored = None;
+        let mut commands = 0;
+        let mut next = Some(first);
+        // 1. check
+        while let Some(work) = next {
+            match work {
+                // Not even what changes nothing: the catalog may be behind what the disk holds.
+                Work::Commands(submission) if self.status.accepting() == Err(Unavailable::StorageFailed) => {
+                    let _ = submission.reply.send(Err(Unavailable::StorageFailed));
+                }
+                Work::Commands(Submission { commands: submitted, received, reply }) => {
+                    commands += submitted.len();
+                    let outcomes = submitted.into_iter().map(|command| self.state.decide(command, received)).collect();
+                    decided.push((reply, outcomes));
+                }
+                Work::Facts(facts) => facts.into_iter().for_each(|fact| self.learn(fact)),
+                Work::Mirrored(services) => {
+                    let records =
+                        services.into_iter().map(|(service, generation)| Record::Mirrored { service, generation });
+                    self.unsaved.extend(records);
+                }
+                Work::Restore(held, reply) => {
+                    // What came before is published first: the comparison is with the catalog.
+                    restored = Some((held, reply));
+                    break;
+                }
+            }
+            next = if commands < BATCH_COMMANDS { self.queue.try_recv().ok() } else { None };
+        }
+        self.commit(decided, commands);
+        if let Some((held, reply)) = restored
+            && let Some(term) = self.restore(held)
+        {
+            let _ = reply.send(term);
+        }
+        if self.unsaved.len() >= UNSAVED {
+            self.save();
         }
     }
 
-    fn batch(&mut self, first: Submission) {
-        if self.status.accepting() == Err(Unavailable::StorageFailed) {
-            // Not even what changes nothing: the catalog may be behind what the disk holds.
-            let _ = first.reply.send(Err(Unavailable::StorageFailed));
-            return;
-        }
-        let mut decided = Decided::new();
-        let mut commands = 0;
-        let mut next = Some(first);
-        while let Some(Submission { commands: submitted, received, reply }) = next {
-            commands += submitted.len();
-            // 1. check
-            let outcomes = submitted.into_iter().map(|command| self.state.decide(command, received)).collect();
-            decided.push((reply, outcomes));
-            next = if commands < BATCH_COMMANDS { self.queue.try_recv().ok() } else { None };
-        }
-        let pending = self.state.take();
+    /// Everything that was decided since the last batch becomes one, and `decided` is answered.
+    /// Gives back whether the journal took it.
+    fn commit(&mut self, decided: Decided, commands: usize) -> bool {
+        let mut pending = self.state.take();
         if pending.is_empty() {
-            self.observe(&decided, commands, 0);
-            return self.answer(decided);
+            if !decided.is_empty() {
+                self.observe(&decided, commands, 0);
+                self.answer(decided);
+            }
+            return true;
         }
+        if let Some(origin) = &mut self.origin {
+            origin.outbox.extend_from_slice(&pending.records);
+        }
+        pending.records.append(&mut self.unsaved);
         // 2. append: durable. After a failure nothing is acknowledged any more: what reached the
         // disk is unknown, and a later sync that succeeds proves nothing.
         if let Err(why) = self.journal.append(self.generation + 1, &pending.records) {
@@ -206,7 +329,7 @@ impl Writer {
             for (reply, _) in decided {
                 let _ = reply.send(Err(Unavailable::StorageFailed));
             }
-            return;
+            return false;
         }
         self.generation += 1;
         let (durable, since_durable) = (UnixMillis::now(), Instant::now());
@@ -219,7 +342,46 @@ impl Writer {
         // 4. answer: acknowledged.
         self.answer(decided);
         let acknowledged = UnixMillis::now();
-        self.feed.push(Batch { generation: self.generation, events, durable, visible, acknowledged });
+        if !events.is_empty() {
+            self.feed.push(Batch { generation: self.generation, events, durable, visible, acknowledged });
+        }
+        true
+    }
+
+    fn learn(&mut self, fact: Fact) {
+        match fact {
+            Fact::Namespace { name, exists } => {
+                if self.state.facts().set_namespace(name.clone(), exists) {
+                    self.publisher.set_namespace(&name, exists);
+                }
+            }
+            Fact::NamespacesComplete => self.state.facts().namespaces_are_complete(),
+            Fact::Service { service, foreign } => self.state.facts().set_foreign(service, foreign),
+            Fact::Endpoints { service, instances } => self.state.set_endpoints(service, instances),
+        }
+    }
+
+    /// Compares the store's word with what Kubernetes holds, and becomes what is newer. Gives back
+    /// the term from now on; `None` when the journal did not take it.
+    fn restore(&mut self, held: Restored) -> Option<u64> {
+        let origin = self.origin.take()?;
+        let (services, instances) =
+            (held.services.len(), held.services.iter().map(|(_, held)| held.len()).sum::<usize>());
+        let Verdict { term, records } = restore::decide(&origin, held, &self.catalog.services());
+        info!(term, services, instances, changes = records.len(), "compared with Kubernetes");
+        self.state.replay(records, UnixMillis::now());
+        self.commit(Decided::new(), 0).then_some(term)
+    }
+
+    /// Puts into the journal what has waited for a batch to go with.
+    fn save(&mut self) {
+        let records = std::mem::take(&mut self.unsaved);
+        if records.is_empty() || self.status.accepting() == Err(Unavailable::StorageFailed) {
+            return;
+        }
+        if let Err(why) = self.journal.append(self.generation, &records) {
+            storage_failed(&self.status, &why);
+        }
     }
 
     /// Makes the batch visible, to DNS first.
@@ -228,11 +390,18 @@ impl Writer {
         for pending in services.values_mut() {
             pending.after.generation = self.generation;
         }
+        let facts = self.state.facts();
         let changes: Vec<ServiceChange<'_>> = services
             .iter()
-            .map(|(service, pending)| ServiceChange { service, changes: &pending.changes, after: &pending.after })
+            .map(|(service, pending)| ServiceChange {
+                service,
+                changes: &pending.changes,
+                after: &pending.after,
+                foreign: facts.endpoints(service),
+            })
             .collect();
         self.publisher.publish(self.generation, &changes);
+        self.confirmations.note(events.iter().map(|event| (event.service.clone(), self.generation, event.received)));
         for (key, pending) in services {
             self.catalog.set(key, pending.after);
         }
@@ -266,6 +435,7 @@ fn counted(outcome: Outcome) -> CommandOutcome {
         Outcome::Removed(_) => CommandOutcome::Removed,
         Outcome::NotFound => CommandOutcome::NotFound,
         Outcome::Full { .. } => CommandOutcome::Full,
+        Outcome::Refused(_) => CommandOutcome::Refused,
     }
 }
 

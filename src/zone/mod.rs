@@ -23,6 +23,7 @@ mod tests;
 
 use std::{
     cell::OnceCell,
+    iter,
     net::IpAddr,
     sync::{
         Arc,
@@ -39,7 +40,7 @@ pub use reverse::HostName;
 pub use rows::Rrset;
 pub use service::{AddressRow, Addresses, Facts, SrvRow, Target, TargetRef};
 
-use crate::model::{Change, DnsName, Service, ServiceKey};
+use crate::model::{Change, DnsName, Instance, Service, ServiceKey, Table};
 use reverse::{Reverse, ReverseView};
 use service::{Contribution, Edit};
 
@@ -63,7 +64,7 @@ pub struct ZoneConfig {
 pub struct Zone {
     settings: Settings,
     services: HashMap<ServiceKey, Facts, RandomState>,
-    /// Namespaces that have a service, and how many.
+    /// Namespaces that have a service, and how many; one more where the namespace itself is known.
     namespaces: HashMap<Box<str>, usize, RandomState>,
     reverse: Reverse,
     serial: AtomicU32,
@@ -92,6 +93,9 @@ pub struct ServiceChange<'a> {
     pub changes: &'a [Change],
     /// The service as it is now; empty when it is gone.
     pub after: &'a Service,
+    /// What others have under the same name, as it is now. Served beside it; what changed of it
+    /// stands among the changes.
+    pub foreign: Option<&'a Table<Arc<Instance>>>,
 }
 
 impl Settings {
@@ -265,8 +269,14 @@ impl Publisher {
         self.zone.serial.store(generation as u32, Ordering::Release);
     }
 
+    /// A namespace exists whether or not it has a service of ours, or no longer so. Each call must
+    /// be news.
+    pub fn set_namespace(&mut self, name: &str, exists: bool) {
+        self.count_namespace(name, |count| if exists { count + 1 } else { count.saturating_sub(1) });
+    }
+
     fn publish_service(&self, change: &ServiceChange<'_>) {
-        let ServiceChange { service, changes, after } = *change;
+        let ServiceChange { service, changes, after, foreign } = *change;
         let zone = &*self.zone;
         let not_ready_too = zone.settings.publish_not_ready;
         let services = zone.services.pin();
@@ -284,7 +294,8 @@ impl Publisher {
         }
         touched.sort_unstable();
         touched.dedup();
-        let new = edit.finish(after);
+        let tables: Vec<&Table<Arc<Instance>>> = iter::once(&after.instances).chain(foreign).collect();
+        let new = edit.finish(&tables);
 
         let had = |(ip, target): &(IpAddr, Target)| old.is_some_and(|old| old.names(*ip, target));
         let (come, gone): (Vec<_>, Vec<_>) =

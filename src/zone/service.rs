@@ -9,11 +9,12 @@ use std::{
     cmp::Ordering,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     ops::ControlFlow,
+    sync::Arc,
 };
 
 use super::rows::{Rows, Rrset};
 use crate::model::{
-    Address, DashedLabel, Instance, InstanceKey, Label, Protocol, Service, Weight, parse_dashed_label, table::Row,
+    Address, DashedLabel, Instance, InstanceKey, Label, Protocol, Table, Weight, parse_dashed_label, table::Row,
 };
 
 /// One address record.
@@ -378,8 +379,8 @@ impl Edit {
         self.count(Way::Out, contribution);
     }
 
-    /// The new facts; `after` is the service as it is now.
-    pub(super) fn finish(mut self, after: &Service) -> Facts {
+    /// The new facts; `after` is everything that the service has now.
+    pub(super) fn finish(mut self, after: &[&Table<Arc<Instance>>]) -> Facts {
         for orphan in std::mem::take(&mut self.orphans) {
             self.find_priority(&orphan, after);
         }
@@ -453,7 +454,7 @@ impl Edit {
     }
 
     /// The lowest priority of a record, looked for among the instances that give it.
-    fn find_priority(&mut self, orphan: &Orphan, after: &Service) {
+    fn find_priority(&mut self, orphan: &Orphan, after: &[&Table<Arc<Instance>>]) {
         let Orphan { protocol, port_name, target, port } = orphan;
         let key = (*protocol, port_name.as_str().as_bytes());
         let Some(mut row) = self.facts.ports.get(&key).cloned() else { return };
@@ -462,7 +463,7 @@ impl Edit {
         let not_ready_too = self.not_ready_too;
         let mut look = |ip: IpAddr| {
             let address = Address::Ip(ip);
-            let _ = after.instances.visit_from(&InstanceKey::first_of(&address), &mut |instance| {
+            let mut add = |instance: &Arc<Instance>| {
                 if *instance.address() != address {
                     return ControlFlow::Break(());
                 }
@@ -479,8 +480,11 @@ impl Edit {
                 {
                     record.add_priority(instance.priority());
                 }
-                ControlFlow::Continue(())
-            });
+                ControlFlow::<()>::Continue(())
+            };
+            for table in after {
+                let _ = table.visit_from(&InstanceKey::first_of(&address), &mut add);
+            }
         };
         if let Some(Addresses { v4, v6 }) = self.facts.target(target) {
             v4.into_iter().flat_map(|set| set.iter()).for_each(|row| look(row.ip.into()));

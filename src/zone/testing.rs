@@ -107,7 +107,7 @@ impl World {
             }
         }
         self.generation += 1;
-        let change = ServiceChange { service, changes: &changes, after: known };
+        let change = ServiceChange { service, changes: &changes, after: known, foreign: None };
         self.publisher.publish(self.generation, &[change]);
     }
 

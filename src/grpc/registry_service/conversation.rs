@@ -20,11 +20,11 @@ use std::{
     vec,
 };
 
-use futures::Stream;
+use futures::{Stream, future::Either};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::Status;
 
-use super::count;
+use super::{Confirmation, count};
 use crate::{
     grpc::{
         Services,
@@ -35,7 +35,8 @@ use crate::{
     registry::{Ack, Command, MAX_COMMANDS, Outcome, Unavailable},
 };
 
-/// Submissions of one stream that may be with the registry while more is read.
+/// Submissions of one stream that may be with the registry, or wait for Kubernetes, while more is
+/// read.
 const MAX_IN_FLIGHT: usize = 4;
 
 /// Octets of memory that the messages of one stream may take until they are answered. One more
@@ -45,8 +46,9 @@ const MAX_COST: usize = 1024 * 1024;
 type Acked = Pin<Box<dyn Future<Output = Result<Ack, Unavailable>> + Send>>;
 type HandedIn = Pin<Box<dyn Future<Output = Result<Acked, Unavailable>> + Send>>;
 
-/// A message in its place: what its answer repeats, and whether it went to the registry.
-type Place = (Echo, Result<(), Refusal>);
+/// A message in its place: what its answer repeats, and, if it went to the registry, what it
+/// waits for afterwards.
+type Place = (Echo, Result<Confirmation, Refusal>);
 
 /// What was read together.
 struct Flight {
@@ -71,7 +73,16 @@ struct Landed {
     outcomes: vec::IntoIter<Outcome>,
     generation: u64,
     refused: Option<Unavailable>,
+    /// The next answer, which waits for Kubernetes.
+    held: Option<Held>,
     cost: usize,
+}
+
+/// An answer that says whether Kubernetes has it, once that is known.
+struct Held {
+    echo: Echo,
+    outcome: Outcome,
+    mirrored: Pin<Box<dyn Future<Output = bool> + Send>>,
 }
 
 impl Landed {
@@ -160,7 +171,15 @@ where
                 Poll::Ready(Some(Ok(message))) => {
                     cost += convert::cost(&message);
                     let (echo, command) = convert::parse(message, &self.services.door, now);
-                    places.push((echo, command.map(|command| commands.push(command))));
+                    let registry = &self.services.registry;
+                    places.push((
+                        echo,
+                        command.map(|command| {
+                            let confirmation = Confirmation::of(&command, registry);
+                            commands.push(command);
+                            confirmation
+                        }),
+                    ));
                 }
                 Poll::Ready(Some(Err(status))) => {
                     self.reading = Reading::Failed(status);
@@ -195,20 +214,49 @@ where
     }
 
     /// The next answer of the flight that has landed; `None` when it has none left.
-    fn answer(&mut self) -> Option<RegistrationResponse> {
-        let Some((echo, place)) = self.landed.places.next() else {
-            self.cost -= mem::take(&mut self.landed.cost);
-            return None;
+    fn answer(&mut self, cx: &mut Context<'_>) -> Poll<Option<RegistrationResponse>> {
+        let held = match self.landed.held.take() {
+            Some(held) => held,
+            None => {
+                let Some((echo, place)) = self.landed.places.next() else {
+                    self.cost -= mem::take(&mut self.landed.cost);
+                    return Poll::Ready(None);
+                };
+                let confirmation = match place {
+                    Err(refusal) => return self.counted(echo.refused(refusal), None),
+                    Ok(confirmation) => confirmation,
+                };
+                let outcome = match self.landed.outcome() {
+                    Err(why) => return self.counted(echo.unavailable(why), Some(why)),
+                    Ok(outcome) => outcome,
+                };
+                let generation = self.landed.generation;
+                match confirmation.wait(&self.services.registry, outcome, generation) {
+                    Either::Left(_) => return self.counted(echo.carried_out(outcome, generation, true), None),
+                    Either::Right(mirrored) => Held { echo, outcome, mirrored: Box::pin(mirrored) },
+                }
+            }
         };
-        let (response, unavailable) = match place {
-            Err(refusal) => (echo.refused(refusal), None),
-            Ok(()) => match self.landed.outcome() {
-                Ok(outcome) => (echo.carried_out(outcome, self.landed.generation), None),
-                Err(why) => (echo.unavailable(why), Some(why)),
-            },
-        };
+        let Held { echo, outcome, mut mirrored } = held;
+        match mirrored.as_mut().poll(cx) {
+            Poll::Ready(mirrored) => {
+                let generation = self.landed.generation;
+                self.counted(echo.carried_out(outcome, generation, mirrored), None)
+            }
+            Poll::Pending => {
+                self.landed.held = Some(Held { echo, outcome, mirrored });
+                Poll::Pending
+            }
+        }
+    }
+
+    fn counted(
+        &self,
+        response: RegistrationResponse,
+        unavailable: Option<Unavailable>,
+    ) -> Poll<Option<RegistrationResponse>> {
         count(&self.services.metrics, &response, unavailable);
-        Some(response)
+        Poll::Ready(Some(response))
     }
 
     /// Takes the oldest flight when the registry has answered it.
@@ -229,6 +277,7 @@ where
             outcomes: outcomes.into_iter(),
             generation,
             refused,
+            held: None,
             cost: flight.cost,
         };
         Poll::Ready(Some(()))
@@ -244,9 +293,11 @@ where
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self;
         loop {
-            if let Some(response) = this.answer() {
-                return Poll::Ready(Some(Ok(response)));
-            }
+            let held = match this.answer(cx) {
+                Poll::Ready(Some(response)) => return Poll::Ready(Some(Ok(response))),
+                Poll::Ready(None) => false,
+                Poll::Pending => true,
+            };
             // Hand in first, answer then: the registry works while answers are encoded.
             while this.advance(cx)
                 && matches!(this.reading, Reading::Open)
@@ -254,6 +305,9 @@ where
                 && this.cost < MAX_COST
                 && this.read(cx)
             {}
+            if held {
+                return Poll::Pending;
+            }
             match this.land(cx) {
                 Poll::Ready(Some(())) => {}
                 Poll::Pending => return Poll::Pending,

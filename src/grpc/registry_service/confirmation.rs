@@ -1,0 +1,61 @@
+//! How long an answer waits for Kubernetes.
+//!
+//! DNS has a change before its answer goes out, always. Where there is a mirror the answer waits a
+//! moment longer, so that 201, 200 and 204 also mean that the EndpointSlice has it; when that takes
+//! too long the answer is 202 and the slice follows.
+
+use std::{
+    future::{Ready, ready},
+    time::Duration,
+};
+
+use futures::future::Either;
+use tokio::time::{Instant, timeout_at};
+
+use crate::{
+    model::ServiceKey,
+    registry::{Command, Outcome, RegistryHandle},
+};
+
+/// Counted from the moment at which the message was read.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// What has to be waited for after a command is carried out.
+#[derive(Debug)]
+pub(super) struct Confirmation {
+    /// What, and until when at most; `None` without a mirror.
+    wanted: Option<(ServiceKey, Instant)>,
+}
+
+impl Confirmation {
+    /// What `command`, which was read just now, will have to wait for.
+    pub(super) fn of(command: &Command, registry: &RegistryHandle) -> Self {
+        if !registry.confirmations().are_awaited() {
+            return Self { wanted: None };
+        }
+        let service = match command {
+            Command::Register { service, .. }
+            | Command::Unregister { service, .. }
+            | Command::SetReady { service, .. } => service.clone(),
+        };
+        Self { wanted: Some((service, Instant::now() + PATIENCE)) }
+    }
+
+    /// Whether Kubernetes has what `outcome` changed in `generation`, as soon as it has, or when
+    /// it was waited for long enough. Ready at once where nothing changed.
+    pub(super) fn wait(
+        self,
+        registry: &RegistryHandle,
+        outcome: Outcome,
+        generation: u64,
+    ) -> Either<Ready<bool>, impl Future<Output = bool> + Send + use<>> {
+        let changed = matches!(outcome, Outcome::Created | Outcome::Updated | Outcome::Removed(_));
+        match self.wanted.filter(|_| changed) {
+            None => Either::Left(ready(true)),
+            Some((service, until)) => {
+                let confirmed = registry.confirmations().confirmed(&service, generation);
+                Either::Right(async move { timeout_at(until, confirmed).await.is_ok() })
+            }
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! Which services the mirror looks at next, and when.
+//!
+//! Level-triggered: a service stands in the queue once, however often it changed, and what is
+//! written is what holds when its turn comes. A service that changes while it is being looked at
+//! is looked at again afterwards.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use crate::model::ServiceKey;
+
+/// After the first failure a service waits so long, after each further one twice as long.
+const FIRST_BACKOFF: Duration = Duration::from_millis(50);
+
+/// But never longer than this.
+const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
+
+/// The queue. Time is an argument.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    entries: HashMap<ServiceKey, Entry>,
+    due: BTreeSet<(Instant, ServiceKey)>,
+}
+
+#[derive(Debug, Default)]
+struct Entry {
+    /// When it is due, unless it runs.
+    at: Option<Instant>,
+    running: bool,
+    /// To be looked at again once it has run.
+    again: bool,
+    failures: u32,
+}
+
+impl Queue {
+    /// `service` has changed: it is due now, whatever it waited for.
+    pub(super) fn add(&mut self, service: ServiceKey, now: Instant) {
+        let entry = self.entries.entry(service.clone()).or_default();
+        if entry.running {
+            entry.again = true;
+        } else {
+            self.set_due(service, now, true);
+        }
+    }
+
+    /// The next service that is due. It runs until [`Queue::done`] or one of its siblings is called.
+    pub(super) fn next(&mut self, now: Instant) -> Option<ServiceKey> {
+        if self.due.first()?.0 > now {
+            return None;
+        }
+        let (_, service) = self.due.pop_first()?;
+        let entry = self.entries.entry(service.clone()).or_default();
+        (entry.at, entry.running, entry.again) = (None, true, false);
+        Some(service)
+    }
+
+    /// When the next service is due.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        self.due.first().map(|(at, _)| *at)
+    }
+
+    /// `service` is as it should be.
+    pub(super) fn done(&mut self, service: ServiceKey, now: Instant) {
+        let again = self.entries.get(&service).is_some_and(|entry| entry.again);
+        self.entries.remove(&service);
+        if again {
+            self.add(service, now);
+        }
+    }
+
+    /// `service` should be looked at after `wait` at the latest.
+    pub(super) fn later(&mut self, service: ServiceKey, wait: Duration, now: Instant) {
+        let Some(entry) = self.entries.get_mut(&service) else { return };
+        (entry.running, entry.failures) = (false, 0);
+        let at = if entry.again { now } else { now + wait };
+        self.set_due(service, at, false);
+    }
+
+    /// `service` failed and is tried again after a while; a change meanwhile does not make that
+    /// shorter, so that a service that cannot be written is not tried at the rate at which it changes.
+    pub(super) fn failed(&mut self, service: ServiceKey, now: Instant) {
+        let Some(entry) = self.entries.get_mut(&service) else { return };
+        let doublings = entry.failures.min(16);
+        (entry.running, entry.failures) = (false, entry.failures + 1);
+        let backoff = FIRST_BACKOFF.saturating_mul(1 << doublings).min(LONGEST_BACKOFF);
+        // Between a half and the whole, so that what failed together does not come back together.
+        self.set_due(service, now + backoff.mul_f64(0.5 + fastrand::f64() / 2.0), false);
+    }
+
+    /// Services that wait.
+    pub(super) fn len(&self) -> usize {
+        self.due.len()
+    }
+
+    fn set_due(&mut self, service: ServiceKey, at: Instant, only_sooner: bool) {
+        let entry = self.entries.entry(service.clone()).or_default();
+        if let Some(before) = entry.at {
+            if only_sooner && (before <= at || entry.failures > 0) {
+                return;
+            }
+            self.due.remove(&(before, service.clone()));
+        }
+        entry.at = Some(at);
+        self.due.insert((at, service));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Door;
+
+    fn key(name: &str) -> ServiceKey {
+        Door { zone_wire_len: 15, names_allowed: false }.service("prod", name).expect("valid")
+    }
+
+    #[test]
+    fn a_service_stands_in_it_once_and_runs_once() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        queue.add(key("web"), now);
+        queue.add(key("web"), now);
+        assert_eq!(queue.next(now), Some(key("web")));
+        queue.add(key("web"), now);
+        assert_eq!((queue.next(now), queue.len()), (None, 0), "it runs");
+        queue.done(key("web"), now);
+        assert_eq!(queue.next(now), Some(key("web")), "it changed while it ran");
+        queue.done(key("web"), now);
+        assert_eq!((queue.next(now), queue.next_due()), (None, None));
+    }
+
+    #[test]
+    fn what_fails_waits_longer_each_time_whatever_changes() {
+        let (mut queue, mut now) = (Queue::default(), Instant::now());
+        queue.add(key("web"), now);
+        let mut waits = Vec::new();
+        for _ in 0..12 {
+            assert_eq!(queue.next(now), Some(key("web")));
+            queue.failed(key("web"), now);
+            queue.add(key("web"), now);
+            let due = queue.next_due().expect("it comes back");
+            waits.push(due - now);
+            now = due;
+        }
+        assert!(waits[0] >= FIRST_BACKOFF / 2 && waits[0] <= FIRST_BACKOFF, "{waits:?}");
+        assert!(waits[11] >= LONGEST_BACKOFF / 2 && waits[11] <= LONGEST_BACKOFF, "{waits:?}");
+    }
+
+    #[test]
+    fn what_waits_on_purpose_comes_sooner_when_it_changes() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        queue.add(key("web"), now);
+        assert_eq!(queue.next(now), Some(key("web")));
+        queue.later(key("web"), Duration::from_secs(30), now);
+        assert_eq!((queue.next(now), queue.next_due()), (None, Some(now + Duration::from_secs(30))));
+        queue.add(key("web"), now);
+        assert_eq!(queue.next(now), Some(key("web")));
+    }
+}

@@ -1,0 +1,408 @@
+//! One service: what stands in Kubernetes is made what is registered.
+//!
+//! 1. Only objects of ours are written: a Service that another owns, and slices of others, are
+//!    never touched. A Service turned foreign loses our slices.
+//! 2. Every PUT and DELETE names uid and resourceVersion; whoever was there before wins, is read,
+//!    and the rest is planned again. After an answer that never came, what stands is read first.
+//! 3. Nobody misses an endpoint in between: what is new is written before what is old is deleted.
+//!
+//! The result of a write is noted in [`Cluster`] at once; the watch says the same a moment later.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures::{StreamExt as _, stream};
+use k8s_openapi::{
+    api::{
+        core::v1::{Endpoints, Namespace, Service},
+        discovery::v1::EndpointSlice,
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::{
+    Options,
+    client::{Fault, Requests, Version},
+    cluster::{Cluster, NamespaceState, Observed, StandingService},
+    endpoints, names, services,
+    slices::{Request, Stamps, Standing, Write, plan},
+};
+use crate::{
+    metrics::{Blocked, Metrics},
+    model::{Instance, ServiceKey, Table, UnixMillis},
+    registry::RegistryHandle,
+};
+
+/// Rounds of reading what another writer did, in one go.
+const ROUNDS: usize = 4;
+
+/// Writes of one service that are under way at once.
+const WRITES_AT_ONCE: usize = 8;
+
+/// How a service stands after it was looked at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// As it should be, up to this generation.
+    Done(u64),
+    /// As it should be, but there is more to do after a while.
+    Linger(u64, Duration),
+    /// It cannot be as it should be until something changes in the cluster.
+    Blocked(Blocked, String),
+    /// Something failed; to be tried again soon.
+    Failed(Fault),
+}
+
+/// Makes services in Kubernetes what they are here.
+#[derive(Debug)]
+pub(super) struct Reconciler {
+    pub(super) requests: Requests,
+    pub(super) cluster: Arc<Cluster>,
+    pub(super) registry: RegistryHandle,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) options: Options,
+    /// Who writes, as it stands on every slice.
+    pub(super) writer: String,
+    /// Under which term.
+    pub(super) term: u64,
+    /// Services of ours without instances, and since when.
+    empty: Mutex<HashMap<ServiceKey, Instant>>,
+}
+
+impl Reconciler {
+    pub(super) fn new(
+        requests: Requests,
+        cluster: Arc<Cluster>,
+        registry: RegistryHandle,
+        metrics: Arc<Metrics>,
+        options: Options,
+        writer: String,
+        term: u64,
+    ) -> Self {
+        Self { requests, cluster, registry, metrics, options, writer, term, empty: Mutex::default() }
+    }
+
+    /// Looks at `service`. `doubtful` says that the outcome of an earlier write is not known.
+    pub(super) async fn reconcile(&self, service: &ServiceKey, doubtful: bool) -> Verdict {
+        if doubtful && let Err(why) = self.read_again(service).await {
+            return Verdict::Failed(why);
+        }
+        for _ in 0..ROUNDS {
+            // What is read after the generation contains it.
+            let published = self.registry.catalog().generation();
+            let held = self.registry.catalog().get(service).unwrap_or_default();
+            let round = Round { service, generation: published.max(held.generation), instances: &held.instances };
+            match self.round(&round).await {
+                Ok(verdict) => return verdict,
+                Err(Fault::Conflict | Fault::AlreadyExists | Fault::NotFound) => {}
+                Err(Fault::NamespaceTerminating) => {
+                    return Verdict::Blocked(Blocked::Namespace, Fault::NamespaceTerminating.to_string());
+                }
+                Err(why @ Fault::Forbidden(_)) => return Verdict::Blocked(Blocked::Forbidden, why.to_string()),
+                Err(why @ Fault::Invalid(_)) => return Verdict::Blocked(Blocked::Invalid, why.to_string()),
+                Err(why) => return Verdict::Failed(why),
+            }
+        }
+        Verdict::Failed(Fault::Conflict)
+    }
+
+    async fn round(&self, round: &Round<'_>) -> Result<Verdict, Fault> {
+        let observed = self.cluster.observe(round.service);
+        let empty = round.instances.is_empty();
+        match observed.namespace {
+            NamespaceState::Active => {}
+            NamespaceState::Absent if empty => return Ok(Verdict::Done(round.generation)),
+            NamespaceState::Absent if self.options.create_namespaces => self.create_namespace(round.service).await?,
+            NamespaceState::Absent => {
+                let why = format!("the namespace {} does not exist", round.service.namespace());
+                return Ok(Verdict::Blocked(Blocked::Namespace, why));
+            }
+            NamespaceState::Terminating if empty => return Ok(Verdict::Done(round.generation)),
+            NamespaceState::Terminating => {
+                let why = format!("the namespace {} is being deleted", round.service.namespace());
+                return Ok(Verdict::Blocked(Blocked::Namespace, why));
+            }
+            NamespaceState::Unknown => return Err(Fault::Unknown("the namespaces are not read yet".into())),
+        }
+        let uid = match &observed.service {
+            StandingService::Unknown => return Err(Fault::Unknown("the Services are not read yet".into())),
+            StandingService::Foreign => {
+                self.apply(round, &observed, self.plan(round, &observed, "", true)).await?;
+                return Ok(if empty {
+                    Verdict::Done(round.generation)
+                } else {
+                    let why = "a Service of this name belongs to somebody else".into();
+                    Verdict::Blocked(Blocked::ForeignService, why)
+                });
+            }
+            StandingService::Absent if empty => {
+                self.apply(round, &observed, self.plan(round, &observed, "", true)).await?;
+                self.forget_empty(round.service);
+                return Ok(Verdict::Done(round.generation));
+            }
+            StandingService::Absent => self.create_service(round).await?,
+            StandingService::Ours(standing) if standing.metadata.deletion_timestamp.is_some() => {
+                // A finalizer holds it. It goes, the watch says so, and then it is created again.
+                return Err(Fault::Server("the Service is being deleted".into()));
+            }
+            StandingService::Ours(standing) => {
+                if !empty && let Some(amended) = services::amend(standing, round.instances) {
+                    self.replace_service(round.service, &amended).await?;
+                }
+                standing.metadata.uid.clone().unwrap_or_default()
+            }
+            StandingService::Joined { uid } => uid.to_string(),
+        };
+        self.apply(round, &observed, self.plan(round, &observed, &uid, false)).await?;
+        if self.options.endpoints_object
+            && matches!(observed.service, StandingService::Ours(_) | StandingService::Absent)
+        {
+            self.write_endpoints(round, &uid).await?;
+        }
+        match &observed.service {
+            StandingService::Ours(standing) if empty => self.linger(round, standing).await,
+            _ => {
+                self.forget_empty(round.service);
+                Ok(Verdict::Done(round.generation))
+            }
+        }
+    }
+
+    /// The writes that are missing; `withdraw` takes everything away.
+    fn plan(&self, round: &Round<'_>, observed: &Observed, uid: &str, withdraw: bool) -> Vec<Write> {
+        let nothing = Table::default();
+        let request = Request {
+            service: round.service,
+            service_uid: uid,
+            max_endpoints: self.options.max_endpoints,
+            publish_not_ready: self.options.publish_not_ready,
+            stamps: Stamps {
+                term: self.term,
+                generation: round.generation,
+                updated: UnixMillis::now(),
+                writer: &self.writer,
+            },
+            occupied: &observed.occupied,
+        };
+        plan(&request, if withdraw { &nothing } else { round.instances }, &observed.slices)
+    }
+
+    /// Makes the writes, new endpoints first. What went well is noted even if another failed.
+    async fn apply(&self, round: &Round<'_>, observed: &Observed, writes: Vec<Write>) -> Result<(), Fault> {
+        let (deletions, others): (Vec<_>, Vec<_>) =
+            writes.into_iter().partition(|write| matches!(write, Write::Delete { .. }));
+        for writes in [others, deletions] {
+            let results = stream::iter(writes)
+                .map(|write| self.write(round.service, observed, write))
+                .buffer_unordered(WRITES_AT_ONCE)
+                .collect::<Vec<_>>();
+            results.await.into_iter().collect::<Result<(), Fault>>()?;
+        }
+        Ok(())
+    }
+
+    async fn write(&self, service: &ServiceKey, observed: &Observed, write: Write) -> Result<(), Fault> {
+        let namespace = service.namespace();
+        match write {
+            Write::Create(slice) => match self.requests.create(namespace, &slice).await {
+                Ok(standing) => self.cluster.wrote_slice(&standing),
+                Err(Fault::AlreadyExists) => {
+                    let name = name(&slice.metadata);
+                    self.read_slice(service, name, None).await?;
+                    return Err(Fault::AlreadyExists);
+                }
+                Err(why) => return Err(why),
+            },
+            Write::Replace(slice) => {
+                let name = name(&slice.metadata);
+                let before = observed.slices.iter().find(|standing| standing.name == name);
+                match self.requests.replace(namespace, name, &slice).await {
+                    Ok(standing) => {
+                        self.cluster.wrote_slice(&standing);
+                        if before.is_some_and(|before| before.digest.is_none()) {
+                            self.metrics.mirror.repaired.inc();
+                            warn!(%service, slice = name, "an EndpointSlice was changed by another hand; put right");
+                        }
+                    }
+                    Err(why @ (Fault::Conflict | Fault::NotFound)) => {
+                        self.read_slice(service, name, before).await?;
+                        return Err(why);
+                    }
+                    Err(why) => return Err(why),
+                }
+            }
+            Write::Delete { name, uid, resource_version } => {
+                let version = Version { name: &name, uid: &uid, resource_version: &resource_version };
+                match self.requests.delete::<EndpointSlice>(namespace, version).await {
+                    Ok(()) | Err(Fault::NotFound) => self.cluster.removed_slice(service.namespace(), &name, &uid),
+                    Err(Fault::Conflict) => {
+                        let before = observed.slices.iter().find(|standing| standing.name == name);
+                        self.read_slice(service, &name, before).await?;
+                        return Err(Fault::Conflict);
+                    }
+                    Err(why) => return Err(why),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes what stands under the name of a slice now; `before` is what was thought to.
+    async fn read_slice(&self, service: &ServiceKey, name: &str, before: Option<&Standing>) -> Result<(), Fault> {
+        match self.requests.get::<EndpointSlice>(service.namespace(), name).await {
+            Ok(slice) => match Standing::read(&slice) {
+                Some(standing) if standing.service == *service => self.cluster.wrote_slice(&slice),
+                _ => {
+                    if let Some(before) = before {
+                        self.cluster.removed_slice(service.namespace(), name, &before.uid);
+                    }
+                    self.cluster.occupied(service, name);
+                }
+            },
+            Err(Fault::NotFound) => {
+                if let Some(before) = before {
+                    self.cluster.removed_slice(service.namespace(), name, &before.uid);
+                }
+            }
+            Err(why) => return Err(why),
+        }
+        Ok(())
+    }
+
+    /// Reads everything of a service anew: an earlier write may or may not have been carried out.
+    async fn read_again(&self, service: &ServiceKey) -> Result<(), Fault> {
+        self.read_service(service).await?;
+        let labels = format!("{}={},{}={}", names::SERVICE_NAME, service.name(), names::MANAGED_BY, names::MANAGER);
+        let found: Vec<EndpointSlice> = self.requests.list(service.namespace(), &labels).await?;
+        let observed = self.cluster.observe(service);
+        let gone = observed
+            .slices
+            .iter()
+            .filter(|standing| !found.iter().any(|slice| slice.metadata.uid.as_deref() == Some(&standing.uid)));
+        gone.for_each(|standing| self.cluster.removed_slice(service.namespace(), &standing.name, &standing.uid));
+        found.iter().for_each(|slice| self.cluster.wrote_slice(slice));
+        Ok(())
+    }
+
+    async fn read_service(&self, service: &ServiceKey) -> Result<(), Fault> {
+        match self.requests.get::<Service>(service.namespace(), service.name()).await {
+            Ok(standing) => self.cluster.wrote_service(&standing),
+            Err(Fault::NotFound) => {
+                if let StandingService::Ours(standing) = self.cluster.observe(service).service {
+                    self.cluster.removed_service(service, standing.metadata.uid.as_deref().unwrap_or_default());
+                }
+            }
+            Err(why) => return Err(why),
+        }
+        Ok(())
+    }
+
+    async fn create_namespace(&self, service: &ServiceKey) -> Result<(), Fault> {
+        let name = service.namespace();
+        let labels = Some([(names::SERVICE.to_owned(), names::OWNED.to_owned())].into());
+        let metadata = ObjectMeta { name: Some(name.into()), labels, ..ObjectMeta::default() };
+        match self.requests.create_namespace(&Namespace { metadata, ..Namespace::default() }).await {
+            Ok(_) => info!(namespace = name, "created the namespace"),
+            Err(Fault::AlreadyExists) => {}
+            Err(why) => return Err(why),
+        }
+        Ok(())
+    }
+
+    /// Creates the Service and gives its uid.
+    async fn create_service(&self, round: &Round<'_>) -> Result<String, Fault> {
+        let service = services::desired(round.service, round.instances);
+        match self.requests.create(round.service.namespace(), &service).await {
+            Ok(standing) => {
+                self.cluster.wrote_service(&standing);
+                Ok(standing.metadata.uid.unwrap_or_default())
+            }
+            Err(Fault::AlreadyExists) => {
+                self.read_service(round.service).await?;
+                Err(Fault::AlreadyExists)
+            }
+            Err(why) => Err(why),
+        }
+    }
+
+    async fn replace_service(&self, service: &ServiceKey, amended: &Service) -> Result<(), Fault> {
+        match self.requests.replace(service.namespace(), service.name(), amended).await {
+            Ok(standing) => {
+                self.cluster.wrote_service(&standing);
+                Ok(())
+            }
+            Err(why @ (Fault::Conflict | Fault::NotFound)) => {
+                self.read_service(service).await?;
+                Err(why)
+            }
+            Err(why) => Err(why),
+        }
+    }
+
+    /// Takes away a Service that has been without instances for long enough.
+    async fn linger(&self, round: &Round<'_>, standing: &Service) -> Result<Verdict, Fault> {
+        let since = *self.empty().entry(round.service.clone()).or_insert_with(Instant::now);
+        let left = self.options.linger.saturating_sub(since.elapsed());
+        if !left.is_zero() {
+            return Ok(Verdict::Linger(round.generation, left));
+        }
+        let ObjectMeta { uid, resource_version, .. } = &standing.metadata;
+        let (uid, resource_version) = (uid.as_deref().unwrap_or_default(), resource_version.as_deref());
+        let version =
+            Version { name: round.service.name(), uid, resource_version: resource_version.unwrap_or_default() };
+        match self.requests.delete::<Service>(round.service.namespace(), version).await {
+            Ok(()) | Err(Fault::NotFound) => self.cluster.removed_service(round.service, uid),
+            Err(Fault::Conflict) => {
+                self.read_service(round.service).await?;
+                return Err(Fault::Conflict);
+            }
+            Err(why) => return Err(why),
+        }
+        self.forget_empty(round.service);
+        Ok(Verdict::Done(round.generation))
+    }
+
+    fn forget_empty(&self, service: &ServiceKey) {
+        self.empty().remove(service);
+    }
+
+    fn empty(&self) -> std::sync::MutexGuard<'_, HashMap<ServiceKey, Instant>> {
+        // Nothing panics while it holds the lock.
+        self.empty.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The older Endpoints object. It is not watched: it is looked at whenever its service is.
+    async fn write_endpoints(&self, round: &Round<'_>, uid: &str) -> Result<(), Fault> {
+        let (namespace, name) = (round.service.namespace(), round.service.name());
+        let desired = endpoints::desired(round.service, uid, round.instances, self.options.publish_not_ready);
+        match self.requests.get::<Endpoints>(namespace, name).await {
+            Ok(standing) if !is_ours(&standing.metadata) => Ok(()),
+            Ok(standing) => match endpoints::amend(&standing, &desired) {
+                Some(amended) => self.requests.replace(namespace, name, &amended).await.map(drop),
+                None => Ok(()),
+            },
+            Err(Fault::NotFound) if round.instances.is_empty() => Ok(()),
+            Err(Fault::NotFound) => self.requests.create(namespace, &desired).await.map(drop),
+            Err(why) => Err(why),
+        }
+    }
+}
+
+/// What one round goes by.
+struct Round<'a> {
+    service: &'a ServiceKey,
+    generation: u64,
+    instances: &'a Table<Arc<Instance>>,
+}
+
+fn name(meta: &ObjectMeta) -> &str {
+    meta.name.as_deref().unwrap_or_default()
+}
+
+fn is_ours(meta: &ObjectMeta) -> bool {
+    services::Ownership::of(meta) == services::Ownership::Ours
+}

@@ -1,0 +1,154 @@
+//! What Kubernetes says that a registration is checked against. It comes through the handle like
+//! everything else, so that a check never waits for the API server; it is kept in memory only.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
+
+use crate::model::{Instance, ServiceKey, Table};
+
+/// One thing that Kubernetes says.
+#[derive(Debug, Clone)]
+pub enum Fact {
+    /// A namespace exists and is not being deleted, or no longer so.
+    Namespace {
+        /// Its name.
+        name: Box<str>,
+        /// Whether something may be registered in it.
+        exists: bool,
+    },
+    /// Every namespace was named: from now on one that was not does not exist.
+    NamespacesComplete,
+    /// A Service of this name belongs to somebody else, and does not let external instances
+    /// join; or no longer so.
+    Service {
+        /// Its name.
+        service: ServiceKey,
+        /// Whether registrations are refused.
+        foreign: bool,
+    },
+    /// What others have put under a Service that external instances may join: all of it.
+    Endpoints {
+        /// Its name.
+        service: ServiceKey,
+        /// Its pods, mostly. Served beside ours, never journaled or mirrored.
+        instances: Vec<Arc<Instance>>,
+    },
+}
+
+/// How registrations are checked where there is a Kubernetes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rules {
+    /// A namespace that does not exist is created by the mirror, so that it is no reason to refuse.
+    pub create_namespaces: bool,
+}
+
+/// Why Kubernetes has no place for a registration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NoPlace {
+    /// `kube-system`, or `default/kubernetes`: never ours.
+    Reserved,
+    /// The namespace does not exist.
+    NamespaceAbsent,
+    /// The Service is managed by somebody else.
+    ForeignService,
+}
+
+/// The facts so far.
+#[derive(Debug)]
+pub(super) struct Facts {
+    /// `None` without a Kubernetes: then nothing is refused.
+    rules: Option<Rules>,
+    complete: bool,
+    namespaces: HashSet<Box<str>>,
+    foreign: HashSet<ServiceKey>,
+    endpoints: HashMap<ServiceKey, Table<Arc<Instance>>>,
+}
+
+impl Facts {
+    pub(super) fn new(rules: Option<Rules>) -> Self {
+        Self { rules, complete: false, namespaces: HashSet::new(), foreign: HashSet::new(), endpoints: HashMap::new() }
+    }
+
+    /// Why nothing may be registered under `service`, if so. What is not known yet is no reason:
+    /// while the API server is away registrations go on.
+    pub(super) fn refuse(&self, service: &ServiceKey) -> Option<NoPlace> {
+        let rules = self.rules?;
+        if service.namespace() == "kube-system" || (service.namespace(), service.name()) == ("default", "kubernetes") {
+            Some(NoPlace::Reserved)
+        } else if self.complete && !rules.create_namespaces && !self.namespaces.contains(service.namespace()) {
+            Some(NoPlace::NamespaceAbsent)
+        } else if self.foreign.contains(service) {
+            Some(NoPlace::ForeignService)
+        } else {
+            None
+        }
+    }
+
+    /// Gives back whether that is news.
+    pub(super) fn set_namespace(&mut self, name: Box<str>, exists: bool) -> bool {
+        if exists { self.namespaces.insert(name) } else { self.namespaces.remove(&name) }
+    }
+
+    pub(super) fn namespaces_are_complete(&mut self) {
+        self.complete = true;
+    }
+
+    pub(super) fn set_foreign(&mut self, service: ServiceKey, foreign: bool) {
+        if foreign {
+            self.foreign.insert(service);
+        } else {
+            self.foreign.remove(&service);
+        }
+    }
+
+    /// What others have under `service`.
+    pub(super) fn endpoints(&self, service: &ServiceKey) -> Option<&Table<Arc<Instance>>> {
+        self.endpoints.get(service)
+    }
+
+    /// Replaces what others have under `service`, and gives back what was there.
+    pub(super) fn set_endpoints(&mut self, service: ServiceKey, now: Table<Arc<Instance>>) -> Table<Arc<Instance>> {
+        let before = if now.is_empty() { self.endpoints.remove(&service) } else { self.endpoints.insert(service, now) };
+        before.unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Door;
+
+    fn key(namespace: &str, name: &str) -> ServiceKey {
+        Door { zone_wire_len: 15, names_allowed: false }.service(namespace, name).expect("valid")
+    }
+
+    #[test]
+    fn without_kubernetes_nothing_is_refused() {
+        assert_eq!(Facts::new(None).refuse(&key("kube-system", "kube-dns")), None);
+    }
+
+    #[test]
+    fn what_is_not_known_is_no_reason() {
+        let mut facts = Facts::new(Some(Rules { create_namespaces: false }));
+        assert_eq!(facts.refuse(&key("prod", "web")), None);
+        assert!(facts.set_namespace("prod".into(), true));
+        assert!(!facts.set_namespace("prod".into(), true), "no news");
+        facts.namespaces_are_complete();
+        assert_eq!(facts.refuse(&key("prod", "web")), None);
+        assert_eq!(facts.refuse(&key("stage", "web")), Some(NoPlace::NamespaceAbsent));
+        facts.set_foreign(key("prod", "web"), true);
+        assert_eq!(facts.refuse(&key("prod", "web")), Some(NoPlace::ForeignService));
+        facts.set_foreign(key("prod", "web"), false);
+        assert_eq!(facts.refuse(&key("prod", "web")), None);
+    }
+
+    #[test]
+    fn the_clusters_own_services_are_never_ours() {
+        let facts = Facts::new(Some(Rules { create_namespaces: true }));
+        assert_eq!(facts.refuse(&key("kube-system", "web")), Some(NoPlace::Reserved));
+        assert_eq!(facts.refuse(&key("default", "kubernetes")), Some(NoPlace::Reserved));
+        assert_eq!(facts.refuse(&key("default", "web")), None);
+    }
+}
