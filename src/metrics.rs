@@ -5,6 +5,7 @@
 
 pub mod dns;
 mod grpc;
+mod kubernetes;
 mod mirror;
 mod process;
 mod registry;
@@ -14,6 +15,7 @@ use prometheus_client::registry::Registry;
 
 pub use dns::DnsMetrics;
 pub use grpc::{GrpcMetrics, Method, RegistrationKind, WatchEnd};
+pub use kubernetes::{KubernetesMetrics, RestartReason, StandingWatch, Watched};
 pub use mirror::{Blocked, MirrorMetrics, RequestOutcome, Verb};
 pub use registry::{CommandOutcome, RefusalReason, RegistryMetrics};
 pub use store::StoreMetrics;
@@ -29,6 +31,8 @@ pub struct Metrics {
     pub registry: RegistryMetrics,
     /// The journal and its snapshots.
     pub store: StoreMetrics,
+    /// What is watched in Kubernetes.
+    pub kubernetes: KubernetesMetrics,
     /// The Kubernetes mirror.
     pub mirror: MirrorMetrics,
     all: Registry,
@@ -45,6 +49,7 @@ impl Metrics {
             grpc: GrpcMetrics::register(&mut all),
             registry: RegistryMetrics::register(&mut all),
             store: StoreMetrics::register(&mut all),
+            kubernetes: KubernetesMetrics::register(&mut all),
             mirror: MirrorMetrics::register(&mut all),
             all,
         }

@@ -35,7 +35,7 @@ use tracing::info;
 pub use client::ConnectError;
 pub use slices::{DEFAULT_MAX_ENDPOINTS, MAX_ENDPOINTS};
 
-use self::{client::Requests, cluster::Cluster, mirror::Mirror, reconcile::Reconciler};
+use self::{client::Requests, cluster::Cluster, mirror::Mirror, reconcile::Reconciler, watch::Watch};
 use crate::{metrics::Metrics, model::Door, registry::RegistryHandle};
 
 /// How the mirror works.
@@ -91,16 +91,18 @@ impl Kubernetes {
         let cluster = Arc::new(Cluster::new());
         let writer = gethostname::gethostname().to_string_lossy().into_owned();
         let (started, term) = oneshot::channel();
-        let door = options.door;
-        let watching = watch::run(
-            client.clone(),
-            Arc::clone(&cluster),
-            registry.clone(),
-            door,
-            Arc::clone(&metrics),
-            started,
-            stop.clone(),
-        );
+        let watch = Watch {
+            client: client.clone(),
+            server,
+            cluster: Arc::clone(&cluster),
+            registry: registry.clone(),
+            door: options.door,
+            metrics: Arc::clone(&metrics),
+        };
+        let watching = async {
+            // The registry says itself why it is gone.
+            let _ = watch.run(started, &stop).await;
+        };
         let mirroring = async {
             // Nothing is written before what stands is known and the registry has compared.
             let Ok(term) = term.await else { return };
@@ -108,7 +110,7 @@ impl Kubernetes {
             let events = Recorder::new(client.clone(), reporter);
             let requests = Requests::new(client, options.requests_per_second.get(), Arc::clone(&metrics));
             let reconciler = Reconciler::new(requests, cluster, registry, metrics, options, writer, term);
-            Mirror::new(reconciler, events).run(stop).await;
+            Mirror::new(reconciler, events).run(stop.clone()).await;
         };
         futures::join!(watching, mirroring);
     }

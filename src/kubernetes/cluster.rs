@@ -1,0 +1,567 @@
+//! What stands in Kubernetes, as the watches say and as our own writes have left it.
+//!
+//! The watches tell what they see as [`Seen`]; the mirror tells what it wrote, so that its next look
+//! does not wait for the watch; whichever is newer counts ([`objects`]). The mirror asks for one
+//! service at a time ([`Cluster::observe`]) and waits for what it has to look at again
+//! ([`Cluster::changed`]). What follows for registrations comes back from the `see_` functions, as
+//! facts for the registry.
+//!
+//! Memory stays in proportion to what is ours: of our slices a [`Standing`] each, of our Services
+//! the object, of everybody else's key, uid and version; of Services whose name no service of ours
+//! can have, nothing. Nothing here asks the API server.
+
+mod objects;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    mem,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use k8s_openapi::{
+    api::{
+        core::v1::{Namespace, Service},
+        discovery::v1::EndpointSlice,
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+use tokio::sync::{Notify, watch};
+
+use self::objects::{Object, Objects, Told};
+use super::{services::Ownership, slices::Standing};
+use crate::{
+    model::{self, ServiceKey, ServiceName},
+    registry::Fact,
+};
+
+/// What a watch sees of objects of one kind.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Seen<T> {
+    /// A list begins: every object will be named before it [ends](Self::ListEnds).
+    ListBegins,
+    /// It stands so; from the list.
+    Listed(T),
+    /// That were all, as of this resourceVersion.
+    ListEnds(String),
+    /// It stands so now.
+    Stands(T),
+    /// It is gone, or no longer what the watch asks for.
+    Gone(T),
+}
+
+impl<T> Seen<T> {
+    /// The object, where it is about one.
+    pub(super) fn object(&self) -> Option<&T> {
+        match self {
+            Self::Listed(object) | Self::Stands(object) | Self::Gone(object) => Some(object),
+            Self::ListBegins | Self::ListEnds(_) => None,
+        }
+    }
+
+    /// The same of what `read` makes of the object; `None` where that is nothing.
+    pub(super) fn read<U>(&self, read: impl FnOnce(&T) -> Option<U>) -> Option<Seen<U>> {
+        match self {
+            Self::ListBegins => Some(Seen::ListBegins),
+            Self::ListEnds(version) => Some(Seen::ListEnds(version.clone())),
+            Self::Listed(object) => read(object).map(Seen::Listed),
+            Self::Stands(object) => read(object).map(Seen::Stands),
+            Self::Gone(object) => read(object).map(Seen::Gone),
+        }
+    }
+}
+
+/// What is kept of an EndpointSlice that is, or was, ours.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct OurSlice {
+    place: Place,
+    uid: Box<str>,
+    version: Box<str>,
+    /// `None` when it does not say any more whose it is.
+    pub(super) standing: Option<Standing>,
+}
+
+impl OurSlice {
+    /// Reads it. `None` when it has no name, uid or version, as no object from the API server has.
+    pub(super) fn read(slice: &EndpointSlice) -> Option<Self> {
+        let meta = &slice.metadata;
+        Some(Self {
+            place: (meta.namespace.as_deref()?.into(), meta.name.as_deref()?.into()),
+            uid: meta.uid.as_deref()?.into(),
+            version: meta.resource_version.as_deref()?.into(),
+            standing: Standing::read(slice),
+        })
+    }
+}
+
+/// A namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum NamespaceState {
+    /// Not listed yet.
+    Unknown,
+    /// It does not exist.
+    Absent,
+    /// It exists.
+    Active,
+    /// It is being deleted: nothing can be created in it.
+    Terminating,
+}
+
+/// The Service of a service.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum StandingService {
+    /// Not listed yet.
+    Unknown,
+    /// It does not exist.
+    Absent,
+    /// Gangplank made it. Without its managed fields.
+    Ours(Arc<Service>),
+    /// Somebody else's, and external instances may stand beside its endpoints.
+    Joined {
+        /// Of the Service.
+        uid: Box<str>,
+    },
+    /// Somebody else's.
+    Foreign,
+}
+
+/// What stands of one service.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Observed {
+    /// Its namespace.
+    pub(super) namespace: NamespaceState,
+    /// Its Service.
+    pub(super) service: StandingService,
+    /// Its slices, those of ours; in order of their names.
+    pub(super) slices: Vec<Standing>,
+    /// Whether the slices were listed: before, there may be more than [`slices`](Self::slices).
+    pub(super) listed: bool,
+    /// Names of slices that somebody else has taken, as far as it came up.
+    pub(super) occupied: HashSet<String>,
+}
+
+/// Something to look at again.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Changed {
+    /// A namespace came, goes or went. Its services with something in Kubernetes are named as well.
+    Namespace(Box<str>),
+    /// A service's Service or slices are not what they were.
+    Service(ServiceKey),
+}
+
+/// What stands in Kubernetes.
+#[derive(Debug)]
+pub(super) struct Cluster {
+    state: Mutex<State>,
+    marked: Notify,
+    joined: watch::Sender<BTreeSet<ServiceKey>>,
+}
+
+#[derive(Debug)]
+struct State {
+    namespaces: Objects<Box<str>, StandingNamespace>,
+    services: Objects<ServiceKey, Owned>,
+    slices: Objects<Place, Standing>,
+    /// Names of the slices of each service.
+    by_service: BTreeMap<ServiceKey, BTreeSet<Box<str>>>,
+    occupied: HashMap<ServiceKey, HashSet<String>>,
+    marks: BTreeSet<Changed>,
+}
+
+/// Namespace and name of an object.
+type Place = (Box<str>, Box<str>);
+
+#[derive(Debug, PartialEq)]
+struct StandingNamespace {
+    uid: Box<str>,
+    version: Box<str>,
+    terminating: bool,
+}
+
+/// A Service, and whose it is.
+#[derive(Debug, PartialEq)]
+struct Owned {
+    uid: Box<str>,
+    version: Box<str>,
+    ownership: Ownership,
+    /// Of [`Ownership::Ours`] only.
+    object: Option<Arc<Service>>,
+}
+
+impl Cluster {
+    pub(super) fn new() -> Self {
+        let state = State {
+            namespaces: Objects::new(),
+            services: Objects::new(),
+            slices: Objects::new(),
+            by_service: BTreeMap::new(),
+            occupied: HashMap::new(),
+            marks: BTreeSet::new(),
+        };
+        Self { state: Mutex::new(state), marked: Notify::new(), joined: watch::Sender::default() }
+    }
+
+    /// What stands of `service`.
+    pub(super) fn observe(&self, service: &ServiceKey) -> Observed {
+        let state = self.lock();
+        let namespace = match state.namespaces.get(service.namespace()) {
+            Some(StandingNamespace { terminating: true, .. }) => NamespaceState::Terminating,
+            Some(_) => NamespaceState::Active,
+            None if state.namespaces.complete() => NamespaceState::Absent,
+            None => NamespaceState::Unknown,
+        };
+        let standing = match state.services.get(service) {
+            Some(Owned { object: Some(object), .. }) => StandingService::Ours(Arc::clone(object)),
+            Some(Owned { ownership: Ownership::Joined, uid, .. }) => StandingService::Joined { uid: uid.clone() },
+            Some(_) => StandingService::Foreign,
+            None if state.services.complete() => StandingService::Absent,
+            None => StandingService::Unknown,
+        };
+        let names = state.by_service.get(service).into_iter().flatten();
+        let slices = names.filter_map(|name| state.slices.get(&(service.namespace().into(), name.clone())).cloned());
+        Observed {
+            namespace,
+            service: standing,
+            slices: slices.collect(),
+            listed: state.slices.complete(),
+            occupied: state.occupied.get(service).cloned().unwrap_or_default(),
+        }
+    }
+
+    /// Every service with a Service of ours, or with slices of ours.
+    pub(super) fn every_service(&self) -> Vec<ServiceKey> {
+        let state = self.lock();
+        let mut all: BTreeSet<&ServiceKey> = state.by_service.keys().collect();
+        all.extend(state.services.keys().filter(|key| state.services.get(key).is_some_and(|one| one.object.is_some())));
+        all.into_iter().cloned().collect()
+    }
+
+    /// Waits for changes that the mirror did not make itself, and gives back all of them, each
+    /// once. Whoever drops it misses nothing. One caller at a time.
+    pub(super) async fn changed(&self) -> Vec<Changed> {
+        loop {
+            let marks = mem::take(&mut self.lock().marks);
+            if !marks.is_empty() {
+                return marks.into_iter().collect();
+            }
+            // A mark that was set since leaves a permit.
+            self.marked.notified().await;
+        }
+    }
+
+    /// The Services that external instances joined; changes are seen on the channel.
+    pub(super) fn joined(&self) -> watch::Receiver<BTreeSet<ServiceKey>> {
+        self.joined.subscribe()
+    }
+
+    /// The watch of the namespaces saw this.
+    pub(super) fn see_namespaces(&self, seen: Vec<Seen<Namespace>>) -> Vec<Fact> {
+        self.update(|state| state.see_namespaces(seen))
+    }
+
+    /// The watch of the Services saw this.
+    pub(super) fn see_services(&self, seen: Vec<Seen<Service>>) -> Vec<Fact> {
+        let mut joined = Vec::new();
+        let facts = self.update(|state| state.see_services(seen, &mut joined));
+        self.joined.send_if_modified(|all| {
+            let changed = |(key, is): (ServiceKey, bool)| if is { all.insert(key) } else { all.remove(&key) };
+            joined.into_iter().map(changed).fold(false, |any, one| any | one)
+        });
+        facts
+    }
+
+    /// The watch of our slices saw this.
+    pub(super) fn see_slices(&self, seen: Vec<Seen<OurSlice>>) {
+        self.update(|state| state.see_slices(seen));
+    }
+
+    /// We wrote a slice; so it is now.
+    pub(super) fn wrote_slice(&self, slice: &EndpointSlice) {
+        if let Some(OurSlice { place, standing: Some(standing), .. }) = OurSlice::read(slice) {
+            // What the mirror knows is no news.
+            let _ = self.lock().slice_stands(place, standing, false);
+        }
+    }
+
+    /// We removed a slice: the one with this uid, as it was observed.
+    pub(super) fn removed_slice(&self, namespace: &str, name: &str, uid: &str) {
+        let mut state = self.lock();
+        if let Some(gone) = state.slices.removed(&(namespace.into(), name.into()), uid) {
+            state.forget(&gone.service, name);
+        }
+    }
+
+    /// We wrote a Service; so it is now.
+    pub(super) fn wrote_service(&self, service: &Service) {
+        if let Some((key, owned)) = service_key(&service.metadata).zip(Owned::read(service.clone())) {
+            let _ = self.lock().services.stands(key, owned);
+        }
+    }
+
+    /// We removed a Service: the one with this uid, as it was observed.
+    pub(super) fn removed_service(&self, key: &ServiceKey, uid: &str) {
+        let _ = self.lock().services.removed(key, uid);
+    }
+
+    /// Somebody else has a slice of this name, which we wanted for `service`.
+    pub(super) fn occupied(&self, service: &ServiceKey, slice: &str) {
+        self.lock().occupied.entry(service.clone()).or_default().insert(slice.into());
+    }
+
+    fn update<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.lock();
+        let result = change(&mut state);
+        if !state.marks.is_empty() {
+            self.marked.notify_one();
+        }
+        result
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn see_namespaces(&mut self, seen: Vec<Seen<Namespace>>) -> Vec<Fact> {
+        let mut facts = Vec::new();
+        let mut changed: HashSet<Box<str>> = HashSet::new();
+        let mut news = |name: Box<str>, before: Option<bool>, now: Option<bool>| {
+            let (existed, exists) = (before == Some(false), now == Some(false));
+            if existed != exists {
+                facts.push(Fact::Namespace { name: name.clone(), exists });
+            }
+            if before != now {
+                changed.insert(name);
+            }
+        };
+        let mut complete = false;
+        for seen in seen {
+            match seen {
+                Seen::ListBegins => self.namespaces.list_begins(),
+                Seen::ListEnds(version) => {
+                    complete |= !self.namespaces.complete();
+                    for (name, gone) in self.namespaces.list_ends(&version) {
+                        news(name, Some(gone.terminating), None);
+                    }
+                }
+                Seen::Listed(ref namespace) | Seen::Stands(ref namespace) => {
+                    let Some((name, standing)) = StandingNamespace::read(&namespace.metadata) else { continue };
+                    let now = Some(standing.terminating);
+                    let told = if matches!(seen, Seen::Listed(_)) {
+                        self.namespaces.listed(name.clone(), standing)
+                    } else {
+                        self.namespaces.stands(name.clone(), standing)
+                    };
+                    if let Told::News(before) = told {
+                        news(name, before.map(|one| one.terminating), now);
+                    }
+                }
+                Seen::Gone(namespace) => {
+                    let Some((name, gone)) = StandingNamespace::read(&namespace.metadata) else { continue };
+                    if let Some(before) = self.namespaces.is_gone(&name, &gone.uid, &gone.version) {
+                        news(name, Some(before.terminating), None);
+                    }
+                }
+            }
+        }
+        facts.extend(complete.then_some(Fact::NamespacesComplete));
+        let within = |key: &&ServiceKey| changed.contains(key.namespace());
+        self.marks.extend(self.by_service.keys().filter(within).cloned().map(Changed::Service));
+        self.marks.extend(self.services.keys().filter(within).cloned().map(Changed::Service));
+        self.marks.extend(changed.into_iter().map(Changed::Namespace));
+        facts
+    }
+
+    fn see_services(&mut self, seen: Vec<Seen<Service>>, joined: &mut Vec<(ServiceKey, bool)>) -> Vec<Fact> {
+        let mut facts = Vec::new();
+        let marks = &mut self.marks;
+        let mut news = |key: ServiceKey, before: Option<Ownership>, now: Option<Ownership>| {
+            let is = |which: Ownership| (before == Some(which), now == Some(which));
+            let ((was_foreign, foreign), (was_joined, is_joined)) = (is(Ownership::Foreign), is(Ownership::Joined));
+            if was_foreign != foreign {
+                facts.push(Fact::Service { service: key.clone(), foreign });
+            }
+            if was_joined != is_joined {
+                joined.push((key.clone(), is_joined));
+            }
+            marks.insert(Changed::Service(key));
+        };
+        for seen in seen {
+            match seen {
+                Seen::ListBegins => self.services.list_begins(),
+                Seen::ListEnds(version) => {
+                    for (key, gone) in self.services.list_ends(&version) {
+                        news(key, Some(gone.ownership), None);
+                    }
+                }
+                Seen::Listed(service) => {
+                    let Some((key, owned)) = service_key(&service.metadata).zip(Owned::read(service)) else { continue };
+                    let now = owned.ownership;
+                    if let Told::News(before) = self.services.listed(key.clone(), owned) {
+                        news(key, before.map(|one| one.ownership), Some(now));
+                    }
+                }
+                Seen::Stands(service) => {
+                    let Some((key, owned)) = service_key(&service.metadata).zip(Owned::read(service)) else { continue };
+                    let now = owned.ownership;
+                    if let Told::News(before) = self.services.stands(key.clone(), owned) {
+                        news(key, before.map(|one| one.ownership), Some(now));
+                    }
+                }
+                Seen::Gone(service) => {
+                    let Some((key, gone)) = service_key(&service.metadata).zip(Owned::read(service)) else { continue };
+                    if let Some(before) = self.services.is_gone(&key, &gone.uid, &gone.version) {
+                        news(key, Some(before.ownership), None);
+                    }
+                }
+            }
+        }
+        facts
+    }
+
+    fn see_slices(&mut self, seen: Vec<Seen<OurSlice>>) {
+        for seen in seen {
+            let listed = matches!(seen, Seen::Listed(_));
+            match seen {
+                Seen::ListBegins => self.slices.list_begins(),
+                Seen::ListEnds(version) => {
+                    for ((_, name), gone) in self.slices.list_ends(&version) {
+                        self.slice_is_gone(&gone.service, &name);
+                    }
+                    // Whoever had taken a name may be gone; the next attempt shows it.
+                    self.occupied.clear();
+                }
+                Seen::Listed(OurSlice { place, standing: Some(standing), .. })
+                | Seen::Stands(OurSlice { place, standing: Some(standing), .. }) => {
+                    self.slice_is_seen(place, standing, listed);
+                }
+                Seen::Listed(slice) | Seen::Stands(slice) | Seen::Gone(slice) => {
+                    if let Some(gone) = self.slices.is_gone(&slice.place, &slice.uid, &slice.version) {
+                        self.slice_is_gone(&gone.service, &slice.place.1);
+                    }
+                }
+            }
+        }
+    }
+
+    fn slice_is_seen(&mut self, place: Place, standing: Standing, listed: bool) {
+        let service = standing.service.clone();
+        if let Told::News(before) = self.slice_stands(place, standing, listed) {
+            self.marks.extend(before.into_iter().map(|before| Changed::Service(before.service)));
+            self.marks.insert(Changed::Service(service));
+        }
+    }
+
+    fn slice_is_gone(&mut self, service: &ServiceKey, name: &str) {
+        self.forget(service, name);
+        self.marks.insert(Changed::Service(service.clone()));
+    }
+
+    /// Holds a slice, unless it is known better.
+    fn slice_stands(&mut self, place: Place, standing: Standing, listed: bool) -> Told<Standing> {
+        let (service, name) = (standing.service.clone(), place.1.clone());
+        let told = if listed { self.slices.listed(place, standing) } else { self.slices.stands(place, standing) };
+        if let Told::News(before) = &told {
+            if let Some(before) = before.as_ref().filter(|before| before.service != service) {
+                self.forget(&before.service, &name);
+            }
+            if let Some(occupied) = self.occupied.get_mut(&service) {
+                occupied.remove(&*name);
+            }
+            self.by_service.entry(service).or_default().insert(name);
+        }
+        told
+    }
+
+    /// The slice `name` does not belong to `service` any more.
+    fn forget(&mut self, service: &ServiceKey, name: &str) {
+        if let Some(names) = self.by_service.get_mut(service) {
+            names.remove(name);
+            if names.is_empty() {
+                self.by_service.remove(service);
+                self.occupied.remove(service);
+            }
+        }
+    }
+}
+
+impl StandingNamespace {
+    fn read(meta: &ObjectMeta) -> Option<(Box<str>, Self)> {
+        let standing = Self {
+            uid: meta.uid.as_deref()?.into(),
+            version: meta.resource_version.as_deref()?.into(),
+            terminating: meta.deletion_timestamp.is_some(),
+        };
+        Some((meta.name.as_deref()?.into(), standing))
+    }
+}
+
+impl Object for StandingNamespace {
+    fn uid(&self) -> &str {
+        &self.uid
+    }
+
+    fn version(&self) -> &str {
+        &self.version
+    }
+
+    fn says_the_same(&self, later: &Self) -> bool {
+        self.terminating == later.terminating
+    }
+}
+
+impl Owned {
+    fn read(mut service: Service) -> Option<Self> {
+        service.metadata.managed_fields = None;
+        let meta = &service.metadata;
+        let ownership = Ownership::of(meta);
+        Some(Self {
+            uid: meta.uid.as_deref()?.into(),
+            version: meta.resource_version.as_deref()?.into(),
+            ownership,
+            object: (ownership == Ownership::Ours).then(|| Arc::new(service)),
+        })
+    }
+}
+
+impl Object for Owned {
+    fn uid(&self) -> &str {
+        &self.uid
+    }
+
+    fn version(&self) -> &str {
+        &self.version
+    }
+
+    fn says_the_same(&self, later: &Self) -> bool {
+        let content = |one: &Self| {
+            one.object.as_deref().map(|object| {
+                let mut object = object.clone();
+                object.metadata.resource_version = None;
+                object
+            })
+        };
+        self.ownership == later.ownership && content(self) == content(later)
+    }
+}
+
+impl Object for Standing {
+    fn uid(&self) -> &str {
+        &self.uid
+    }
+
+    fn version(&self) -> &str {
+        &self.resource_version
+    }
+
+    fn says_the_same(&self, later: &Self) -> bool {
+        // Without a digest it is not known what another hand wrote.
+        later.digest.is_some() && *self == Self { resource_version: self.resource_version.clone(), ..later.clone() }
+    }
+}
+
+/// The service that a Service gives its name to; `None` where the name can be none of ours.
+fn service_key(meta: &ObjectMeta) -> Option<ServiceKey> {
+    let namespace = model::Namespace::parse(meta.namespace.as_deref()?).ok()?;
+    Some(ServiceKey::new(namespace, ServiceName::parse(meta.name.as_deref()?).ok()?))
+}

@@ -1,0 +1,164 @@
+//! Watches what stands in Kubernetes, and tells the [`Cluster`] and the registry.
+//!
+//! Namespaces, Services and the slices of gangplank are watched in the whole cluster, the slices of
+//! others only under Services that external instances joined: one watch, and one connection, for
+//! each of those. Services are watched whole and not only by their metadata: one watch then says
+//! both whose a Service is and how it looks, and what is kept is the same.
+//!
+//! At the start the registry learns, in this order: every namespace and every Service; then
+//! everything that the slices hold, at once. Then the mirror may write: it gets the term.
+//!
+//! Nothing here writes. A watch never gives up: without an API server, or without the right to
+//! watch, it is tried again for as long as the registry is there.
+
+mod outage;
+mod readers;
+mod source;
+
+use std::{collections::HashMap, sync::Arc};
+
+use futures::{StreamExt, stream::FuturesUnordered};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::{Api, Client, core::DeserializeGuard};
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    outage::Outages,
+    readers::{FactReader, Found, OthersSlices, OurSlices, Restoring},
+    source::Source,
+};
+use super::{cluster::Cluster, names};
+use crate::{
+    metrics::{Metrics, Watched},
+    model::{Door, ServiceKey},
+    registry::{Fact, RegistryHandle, Unavailable},
+};
+
+/// Most Namespaces or Services in one page of a list.
+const PAGE: u32 = 500;
+
+/// Most slices in one page of a list: each may have 256 KiB and more.
+const SLICES_PAGE: u32 = 100;
+
+/// What is needed to watch.
+pub(super) struct Watch {
+    /// Requests of its own have no deadline: it is set here.
+    pub(super) client: Client,
+    /// URL of the API server, for messages.
+    pub(super) server: String,
+    pub(super) cluster: Arc<Cluster>,
+    pub(super) registry: RegistryHandle,
+    /// What slices have to pass.
+    pub(super) door: Door,
+    pub(super) metrics: Arc<Metrics>,
+}
+
+impl Watch {
+    /// Watches until `stop`. Sends the term, under which slices are written from then on, when the
+    /// registry holds what Kubernetes held.
+    ///
+    /// # Errors
+    /// When the registry is gone before `stop`, or cannot write its journal.
+    pub(super) async fn run(self, started: oneshot::Sender<u64>, stop: &CancellationToken) -> Result<(), Unavailable> {
+        let outages = Outages::new(self.server.clone());
+        let (namespaces_known, namespaces) = oneshot::channel();
+        let (services_known, services) = oneshot::channel();
+        let restoring = Restoring {
+            registry: &self.registry,
+            door: self.door,
+            metrics: &self.metrics.kubernetes,
+            first: [namespaces, services],
+            started,
+            found: Found::default(),
+        };
+        let all = async {
+            tokio::select! {
+                gone = self.namespaces(&outages, namespaces_known) => gone,
+                gone = self.services(&outages, services_known) => gone,
+                gone = self.slices(&outages, restoring) => gone,
+                gone = self.joined(&outages) => gone,
+            }
+        };
+        stop.run_until_cancelled(all).await.map_or(Ok(()), Err)
+    }
+
+    async fn namespaces(&self, outages: &Outages, complete: oneshot::Sender<()>) -> Unavailable {
+        let see = Box::new(|seen| self.cluster.see_namespaces(seen));
+        let mut reader = FactReader { registry: &self.registry, see, complete: Some(complete) };
+        let api = Api::all(self.client.clone());
+        self.source(api, Watched::namespaces, String::new(), PAGE, outages).follow(&mut reader).await
+    }
+
+    async fn services(&self, outages: &Outages, complete: oneshot::Sender<()>) -> Unavailable {
+        let see = Box::new(|seen| self.cluster.see_services(seen));
+        let mut reader = FactReader { registry: &self.registry, see, complete: Some(complete) };
+        let api = Api::all(self.client.clone());
+        self.source(api, Watched::services, String::new(), PAGE, outages).follow(&mut reader).await
+    }
+
+    async fn slices(&self, outages: &Outages, restoring: Restoring<'_>) -> Unavailable {
+        let mut reader = OurSlices { cluster: &self.cluster, restoring: Some(restoring) };
+        let labels = format!("{}={}", names::MANAGED_BY, names::MANAGER);
+        let api = Api::all(self.client.clone());
+        self.source(api, Watched::slices, labels, SLICES_PAGE, outages).follow(&mut reader).await
+    }
+
+    /// One watch per joined Service, begun and ended as they come and go.
+    async fn joined(&self, outages: &Outages) -> Unavailable {
+        let mut wanted = self.cluster.joined();
+        let mut watches = FuturesUnordered::new();
+        // An entry goes when its watch has ended, so that no two of one Service overlap.
+        let mut running: HashMap<ServiceKey, CancellationToken> = HashMap::new();
+        loop {
+            let services = wanted.borrow_and_update().clone();
+            running.iter().filter(|(service, _)| !services.contains(*service)).for_each(|(_, stop)| stop.cancel());
+            for service in services {
+                if !running.contains_key(&service) {
+                    let stop = CancellationToken::new();
+                    running.insert(service.clone(), stop.clone());
+                    watches.push(self.others(outages, service, stop));
+                }
+            }
+            tokio::select! {
+                changed = wanted.changed() => changed.expect("the cluster is held here"),
+                Some((service, ended)) = watches.next() => match ended {
+                    Ok(()) => drop(running.remove(&service)),
+                    Err(gone) => return gone,
+                },
+            }
+        }
+    }
+
+    /// What others have under a joined Service, until it is not joined any more.
+    async fn others(
+        &self,
+        outages: &Outages,
+        service: ServiceKey,
+        stop: CancellationToken,
+    ) -> (ServiceKey, Result<(), Unavailable>) {
+        let labels = format!("{}={},{}!={}", names::SERVICE_NAME, service.name(), names::MANAGED_BY, names::MANAGER);
+        let api: Api<DeserializeGuard<EndpointSlice>> = Api::namespaced(self.client.clone(), service.namespace());
+        let source = self.source(api, Watched::joined, labels, SLICES_PAGE, outages);
+        let mut reader = OthersSlices::new(&self.registry, self.door, service.clone());
+        let ended = match stop.run_until_cancelled(source.follow(&mut reader)).await {
+            Some(gone) => Err(gone),
+            // The watch is dropped: nothing of it comes after this.
+            None => {
+                self.registry.learn(vec![Fact::Endpoints { service: service.clone(), instances: Vec::new() }]).await
+            }
+        };
+        (service, ended)
+    }
+
+    fn source<'a, K>(
+        &'a self,
+        api: Api<DeserializeGuard<K>>,
+        watched: Watched,
+        labels: String,
+        page: u32,
+        outages: &'a Outages,
+    ) -> Source<'a, K> {
+        Source { api, watched, labels, page, metrics: &self.metrics.kubernetes, outages }
+    }
+}

@@ -1,0 +1,241 @@
+//! What each watch makes of what it sees: state for the [`Cluster`], facts for the registry.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    mem,
+    sync::Arc,
+};
+
+use k8s_openapi::api::{
+    core::v1::{Namespace, Service},
+    discovery::v1::EndpointSlice,
+};
+use tokio::sync::oneshot;
+
+use super::source::Reader;
+use crate::{
+    kubernetes::{
+        cluster::{Cluster, OurSlice, Seen},
+        slices::{self, Skipped},
+    },
+    metrics::KubernetesMetrics,
+    model::{Door, Instance, ServiceKey},
+    registry::{Fact, RegistryHandle, Restored, Unavailable},
+};
+
+/// Most lines in the log about endpoints that were skipped.
+const MOST_LINES: u64 = 100;
+
+/// Namespaces or Services, as a function of the cluster takes them.
+pub(super) struct FactReader<'a, K> {
+    pub(super) registry: &'a RegistryHandle,
+    pub(super) see: Box<dyn FnMut(Vec<Seen<K>>) -> Vec<Fact> + Send + 'a>,
+    /// Is told when the registry has the facts of the first complete list.
+    pub(super) complete: Option<oneshot::Sender<()>>,
+}
+
+impl Reader<Namespace> for FactReader<'_, Namespace> {
+    async fn take(&mut self, seen: Vec<Seen<Namespace>>) -> Result<(), Unavailable> {
+        self.learn(seen).await
+    }
+}
+
+impl Reader<Service> for FactReader<'_, Service> {
+    async fn take(&mut self, seen: Vec<Seen<Service>>) -> Result<(), Unavailable> {
+        self.learn(seen).await
+    }
+}
+
+impl<K: Send> FactReader<'_, K> {
+    async fn learn(&mut self, seen: Vec<Seen<K>>) -> Result<(), Unavailable> {
+        let ends = seen.iter().any(|one| matches!(one, Seen::ListEnds(_)));
+        let facts = (self.see)(seen);
+        if !facts.is_empty() {
+            self.registry.learn(facts).await?;
+        }
+        if ends && let Some(complete) = self.complete.take() {
+            // Whoever waits may have gone.
+            let _ = complete.send(());
+        }
+        Ok(())
+    }
+}
+
+/// Slices of ours; the first complete list is what the registry is restored from.
+pub(super) struct OurSlices<'a> {
+    pub(super) cluster: &'a Cluster,
+    pub(super) restoring: Option<Restoring<'a>>,
+}
+
+/// The first complete list, while it is read. Whole objects are dropped page by page.
+pub(super) struct Restoring<'a> {
+    pub(super) registry: &'a RegistryHandle,
+    pub(super) door: Door,
+    pub(super) metrics: &'a KubernetesMetrics,
+    /// What the registry has to know first.
+    pub(super) first: [oneshot::Receiver<()>; 2],
+    /// Gets the term.
+    pub(super) started: oneshot::Sender<u64>,
+    pub(super) found: Found,
+}
+
+/// What the slices hold.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    term: u64,
+    /// Each with the term and generation of its slice.
+    services: HashMap<ServiceKey, Vec<((u64, u64), Arc<Instance>)>>,
+    skipped: u64,
+}
+
+impl Reader<EndpointSlice> for OurSlices<'_> {
+    async fn take(&mut self, seen: Vec<Seen<EndpointSlice>>) -> Result<(), Unavailable> {
+        let mut read = Vec::with_capacity(seen.len());
+        for one in seen {
+            let Some(ours) = one.read(OurSlice::read) else { continue };
+            if let (Some(slice), Some(OurSlice { standing: None, .. })) = (one.object(), ours.object())
+                && !matches!(one, Seen::Gone(_))
+            {
+                let meta = &slice.metadata;
+                let (namespace, name) = (meta.namespace.as_deref(), meta.name.as_deref());
+                let (namespace, name) = (namespace.unwrap_or_default(), name.unwrap_or_default());
+                tracing::warn!("slice {namespace}/{name} does not say of which service it is: it is passed over");
+            }
+            if let Some(restoring) = &mut self.restoring {
+                restoring.found.add(&one, &ours, &restoring.door, restoring.metrics);
+            }
+            read.push(ours);
+        }
+        let ends = read.iter().any(|one| matches!(one, Seen::ListEnds(_)));
+        self.cluster.see_slices(read);
+        if ends && let Some(restoring) = self.restoring.take() {
+            restoring.finish().await?;
+        }
+        Ok(())
+    }
+}
+
+impl Restoring<'_> {
+    async fn finish(self) -> Result<(), Unavailable> {
+        let Self { registry, door: _, metrics, first, started, found } = self;
+        for known in first {
+            // Dropped only with everything else.
+            let _ = known.await;
+        }
+        if found.skipped > MOST_LINES {
+            tracing::warn!("{} more parts of slices could not be taken as they stand", found.skipped - MOST_LINES);
+        }
+        let restored = found.restored();
+        let (services, term) = (restored.services.len(), restored.term);
+        let term = registry.restore(restored).await.map(|now| (term, now))?;
+        tracing::info!(services, found = term.0, term = term.1, "read what Kubernetes holds");
+        metrics.synced.set(1);
+        // Whoever waits may have gone.
+        let _ = started.send(term.1);
+        Ok(())
+    }
+}
+
+impl Found {
+    fn add(&mut self, seen: &Seen<EndpointSlice>, ours: &Seen<OurSlice>, door: &Door, metrics: &KubernetesMetrics) {
+        let (slice, standing) = match (seen, ours) {
+            (Seen::ListBegins, _) => {
+                *self = Self::default();
+                return;
+            }
+            (Seen::Listed(slice), Seen::Listed(OurSlice { standing: Some(standing), .. })) => (slice, standing),
+            _ => return,
+        };
+        self.term = self.term.max(standing.term);
+        if standing.deleting {
+            return;
+        }
+        let (instances, skipped) = slices::read(&standing.service, [slice], door);
+        for one in skipped {
+            self.skip(&standing.service, &one, metrics);
+        }
+        let stamp = (standing.term, standing.generation);
+        let held = self.services.entry(standing.service.clone()).or_default();
+        held.extend(instances.into_iter().map(|instance| (stamp, instance)));
+    }
+
+    fn skip(&mut self, service: &ServiceKey, skipped: &Skipped, metrics: &KubernetesMetrics) {
+        metrics.skipped_endpoints.inc();
+        self.skipped += 1;
+        if self.skipped <= MOST_LINES {
+            tracing::warn!("{service}: {skipped}");
+        }
+    }
+
+    /// Each instance once, as the newest slice tells it.
+    fn restored(self) -> Restored {
+        let once = |(service, mut held): (ServiceKey, Vec<((u64, u64), Arc<Instance>)>)| {
+            held.sort_by(|(one, a), (other, b)| a.key().cmp(&b.key()).then(other.cmp(one)));
+            held.dedup_by(|(_, later), (_, first)| later.key() == first.key());
+            (service, held.into_iter().map(|(_, instance)| instance).collect())
+        };
+        Restored { term: self.term, services: self.services.into_iter().map(once).collect() }
+    }
+}
+
+/// The slices of others under one joined Service.
+pub(super) struct OthersSlices<'a> {
+    registry: &'a RegistryHandle,
+    door: Door,
+    service: ServiceKey,
+    union: Union,
+}
+
+/// The instances in the slices of one Service.
+#[derive(Debug, Default)]
+struct Union {
+    /// By the slice's name.
+    slices: BTreeMap<Box<str>, Vec<Arc<Instance>>>,
+    /// A list that is being read: it replaces [`slices`](Self::slices).
+    listing: Option<BTreeMap<Box<str>, Vec<Arc<Instance>>>>,
+    /// What was told last.
+    told: Vec<Arc<Instance>>,
+}
+
+impl<'a> OthersSlices<'a> {
+    pub(super) fn new(registry: &'a RegistryHandle, door: Door, service: ServiceKey) -> Self {
+        Self { registry, door, service, union: Union::default() }
+    }
+}
+
+impl Reader<EndpointSlice> for OthersSlices<'_> {
+    async fn take(&mut self, seen: Vec<Seen<EndpointSlice>>) -> Result<(), Unavailable> {
+        for one in seen {
+            self.union.see(one, |slice| slices::foreign(&self.service, slice, &self.door));
+        }
+        let Some(instances) = self.union.news() else { return Ok(()) };
+        self.registry.learn(vec![Fact::Endpoints { service: self.service.clone(), instances }]).await
+    }
+}
+
+impl Union {
+    fn see(&mut self, seen: Seen<EndpointSlice>, read: impl Fn(&EndpointSlice) -> Vec<Arc<Instance>>) {
+        match seen {
+            Seen::ListBegins => self.listing = Some(BTreeMap::new()),
+            Seen::ListEnds(_) => self.slices = self.listing.take().unwrap_or_default(),
+            Seen::Listed(ref slice) | Seen::Stands(ref slice) => {
+                let name = slice.metadata.name.as_deref().unwrap_or_default().into();
+                self.listing.as_mut().unwrap_or(&mut self.slices).insert(name, read(slice));
+            }
+            Seen::Gone(slice) => _ = self.slices.remove(slice.metadata.name.as_deref().unwrap_or_default()),
+        }
+    }
+
+    /// All instances, each identity once, when they are not what was told last. While a list is
+    /// being read that goes on to be true.
+    fn news(&mut self) -> Option<Vec<Arc<Instance>>> {
+        if self.listing.is_some() {
+            return None;
+        }
+        let mut now: Vec<Arc<Instance>> = self.slices.values().flatten().cloned().collect();
+        // A pod that moves between slices stands in two of them for a moment.
+        now.sort_by(|a, b| a.key().cmp(&b.key()).then(b.ready().cmp(&a.ready())));
+        now.dedup_by(|later, first| later.key() == first.key());
+        (now != self.told).then(|| mem::replace(&mut self.told, now)).map(|_| self.told.clone())
+    }
+}

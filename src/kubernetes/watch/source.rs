@@ -1,0 +1,375 @@
+//! List, then watch, for as long as there is an API server, and again when there is one.
+//!
+//! kube's own `watcher` does much the same, but does not tell when a watch stands again after an
+//! outage (a quiet one says nothing for hours), waits without end for a server that accepts a
+//! request and is silent, and begins a list again for one object that cannot be read. So:
+//!
+//! * A list comes page by page, a page is handed on before the next is asked for.
+//! * Every request has a deadline, and a watch is asked for again every [`WATCH_SECONDS`].
+//! * After a failure the watch goes on where it was. Only when the API server does not know that
+//!   point any more everything is listed again, once, after a wait as for every failure.
+//! * Waits grow and have jitter, so that many watches do not come back at the same moment.
+//! * One line in the log when the API server is lost and one when it is back, for all watches.
+
+use std::{
+    error::Error as _,
+    fmt::Debug,
+    future::Future,
+    time::{Duration, Instant},
+};
+
+use futures::StreamExt;
+use kube::{
+    Api, Resource,
+    api::{ListParams, WatchEvent, WatchParams},
+    core::{DeserializeGuard, Status},
+};
+use serde::de::DeserializeOwned;
+use tokio::time;
+
+use super::outage::{Lost, Outages};
+use crate::{
+    kubernetes::cluster::Seen,
+    metrics::{KubernetesMetrics, RestartReason, Watched},
+    registry::Unavailable,
+};
+
+/// A watch is asked for again after so long, whatever comes: a connection that died without a word
+/// is noticed by then.
+const WATCH_SECONDS: u32 = 50;
+
+/// The API server ends a watch itself; it gets so much longer for it.
+const WATCH_GRACE: Duration = Duration::from_secs(5);
+
+/// Within which a watch has to be granted.
+const START: Duration = Duration::from_secs(10);
+
+/// Within which a page has to come.
+const PAGE: Duration = Duration::from_secs(30);
+
+/// Most events that are handed on at once.
+const MOST_EVENTS: usize = 256;
+
+/// A watch that ended sooner, without an error, was not a watch.
+const SHORTEST: Duration = Duration::from_secs(1);
+
+/// First and longest wait after a failure.
+const WAITS: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
+
+/// Wait where a right is missing: somebody has to grant it.
+const FORBIDDEN_WAIT: Duration = Duration::from_secs(30);
+
+/// Most of a Retry-After that is kept.
+const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(60);
+
+/// Takes what a watch sees.
+pub(super) trait Reader<K> {
+    /// Takes what was seen, in order, as much as came at once. It may take its time: the watch
+    /// waits.
+    ///
+    /// # Errors
+    /// When the registry is gone, which ends the watch.
+    fn take(&mut self, seen: Vec<Seen<K>>) -> impl Future<Output = Result<(), Unavailable>> + Send;
+}
+
+/// What is watched, and where.
+#[derive(Debug)]
+pub(super) struct Source<'a, K> {
+    pub(super) api: Api<DeserializeGuard<K>>,
+    pub(super) watched: Watched,
+    /// Empty for all objects.
+    pub(super) labels: String,
+    /// Most objects in a page.
+    pub(super) page: u32,
+    pub(super) metrics: &'a KubernetesMetrics,
+    pub(super) outages: &'a Outages,
+}
+
+/// Why a list or watch has to begin again.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Kube(#[from] kube::Error),
+    #[error("the watch ended with {} ({})", .0.message, .0.code)]
+    Ended(Box<Status>),
+    #[error("no answer within {} s", .0.as_secs())]
+    Silent(Duration),
+    #[error("it ends every watch at once")]
+    Closed,
+}
+
+/// How a round ended.
+#[derive(Debug)]
+enum End {
+    Failed(Failure),
+    Registry(Unavailable),
+}
+
+impl<T: Into<Failure>> From<T> for End {
+    fn from(failure: T) -> Self {
+        Self::Failed(failure.into())
+    }
+}
+
+impl<K> Source<'_, K>
+where
+    K: Resource<DynamicType = ()> + DeserializeOwned + Clone + Debug + Send + 'static,
+{
+    /// Hands everything on to `reader`, until the registry is gone.
+    pub(super) async fn follow(&self, reader: &mut impl Reader<K>) -> Unavailable {
+        let mut version = None;
+        let mut waits = Waits::default();
+        let mut lost = self.outages.watch();
+        loop {
+            let began = Instant::now();
+            let failure = match self.round(&mut version, reader, &mut lost).await {
+                Ok(()) => {
+                    waits = Waits::default();
+                    continue;
+                }
+                Err(End::Registry(gone)) => return gone,
+                Err(End::Failed(failure)) => failure,
+            };
+            let reason = failure.reason();
+            self.metrics.restarted(self.watched, reason);
+            if failure.lost_track() {
+                version = None;
+            }
+            if began.elapsed() >= WAITS.1 {
+                waits = Waits::default();
+            }
+            if reason != RestartReason::expired {
+                lost.failed(reason, &failure.chain(), &self.right());
+            }
+            time::sleep(waits.next(reason, failure.retry_after())).await;
+        }
+    }
+
+    /// Lists if need be, and watches until the watch ends as it should.
+    async fn round(
+        &self,
+        version: &mut Option<String>,
+        reader: &mut impl Reader<K>,
+        lost: &mut Lost<'_>,
+    ) -> Result<(), End> {
+        let from = match version {
+            Some(version) => version,
+            None => version.insert(self.list(reader).await?),
+        };
+        let params = WatchParams {
+            label_selector: Some(self.labels.clone()).filter(|labels| !labels.is_empty()),
+            timeout: Some(WATCH_SECONDS),
+            bookmarks: true,
+            ..WatchParams::default()
+        };
+        let began = Instant::now();
+        let start = time::timeout(START, self.api.watch(&params, from));
+        let events = start.await.map_err(|_| Failure::Silent(START))?.map_err(Failure::from)?;
+        let mut events = std::pin::pin!(events.ready_chunks(MOST_EVENTS));
+        let _standing = self.metrics.watching(self.watched);
+        lost.found();
+        let longest = Duration::from_secs(WATCH_SECONDS.into()) + WATCH_GRACE;
+        loop {
+            let left = longest.saturating_sub(began.elapsed());
+            let Some(chunk) = time::timeout(left, events.next()).await.map_err(|_| Failure::Silent(longest))? else {
+                return if began.elapsed() < SHORTEST { Err(Failure::Closed.into()) } else { Ok(()) };
+            };
+            let mut seen = Vec::with_capacity(chunk.len());
+            let mut failure = None;
+            for event in chunk {
+                match self.event(event) {
+                    Ok((later, one)) => {
+                        // What is handed on below counts as seen: nothing fails in between.
+                        from.clone_from(&later);
+                        seen.extend(one);
+                    }
+                    Err(None) => {}
+                    Err(Some(why)) => failure = Some(why),
+                }
+            }
+            if !seen.is_empty() {
+                reader.take(seen).await.map_err(End::Registry)?;
+            }
+            if let Some(failure) = failure {
+                return Err(failure.into());
+            }
+        }
+    }
+
+    /// The version up to which the watch has come with this event, and what it says, if it can be
+    /// read.
+    ///
+    /// # Errors
+    /// Why the watch is over; nothing where only the event is worthless.
+    fn event(
+        &self,
+        event: kube::Result<WatchEvent<DeserializeGuard<K>>>,
+    ) -> Result<(String, Option<Seen<K>>), Option<Failure>> {
+        let (object, seen): (_, fn(K) -> Seen<K>) = match event {
+            Ok(WatchEvent::Added(object) | WatchEvent::Modified(object)) => (object, Seen::Stands),
+            Ok(WatchEvent::Deleted(object)) => (object, Seen::Gone),
+            Ok(WatchEvent::Bookmark(bookmark)) => return Ok((bookmark.metadata.resource_version, None)),
+            Ok(WatchEvent::Error(status)) => return Err(Some(Failure::Ended(status))),
+            Err(kube::Error::SerdeError(why)) => {
+                tracing::warn!("an event of the watch of {} cannot be read and is passed over: {why}", self.right());
+                return Err(None);
+            }
+            Err(why) => return Err(Some(why.into())),
+        };
+        let version = object.meta().resource_version.clone().ok_or(None)?;
+        Ok((version, self.readable(object).map(seen)))
+    }
+
+    /// Hands on every object there is, and gives back the version of the list.
+    async fn list(&self, reader: &mut impl Reader<K>) -> Result<String, End> {
+        let mut params = ListParams {
+            label_selector: Some(self.labels.clone()).filter(|labels| !labels.is_empty()),
+            limit: Some(self.page),
+            ..ListParams::default()
+        };
+        let mut seen = vec![Seen::ListBegins];
+        loop {
+            let page = time::timeout(PAGE, self.api.list(&params));
+            let page = page.await.map_err(|_| Failure::Silent(PAGE))?.map_err(Failure::from)?;
+            seen.extend(page.items.into_iter().filter_map(|object| self.readable(object)).map(Seen::Listed));
+            params.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
+            if params.continue_token.is_none() {
+                let version = page.metadata.resource_version.unwrap_or_default();
+                seen.push(Seen::ListEnds(version.clone()));
+                reader.take(seen).await.map_err(End::Registry)?;
+                self.metrics.listed(self.watched);
+                return Ok(version);
+            }
+            reader.take(std::mem::take(&mut seen)).await.map_err(End::Registry)?;
+        }
+    }
+
+    /// One object that cannot be read is no reason to do without the others.
+    fn readable(&self, object: DeserializeGuard<K>) -> Option<K> {
+        let unreadable = |why: &kube::core::error_boundary::InvalidObject| {
+            let (namespace, name) = (why.metadata.namespace.as_deref(), why.metadata.name.as_deref());
+            let (namespace, name) = (namespace.unwrap_or_default(), name.unwrap_or_default());
+            tracing::warn!("{} {namespace}/{name} cannot be read and is passed over: {why}", K::kind(&()));
+        };
+        object.0.inspect_err(unreadable).ok()
+    }
+
+    /// What RBAC calls what is watched.
+    fn right(&self) -> String {
+        let (group, plural) = (K::group(&()), K::plural(&()));
+        if group.is_empty() { plural.into_owned() } else { format!("{plural}.{group}") }
+    }
+}
+
+impl Failure {
+    fn status(&self) -> Option<&Status> {
+        match self {
+            Self::Kube(kube::Error::Api(status)) | Self::Ended(status) => Some(status),
+            _ => None,
+        }
+    }
+
+    fn reason(&self) -> RestartReason {
+        match self {
+            Self::Silent(_) => RestartReason::silent,
+            Self::Closed => RestartReason::refused,
+            Self::Kube(kube::Error::Auth(_)) => RestartReason::forbidden,
+            Self::Kube(kube::Error::SerdeError(_)) => RestartReason::refused,
+            _ if self.lost_track() => RestartReason::expired,
+            _ => match self.status() {
+                Some(status) if matches!(status.code, 401 | 403) => RestartReason::forbidden,
+                Some(_) => RestartReason::refused,
+                None => RestartReason::unreachable,
+            },
+        }
+    }
+
+    /// Whether the API server cannot go on where the watch was: too long ago for it, or never
+    /// heard of.
+    fn lost_track(&self) -> bool {
+        self.status().is_some_and(|status| {
+            let causes = status.details.iter().flat_map(|details| &details.causes);
+            status.code == 410 || causes.map(|cause| &*cause.reason).any(|cause| cause == "ResourceVersionTooLarge")
+        })
+    }
+
+    /// How long the API server wants to be left alone.
+    fn retry_after(&self) -> Duration {
+        let seconds = self.status().and_then(|status| status.details.as_ref()).map_or(0, |one| one.retry_after_seconds);
+        Duration::from_secs(seconds.into())
+    }
+
+    /// With everything behind it.
+    fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = self.source();
+        while let Some(why) = cause {
+            let why_text = why.to_string();
+            if !text.contains(&why_text) {
+                text = format!("{text}: {why_text}");
+            }
+            cause = why.source();
+        }
+        text
+    }
+}
+
+/// How long to wait after each failure in a row.
+#[derive(Debug, Default)]
+struct Waits(u32);
+
+impl Waits {
+    fn next(&mut self, reason: RestartReason, retry_after: Duration) -> Duration {
+        let (first, longest) = WAITS;
+        let grown = first.saturating_mul(2u32.saturating_pow(self.0)).min(longest);
+        self.0 = self.0.saturating_add(1);
+        let wait = if reason == RestartReason::forbidden { FORBIDDEN_WAIT } else { grown };
+        // Half of it to all of it.
+        retry_after.min(LONGEST_RETRY_AFTER) + wait.mul_f64(0.5 + fastrand::f64() / 2.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failed(code: u16, cause: &str) -> Failure {
+        let status = serde_json::json!({
+            "code": code, "message": "no", "details": { "causes": [{ "reason": cause }], "retryAfterSeconds": 7 },
+        });
+        Failure::Ended(serde_json::from_value(status).expect("a Status"))
+    }
+
+    #[test]
+    fn a_failure_says_whether_everything_has_to_be_listed_again() {
+        for (failure, reason, again) in [
+            (failed(410, ""), RestartReason::expired, true),
+            (failed(504, "ResourceVersionTooLarge"), RestartReason::expired, true),
+            (failed(504, ""), RestartReason::refused, false),
+            (failed(500, ""), RestartReason::refused, false),
+            (failed(401, ""), RestartReason::forbidden, false),
+            (failed(403, ""), RestartReason::forbidden, false),
+            (Failure::Silent(START), RestartReason::silent, false),
+            (Failure::Kube(kube::Error::ReadEvents(std::io::Error::other("cut"))), RestartReason::unreachable, false),
+        ] {
+            assert_eq!((failure.reason(), failure.lost_track()), (reason, again), "{failure}");
+        }
+        assert_eq!(failed(429, "").retry_after(), Duration::from_secs(7));
+        assert_eq!(failed(500, "").chain(), "the watch ended with no (500)");
+    }
+
+    #[test]
+    fn waits_grow_to_a_limit_and_keep_what_the_server_asked_for() {
+        let mut waits = Waits::default();
+        let mut least = WAITS.0 / 2;
+        for _ in 0..40 {
+            let wait = waits.next(RestartReason::unreachable, Duration::ZERO);
+            assert!(wait >= least && wait <= WAITS.1, "{wait:?}");
+            least = (2 * least).min(WAITS.1 / 2);
+        }
+        let asked = Duration::from_secs(20);
+        assert!(waits.next(RestartReason::refused, asked) >= asked);
+        assert!(waits.next(RestartReason::refused, Duration::MAX) <= LONGEST_RETRY_AFTER + WAITS.1);
+        assert!(Waits::default().next(RestartReason::forbidden, Duration::ZERO) >= FORBIDDEN_WAIT / 2);
+    }
+}
