@@ -9,6 +9,7 @@ mod knot;
 mod lifecycle;
 mod listeners;
 mod metrics;
+mod mirror;
 mod process;
 mod rfc8906;
 mod structure;

@@ -569,7 +569,7 @@ mod tests {
             (Outcome::Full { limit: 10 }, 507, 0),
         ] {
             let (echo, _) = parse(good(), &DOOR, UnixMillis(1));
-            let response = echo.carried_out(outcome, 5);
+            let response = echo.carried_out(outcome, 5, true);
             assert_eq!((response.status, response.generation), (status, generation), "{outcome:?}");
             assert_eq!(response.status_details.is_empty(), status < 300, "{}", response.status_details);
         }

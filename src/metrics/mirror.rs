@@ -126,8 +126,11 @@ impl MirrorMetrics {
         let all = all.sub_registry_with_prefix("gangplank_mirror");
         let requests = Family::default();
         let blocked = Family::default();
+        // All of them, so that a series exists at 0 before its first event.
         for verb in Verb::ALL {
-            requests.get_or_create_owned(&RequestLabels { verb, outcome: RequestOutcome::Ok });
+            for outcome in RequestOutcome::ALL {
+                requests.get_or_create_owned(&RequestLabels { verb, outcome });
+            }
         }
         for reason in Blocked::ALL {
             blocked.get_or_create_owned(&BlockedLabels { reason });

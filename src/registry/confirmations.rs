@@ -119,7 +119,9 @@ impl Confirmations {
         }
         drop(behind);
         // Whoever does not wait any more is of no interest.
-        has.into_iter().for_each(|(_, waiter)| drop(waiter.send(())));
+        for (_, waiter) in has {
+            let _ = waiter.send(());
+        }
         true
     }
 

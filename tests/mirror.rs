@@ -1,0 +1,96 @@
+//! What is registered stands in Kubernetes, and comes back from it: a real gangplank under its own
+//! ServiceAccount with the rights and the policy of `deploy/`, before a real API server.
+
+mod basics;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde_json::Value;
+
+use crate::support::{
+    cluster::{Cluster, Who},
+    server::Server,
+    wait_until,
+};
+
+/// A gangplank before the shared cluster. One at a time: two would each take the other's slices
+/// for their own.
+struct World {
+    server: Server,
+    cluster: &'static Cluster,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl World {
+    /// With more flags for `serve`. `None` without a control plane, which it says.
+    fn start(flags: &[&str]) -> Option<Self> {
+        static TURN: Mutex<()> = Mutex::new(());
+        let cluster = Cluster::shared()?;
+        // A test that failed leaves nothing behind that the next one minds.
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(Self { server: serve(cluster, flags), cluster, _turn: turn })
+    }
+
+    /// Kills the server and starts it with an empty data directory.
+    fn lose_the_disk(&mut self, flags: &[&str]) {
+        self.server.kill9();
+        self.server = serve(self.cluster, flags);
+    }
+
+    /// Registers through the command line and gives the exit code and what it printed.
+    fn register(&self, namespace: &str, service: &str, address: &str, port: &str) -> (Option<i32>, String) {
+        let output = self.server.run(&["register", service, address, "--port", port, "-n", namespace]);
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8(said).expect("UTF-8"))
+    }
+
+    fn deregister(&self, namespace: &str, service: &str, address: &str) -> (Option<i32>, String) {
+        let output = self.server.run(&["deregister", service, address, "-n", namespace]);
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8(said).expect("UTF-8"))
+    }
+}
+
+/// A gangplank with a new data directory that mirrors into `cluster`.
+fn serve(cluster: &Cluster, flags: &[&str]) -> Server {
+    let kubeconfig = cluster.kubeconfig_for_gangplank();
+    let mut all = vec!["--kubeconfig", kubeconfig.to_str().expect("a path in UTF-8")];
+    all.extend(flags);
+    Server::start_with(&all)
+}
+
+/// The EndpointSlices of a service, those of others too.
+fn slices(cluster: &Cluster, namespace: &str, service: &str) -> Vec<Value> {
+    let path = format!(
+        "/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices?labelSelector=kubernetes.io/service-name%3D{service}"
+    );
+    let list = cluster.get_json(&path);
+    list["items"].as_array().expect("a list").clone()
+}
+
+/// The addresses in all of them, sorted.
+fn addresses(cluster: &Cluster, namespace: &str, service: &str) -> Vec<String> {
+    let slices = slices(cluster, namespace, service);
+    let endpoints = slices.iter().filter_map(|slice| slice["endpoints"].as_array()).flatten();
+    let mut addresses: Vec<String> = endpoints
+        .filter_map(|endpoint| endpoint["addresses"].as_array())
+        .flatten()
+        .map(|address| address.as_str().expect("text").to_owned())
+        .collect();
+    addresses.sort();
+    addresses
+}
+
+/// Waits until the slices of a service hold exactly these addresses.
+fn wait_for_addresses(cluster: &Cluster, namespace: &str, service: &str, wanted: &[&str]) {
+    wait_until(&format!("{namespace}/{service} has {wanted:?}"), || {
+        (addresses(cluster, namespace, service) == wanted).then_some(())
+    });
+}
+
+/// An object, or `None` when it does not exist.
+fn object(cluster: &Cluster, path: &str) -> Option<Value> {
+    let (status, object) = cluster.request(Who::Admin, "GET", path, None).expect("the API server runs");
+    assert!(matches!(status, 200 | 404), "{path}: {status} {object}");
+    (status == 200).then_some(object)
+}

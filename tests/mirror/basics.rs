@@ -1,0 +1,131 @@
+//! Registered, seen, removed, and restored from the slices alone.
+
+use hickory_proto::{op::ResponseCode, rr::RecordType};
+
+use super::{World, addresses, object, slices, wait_for_addresses};
+use crate::support::{
+    dns::{Over, answers, ask},
+    wait_until,
+};
+
+#[test]
+fn what_is_registered_stands_in_a_headless_service_with_slices() {
+    let Some(world) = World::start(&["--service-linger", "0s"]) else { return };
+    let cluster = world.cluster;
+    cluster.create_namespace("basics");
+    let (code, said) = world.register("basics", "web", "10.0.0.1", "http=8080");
+    assert_eq!(code, Some(0), "{said}");
+    // 201 says that the slice has it: nothing to wait for.
+    assert_eq!(addresses(cluster, "basics", "web"), ["10.0.0.1"]);
+
+    let service = object(cluster, "/api/v1/namespaces/basics/services/web").expect("it was created");
+    assert_eq!(service["spec"]["clusterIP"], "None");
+    assert_eq!(service["spec"]["selector"], serde_json::Value::Null);
+    assert_eq!(service["metadata"]["labels"]["service-type"], "external");
+    assert_eq!(service["metadata"]["labels"]["gangplank.dev/service"], "owned");
+    assert_eq!(service["spec"]["ports"][0]["name"], "http");
+    assert_eq!(service["spec"]["ports"][0]["port"], 8080);
+
+    let [slice] = &slices(cluster, "basics", "web")[..] else { panic!("one slice") };
+    assert_eq!(slice["metadata"]["labels"]["endpointslice.kubernetes.io/managed-by"], "gangplank.dev");
+    assert_eq!(slice["metadata"]["labels"]["service.kubernetes.io/headless"], "");
+    assert_eq!(slice["metadata"]["ownerReferences"][0]["uid"], service["metadata"]["uid"]);
+    for stamp in ["term", "generation", "updated", "writer"] {
+        assert!(slice["metadata"]["annotations"][format!("gangplank.dev/{stamp}")].is_string(), "{stamp}: {slice}");
+    }
+
+    // One change rewrites one slice.
+    let (code, said) = world.register("basics", "web", "10.0.0.2", "http=8080");
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(addresses(cluster, "basics", "web"), ["10.0.0.1", "10.0.0.2"]);
+    assert_eq!(slices(cluster, "basics", "web").len(), 1);
+
+    for address in ["10.0.0.1", "10.0.0.2"] {
+        let (code, said) = world.deregister("basics", "web", address);
+        assert_eq!(code, Some(0), "{said}");
+    }
+    assert_eq!(addresses(cluster, "basics", "web"), Vec::<String>::new());
+    wait_until("the Service goes with its last instance", || {
+        object(cluster, "/api/v1/namespaces/basics/services/web").is_none().then_some(())
+    });
+}
+
+#[test]
+fn an_empty_disk_is_restored_from_the_slices() {
+    let Some(mut world) = World::start(&[]) else { return };
+    world.cluster.create_namespace("restore");
+    let run = |world: &World, line: &[&str]| {
+        let output = world.server.run(line);
+        assert!(output.status.success(), "{line:?}: {output:?}");
+        String::from_utf8(output.stdout).expect("UTF-8")
+    };
+    for line in [
+        &["register", "db", "10.1.0.1", "--port", "sql=5432", "--port", "sql=5432/udp", "-n", "restore"][..],
+        &[
+            "register",
+            "db",
+            "10.1.0.2",
+            "--port",
+            "sql=5432",
+            "--host-name",
+            "primary",
+            "--weight",
+            "2.5",
+            "-n",
+            "restore",
+        ],
+        &[
+            "register",
+            "db",
+            "2001:db8::",
+            "--port",
+            "sql=5432",
+            "--priority",
+            "7",
+            "--node-name",
+            "rack-1",
+            "-n",
+            "restore",
+        ],
+    ] {
+        run(&world, line);
+    }
+    let shown = |world: &World| -> serde_json::Value {
+        serde_json::from_str(&run(world, &["ls", "db", "-n", "restore", "-o", "json"])).expect("JSON")
+    };
+    let before = shown(&world);
+    world.lose_the_disk(&[]);
+    let after = shown(&world);
+    assert_eq!(before["instances"], after["instances"]);
+    let a = answers(world.server.dns, Over::Udp, "db.restore.svc.cluster.local.", RecordType::A);
+    assert_eq!(a, ["10.1.0.1", "10.1.0.2"]);
+    // A namespace that exists is a name, whether or not something is registered in it.
+    world.cluster.create_namespace("restore-empty");
+    wait_until("an empty namespace is NODATA", || {
+        let answer = ask(world.server.dns, Over::Udp, "restore-empty.svc.cluster.local.", RecordType::A);
+        (answer.response_code == ResponseCode::NoError).then_some(())
+    });
+    wait_for_addresses(world.cluster, "restore", "db", &["10.1.0.1", "10.1.0.1", "10.1.0.2", "2001:db8::"]);
+}
+
+#[test]
+fn kubernetes_says_what_may_be_registered() {
+    let Some(world) = World::start(&[]) else { return };
+    let cluster = world.cluster;
+    cluster.create_namespace("rules");
+    let refused = |namespace: &str, service: &str, says: &str| {
+        let (code, said) = world.register(namespace, service, "10.2.0.1", "http=80");
+        assert_eq!(code, Some(1), "{said}");
+        assert!(said.contains(says), "{said:?} should contain {says:?}");
+    };
+    refused("rules-absent", "web", "namespace: rules-absent does not exist in Kubernetes");
+    refused("kube-system", "web", "the cluster's own");
+    refused("default", "kubernetes", "the cluster's own");
+    cluster.kubectl(&["create", "service", "clusterip", "native", "--tcp=80", "-n", "rules"]);
+    wait_until("the native Service is known", || {
+        let (code, said) = world.register("rules", "native", "10.2.0.1", "http=80");
+        (code == Some(1) && said.contains("not managed by gangplank")).then_some(())
+    });
+    // What came in before it was known is taken out again.
+    wait_for_addresses(cluster, "rules", "native", &[]);
+}
