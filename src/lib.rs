@@ -42,6 +42,7 @@ pub mod cli;
 pub mod config;
 pub mod dns;
 pub mod grpc;
+pub mod kubernetes;
 pub mod metrics;
 pub mod model;
 pub mod registry;

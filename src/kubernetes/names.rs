@@ -1,0 +1,61 @@
+//! Labels and annotations: what gangplank writes on its objects and looks for on others.
+//!
+//! They stand on objects in clusters, so none of them ever changes.
+
+/// Label of Services that stand for something outside the cluster.
+pub const SERVICE_TYPE: &str = "service-type";
+
+/// Value of [`SERVICE_TYPE`].
+pub const EXTERNAL: &str = "external";
+
+/// Label of a Service (and of an Endpoints object) that says what gangplank is to it: [`OWNED`]
+/// or [`JOINED`].
+pub const SERVICE: &str = "gangplank.dev/service";
+
+/// Value of [`SERVICE`]: gangplank created it and keeps it as it should be.
+pub const OWNED: &str = "owned";
+
+/// Value of [`SERVICE`]: somebody else's Service that lets external instances stand beside its
+/// own endpoints.
+pub const JOINED: &str = "joined";
+
+/// Label of an EndpointSlice that names its Service.
+pub const SERVICE_NAME: &str = "kubernetes.io/service-name";
+
+/// Label of an EndpointSlice that names who writes it.
+pub const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
+
+/// Value of [`MANAGED_BY`] on our slices.
+pub const MANAGER: &str = "gangplank.dev";
+
+/// Label with an empty value that keeps every kube-proxy from watching the object.
+pub const HEADLESS: &str = "service.kubernetes.io/headless";
+
+/// Label of an Endpoints object that keeps the mirroring controller from making slices of it.
+pub const SKIP_MIRROR: &str = "endpointslice.kubernetes.io/skip-mirror";
+
+/// Annotation of a slice: what its endpoints have no field for, as JSON by address.
+pub const INSTANCES: &str = "gangplank.dev/instances";
+
+/// Annotation of a slice that holds the ports of one protocol only: all ports of its instances,
+/// as JSON.
+pub const PORTS: &str = "gangplank.dev/ports";
+
+/// Annotation of a slice: the term in which it was last written.
+pub const TERM: &str = "gangplank.dev/term";
+
+/// Annotation of a slice: the generation that it shows.
+pub const GENERATION: &str = "gangplank.dev/generation";
+
+/// Annotation of a slice: when it was last written, RFC 3339.
+pub const UPDATED: &str = "gangplank.dev/updated";
+
+/// Annotation of a slice: who wrote it last.
+pub const WRITER: &str = "gangplank.dev/writer";
+
+/// Annotation of an Endpoints object that could not take all addresses; its value is
+/// [`TRUNCATED`].
+pub const OVER_CAPACITY: &str = "endpoints.kubernetes.io/over-capacity";
+
+/// Value of [`OVER_CAPACITY`].
+pub const TRUNCATED: &str = "truncated";

@@ -1,0 +1,276 @@
+//! What has to be written so that the slices of a service show its instances.
+//!
+//! Placement is stable. An endpoint that stands in a slice stays there; a new one goes into the
+//! fullest slice with room, and where none has any into a new slice with the lowest free index;
+//! a slice left without endpoints is deleted. So one change rewrites one slice, with these
+//! exceptions: an instance whose ports change moves to the slices of another [`Group`], one of a
+//! split group stands in a slice for each of its protocols, and a smaller
+//! [`max_endpoints`](Request::max_endpoints) moves what no longer fits.
+//!
+//! The order of the writes is such that an instance that moves is not missing in between: slices
+//! that take endpoints in come before those that give some up. Only two instances that take each
+//! other's ports in one batch may be: their slices give and take at once.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+
+use super::{
+    group::{Family, Group, PortList},
+    record::{LARGEST_ENTRY, LARGEST_PORTS},
+    render::{Row, Stamps, digest, render},
+    standing::Standing,
+};
+use crate::model::{Instance, ServiceKey, Table};
+
+/// Endpoints in a slice unless told otherwise, as Kubernetes' own controller has it.
+pub const DEFAULT_MAX_ENDPOINTS: usize = 100;
+
+/// Most endpoints in a slice that Kubernetes takes.
+pub const MAX_ENDPOINTS: usize = 1000;
+
+/// Most octets of annotations on a slice. Kubernetes refuses more than 256 KiB; what others add
+/// later has the rest.
+const MOST_ANNOTATIONS: usize = 240 * 1024;
+
+/// Octets of it for the stamps, the keys and the list of ports.
+const FIXED_ANNOTATIONS: usize = LARGEST_PORTS + 2048;
+
+/// Which slices are planned, and how they are to be.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
+    /// The service.
+    pub service: &'a ServiceKey,
+    /// The uid of its Service, which owns the slices.
+    pub service_uid: &'a str,
+    /// Most endpoints in a slice, taken as 1..=1000. Default 100.
+    pub max_endpoints: usize,
+    /// Instances that are not ready are shown as ready: CoreDNS passes over
+    /// `publishNotReadyAddresses`.
+    pub publish_not_ready: bool,
+    /// What is noted on every slice that is written.
+    pub stamps: Stamps<'a>,
+    /// Names in the namespace that are taken by slices of others.
+    pub occupied: &'a HashSet<String>,
+}
+
+/// One change to the slices of a service.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Write {
+    /// POST
+    Create(EndpointSlice),
+    /// PUT; uid and resourceVersion are set.
+    Replace(EndpointSlice),
+    /// DELETE, with uid and resourceVersion as preconditions.
+    Delete {
+        /// Its name.
+        name: String,
+        /// Which object of that name.
+        uid: String,
+        /// In which version.
+        resource_version: String,
+    },
+}
+
+/// The writes after which the slices of a service show exactly `instances`, in the order in which
+/// they should be made. Nothing for a service that is as it should be.
+///
+/// `standing` are all slices of ours that belong to the service.
+#[must_use]
+pub fn plan<'a>(
+    request: &Request<'_>,
+    instances: &Table<Arc<Instance>>,
+    standing: impl IntoIterator<Item = &'a Standing>,
+) -> Vec<Write> {
+    let standing: Vec<&Standing> = standing.into_iter().collect();
+    let mut taken: HashSet<&str> = request.occupied.iter().map(String::as_str).collect();
+    taken.extend(standing.iter().map(|slice| &*slice.name));
+    let mut writes = Writes::default();
+
+    let mut by_group: HashMap<&Group, Vec<&Standing>> = HashMap::new();
+    for &slice in standing.iter().filter(|slice| !slice.deleting) {
+        match &slice.group {
+            Some(group) => by_group.entry(group).or_default().push(slice),
+            None => writes.delete(slice),
+        }
+    }
+    let mut new_names = HashSet::new();
+    for (group, members) in grouped(instances) {
+        let slices = by_group.remove(&group).unwrap_or_default();
+        let mut names = (0..).map(|index| group.slice_name(request.service, index));
+        for placed in place(request, &members, slices) {
+            let rows = placed.members.iter().map(|&at| {
+                let (ip, instance) = members[at];
+                Row::of(instance, ip, request.publish_not_ready)
+            });
+            let rows: Vec<Row<'_>> = rows.collect();
+            if let Some(slice) = placed.slice {
+                writes.update(request, slice, &placed, &group, &rows);
+            } else {
+                let name = names
+                    .find(|name| !taken.contains(&**name) && !new_names.contains(name))
+                    .expect("there are more indexes than slices");
+                writes.create(request, &name, &group, &rows);
+                new_names.insert(name);
+            }
+        }
+    }
+    // What is left has the ports of no instance.
+    by_group.into_values().flatten().for_each(|slice| writes.delete(slice));
+    writes.in_order()
+}
+
+/// The writes, by when they may be made.
+#[derive(Default)]
+struct Writes {
+    creates: Vec<Write>,
+    /// Slices that give nothing up, those that give and take, and the others.
+    replaces: [Vec<Write>; 3],
+    deletes: Vec<Write>,
+}
+
+impl Writes {
+    fn create(&mut self, request: &Request<'_>, name: &str, group: &Group, rows: &[Row<'_>]) {
+        let mut slice = render(request.service, request.service_uid, name, group, rows);
+        stamp(&mut slice, request.stamps);
+        self.creates.push(Write::Create(slice));
+    }
+
+    /// Writes a slice that stands, if it is not as it should be.
+    fn update(
+        &mut self,
+        request: &Request<'_>,
+        slice: &Standing,
+        placed: &Placed<'_>,
+        group: &Group,
+        rows: &[Row<'_>],
+    ) {
+        if rows.is_empty() {
+            return self.delete(slice);
+        }
+        if slice.digest == Some(digest(request.service_uid, group, rows)) {
+            return;
+        }
+        let mut write = render(request.service, request.service_uid, &slice.name, group, rows);
+        stamp(&mut write, request.stamps);
+        write.metadata.uid = Some(slice.uid.clone());
+        write.metadata.resource_version = Some(slice.resource_version.clone());
+        if let Some(foreign) = &slice.foreign {
+            foreign.carry_over(&mut write.metadata);
+        }
+        let turn = if placed.loses { if placed.gains { 1 } else { 2 } } else { 0 };
+        self.replaces[turn].push(Write::Replace(write));
+    }
+
+    fn delete(&mut self, slice: &Standing) {
+        let Standing { name, uid, resource_version, .. } = slice;
+        let (name, uid, resource_version) = (name.clone(), uid.clone(), resource_version.clone());
+        self.deletes.push(Write::Delete { name, uid, resource_version });
+    }
+
+    fn in_order(mut self) -> Vec<Write> {
+        let name = |write: &Write| match write {
+            Write::Create(slice) | Write::Replace(slice) => slice.metadata.name.clone(),
+            Write::Delete { name, .. } => Some(name.clone()),
+        };
+        // They come out of a map.
+        self.deletes.sort_by_cached_key(name);
+        let replaces = self.replaces.into_iter().flatten();
+        self.creates.into_iter().chain(replaces).chain(self.deletes).collect()
+    }
+}
+
+fn stamp(slice: &mut EndpointSlice, stamps: Stamps<'_>) {
+    let annotations = slice.metadata.annotations.get_or_insert_default();
+    annotations.extend(stamps.annotations().map(|(key, value)| (key.to_owned(), value)));
+}
+
+/// An instance with its address.
+type Member<'a> = (IpAddr, &'a Instance);
+
+/// The instances by group, each in order of address. An instance with split ports is in several.
+fn grouped(instances: &Table<Arc<Instance>>) -> Vec<(Group, Vec<Member<'_>>)> {
+    let mut groups: Vec<(Group, Vec<Member<'_>>)> = Vec::new();
+    // Most instances of a service have the same ports, so groups are made once for each list.
+    let mut known: HashMap<(Family, PortList<'_>), std::ops::Range<usize>, foldhash::fast::RandomState> =
+        HashMap::default();
+    for instance in instances {
+        let Some(ip) = instance.address().ip() else { continue };
+        let family = Family::of(ip);
+        let range = known.entry((family, PortList(instance.ports()))).or_insert_with(|| {
+            let first = groups.len();
+            groups.extend(Group::all(family, instance.ports()).into_iter().map(|group| (group, Vec::new())));
+            first..groups.len()
+        });
+        for (_, members) in &mut groups[range.clone()] {
+            members.push((ip, &**instance));
+        }
+    }
+    groups
+}
+
+/// A slice and the members of its group that are in it, by index, in order.
+struct Placed<'a> {
+    /// As it stands; `None` for a new one.
+    slice: Option<&'a Standing>,
+    members: Vec<usize>,
+    capacity: usize,
+    /// Some were not in it before.
+    gains: bool,
+    /// Some that were in it are not any more.
+    loses: bool,
+}
+
+/// Gives every member of a group its slice. `members` are in order of address.
+fn place<'a>(request: &Request<'_>, members: &[Member<'_>], mut slices: Vec<&'a Standing>) -> Vec<Placed<'a>> {
+    // An endpoint that two slices have stays in the larger.
+    slices.sort_unstable_by(|a, b| b.rows.len().cmp(&a.rows.len()).then_with(|| a.name.cmp(&b.name)));
+    let mut seated = vec![false; members.len()];
+    let stays = slices.into_iter().map(|slice| {
+        let capacity = capacity(request, slice);
+        let mut stay = Vec::new();
+        for ip in &slice.rows {
+            if stay.len() < capacity
+                && let Ok(at) = members.binary_search_by_key(ip, |member| member.0)
+                && !std::mem::replace(&mut seated[at], true)
+            {
+                stay.push(at);
+            }
+        }
+        let loses = stay.len() < slice.rows.len();
+        Placed { slice: Some(slice), members: stay, capacity, gains: false, loses }
+    });
+    let mut placed: Vec<Placed<'a>> = stays.collect();
+
+    // The fullest first; a slice that nobody stays in is not filled again but deleted, unless
+    // there is no other with room: then it saves a creation.
+    placed.sort_by_key(|placed| std::cmp::Reverse(placed.members.len()));
+    let mut open = 0;
+    for at in seated.iter().enumerate().filter(|(_, seated)| !**seated).map(|(at, _)| at) {
+        while placed.get(open).is_some_and(|placed| placed.members.len() >= placed.capacity) {
+            open += 1;
+        }
+        if open == placed.len() {
+            let capacity = request.max_endpoints.clamp(1, MAX_ENDPOINTS);
+            placed.push(Placed { slice: None, members: Vec::new(), capacity, gains: true, loses: false });
+        }
+        placed[open].members.push(at);
+        placed[open].gains = true;
+    }
+    for placed in placed.iter_mut().filter(|placed| placed.gains) {
+        placed.members.sort_unstable();
+    }
+    placed
+}
+
+/// How many endpoints may stand in a slice: fewer than usual when others left little of the
+/// octets that Kubernetes allows for annotations.
+fn capacity(request: &Request<'_>, slice: &Standing) -> usize {
+    let foreign = slice.foreign.as_ref().map_or(0, |foreign| foreign.annotation_octets());
+    let octets = MOST_ANNOTATIONS.saturating_sub(FIXED_ANNOTATIONS + foreign);
+    request.max_endpoints.clamp(1, MAX_ENDPOINTS).min(octets / LARGEST_ENTRY)
+}
