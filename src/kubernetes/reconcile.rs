@@ -191,16 +191,19 @@ impl Reconciler {
         plan(&request, if withdraw { &nothing } else { round.instances }, &observed.slices)
     }
 
-    /// Makes the writes, new endpoints first. What went well is noted even if another failed.
+    /// Makes the writes: new slices several at once, then the others in their order, which is
+    /// such that nobody misses an endpoint that moves. What went well is noted even if another
+    /// failed.
     async fn apply(&self, round: &Round<'_>, observed: &Observed, writes: Vec<Write>) -> Result<(), Fault> {
-        let (deletions, others): (Vec<_>, Vec<_>) =
-            writes.into_iter().partition(|write| matches!(write, Write::Delete { .. }));
-        for writes in [others, deletions] {
-            let results = stream::iter(writes)
-                .map(|write| self.write(round.service, observed, write))
-                .buffer_unordered(WRITES_AT_ONCE)
-                .collect::<Vec<_>>();
-            results.await.into_iter().collect::<Result<(), Fault>>()?;
+        let (creations, others): (Vec<_>, Vec<_>) =
+            writes.into_iter().partition(|write| matches!(write, Write::Create(_)));
+        let created = stream::iter(creations)
+            .map(|write| self.write(round.service, observed, write))
+            .buffer_unordered(WRITES_AT_ONCE)
+            .collect::<Vec<_>>();
+        created.await.into_iter().collect::<Result<(), Fault>>()?;
+        for write in others {
+            self.write(round.service, observed, write).await?;
         }
         Ok(())
     }
