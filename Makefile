@@ -22,9 +22,10 @@ run: ## start the server with its defaults: gRPC 9080, DNS 1053, admin 9153, all
 release: ## build target/release/gangplank, optimised
 	cargo build --release --locked
 
+# Against Kubernetes 1.36; GANGPLANK_TEST_KUBERNETES=1.35 takes that release instead.
 .PHONY: test
 test: lint doc deny ## everything that CI runs: lints, docs, licences, benches compile, all tests
-	tests/tools/install.sh dns python go coredns
+	tests/tools/install.sh dns python go coredns kubernetes
 	cargo test --locked --benches --no-run
 	cargo test --locked --bench allocations
 	cargo test --locked --no-fail-fast

@@ -1,6 +1,7 @@
 //! All integration tests, in one binary: files are named by what they prove.
 
 mod clients;
+mod cluster;
 mod coredns;
 mod crash;
 mod docs;

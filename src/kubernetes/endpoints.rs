@@ -182,3 +182,122 @@ fn plain_subset(subset: &EndpointSubset) -> (Vec<PlainPort<'_>>, Vec<PlainAddres
     all.sort_unstable();
     (ports, all)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+    use crate::kubernetes::slices::tests::{PortTuple, TCP, UDP, draft, instance, table, web};
+
+    const HTTP: &[PortTuple] = &[(8080, TCP, "http")];
+
+    #[test]
+    fn instances_stand_in_subsets_by_their_ports() {
+        let mut instances = table(&[
+            draft("10.0.0.1", HTTP),
+            draft("10.0.0.2", &[]),
+            draft("10.0.0.3", &[(53, TCP, "dns"), (53, UDP, "dns"), (9153, TCP, "")]),
+            draft("10.0.0.3", &[(53, UDP, "dns")]),
+            draft("2001:db8::", HTTP),
+            draft("db.example.com", HTTP),
+        ]);
+        let unready = (*instance(&draft("10.0.0.4", HTTP))).clone().with_ready(false);
+        instances.put(Arc::new(unready));
+        let endpoints = desired(&web(), "uid-1", &instances, false);
+        let port = |name: &str, number: i32, protocol: &str| serde_json::json!({"name": name, "port": number, "protocol": protocol});
+        assert_eq!(
+            serde_json::to_value(&endpoints).expect("JSON"),
+            serde_json::json!({
+                "apiVersion": "v1", "kind": "Endpoints",
+                "metadata": {
+                    "name": "web", "namespace": "prod",
+                    "labels": {
+                        "gangplank.dev/service": "owned",
+                        "endpointslice.kubernetes.io/skip-mirror": "true",
+                        "service.kubernetes.io/headless": "",
+                    },
+                    "ownerReferences": [{"apiVersion": "v1", "kind": "Service", "name": "web", "uid": "uid-1"}],
+                },
+                "subsets": [
+                    {
+                        "addresses": [{"ip": "10.0.0.1"}, {"ip": "2001:db8::", "hostname": "2001-db8--0"}],
+                        "notReadyAddresses": [{"ip": "10.0.0.4"}],
+                        "ports": [port("http", 8080, "TCP")],
+                    },
+                    {"addresses": [{"ip": "10.0.0.2"}]},
+                    {"addresses": [{"ip": "10.0.0.3"}], "ports": [{"port": 9153, "protocol": "TCP"}]},
+                    {"addresses": [{"ip": "10.0.0.3"}], "ports": [port("dns", 53, "TCP")]},
+                    {"addresses": [{"ip": "10.0.0.3"}], "ports": [port("dns", 53, "UDP")]},
+                ],
+            })
+        );
+        let published = desired(&web(), "uid-1", &instances, true);
+        assert!(published.subsets.expect("five").iter().all(|subset| subset.not_ready_addresses.is_none()));
+        assert_eq!(desired(&web(), "uid-1", &Table::default(), false).subsets, None);
+    }
+
+    #[test]
+    fn a_thousand_addresses_and_the_ready_ones_first() {
+        let one = |at: u32| {
+            let ip = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 1)) + at).to_string();
+            let one = instance(&draft(&ip, HTTP));
+            Arc::new((*one).clone().with_ready(at >= 10))
+        };
+        let count = |endpoints: &Endpoints| {
+            let subsets = endpoints.subsets.as_deref().expect("some");
+            let len = |list: &Option<Vec<_>>| list.as_ref().map_or(0, Vec::len);
+            let truncated = endpoints.metadata.annotations.as_ref().map(|all| all[names::OVER_CAPACITY].clone());
+            (len(&subsets[0].addresses), len(&subsets[0].not_ready_addresses), truncated)
+        };
+        let all = |count| (0..count).map(one).collect::<Table<_>>();
+        let fits = desired(&web(), "1", &all(1000), false);
+        assert_eq!(count(&fits), (990, 10, None));
+        let more = desired(&web(), "1", &all(1005), false);
+        assert_eq!(count(&more), (995, 5, Some("truncated".into())));
+        assert_eq!(count(&desired(&web(), "1", &all(2000), false)), (1000, 0, Some("truncated".into())));
+
+        assert_eq!(amend(&fits, &more).as_ref().map(count), Some(count(&more)));
+        assert_eq!(amend(&more, &fits).map(|back| back.metadata.annotations.unwrap_or_default().len()), Some(0));
+    }
+
+    #[test]
+    fn what_deviates_is_put_right_and_the_rest_stays() {
+        let instances = table(&[draft("10.0.0.1", HTTP), draft("10.0.0.2", HTTP), draft("10.0.0.3", &[(80, UDP, "")])]);
+        let ours = desired(&web(), "uid-1", &instances, false);
+        let mut standing = ours.clone();
+        let subsets = standing.subsets.as_mut().expect("two");
+        subsets.reverse();
+        subsets[1].addresses.as_mut().expect("two").reverse();
+        assert_eq!(amend(&standing, &ours), None, "an order is nobody's business");
+
+        let edits: [fn(&mut Endpoints); 6] = [
+            |endpoints| endpoints.metadata.labels = None,
+            |endpoints| endpoints.metadata.owner_references.as_mut().expect("set")[0].uid = "stale".into(),
+            |endpoints| endpoints.subsets = None,
+            |endpoints| {
+                let addresses = endpoints.subsets.as_mut().expect("two")[0].addresses.as_mut();
+                addresses.expect("two")[0].ip = "10.9.9.9".into();
+            },
+            |endpoints| endpoints.subsets.as_mut().expect("two")[0].ports.as_mut().expect("one")[0].port = 1,
+            |endpoints| {
+                let subset = &mut endpoints.subsets.as_mut().expect("two")[0];
+                subset.not_ready_addresses = subset.addresses.take();
+            },
+        ];
+        for edit in edits {
+            let mut wrong = ours.clone();
+            edit(&mut wrong);
+            wrong.metadata.resource_version = Some("7".into());
+            wrong.metadata.annotations = Some([("note".into(), "a".into())].into());
+            let amended = amend(&wrong, &ours).expect("it deviates");
+            assert_eq!((&amended.subsets, &amended.metadata.labels), (&ours.subsets, &ours.metadata.labels));
+            assert_eq!(amended.metadata.owner_references, ours.metadata.owner_references);
+            assert_eq!(
+                (&amended.metadata.annotations, &amended.metadata.resource_version),
+                (&wrong.metadata.annotations, &wrong.metadata.resource_version)
+            );
+            assert_eq!(amend(&amended, &ours), None);
+        }
+    }
+}

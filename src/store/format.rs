@@ -422,10 +422,16 @@ mod tests {
             records in prop::collection::vec(record(), 0..20),
             generation in any::<u64>(),
             offset in any::<u64>(),
+            since in prop::option::of(any::<u64>()),
         ) {
             let records: Vec<Record> = records.into_iter().flatten().collect();
             let mut buffer = FrameBuffer::new();
-            records.iter().for_each(|record| buffer.push(&Entry::from(record)));
+            for record in &records {
+                let mut entry = Entry::from(record);
+                prop_assert_eq!(entry.subject() == Subject::Instance, entry.since(7) == 7);
+                entry.set_since(since);
+                buffer.push(&entry);
+            }
             let frame = Frame { more: true, end: false, unknown_flags: 0, generation, synced: 7 };
             let bytes = buffer.seal(&frame, PLACE, offset).to_vec();
             prop_assert_eq!(Frame::claimed(&bytes), Some(bytes.len() - FRAME_LEN));
@@ -434,6 +440,9 @@ mod tests {
             prop_assert_eq!(Frame::decode(&bytes, Place::journal(4), offset), None);
             prop_assert_eq!(Frame::decode(&bytes, Place::snapshot(3), offset), None);
             let payload = Payload::read(&bytes[FRAME_LEN..]).expect("just written");
+            for entry in payload.entries.iter().filter(|entry| entry.subject() == Subject::Instance) {
+                prop_assert_eq!(entry.since(generation), since.unwrap_or(generation));
+            }
             let mut reader = Reader::default();
             let read: Result<Vec<Record>, Unreadable> =
                 payload.entries.into_iter().map(|entry| reader.record(entry)).collect();

@@ -3,8 +3,10 @@
 use std::{
     env,
     ffi::OsStr,
+    io::{Write as _, stderr},
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
+    thread,
 };
 
 /// The repository.
@@ -29,10 +31,17 @@ fn require_file(name: &str, path: PathBuf) -> Option<PathBuf> {
     if path.exists() {
         return Some(path);
     }
-    let missing = format!("{name} is missing, so this test checked nothing: `make tools` installs it");
-    assert!(env::var_os("CI").is_none(), "{missing}");
-    eprintln!("{missing}");
+    not_run(&format!("{name} is missing: `make tools` installs it"));
     None
+}
+
+/// Says which test checks nothing, and why. In CI that is a failure.
+pub(crate) fn not_run(why: &str) {
+    let current = thread::current();
+    let said = format!("NOT RUN: {}: {why}", current.name().unwrap_or("a test"));
+    assert!(env::var_os("CI").is_none(), "{said}");
+    // To stderr itself: what a test prints is only shown when it fails.
+    let _ = writeln!(stderr(), "{said}");
 }
 
 /// What a program prints on stdout; a failure is a failure of the test.

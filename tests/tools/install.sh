@@ -2,7 +2,11 @@
 # Installs the programs that tests run beside gangplank, by name, into target/tools:
 #
 #   tests/tools/install.sh            everything the tests use
-#   tests/tools/install.sh dns go     only these: dns (dig, nslookup, kdig, drill, knotd, curl), python, go, coredns, deny
+#   tests/tools/install.sh dns go     only these: dns (dig, nslookup, kdig, drill, knotd, curl), python, go, coredns,
+#                                     kubernetes (etcd, kube-apiserver, kube-controller-manager, kubectl), deny
+#
+# GANGPLANK_TEST_KUBERNETES chooses the release of Kubernetes, here and for the tests: 1.36 unless set, or 1.35.
+# Both may be there, side by side.
 #
 # Quick when all is there already. Needs apt-get, python3, go and cargo, and a network that
 # reaches their package registries. Nothing is installed outside target/, so no root is needed.
@@ -91,6 +95,32 @@ install_coredns() {
     mark_done coredns "$sources/install.sh"
 }
 
+# A control plane: etcd and three programs of Kubernetes, each release in a folder of its own. The module in
+# kubernetes/RELEASE says which versions belong together.
+install_kubernetes() {
+    local release=${GANGPLANK_TEST_KUBERNETES:-1.36}
+    local module=$sources/kubernetes/$release out=$tools/kubernetes-$release
+    [ -d "$module" ] || { say "GANGPLANK_TEST_KUBERNETES=$release: there is no $module; take 1.36 or 1.35" && exit 2; }
+    local inputs=("$module"/* "$sources/install.sh")
+    done_for "kubernetes-$release" "${inputs[@]}" && return
+    local version
+    version=$(awk '$1 == "k8s.io/kubernetes" {print $2}' "$module/go.mod")
+    say "Kubernetes $version: about five minutes of compiling"
+    mkdir -p "$out/bin"
+    (
+        cd "$module"
+        export CGO_ENABLED=0 GOFLAGS='-mod=readonly -buildvcs=false'
+        # The server derives from its version which features are on; without one it calls itself v0.0.0.
+        local set=k8s.io/component-base/version
+        local minor=${release#*.}
+        local flags="-s -w -X $set.gitVersion=$version -X $set.gitMajor=1 -X $set.gitMinor=$minor"
+        go build -ldflags '-s -w' -o "$out/bin/etcd" go.etcd.io/etcd/server/v3
+        go build -ldflags "$flags" -o "$out/bin/" \
+            k8s.io/kubernetes/cmd/{kube-apiserver,kube-controller-manager,kubectl}
+    )
+    mark_done "kubernetes-$release" "${inputs[@]}"
+}
+
 # cargo-deny, which checks licences, duplicates and sources.
 install_deny() {
     local version=0.20.2
@@ -99,10 +129,10 @@ install_deny() {
     cargo install --quiet --locked --root "$tools" "cargo-deny@$version"
 }
 
-if [ $# -eq 0 ]; then set -- dns python go coredns deny; fi
+if [ $# -eq 0 ]; then set -- dns python go coredns kubernetes deny; fi
 for tool in "$@"; do
     case $tool in
-        dns | python | go | coredns | deny) "install_$tool" ;;
-        *) say "no tool is called $tool: dns, python, go, coredns or deny" && exit 2 ;;
+        dns | python | go | coredns | kubernetes | deny) "install_$tool" ;;
+        *) say "no tool is called $tool: dns, python, go, coredns, kubernetes or deny" && exit 2 ;;
     esac
 done

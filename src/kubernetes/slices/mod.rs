@@ -1,9 +1,9 @@
 //! Instances as EndpointSlices, and back.
 //!
 //! A slice has one address family and one list of ports for all its endpoints, so the instances
-//! of a service are [grouped](group) by these. Within a group [`plan`] places each instance in a
+//! of a service are grouped ([`Group`]) by these. Within a group [`plan`] places each instance in a
 //! slice once and leaves it there, so that one change rewrites one slice however large the
-//! service is. What an endpoint has no field for stands in [one annotation](record) of the slice;
+//! service is. What an endpoint has no field for stands in one annotation of the slice;
 //! the slices of a service are therefore its whole record, and [`read`] restores from them alone.
 //!
 //! A slice that stands is kept in memory as a [`Standing`]: where its endpoints are, and a digest

@@ -54,14 +54,16 @@ impl fmt::Display for Skipped {
 /// split ports are one instance again. An endpoint with several addresses, which is not ours, is
 /// an instance for each of them. Where two slices tell one instance differently, the one with the
 /// higher term and generation is believed. An instance whose entry in the annotation is missing
-/// or broken gets the defaults, and the creation of its slice as its first registration.
+/// or broken gets the defaults, and the creation of its slice as its first registration. A slice
+/// that is being deleted tells nothing: what was in it was removed, or stands in another.
 #[must_use]
 pub fn read<'a>(
     service: &ServiceKey,
     slices: impl IntoIterator<Item = &'a EndpointSlice>,
     door: &Door,
 ) -> (Vec<Arc<Instance>>, Vec<Skipped>) {
-    let mut slices: Vec<&EndpointSlice> = slices.into_iter().collect();
+    let stays = |slice: &&EndpointSlice| slice.metadata.deletion_timestamp.is_none();
+    let mut slices: Vec<&EndpointSlice> = slices.into_iter().filter(stays).collect();
     slices.sort_by_cached_key(|slice| {
         let stamp = |key| std::cmp::Reverse(stamp(&slice.metadata, key).unwrap_or(0));
         (stamp(names::TERM), stamp(names::GENERATION), slice.metadata.name.clone())
@@ -235,7 +237,7 @@ fn usable_ports(ports: &[EndpointPort]) -> Vec<DraftPort> {
         let cost = draft.name.len() + 12;
         if octets + cost <= MAX_INSTANCE_OCTETS
             && Ports::parse(std::slice::from_ref(&draft)).is_ok()
-            && seen.new(&draft)
+            && seen.take(&draft)
         {
             octets += cost;
             usable.push(draft);
@@ -254,7 +256,7 @@ struct Seen {
 
 impl Seen {
     /// Whether `port` can stand beside the others; then it is one of them.
-    fn new(&mut self, port: &DraftPort) -> bool {
+    fn take(&mut self, port: &DraftPort) -> bool {
         let name = (port.protocol, port.name.clone());
         let unnamed = port.name.is_empty();
         if (unnamed && self.unnamed) || self.names.contains(&name) || !self.numbers.insert((port.protocol, port.number))

@@ -1,14 +1,14 @@
 //! The power is cut, or the process killed, at any operation, and now and then a sync fails: what
-//! was acknowledged is there, and nothing else is.
+//! was acknowledged is there, the outbox and the term too, and nothing else is.
 
 use std::io;
 
 use fastrand::Rng;
 
 use super::{
-    Model, apply,
+    Ledger,
     machine::{Machine, Operation},
-    open_with, random_batch,
+    mirror, open_with, random_batch,
 };
 use crate::store::Options;
 
@@ -27,6 +27,7 @@ fn what_was_acknowledged_survives_an_end_at_any_operation() {
     // The test is worth something only if it went through all of this.
     assert!(seen.in_recovery > 0 && seen.in_append > 0 && seen.in_compaction > 0 && seen.repairs > 0, "{seen:?}");
     assert!(seen.late > 0 && seen.never > 0, "{seen:?}");
+    assert!(seen.lacking > seen.starts / 10 && seen.lacking < seen.starts, "{seen:?}");
 }
 
 /// What the crashes hit.
@@ -40,6 +41,9 @@ struct Seen {
     /// Batches that were not acknowledged and were there, and such that were not.
     late: u64,
     never: u64,
+    /// Starts that read something, and such that found something in the outbox.
+    starts: u64,
+    lacking: u64,
 }
 
 /// One data directory from its first start on, through a few power cuts.
@@ -48,9 +52,9 @@ fn life(seed: u64, seen: &mut Seen) {
     let machine = Machine::default();
     let options = Options { accept_loss: false, segment_octets: rng.u64(100..3000), outbox: rng.bool() };
     let frame_octets = if rng.bool() { 100 } else { 1 << 20 };
-    let (mut acknowledged, mut generation) = (Model::new(), 0);
+    let (mut acknowledged, mut generation) = (Ledger { outbox: options.outbox, ..Ledger::default() }, 0);
     // The batch that was under way when the power went, applied.
-    let mut perhaps: Option<Model> = None;
+    let mut perhaps: Option<Ledger> = None;
     for cut in 0..6 {
         let last = cut == 5;
         if !last {
@@ -61,15 +65,21 @@ fn life(seed: u64, seen: &mut Seen) {
         match open_with(&machine, &options, &std::sync::Arc::default()) {
             Err(why) => assert!(machine.is_off(), "seed {seed}: {why}"),
             Ok((mut journal, recovery, read)) => {
-                let late = perhaps.as_ref().is_some_and(|model| *model == read);
-                assert!(late || read == acknowledged, "seed {seed}, cut {cut}: read what was never acknowledged");
+                let late = perhaps.as_ref().filter(|_| recovery.generation > generation);
+                let expected = late.unwrap_or(&acknowledged);
+                assert!(expected.agrees(&recovery, &read), "seed {seed}, cut {cut}: read what was never acknowledged");
                 assert!(recovery.generation >= generation, "seed {seed}, cut {cut}: the generation went back");
                 seen.repairs += recovery.repairs.len() as u64;
+                seen.starts += 1;
+                seen.lacking += u64::from(!recovery.outbox.is_empty());
                 if journal.usable().is_ok() {
-                    if perhaps.is_some() && *perhaps.as_ref().expect("some") != acknowledged {
-                        if late { seen.late += 1 } else { seen.never += 1 }
+                    if perhaps.is_some() {
+                        if late.is_some() { seen.late += 1 } else { seen.never += 1 }
                     }
-                    (acknowledged, perhaps) = (read, None);
+                    if let Some(late) = late {
+                        acknowledged = late.clone();
+                    }
+                    perhaps = None;
                     generation = recovery.generation;
                     journal.frame_octets = frame_octets;
                     ended = true;
@@ -78,9 +88,12 @@ fn life(seed: u64, seen: &mut Seen) {
                         if faulty {
                             machine.fail(Operation::Sync, io::ErrorKind::Other, 1);
                         }
-                        let batch = random_batch(rng);
+                        let mut batch = random_batch(rng);
+                        if options.outbox {
+                            mirror(&mut batch, generation + 1, &acknowledged, rng);
+                        }
                         let mut after = acknowledged.clone();
-                        batch.iter().for_each(|record| apply(&mut after, record));
+                        after.apply(generation + 1, &batch);
                         if let Err(why) = journal.append(generation + 1, &batch) {
                             assert!(machine.is_off() || faulty, "seed {seed}: {why}");
                             assert!(journal.append(generation + 1, &batch).is_err(), "seed {seed}: after a failure");

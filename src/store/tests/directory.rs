@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, sync::Arc};
 
-use super::{DOOR, Model, apply, random_batch, service};
+use super::{DOOR, Ledger, Model, apply, instance_of, random_batch, service};
 use crate::{
     metrics::Metrics,
     model::{Draft, DraftPort, Protocol, UnixMillis},
@@ -73,14 +73,20 @@ fn what_is_appended_is_read_back_with_progress() {
     assert_eq!((read, recovery.generation, recovery.repairs), (model, 99, vec![]));
 }
 
+fn put(name: &str, draft: Draft, registered: u64) -> Record {
+    let service = service(name);
+    let instance = DOOR.instance(&service, &draft, UnixMillis(registered)).expect("valid");
+    Record::Put { service, instance: Arc::new(instance) }
+}
+
+fn remove(put: &Record) -> Record {
+    let (service, id) = instance_of(put);
+    Record::Remove { service, id }
+}
+
 /// What stands in `tests/fixtures/store/v1`, by batches: a snapshot of the first, a closed
 /// segment with the second, the newest segment with the third. It must never change.
 fn fixture() -> [Vec<Record>; 3] {
-    let put = |name: &str, draft: Draft, registered| {
-        let service = service(name);
-        let instance = DOOR.instance(&service, &draft, UnixMillis(registered)).expect("valid");
-        Record::Put { service, instance: Arc::new(instance) }
-    };
     let port = |number, protocol, name: &str| DraftPort { number, protocol, name: name.into() };
     let full = Draft {
         address: "10.0.0.1".into(),
@@ -93,8 +99,7 @@ fn fixture() -> [Vec<Record>; 3] {
     let six = Draft { address: "2001:db8::1".into(), weight: Some(0.0), ..Draft::default() };
     let name = Draft { address: "db.example.com".into(), ports: vec![port(1, Protocol::Tcp, "")], ..Draft::default() };
     let gone = put("web", six.clone(), 1_700_000_000_001);
-    let Record::Put { service, instance } = &gone else { unreachable!("made by put") };
-    let removed = Record::Remove { service: service.clone(), id: instance.id() };
+    let removed = remove(&gone);
     [
         vec![put("web", full.clone(), 1_700_000_000_000), gone],
         vec![removed, put("db", name, 1_700_000_000_002)],
@@ -102,10 +107,32 @@ fn fixture() -> [Vec<Record>; 3] {
     ]
 }
 
-#[test]
-fn the_first_disk_version_is_read() {
+/// The same of `tests/fixtures/store/v1-outbox`, whose snapshot has instances that Kubernetes had
+/// and such that it lacked, a removal, and a term.
+fn outbox_fixture() -> [Vec<Record>; 3] {
+    let at = |address: &str| Draft { address: address.into(), ..Draft::default() };
+    let mirrored = |name, generation| Record::Mirrored { service: service(name), generation };
+    let [web, other, db] = [put("web", at("10.0.0.1"), 1), put("web", at("10.0.0.2"), 2), put("db", at("10.0.0.1"), 3)];
+    let late = put("late", at("2001:db8::1"), 4);
+    [
+        vec![
+            Record::Term { term: 7 },
+            web.clone(),
+            other.clone(),
+            mirrored("web", 1_700_000_001),
+            db,
+            remove(&late),
+            remove(&put("db", at("db.example.com"), 5)),
+        ],
+        vec![remove(&web), late],
+        vec![mirrored("db", 1_700_000_001), Record::Term { term: 8 }, other],
+    ]
+}
+
+/// A copy of the fixture.
+fn copied(fixture: &str) -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/store/v1");
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/store").join(fixture);
     let mut names = Vec::new();
     for entry in fs::read_dir(fixtures).expect("the fixtures are in the repository") {
         let entry = entry.expect("readable");
@@ -114,21 +141,45 @@ fn the_first_disk_version_is_read() {
     }
     names.sort();
     assert_eq!(names, ["journal-0000000002", "journal-0000000003", "snapshot-0000000001"]);
+    dir
+}
+
+#[test]
+fn the_first_disk_version_is_read() {
+    let dir = copied("v1");
     let mut model = Model::new();
     fixture().iter().flatten().for_each(|record| apply(&mut model, record));
     let (_, recovery, read) = start(dir.path(), &Options::default());
     assert_eq!((read, recovery.generation, recovery.repairs), (model, 1_700_000_003, vec![]));
 }
 
-/// Writes the fixture. Only for a new version of the format, into a directory of its own:
-/// `GANGPLANK_FIXTURE=tests/fixtures/store/vN cargo test --lib write_the_fixture -- --ignored`.
+#[test]
+fn the_first_disk_version_with_an_outbox_is_read() {
+    let dir = copied("v1-outbox");
+    let mut ledger = Ledger { outbox: true, ..Ledger::default() };
+    for (batch, generation) in outbox_fixture().iter().zip(1_700_000_001..) {
+        ledger.apply(generation, batch);
+    }
+    let (_, recovery, read) = start(dir.path(), &Options { outbox: true, ..Options::default() });
+    assert!(ledger.agrees(&recovery, &read), "{recovery:?} and {read:?} are not {ledger:?}");
+    assert_eq!((recovery.term, recovery.outbox.len(), recovery.generation), (8, 3, 1_700_000_003));
+    assert_eq!(recovery.repairs, Vec::<String>::new());
+}
+
+/// Writes the fixtures. Only for a new version of the format, into directories of its own:
+/// `GANGPLANK_FIXTURE=tests/fixtures/store/vN cargo test --lib write_the_fixture -- --ignored`
+/// makes that one and `vN-outbox`.
 #[test]
 #[ignore = "writes a fixture; run by hand for a new version of the format"]
 fn write_the_fixture() {
     let path = std::env::var("GANGPLANK_FIXTURE").expect("where to");
-    let path = Path::new(&path);
-    let (mut journal, ..) = start(path, &Options::default());
-    for (index, batch) in fixture().iter().enumerate() {
+    write_fixture(Path::new(&path), &fixture(), false);
+    write_fixture(Path::new(&format!("{path}-outbox")), &outbox_fixture(), true);
+}
+
+fn write_fixture(path: &Path, batches: &[Vec<Record>], outbox: bool) {
+    let (mut journal, ..) = start(path, &Options { outbox, ..Options::default() });
+    for (index, batch) in batches.iter().enumerate() {
         journal.append(1_700_000_001 + index as u64, batch).expect("a good disk");
         if index < 2 {
             journal.rotate().expect("a good disk");

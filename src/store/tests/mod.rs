@@ -5,6 +5,7 @@ mod damage;
 mod directory;
 mod faults;
 mod machine;
+mod outbox;
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
@@ -34,6 +35,77 @@ fn apply(model: &mut Model, record: &Record) {
     }
 }
 
+/// What is to be known after every batch there ever was: nothing in it is ever dropped.
+#[derive(Debug, Clone, Default)]
+struct Ledger {
+    /// Whether the store keeps the outbox.
+    outbox: bool,
+    standing: Model,
+    /// What was last said of each instance, and in which generation.
+    last: BTreeMap<(ServiceKey, InstanceId), (u64, Record)>,
+    mirrored: BTreeMap<ServiceKey, u64>,
+    term: u64,
+}
+
+impl Ledger {
+    fn apply(&mut self, generation: u64, batch: &[Record]) {
+        for record in batch {
+            apply(&mut self.standing, record);
+            match record {
+                Record::Mirrored { service, generation } => {
+                    let highest = self.mirrored.entry(service.clone()).or_default();
+                    *highest = (*highest).max(*generation);
+                }
+                Record::Term { term } => self.term = *term,
+                _ => {
+                    self.last.insert(instance_of(record), (generation, record.clone()));
+                }
+            }
+        }
+    }
+
+    /// What Kubernetes lacks.
+    fn lacking(&self) -> BTreeMap<&(ServiceKey, InstanceId), &Record> {
+        let covered = |service| self.mirrored.get(service).copied().unwrap_or(0);
+        let last = self.last.iter().filter(|_| self.outbox);
+        let lacking = last.filter(|((service, _), (generation, _))| *generation > covered(service));
+        lacking.map(|(instance, (_, record))| (instance, record)).collect()
+    }
+
+    /// Whether a start has found exactly this, in order.
+    fn agrees(&self, recovery: &Recovery, read: &Model) -> bool {
+        let found: Vec<_> = recovery.outbox.iter().map(|record| (instance_of(record), record)).collect();
+        self.standing == *read
+            && self.term == recovery.term
+            && found.iter().map(|(instance, _)| self.last.get(instance).map(|(generation, _)| generation)).is_sorted()
+            && found.len() == self.lacking().len()
+            && found.iter().map(|(instance, record)| (instance, *record)).collect::<BTreeMap<_, _>>() == self.lacking()
+    }
+}
+
+/// Which instance a record is about, that is about one.
+fn instance_of(record: &Record) -> (ServiceKey, InstanceId) {
+    match record {
+        Record::Put { service, instance } => (service.clone(), instance.id()),
+        Record::Remove { service, id } => (service.clone(), id.clone()),
+        other => panic!("{other:?} is about no instance"),
+    }
+}
+
+/// Has Kubernetes take in something, now and then, of what was there before the batch of `generation`.
+fn mirror(batch: &mut Vec<Record>, generation: u64, last: &Ledger, rng: &mut Rng) {
+    for _ in 0..rng.usize(..3) {
+        let service = service(SERVICES[rng.usize(..SERVICES.len())]);
+        let before = last.mirrored.get(&service).copied().unwrap_or(0);
+        let mirrored =
+            Record::Mirrored { service, generation: rng.u64(before.max(generation.saturating_sub(8))..generation) };
+        batch.insert(rng.usize(..=batch.len()), mirrored);
+    }
+    if rng.u8(..20) == 0 {
+        batch.insert(rng.usize(..=batch.len()), Record::Term { term: generation });
+    }
+}
+
 fn small() -> Options {
     Options { accept_loss: false, segment_octets: 1500, outbox: false }
 }
@@ -59,9 +131,11 @@ fn service(name: &str) -> ServiceKey {
     DOOR.service("prod", name).expect("a label")
 }
 
+const SERVICES: [&str; 4] = ["web", "db", "a", "web-1"];
+
 /// One of few instances, with one of many sets of attributes.
 fn random_put(rng: &mut Rng) -> Record {
-    let service = service(["web", "db", "a", "web-1"][rng.usize(..4)]);
+    let service = service(SERVICES[rng.usize(..SERVICES.len())]);
     let address = match rng.u8(..8) {
         0 => "db.example.com".into(),
         1 => format!("2001:db8::{}", rng.u8(1..4)),

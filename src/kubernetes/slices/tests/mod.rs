@@ -1,0 +1,81 @@
+//! What the tests of slices share: instances, requests, and a [`Cluster`] to write to.
+
+mod cases;
+mod cluster;
+mod generated;
+
+use std::sync::Arc;
+
+use cluster::Cluster;
+
+use super::*;
+use crate::model::{Door, Draft, DraftPort, Instance, Protocol, ServiceKey, Table, UnixMillis};
+
+pub(in crate::kubernetes) const DOOR: Door = Door { zone_wire_len: 15, names_allowed: true };
+
+const UID: &str = "0d3cf0a4-0000-4000-8000-000000000001";
+
+pub(in crate::kubernetes) fn web() -> ServiceKey {
+    DOOR.service("prod", "web").expect("valid")
+}
+
+/// `(number, protocol, name)`.
+pub(in crate::kubernetes) type PortTuple = (i64, Protocol, &'static str);
+
+pub(in crate::kubernetes) fn draft(address: &str, ports: &[PortTuple]) -> Draft {
+    let ports =
+        ports.iter().map(|&(number, protocol, name)| DraftPort { number, protocol, name: name.into() }).collect();
+    Draft { address: address.into(), ports, ..Draft::default() }
+}
+
+pub(in crate::kubernetes) fn instance(draft: &Draft) -> Arc<Instance> {
+    Arc::new(DOOR.instance(&web(), draft, UnixMillis(1_700_000_000_000)).expect("valid"))
+}
+
+pub(in crate::kubernetes) fn table(drafts: &[Draft]) -> Table<Arc<Instance>> {
+    let mut table = Table::default();
+    for draft in drafts {
+        table.put(instance(draft));
+    }
+    table
+}
+
+pub(in crate::kubernetes) const TCP: Protocol = Protocol::Tcp;
+pub(in crate::kubernetes) const UDP: Protocol = Protocol::Udp;
+
+const HTTP: &[PortTuple] = &[(8080, TCP, "http")];
+const DNS: &[PortTuple] = &[(53, TCP, "dns"), (53, UDP, "dns"), (9153, TCP, "")];
+
+fn stamps(generation: u64) -> Stamps<'static> {
+    Stamps { term: 7, generation, updated: UnixMillis(1_700_000_000_123), writer: "gangplank-0" }
+}
+
+/// Calls `test` with a request for [`web`].
+fn with_request<T>(max_endpoints: usize, occupied: &[&str], test: impl FnOnce(&Request<'_>) -> T) -> T {
+    let service = web();
+    let occupied = occupied.iter().map(ToString::to_string).collect();
+    test(&Request {
+        service: &service,
+        service_uid: UID,
+        max_endpoints,
+        publish_not_ready: false,
+        stamps: stamps(1),
+        occupied: &occupied,
+    })
+}
+
+/// What comes back from slices: ready, and without a host name that only spells the address.
+fn as_recorded(instances: &Table<Arc<Instance>>) -> Vec<Instance> {
+    let all = instances.iter().filter(|one| one.address().ip().is_some());
+    let mut all: Vec<Instance> = all.map(|one| (**one).clone().with_ready(true)).collect();
+    all.sort_by(|a, b| a.key().cmp(&b.key()));
+    all
+}
+
+fn read_back(cluster: &Cluster) -> Vec<Instance> {
+    let (read, skipped) = read(&web(), cluster.slices.values(), &DOOR);
+    assert_eq!(skipped, []);
+    let mut read: Vec<Instance> = read.iter().map(|one| (**one).clone()).collect();
+    read.sort_by(|a, b| a.key().cmp(&b.key()));
+    read
+}

@@ -1,0 +1,277 @@
+//! The outbox and the term over snapshots and restarts, and that nothing of them is left over.
+
+use std::sync::Arc;
+
+use fastrand::Rng;
+
+use super::{
+    DOOR, Ledger, Model, instance_of,
+    machine::{Machine, Operation},
+    mirror, open_with, random_batch, service,
+};
+use crate::{
+    model::{Draft, UnixMillis},
+    store::{
+        Journal, Options, Record, Recovery,
+        frame::{FRAME_LEN, HEADER_LEN},
+    },
+};
+
+fn with(outbox: bool) -> Options {
+    Options { outbox, segment_octets: 1 << 30, accept_loss: false }
+}
+
+fn start(machine: &Machine, outbox: bool) -> (Journal, Recovery, Model) {
+    open_with(machine, &with(outbox), &Arc::default()).expect("a good disk")
+}
+
+/// The same instance of a service each time, as it was registered at that time.
+fn put(name: &str, registered: u64) -> Record {
+    let service = service(name);
+    let draft = Draft { address: "10.0.0.1".into(), ..Draft::default() };
+    let instance = DOOR.instance(&service, &draft, UnixMillis(registered)).expect("valid");
+    Record::Put { service, instance: Arc::new(instance) }
+}
+
+fn remove(name: &str) -> Record {
+    let (service, id) = instance_of(&put(name, 0));
+    Record::Remove { service, id }
+}
+
+fn mirrored(name: &str, generation: u64) -> Record {
+    Record::Mirrored { service: service(name), generation }
+}
+
+/// Everything so far becomes a snapshot.
+fn compact(journal: &mut Journal) {
+    journal.rotate().expect("a good disk");
+    journal.compact();
+    journal.reap();
+    assert_eq!(journal.closed().1, [], "the compaction was done");
+}
+
+fn snapshot(machine: &Machine) -> Vec<u8> {
+    let contents = machine.contents();
+    let (_, bytes) = contents.iter().find(|(name, _)| name.starts_with("snapshot")).expect("one was made");
+    bytes.clone()
+}
+
+/// What a store's outbox is after records of generations from 1 on, whenever it was compacted.
+fn outbox_of(records: &[&Record]) -> Vec<Record> {
+    let mut found = Vec::new();
+    // Each bit says whether everything up to a record becomes a snapshot.
+    for ends in 0..1 << records.len() {
+        let machine = Machine::default();
+        let (mut journal, ..) = start(&machine, true);
+        for (index, &record) in records.iter().enumerate() {
+            journal.append(index as u64 + 1, std::slice::from_ref(record)).expect("a good disk");
+            if ends >> index & 1 == 1 {
+                compact(&mut journal);
+            }
+        }
+        drop(journal);
+        found.push(start(&machine, true).1.outbox);
+    }
+    assert!(found.iter().all(|outbox| *outbox == found[0]), "{found:?}");
+    found.remove(0)
+}
+
+#[test]
+fn what_is_mirrored_leaves_the_outbox_and_nothing_else_does() {
+    let [web, again, gone] = &[put("web", 1), put("web", 2), remove("web")];
+    // Their names begin alike.
+    let [we, web_1] = &[put("we", 1), put("web-1", 1)];
+    let [none, first, second] = &[0, 1, 2].map(|generation| mirrored("web", generation));
+    let [db, a] = &[put("db", 1), remove("a")];
+    let table: &[(&[&Record], &[&Record])] = &[
+        (&[web], &[web]),
+        (&[web, first], &[]),
+        (&[web, none], &[web]),
+        (&[we, web_1, second], &[we, web_1]),
+        (&[web, again, first], &[again]),
+        (&[web, first, again], &[again]),
+        (&[web, again, second, first], &[]),
+        (&[web, first, gone], &[gone]),
+        (&[web, gone, first], &[gone]),
+        (&[web, gone, second], &[]),
+        (&[web, gone, again], &[again]),
+        (&[gone, again, first], &[again]),
+        (&[web, gone, second, again], &[again]),
+        // By generation, not by name.
+        (&[web, db, a], &[web, db, a]),
+    ];
+    for (records, expected) in table {
+        assert_eq!(outbox_of(records).iter().collect::<Vec<_>>(), *expected, "{records:?}");
+    }
+}
+
+#[test]
+fn the_last_term_counts_and_survives_compactions() {
+    let machine = Machine::default();
+    for (term, before) in [(3, 0), (5, 3), (4, 5)] {
+        let (mut journal, recovery, _) = start(&machine, true);
+        assert_eq!(recovery.term, before);
+        journal.append(term, &[Record::Term { term: 9 }, Record::Term { term }]).expect("a good disk");
+        compact(&mut journal);
+        journal.append(term + 1, &[put("web", term)]).expect("a good disk");
+        compact(&mut journal);
+    }
+    assert_eq!(start(&machine, true).1.term, 4);
+}
+
+#[test]
+fn nothing_accumulates_of_what_kubernetes_has() {
+    let machine = Machine::default();
+    let (mut journal, ..) = start(&machine, true);
+    journal.append(1, &[Record::Term { term: 1 }]).expect("a good disk");
+    let mut lengths = Vec::new();
+    for cycle in 0..40 {
+        let generation = 2 + 3 * cycle;
+        let (name, stays) = (format!("service-{cycle:02}"), put("web", 1 << 40));
+        journal.append(generation, &[put(&name, cycle), stays]).expect("a good disk");
+        journal.append(generation + 1, &[remove(&name)]).expect("a good disk");
+        let with_removal = cycle % 2 == 0;
+        if with_removal {
+            compact(&mut journal);
+            lengths.push(snapshot(&machine).len());
+        }
+        let all = [mirrored(&name, generation + 1), mirrored("web", generation)];
+        journal.append(generation + 2, &all).expect("a good disk");
+        compact(&mut journal);
+        lengths.push(snapshot(&machine).len());
+    }
+    let (with_removal, without) = (lengths[0], lengths[1]);
+    assert!(with_removal > without + 20, "{lengths:?}");
+    let expected = [with_removal, without, without];
+    assert!(lengths.iter().zip(expected.iter().cycle()).all(|(length, expected)| length == expected), "{lengths:?}");
+
+    // Without anything that stands, only the term is left.
+    journal.append(1000, &[remove("web"), mirrored("web", 999)]).expect("a good disk");
+    journal.append(1001, &[mirrored("web", 1000)]).expect("a good disk");
+    compact(&mut journal);
+    assert_eq!(snapshot(&machine).len(), HEADER_LEN + FRAME_LEN + 6);
+}
+
+#[test]
+fn what_kubernetes_is_said_to_have_is_behind_the_stored_generation() {
+    let machine = Machine::default();
+    let (mut journal, ..) = start(&machine, true);
+    journal.append(5, &[mirrored("web", 9)]).expect("a good disk");
+    compact(&mut journal);
+    drop(journal);
+    assert_eq!(start(&machine, true).1.generation, 9);
+}
+
+#[test]
+fn without_the_outbox_a_snapshot_is_what_it_always_was() {
+    // Two stores with the same history, of which one was written with the outbox.
+    let [plain, other] = [false, true].map(|outbox| {
+        let machine = Machine::default();
+        let (mut journal, ..) = start(&machine, outbox);
+        journal.append(1, &[put("web", 1), put("db", 1), put("a", 1)]).expect("a good disk");
+        let extra = [Record::Term { term: 2 }, mirrored("web", 1)];
+        journal.append(2, if outbox { &extra } else { &[] }).expect("a good disk");
+        compact(&mut journal);
+        journal.append(3, &[remove("db"), put("web", 2)]).expect("a good disk");
+        drop(journal);
+        let (mut journal, recovery, _) = start(&machine, false);
+        assert_eq!((recovery.term, recovery.outbox), (0, vec![]));
+        compact(&mut journal);
+        drop(journal);
+        machine
+    });
+    // The header has the store's id.
+    assert_eq!(snapshot(&plain)[HEADER_LEN..], snapshot(&other)[HEADER_LEN..]);
+
+    // With the outbox again, nothing is said of Kubernetes but that it may lack everything.
+    for machine in [plain, other] {
+        let (_, recovery, read) = start(&machine, true);
+        assert_eq!((recovery.term, recovery.generation), (0, 3));
+        assert_eq!(read.len(), 2);
+        assert_eq!(recovery.outbox, [put("a", 1), put("web", 2)]);
+    }
+}
+
+/// The term is in a segment that no snapshot has yet, and the removal before it in one that a
+/// snapshot without the outbox has forgotten.
+#[test]
+fn a_start_without_the_outbox_takes_the_term_back() {
+    for fails in [false, true] {
+        let machine = Machine::default();
+        let (mut journal, ..) = start(&machine, true);
+        journal.append(1, &[put("web", 1), mirrored("web", 0)]).expect("a good disk");
+        journal.append(2, &[remove("web")]).expect("a good disk");
+        journal.rotate().expect("a good disk");
+        journal.append(3, &[Record::Term { term: 2 }]).expect("a good disk");
+        drop(journal);
+        if fails {
+            machine.fail(Operation::Write, std::io::ErrorKind::StorageFull, 1);
+        }
+        start(&machine, false).0.reap();
+        machine.mend();
+        let (_, recovery, _) = start(&machine, true);
+        let (term, outbox) = if fails { (2, vec![remove("web")]) } else { (0, vec![]) };
+        assert_eq!((recovery.term, recovery.outbox), (term, outbox));
+    }
+}
+
+/// Lives of a directory that is opened with and without the outbox: as long as there is a term,
+/// nothing that Kubernetes lacks is missing, and nothing in the outbox is out of date.
+#[test]
+fn switched_off_and_on_the_outbox_is_never_too_small() {
+    let (mut lacking, mut forgotten) = (0, 0);
+    for seed in 0..60 {
+        let rng = &mut Rng::with_seed(seed);
+        let (mut machine, mut ledger, mut generation) = (Machine::default(), Ledger::default(), 0);
+        for _ in 0..8 {
+            let options = Options { segment_octets: rng.u64(100..2000), ..with(rng.bool()) };
+            let (mut journal, recovery, read) = open_with(&machine, &options, &Arc::default()).expect("a good disk");
+            assert_eq!((&read, recovery.generation), (&ledger.standing, generation), "seed {seed}");
+            ledger.outbox = options.outbox;
+            if options.outbox {
+                assert_eq!(recovery.term, ledger.term, "seed {seed}");
+                let outbox: Vec<_> = recovery.outbox.iter().map(instance_of).collect();
+                for (record, instance) in recovery.outbox.iter().zip(&outbox) {
+                    let last = ledger.last.get(instance).map(|(_, last)| last);
+                    let gone = last.is_none() && matches!(record, Record::Remove { .. });
+                    assert!(last == Some(record) || gone, "seed {seed}: {record:?} is out of date");
+                }
+                for (instance, record) in ledger.lacking() {
+                    let there = outbox.contains(instance);
+                    let may_be_forgotten = ledger.term == 0 && matches!(record, Record::Remove { .. });
+                    assert!(there || may_be_forgotten, "seed {seed}: {record:?} is not there");
+                    lacking += usize::from(there);
+                    forgotten += usize::from(!there);
+                }
+                // Whoever starts without a term gives up the removals, and begins one.
+                if ledger.term == 0 {
+                    ledger.last.retain(|_, (_, record)| !matches!(record, Record::Remove { .. }));
+                    generation += 1;
+                    let batch = [Record::Term { term: generation }];
+                    journal.append(generation, &batch).expect("a good disk");
+                    ledger.apply(generation, &batch);
+                }
+            } else {
+                ledger.term = 0;
+            }
+            for _ in 0..rng.usize(..20) {
+                let mut batch = random_batch(rng);
+                if options.outbox {
+                    mirror(&mut batch, generation + 1, &ledger, rng);
+                }
+                generation += 1;
+                journal.append(generation, &batch).expect("a good disk");
+                ledger.apply(generation, &batch);
+                if rng.bool() {
+                    journal.reap();
+                }
+            }
+            let killed = Machine::holding(&machine.contents());
+            drop(journal);
+            if rng.bool() {
+                machine = killed;
+            }
+        }
+    }
+    assert!(lacking > 100 && forgotten > 0, "{lacking} {forgotten}");
+}
