@@ -79,12 +79,15 @@ pub(super) struct Restoring<'a> {
     pub(super) found: Found,
 }
 
+/// Instances, each with what says how new the slice is that holds it.
+type Copies = Vec<((u64, u64), Arc<Instance>)>;
+
 /// What the slices hold.
 #[derive(Debug, Default)]
 pub(super) struct Found {
     term: u64,
     /// Each with the term and generation of its slice.
-    services: HashMap<ServiceKey, Vec<((u64, u64), Arc<Instance>)>>,
+    services: HashMap<ServiceKey, Copies>,
     skipped: u64,
 }
 
@@ -169,7 +172,7 @@ impl Found {
 
     /// Each instance once, as the newest slice tells it.
     fn restored(self) -> Restored {
-        let once = |(service, mut held): (ServiceKey, Vec<((u64, u64), Arc<Instance>)>)| {
+        let once = |(service, mut held): (ServiceKey, Copies)| {
             held.sort_by(|(one, a), (other, b)| a.key().cmp(&b.key()).then(other.cmp(one)));
             held.dedup_by(|(_, later), (_, first)| later.key() == first.key());
             (service, held.into_iter().map(|(_, instance)| instance).collect())
