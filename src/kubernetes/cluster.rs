@@ -290,16 +290,25 @@ impl Cluster {
         }
     }
 
-    /// We wrote a Service; so it is now.
+    /// We wrote a Service of ours, or read it; so it is now.
+    ///
+    /// Whose a Service is only the watch says, because the registry has to hear of it too: an
+    /// answer that tells it differently is passed over, and the watch follows with the same.
     pub(super) fn wrote_service(&self, service: &Service) {
-        if let Some((key, owned)) = service_key(&service.metadata).zip(Owned::read(service.clone())) {
-            let _ = self.lock().services.stands(key, owned);
+        let Some((key, owned)) = service_key(&service.metadata).zip(Owned::read(service.clone())) else { return };
+        let mut state = self.lock();
+        let was_others = state.services.get(&key).is_some_and(|held| held.ownership != Ownership::Ours);
+        if owned.ownership == Ownership::Ours && !was_others {
+            let _ = state.services.stands(key, owned);
         }
     }
 
     /// We removed a Service: the one with this uid, as it was observed.
     pub(super) fn removed_service(&self, key: &ServiceKey, uid: &str) {
-        let _ = self.lock().services.removed(key, uid);
+        let mut state = self.lock();
+        if state.services.get(key).is_some_and(|held| held.ownership == Ownership::Ours) {
+            let _ = state.services.removed(key, uid);
+        }
     }
 
     /// Somebody else has a slice of this name, which we wanted for `service`.
@@ -739,6 +748,21 @@ mod tests {
         cluster.removed_service(&key("prod", "db"), "uid-db");
         assert_eq!(see(Seen::Stands(service("db", Some("owned"), 10))), (vec![], vec![]), "late");
         assert_eq!(cluster.observe(&key("prod", "db")).service, StandingService::Absent);
+    }
+
+    #[test]
+    fn whose_a_service_is_only_the_watch_says() {
+        let cluster = Cluster::new();
+        let see = |seen| (said(&cluster.see_services(vec![seen])), changes(&cluster));
+        // The answer to a POST that came second, read before the watch told.
+        cluster.wrote_service(&service("web", None, 3));
+        cluster.wrote_service(&service("web", Some("joined"), 4));
+        assert_eq!(see(Seen::Stands(service("web", None, 3))), (vec!["prod/web foreign true".into()], web()));
+        cluster.wrote_service(&service("web", Some("owned"), 5));
+        cluster.removed_service(&key("prod", "web"), "uid-web");
+        assert_eq!(cluster.observe(&key("prod", "web")).service, StandingService::Foreign);
+        let ours = Seen::Stands(service("web", Some("owned"), 5));
+        assert_eq!(see(ours), (vec!["prod/web foreign false".into()], web()));
     }
 
     #[test]
