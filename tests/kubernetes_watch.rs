@@ -68,7 +68,11 @@ fn wait_registration(server: &Server, namespace: &str, service: &str, refusal: O
             eprintln!("{now}");
             said = now;
         }
-        refusal.map_or(output.status.success(), |refusal| said.contains(refusal)).then_some(())
+        let done = match refusal {
+            Some(refusal) => said.contains(refusal),
+            None => output.status.success(),
+        };
+        done.then_some(())
     });
 }
 
