@@ -565,3 +565,212 @@ fn service_key(meta: &ObjectMeta) -> Option<ServiceKey> {
     let namespace = model::Namespace::parse(meta.namespace.as_deref()?).ok()?;
     Some(ServiceKey::new(namespace, ServiceName::parse(meta.name.as_deref()?).ok()?))
 }
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+    use k8s_openapi::{Metadata, apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+    use serde_json::json;
+
+    use super::*;
+    use crate::kubernetes::names;
+
+    fn key(namespace: &str, name: &str) -> ServiceKey {
+        let namespace = model::Namespace::parse(namespace).expect("valid");
+        ServiceKey::new(namespace, ServiceName::parse(name).expect("valid"))
+    }
+
+    fn namespace(name: &str, version: u64) -> Namespace {
+        let meta = json!({ "metadata": { "name": name, "uid": format!("uid-{name}"), "resourceVersion": version.to_string() } });
+        serde_json::from_value(meta).expect("a Namespace")
+    }
+
+    fn deleting<T: Metadata<Ty = ObjectMeta>>(mut object: T) -> T {
+        object.metadata_mut().deletion_timestamp = Some(Time(Timestamp::UNIX_EPOCH));
+        object
+    }
+
+    fn service(name: &str, label: Option<&str>, version: u64) -> Service {
+        let service = json!({ "metadata": {
+            "namespace": "prod", "name": name, "uid": format!("uid-{name}"), "resourceVersion": version.to_string(),
+            "labels": label.map(|value| json!({ names::SERVICE: value })),
+            "managedFields": [{ "manager": "someone" }],
+        } });
+        serde_json::from_value(service).expect("a Service")
+    }
+
+    fn slice(service: &str, name: &str, uid: &str, version: u64, address: &str) -> EndpointSlice {
+        let slice = json!({
+            "metadata": {
+                "namespace": "prod", "name": name, "uid": uid, "resourceVersion": version.to_string(),
+                "labels": { names::MANAGED_BY: names::MANAGER, names::SERVICE_NAME: service },
+            },
+            "addressType": "IPv4", "endpoints": [{ "addresses": [address] }],
+        });
+        serde_json::from_value(slice).expect("an EndpointSlice")
+    }
+
+    fn seen(seen: Seen<EndpointSlice>) -> Vec<Seen<OurSlice>> {
+        vec![seen.read(OurSlice::read).expect("it has a name")]
+    }
+
+    /// What the mirror would get now.
+    fn changes(cluster: &Cluster) -> Vec<Changed> {
+        cluster.changed().now_or_never().unwrap_or_default()
+    }
+
+    fn web() -> Vec<Changed> {
+        vec![Changed::Service(key("prod", "web"))]
+    }
+
+    fn addresses(cluster: &Cluster) -> Vec<String> {
+        let slices = cluster.observe(&key("prod", "web")).slices;
+        slices.iter().flat_map(|slice| &slice.rows).map(ToString::to_string).collect()
+    }
+
+    /// Facts in few words.
+    fn said(facts: &[Fact]) -> Vec<String> {
+        let one = |fact: &Fact| match fact {
+            Fact::Namespace { name, exists } => format!("{name} {exists}"),
+            Fact::NamespacesComplete => "complete".into(),
+            Fact::Service { service, foreign } => format!("{service} foreign {foreign}"),
+            Fact::Endpoints { .. } => "endpoints".into(),
+        };
+        facts.iter().map(one).collect()
+    }
+
+    #[test]
+    fn a_late_event_does_not_undo_our_own_write() {
+        let cluster = Cluster::new();
+        cluster.wrote_slice(&slice("web", "web-1", "a", 20, "10.0.0.2"));
+        assert_eq!(addresses(&cluster), ["10.0.0.2"]);
+        cluster.see_slices(seen(Seen::Stands(slice("web", "web-1", "a", 18, "10.0.0.1"))));
+        assert_eq!(addresses(&cluster), ["10.0.0.2"]);
+        cluster.see_slices(seen(Seen::Stands(slice("web", "web-1", "a", 20, "10.0.0.2"))));
+        assert_eq!(changes(&cluster), [], "our own write and its echo are no news");
+
+        cluster.see_slices(seen(Seen::Stands(slice("web", "web-1", "a", 21, "10.0.0.3"))));
+        assert_eq!((addresses(&cluster), changes(&cluster)), (vec!["10.0.0.3".into()], web()));
+        cluster.wrote_slice(&slice("web", "web-1", "a", 19, "10.0.0.9"));
+        assert_eq!(addresses(&cluster), ["10.0.0.3"], "an answer that came late");
+
+        cluster.removed_slice("prod", "web-1", "a");
+        cluster.see_slices(seen(Seen::Stands(slice("web", "web-1", "a", 21, "10.0.0.3"))));
+        cluster.see_slices(seen(Seen::Gone(slice("web", "web-1", "a", 22, "10.0.0.3"))));
+        assert_eq!((addresses(&cluster), changes(&cluster)), (vec![], vec![]));
+    }
+
+    #[test]
+    fn a_slice_that_goes_or_changes_its_service_is_seen_by_both() {
+        let cluster = Cluster::new();
+        cluster.see_slices(seen(Seen::Stands(slice("web", "web-1", "a", 1, "10.0.0.1"))));
+        cluster.see_slices(seen(Seen::Stands(slice("web", "web-2", "b", 2, "10.0.0.2"))));
+        assert_eq!(changes(&cluster), web(), "several changes are one");
+        assert_eq!(cluster.every_service(), [key("prod", "web")]);
+        cluster.see_slices(seen(Seen::Stands(slice("db", "web-2", "b", 3, "10.0.0.2"))));
+        assert_eq!(changes(&cluster), [Changed::Service(key("prod", "db")), web().remove(0)]);
+        assert_eq!(addresses(&cluster), ["10.0.0.1"]);
+        assert_eq!(cluster.every_service(), [key("prod", "db"), key("prod", "web")]);
+        // Another hand took the label off that says whose it is.
+        let mut nobodys = slice("db", "web-2", "b", 4, "10.0.0.2");
+        nobodys.metadata.labels.as_mut().expect("it has labels").remove(names::SERVICE_NAME);
+        cluster.see_slices(seen(Seen::Stands(nobodys)));
+        assert_eq!(changes(&cluster), [Changed::Service(key("prod", "db"))]);
+        cluster.see_slices(seen(Seen::Gone(slice("web", "web-1", "a", 5, "10.0.0.1"))));
+        assert_eq!((changes(&cluster), cluster.every_service()), (web(), vec![]));
+    }
+
+    #[test]
+    fn after_a_list_what_it_did_not_name_is_gone() {
+        let cluster = Cluster::new();
+        assert!(!cluster.observe(&key("prod", "web")).listed);
+        cluster.see_slices(seen(Seen::Stands(slice("web", "web-1", "a", 1, "10.0.0.1"))));
+        cluster.see_slices(seen(Seen::Stands(slice("web", "web-2", "b", 2, "10.0.0.2"))));
+        cluster.occupied(&key("prod", "web"), "web-3");
+        assert_eq!(cluster.observe(&key("prod", "web")).occupied, HashSet::from(["web-3".into()]));
+        changes(&cluster);
+        cluster.see_slices(seen(Seen::ListBegins));
+        cluster.see_slices(seen(Seen::Listed(slice("web", "web-2", "b", 2, "10.0.0.2"))));
+        cluster.wrote_slice(&slice("web", "web-4", "d", 9, "10.0.0.4"));
+        assert_eq!(changes(&cluster), [], "half a list says nothing of the rest");
+        cluster.see_slices(seen(Seen::ListEnds("8".into())));
+        assert_eq!((addresses(&cluster), changes(&cluster)), (vec!["10.0.0.2".into(), "10.0.0.4".into()], web()));
+        let observed = cluster.observe(&key("prod", "web"));
+        assert_eq!((observed.listed, observed.occupied), (true, HashSet::new()));
+    }
+
+    #[test]
+    fn a_service_is_ours_joined_foreign_or_not_there() {
+        let cluster = Cluster::new();
+        let standing = || cluster.observe(&key("prod", "web")).service;
+        let joined = || cluster.joined().borrow().iter().cloned().collect::<Vec<_>>();
+        assert_eq!(standing(), StandingService::Unknown);
+        let first = vec![Seen::ListBegins, Seen::Listed(service("9lives", None, 1)), Seen::ListEnds("1".into())];
+        assert_eq!(said(&cluster.see_services(first)), [""; 0], "no service of ours can be called so");
+        assert_eq!(standing(), StandingService::Absent);
+
+        cluster.wrote_service(&service("web", Some("owned"), 2));
+        let StandingService::Ours(held) = standing() else { panic!("{:?}", standing()) };
+        assert_eq!(held.metadata.managed_fields, None);
+        let mut touched = service("web", Some("owned"), 3);
+        touched.metadata.managed_fields = None;
+        assert_eq!(said(&cluster.see_services(vec![Seen::Stands(touched)])), [""; 0]);
+        assert_eq!(changes(&cluster), [], "only others' bookkeeping changed");
+        assert_eq!(cluster.every_service(), [key("prod", "web")]);
+
+        let see = |seen| (said(&cluster.see_services(vec![seen])), changes(&cluster));
+        assert_eq!(see(Seen::Stands(service("web", None, 4))), (vec!["prod/web foreign true".into()], web()));
+        assert_eq!(standing(), StandingService::Foreign);
+        let joins = Seen::Stands(service("web", Some("joined"), 5));
+        assert_eq!(see(joins), (vec!["prod/web foreign false".into()], web()));
+        assert_eq!(
+            (standing(), joined()),
+            (StandingService::Joined { uid: "uid-web".into() }, vec![key("prod", "web")])
+        );
+        assert_eq!(cluster.every_service(), []);
+        let leaves = Seen::Stands(service("web", Some("no"), 6));
+        assert_eq!(see(leaves), (vec!["prod/web foreign true".into()], web()));
+        assert_eq!(joined(), []);
+        assert_eq!(see(Seen::Gone(service("web", None, 7))), (vec!["prod/web foreign false".into()], web()));
+        assert_eq!(standing(), StandingService::Absent);
+        assert_eq!(see(Seen::Stands(service("web", Some("joined"), 6))), (vec![], vec![]), "late");
+
+        cluster.wrote_service(&service("db", Some("owned"), 10));
+        cluster.removed_service(&key("prod", "db"), "uid-db");
+        assert_eq!(see(Seen::Stands(service("db", Some("owned"), 10))), (vec![], vec![]), "late");
+        assert_eq!(cluster.observe(&key("prod", "db")).service, StandingService::Absent);
+    }
+
+    #[test]
+    fn a_namespace_that_goes_takes_the_right_to_register_with_it() {
+        let cluster = Cluster::new();
+        let state = || cluster.observe(&key("prod", "web")).namespace;
+        assert_eq!(state(), NamespaceState::Unknown);
+        let see = |seen| said(&cluster.see_namespaces(seen));
+        let page = vec![Seen::ListBegins, Seen::Listed(namespace("prod", 1)), Seen::Listed(namespace("stage", 2))];
+        assert_eq!(see(page), ["prod true", "stage true"]);
+        assert_eq!(state(), NamespaceState::Active);
+        assert_eq!(see(vec![Seen::Listed(deleting(namespace("old", 3))), Seen::ListEnds("3".into())]), ["complete"]);
+        cluster.see_slices(seen(Seen::Stands(slice("web", "web-1", "a", 1, "10.0.0.1"))));
+        changes(&cluster);
+
+        assert_eq!(see(vec![Seen::Stands(deleting(namespace("prod", 4)))]), ["prod false"]);
+        assert_eq!(state(), NamespaceState::Terminating);
+        assert_eq!(changes(&cluster), [Changed::Namespace("prod".into()), web().remove(0)]);
+        assert_eq!(see(vec![Seen::Gone(deleting(namespace("prod", 5)))]), [""; 0], "it is known already");
+        assert_eq!(state(), NamespaceState::Absent);
+        assert_eq!(see(vec![Seen::ListBegins, Seen::ListEnds("9".into())]), ["stage false"]);
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_is_woken_and_drops_nothing() {
+        let cluster = Arc::new(Cluster::new());
+        let mut waits = Box::pin(cluster.changed());
+        assert_eq!(waits.as_mut().now_or_never(), None);
+        cluster.see_slices(seen(Seen::Stands(slice("web", "web-1", "a", 1, "10.0.0.1"))));
+        drop(waits);
+        assert_eq!(cluster.changed().await, web());
+        let tell = async { cluster.see_slices(seen(Seen::Gone(slice("web", "web-1", "a", 2, "10.0.0.1")))) };
+        assert_eq!(futures::join!(cluster.changed(), tell).0, web());
+    }
+}

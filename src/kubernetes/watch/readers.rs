@@ -239,3 +239,80 @@ impl Union {
         (now != self.told).then(|| mem::replace(&mut self.told, now)).map(|_| self.told.clone())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{kubernetes::names, metrics::Metrics};
+
+    const DOOR: Door = Door { zone_wire_len: 15, names_allowed: false };
+
+    fn slice(name: &str, stamps: (u64, u64), endpoints: &[(&str, bool)]) -> EndpointSlice {
+        let endpoint =
+            |(address, ready): &(&str, bool)| json!({ "addresses": [address], "conditions": { "ready": ready } });
+        let slice = json!({
+            "metadata": {
+                "namespace": "prod", "name": name, "uid": name, "resourceVersion": "1",
+                "labels": { names::MANAGED_BY: names::MANAGER, names::SERVICE_NAME: "web" },
+                "annotations": {
+                    names::TERM: stamps.0.to_string(), names::GENERATION: stamps.1.to_string(),
+                    names::INSTANCES: json!({ "10.0.0.1": { "priority": stamps.1 } }).to_string(),
+                },
+            },
+            "addressType": "IPv4",
+            "endpoints": endpoints.iter().map(endpoint).collect::<Vec<_>>(),
+            "ports": [{ "name": "http", "port": 80, "protocol": "TCP" }],
+        });
+        serde_json::from_value(slice).expect("an EndpointSlice")
+    }
+
+    #[test]
+    fn a_restore_takes_the_newest_word_from_every_page_and_starts_over_with_the_list() {
+        let metrics = Metrics::new().kubernetes;
+        let mut found = Found::default();
+        let mut add = |seen: Seen<EndpointSlice>| {
+            let ours = seen.read(OurSlice::read).expect("it has a name");
+            found.add(&seen, &ours, &DOOR, &metrics);
+        };
+        add(Seen::ListBegins);
+        add(Seen::Listed(slice("web-0", (9, 9), &[("10.0.0.9", true)])));
+        add(Seen::ListBegins);
+        add(Seen::Listed(slice("web-1", (1, 5), &[("10.0.0.1", true), ("127.0.0.1", true)])));
+        add(Seen::Listed(slice("web-2", (2, 3), &[("10.0.0.1", true), ("10.0.0.2", true)])));
+        add(Seen::Listed(slice("web-3", (1, 9), &[("10.0.0.1", true)])));
+        let mut gone = slice("web-4", (3, 1), &[("10.0.0.4", true)]);
+        gone.metadata.deletion_timestamp = serde_json::from_value(json!("2026-01-01T00:00:00Z")).expect("a time");
+        add(Seen::Listed(gone));
+        add(Seen::ListEnds("9".into()));
+        assert_eq!((found.skipped, metrics.skipped_endpoints.get()), (1, 1));
+        let Restored { term, services } = found.restored();
+        assert_eq!(term, 3);
+        let [(service, instances)] = &services[..] else { panic!("{services:?}") };
+        assert_eq!(service.to_string(), "prod/web");
+        let said = instances.iter().map(|one| (one.id().to_string(), one.priority())).collect::<Vec<_>>();
+        assert_eq!(said, [("10.0.0.1:80".into(), 3), ("10.0.0.2:80".into(), 0)]);
+    }
+
+    #[test]
+    fn pods_are_told_once_as_one_set() {
+        let service = DOOR.service("prod", "web").expect("valid");
+        let mut union = Union::default();
+        let mut see = |seen| {
+            union.see(seen, |slice| slices::foreign(&service, slice, &DOOR));
+            let said = |one: Arc<Instance>| format!("{} {}", one.address(), one.ready());
+            union.news().map(|news| news.into_iter().map(said).collect::<Vec<_>>().join(", "))
+        };
+        assert_eq!(see(Seen::ListBegins), None);
+        assert_eq!(see(Seen::Listed(slice("a", (0, 0), &[("10.0.0.1", false)]))), None, "a list is told as a whole");
+        assert_eq!(see(Seen::Listed(slice("b", (0, 0), &[("10.0.0.1", true), ("10.0.0.2", true)]))), None);
+        assert_eq!(see(Seen::ListEnds("1".into())).as_deref(), Some("10.0.0.1 true, 10.0.0.2 true"));
+        assert_eq!(see(Seen::Stands(slice("a", (0, 0), &[]))), None, "the same as before");
+        let gone = Seen::Gone(slice("b", (0, 0), &[]));
+        assert_eq!(see(gone).as_deref(), Some(""));
+        assert_eq!(see(Seen::Stands(slice("c", (0, 0), &[("10.0.0.3", true)]))).as_deref(), Some("10.0.0.3 true"));
+        assert_eq!(see(Seen::ListBegins), None);
+        assert_eq!(see(Seen::ListEnds("2".into())).as_deref(), Some(""), "gone while nobody looked");
+    }
+}
