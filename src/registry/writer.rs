@@ -405,11 +405,12 @@ impl Writer {
             })
             .collect();
         self.publisher.publish(self.generation, &changes);
-        self.confirmations.note(events.iter().map(|event| (event.service.clone(), self.generation, event.received)));
         for (key, pending) in services {
             self.catalog.set(key, pending.after);
         }
         self.catalog.set_generation(self.generation);
+        // After the catalog: the mirror reads it as soon as it hears of the change.
+        self.confirmations.note(events.iter().map(|event| (event.service.clone(), self.generation, event.received)));
         events
     }
 
