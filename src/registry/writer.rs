@@ -401,11 +401,12 @@ impl Writer {
             })
             .collect();
         self.publisher.publish(self.generation, &changes);
-        self.confirmations.note(events.iter().map(|event| (event.service.clone(), self.generation, event.received)));
         for (key, pending) in services {
             self.catalog.set(key, pending.after);
         }
         self.catalog.set_generation(self.generation);
+        // The mirror reads the catalog as soon as it hears of this.
+        self.confirmations.note(events.iter().map(|event| (event.service.clone(), self.generation, event.received)));
         events
     }
 
