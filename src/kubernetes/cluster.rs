@@ -164,6 +164,9 @@ struct State {
     /// Names of the slices of each service.
     by_service: BTreeMap<ServiceKey, BTreeSet<Box<str>>>,
     occupied: HashMap<ServiceKey, HashSet<String>>,
+    /// Services of which the mirror learnt first that they changed hands, with whose they were as
+    /// far as the registry was told. The watch, which brings the same soon, tells it.
+    untold: HashMap<ServiceKey, Option<Ownership>>,
     marks: BTreeSet<Changed>,
 }
 
@@ -195,6 +198,7 @@ impl Cluster {
             slices: Objects::new(),
             by_service: BTreeMap::new(),
             occupied: HashMap::new(),
+            untold: HashMap::new(),
             marks: BTreeSet::new(),
         };
         Self { state: Mutex::new(state), marked: Notify::new(), joined: watch::Sender::default() }
@@ -290,10 +294,17 @@ impl Cluster {
         }
     }
 
-    /// We wrote a Service; so it is now.
+    /// We wrote a Service, or read it; so it is now.
     pub(super) fn wrote_service(&self, service: &Service) {
-        if let Some((key, owned)) = service_key(&service.metadata).zip(Owned::read(service.clone())) {
-            let _ = self.lock().services.stands(key, owned);
+        let Some((key, owned)) = service_key(&service.metadata).zip(Owned::read(service.clone())) else { return };
+        let mut state = self.lock();
+        let now = Some(owned.ownership);
+        if let Told::News(before) = state.services.stands(key.clone(), owned) {
+            let before = before.map(|one| one.ownership);
+            let others = |whose| [Ownership::Foreign, Ownership::Joined].map(|one| whose == Some(one));
+            if others(before) != others(now) {
+                state.untold.entry(key).or_insert(before);
+            }
         }
     }
 
@@ -387,33 +398,39 @@ impl State {
             marks.insert(Changed::Service(key));
         };
         for seen in seen {
-            match seen {
-                Seen::ListBegins => self.services.list_begins(),
+            let (key, told) = match seen {
+                Seen::ListBegins => {
+                    self.services.list_begins();
+                    continue;
+                }
                 Seen::ListEnds(version) => {
                     for (key, gone) in self.services.list_ends(&version) {
-                        news(key, Some(gone.ownership), None);
+                        let before = self.untold.remove(&key).unwrap_or(Some(gone.ownership));
+                        news(key, before, None);
                     }
-                }
-                Seen::Listed(service) => {
-                    let Some((key, owned)) = service_key(&service.metadata).zip(Owned::read(service)) else { continue };
-                    let now = owned.ownership;
-                    if let Told::News(before) = self.services.listed(key.clone(), owned) {
-                        news(key, before.map(|one| one.ownership), Some(now));
-                    }
-                }
-                Seen::Stands(service) => {
-                    let Some((key, owned)) = service_key(&service.metadata).zip(Owned::read(service)) else { continue };
-                    let now = owned.ownership;
-                    if let Told::News(before) = self.services.stands(key.clone(), owned) {
-                        news(key, before.map(|one| one.ownership), Some(now));
-                    }
+                    continue;
                 }
                 Seen::Gone(service) => {
                     let Some((key, gone)) = service_key(&service.metadata).zip(Owned::read(service)) else { continue };
-                    if let Some(before) = self.services.is_gone(&key, &gone.uid, &gone.version) {
-                        news(key, Some(before.ownership), None);
+                    let before = self.services.is_gone(&key, &gone.uid, &gone.version);
+                    (key, before.map(|one| Some(one.ownership)))
+                }
+                Seen::Listed(ref service) | Seen::Stands(ref service) => {
+                    let owned = Owned::read(service.clone());
+                    let Some((key, owned)) = service_key(&service.metadata).zip(owned) else { continue };
+                    let told = match &seen {
+                        Seen::Listed(_) => self.services.listed(key.clone(), owned),
+                        _ => self.services.stands(key.clone(), owned),
+                    };
+                    match told {
+                        Told::News(before) => (key, Some(before.map(|one| one.ownership))),
+                        Told::Known | Told::Late => (key, None),
                     }
                 }
+            };
+            if let Some(before) = self.untold.remove(&key).or(told) {
+                let now = self.services.get(&key).map(|one| one.ownership);
+                news(key, before, now);
             }
         }
         facts
@@ -739,6 +756,29 @@ mod tests {
         cluster.removed_service(&key("prod", "db"), "uid-db");
         assert_eq!(see(Seen::Stands(service("db", Some("owned"), 10))), (vec![], vec![]), "late");
         assert_eq!(cluster.observe(&key("prod", "db")).service, StandingService::Absent);
+    }
+
+    #[test]
+    fn what_the_mirror_learns_first_the_registry_is_told_all_the_same() {
+        let cluster = Cluster::new();
+        let see = |seen| (said(&cluster.see_services(vec![seen])), changes(&cluster));
+        assert_eq!(see(Seen::Stands(service("web", Some("owned"), 1))), (vec![], web()));
+        // Taken over: the mirror met it when its own write was refused.
+        let other = |label, version| {
+            let mut other = service("web", label, version);
+            other.metadata.uid = Some("uid-other".into());
+            other
+        };
+        cluster.wrote_service(&other(None, 3));
+        assert_eq!(cluster.observe(&key("prod", "web")).service, StandingService::Foreign);
+        assert_eq!(see(Seen::Gone(service("web", Some("owned"), 2))), (vec!["prod/web foreign true".into()], web()));
+        assert_eq!(see(Seen::Stands(other(None, 3))), (vec![], vec![]), "once");
+        cluster.wrote_service(&other(Some("joined"), 4));
+        cluster.wrote_service(&other(None, 5));
+        assert_eq!(see(Seen::Stands(other(Some("joined"), 4))), (vec![], web()), "it is as it was told");
+        cluster.wrote_service(&other(Some("joined"), 6));
+        assert_eq!(see(Seen::Stands(other(Some("joined"), 6))).0, ["prod/web foreign false"]);
+        assert_eq!(cluster.joined().borrow().len(), 1);
     }
 
     #[test]
