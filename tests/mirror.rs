@@ -25,17 +25,31 @@ use crate::support::{
 struct World {
     server: Server,
     cluster: &'static Cluster,
-    _turn: MutexGuard<'static, ()>,
+    _turn: Turn,
+}
+
+/// The right to run a gangplank before the shared cluster.
+pub(crate) struct Turn {
+    /// That cluster.
+    pub(crate) cluster: &'static Cluster,
+    _guard: MutexGuard<'static, ()>,
+}
+
+impl Turn {
+    /// Waits for it. `None` without a control plane, which it says.
+    pub(crate) fn take() -> Option<Self> {
+        static TURN: Mutex<()> = Mutex::new(());
+        let cluster = Cluster::shared()?;
+        // A test that failed leaves nothing behind that the next one minds.
+        Some(Self { cluster, _guard: TURN.lock().unwrap_or_else(PoisonError::into_inner) })
+    }
 }
 
 impl World {
     /// With more flags for `serve`. `None` without a control plane, which it says.
     fn start(flags: &[&str]) -> Option<Self> {
-        static TURN: Mutex<()> = Mutex::new(());
-        let cluster = Cluster::shared()?;
-        // A test that failed leaves nothing behind that the next one minds.
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        Some(Self { server: serve(cluster, flags), cluster, _turn: turn })
+        let turn = Turn::take()?;
+        Some(Self { server: serve(turn.cluster, flags), cluster: turn.cluster, _turn: turn })
     }
 
     /// The same before a cluster with the controllers that a real one has: garbage is collected,

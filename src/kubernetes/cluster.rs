@@ -10,6 +10,7 @@
 //! the object, of everybody else's key, uid and version; of Services whose name no service of ours
 //! can have, nothing. Nothing here asks the API server.
 
+mod kept;
 mod objects;
 
 use std::{
@@ -18,21 +19,19 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use k8s_openapi::{
-    api::{
-        core::v1::{Namespace, Service},
-        discovery::v1::EndpointSlice,
-    },
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+use k8s_openapi::api::{
+    core::v1::{Namespace, Service},
+    discovery::v1::EndpointSlice,
 };
 use tokio::sync::{Notify, watch};
 
-use self::objects::{Object, Objects, Told};
-use super::{services::Ownership, slices::Standing};
-use crate::{
-    model::{self, ServiceKey, ServiceName},
-    registry::Fact,
+pub(super) use self::kept::OurSlice;
+use self::{
+    kept::{Owned, Place, StandingNamespace, service_key},
+    objects::{Objects, Told},
 };
+use super::{services::Ownership, slices::Standing};
+use crate::{model::ServiceKey, registry::Fact};
 
 /// What a watch sees of objects of one kind.
 #[derive(Debug, Clone, PartialEq)]
@@ -67,29 +66,6 @@ impl<T> Seen<T> {
             Self::Stands(object) => read(object).map(Seen::Stands),
             Self::Gone(object) => read(object).map(Seen::Gone),
         }
-    }
-}
-
-/// What is kept of an EndpointSlice that is, or was, ours.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct OurSlice {
-    place: Place,
-    uid: Box<str>,
-    version: Box<str>,
-    /// `None` when it does not say any more whose it is.
-    pub(super) standing: Option<Standing>,
-}
-
-impl OurSlice {
-    /// Reads it. `None` when it has no name, uid or version, as no object from the API server has.
-    pub(super) fn read(slice: &EndpointSlice) -> Option<Self> {
-        let meta = &slice.metadata;
-        Some(Self {
-            place: (meta.namespace.as_deref()?.into(), meta.name.as_deref()?.into()),
-            uid: meta.uid.as_deref()?.into(),
-            version: meta.resource_version.as_deref()?.into(),
-            standing: Standing::read(slice),
-        })
     }
 }
 
@@ -164,30 +140,7 @@ struct State {
     /// Names of the slices of each service.
     by_service: BTreeMap<ServiceKey, BTreeSet<Box<str>>>,
     occupied: HashMap<ServiceKey, HashSet<String>>,
-    /// Services of which the mirror learnt first that they changed hands, with whose they were as
-    /// far as the registry was told. The watch, which brings the same soon, tells it.
-    untold: HashMap<ServiceKey, Option<Ownership>>,
     marks: BTreeSet<Changed>,
-}
-
-/// Namespace and name of an object.
-type Place = (Box<str>, Box<str>);
-
-#[derive(Debug, PartialEq)]
-struct StandingNamespace {
-    uid: Box<str>,
-    version: Box<str>,
-    terminating: bool,
-}
-
-/// A Service, and whose it is.
-#[derive(Debug, PartialEq)]
-struct Owned {
-    uid: Box<str>,
-    version: Box<str>,
-    ownership: Ownership,
-    /// Of [`Ownership::Ours`] only.
-    object: Option<Arc<Service>>,
 }
 
 impl Cluster {
@@ -198,7 +151,6 @@ impl Cluster {
             slices: Objects::new(),
             by_service: BTreeMap::new(),
             occupied: HashMap::new(),
-            untold: HashMap::new(),
             marks: BTreeSet::new(),
         };
         Self { state: Mutex::new(state), marked: Notify::new(), joined: watch::Sender::default() }
@@ -294,17 +246,16 @@ impl Cluster {
         }
     }
 
-    /// We wrote a Service, or read it; so it is now.
+    /// We wrote a Service of ours, or read it; so it is now.
+    ///
+    /// Whose a Service is only the watch says, because the registry has to hear of it too: an
+    /// answer that tells it differently is passed over, and the watch follows with the same.
     pub(super) fn wrote_service(&self, service: &Service) {
         let Some((key, owned)) = service_key(&service.metadata).zip(Owned::read(service.clone())) else { return };
         let mut state = self.lock();
-        let now = Some(owned.ownership);
-        if let Told::News(before) = state.services.stands(key.clone(), owned) {
-            let before = before.map(|one| one.ownership);
-            let others = |whose| [Ownership::Foreign, Ownership::Joined].map(|one| whose == Some(one));
-            if others(before) != others(now) {
-                state.untold.entry(key).or_insert(before);
-            }
+        let was_others = state.services.get(&key).is_some_and(|held| held.ownership != Ownership::Ours);
+        if owned.ownership == Ownership::Ours && !was_others {
+            let _ = state.services.stands(key, owned);
         }
     }
 
@@ -315,7 +266,10 @@ impl Cluster {
 
     /// We removed a Service: the one with this uid, as it was observed.
     pub(super) fn removed_service(&self, key: &ServiceKey, uid: &str) {
-        let _ = self.lock().services.removed(key, uid);
+        let mut state = self.lock();
+        if state.services.get(key).is_some_and(|held| held.ownership == Ownership::Ours) {
+            let _ = state.services.removed(key, uid);
+        }
     }
 
     /// Somebody else has a slice of this name, which we wanted for `service`.
@@ -403,39 +357,33 @@ impl State {
             marks.insert(Changed::Service(key));
         };
         for seen in seen {
-            let (key, told) = match seen {
-                Seen::ListBegins => {
-                    self.services.list_begins();
-                    continue;
-                }
+            match seen {
+                Seen::ListBegins => self.services.list_begins(),
                 Seen::ListEnds(version) => {
                     for (key, gone) in self.services.list_ends(&version) {
-                        let before = self.untold.remove(&key).unwrap_or(Some(gone.ownership));
-                        news(key, before, None);
+                        news(key, Some(gone.ownership), None);
                     }
-                    continue;
+                }
+                Seen::Listed(service) => {
+                    let Some((key, owned)) = service_key(&service.metadata).zip(Owned::read(service)) else { continue };
+                    let now = owned.ownership;
+                    if let Told::News(before) = self.services.listed(key.clone(), owned) {
+                        news(key, before.map(|one| one.ownership), Some(now));
+                    }
+                }
+                Seen::Stands(service) => {
+                    let Some((key, owned)) = service_key(&service.metadata).zip(Owned::read(service)) else { continue };
+                    let now = owned.ownership;
+                    if let Told::News(before) = self.services.stands(key.clone(), owned) {
+                        news(key, before.map(|one| one.ownership), Some(now));
+                    }
                 }
                 Seen::Gone(service) => {
                     let Some((key, gone)) = service_key(&service.metadata).zip(Owned::read(service)) else { continue };
-                    let before = self.services.is_gone(&key, &gone.uid, &gone.version);
-                    (key, before.map(|one| Some(one.ownership)))
-                }
-                Seen::Listed(ref service) | Seen::Stands(ref service) => {
-                    let owned = Owned::read(service.clone());
-                    let Some((key, owned)) = service_key(&service.metadata).zip(owned) else { continue };
-                    let told = match &seen {
-                        Seen::Listed(_) => self.services.listed(key.clone(), owned),
-                        _ => self.services.stands(key.clone(), owned),
-                    };
-                    match told {
-                        Told::News(before) => (key, Some(before.map(|one| one.ownership))),
-                        Told::Known | Told::Late => (key, None),
+                    if let Some(before) = self.services.is_gone(&key, &gone.uid, &gone.version) {
+                        news(key, Some(before.ownership), None);
                     }
                 }
-            };
-            if let Some(before) = self.untold.remove(&key).or(told) {
-                let now = self.services.get(&key).map(|one| one.ownership);
-                news(key, before, now);
             }
         }
         facts
@@ -507,95 +455,21 @@ impl State {
     }
 }
 
-impl StandingNamespace {
-    fn read(meta: &ObjectMeta) -> Option<(Box<str>, Self)> {
-        let standing = Self {
-            uid: meta.uid.as_deref()?.into(),
-            version: meta.resource_version.as_deref()?.into(),
-            terminating: meta.deletion_timestamp.is_some(),
-        };
-        Some((meta.name.as_deref()?.into(), standing))
-    }
-}
-
-impl Object for StandingNamespace {
-    fn uid(&self) -> &str {
-        &self.uid
-    }
-
-    fn version(&self) -> &str {
-        &self.version
-    }
-
-    fn says_the_same(&self, later: &Self) -> bool {
-        self.terminating == later.terminating
-    }
-}
-
-impl Owned {
-    fn read(mut service: Service) -> Option<Self> {
-        service.metadata.managed_fields = None;
-        let meta = &service.metadata;
-        let ownership = Ownership::of(meta);
-        Some(Self {
-            uid: meta.uid.as_deref()?.into(),
-            version: meta.resource_version.as_deref()?.into(),
-            ownership,
-            object: (ownership == Ownership::Ours).then(|| Arc::new(service)),
-        })
-    }
-}
-
-impl Object for Owned {
-    fn uid(&self) -> &str {
-        &self.uid
-    }
-
-    fn version(&self) -> &str {
-        &self.version
-    }
-
-    fn says_the_same(&self, later: &Self) -> bool {
-        let content = |one: &Self| {
-            one.object.as_deref().map(|object| {
-                let mut object = object.clone();
-                object.metadata.resource_version = None;
-                object
-            })
-        };
-        self.ownership == later.ownership && content(self) == content(later)
-    }
-}
-
-impl Object for Standing {
-    fn uid(&self) -> &str {
-        &self.uid
-    }
-
-    fn version(&self) -> &str {
-        &self.resource_version
-    }
-
-    fn says_the_same(&self, later: &Self) -> bool {
-        // Without a digest it is not known what another hand wrote.
-        later.digest.is_some() && *self == Self { resource_version: self.resource_version.clone(), ..later.clone() }
-    }
-}
-
-/// The service that a Service gives its name to; `None` where the name can be none of ours.
-fn service_key(meta: &ObjectMeta) -> Option<ServiceKey> {
-    let namespace = model::Namespace::parse(meta.namespace.as_deref()?).ok()?;
-    Some(ServiceKey::new(namespace, ServiceName::parse(meta.name.as_deref()?).ok()?))
-}
-
 #[cfg(test)]
 mod tests {
     use futures::FutureExt;
-    use k8s_openapi::{Metadata, apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+    use k8s_openapi::{
+        Metadata,
+        apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
+        jiff::Timestamp,
+    };
     use serde_json::json;
 
     use super::*;
-    use crate::kubernetes::names;
+    use crate::{
+        kubernetes::names,
+        model::{self, ServiceName},
+    };
 
     fn key(namespace: &str, name: &str) -> ServiceKey {
         let namespace = model::Namespace::parse(namespace).expect("valid");
@@ -764,26 +638,18 @@ mod tests {
     }
 
     #[test]
-    fn what_the_mirror_learns_first_the_registry_is_told_all_the_same() {
+    fn whose_a_service_is_only_the_watch_says() {
         let cluster = Cluster::new();
         let see = |seen| (said(&cluster.see_services(vec![seen])), changes(&cluster));
-        assert_eq!(see(Seen::Stands(service("web", Some("owned"), 1))), (vec![], web()));
-        // Taken over: the mirror met it when its own write was refused.
-        let other = |label, version| {
-            let mut other = service("web", label, version);
-            other.metadata.uid = Some("uid-other".into());
-            other
-        };
-        cluster.wrote_service(&other(None, 3));
+        // The answer to a POST that came second, read before the watch told.
+        cluster.wrote_service(&service("web", None, 3));
+        cluster.wrote_service(&service("web", Some("joined"), 4));
+        assert_eq!(see(Seen::Stands(service("web", None, 3))), (vec!["prod/web foreign true".into()], web()));
+        cluster.wrote_service(&service("web", Some("owned"), 5));
+        cluster.removed_service(&key("prod", "web"), "uid-web");
         assert_eq!(cluster.observe(&key("prod", "web")).service, StandingService::Foreign);
-        assert_eq!(see(Seen::Gone(service("web", Some("owned"), 2))), (vec!["prod/web foreign true".into()], web()));
-        assert_eq!(see(Seen::Stands(other(None, 3))), (vec![], vec![]), "once");
-        cluster.wrote_service(&other(Some("joined"), 4));
-        cluster.wrote_service(&other(None, 5));
-        assert_eq!(see(Seen::Stands(other(Some("joined"), 4))), (vec![], web()), "it is as it was told");
-        cluster.wrote_service(&other(Some("joined"), 6));
-        assert_eq!(see(Seen::Stands(other(Some("joined"), 6))).0, ["prod/web foreign false"]);
-        assert_eq!(cluster.joined().borrow().len(), 1);
+        let ours = Seen::Stands(service("web", Some("owned"), 5));
+        assert_eq!(see(ours), (vec!["prod/web foreign false".into()], web()));
     }
 
     #[test]
