@@ -2,13 +2,20 @@
 //! ServiceAccount with the rights and the policy of `deploy/`, before a real API server.
 
 mod basics;
+mod door;
+mod hands;
+mod seen_by_coredns;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    path::Path,
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
+};
 
 use serde_json::Value;
 
 use crate::support::{
     cluster::{Cluster, Who},
+    http,
     server::Server,
     wait_until,
 };
@@ -45,6 +52,31 @@ impl World {
         Some(Self { server: serve(turn.cluster, flags), cluster: turn.cluster, _turn: turn })
     }
 
+    /// The same before a cluster with the controllers that a real one has: garbage is collected,
+    /// namespaces end, pods get slices.
+    fn with_controllers(flags: &[&str]) -> Option<Self> {
+        static CLUSTER: OnceLock<Option<Cluster>> = OnceLock::new();
+        static TURN: Mutex<()> = Mutex::new(());
+        let cluster = CLUSTER.get_or_init(|| Cluster::private().map(Cluster::with_controllers)).as_ref()?;
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(Self { server: serve(cluster, flags), cluster, _turn: turn })
+    }
+
+    /// Kills the server, and starts another on an empty data directory that reaches the API server
+    /// as `kubeconfig` says.
+    fn go_by(&mut self, kubeconfig: &Path, flags: &[&str]) {
+        self.server.kill9();
+        self.server = serve_by(kubeconfig, flags);
+    }
+
+    /// The value of one series of a scrape.
+    fn metric(&self, series: &str) -> f64 {
+        let (status, text) = http::get(self.server.admin, "/metrics");
+        assert_eq!(status, 200);
+        let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        value.unwrap_or_else(|| panic!("no {series} in\n{text}")).parse().expect("a number")
+    }
+
     /// Kills the server and starts it with an empty data directory.
     fn lose_the_disk(&mut self, flags: &[&str]) {
         self.server.kill9();
@@ -67,7 +99,10 @@ impl World {
 
 /// A gangplank with a new data directory that mirrors into `cluster`.
 fn serve(cluster: &Cluster, flags: &[&str]) -> Server {
-    let kubeconfig = cluster.kubeconfig_for_gangplank();
+    serve_by(&cluster.kubeconfig_for_gangplank(), flags)
+}
+
+fn serve_by(kubeconfig: &Path, flags: &[&str]) -> Server {
     let mut all = vec!["--kubeconfig", kubeconfig.to_str().expect("a path in UTF-8")];
     all.extend(flags);
     Server::start_with(&all)
@@ -80,6 +115,18 @@ fn slices(cluster: &Cluster, namespace: &str, service: &str) -> Vec<Value> {
     );
     let list = cluster.get_json(&path);
     list["items"].as_array().expect("a list").clone()
+}
+
+/// Where the slices of a namespace are, or one of them.
+fn slice_path(namespace: &str, name: &str) -> String {
+    let path = format!("/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices");
+    if name.is_empty() { path } else { format!("{path}/{name}") }
+}
+
+/// Where the Services of a namespace are, or one of them.
+fn service_path(namespace: &str, name: &str) -> String {
+    let path = format!("/api/v1/namespaces/{namespace}/services");
+    if name.is_empty() { path } else { format!("{path}/{name}") }
 }
 
 /// The addresses in all of them, sorted.

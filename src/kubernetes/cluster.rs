@@ -259,6 +259,11 @@ impl Cluster {
         }
     }
 
+    /// The uid of the Service that stands under this name, whosever it is.
+    pub(super) fn service_uid(&self, key: &ServiceKey) -> Option<String> {
+        self.lock().services.get(key).map(|owned| owned.uid.clone().into())
+    }
+
     /// We removed a Service: the one with this uid, as it was observed.
     pub(super) fn removed_service(&self, key: &ServiceKey, uid: &str) {
         let mut state = self.lock();

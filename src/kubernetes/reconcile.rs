@@ -132,6 +132,7 @@ impl Reconciler {
             StandingService::Unknown => return Err(Fault::Unknown("the Services are not read yet".into())),
             StandingService::Foreign => {
                 self.apply(round, &observed, self.plan(round, &observed, "", true)).await?;
+                self.withdraw_endpoints(round.service).await?;
                 return Ok(if empty {
                     Verdict::Done(round.generation)
                 } else {
@@ -141,6 +142,7 @@ impl Reconciler {
             }
             StandingService::Absent if empty => {
                 self.apply(round, &observed, self.plan(round, &observed, "", true)).await?;
+                self.withdraw_endpoints(round.service).await?;
                 self.forget_empty(round.service);
                 return Ok(Verdict::Done(round.generation));
             }
@@ -391,6 +393,25 @@ impl Reconciler {
             Err(Fault::NotFound) if round.instances.is_empty() => Ok(()),
             Err(Fault::NotFound) => self.requests.create(namespace, &desired).await.map(drop),
             Err(why) => Err(why),
+        }
+    }
+
+    /// Takes away an Endpoints object of ours that has lost its Service.
+    async fn withdraw_endpoints(&self, service: &ServiceKey) -> Result<(), Fault> {
+        if !self.options.endpoints_object {
+            return Ok(());
+        }
+        let standing = match self.requests.get::<Endpoints>(service.namespace(), service.name()).await {
+            Ok(standing) if is_ours(&standing.metadata) => standing,
+            Ok(_) | Err(Fault::NotFound) => return Ok(()),
+            Err(why) => return Err(why),
+        };
+        let ObjectMeta { uid, resource_version, .. } = &standing.metadata;
+        let (uid, resource_version) = (uid.as_deref().unwrap_or_default(), resource_version.as_deref());
+        let version = Version { name: service.name(), uid, resource_version: resource_version.unwrap_or_default() };
+        match self.requests.delete::<Endpoints>(service.namespace(), version).await {
+            Err(Fault::NotFound) => Ok(()),
+            done => done,
         }
     }
 }
