@@ -27,13 +27,18 @@
 //!    stop and DNS goes on.
 //! 8. **Every long task is joined** ([`app`]). The first part that fails stops the others:
 //!    a half-dead server must not stay ready.
-//! 9. **Imports point down only**: `main → app → dns, grpc, admin → registry → store, zone →
+//! 9. **Imports point down only**: `main → app → dns, grpc, kubernetes, admin → registry → store, zone →
 //!    model`, and `main → cli → grpc::client`. Transports do not know each other; `metrics` is a
 //!    leaf. A test holds this.
 //!
-//! Where things will be that are not there yet: a Kubernetes mirror follows the change feed
-//! (`kubernetes`), probes set readiness (`health`), names of instances are looked up
-//! (`upstream`), TLS turns accepted connections into identities where [`grpc`] accepts them,
+//! 10. **Kubernetes follows, and is never in front.** With a cluster, [`kubernetes`] writes what is
+//!     registered into headless Services and EndpointSlices, level-triggered, and tells the registry
+//!     what the cluster says, as facts. DNS has a change before the API server hears of it; the
+//!     registrant's answer waits for the slice for a second at most. The slices alone restore a lost
+//!     data directory.
+//!
+//! Where things will be that are not there yet: probes set readiness (`health`), names of instances
+//! are looked up (`upstream`), TLS turns accepted connections into identities where [`grpc`] accepts them,
 //! encrypted DNS stands beside UDP and TCP in [`dns`].
 
 pub mod admin;

@@ -8,13 +8,16 @@
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
-use crate::support::{
-    server::{BINARY, Server},
-    tools::{self, ROOT},
+use crate::{
+    mirror,
+    support::{
+        server::{BINARY, Server},
+        tools::{self, ROOT},
+    },
 };
 
 /// The default drain time would only be waited for.
@@ -41,6 +44,14 @@ fn docs_dns() {
 #[test]
 fn docs_operations() {
     replay("docs/operations.md", &["dig", "curl"]);
+}
+
+#[test]
+fn docs_kubernetes() {
+    let Some(turn) = mirror::Turn::take() else { return };
+    let (mine, theirs) = (turn.cluster.kubeconfig_for_gangplank(), turn.cluster.kubeconfig_admin());
+    let page = Page { kubeconfig: Some((mine, theirs)), kubectl: Some(turn.cluster.kubectl_folder()) };
+    page.replay("docs/kubernetes.md", &["dig"]);
 }
 
 #[test]
@@ -82,55 +93,83 @@ struct Step {
 }
 
 fn replay(page: &str, needed: &[&str]) {
-    if needed.iter().any(|tool| tools::require(tool).is_none()) {
-        return;
-    }
-    let text = fs::read_to_string(Path::new(ROOT).join(page)).expect("a page is UTF-8");
-    let steps = steps(&text);
-    assert!(steps.len() > 2, "{page} shows commands");
-    let mut server: Option<Server> = None;
-    for Step { line, command, printed } in steps {
-        let (out, real) = carry_out(&command, &mut server);
-        let real = if let Some(server) = &server { as_documented(&real, server) } else { real };
-        let lines = |text: &str| text.trim_end().lines().map(masked).collect::<Vec<_>>();
-        let (shown, got) = (lines(&printed.join("\n")), lines(&real));
-        assert_eq!(shown, got, "{page}:{line}: `{command}` ({out}) printed:\n{real}\n");
-    }
+    Page::default().replay(page, needed);
 }
 
-/// How it ended, and what it printed on stdout and stderr.
-fn carry_out(command: &str, server: &mut Option<Server>) -> (String, String) {
-    match command {
-        "make run" => {
-            let started = server.take().map_or_else(|| Server::start_with(&QUICK), Server::restart);
-            let greeting = started.greeting.join("\n");
-            *server = Some(started);
-            ("started".into(), greeting)
+/// What the commands of a page run with.
+#[derive(Debug, Default)]
+struct Page {
+    /// Gangplank's and the reader's.
+    kubeconfig: Option<(PathBuf, PathBuf)>,
+    kubectl: Option<PathBuf>,
+}
+
+impl Page {
+    fn replay(&self, page: &str, needed: &[&str]) {
+        if needed.iter().any(|tool| tools::require(tool).is_none()) {
+            return;
         }
-        signal if signal.starts_with("kill -") => {
-            let server = server.as_mut().expect("the page starts the server first");
-            match signal {
-                "kill -9 $(pidof gangplank)" => server.kill9(),
-                "kill -TERM $(pidof gangplank)" => assert!(server.terminate().success(), "it ends with exit code 0"),
-                other => panic!("the test does not know the signal of `{other}`"),
+        let text = fs::read_to_string(Path::new(ROOT).join(page)).expect("a page is UTF-8");
+        let steps = steps(&text);
+        assert!(steps.len() > 2, "{page} shows commands");
+        let mut server: Option<Server> = None;
+        for Step { line, command, printed } in steps {
+            let (out, real) = self.carry_out(&command, &mut server);
+            let real = if let Some(server) = &server { as_documented(&real, server) } else { real };
+            let lines = |text: &str| text.trim_end().lines().map(masked).collect::<Vec<_>>();
+            let (shown, got) = (lines(&printed.join("\n")), lines(&real));
+            assert_eq!(shown, got, "{page}:{line}: `{command}` ({out}) printed:\n{real}\n");
+        }
+    }
+
+    /// How it ended, and what it printed on stdout and stderr.
+    fn carry_out(&self, command: &str, server: &mut Option<Server>) -> (String, String) {
+        match command {
+            "make run" => {
+                let started = server.take().map_or_else(|| Server::start_with(&QUICK), Server::restart);
+                let greeting = started.greeting.join("\n");
+                *server = Some(started);
+                ("started".into(), greeting)
             }
-            ("signalled".into(), String::new())
-        }
-        command => {
-            let server = server.as_ref().expect("the page starts the server first");
-            let command = format!("{{ {}\n}} 2>&1", as_running(command, server));
-            let programs = Path::new(BINARY).parent().expect("a file is in a folder");
-            let path = std::env::var("PATH").expect("there is a PATH");
-            let output = Command::new("bash")
-                .args(["-c", &command])
-                .env("PATH", format!("{}:{}:{path}", programs.display(), tools::bin().display()))
-                .env("GANGPLANK_SERVER", format!("http://{}", server.grpc))
-                .env("GANGPLANK_DNS", server.dns.to_string())
-                .current_dir(ROOT)
-                .stdin(Stdio::null())
-                .output()
-                .expect("there is a bash");
-            (output.status.to_string(), String::from_utf8(output.stdout).expect("it prints UTF-8"))
+            "gangplank serve --kubeconfig ~/.kube/config" => {
+                let (kubeconfig, _) = self.kubeconfig.as_ref().expect("this page has a cluster");
+                let kubeconfig = kubeconfig.to_str().expect("a path in UTF-8");
+                let started = Server::start_with(&[&["--kubeconfig", kubeconfig][..], &QUICK].concat());
+                let greeting = started.greeting.join("\n");
+                *server = Some(started);
+                ("started".into(), greeting)
+            }
+            signal if signal.starts_with("kill -") => {
+                let server = server.as_mut().expect("the page starts the server first");
+                match signal {
+                    "kill -9 $(pidof gangplank)" => server.kill9(),
+                    "kill -TERM $(pidof gangplank)" => {
+                        assert!(server.terminate().success(), "it ends with exit code 0");
+                    }
+                    other => panic!("the test does not know the signal of `{other}`"),
+                }
+                ("signalled".into(), String::new())
+            }
+            command => {
+                let server = server.as_ref().expect("the page starts the server first");
+                let command = format!("{{ {}\n}} 2>&1", as_running(command, server));
+                let programs = Path::new(BINARY).parent().expect("a file is in a folder");
+                let mut path = format!("{}:{}", programs.display(), tools::bin().display());
+                path.extend(self.kubectl.iter().map(|folder| format!(":{}", folder.display())));
+                path.extend(std::env::var("PATH").map(|rest| format!(":{rest}")));
+                let theirs = self.kubeconfig.iter().map(|(_, theirs)| ("KUBECONFIG", theirs));
+                let output = Command::new("bash")
+                    .args(["-c", &command])
+                    .env("PATH", path)
+                    .envs(theirs)
+                    .env("GANGPLANK_SERVER", format!("http://{}", server.grpc))
+                    .env("GANGPLANK_DNS", server.dns.to_string())
+                    .current_dir(ROOT)
+                    .stdin(Stdio::null())
+                    .output()
+                    .expect("there is a bash");
+                (output.status.to_string(), String::from_utf8(output.stdout).expect("it prints UTF-8"))
+            }
         }
     }
 }

@@ -6,6 +6,7 @@ mod coredns;
 mod crash;
 mod docs;
 mod knot;
+mod kubernetes_watch;
 mod lifecycle;
 mod listeners;
 mod metrics;

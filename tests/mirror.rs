@@ -4,30 +4,24 @@
 mod basics;
 mod bulk;
 mod cycles;
+mod door;
 mod faults;
+mod hands;
+mod meanwhile;
 mod outage;
+mod seen_by_coredns;
 
 use std::{
-    collections::BTreeMap,
-    net::SocketAddr,
     path::Path,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering::SeqCst},
-    },
-    thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
-use hickory_proto::rr::RecordType;
 use serde_json::Value;
 
 use crate::support::{
     cluster::{Cluster, Who},
-    dns::{Over, answers},
     http,
     server::Server,
-    stream::Stream,
     wait_until,
 };
 
@@ -36,15 +30,59 @@ use crate::support::{
 struct World {
     server: Server,
     cluster: &'static Cluster,
-    _turn: MutexGuard<'static, ()>,
+    _turn: Turn,
+}
+
+/// The right to run a gangplank before the shared cluster.
+pub(crate) struct Turn {
+    /// That cluster.
+    pub(crate) cluster: &'static Cluster,
+    _guard: MutexGuard<'static, ()>,
+}
+
+impl Turn {
+    /// Waits for it. `None` without a control plane, which it says.
+    pub(crate) fn take() -> Option<Self> {
+        static TURN: Mutex<()> = Mutex::new(());
+        Some(Self::at(Cluster::shared()?, &TURN))
+    }
+
+    fn at(cluster: &'static Cluster, turn: &'static Mutex<()>) -> Self {
+        // A test that failed leaves nothing behind that the next one minds.
+        Self { cluster, _guard: turn.lock().unwrap_or_else(PoisonError::into_inner) }
+    }
 }
 
 impl World {
     /// With more flags for `serve`. `None` without a control plane, which it says.
     fn start(flags: &[&str]) -> Option<Self> {
-        let cluster = Cluster::shared()?;
-        let turn = turn();
+        let turn = Turn::take()?;
+        Some(Self { server: serve(turn.cluster, flags), cluster: turn.cluster, _turn: turn })
+    }
+
+    /// The same before a cluster with the controllers that a real one has: garbage is collected,
+    /// namespaces end, pods get slices.
+    fn with_controllers(flags: &[&str]) -> Option<Self> {
+        static CLUSTER: OnceLock<Option<Cluster>> = OnceLock::new();
+        static TURN: Mutex<()> = Mutex::new(());
+        let cluster = CLUSTER.get_or_init(|| Cluster::private().map(Cluster::with_controllers)).as_ref()?;
+        let turn = Turn::at(cluster, &TURN);
         Some(Self { server: serve(cluster, flags), cluster, _turn: turn })
+    }
+
+    /// Kills the server, and starts another on an empty data directory that reaches the API server
+    /// as `kubeconfig` says.
+    fn go_by(&mut self, kubeconfig: &Path, flags: &[&str]) {
+        self.server.kill9();
+        self.server = serve_by(kubeconfig, flags);
+    }
+
+    /// The value of one series of a scrape.
+    fn metric(&self, series: &str) -> f64 {
+        let (status, text) = http::get(self.server.admin, "/metrics");
+        assert_eq!(status, 200);
+        let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        value.unwrap_or_else(|| panic!("no {series} in\n{text}")).parse().expect("a number")
     }
 
     /// Kills the server and starts it with an empty data directory.
@@ -67,13 +105,6 @@ impl World {
     }
 }
 
-/// Until it is dropped, no other test of the mirror runs.
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    // A test that failed leaves nothing behind that the next one minds.
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// A gangplank with a new data directory that mirrors into `cluster`.
 fn serve(cluster: &Cluster, flags: &[&str]) -> Server {
     serve_by(&cluster.kubeconfig_for_gangplank(), flags)
@@ -93,6 +124,18 @@ fn slices(cluster: &Cluster, namespace: &str, service: &str) -> Vec<Value> {
     );
     let list = cluster.get_json(&path);
     list["items"].as_array().expect("a list").clone()
+}
+
+/// Where the slices of a namespace are, or one of them.
+fn slice_path(namespace: &str, name: &str) -> String {
+    let path = format!("/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices");
+    if name.is_empty() { path } else { format!("{path}/{name}") }
+}
+
+/// Where the Services of a namespace are, or one of them.
+fn service_path(namespace: &str, name: &str) -> String {
+    let path = format!("/api/v1/namespaces/{namespace}/services");
+    if name.is_empty() { path } else { format!("{path}/{name}") }
 }
 
 /// The addresses in all of them, sorted.
@@ -120,81 +163,4 @@ fn object(cluster: &Cluster, path: &str) -> Option<Value> {
     let (status, object) = cluster.request(Who::Admin, "GET", path, None).expect("the API server runs");
     assert!(matches!(status, 200 | 404), "{path}: {status} {object}");
     (status == 200).then_some(object)
-}
-
-/// The sorted addresses in all slices of a namespace, by service; services without one are left out.
-fn every_address(cluster: &Cluster, namespace: &str) -> BTreeMap<String, Vec<String>> {
-    let list = cluster.get_json(&format!("/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"));
-    let mut all: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for slice in list["items"].as_array().expect("a list") {
-        let service = slice["metadata"]["labels"]["kubernetes.io/service-name"].as_str().expect("it says whose it is");
-        let addresses = slice["endpoints"].as_array().into_iter().flatten();
-        let addresses = addresses.flat_map(|endpoint| endpoint["addresses"].as_array().into_iter().flatten());
-        let addresses = addresses.map(|address| address.as_str().expect("text").to_owned());
-        all.entry(service.to_owned()).or_default().extend(addresses);
-    }
-    all.retain(|_, addresses| !addresses.is_empty());
-    all.values_mut().for_each(|addresses| addresses.sort());
-    all
-}
-
-/// Makes a namespace and waits until gangplank knows it: then the service `first` has 10.9.9.9, there and here.
-fn make_namespace(cluster: &Cluster, stream: &mut Stream, namespace: &str) {
-    cluster.create_namespace(namespace);
-    wait_until("the namespace is known and the first instance mirrored", || {
-        let (status, _) = stream.register(namespace, "first", "10.9.9.9");
-        assert!(matches!(status, 200 | 201 | 202 | 404), "{status}");
-        matches!(status, 200 | 201).then_some(())
-    });
-    wait_for_addresses(cluster, namespace, "first", &["10.9.9.9"]);
-}
-
-fn name(namespace: &str, service: &str) -> String {
-    format!("{service}.{namespace}.svc.cluster.local.")
-}
-
-/// The addresses of a service in our own DNS.
-fn resolve(server: &Server, namespace: &str, service: &str) -> Vec<String> {
-    answers(server.dns, Over::Tcp, &name(namespace, service), RecordType::A)
-}
-
-/// The value of a metric without labels.
-fn metric(server: &Server, name: &str) -> f64 {
-    let (status, text) = http::get(server.admin, "/metrics");
-    assert_eq!(status, 200, "{text}");
-    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    value.unwrap_or_else(|| panic!("no {name} in {text}")).parse().expect("a number")
-}
-
-/// Asks DNS for one name again and again while something else goes wrong.
-struct Steady {
-    stop: Arc<AtomicBool>,
-    thread: JoinHandle<(usize, Duration)>,
-}
-
-impl Steady {
-    /// The service `first` of [`make_namespace`].
-    fn start(dns: SocketAddr, namespace: &str) -> Self {
-        let (stop, name) = (Arc::new(AtomicBool::new(false)), name(namespace, "first"));
-        let stopped = Arc::clone(&stop);
-        let thread = thread::spawn(move || {
-            let (mut asked, mut slowest) = (0, Duration::ZERO);
-            while !stopped.load(SeqCst) {
-                let begun = Instant::now();
-                assert_eq!(answers(dns, Over::Udp, &name, RecordType::A), ["10.9.9.9"]);
-                (asked, slowest) = (asked + 1, slowest.max(begun.elapsed()));
-                thread::park_timeout(Duration::from_millis(5));
-            }
-            (asked, slowest)
-        });
-        Self { stop, thread }
-    }
-
-    /// Every answer was right and came at once.
-    fn end(self) {
-        self.stop.store(true, SeqCst);
-        let (asked, slowest) = self.thread.join().expect("every answer was right");
-        println!("{asked} questions meanwhile, the slowest answer after {slowest:?}");
-        assert!(asked > 0 && slowest < Duration::from_secs(1), "{asked} questions, {slowest:?}");
-    }
 }

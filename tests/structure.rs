@@ -38,7 +38,7 @@ const PLACES: &[(&str, &[&str])] = &[
     ("prometheus_client", &["metrics", "admin"]),
     ("prost", &["grpc", "store::format"]),
     ("sha2", &["kubernetes"]),
-    ("tokio", &["main", "app", "admin", "cli", "dns", "grpc", "registry"]),
+    ("tokio", &["main", "app", "admin", "cli", "dns", "grpc", "kubernetes", "registry"]),
     ("tonic", &["grpc"]),
 ];
 

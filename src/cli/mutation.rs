@@ -75,8 +75,16 @@ impl Mutation<'_> {
             201 => Ok("registered"),
             // The server does not say whether an attribute changed; either way it stands as asked.
             200 => Ok("up to date"),
-            202 => Ok("accepted"),
+            202 => Ok("accepted, not in Kubernetes yet"),
             204 => Ok("deregistered"),
+            // Of the two things that may be absent, the details name this one.
+            404 if details.starts_with("namespace:") => {
+                Err(refused(Exit::Absent).next(format!("create it:  kubectl create namespace {namespace}")))
+            }
+            409 => Err(refused(Exit::Failed)
+                .next(format!("whose it is:  kubectl get service {name} -n {namespace} -o yaml"))
+                .next(format!("let external instances join:  kubectl label service {name} -n {namespace} gangplank.dev/service=joined"))),
+            403 => Err(refused(Exit::Failed)),
             404 => Err(Failure::new(Exit::Absent, format!("{subject} not found{because}"))
                 .next(format!("what is there:  gangplank ls {namespace}/{name}"))),
             400 => {
@@ -131,10 +139,27 @@ mod tests {
     }
 
     #[test]
+    fn what_kubernetes_lacks_is_named_with_the_command_that_makes_it() {
+        let absent = outcome(404, "namespace: prod does not exist in Kubernetes").expect_err("refused");
+        assert_eq!(absent.exit, Exit::Absent);
+        assert!(absent.to_string().contains("kubectl create namespace prod"), "{absent}");
+        let foreign = outcome(409, "service_name: somebody else's").expect_err("refused");
+        assert!(foreign.to_string().contains("gangplank.dev/service=joined"), "{foreign}");
+        let line = outcome(202, "").expect("durable and served");
+        assert!(line.ends_with("accepted, not in Kubernetes yet, generation 1712\n"), "{line}");
+    }
+
+    #[test]
     fn statuses_have_their_exit_codes() {
-        for (status, exit) in
-            [(400, Exit::Failed), (404, Exit::Absent), (503, Exit::Failed), (507, Exit::Failed), (999, Exit::Failed)]
-        {
+        for (status, exit) in [
+            (400, Exit::Failed),
+            (403, Exit::Failed),
+            (404, Exit::Absent),
+            (409, Exit::Failed),
+            (503, Exit::Failed),
+            (507, Exit::Failed),
+            (999, Exit::Failed),
+        ] {
             let failure = outcome(status, "why").expect_err("no success");
             assert_eq!(failure.exit, exit, "{status}");
             assert!(failure.to_string().contains("why"), "{failure}");

@@ -10,6 +10,7 @@
 //! the object, of everybody else's key, uid and version; of Services whose name no service of ours
 //! can have, nothing. Nothing here asks the API server.
 
+mod kept;
 mod objects;
 
 use std::{
@@ -18,21 +19,19 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use k8s_openapi::{
-    api::{
-        core::v1::{Namespace, Service},
-        discovery::v1::EndpointSlice,
-    },
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+use k8s_openapi::api::{
+    core::v1::{Namespace, Service},
+    discovery::v1::EndpointSlice,
 };
 use tokio::sync::{Notify, watch};
 
-use self::objects::{Object, Objects, Told};
-use super::{services::Ownership, slices::Standing};
-use crate::{
-    model::{self, ServiceKey, ServiceName},
-    registry::Fact,
+pub(super) use self::kept::OurSlice;
+use self::{
+    kept::{Owned, Place, StandingNamespace, service_key},
+    objects::{Objects, Told},
 };
+use super::{services::Ownership, slices::Standing};
+use crate::{model::ServiceKey, registry::Fact};
 
 /// What a watch sees of objects of one kind.
 #[derive(Debug, Clone, PartialEq)]
@@ -67,29 +66,6 @@ impl<T> Seen<T> {
             Self::Stands(object) => read(object).map(Seen::Stands),
             Self::Gone(object) => read(object).map(Seen::Gone),
         }
-    }
-}
-
-/// What is kept of an EndpointSlice that is, or was, ours.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct OurSlice {
-    place: Place,
-    uid: Box<str>,
-    version: Box<str>,
-    /// `None` when it does not say any more whose it is.
-    pub(super) standing: Option<Standing>,
-}
-
-impl OurSlice {
-    /// Reads it. `None` when it has no name, uid or version, as no object from the API server has.
-    pub(super) fn read(slice: &EndpointSlice) -> Option<Self> {
-        let meta = &slice.metadata;
-        Some(Self {
-            place: (meta.namespace.as_deref()?.into(), meta.name.as_deref()?.into()),
-            uid: meta.uid.as_deref()?.into(),
-            version: meta.resource_version.as_deref()?.into(),
-            standing: Standing::read(slice),
-        })
     }
 }
 
@@ -165,26 +141,6 @@ struct State {
     by_service: BTreeMap<ServiceKey, BTreeSet<Box<str>>>,
     occupied: HashMap<ServiceKey, HashSet<String>>,
     marks: BTreeSet<Changed>,
-}
-
-/// Namespace and name of an object.
-type Place = (Box<str>, Box<str>);
-
-#[derive(Debug, PartialEq)]
-struct StandingNamespace {
-    uid: Box<str>,
-    version: Box<str>,
-    terminating: bool,
-}
-
-/// A Service, and whose it is.
-#[derive(Debug, PartialEq)]
-struct Owned {
-    uid: Box<str>,
-    version: Box<str>,
-    ownership: Ownership,
-    /// Of [`Ownership::Ours`] only.
-    object: Option<Arc<Service>>,
 }
 
 impl Cluster {
@@ -290,16 +246,30 @@ impl Cluster {
         }
     }
 
-    /// We wrote a Service; so it is now.
+    /// We wrote a Service of ours, or read it; so it is now.
+    ///
+    /// Whose a Service is only the watch says, because the registry has to hear of it too: an
+    /// answer that tells it differently is passed over, and the watch follows with the same.
     pub(super) fn wrote_service(&self, service: &Service) {
-        if let Some((key, owned)) = service_key(&service.metadata).zip(Owned::read(service.clone())) {
-            let _ = self.lock().services.stands(key, owned);
+        let Some((key, owned)) = service_key(&service.metadata).zip(Owned::read(service.clone())) else { return };
+        let mut state = self.lock();
+        let was_others = state.services.get(&key).is_some_and(|held| held.ownership != Ownership::Ours);
+        if owned.ownership == Ownership::Ours && !was_others {
+            let _ = state.services.stands(key, owned);
         }
+    }
+
+    /// The uid of the Service that stands under this name, whosever it is.
+    pub(super) fn service_uid(&self, key: &ServiceKey) -> Option<String> {
+        self.lock().services.get(key).map(|owned| owned.uid.clone().into())
     }
 
     /// We removed a Service: the one with this uid, as it was observed.
     pub(super) fn removed_service(&self, key: &ServiceKey, uid: &str) {
-        let _ = self.lock().services.removed(key, uid);
+        let mut state = self.lock();
+        if state.services.get(key).is_some_and(|held| held.ownership == Ownership::Ours) {
+            let _ = state.services.removed(key, uid);
+        }
     }
 
     /// Somebody else has a slice of this name, which we wanted for `service`.
@@ -485,95 +455,21 @@ impl State {
     }
 }
 
-impl StandingNamespace {
-    fn read(meta: &ObjectMeta) -> Option<(Box<str>, Self)> {
-        let standing = Self {
-            uid: meta.uid.as_deref()?.into(),
-            version: meta.resource_version.as_deref()?.into(),
-            terminating: meta.deletion_timestamp.is_some(),
-        };
-        Some((meta.name.as_deref()?.into(), standing))
-    }
-}
-
-impl Object for StandingNamespace {
-    fn uid(&self) -> &str {
-        &self.uid
-    }
-
-    fn version(&self) -> &str {
-        &self.version
-    }
-
-    fn says_the_same(&self, later: &Self) -> bool {
-        self.terminating == later.terminating
-    }
-}
-
-impl Owned {
-    fn read(mut service: Service) -> Option<Self> {
-        service.metadata.managed_fields = None;
-        let meta = &service.metadata;
-        let ownership = Ownership::of(meta);
-        Some(Self {
-            uid: meta.uid.as_deref()?.into(),
-            version: meta.resource_version.as_deref()?.into(),
-            ownership,
-            object: (ownership == Ownership::Ours).then(|| Arc::new(service)),
-        })
-    }
-}
-
-impl Object for Owned {
-    fn uid(&self) -> &str {
-        &self.uid
-    }
-
-    fn version(&self) -> &str {
-        &self.version
-    }
-
-    fn says_the_same(&self, later: &Self) -> bool {
-        let content = |one: &Self| {
-            one.object.as_deref().map(|object| {
-                let mut object = object.clone();
-                object.metadata.resource_version = None;
-                object
-            })
-        };
-        self.ownership == later.ownership && content(self) == content(later)
-    }
-}
-
-impl Object for Standing {
-    fn uid(&self) -> &str {
-        &self.uid
-    }
-
-    fn version(&self) -> &str {
-        &self.resource_version
-    }
-
-    fn says_the_same(&self, later: &Self) -> bool {
-        // Without a digest it is not known what another hand wrote.
-        later.digest.is_some() && *self == Self { resource_version: self.resource_version.clone(), ..later.clone() }
-    }
-}
-
-/// The service that a Service gives its name to; `None` where the name can be none of ours.
-fn service_key(meta: &ObjectMeta) -> Option<ServiceKey> {
-    let namespace = model::Namespace::parse(meta.namespace.as_deref()?).ok()?;
-    Some(ServiceKey::new(namespace, ServiceName::parse(meta.name.as_deref()?).ok()?))
-}
-
 #[cfg(test)]
 mod tests {
     use futures::FutureExt;
-    use k8s_openapi::{Metadata, apimachinery::pkg::apis::meta::v1::Time, jiff::Timestamp};
+    use k8s_openapi::{
+        Metadata,
+        apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time},
+        jiff::Timestamp,
+    };
     use serde_json::json;
 
     use super::*;
-    use crate::kubernetes::names;
+    use crate::{
+        kubernetes::names,
+        model::{self, ServiceName},
+    };
 
     fn key(namespace: &str, name: &str) -> ServiceKey {
         let namespace = model::Namespace::parse(namespace).expect("valid");
@@ -739,6 +635,21 @@ mod tests {
         cluster.removed_service(&key("prod", "db"), "uid-db");
         assert_eq!(see(Seen::Stands(service("db", Some("owned"), 10))), (vec![], vec![]), "late");
         assert_eq!(cluster.observe(&key("prod", "db")).service, StandingService::Absent);
+    }
+
+    #[test]
+    fn whose_a_service_is_only_the_watch_says() {
+        let cluster = Cluster::new();
+        let see = |seen| (said(&cluster.see_services(vec![seen])), changes(&cluster));
+        // The answer to a POST that came second, read before the watch told.
+        cluster.wrote_service(&service("web", None, 3));
+        cluster.wrote_service(&service("web", Some("joined"), 4));
+        assert_eq!(see(Seen::Stands(service("web", None, 3))), (vec!["prod/web foreign true".into()], web()));
+        cluster.wrote_service(&service("web", Some("owned"), 5));
+        cluster.removed_service(&key("prod", "web"), "uid-web");
+        assert_eq!(cluster.observe(&key("prod", "web")).service, StandingService::Foreign);
+        let ours = Seen::Stands(service("web", Some("owned"), 5));
+        assert_eq!(see(ours), (vec!["prod/web foreign false".into()], web()));
     }
 
     #[test]

@@ -202,6 +202,8 @@ impl Mirror {
             kind: Some("Service".into()),
             namespace: Some(service.namespace().into()),
             name: Some(service.name().into()),
+            // `kubectl describe` looks for it.
+            uid: self.reconciler.cluster.service_uid(service),
             ..ObjectReference::default()
         };
         match timeout(EVENT_TIMEOUT, self.events.publish(&event, &regarding)).await {

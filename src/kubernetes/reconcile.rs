@@ -132,6 +132,7 @@ impl Reconciler {
             StandingService::Unknown => return Err(Fault::Unknown("the Services are not read yet".into())),
             StandingService::Foreign => {
                 self.apply(round, &observed, self.plan(round, &observed, "", true)).await?;
+                self.withdraw_endpoints(round.service).await?;
                 return Ok(if empty {
                     Verdict::Done(round.generation)
                 } else {
@@ -141,6 +142,7 @@ impl Reconciler {
             }
             StandingService::Absent if empty => {
                 self.apply(round, &observed, self.plan(round, &observed, "", true)).await?;
+                self.withdraw_endpoints(round.service).await?;
                 self.forget_empty(round.service);
                 return Ok(Verdict::Done(round.generation));
             }
@@ -191,16 +193,19 @@ impl Reconciler {
         plan(&request, if withdraw { &nothing } else { round.instances }, &observed.slices)
     }
 
-    /// Makes the writes, new endpoints first. What went well is noted even if another failed.
+    /// Makes the writes: new slices several at once, then the others in their order, which is
+    /// such that nobody misses an endpoint that moves. What went well is noted even if another
+    /// failed.
     async fn apply(&self, round: &Round<'_>, observed: &Observed, writes: Vec<Write>) -> Result<(), Fault> {
-        let (deletions, others): (Vec<_>, Vec<_>) =
-            writes.into_iter().partition(|write| matches!(write, Write::Delete { .. }));
-        for writes in [others, deletions] {
-            let results = stream::iter(writes)
-                .map(|write| self.write(round.service, observed, write))
-                .buffer_unordered(WRITES_AT_ONCE)
-                .collect::<Vec<_>>();
-            results.await.into_iter().collect::<Result<(), Fault>>()?;
+        let (creations, others): (Vec<_>, Vec<_>) =
+            writes.into_iter().partition(|write| matches!(write, Write::Create(_)));
+        let created = stream::iter(creations)
+            .map(|write| self.write(round.service, observed, write))
+            .buffer_unordered(WRITES_AT_ONCE)
+            .collect::<Vec<_>>();
+        created.await.into_iter().collect::<Result<(), Fault>>()?;
+        for write in others {
+            self.write(round.service, observed, write).await?;
         }
         Ok(())
     }
@@ -388,6 +393,25 @@ impl Reconciler {
             Err(Fault::NotFound) if round.instances.is_empty() => Ok(()),
             Err(Fault::NotFound) => self.requests.create(namespace, &desired).await.map(drop),
             Err(why) => Err(why),
+        }
+    }
+
+    /// Takes away an Endpoints object of ours that has lost its Service.
+    async fn withdraw_endpoints(&self, service: &ServiceKey) -> Result<(), Fault> {
+        if !self.options.endpoints_object {
+            return Ok(());
+        }
+        let standing = match self.requests.get::<Endpoints>(service.namespace(), service.name()).await {
+            Ok(standing) if is_ours(&standing.metadata) => standing,
+            Ok(_) | Err(Fault::NotFound) => return Ok(()),
+            Err(why) => return Err(why),
+        };
+        let ObjectMeta { uid, resource_version, .. } = &standing.metadata;
+        let (uid, resource_version) = (uid.as_deref().unwrap_or_default(), resource_version.as_deref());
+        let version = Version { name: service.name(), uid, resource_version: resource_version.unwrap_or_default() };
+        match self.requests.delete::<Endpoints>(service.namespace(), version).await {
+            Err(Fault::NotFound) => Ok(()),
+            done => done,
         }
     }
 }

@@ -121,6 +121,7 @@ pub struct RegistryMetrics {
     batch_commands: Histogram,
     changes: Counter,
     publish: Histogram,
+    programming: Histogram,
     /// By [`CommandOutcome`], in the order of its discriminants.
     outcomes: [Counter; CommandOutcome::ALL.len()],
     /// By [`RefusalReason`], in the order of its discriminants.
@@ -145,10 +146,19 @@ impl RegistryMetrics {
             batch_commands: sizes(),
             changes: Counter::default(),
             publish: durations,
+            // The buckets of CoreDNS, 1 ms to 524 s by twos.
+            programming: Histogram::new(exponential_buckets(0.001, 2.0, 20)),
             // Made here, all of them, so that a series exists at 0 before its first event.
             outcomes: CommandOutcome::ALL.map(|outcome| outcomes.get_or_create_owned(&OutcomeLabels { outcome })),
             refusals: RefusalReason::ALL.map(|reason| refusals.get_or_create_owned(&ReasonLabels { reason })),
         };
+        // Kubernetes' SLI "DNS programming latency"; CoreDNS reserves this value of the label.
+        let kind = ("service_kind".into(), "headless_without_selector".into());
+        all.sub_registry_with_label(kind).register(
+            "gangplank_dns_programming_duration_seconds",
+            "Time from a change being received to DNS answering with it",
+            metrics.programming.clone(),
+        );
         let of = all.sub_registry_with_prefix("gangplank_registry");
         of.register("services", "Services that have an instance", metrics.services.clone());
         of.register("instances", "Instances of all services", metrics.instances.clone());
@@ -173,6 +183,11 @@ impl RegistryMetrics {
         self.batch_commands.observe(commands as f64);
         self.changes.inc_by(changed as u64);
         self.generation.set(generation);
+    }
+
+    /// How long one change took from being received to being served.
+    pub fn observe_programming(&self, took: Duration) {
+        self.programming.observe(took.as_secs_f64());
     }
 
     /// How long a durable batch took to become visible.

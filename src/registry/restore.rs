@@ -109,3 +109,80 @@ fn differences(wanted: &HashMap<ServiceKey, Table<Arc<Instance>>>, catalog: &[(S
     }
     records
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Door, Draft, InstanceId, UnixMillis};
+
+    const DOOR: Door = Door { zone_wire_len: 15, names_allowed: false };
+
+    fn web() -> ServiceKey {
+        DOOR.service("prod", "web").expect("valid")
+    }
+
+    fn instance(address: &str, weight: f32) -> Arc<Instance> {
+        let draft = Draft { address: address.into(), weight: Some(weight), ..Draft::default() };
+        Arc::new(DOOR.instance(&web(), &draft, UnixMillis(1)).expect("valid"))
+    }
+
+    fn put(address: &str, weight: f32) -> Record {
+        Record::Put { service: web(), instance: instance(address, weight) }
+    }
+
+    fn remove(address: &str) -> Record {
+        let InstanceId { address, ports } = instance(address, 1.0).id();
+        Record::Remove { service: web(), id: InstanceId { address, ports } }
+    }
+
+    fn slices(term: u64, held: &[(&str, f32)]) -> Restored {
+        let instances = held.iter().map(|(address, weight)| instance(address, *weight)).collect();
+        Restored { term, services: vec![(web(), instances)] }
+    }
+
+    fn catalog(held: &[(&str, f32)]) -> Vec<(ServiceKey, Service)> {
+        let mut service = Service::default();
+        held.iter().for_each(|(address, weight)| drop(service.instances.put(instance(address, *weight))));
+        vec![(web(), service)]
+    }
+
+    fn origin(term: u64, outbox: Vec<Record>) -> Origin {
+        Origin { term, outbox }
+    }
+
+    #[test]
+    fn a_directory_that_wrote_last_is_believed() {
+        // Somebody took 10.0.0.2 out of the slice by hand, and a removal was not written yet.
+        let held = slices(3, &[("10.0.0.1", 1.0), ("10.0.0.9", 1.0)]);
+        let origin = origin(3, vec![remove("10.0.0.9")]);
+        let verdict = decide(&origin, held, &catalog(&[("10.0.0.1", 1.0), ("10.0.0.2", 1.0)]));
+        assert_eq!((verdict.term, verdict.records), (3, vec![]));
+    }
+
+    #[test]
+    fn an_empty_directory_takes_what_the_slices_hold_under_a_term_of_its_own() {
+        let verdict = decide(&origin(0, vec![]), slices(3, &[("10.0.0.1", 2.0)]), &[]);
+        assert_eq!(verdict.term, 4);
+        assert_eq!(verdict.records, [put("10.0.0.1", 2.0), Record::Term { term: 4 }]);
+    }
+
+    #[test]
+    fn a_directory_that_never_wrote_lays_all_it_holds_over_the_slices() {
+        let held = slices(0, &[("10.0.0.1", 2.0), ("10.0.0.2", 1.0)]);
+        let verdict = decide(&origin(0, vec![]), held, &catalog(&[("10.0.0.1", 5.0), ("10.0.0.3", 1.0)]));
+        assert_eq!(verdict.records, [put("10.0.0.2", 1.0), Record::Term { term: 1 }]);
+    }
+
+    #[test]
+    fn an_old_directory_yields_to_the_slices_but_for_its_outbox() {
+        // Since then somebody else removed .2, added .3 and changed .1; never written were the
+        // change of .4, the removal of .5 and the registration of .6.
+        let held = slices(7, &[("10.0.0.1", 9.0), ("10.0.0.3", 1.0), ("10.0.0.4", 1.0), ("10.0.0.5", 1.0)]);
+        let origin = origin(3, vec![put("10.0.0.4", 4.0), remove("10.0.0.5"), put("10.0.0.6", 1.0)]);
+        let had = [("10.0.0.1", 1.0), ("10.0.0.2", 1.0), ("10.0.0.4", 4.0), ("10.0.0.6", 1.0)];
+        let verdict = decide(&origin, held, &catalog(&had));
+        assert_eq!(verdict.term, 8);
+        let wanted = [remove("10.0.0.2"), put("10.0.0.1", 9.0), put("10.0.0.3", 1.0), Record::Term { term: 8 }];
+        assert_eq!(verdict.records, wanted);
+    }
+}

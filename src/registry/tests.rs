@@ -187,3 +187,75 @@ fn whatever_is_asked_a_plain_map_says_the_same_and_so_does_a_restart() {
         }
     }
 }
+
+/// A registry with a Kubernetes, whose writer waits for it.
+fn with_kubernetes(dir: &TempDir) -> (World, Arc<Zone>) {
+    let metrics = Arc::new(Metrics::new());
+    let options = super::Options { max_instances: 1000, kubernetes: Some(Rules { create_namespaces: false }) };
+    let (handle, unrecovered) = new(options, Arc::clone(&metrics));
+    let origin = DnsName::parse("cluster.local").expect("a name");
+    let (reverse_zones, ns_addresses) = (Vec::new(), Vec::new());
+    let config = ZoneConfig { origin, ttl: 5, reverse_zones, ns_addresses, publish_not_ready: false };
+    let (zone, publisher) = Zone::new(config);
+    let data_dir = DataDir::lock(dir.path()).expect("nobody else has it");
+    let options = store::Options { outbox: true, ..store::Options::default() };
+    let writer = unrecovered.recover(data_dir, &options, publisher, &mut |_| {}).expect("a good store");
+    // One that drives its own timers: the writer only borrows it.
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().expect("a runtime");
+    (World { handle, writer, metrics, runtime }, zone)
+}
+
+#[test]
+fn nothing_is_accepted_before_kubernetes_was_read_and_its_facts_count_from_then_on() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (mut world, _) = with_kubernetes(&dir);
+    let submitted = world.runtime.block_on(world.handle.submit(vec![register("web", "10.0.0.1", 80, 1.0)]));
+    assert_eq!(submitted.err(), Some(Unavailable::NotReady));
+
+    let facts = vec![Fact::Namespace { name: "prod".into(), exists: true }, Fact::NamespacesComplete];
+    world.runtime.block_on(world.handle.learn(facts)).expect("the registry is there");
+    let Command::Register { service, instance } = register("web", "10.0.0.7", 80, 2.0) else { panic!("it registers") };
+    let restored = Restored { term: 41, services: vec![(service, vec![instance])] };
+    let handle = world.handle.clone();
+    let restoring = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        runtime.block_on(handle.restore(restored))
+    });
+    let stop = CancellationToken::new();
+    assert!(world.writer.await_restore(world.runtime.handle(), &stop), "it was not stopped");
+    assert_eq!(restoring.join().expect("no panic"), Ok(42));
+    assert_eq!(world.handle.catalog().instances(), 1);
+    assert_eq!(world.handle.confirmations().lag().services, 1, "the mirror has to look at it");
+
+    let elsewhere = DOOR.service("stage", "web").expect("valid");
+    let Command::Register { instance, .. } = register("web", "10.0.0.8", 80, 1.0) else { panic!("it registers") };
+    let absent = Command::Register { service: elsewhere, instance };
+    let (acks, catalog, _) = world.carry_out(vec![vec![register("web", "10.0.0.8", 80, 1.0), absent]]);
+    assert_eq!(acks[0].outcomes, [Outcome::Created, Outcome::Refused(NoPlace::NamespaceAbsent)]);
+    assert_eq!(catalog.instances(), 2);
+
+    // The same directory again has a term, and goes on alone where nobody answers.
+    let (mut world, _) = with_kubernetes(&dir);
+    assert_eq!(world.handle.status().phase(), Phase::Restoring);
+    assert!(world.writer.await_restore(world.runtime.handle(), &stop), "it was not stopped");
+    assert_eq!((world.handle.status().phase(), world.handle.catalog().instances()), (Phase::Ready, 2));
+}
+
+#[test]
+fn what_others_have_is_served_beside_ours_and_is_nobodys_record() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (mut world, zone) = with_kubernetes(&dir);
+    let Command::Register { service, instance } = register("web", "10.0.0.7", 80, 1.0) else { panic!("it registers") };
+    let endpoints = Fact::Endpoints { service, instances: vec![instance] };
+    world.runtime.block_on(world.handle.learn(vec![endpoints])).expect("the registry is there");
+    let handle = world.handle.clone();
+    let restoring = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        runtime.block_on(handle.restore(Restored::default()))
+    });
+    assert!(world.writer.await_restore(world.runtime.handle(), &CancellationToken::new()));
+    assert_eq!(restoring.join().expect("no panic"), Ok(1));
+    assert_eq!((zone.services(), world.handle.catalog().instances()), (1, 0));
+    assert_eq!(world.handle.confirmations().lag().services, 0, "nothing to mirror");
+}

@@ -337,6 +337,10 @@ impl Writer {
         let events = self.publish(pending);
         let visible = UnixMillis::now();
         self.metrics.registry.observe_publish(since_durable.elapsed());
+        for event in &events {
+            let took = Duration::from_millis(visible.0.saturating_sub(event.received.0));
+            self.metrics.registry.observe_programming(took);
+        }
         // What a registrant counts after its answer is counted before it.
         self.observe(&decided, commands, events.len());
         // 4. answer: acknowledged.

@@ -14,7 +14,7 @@ use std::{
 
 use super::rows::{Rows, Rrset};
 use crate::model::{
-    Address, DashedLabel, Instance, InstanceKey, Label, Protocol, Table, Weight, parse_dashed_label, table::Row,
+    Address, DashedLabel, Instance, InstanceKey, Label, Port, Protocol, Table, Weight, parse_dashed_label, table::Row,
 };
 
 /// One address record.
@@ -467,13 +467,8 @@ impl Edit {
                 if *instance.address() != address {
                     return ControlFlow::Break(());
                 }
-                let gives = |instance: &Instance| {
-                    instance
-                        .ports()
-                        .as_slice()
-                        .iter()
-                        .any(|p| p.number == *port && p.protocol == *protocol && p.name.as_ref() == Some(port_name))
-                };
+                let is_it = |p: &Port| (p.protocol, p.number, p.name.as_ref()) == (*protocol, *port, Some(port_name));
+                let gives = |instance: &Instance| instance.ports().as_slice().iter().any(is_it);
                 if let Some(contribution) = Contribution::of(instance, not_ready_too)
                     && contribution.target == *target
                     && gives(instance)

@@ -113,14 +113,14 @@ fn kubernetes_says_what_may_be_registered() {
     let Some(world) = World::start(&[]) else { return };
     let cluster = world.cluster;
     cluster.create_namespace("rules");
-    let refused = |namespace: &str, service: &str, says: &str| {
+    let refused = |namespace: &str, service: &str, exit: i32, says: &str| {
         let (code, said) = world.register(namespace, service, "10.2.0.1", "http=80");
-        assert_eq!(code, Some(1), "{said}");
+        assert_eq!(code, Some(exit), "{said}");
         assert!(said.contains(says), "{said:?} should contain {says:?}");
     };
-    refused("rules-absent", "web", "namespace: rules-absent does not exist in Kubernetes");
-    refused("kube-system", "web", "the cluster's own");
-    refused("default", "kubernetes", "the cluster's own");
+    refused("rules-absent", "web", 3, "namespace: rules-absent does not exist in Kubernetes");
+    refused("kube-system", "web", 1, "the cluster's own");
+    refused("default", "kubernetes", 1, "the cluster's own");
     cluster.kubectl(&["create", "service", "clusterip", "native", "--tcp=80", "-n", "rules"]);
     wait_until("the native Service is known", || {
         let (code, said) = world.register("rules", "native", "10.2.0.1", "http=80");

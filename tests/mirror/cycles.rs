@@ -6,7 +6,10 @@
 
 use std::env;
 
-use super::{every_address, make_namespace, serve, turn};
+use super::{
+    meanwhile::{every_address, make_namespace, turn},
+    serve,
+};
 use crate::support::{cluster::Cluster, ledger::Clients, stream::Stream, wait_until};
 
 /// Few endpoints in a slice, so that services have several.

@@ -3,7 +3,11 @@
 
 use std::{env, time::Duration};
 
-use super::{Steady, World, make_namespace, metric, resolve, wait_for_addresses};
+use super::{
+    Turn, World,
+    meanwhile::{Steady, every_address, make_namespace, resolve, turn},
+    serve_by, wait_for_addresses,
+};
 use crate::support::{
     cluster::Cluster,
     proxy::{Call, Fault, Proxy},
@@ -61,7 +65,7 @@ impl Faulty {
     /// Waits until the mirror is, or is not, behind with something.
     fn wait_behind(&self, services: f64) {
         wait_until(&format!("the mirror is behind with {services}"), || {
-            (metric(&self.world.server, "gangplank_mirror_services_behind") == services).then_some(())
+            (self.world.metric("gangplank_mirror_services_behind") == services).then_some(())
         });
     }
 
@@ -212,9 +216,9 @@ fn writes_keep_to_the_rate() {
     const RATE: usize = 20;
     let services = if env::var_os("GANGPLANK_MIRROR_LONG").is_some() { 300 } else { 100 };
     let Some(cluster) = Cluster::private() else { return };
-    let _turn = super::turn();
+    let _turn = turn();
     let proxy = Proxy::start(&cluster);
-    let server: Server = super::serve_by(proxy.kubeconfig(), &["--kubernetes-qps", &RATE.to_string()]);
+    let server: Server = serve_by(proxy.kubeconfig(), &["--kubernetes-qps", &RATE.to_string()]);
     let mut stream = Stream::open(server.grpc);
     make_namespace(&cluster, &mut stream, "rate");
     proxy.forget_calls();
@@ -228,7 +232,7 @@ fn writes_keep_to_the_rate() {
         statuses.iter().filter(|&&s| s == 202).count()
     );
     assert!(statuses.iter().all(|status| matches!(status, 201 | 202)), "{statuses:?}");
-    wait_until("all are mirrored", || (super::every_address(&cluster, "rate").len() == services + 1).then_some(()));
+    wait_until("all are mirrored", || (every_address(&cluster, "rate").len() == services + 1).then_some(()));
     let requests = |call: &Call| call.namespace == "rate" && call.verb != "watch" && call.resource != "events";
     let at: Vec<_> = proxy.calls().into_iter().filter(requests).map(|call| call.at).collect();
     let most = |seconds: u64| {
@@ -253,9 +257,8 @@ fn writes_keep_to_the_rate() {
 
 impl World {
     fn behind_a_proxy() -> Option<(Self, Proxy)> {
-        let cluster = Cluster::shared()?;
-        let turn = super::turn();
-        let proxy = Proxy::start(cluster);
-        Some((Self { server: super::serve_by(proxy.kubeconfig(), &[]), cluster, _turn: turn }, proxy))
+        let turn = Turn::take()?;
+        let proxy = Proxy::start(turn.cluster);
+        Some((Self { server: serve_by(proxy.kubeconfig(), &[]), cluster: turn.cluster, _turn: turn }, proxy))
     }
 }

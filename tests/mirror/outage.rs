@@ -7,7 +7,11 @@ use gangplank::grpc::proto::registry::RegistrationType;
 use hickory_proto::{op::ResponseCode, rr::RecordType};
 use tempfile::TempDir;
 
-use super::{Steady, addresses, every_address, make_namespace, name, resolve, serve, turn, wait_for_addresses};
+use super::{
+    addresses,
+    meanwhile::{Steady, every_address, make_namespace, name, resolve, turn},
+    serve, wait_for_addresses,
+};
 use crate::support::{
     cluster::Cluster,
     dns::{Over, ask},

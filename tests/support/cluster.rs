@@ -320,6 +320,11 @@ impl Cluster {
         if output.status.success() { Ok(stdout) } else { Err(format!("{stdout}{stderr}")) }
     }
 
+    /// Where the programs are, kubectl among them.
+    pub(crate) fn kubectl_folder(&self) -> PathBuf {
+        self.programs.bin.clone()
+    }
+
     /// A kubectl that waits for its arguments.
     pub(crate) fn kubectl_command(&self, kubeconfig: &Path) -> Command {
         let mut command = self.programs.command("kubectl");

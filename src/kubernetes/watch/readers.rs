@@ -79,12 +79,14 @@ pub(super) struct Restoring<'a> {
     pub(super) found: Found,
 }
 
+/// An instance, with the term and generation of its slice.
+type Stamped = ((u64, u64), Arc<Instance>);
+
 /// What the slices hold.
 #[derive(Debug, Default)]
 pub(super) struct Found {
     term: u64,
-    /// Each with the term and generation of its slice.
-    services: HashMap<ServiceKey, Vec<((u64, u64), Arc<Instance>)>>,
+    services: HashMap<ServiceKey, Vec<Stamped>>,
     skipped: u64,
 }
 
@@ -169,7 +171,7 @@ impl Found {
 
     /// Each instance once, as the newest slice tells it.
     fn restored(self) -> Restored {
-        let once = |(service, mut held): (ServiceKey, Vec<((u64, u64), Arc<Instance>)>)| {
+        let once = |(service, mut held): (ServiceKey, Vec<Stamped>)| {
             held.sort_by(|(one, a), (other, b)| a.key().cmp(&b.key()).then(other.cmp(one)));
             held.dedup_by(|(_, later), (_, first)| later.key() == first.key());
             (service, held.into_iter().map(|(_, instance)| instance).collect())
@@ -186,13 +188,15 @@ pub(super) struct OthersSlices<'a> {
     union: Union,
 }
 
+/// Instances by the name of their slice.
+type BySlice = BTreeMap<Box<str>, Vec<Arc<Instance>>>;
+
 /// The instances in the slices of one Service.
 #[derive(Debug, Default)]
 struct Union {
-    /// By the slice's name.
-    slices: BTreeMap<Box<str>, Vec<Arc<Instance>>>,
+    slices: BySlice,
     /// A list that is being read: it replaces [`slices`](Self::slices).
-    listing: Option<BTreeMap<Box<str>, Vec<Arc<Instance>>>>,
+    listing: Option<BySlice>,
     /// What was told last.
     told: Vec<Arc<Instance>>,
 }

@@ -273,7 +273,7 @@ impl Failure {
     fn reason(&self) -> RestartReason {
         match self {
             Self::Silent(_) => RestartReason::silent,
-            Self::Closed => RestartReason::refused,
+            Self::Closed => RestartReason::unreachable,
             Self::Kube(kube::Error::Auth(_)) => RestartReason::forbidden,
             Self::Kube(kube::Error::SerdeError(_)) => RestartReason::refused,
             _ if self.lost_track() => RestartReason::expired,

@@ -55,6 +55,8 @@ impl Cluster {
 
     pub(super) fn store(&mut self, mut slice: EndpointSlice, uid: String) {
         assert_accepted(&slice);
+        // As it comes back over the wire.
+        slice = serde_json::from_str(&serde_json::to_string(&slice).expect("JSON")).expect("a slice");
         self.versions += 1;
         slice.metadata.uid = Some(uid);
         slice.metadata.resource_version = Some(self.versions.to_string());

@@ -1,0 +1,177 @@
+//! What the door lets in, Kubernetes takes: generated registrations, as Services and slices, in a
+//! dry run of the real API server, as the administrator and as gangplank under its policy.
+//!
+//! Every run generates anew; a case that fails is printed whole. `GANGPLANK_DOOR_CASES` says how
+//! many instances are tried, and `GANGPLANK_TEST_KUBERNETES=1.35` before which Kubernetes.
+
+use std::{collections::HashSet, env, sync::Arc};
+
+use gangplank::{
+    kubernetes::{
+        endpoints, services,
+        slices::{Request, Stamps, Write, plan},
+    },
+    model::{Door, Draft, DraftPort, Instance, Protocol, ServiceKey, Table, UnixMillis},
+};
+use proptest::{
+    prelude::*,
+    strategy::ValueTree as _,
+    test_runner::{Config, TestRunner},
+};
+use serde_json::{Value, json};
+
+use crate::support::cluster::Cluster;
+
+/// Instances that are tried where nothing else is said: enough for CI.
+const CASES: usize = 300;
+
+/// Most instances of one service.
+const OF_A_SERVICE: usize = 6;
+
+/// As long as a namespace can be.
+const LONGEST: &str = "n23456789-123456789-123456789-123456789-123456789-123456789-123";
+
+const DOOR: Door = Door { zone_wire_len: 15, names_allowed: true };
+
+/// A label of one letter, of any, or of 63; digits and dashes wherever they may stand.
+fn label() -> impl Strategy<Value = String> {
+    prop_oneof![
+        3 => "[a-z0-9]([-a-z0-9]{0,8}[a-z0-9])?",
+        1 => "[a-z0-9][-a-z0-9]{61}[a-z0-9]",
+        1 => "[0-9]{1,63}",
+        1 => "[a-z]--[a-z0-9]{0,5}[0-9]",
+        1 => prop::sample::select(vec!["xn--bcher-kva", "10-0-0-1", "kubernetes", "localhost", "0"]).prop_map(String::from),
+    ]
+}
+
+/// A service's name begins with a letter.
+fn service_name() -> impl Strategy<Value = String> {
+    prop_oneof![4 => label(), 1 => "[a-z][-a-z0-9]{61}[a-z0-9]", 2 => "[a-z][a-z0-9]{0,5}"]
+}
+
+/// Addresses of all kinds, those too that the door refuses.
+fn address() -> impl Strategy<Value = String> {
+    prop_oneof![
+        4 => any::<[u8; 4]>().prop_map(|octets| std::net::Ipv4Addr::from(octets).to_string()),
+        3 => any::<[u16; 8]>().prop_map(|parts| std::net::Ipv6Addr::from(parts).to_string()),
+        3 => prop::array::uniform8(prop_oneof![2 => Just(0_u16), 1 => any::<u16>()])
+            .prop_map(|parts| std::net::Ipv6Addr::from(parts).to_string()),
+        2 => prop::sample::select(vec![
+            "100.64.0.1", "192.0.2.255", "10.255.255.255", "198.18.0.0", "169.253.255.255", "1.0.0.0", "223.255.255.255",
+            "2001:db8::", "::1:2", "::1.2.3.4", "64:ff9b::10.0.0.1", "fc00::1", "fec0::1", "2002::", "100::1", "::2",
+            "0.0.0.1", "240.0.0.1", "255.255.255.255", "169.254.1.1", "127.0.0.1", "224.0.0.1", "::", "::1", "fe80::1",
+            "ff02::1", "ff0e::1", "::ffff:10.0.0.1", "010.0.0.1",
+        ]).prop_map(String::from),
+        1 => "[a-z]{1,5}\\.example\\.(com|org)",
+    ]
+}
+
+fn port() -> impl Strategy<Value = DraftPort> {
+    let number = prop_oneof![1 => Just(1_i64), 1 => Just(65_535), 4 => 0_i64..70_000];
+    let protocol = prop::sample::select(Protocol::ALL.to_vec());
+    let name = prop_oneof![1 => Just(String::new()), 2 => label(), 4 => "[a-c]"];
+    (number, protocol, name).prop_map(|(number, protocol, name)| DraftPort { number, protocol, name })
+}
+
+fn draft() -> impl Strategy<Value = Draft> {
+    let node = prop_oneof![
+        4 => Just(String::new()),
+        2 => "[a-z0-9]{1,9}\\.[a-z]{2,5}",
+        1 => "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?){0,3}",
+        1 => "[0-9]{1,3}(\\.[0-9]{1,3}){3}",
+    ];
+    let ports = prop_oneof![6 => prop::collection::vec(port(), 0..5), 1 => prop::collection::vec(port(), 30..40)];
+    let weight = prop_oneof![Just(None), Just(Some(0.0)), Just(Some(655.0)), (0.0_f32..655.0).prop_map(Some)];
+    (address(), ports, prop_oneof![2 => Just(String::new()), 1 => label()], node, weight, any::<u16>()).prop_map(
+        |(address, ports, host_name, node_name, weight, priority)| Draft {
+            address,
+            ports,
+            host_name,
+            node_name,
+            weight,
+            priority,
+        },
+    )
+}
+
+/// Services with instances that the door let in, until there are `cases` instances.
+fn generated(cases: usize) -> Vec<(ServiceKey, Table<Arc<Instance>>)> {
+    let mut runner = TestRunner::new(Config::default());
+    let service = (
+        prop::sample::select(vec!["door", LONGEST]),
+        service_name(),
+        prop::collection::vec(draft(), 1..=4 * OF_A_SERVICE),
+    );
+    let (mut all, mut names, mut count) = (Vec::new(), HashSet::new(), 0);
+    while count < cases {
+        let (namespace, name, drafts) = service.new_tree(&mut runner).expect("it generates").current();
+        let Ok(key) = DOOR.service(namespace, &name) else { continue };
+        let accepted = drafts.iter().filter_map(|draft| DOOR.instance(&key, draft, UnixMillis(1_700_000_000_123)).ok());
+        // A name of a host is no address: it does not stand in a slice.
+        let accepted = accepted.filter(|instance| instance.address().ip().is_some());
+        let table: Table<Arc<Instance>> = accepted.take(OF_A_SERVICE).map(Arc::new).collect();
+        if !table.is_empty() && names.insert(key.clone()) {
+            count += table.len();
+            all.push((key, table));
+        }
+    }
+    all
+}
+
+/// What the mirror would write for them.
+fn objects(services: &[(ServiceKey, Table<Arc<Instance>>)]) -> Vec<Value> {
+    let occupied = HashSet::new();
+    let mut objects = Vec::new();
+    for (key, instances) in services {
+        objects.push(serde_json::to_value(services::desired(key, instances)));
+        let uid = "7d5ab9a5-0c3b-4d44-a9a6-7f3f3a2c9d10";
+        let stamps = Stamps { term: u64::MAX, generation: u64::MAX, updated: UnixMillis(1), writer: "host" };
+        let request = Request {
+            service: key,
+            service_uid: uid,
+            max_endpoints: 100,
+            publish_not_ready: false,
+            stamps,
+            occupied: &occupied,
+        };
+        for write in plan(&request, instances, []) {
+            let Write::Create(slice) = write else { panic!("nothing stands: {write:?}") };
+            objects.push(serde_json::to_value(slice));
+        }
+        objects.push(serde_json::to_value(endpoints::desired(key, uid, instances, false)));
+    }
+    objects.into_iter().map(|object| object.expect("objects are JSON")).collect()
+}
+
+#[test]
+fn what_the_door_lets_in_kubernetes_takes() {
+    let Some(cluster) = Cluster::shared() else { return };
+    for namespace in ["door", LONGEST] {
+        cluster.create_namespace(namespace);
+    }
+    let cases = env::var("GANGPLANK_DOOR_CASES").map_or(CASES, |text| text.parse().expect("a number of cases"));
+    let services = generated(cases);
+    let objects = objects(&services);
+    let kind = |kind: &str| objects.iter().filter(|object| object["kind"] == kind).count();
+    assert_eq!((kind("Service"), kind("Endpoints")), (services.len(), services.len()));
+    assert!(kind("EndpointSlice") >= services.len(), "each has at least one");
+
+    let list = json!({"apiVersion": "v1", "kind": "List", "items": objects}).to_string();
+    let create = ["create", "--dry-run=server", "--validate=false", "-o", "name", "-f", "-"];
+    for (who, kubeconfig) in
+        [("administrator", cluster.kubeconfig_admin()), ("gangplank", cluster.kubeconfig_for_gangplank())]
+    {
+        let taken = cluster.kubectl_as(&kubeconfig, &create, &list).unwrap_or_else(|said| {
+            let refused = |object: &&Value| {
+                said.contains(&format!("\"{}\"", object["metadata"]["name"].as_str().expect("a name")))
+            };
+            let example = objects.iter().find(refused);
+            panic!("as {who}, Kubernetes {}:\n{said}\nfor instance {example:#?}", cluster.release())
+        });
+        assert_eq!(taken.lines().count(), objects.len(), "as {who}");
+    }
+    // What is refused here is refused: a dry run does look.
+    let mut wrong = objects[0].clone();
+    wrong["metadata"]["name"] = "9-".into();
+    assert!(cluster.kubectl_as(&cluster.kubeconfig_admin(), &create, &wrong.to_string()).is_err());
+}

@@ -1,0 +1,69 @@
+//! The older Endpoints object.
+
+use serde_json::json;
+
+use super::{World, admin, create, edit, soon, uid};
+use crate::{
+    mirror::{addresses, object, service_path, slices},
+    support::wait_until,
+};
+
+#[test]
+fn the_endpoints_object_follows_and_makes_no_second_slice() {
+    let Some(world) = World::with_controllers(&["--endpoints-object", "--service-linger", "0s"]) else { return };
+    let cluster = world.cluster;
+    cluster.create_namespace("endpoints");
+    let path = "/api/v1/namespaces/endpoints/endpoints/web";
+    world.mirrored("endpoints", "web", "10.40.0.1", "http=8080");
+    let standing = cluster.get_json(path);
+    assert_eq!(standing["metadata"]["labels"]["endpointslice.kubernetes.io/skip-mirror"], "true");
+    assert_eq!(standing["subsets"][0]["addresses"], json!([{"ip": "10.40.0.1"}]));
+
+    // The mirroring controller has seen ours once it has made a slice of a later one.
+    let labels = json!({});
+    let other = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "other", "labels": labels},
+        "spec": {"clusterIP": "None"}});
+    create(cluster, &service_path("endpoints", ""), &other);
+    let by_hand = json!({"apiVersion": "v1", "kind": "Endpoints", "metadata": {"name": "other"},
+        "subsets": [{"addresses": [{"ip": "10.40.9.9"}], "ports": [{"port": 80}]}]});
+    create(cluster, "/api/v1/namespaces/endpoints/endpoints", &by_hand);
+    wait_until("the controller mirrors", || (addresses(cluster, "endpoints", "other") == ["10.40.9.9"]).then_some(()));
+    assert_eq!(addresses(cluster, "endpoints", "web"), ["10.40.0.1"], "one slice, no twin");
+    assert_eq!(slices(cluster, "endpoints", "web").len(), 1);
+
+    // It is amended, and what others wrote on it stays.
+    edit(cluster, path, &|endpoints| endpoints["metadata"]["annotations"]["example.com/note"] = "a".into());
+    world.mirrored("endpoints", "web", "10.40.0.2", "http=8080");
+    let amended = cluster.get_json(path);
+    assert_eq!(amended["subsets"][0]["addresses"], json!([{"ip": "10.40.0.1"}, {"ip": "10.40.0.2"}]));
+    assert_eq!(amended["metadata"]["annotations"]["example.com/note"], "a");
+    assert_eq!(uid(&amended), uid(&standing));
+
+    for address in ["10.40.0.1", "10.40.0.2"] {
+        assert_eq!(world.deregister("endpoints", "web", address).0, Some(0));
+    }
+    wait_until("it goes with the Service", || object(cluster, path).is_none().then_some(()));
+    assert_eq!(object(cluster, &service_path("endpoints", "web")), None);
+    // Somebody else's is left alone.
+    assert_eq!(
+        cluster.get_json("/api/v1/namespaces/endpoints/endpoints/other")["subsets"][0]["addresses"][0]["ip"],
+        "10.40.9.9"
+    );
+}
+
+#[test]
+fn the_endpoints_object_of_a_service_that_is_no_longer_ours_goes() {
+    let Some(world) = World::with_controllers(&["--endpoints-object"]) else { return };
+    let cluster = world.cluster;
+    cluster.create_namespace("endpoints-left");
+    world.mirrored("endpoints-left", "web", "10.41.0.1", "http=8080");
+    let path = "/api/v1/namespaces/endpoints-left/endpoints/web";
+    assert!(object(cluster, path).is_some());
+    edit(cluster, &service_path("endpoints-left", "web"), &|service| service["metadata"]["labels"] = json!({}));
+    soon("it is withdrawn with the slices", || object(cluster, path).is_none().then_some(()));
+    assert!(addresses(cluster, "endpoints-left", "web").is_empty());
+    admin(cluster, "DELETE", &service_path("endpoints-left", "web"), None);
+    soon("both come back", || {
+        (object(cluster, path).is_some() && addresses(cluster, "endpoints-left", "web") == ["10.41.0.1"]).then_some(())
+    });
+}

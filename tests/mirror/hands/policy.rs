@@ -1,0 +1,78 @@
+//! An admission policy of the cluster's that refuses what gangplank writes.
+
+use std::time::Instant;
+
+use hickory_proto::rr::RecordType;
+use serde_json::json;
+
+use super::World;
+use crate::{
+    mirror::wait_for_addresses,
+    support::{
+        cluster::{Cluster, Who},
+        dns::{Over, answers},
+        proxy::Proxy,
+        wait_until,
+    },
+};
+
+/// Refuses slices in one namespace, and waits until it does.
+fn refuse(cluster: &Cluster, namespace: &str, reason: &str) {
+    let policy = json!({"apiVersion": "v1", "kind": "List", "items": [
+        {"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingAdmissionPolicy",
+            "metadata": {"name": namespace},
+            "spec": {"matchConstraints": {
+                "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}},
+                "resourceRules": [{"apiGroups": ["discovery.k8s.io"], "apiVersions": ["v1"],
+                    "resources": ["endpointslices"], "operations": ["CREATE", "UPDATE"]}]},
+                "validations": [{"expression": "false", "message": "no slices here", "reason": reason}]}},
+        {"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingAdmissionPolicyBinding",
+            "metadata": {"name": namespace}, "spec": {"policyName": namespace, "validationActions": ["Deny"]}}]});
+    cluster.apply(&policy.to_string());
+    let probe = json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": {"name": "probe"}, "endpoints": []});
+    let path = format!("/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices?dryRun=All");
+    wait_until("the policy is in force", || {
+        let (_, answer) = cluster.request(Who::Admin, "POST", &path, Some(&probe)).expect("the API server runs");
+        answer["message"].as_str()?.contains("no slices here").then_some(())
+    });
+}
+
+#[test]
+fn what_a_policy_refuses_is_tried_again_slowly_and_shown() {
+    let Some(mut world) = World::with_controllers(&[]) else { return };
+    let cluster = world.cluster;
+    let proxy = Proxy::start(cluster);
+    world.go_by(proxy.kubeconfig(), &[]);
+    let cases =
+        [("policy-422", "Invalid", "invalid", "Refused"), ("policy-403", "Forbidden", "forbidden", "Forbidden")];
+    let gauge = |shown| world.metric(&format!("gangplank_mirror_services_blocked{{reason=\"{shown}\"}}"));
+    for (namespace, reason, ..) in cases {
+        cluster.create_namespace(namespace);
+        refuse(cluster, namespace, reason);
+    }
+    let begun = Instant::now();
+    for (namespace, _, shown, event) in cases {
+        let before = gauge(shown);
+        let (code, said) = world.register(namespace, "web", "10.50.0.1", "http=8080");
+        assert!(code == Some(0) && said.contains("accepted, not in Kubernetes yet"), "{said}");
+        let name = format!("web.{namespace}.svc.cluster.local.");
+        assert_eq!(answers(world.server.dns, Over::Udp, &name, RecordType::A), ["10.50.0.1"], "DNS serves it");
+        wait_until("the metric shows it", || (gauge(shown) > before).then_some(()));
+        wait_until("an event shows it", || {
+            let said = cluster.kubectl(&["describe", "service", "web", "-n", namespace]);
+            (said.contains(event) && said.contains("no slices here")).then_some(())
+        });
+    }
+    for (namespace, ..) in cases {
+        cluster.kubectl(&["delete", "validatingadmissionpolicybinding,validatingadmissionpolicy", namespace]);
+    }
+    for (namespace, _, shown, _) in cases {
+        wait_for_addresses(cluster, namespace, "web", &["10.50.0.1"]);
+        wait_until("the metric is down again", || (gauge(shown) == 0.0).then_some(()));
+        let tries = proxy.count(|call| call.is("create", "endpointslices") && call.namespace == namespace);
+        // One at the start, and one every half minute.
+        let most = 2 + usize::try_from(begun.elapsed().as_secs() / 30).expect("small");
+        assert!((2..=most).contains(&tries), "{tries} tries within {:?}", begun.elapsed());
+    }
+}

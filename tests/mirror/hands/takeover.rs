@@ -1,0 +1,136 @@
+//! Services that go, and come back as somebody else's.
+
+use serde_json::{Value, json};
+
+use super::{admin, content, create, edit, name, soon, uid};
+use crate::{
+    mirror::{World, addresses, object, service_path, slice_path, slices},
+    support::{
+        cluster::{Cluster, Who},
+        wait_until,
+    },
+};
+
+/// A pod that is ready, on a node that exists, as far as controllers can see.
+pub(super) fn ready_pod(cluster: &Cluster, namespace: &str, pod: &str, app: &str, ip: &str) {
+    let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": format!("node-{namespace}")}});
+    let node_name = name(&create(cluster, "/api/v1/nodes", &node)).to_owned();
+    let pods = format!("/api/v1/namespaces/{namespace}/pods");
+    let spec = json!({"apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": pod, "labels": {"app": app}},
+        "spec": {"nodeName": node_name, "containers": [{"name": "main", "image": "none.example/none"}]}});
+    create(cluster, &pods, &spec);
+    let status = json!({"phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}],
+        "conditions": [{"type": "Ready", "status": "True"}]});
+    let path = format!("{pods}/{pod}/status");
+    edit(cluster, &path, &|pod| pod["status"] = status.clone());
+}
+
+/// A Service that selects pods.
+pub(super) fn native(name: &str, labels: &Value) -> Value {
+    json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "labels": labels},
+        "spec": {"clusterIP": "None", "selector": {"app": name},
+            "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}]}})
+}
+
+/// Something that the garbage collector removes with the Service: once it is gone, so is
+/// everything else that the collector would take.
+fn canary(cluster: &Cluster, namespace: &str, service: &Value) -> String {
+    let path = format!("/api/v1/namespaces/{namespace}/configmaps");
+    let canary = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "canary", "ownerReferences": [
+        {"apiVersion": "v1", "kind": "Service", "name": name(service), "uid": uid(service)}]}});
+    create(cluster, &path, &canary);
+    format!("{path}/canary")
+}
+
+#[test]
+fn a_service_that_is_deleted_comes_back_with_all_its_slices() {
+    let Some(world) = World::with_controllers(&[]) else { return };
+    let cluster = world.cluster;
+    cluster.create_namespace("gone");
+    for (address, port) in [("10.10.0.1", "http=8080"), ("10.10.0.2", "http=8081"), ("2001:db8::1", "http=8080")] {
+        world.mirrored("gone", "web", address, port);
+    }
+    let path = service_path("gone", "web");
+    for policy in ["Background", "Foreground"] {
+        let before = cluster.get_json(&path);
+        let mut right = content(&slices(cluster, "gone", "web"));
+        let canary = canary(cluster, "gone", &before);
+        admin(
+            cluster,
+            "DELETE",
+            &path,
+            Some(&json!({"kind": "DeleteOptions", "apiVersion": "v1",
+            "propagationPolicy": policy})),
+        );
+        let again = soon("the Service and its slices, for the new one", || {
+            let again = object(cluster, &path).filter(|again| uid(again) != uid(&before))?;
+            for slice in &mut right {
+                slice["owners"][0]["uid"] = uid(&again).into();
+            }
+            right.sort_by_cached_key(Value::to_string);
+            (content(&slices(cluster, "gone", "web")) == right).then_some(again)
+        });
+        wait_until("the collector is done", || object(cluster, &canary).is_none().then_some(()));
+        soon("they stand after it", || (content(&slices(cluster, "gone", "web")) == right).then_some(()));
+        assert_eq!(again["spec"]["ports"], before["spec"]["ports"]);
+    }
+}
+
+#[test]
+fn a_name_that_was_taken_over_is_given_up_until_it_is_free() {
+    let Some(world) = World::with_controllers(&[]) else { return };
+    let cluster = world.cluster;
+    cluster.create_namespace("taken");
+    ready_pod(cluster, "taken", "web-0", "web", "10.11.9.9");
+    world.mirrored("taken", "web", "10.11.0.1", "http=8080");
+    world.mirrored("taken", "web", "10.11.0.2", "http=8081");
+    let path = service_path("taken", "web");
+    // Between the two requests gangplank may have made its own again.
+    let service = wait_until("the name is taken", || {
+        cluster.request(Who::Admin, "DELETE", &path, None).expect("the API server runs");
+        let native = native("web", &json!({}));
+        let created = cluster.request(Who::Admin, "POST", &service_path("taken", ""), Some(&native));
+        let (status, answer) = created.expect("the API server runs");
+        (status == 201).then_some(answer)
+    });
+    soon("our slices are gone, the pod's are there", || {
+        (addresses(cluster, "taken", "web") == ["10.11.9.9"]).then_some(())
+    });
+    soon("registrations are refused", || world.conflicts("taken", "web").then_some(()));
+    let theirs = slices(cluster, "taken", "web");
+    wait_until("an event says so", || {
+        cluster.kubectl(&["describe", "service", "web", "-n", "taken"]).contains("ForeignService").then_some(())
+    });
+    assert!(world.metric("gangplank_mirror_services_blocked{reason=\"foreign_service\"}") >= 1.0);
+    assert_eq!(cluster.get_json(&path), service, "it is untouched");
+    assert_eq!(slices(cluster, "taken", "web"), theirs);
+
+    admin(cluster, "DELETE", &path, None);
+    soon("ours stands again", || (addresses(cluster, "taken", "web") == ["10.11.0.1", "10.11.0.2"]).then_some(()));
+    assert_eq!(cluster.get_json(&path)["metadata"]["labels"]["gangplank.dev/service"], "owned");
+    world.mirrored("taken", "web", "10.11.0.3", "http=8080");
+}
+
+#[test]
+fn a_service_that_lost_our_label_is_somebody_elses() {
+    let Some(world) = World::with_controllers(&[]) else { return };
+    let cluster = world.cluster;
+    cluster.create_namespace("disowned");
+    world.mirrored("disowned", "web", "10.12.0.1", "http=8080");
+    let path = service_path("disowned", "web");
+    let disowned = edit(cluster, &path, &|service| {
+        service["metadata"]["labels"].as_object_mut().expect("a map").remove("gangplank.dev/service");
+    });
+    soon("our slices are gone", || addresses(cluster, "disowned", "web").is_empty().then_some(()));
+    soon("registrations are refused", || world.conflicts("disowned", "web").then_some(()));
+    assert_eq!(cluster.get_json(&path), disowned);
+    edit(cluster, &path, &|service| service["metadata"]["labels"]["gangplank.dev/service"] = "owned".into());
+    soon("they are back", || (addresses(cluster, "disowned", "web") == ["10.12.0.1"]).then_some(()));
+    world.mirrored("disowned", "web", "10.12.0.2", "http=8080");
+    let first = &slices(cluster, "disowned", "web")[0];
+    assert_eq!(
+        cluster.get_json(&slice_path("disowned", name(first)))["metadata"]["ownerReferences"][0]["uid"],
+        disowned["metadata"]["uid"]
+    );
+}
