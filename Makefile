@@ -73,6 +73,11 @@ crash: ## 200 cycles of kill -9 under load, each checked against what was acknow
 visible: ## 100 000 acknowledgements, each checked in DNS the moment it arrives
 	GANGPLANK_VISIBILITY_CHECKS=100000 cargo test --locked --test integration visible -- --nocapture
 
+.PHONY: mirror
+mirror: ## the Kubernetes mirror at length: 200 and 50 kills in the middle of writes, bulks of 10 000, silent watches
+	GANGPLANK_MIRROR_KILLS=200 GANGPLANK_MIRROR_OUTAGES=50 GANGPLANK_MIRROR_BULK=10000 GANGPLANK_MIRROR_LONG=1 \
+		cargo test --locked --test integration mirror:: -- --nocapture --test-threads 1
+
 .PHONY: clean
 clean: ## delete everything that was built, the test tools too
 	cargo clean

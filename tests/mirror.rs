@@ -2,8 +2,13 @@
 //! ServiceAccount with the rights and the policy of `deploy/`, before a real API server.
 
 mod basics;
+mod bulk;
+mod cycles;
 mod door;
+mod faults;
 mod hands;
+mod meanwhile;
+mod outage;
 mod seen_by_coredns;
 
 use std::{
@@ -105,6 +110,7 @@ fn serve(cluster: &Cluster, flags: &[&str]) -> Server {
     serve_by(&cluster.kubeconfig_for_gangplank(), flags)
 }
 
+/// The same by way of what a kubeconfig names.
 fn serve_by(kubeconfig: &Path, flags: &[&str]) -> Server {
     let mut all = vec!["--kubeconfig", kubeconfig.to_str().expect("a path in UTF-8")];
     all.extend(flags);

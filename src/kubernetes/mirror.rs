@@ -32,6 +32,10 @@ const AT_ONCE: usize = 16;
 /// How long a service waits that the server refuses: a right may be given, a policy changed.
 const BLOCKED_RETRY: Duration = Duration::from_secs(30);
 
+/// How long it waits the first time: an API server that has just started knows nobody's rights for
+/// a moment.
+const FIRST_BLOCKED_RETRY: Duration = Duration::from_secs(1);
+
 /// How often the gauges are set.
 const GAUGES_EVERY: Duration = Duration::from_secs(1);
 
@@ -141,7 +145,8 @@ impl Mirror {
                 self.reconciler.registry.mirrored(vec![(service, generation)]).await?;
             }
             Verdict::Blocked(reason, why) => {
-                self.queue.later(service.clone(), BLOCKED_RETRY, now);
+                let again = self.blocked.contains_key(&service);
+                self.queue.later(service.clone(), if again { BLOCKED_RETRY } else { FIRST_BLOCKED_RETRY }, now);
                 self.block(service, reason, &why).await;
             }
             Verdict::Failed(why) => {

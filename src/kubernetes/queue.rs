@@ -2,7 +2,8 @@
 //!
 //! Level-triggered: a service stands in the queue once, however often it changed, and what is
 //! written is what holds when its turn comes. A service that changes while it is being looked at
-//! is looked at again afterwards.
+//! is looked at again afterwards, once it has been quiet for a moment: a service that is being
+//! filled costs a few large writes instead of many small ones.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -19,6 +20,14 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 /// But never longer than this.
 const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
 
+/// A service that changed while it was looked at is looked at again when so long nothing more came.
+/// Longer than the messages of one stream are apart, and little beside the second for which an
+/// answer waits.
+const QUIET: Duration = Duration::from_millis(20);
+
+/// But after this long at the latest.
+const LONGEST_GATHERING: Duration = Duration::from_millis(100);
+
 /// The queue. Time is an argument.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
@@ -33,15 +42,19 @@ struct Entry {
     running: bool,
     /// To be looked at again once it has run.
     again: bool,
+    /// While more changes are waited for: until when at most.
+    gathering: Option<Instant>,
     failures: u32,
 }
 
 impl Queue {
-    /// `service` has changed: it is due now, whatever it waited for.
+    /// `service` has changed: it is due now, whatever it waited for, unless changes are gathered.
     pub(super) fn add(&mut self, service: ServiceKey, now: Instant) {
         let entry = self.entries.entry(service.clone()).or_default();
         if entry.running {
             entry.again = true;
+        } else if let Some(until) = entry.gathering {
+            self.set_due(service, until.min(now + QUIET), false);
         } else {
             self.set_due(service, now, true);
         }
@@ -54,7 +67,7 @@ impl Queue {
         }
         let (_, service) = self.due.pop_first()?;
         let entry = self.entries.entry(service.clone()).or_default();
-        (entry.at, entry.running, entry.again) = (None, true, false);
+        (entry.at, entry.running, entry.again, entry.gathering) = (None, true, false, None);
         Some(service)
     }
 
@@ -68,6 +81,7 @@ impl Queue {
         let again = self.entries.get(&service).is_some_and(|entry| entry.again);
         self.entries.remove(&service);
         if again {
+            self.entries.entry(service.clone()).or_default().gathering = Some(now + LONGEST_GATHERING);
             self.add(service, now);
         }
     }
@@ -127,9 +141,29 @@ mod tests {
         queue.add(key("web"), now);
         assert_eq!((queue.next(now), queue.len()), (None, 0), "it runs");
         queue.done(key("web"), now);
-        assert_eq!(queue.next(now), Some(key("web")), "it changed while it ran");
+        assert_eq!(queue.next(now + QUIET), Some(key("web")), "it changed while it ran");
         queue.done(key("web"), now);
         assert_eq!((queue.next(now), queue.next_due()), (None, None));
+    }
+
+    #[test]
+    fn what_changes_under_way_is_gathered_until_it_is_quiet_but_not_for_long() {
+        let (mut queue, begun) = (Queue::default(), Instant::now());
+        queue.add(key("web"), begun);
+        assert_eq!(queue.next(begun), Some(key("web")));
+        queue.add(key("web"), begun);
+        queue.done(key("web"), begun);
+        assert_eq!(queue.next_due(), Some(begun + QUIET));
+        let mut now = begun;
+        while queue.next_due() > Some(now) {
+            now += QUIET / 2;
+            queue.add(key("web"), now);
+        }
+        assert_eq!(queue.next_due(), Some(begun + LONGEST_GATHERING));
+        assert_eq!(queue.next(now), Some(key("web")));
+        queue.done(key("web"), now);
+        queue.add(key("web"), now);
+        assert_eq!(queue.next(now), Some(key("web")), "a change in rest is written at once");
     }
 
     #[test]

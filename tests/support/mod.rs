@@ -8,8 +8,10 @@ pub(crate) mod cluster;
 pub(crate) mod coredns;
 pub(crate) mod dns;
 pub(crate) mod http;
+pub(crate) mod ledger;
 pub(crate) mod proxy;
 pub(crate) mod server;
+pub(crate) mod stream;
 pub(crate) mod tools;
 
 use std::{

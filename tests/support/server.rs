@@ -174,6 +174,18 @@ impl Process {
         self.stderr.lock().expect("nobody panics here").clone()
     }
 
+    /// Waits until it listens, ready or not: where gRPC, DNS and admin do.
+    pub(crate) fn listening(&self) -> [SocketAddr; 3] {
+        ["grpc", "dns", "admin"].map(|what| {
+            let prefix = format!("listening {what} ");
+            loop {
+                if let Some(address) = self.line().strip_prefix(&prefix) {
+                    return address.parse().expect("an address and a port");
+                }
+            }
+        })
+    }
+
     /// Waits until it is ready: what it has printed, and where gRPC, DNS and admin listen.
     pub(crate) fn ready(&self) -> (Vec<String>, [SocketAddr; 3]) {
         let mut greeting = Vec::new();
@@ -224,5 +236,8 @@ impl Drop for Process {
         // Either may fail because it has ended and was waited for, which is what is wanted.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if thread::panicking() {
+            println!("gangplank said:\n{}", self.stderr());
+        }
     }
 }

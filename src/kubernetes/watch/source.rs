@@ -56,7 +56,8 @@ const SHORTEST: Duration = Duration::from_secs(1);
 /// First and longest wait after a failure.
 const WAITS: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
 
-/// Wait where a right is missing: somebody has to grant it.
+/// Longest wait where a right is missing: somebody has to grant it. The first are as short as others,
+/// because an API server that has just started knows nobody's rights for a moment.
 const FORBIDDEN_WAIT: Duration = Duration::from_secs(30);
 
 /// Most of a Retry-After that is kept.
@@ -321,11 +322,11 @@ struct Waits(u32);
 impl Waits {
     fn next(&mut self, reason: RestartReason, retry_after: Duration) -> Duration {
         let (first, longest) = WAITS;
+        let longest = if reason == RestartReason::forbidden { FORBIDDEN_WAIT } else { longest };
         let grown = first.saturating_mul(2u32.saturating_pow(self.0)).min(longest);
         self.0 = self.0.saturating_add(1);
-        let wait = if reason == RestartReason::forbidden { FORBIDDEN_WAIT } else { grown };
         // Half of it to all of it.
-        retry_after.min(LONGEST_RETRY_AFTER) + wait.mul_f64(0.5 + fastrand::f64() / 2.0)
+        retry_after.min(LONGEST_RETRY_AFTER) + grown.mul_f64(0.5 + fastrand::f64() / 2.0)
     }
 }
 
@@ -370,6 +371,9 @@ mod tests {
         let asked = Duration::from_secs(20);
         assert!(waits.next(RestartReason::refused, asked) >= asked);
         assert!(waits.next(RestartReason::refused, Duration::MAX) <= LONGEST_RETRY_AFTER + WAITS.1);
-        assert!(Waits::default().next(RestartReason::forbidden, Duration::ZERO) >= FORBIDDEN_WAIT / 2);
+        let mut waits = Waits::default();
+        assert!(waits.next(RestartReason::forbidden, Duration::ZERO) <= WAITS.0, "it may have just started");
+        let later = (0..40).map(|_| waits.next(RestartReason::forbidden, Duration::ZERO)).last();
+        assert!(later >= Some(FORBIDDEN_WAIT / 2), "{later:?}");
     }
 }

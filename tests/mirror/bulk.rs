@@ -1,0 +1,101 @@
+//! What a bulk of registrations costs: API writes per instance, counted at a proxy.
+//!
+//! `GANGPLANK_MIRROR_BULK` sets the number of instances; `make mirror` takes 10 000.
+
+use std::{env, time::Instant};
+
+use gangplank::grpc::proto::registry::RegistrationType;
+
+use super::{
+    meanwhile::{every_address, make_namespace, turn},
+    serve_by,
+};
+use crate::support::{
+    cluster::Cluster,
+    proxy::{Call, Proxy},
+    stream::{Stream, message},
+    wait_until,
+};
+
+/// Instances where nothing else is said: enough for CI.
+const BULK: usize = 2_000;
+
+/// Endpoints in a slice.
+const SLICE: usize = 100;
+
+struct Bulk {
+    stream: Stream,
+    cluster: Cluster,
+    proxy: Proxy,
+    /// 10.N.0.0/16 has the addresses of the next round.
+    network: u8,
+}
+
+/// In which order instances come.
+#[derive(Debug, Clone, Copy)]
+enum Order {
+    /// All of a service, then all of the next.
+    OneByOne,
+    /// One of each service, then the next of each: whatever is written soon is written again.
+    InTurn,
+}
+
+impl Bulk {
+    /// Registers `instances` under `services` services on one stream, and waits until the slices
+    /// have them, `held` in all. Gives back the number of writes.
+    fn register(&mut self, prefix: &str, services: usize, order: Order, instances: usize, held: usize) -> usize {
+        self.proxy.forget_calls();
+        self.network += 1;
+        let one = |n: usize| {
+            let address = format!("10.{}.{}.{}", self.network, n / 250, n % 250);
+            let service = match order {
+                Order::OneByOne => n * services / instances,
+                Order::InTurn => n % services,
+            };
+            message(RegistrationType::Register, "bulk", &format!("{prefix}{service}"), &address)
+        };
+        let begun = Instant::now();
+        let (statuses, answered) = self.stream.exchange((0..instances).map(one).collect());
+        assert!(statuses.iter().all(|status| matches!(status, 201 | 202)));
+        wait_until("all are mirrored", || {
+            let all = every_address(&self.cluster, "bulk");
+            let ours = all.iter().filter(|(service, _)| service.starts_with(prefix));
+            (ours.map(|(_, addresses)| addresses.len()).sum::<usize>() == held).then_some(())
+        });
+        let took = begun.elapsed();
+        let write = |call: &Call| call.namespace == "bulk" && call.is_write() && call.resource != "events";
+        let writes = self.proxy.count(write);
+        println!(
+            "{instances} instances into {services} services, {order:?}: {writes} writes, {:.4} each; answered within {answered:.1?}, \
+             mirrored within {took:.1?}",
+            writes as f64 / instances as f64
+        );
+        writes
+    }
+}
+
+#[test]
+fn a_bulk_of_registrations_costs_few_writes() {
+    let instances = env::var("GANGPLANK_MIRROR_BULK").map_or(BULK, |text| text.parse().expect("a number of instances"));
+    let Some(cluster) = Cluster::private() else { return };
+    let _turn = turn();
+    let proxy = Proxy::start(&cluster);
+    let server = serve_by(proxy.kubeconfig(), &[]);
+    let mut stream = Stream::open(server.grpc);
+    make_namespace(&cluster, &mut stream, "bulk");
+    let mut bulk = Bulk { stream, cluster, proxy, network: 0 };
+    // Slices of one service are filled one after the other; few are written before they are full.
+    let writes = bulk.register("one", 1, Order::OneByOne, instances, instances);
+    let least = 1 + instances / SLICE;
+    assert!(writes <= least + 2 + least / 16, "{writes} writes, {least} at least");
+    // Every service that is new needs two: itself and a slice.
+    let services = instances / 10;
+    let writes = bulk.register("many", services, Order::OneByOne, instances, instances);
+    assert!(writes <= 9 * services / 4, "{writes} writes, {} at least", 2 * services);
+    let writes = bulk.register("mixed", services, Order::InTurn, instances, instances);
+    assert!(writes <= 3 * services, "{writes} writes, {} at least", 2 * services);
+    // One that exists needs one. The stream waits for Kubernetes now and then, and what was written
+    // meanwhile is written again.
+    let writes = bulk.register("mixed", services, Order::InTurn, instances, 2 * instances);
+    assert!(writes <= 3 * services, "{writes} writes, {services} at least");
+}

@@ -1,0 +1,264 @@
+//! An API server that refuses, conflicts, loses track, hangs and goes silent, one thing at a time:
+//! what gangplank asks of it then, counted at a proxy in between. DNS is asked all the while.
+
+use std::{env, time::Duration};
+
+use super::{
+    Turn, World,
+    meanwhile::{Steady, every_address, make_namespace, resolve, turn},
+    serve_by, wait_for_addresses,
+};
+use crate::support::{
+    cluster::Cluster,
+    proxy::{Call, Fault, Proxy},
+    server::Server,
+    stream::{Stream, message},
+    wait_until,
+};
+
+/// A gangplank behind a proxy, with `web` at 10.0.0.1 in a namespace of its own.
+struct Faulty {
+    stream: Stream,
+    steady: Steady,
+    world: World,
+    proxy: Proxy,
+    namespace: &'static str,
+}
+
+impl Faulty {
+    fn start(namespace: &'static str) -> Option<Self> {
+        let (world, proxy) = World::behind_a_proxy()?;
+        let mut stream = Stream::open(world.server.grpc);
+        make_namespace(world.cluster, &mut stream, namespace);
+        assert_eq!(stream.register(namespace, "web", "10.0.0.1").0, 201);
+        let steady = Steady::start(world.server.dns, namespace);
+        proxy.forget_calls();
+        Some(Self { stream, steady, world, proxy, namespace })
+    }
+
+    fn register(&mut self, service: &str, address: &str) -> u32 {
+        let (status, took) = self.stream.register(self.namespace, service, address);
+        assert!(took < Duration::from_secs(3), "{status} after {took:?}");
+        let shown = resolve(&self.world.server, self.namespace, service);
+        assert!(shown.contains(&address.to_owned()), "DNS has it before the answer: {shown:?}");
+        status
+    }
+
+    /// What was asked about the objects of the namespace, watches aside.
+    fn asked(&self) -> Vec<Call> {
+        let ours = |call: &Call| call.namespace == self.namespace && call.verb != "watch" && call.resource != "events";
+        self.proxy.calls().into_iter().filter(ours).collect()
+    }
+
+    fn count(&self, verb: &str, resource: &str) -> usize {
+        self.asked().iter().filter(|call| call.is(verb, resource)).count()
+    }
+
+    fn wait_for(&self, service: &str, wanted: &[&str]) {
+        wait_for_addresses(self.world.cluster, self.namespace, service, wanted);
+    }
+
+    fn slices(&self, service: &str) -> usize {
+        super::slices(self.world.cluster, self.namespace, service).len()
+    }
+
+    /// Waits until the mirror is, or is not, behind with something.
+    fn wait_behind(&self, services: f64) {
+        wait_until(&format!("the mirror is behind with {services}"), || {
+            (self.world.metric("gangplank_mirror_services_behind") == services).then_some(())
+        });
+    }
+
+    fn end(self) {
+        self.steady.end();
+    }
+}
+
+/// Matches one verb on slices in a namespace.
+fn slices_of(namespace: &'static str, verb: &'static str) -> impl Fn(&Call) -> bool + Send + Sync {
+    move |call| call.is(verb, "endpointslices") && call.namespace == namespace
+}
+
+#[test]
+fn retry_after_is_kept_by_everybody() {
+    let Some(mut on) = Faulty::start("busy") else { return };
+    let busy = Fault::answer(429).retry_after(3);
+    let busy = on.proxy.inject_first(1, busy, |call| call.namespace == "busy" && call.is_write());
+    assert_eq!(on.register("web", "10.0.0.2"), 202);
+    assert_eq!(on.register("other", "10.0.1.1"), 202, "another service waits too");
+    on.wait_for("web", &["10.0.0.1", "10.0.0.2"]);
+    on.wait_for("other", &["10.0.1.1"]);
+    let asked = on.asked();
+    assert_eq!((asked[0].status, busy.hits()), (Some(429), 1));
+    let waited = asked[1].at - asked[0].at;
+    assert!(waited >= Duration::from_secs(3), "asked again after {waited:?}: {asked:?}");
+    assert_eq!(on.count("update", "endpointslices"), 2, "{asked:?}");
+    assert_eq!(on.register("web", "10.0.0.3"), 201);
+    on.end();
+}
+
+#[test]
+fn conflicts_are_read_and_planned_again() {
+    let Some(mut on) = Faulty::start("conflict") else { return };
+    on.proxy.inject_first(1, Fault::answer(409), slices_of("conflict", "update"));
+    assert_eq!(on.register("web", "10.0.0.2"), 201);
+    let asked: Vec<_> = on.asked().iter().map(|call| (call.verb, call.status)).collect();
+    assert_eq!(asked, [("update", Some(409)), ("get", Some(200)), ("update", Some(200))]);
+    // More of them in a row than one attempt bears.
+    on.proxy.forget_calls();
+    on.proxy.inject_first(9, Fault::answer(409), slices_of("conflict", "update"));
+    on.register("web", "10.0.0.3");
+    on.wait_for("web", &["10.0.0.1", "10.0.0.2", "10.0.0.3"]);
+    assert_eq!((on.count("update", "endpointslices"), on.count("get", "endpointslices")), (10, 9), "{:?}", on.asked());
+    assert_eq!(on.slices("web"), 1);
+    on.end();
+}
+
+#[test]
+fn a_watch_that_lost_track_lists_once() {
+    let Some(on) = Faulty::start("gone") else { return };
+    for (fault, times) in [(Fault::ErrorEvent(410), 1), (Fault::answer(410), 1), (Fault::ErrorEvent(410), 4)] {
+        on.proxy.forget_calls();
+        let gone = on.proxy.inject_first(times, fault, |call| call.is("watch", "endpointslices"));
+        on.proxy.drop_connections();
+        let watch = |call: &Call| call.is("watch", "endpointslices");
+        wait_until("the watch stands again", || (gone.hits() == times && on.proxy.count(watch) > times).then_some(()));
+        let lists = |resource| on.proxy.count(|call| call.is("list", resource) && call.namespace.is_empty());
+        assert_eq!((lists("endpointslices"), lists("services"), lists("namespaces")), (times, 0, 0), "{fault:?}");
+        // And it is a watch: what another hand does is seen.
+        on.world.cluster.kubectl(&["delete", "endpointslices", "--all", "-n", "gone"]);
+        on.wait_for("web", &["10.0.0.1"]);
+        on.wait_for("first", &["10.9.9.9"]);
+    }
+    let list = |call: &Call| call.is("list", "endpointslices") && call.namespace.is_empty();
+    let at: Vec<_> = on.proxy.calls().into_iter().filter(list).map(|call| call.at).collect();
+    let waits: Vec<_> = at.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    assert!(waits[2] > waits[0], "they should grow: {waits:?}");
+    on.end();
+}
+
+#[test]
+fn a_failing_server_is_asked_less_and_less() {
+    let Some(mut on) = Faulty::start("failing") else { return };
+    let first = on.proxy.inject_first(4, Fault::answer(500), |call| call.namespace == "failing" && call.is_write());
+    let then = on.proxy.inject(Fault::answer(503), |call| call.namespace == "failing" && call.is_write());
+    assert_eq!(on.register("web", "10.0.0.2"), 202);
+    then.wait_hits(4);
+    assert_eq!(first.hits(), 4);
+    let failed: Vec<_> = on.asked().into_iter().filter(Call::is_write).map(|call| call.at).collect();
+    // A service waits 50 ms at first and twice as long each time, half of it at least.
+    let (took, least) = (failed[7] - failed[0], Duration::from_millis(25 * 127));
+    assert!(took >= least, "8 attempts within {took:?}");
+    then.lift();
+    on.wait_for("web", &["10.0.0.1", "10.0.0.2"]);
+    assert_eq!(on.register("web", "10.0.0.3"), 201);
+    on.end();
+}
+
+#[test]
+fn an_answer_that_never_comes_is_read_up_on() {
+    let Some(mut on) = Faulty::start("hanging") else { return };
+    // Carried out, and nobody says so.
+    let hung = on.proxy.inject_first(1, Fault::HangAfter, slices_of("hanging", "update"));
+    assert_eq!(on.register("web", "10.0.0.2"), 202);
+    on.wait_behind(1.0);
+    assert_eq!(on.register("other", "10.0.1.1"), 201, "other services go on");
+    on.wait_behind(0.0);
+    assert_eq!((hung.hits(), on.count("update", "endpointslices"), on.slices("web")), (1, 1, 1), "{:?}", on.asked());
+    on.wait_for("web", &["10.0.0.1", "10.0.0.2"]);
+    // Never carried out.
+    let hung = on.proxy.inject_first(1, Fault::Hang, slices_of("hanging", "update"));
+    on.proxy.forget_calls();
+    assert_eq!(on.register("web", "10.0.0.3"), 202);
+    on.wait_for("web", &["10.0.0.1", "10.0.0.2", "10.0.0.3"]);
+    assert_eq!((hung.hits(), on.count("update", "endpointslices"), on.slices("web")), (1, 2, 1), "{:?}", on.asked());
+    assert_eq!(on.register("web", "10.0.0.4"), 201);
+    on.end();
+}
+
+#[test]
+fn what_was_created_without_an_answer_is_not_created_twice() {
+    let Some(mut on) = Faulty::start("dropped") else { return };
+    for (service, resource) in [("a", "services"), ("b", "endpointslices")] {
+        on.proxy.forget_calls();
+        on.proxy.inject_first(1, Fault::DropAfter, move |call| call.is("create", resource));
+        on.register(service, "10.0.1.1");
+        on.wait_for(service, &["10.0.1.1"]);
+        on.wait_behind(0.0);
+        assert_eq!((on.count("create", resource), on.slices(service)), (1, 1), "{:?}", on.asked());
+        assert_eq!(on.register(service, "10.0.1.2"), 201);
+        assert_eq!(on.slices(service), 1);
+    }
+    on.end();
+}
+
+/// A watch is asked for anew every 50 s, which is when silence is noticed; `GANGPLANK_MIRROR_LONG`
+/// waits for it.
+#[test]
+fn a_silent_watch_is_begun_again() {
+    let Some(mut on) = Faulty::start("silent") else { return };
+    let silent = on.proxy.inject_first(1, Fault::Stall, |call| call.is("watch", "endpointslices"));
+    // What gangplank writes itself needs no watch.
+    assert_eq!(on.register("web", "10.0.0.2"), 201);
+    silent.wait_hits(1);
+    on.world.cluster.kubectl(&["delete", "endpointslices", "--all", "-n", "silent"]);
+    assert_eq!(on.register("other", "10.0.1.1"), 201);
+    if env::var_os("GANGPLANK_MIRROR_LONG").is_none() {
+        silent.lift();
+    }
+    on.wait_for("web", &["10.0.0.1", "10.0.0.2"]);
+    on.wait_for("first", &["10.9.9.9"]);
+    on.end();
+}
+
+#[test]
+fn writes_keep_to_the_rate() {
+    const RATE: usize = 20;
+    let services = if env::var_os("GANGPLANK_MIRROR_LONG").is_some() { 300 } else { 100 };
+    let Some(cluster) = Cluster::private() else { return };
+    let _turn = turn();
+    let proxy = Proxy::start(&cluster);
+    let server: Server = serve_by(proxy.kubeconfig(), &["--kubernetes-qps", &RATE.to_string()]);
+    let mut stream = Stream::open(server.grpc);
+    make_namespace(&cluster, &mut stream, "rate");
+    proxy.forget_calls();
+    let steady = Steady::start(server.dns, "rate");
+    let register = gangplank::grpc::proto::registry::RegistrationType::Register;
+    let bulk =
+        (0..services).map(|n| message(register, "rate", &format!("s{n}"), &format!("10.0.{}.{}", n / 250, n % 250)));
+    let (statuses, took) = stream.exchange(bulk.collect());
+    println!(
+        "{services} services: answers within {took:?}, {} with 202",
+        statuses.iter().filter(|&&s| s == 202).count()
+    );
+    assert!(statuses.iter().all(|status| matches!(status, 201 | 202)), "{statuses:?}");
+    wait_until("all are mirrored", || (every_address(&cluster, "rate").len() == services + 1).then_some(()));
+    let requests = |call: &Call| call.namespace == "rate" && call.verb != "watch" && call.resource != "events";
+    let at: Vec<_> = proxy.calls().into_iter().filter(requests).map(|call| call.at).collect();
+    let most = |seconds: u64| {
+        let within = |first: usize| {
+            at[first..].iter().take_while(|one| **one - at[first] < Duration::from_secs(seconds)).count()
+        };
+        (0..at.len()).map(within).max().unwrap_or_default()
+    };
+    let late = at.partition_point(|one| *one - at[0] < Duration::from_secs(2));
+    let rest = (at.len() - late) as f64 / (at[at.len() - 1] - at[late]).as_secs_f64();
+    println!(
+        "{} requests in {:?}; at most {} within 1 s, {} within 5 s; {rest:.1}/s after the first 2 s",
+        at.len(),
+        at[at.len() - 1] - at[0],
+        most(1),
+        most(5)
+    );
+    // Twice the rate at once, then the rate; a token more for what comes late.
+    assert!(most(1) <= 3 * RATE + 2 && most(5) <= 7 * RATE + 2 && rest <= 1.1 * RATE as f64);
+    steady.end();
+}
+
+impl World {
+    fn behind_a_proxy() -> Option<(Self, Proxy)> {
+        let turn = Turn::take()?;
+        let proxy = Proxy::start(turn.cluster);
+        Some((Self { server: serve_by(proxy.kubeconfig(), &[]), cluster: turn.cluster, _turn: turn }, proxy))
+    }
+}
