@@ -28,7 +28,7 @@ struct World {
     _turn: Turn,
 }
 
-/// The right to run a gangplank before the shared cluster.
+/// The right to run a gangplank before a cluster.
 pub(crate) struct Turn {
     /// That cluster.
     pub(crate) cluster: &'static Cluster,
@@ -58,7 +58,7 @@ impl World {
         static CLUSTER: OnceLock<Option<Cluster>> = OnceLock::new();
         static TURN: Mutex<()> = Mutex::new(());
         let cluster = CLUSTER.get_or_init(|| Cluster::private().map(Cluster::with_controllers)).as_ref()?;
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = Turn { cluster, _guard: TURN.lock().unwrap_or_else(PoisonError::into_inner) };
         Some(Self { server: serve(cluster, flags), cluster, _turn: turn })
     }
 

@@ -313,8 +313,9 @@ fn edits_of_our_service_are_put_right() {
         });
         soon(what, || {
             let now = cluster.get_json(&path);
-            let same = ["selector", "ports", "clusterIP"].iter().all(|field| now["spec"][field] == right["spec"][field])
-                && now["metadata"]["labels"]["service-type"] == "external";
+            let same =
+                ["selector", "ports", "clusterIP"].iter().all(|field| now["spec"][field] == right["spec"][field])
+                    && now["metadata"]["labels"]["service-type"] == "external";
             same.then(|| {
                 assert_eq!(now["metadata"]["annotations"]["example.com/note"], what, "what others write stays");
                 assert_eq!(now["metadata"]["labels"]["team"], "a");
