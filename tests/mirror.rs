@@ -39,9 +39,12 @@ impl Turn {
     /// Waits for it. `None` without a control plane, which it says.
     pub(crate) fn take() -> Option<Self> {
         static TURN: Mutex<()> = Mutex::new(());
-        let cluster = Cluster::shared()?;
+        Some(Self::at(Cluster::shared()?, &TURN))
+    }
+
+    fn at(cluster: &'static Cluster, turn: &'static Mutex<()>) -> Self {
         // A test that failed leaves nothing behind that the next one minds.
-        Some(Self { cluster, _guard: TURN.lock().unwrap_or_else(PoisonError::into_inner) })
+        Self { cluster, _guard: turn.lock().unwrap_or_else(PoisonError::into_inner) }
     }
 }
 
@@ -58,7 +61,7 @@ impl World {
         static CLUSTER: OnceLock<Option<Cluster>> = OnceLock::new();
         static TURN: Mutex<()> = Mutex::new(());
         let cluster = CLUSTER.get_or_init(|| Cluster::private().map(Cluster::with_controllers)).as_ref()?;
-        let turn = Turn { cluster, _guard: TURN.lock().unwrap_or_else(PoisonError::into_inner) };
+        let turn = Turn::at(cluster, &TURN);
         Some(Self { server: serve(cluster, flags), cluster, _turn: turn })
     }
 

@@ -69,6 +69,12 @@ impl Readiness {
 fn dns(loaded: bool, phase: &Phase) -> Check {
     let fault = if *phase == Phase::Draining {
         Some("shutting down: answers go on until the drain time is over".into())
+    } else if !loaded && *phase == Phase::Restoring {
+        Some(
+            "what Kubernetes holds is still being read: every name that is not known yet gets SERVFAIL until then; the \
+             log says why when it does not answer"
+                .into(),
+        )
     } else if !loaded {
         Some("what is stored is still being loaded: every name that is not known yet gets SERVFAIL until then".into())
     } else {

@@ -1,6 +1,7 @@
 //! The services as clients meet them: a real server on loopback, a real registry behind it.
 
 mod limits;
+mod mirrored;
 mod stream;
 mod unary;
 mod watching;
@@ -43,9 +44,12 @@ pub(super) struct Registry {
 
 impl Registry {
     fn new(max_instances: usize) -> Self {
+        Self::with(registry::Options { max_instances, kubernetes: None })
+    }
+
+    fn with(options: registry::Options) -> Self {
         let metrics = Arc::new(Metrics::new());
-        let (registry, unrecovered) =
-            registry::new(registry::Options { max_instances, kubernetes: None }, Arc::clone(&metrics));
+        let (registry, unrecovered) = registry::new(options, Arc::clone(&metrics));
         Self {
             services: Services { registry, door: DOOR, metrics },
             unrecovered: Some(unrecovered),
@@ -74,7 +78,22 @@ impl Registry {
     fn write(&mut self) {
         let writer = self.writer.take().expect("recovered, and writing begins once");
         let (runtime, stop) = (Handle::current(), self.stop.clone());
-        std::thread::spawn(move || writer.run(&runtime, &stop));
+        std::thread::spawn(move || {
+            let mut writer = writer;
+            writer.await_restore(&runtime, &stop);
+            writer.run(&runtime, &stop);
+        });
+    }
+
+    /// One with a mirror, which is the test itself, and a Kubernetes that holds nothing.
+    pub(super) async fn mirrored() -> Self {
+        let rules = registry::Rules { create_namespaces: true };
+        let mut registry = Self::with(registry::Options { max_instances: 1_000_000, kubernetes: Some(rules) });
+        registry.recover();
+        registry.write();
+        let restored = registry.services.registry.restore(registry::Restored::default());
+        assert_eq!(soon("the start", restored).await, Ok(1));
+        registry
     }
 
     pub(super) fn working(max_instances: usize) -> Self {

@@ -409,7 +409,7 @@ impl Writer {
             self.catalog.set(key, pending.after);
         }
         self.catalog.set_generation(self.generation);
-        // The mirror reads the catalog as soon as it hears of this.
+        // After the catalog: the mirror reads it as soon as it hears of the change.
         self.confirmations.note(events.iter().map(|event| (event.service.clone(), self.generation, event.received)));
         events
     }

@@ -1,0 +1,44 @@
+//! With a mirror an answer says whether Kubernetes has it, and waits for that a second at most.
+
+use futures::stream;
+
+use super::*;
+use crate::grpc::proto::registry::service_registry_client::ServiceRegistryClient;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_comes_when_the_slice_has_it() {
+    let server = TestServer::serving(Registry::mirrored().await, LIMITS).await;
+    let mirror = server.registry.services.registry.clone();
+    let mut client = ServiceRegistryClient::new(server.channel().await);
+    let (sender, receiver) = tokio::sync::mpsc::channel(8);
+    let messages = tokio_stream::wrappers::ReceiverStream::new(receiver);
+    let mut answers = client.registration_event(messages).await.expect("served").into_inner();
+
+    for (sent, status) in [(message(1), 201), (removal(1), 204)] {
+        sender.send(sent).await.expect("the stream is open");
+        let changed = soon("the mirror's news", mirror.confirmations().news()).await;
+        let generation = mirror.catalog().generation();
+        mirror.mirrored(changed.into_iter().map(|service| (service, generation)).collect()).await.expect("it is there");
+        let answer = soon("an answer", answers.message()).await.expect("a good stream").expect("one per message");
+        assert_eq!(answer.status, status, "{answer:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_kubernetes_is_away_a_stream_stays_pipelined_and_gets_202() {
+    let server = TestServer::serving(Registry::mirrored().await, LIMITS).await;
+    let mut client = ServiceRegistryClient::new(server.channel().await);
+    // More than can be in flight one by one within the second that each may wait.
+    let messages = stream::iter((0..3000).map(message));
+    let mut answers = client.registration_event(messages).await.expect("served").into_inner();
+    for n in 0..3000 {
+        let answer = soon("an answer", answers.message()).await.expect("a good stream").expect("one per message");
+        assert_eq!((answer.status, &*answer.request_id), (202, &*n.to_string()));
+        assert!(answer.generation > 0 && answer.status_details.contains("not in Kubernetes yet"), "{answer:?}");
+    }
+    // What changes nothing has nothing to wait for.
+    let again = stream::iter([message(7)]);
+    let mut answers = client.registration_event(again).await.expect("served").into_inner();
+    let answer = soon("an answer", answers.message()).await.expect("a good stream").expect("one per message");
+    assert_eq!(answer.status, 200);
+}
