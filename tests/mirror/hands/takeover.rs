@@ -84,6 +84,30 @@ fn a_service_that_is_deleted_comes_back_with_all_its_slices() {
 }
 
 #[test]
+fn a_service_that_a_finalizer_holds_goes_on_until_it_goes() {
+    let Some(world) = World::with_controllers(&[]) else { return };
+    let cluster = world.cluster;
+    cluster.create_namespace("held");
+    world.mirrored("held", "web", "10.13.0.1", "http=8080");
+    let path = service_path("held", "web");
+    let held = edit(cluster, &path, &|service| service["metadata"]["finalizers"] = json!(["example.com/hold"]));
+    admin(cluster, "DELETE", &path, None);
+    for address in ["10.13.0.2", "10.13.0.3", "10.13.0.4"] {
+        world.mirrored("held", "web", address, "http=8080");
+    }
+    assert_eq!(world.deregister("held", "web", "10.13.0.1").0, Some(0));
+    let all = ["10.13.0.2", "10.13.0.3", "10.13.0.4"];
+    assert_eq!(addresses(cluster, "held", "web"), all);
+    edit(cluster, &path, &|service| service["metadata"]["finalizers"] = json!([]));
+    soon("there is another, with the slices", || {
+        let again = object(cluster, &path).filter(|again| uid(again) != uid(&held))?;
+        let slices = slices(cluster, "held", "web");
+        let owned = slices.iter().all(|slice| slice["metadata"]["ownerReferences"][0]["uid"] == uid(&again));
+        (owned && addresses(cluster, "held", "web") == all).then_some(())
+    });
+}
+
+#[test]
 fn a_name_that_was_taken_over_is_given_up_until_it_is_free() {
     let Some(world) = World::with_controllers(&[]) else { return };
     let cluster = world.cluster;
