@@ -24,7 +24,7 @@ const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/prod/endpointslices";
 
 /// What a registration is told.
 const ABSENT: &str = "does not exist in Kubernetes";
-const FOREIGN: &str = "refused with status 409";
+const FOREIGN: &str = "is not managed by gangplank";
 
 /// A headless Service; `label` says what gangplank is to it.
 fn service(name: &str, label: Option<&str>) -> Value {
