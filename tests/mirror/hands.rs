@@ -185,6 +185,7 @@ fn edits_of_our_slices_are_put_right() {
             assert_eq!(slice["metadata"]["annotations"]["example.com/note"], "b");
         }
     }
+    assert!(world.metric("gangplank_mirror_repairs_total") >= 5.0, "it is counted");
     assert_eq!(object(cluster, &service_path("edits", "other")), None, "nothing was made of the other name");
     soon("what was given away is gone", || slices(cluster, "edits", "other").is_empty().then_some(()));
 }

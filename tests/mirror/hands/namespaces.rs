@@ -69,6 +69,14 @@ fn namespaces_are_created_where_that_is_asked_for() {
     assert_eq!(namespace["metadata"]["labels"]["gangplank.dev/service"], "owned");
     world.mirrored("made-here-too", "web", "10.31.0.3", "http=8080");
     assert_eq!(addresses(cluster, "made-here-too", "web"), ["10.31.0.3"]);
+
+    // Deleted by another hand, it is made again once it is gone.
+    let before = cluster.get_json("/api/v1/namespaces/made-here-too");
+    admin(cluster, "DELETE", "/api/v1/namespaces/made-here-too", None);
+    wait_until("it stands again", || {
+        object(cluster, "/api/v1/namespaces/made-here-too").filter(|again| uid(again) != uid(&before))
+    });
+    soon("with everything in it", || (addresses(cluster, "made-here-too", "web") == ["10.31.0.3"]).then_some(()));
     cluster.kubectl(&["delete", "clusterrolebinding", "make-namespaces"]);
 }
 
