@@ -33,7 +33,7 @@ struct World {
     _turn: Turn,
 }
 
-/// The right to run a gangplank before the shared cluster.
+/// The right to run a gangplank before a cluster.
 pub(crate) struct Turn {
     /// That cluster.
     pub(crate) cluster: &'static Cluster,

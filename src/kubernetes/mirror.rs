@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use futures::{StreamExt as _, stream::FuturesUnordered};
+use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
@@ -36,19 +36,27 @@ const BLOCKED_RETRY: Duration = Duration::from_secs(30);
 /// a moment.
 const FIRST_BLOCKED_RETRY: Duration = Duration::from_secs(1);
 
+/// How long it waits at least when the server has refused it and it changes meanwhile.
+const REFUSED_REST: Duration = Duration::from_secs(2);
+
 /// How often the gauges are set.
 const GAUGES_EVERY: Duration = Duration::from_secs(1);
 
 /// Longest text of an event, in characters (events.k8s.io allows 1024 octets).
 const NOTE: usize = 250;
 
-/// An event is a courtesy: nothing waits for it longer than this.
+/// An event is a courtesy: nothing waits for it, and it is given up after this long.
 const EVENT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Events that are on their way at once; more are left out.
+const MOST_EVENTS: usize = 64;
 
 /// The mirror at work.
 pub(super) struct Mirror {
     reconciler: Arc<Reconciler>,
     events: Recorder,
+    /// Events on their way.
+    telling: FuturesUnordered<BoxFuture<'static, ()>>,
     queue: Queue,
     /// Services that cannot be as they should be.
     blocked: HashMap<ServiceKey, Blocked>,
@@ -67,6 +75,7 @@ impl Mirror {
         Self {
             reconciler: Arc::new(reconciler),
             events,
+            telling: FuturesUnordered::new(),
             queue: Queue::default(),
             blocked: HashMap::new(),
             doubtful: HashSet::new(),
@@ -103,6 +112,7 @@ impl Mirror {
                         return; // the registry is gone, and with it what there is to mirror
                     }
                 }
+                Some(()) = self.telling.next(), if !self.telling.is_empty() => {}
                 news = confirmations.news() => self.add(news),
                 changed = cluster.changed() => self.changed(changed),
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
@@ -146,8 +156,17 @@ impl Mirror {
             }
             Verdict::Blocked(reason, why) => {
                 let again = self.blocked.contains_key(&service);
-                self.queue.later(service.clone(), if again { BLOCKED_RETRY } else { FIRST_BLOCKED_RETRY }, now);
-                self.block(service, reason, &why).await;
+                let wait = if again { BLOCKED_RETRY } else { FIRST_BLOCKED_RETRY };
+                match reason {
+                    // Kubernetes says when that changes.
+                    Blocked::Namespace | Blocked::ForeignService => {
+                        self.queue.later(service.clone(), wait, now);
+                    }
+                    Blocked::Forbidden | Blocked::Invalid => {
+                        self.queue.refused(service.clone(), wait, REFUSED_REST.min(wait), now);
+                    }
+                }
+                self.block(service, reason, &why);
             }
             Verdict::Failed(why) => {
                 debug!(%service, %why, "not mirrored yet; trying again");
@@ -160,7 +179,7 @@ impl Mirror {
         Ok(())
     }
 
-    async fn block(&mut self, service: ServiceKey, reason: Blocked, why: &str) {
+    fn block(&mut self, service: ServiceKey, reason: Blocked, why: &str) {
         let before = self.blocked.insert(service.clone(), reason);
         if before == Some(reason) {
             return;
@@ -171,7 +190,7 @@ impl Mirror {
         metrics.blocked(reason, true);
         // A namespace that is not there takes no events.
         if reason != Blocked::Namespace {
-            self.publish(&service, reason, why).await;
+            self.publish(&service, reason, why);
         }
     }
 
@@ -183,7 +202,7 @@ impl Mirror {
     }
 
     /// Tells whoever looks at the Service with kubectl.
-    async fn publish(&self, service: &ServiceKey, reason: Blocked, why: &str) {
+    fn publish(&mut self, service: &ServiceKey, reason: Blocked, why: &str) {
         let reason = match reason {
             Blocked::Namespace => "NamespaceAbsent",
             Blocked::ForeignService => "ForeignService",
@@ -206,11 +225,17 @@ impl Mirror {
             uid: self.reconciler.cluster.service_uid(service),
             ..ObjectReference::default()
         };
-        match timeout(EVENT_TIMEOUT, self.events.publish(&event, &regarding)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(why)) => debug!(%service, %why, "the event was not taken"),
-            Err(_) => debug!(%service, "the event was not taken in time"),
+        if self.telling.len() >= MOST_EVENTS {
+            return;
         }
+        let (events, service) = (self.events.clone(), service.clone());
+        self.telling.push(Box::pin(async move {
+            match timeout(EVENT_TIMEOUT, events.publish(&event, &regarding)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(why)) => debug!(%service, %why, "the event was not taken"),
+                Err(_) => debug!(%service, "the event was not taken in time"),
+            }
+        }));
     }
 
     fn set_gauges(&self) {

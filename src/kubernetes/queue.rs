@@ -45,6 +45,8 @@ struct Entry {
     /// While more changes are waited for: until when at most.
     gathering: Option<Instant>,
     failures: u32,
+    /// Not due before this, whatever changes.
+    not_before: Option<Instant>,
 }
 
 impl Queue {
@@ -67,7 +69,7 @@ impl Queue {
         }
         let (_, service) = self.due.pop_first()?;
         let entry = self.entries.entry(service.clone()).or_default();
-        (entry.at, entry.running, entry.again, entry.gathering) = (None, true, false, None);
+        *entry = Entry { running: true, failures: entry.failures, ..Entry::default() };
         Some(service)
     }
 
@@ -94,6 +96,15 @@ impl Queue {
         self.set_due(service, at, false);
     }
 
+    /// `service` was refused and is tried again after `wait`, or when it changes, but not within
+    /// `rest`: what is refused is not asked for at the rate at which it changes.
+    pub(super) fn refused(&mut self, service: ServiceKey, wait: Duration, rest: Duration, now: Instant) {
+        let Some(entry) = self.entries.get_mut(&service) else { return };
+        (entry.running, entry.failures, entry.not_before) = (false, 0, Some(now + rest));
+        let at = if entry.again { now } else { now + wait };
+        self.set_due(service, at, false);
+    }
+
     /// `service` failed and is tried again after a while; a change meanwhile does not make that
     /// shorter, so that a service that cannot be written is not tried at the rate at which it changes.
     pub(super) fn failed(&mut self, service: ServiceKey, now: Instant) {
@@ -112,6 +123,7 @@ impl Queue {
 
     fn set_due(&mut self, service: ServiceKey, at: Instant, only_sooner: bool) {
         let entry = self.entries.entry(service.clone()).or_default();
+        let at = entry.not_before.map_or(at, |rested| rested.max(at));
         if let Some(before) = entry.at {
             if only_sooner && (before <= at || entry.failures > 0) {
                 return;
@@ -192,5 +204,22 @@ mod tests {
         assert_eq!((queue.next(now), queue.next_due()), (None, Some(now + Duration::from_secs(30))));
         queue.add(key("web"), now);
         assert_eq!(queue.next(now), Some(key("web")));
+    }
+    #[test]
+    fn what_is_refused_is_not_asked_for_as_often_as_it_changes() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        let (wait, rest) = (Duration::from_secs(30), Duration::from_secs(2));
+        queue.add(key("web"), now);
+        assert_eq!(queue.next(now), Some(key("web")));
+        queue.refused(key("web"), wait, rest, now);
+        assert_eq!(queue.next_due(), Some(now + wait));
+        queue.add(key("web"), now);
+        queue.add(key("web"), now);
+        assert_eq!(queue.next_due(), Some(now + rest));
+        let later = now + rest;
+        assert_eq!(queue.next(later), Some(key("web")));
+        queue.add(key("web"), later); // while it runs
+        queue.refused(key("web"), wait, rest, later);
+        assert_eq!(queue.next_due(), Some(later + rest));
     }
 }

@@ -44,6 +44,9 @@ const ROUNDS: usize = 4;
 /// Writes of one service that are under way at once.
 const WRITES_AT_ONCE: usize = 8;
 
+/// How long a Service that is being deleted is left to itself, unless it changes.
+const DELETED_LOOK: Duration = Duration::from_secs(30);
+
 /// How a service stands after it was looked at.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Verdict {
@@ -148,8 +151,11 @@ impl Reconciler {
             }
             StandingService::Absent => self.create_service(round).await?,
             StandingService::Ours(standing) if standing.metadata.deletion_timestamp.is_some() => {
-                // A finalizer holds it. It goes, the watch says so, and then it is created again.
-                return Err(Fault::Server("the Service is being deleted".into()));
+                // A finalizer holds it: until it goes its slices are what they should be. Then the
+                // watch says so, and it is created again.
+                let uid = standing.metadata.uid.as_deref().unwrap_or_default();
+                self.apply(round, &observed, self.plan(round, &observed, uid, false)).await?;
+                return Ok(Verdict::Linger(round.generation, DELETED_LOOK));
             }
             StandingService::Ours(standing) => {
                 if !empty && let Some(amended) = services::amend(standing, round.instances) {

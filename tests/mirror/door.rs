@@ -31,6 +31,39 @@ const OF_A_SERVICE: usize = 6;
 /// As long as a namespace can be.
 const LONGEST: &str = "n23456789-123456789-123456789-123456789-123456789-123456789-123";
 
+/// Addresses at the edges of what is an address, those too that the door refuses.
+const ADDRESSES: &[&str] = &[
+    "100.64.0.1",
+    "192.0.2.255",
+    "10.255.255.255",
+    "198.18.0.0",
+    "169.253.255.255",
+    "1.0.0.0",
+    "223.255.255.255",
+    "2001:db8::",
+    "::1:2",
+    "::1.2.3.4",
+    "64:ff9b::10.0.0.1",
+    "fc00::1",
+    "fec0::1",
+    "2002::",
+    "100::1",
+    "::2",
+    "0.0.0.1",
+    "240.0.0.1",
+    "255.255.255.255",
+    "169.254.1.1",
+    "127.0.0.1",
+    "224.0.0.1",
+    "::",
+    "::1",
+    "fe80::1",
+    "ff02::1",
+    "ff0e::1",
+    "::ffff:10.0.0.1",
+    "010.0.0.1",
+];
+
 const DOOR: Door = Door { zone_wire_len: 15, names_allowed: true };
 
 /// A label of one letter, of any, or of 63; digits and dashes wherever they may stand.
@@ -56,12 +89,7 @@ fn address() -> impl Strategy<Value = String> {
         3 => any::<[u16; 8]>().prop_map(|parts| std::net::Ipv6Addr::from(parts).to_string()),
         3 => prop::array::uniform8(prop_oneof![2 => Just(0_u16), 1 => any::<u16>()])
             .prop_map(|parts| std::net::Ipv6Addr::from(parts).to_string()),
-        2 => prop::sample::select(vec![
-            "100.64.0.1", "192.0.2.255", "10.255.255.255", "198.18.0.0", "169.253.255.255", "1.0.0.0", "223.255.255.255",
-            "2001:db8::", "::1:2", "::1.2.3.4", "64:ff9b::10.0.0.1", "fc00::1", "fec0::1", "2002::", "100::1", "::2",
-            "0.0.0.1", "240.0.0.1", "255.255.255.255", "169.254.1.1", "127.0.0.1", "224.0.0.1", "::", "::1", "fe80::1",
-            "ff02::1", "ff0e::1", "::ffff:10.0.0.1", "010.0.0.1",
-        ]).prop_map(String::from),
+        2 => prop::sample::select(ADDRESSES).prop_map(String::from),
         1 => "[a-z]{1,5}\\.example\\.(com|org)",
     ]
 }
@@ -94,6 +122,33 @@ fn draft() -> impl Strategy<Value = Draft> {
     )
 }
 
+/// Everything as long as it can be, at every address that the door lets in.
+fn edges() -> (ServiceKey, Table<Arc<Instance>>) {
+    let long = |letter: &str| letter.repeat(63);
+    let key = DOOR.service(LONGEST, &long("s")).expect("63 characters are a label");
+    let port = |number: i64| DraftPort {
+        number,
+        protocol: Protocol::ALL[usize::try_from(number % 3).expect("small")],
+        name: format!("{}{number:02}", "p".repeat(61)),
+    };
+    let node = format!("{0}.{0}.{0}.{1}", long("n"), "n".repeat(61));
+    let instances = ADDRESSES.iter().flat_map(|&address| {
+        let draft = Draft {
+            address: address.into(),
+            ports: (10..30).map(port).collect(),
+            host_name: long("h"),
+            node_name: node.clone(),
+            weight: Some(0.1),
+            priority: u16::MAX,
+        };
+        let bare = Draft { address: address.into(), ..Draft::default() };
+        [draft, bare].map(|draft| DOOR.instance(&key, &draft, UnixMillis(u64::MAX)).ok().map(Arc::new))
+    });
+    let table: Table<Arc<Instance>> = instances.flatten().collect();
+    assert!(table.len() >= 30, "the door lets in {} of {}", table.len(), 2 * ADDRESSES.len());
+    (key, table)
+}
+
 /// Services with instances that the door let in, until there are `cases` instances.
 fn generated(cases: usize) -> Vec<(ServiceKey, Table<Arc<Instance>>)> {
     let mut runner = TestRunner::new(Config::default());
@@ -102,7 +157,7 @@ fn generated(cases: usize) -> Vec<(ServiceKey, Table<Arc<Instance>>)> {
         service_name(),
         prop::collection::vec(draft(), 1..=4 * OF_A_SERVICE),
     );
-    let (mut all, mut names, mut count) = (Vec::new(), HashSet::new(), 0);
+    let (mut all, mut names, mut count) = (vec![edges()], HashSet::new(), 0);
     while count < cases {
         let (namespace, name, drafts) = service.new_tree(&mut runner).expect("it generates").current();
         let Ok(key) = DOOR.service(namespace, &name) else { continue };

@@ -22,6 +22,9 @@ use crate::support::{
     wait_until,
 };
 
+/// What somebody does to an object, in words and as a function.
+type Edit = (&'static str, fn(&mut Value));
+
 /// How long an edit by another hand may stand.
 const SOON: Duration = Duration::from_secs(5);
 
@@ -122,7 +125,7 @@ impl World {
         if code == Some(0) {
             self.deregister(namespace, service, "10.250.0.1"); // it was too early
         }
-        code == Some(1) && said.contains("not managed by gangplank")
+        code != Some(0) && said.contains("not managed by gangplank")
     }
 }
 
@@ -135,41 +138,41 @@ fn edits_of_our_slices_are_put_right() {
         world.mirrored("edits", "web", address, "http=8080");
     }
     let right = content(&slices(cluster, "edits", "web"));
-    let edits: [(&str, &dyn Fn(&mut Value)); 13] = [
-        ("an endpoint removed, a label and an annotation added", &|slice| {
+    let edits: [Edit; 13] = [
+        ("an endpoint removed, a label and an annotation added", |slice| {
             slice["endpoints"].as_array_mut().expect("a list").remove(0);
             slice["metadata"]["labels"]["team"] = "a".into();
             slice["metadata"]["annotations"]["example.com/note"] = "b".into();
         }),
-        ("an endpoint added", &|slice| {
+        ("an endpoint added", |slice| {
             let more = json!({"addresses": ["10.3.9.9"], "conditions": {"ready": true}});
             slice["endpoints"].as_array_mut().expect("a list").push(more);
         }),
-        ("all endpoints removed", &|slice| slice["endpoints"] = json!([])),
-        ("an endpoint not ready", &|slice| slice["endpoints"][0]["conditions"]["ready"] = false.into()),
-        ("a hostname", &|slice| slice["endpoints"][0]["hostname"] = "other".into()),
-        ("a port's number", &|slice| slice["ports"][0]["port"] = 81.into()),
-        ("no ports", &|slice| slice["ports"] = json!([])),
-        ("the instances' annotation removed", &|slice| {
+        ("all endpoints removed", |slice| slice["endpoints"] = json!([])),
+        ("an endpoint not ready", |slice| slice["endpoints"][0]["conditions"]["ready"] = false.into()),
+        ("a hostname", |slice| slice["endpoints"][0]["hostname"] = "other".into()),
+        ("a port's number", |slice| slice["ports"][0]["port"] = 81.into()),
+        ("no ports", |slice| slice["ports"] = json!([])),
+        ("the instances' annotation removed", |slice| {
             slice["metadata"]["annotations"].as_object_mut().expect("a map").remove("gangplank.dev/instances");
         }),
-        ("a stamp removed", &|slice| {
+        ("a stamp removed", |slice| {
             slice["metadata"]["annotations"].as_object_mut().expect("a map").remove("gangplank.dev/term");
         }),
-        ("the annotation of something else", &|slice| {
+        ("the annotation of something else", |slice| {
             slice["metadata"]["annotations"]["gangplank.dev/instances"] = r#"{"10.3.0.1":{"weight":9}}"#.into();
         }),
-        ("the owner removed", &|slice| slice["metadata"]["ownerReferences"] = json!([])),
-        ("the Service's label removed", &|slice| {
+        ("the owner removed", |slice| slice["metadata"]["ownerReferences"] = json!([])),
+        ("the Service's label removed", |slice| {
             slice["metadata"]["labels"].as_object_mut().expect("a map").remove("kubernetes.io/service-name");
         }),
-        ("given to another Service", &|slice| {
+        ("given to another Service", |slice| {
             slice["metadata"]["labels"]["kubernetes.io/service-name"] = "other".into();
         }),
     ];
     for (what, change) in edits {
         let [slice] = &slices(cluster, "edits", "web")[..] else { panic!("one slice") };
-        let edited = edit(cluster, &slice_path("edits", name(slice)), change);
+        let edited = edit(cluster, &slice_path("edits", name(slice)), &change);
         soon(what, || {
             let now = slices(cluster, "edits", "web");
             let written =
@@ -182,6 +185,7 @@ fn edits_of_our_slices_are_put_right() {
             assert_eq!(slice["metadata"]["annotations"]["example.com/note"], "b");
         }
     }
+    assert!(world.metric("gangplank_mirror_repairs_total") >= 5.0, "it is counted");
     assert_eq!(object(cluster, &service_path("edits", "other")), None, "nothing was made of the other name");
     soon("what was given away is gone", || slices(cluster, "edits", "other").is_empty().then_some(()));
 }
@@ -292,16 +296,16 @@ fn edits_of_our_service_are_put_right() {
     world.mirrored("service-edits", "web", "10.7.0.1", "http=8080");
     let path = service_path("service-edits", "web");
     let right = cluster.get_json(&path);
-    let edits: [(&str, &dyn Fn(&mut Value)); 4] = [
-        ("a selector", &|service| {
+    let edits: [Edit; 4] = [
+        ("a selector", |service| {
             service["spec"]["selector"] = json!({"app": "web"});
             // With one, a headless Service may have the cluster's families only.
             service["spec"]["ipFamilyPolicy"] = "SingleStack".into();
             service["spec"]["ipFamilies"] = json!(["IPv4"]);
         }),
-        ("other ports", &|service| service["spec"]["ports"] = json!([{"name": "x", "port": 1, "protocol": "TCP"}])),
-        ("no ports", &|service| service["spec"]["ports"] = json!([])),
-        ("our other label removed", &|service| {
+        ("other ports", |service| service["spec"]["ports"] = json!([{"name": "x", "port": 1, "protocol": "TCP"}])),
+        ("no ports", |service| service["spec"]["ports"] = json!([])),
+        ("our other label removed", |service| {
             service["metadata"]["labels"].as_object_mut().expect("a map").remove("service-type");
         }),
     ];

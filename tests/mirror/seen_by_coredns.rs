@@ -72,7 +72,7 @@ enum Way {
 
 /// Where CoreDNS says something else: to which questions, what CoreDNS says, and what gangplank.
 const DIFFERENCES: &[(Kind, &[RecordType], Way, Way)] = {
-    use Kind::{Above, Absent, Host, Port, Reverse, Version, Zone};
+    use Kind::{Above, Absent, Branch, Host, Port, Reverse, Version, Zone};
     use RecordType::{A, AAAA, ANY, MX, PTR, SOA, SRV, TXT};
     use Way::{NoData, NxDomain, Records};
     &[
@@ -80,6 +80,9 @@ const DIFFERENCES: &[(Kind, &[RecordType], Way, Way)] = {
         (Above, &[A, AAAA, SRV, PTR, TXT, ANY, MX], NxDomain, NoData),
         (Version, &[A, AAAA, SRV, PTR, MX], NxDomain, NoData),
         (Reverse, &[A, AAAA, SRV, TXT, MX], NxDomain, NoData),
+        // CoreDNS knows one name with TXT, and denies all others that are no services.
+        (Zone, &[TXT], NxDomain, NoData),
+        (Branch, &[TXT], NxDomain, NoData),
         // No address belongs to the name of a port.
         (Port, &[A, AAAA], Records, NoData),
         // No SRV belongs to a name that is not a port's.
@@ -129,6 +132,8 @@ fn instance(address: &str, ports: &[(&str, i64, Protocol)], host_name: &str, wei
         ports: ports.collect(),
         host_name: host_name.into(),
         weight: Some(weight),
+        // Something that is not the default.
+        priority: u16::from(weight < 1.0),
         ..Draft::default()
     }
 }
@@ -254,7 +259,6 @@ fn names() -> BTreeMap<String, Kind> {
         "_tcp.unnamed.seen.svc",
         "10-60-3-1.hosts.seen.svc",
         "2001-db8--.ends.seen.svc",
-        "--1-2-3.ends.seen.svc",
         "one.seen.svc.cluster.local.seen.svc",
         "10-60-0-1.seen.pod",
         "x.dns-version",
@@ -335,7 +339,7 @@ fn coredns_answers_from_our_slices_what_we_answer() {
     let srv = |server, name: &str| {
         let answer = ask(server, Over::Tcp, name, RecordType::SRV);
         let records = answer.answers.into_iter().filter_map(|record| match record.data {
-            RData::SRV(srv) => Some((srv.weight, srv.target.to_ascii())),
+            RData::SRV(srv) => Some((srv.priority, srv.weight, srv.target.to_ascii())),
             _ => None,
         });
         let mut all: Vec<_> = records.collect();
@@ -345,8 +349,18 @@ fn coredns_answers_from_our_slices_what_we_answer() {
     let name = "_http._tcp.many.Seen.svc.cluster.LOCAL.";
     let target = |n, zone| format!("10-60-1-{n}.many.seen.svc.{zone}.");
     let theirs = srv(coredns.address, name);
-    assert!(theirs.iter().all(|(weight, _)| *weight == 33), "CoreDNS weighs all alike: {theirs:?}");
-    assert!(theirs.iter().all(|(_, target)| target.ends_with(".cluster.LOCAL.")), "in the question's case: {theirs:?}");
-    let ours = [(50, target(1, "cluster.local")), (100, target(2, "cluster.local")), (150, target(3, "cluster.local"))];
+    assert!(
+        theirs.iter().all(|(priority, weight, _)| (*priority, *weight) == (0, 33)),
+        "CoreDNS weighs all alike: {theirs:?}"
+    );
+    assert!(
+        theirs.iter().all(|(.., target)| target.ends_with(".cluster.LOCAL.")),
+        "in the question's case: {theirs:?}"
+    );
+    let ours = [
+        (0, 100, target(2, "cluster.local")),
+        (0, 150, target(3, "cluster.local")),
+        (1, 50, target(1, "cluster.local")),
+    ];
     assert_eq!(srv(world.server.dns, name), ours);
 }

@@ -44,14 +44,14 @@ fn pods_and_external_instances_are_one_answer() {
     let hand = create(cluster, &slice_path("joined", ""), &foreign_slice("web", "by-hand", "10.20.9.2"));
     soon("it is answered too", || (a() == ["10.20.0.1", "10.20.9.1", "10.20.9.2"]).then_some(()));
     edit(cluster, &slice_path("joined", name(&hand)), &|slice| {
-        slice["endpoints"][0]["conditions"]["ready"] = false.into()
+        slice["endpoints"][0]["conditions"]["ready"] = false.into();
     });
     soon("not while it is not ready", || (a() == ["10.20.0.1", "10.20.9.1"]).then_some(()));
     edit(cluster, &slice_path("joined", name(&hand)), &|slice| {
-        slice["endpoints"][0]["addresses"] = json!(["10.20.9.3"])
+        slice["endpoints"][0]["addresses"] = json!(["10.20.9.3"]);
     });
     edit(cluster, &slice_path("joined", name(&hand)), &|slice| {
-        slice["endpoints"][0]["conditions"]["ready"] = true.into()
+        slice["endpoints"][0]["conditions"]["ready"] = true.into();
     });
     soon("as it stands now", || (a() == ["10.20.0.1", "10.20.9.1", "10.20.9.3"]).then_some(()));
 

@@ -11,7 +11,7 @@ use crate::{
     support::{
         cluster::{Cluster, Who},
         dns::{Over, answers},
-        proxy::Proxy,
+        proxy::{Fault, Proxy},
         wait_until,
     },
 };
@@ -64,7 +64,20 @@ fn what_a_policy_refuses_is_tried_again_slowly_and_shown() {
             (said.contains(event) && said.contains("no slices here")).then_some(())
         });
     }
-    for (namespace, ..) in cases {
+    // An event that hangs holds nobody else up.
+    cluster.create_namespace("policy-hang");
+    refuse(cluster, "policy-hang", "Invalid");
+    let hung = proxy.inject(Fault::Hang, |call| call.is("create", "events"));
+    world.register("policy-hang", "web", "10.50.1.1", "http=8080");
+    hung.wait_hits(1);
+    cluster.create_namespace("policy-none");
+    wait_until("the namespace is known", || {
+        (world.register("policy-none", "web", "10.50.2.1", "http=8080").0 == Some(0)).then_some(())
+    });
+    world.mirrored("policy-none", "web", "10.50.2.2", "http=8080");
+    hung.lift();
+
+    for namespace in ["policy-422", "policy-403", "policy-hang"] {
         cluster.kubectl(&["delete", "validatingadmissionpolicybinding,validatingadmissionpolicy", namespace]);
     }
     for (namespace, _, shown, _) in cases {

@@ -1,14 +1,13 @@
 //! Services that go, and come back as somebody else's.
 
+use std::process::Command;
+
 use serde_json::{Value, json};
 
 use super::{admin, content, create, edit, name, soon, uid};
 use crate::{
     mirror::{World, addresses, object, service_path, slice_path, slices},
-    support::{
-        cluster::{Cluster, Who},
-        wait_until,
-    },
+    support::{cluster::Cluster, wait_until},
 };
 
 /// A pod that is ready, on a node that exists, as far as controllers can see.
@@ -41,6 +40,13 @@ fn canary(cluster: &Cluster, namespace: &str, service: &Value) -> String {
         {"apiVersion": "v1", "kind": "Service", "name": name(service), "uid": uid(service)}]}});
     create(cluster, &path, &canary);
     format!("{path}/canary")
+}
+
+/// Stops gangplank in its tracks, or lets it go on.
+fn signal(world: &World, name: &str) {
+    let pid = world.server.pid().to_string();
+    let sent = Command::new("sh").args(["-c", "kill -s \"$0\" \"$1\"", name, &pid]).status();
+    assert!(sent.expect("there is a shell").success(), "the server runs");
 }
 
 #[test]
@@ -78,6 +84,30 @@ fn a_service_that_is_deleted_comes_back_with_all_its_slices() {
 }
 
 #[test]
+fn a_service_that_a_finalizer_holds_goes_on_until_it_goes() {
+    let Some(world) = World::with_controllers(&[]) else { return };
+    let cluster = world.cluster;
+    cluster.create_namespace("held");
+    world.mirrored("held", "web", "10.13.0.1", "http=8080");
+    let path = service_path("held", "web");
+    let held = edit(cluster, &path, &|service| service["metadata"]["finalizers"] = json!(["example.com/hold"]));
+    admin(cluster, "DELETE", &path, None);
+    for address in ["10.13.0.2", "10.13.0.3", "10.13.0.4"] {
+        world.mirrored("held", "web", address, "http=8080");
+    }
+    assert_eq!(world.deregister("held", "web", "10.13.0.1").0, Some(0));
+    let all = ["10.13.0.2", "10.13.0.3", "10.13.0.4"];
+    assert_eq!(addresses(cluster, "held", "web"), all);
+    edit(cluster, &path, &|service| service["metadata"]["finalizers"] = json!([]));
+    soon("there is another, with the slices", || {
+        let again = object(cluster, &path).filter(|again| uid(again) != uid(&held))?;
+        let slices = slices(cluster, "held", "web");
+        let owned = slices.iter().all(|slice| slice["metadata"]["ownerReferences"][0]["uid"] == uid(&again));
+        (owned && addresses(cluster, "held", "web") == all).then_some(())
+    });
+}
+
+#[test]
 fn a_name_that_was_taken_over_is_given_up_until_it_is_free() {
     let Some(world) = World::with_controllers(&[]) else { return };
     let cluster = world.cluster;
@@ -86,14 +116,11 @@ fn a_name_that_was_taken_over_is_given_up_until_it_is_free() {
     world.mirrored("taken", "web", "10.11.0.1", "http=8080");
     world.mirrored("taken", "web", "10.11.0.2", "http=8081");
     let path = service_path("taken", "web");
-    // Between the two requests gangplank may have made its own again.
-    let service = wait_until("the name is taken", || {
-        cluster.request(Who::Admin, "DELETE", &path, None).expect("the API server runs");
-        let native = native("web", &json!({}));
-        let created = cluster.request(Who::Admin, "POST", &service_path("taken", ""), Some(&native));
-        let (status, answer) = created.expect("the API server runs");
-        (status == 201).then_some(answer)
-    });
+    // Gangplank would have its own there again before the second request.
+    signal(&world, "STOP");
+    admin(cluster, "DELETE", &path, None);
+    let service = create(cluster, &service_path("taken", ""), &native("web", &json!({})));
+    signal(&world, "CONT");
     soon("our slices are gone, the pod's are there", || {
         (addresses(cluster, "taken", "web") == ["10.11.9.9"]).then_some(())
     });

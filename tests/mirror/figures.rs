@@ -1,0 +1,140 @@
+//! How fast the mirror is beside what it feeds: our own DNS beside CoreDNS' kubernetes plugin on
+//! the slices that we write, and a restore from slices alone.
+//!
+//! Figures are printed and never judged: a timed test is flaky by design. What is judged is that
+//! everything arrives. `GANGPLANK_MIRROR_FIGURES` sets the rounds; `make mirror-figures` takes 200
+//! rounds, and 1 000 services of ten instances.
+
+use std::{
+    env, fs,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use gangplank::grpc::proto::registry::{
+    NamedPort, RegistrationMsg, RegistrationType, service_registry_client::ServiceRegistryClient,
+};
+use hickory_proto::rr::RecordType;
+use tokio::runtime::Runtime;
+
+use super::{every_address, make_namespace, serve};
+use crate::support::{
+    cluster::{CONTEXT, Cluster},
+    coredns::CoreDns,
+    dns::{Over, answers},
+    tools, wait_until,
+};
+
+/// Rounds where nothing else is said: enough to see that it works.
+const ROUNDS: usize = 10;
+
+/// Services in the restore, for each round; ten instances each.
+const SERVICES_PER_ROUND: usize = 5;
+
+fn message(service: &str, address: &str) -> RegistrationMsg {
+    RegistrationMsg {
+        r#type: RegistrationType::Register.into(),
+        namespace: "figures".into(),
+        service_name: service.into(),
+        ipaddress: address.into(),
+        ports: vec![NamedPort { port: 80, name: "http".into(), ..NamedPort::default() }],
+        ..RegistrationMsg::default()
+    }
+}
+
+/// Asks over and over until the service has so many addresses, and gives the time that passed
+/// since `sent`.
+fn seen(dns: SocketAddr, service: &str, wanted: &str, sent: Instant) -> Duration {
+    let name = format!("{service}.figures.svc.cluster.local.");
+    while !answers(dns, Over::Udp, &name, RecordType::A).iter().any(|address| address == wanted) {
+        assert!(sent.elapsed() < crate::support::PATIENCE, "{service} at {wanted} is not answered by {dns}");
+    }
+    sent.elapsed()
+}
+
+fn percentiles(what: &str, mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    let at = |percent: usize| times[(times.len() - 1) * percent / 100];
+    println!("{what}: p50 {:.2?}, p99 {:.2?}, n {}", at(50), at(99), times.len());
+    at(50)
+}
+
+/// Resident memory in MiB.
+fn resident(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("the kernel says it");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") >> 10
+}
+
+#[test]
+fn our_answer_beside_that_from_our_slices_and_a_restore() {
+    let rounds = env::var("GANGPLANK_MIRROR_FIGURES").map_or(ROUNDS, |text| text.parse().expect("a number of rounds"));
+    let Some(program) = tools::require("coredns") else { return };
+    let Some(cluster) = Cluster::private() else { return };
+    make_namespace(&cluster, "figures");
+    let mut server = serve(&cluster, &[]);
+    let coredns = CoreDns::with_kubernetes(&program, &cluster.kubeconfig_admin(), CONTEXT);
+    let runtime = Runtime::new().expect("a runtime");
+    let url = format!("http://{}", server.grpc);
+    let mut client = runtime.block_on(ServiceRegistryClient::connect(url)).expect("it listens");
+
+    // One message at a time, so that nothing is coalesced.
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let (sender, messages) = tokio::sync::mpsc::channel(1024);
+    let mut stream = runtime
+        .block_on(client.registration_event(tokio_stream::wrappers::ReceiverStream::new(messages)))
+        .expect("it streams")
+        .into_inner();
+    for round in 0..rounds {
+        let address = format!("10.50.{}.{}", round / 250, round % 250);
+        let service = format!("one-{round}");
+        let sent = Instant::now();
+        sender.blocking_send(message(&service, &address)).expect("it takes them");
+        ours.push(seen(server.dns, &service, &address, sent));
+        theirs.push(seen(coredns.address, &service, &address, sent));
+        let answer = runtime.block_on(stream.message()).expect("the stream goes on").expect("one answer each");
+        assert!(matches!(answer.status, 201 | 202), "{answer:?}");
+    }
+    let ours = percentiles("sent, then answered by our DNS", ours);
+    let theirs = percentiles("sent, then answered by CoreDNS from the slice", theirs);
+    println!("ours ÷ CoreDNS, p50: {:.3}", ours.as_secs_f64() / theirs.as_secs_f64());
+
+    let before = resident(cluster.api_server_pid());
+    let services = rounds * SERVICES_PER_ROUND;
+    let begun = Instant::now();
+    runtime.block_on(async {
+        let send = async {
+            for n in 0..services * 10 {
+                let address = format!("10.{}.{}.{}", 60 + n / 62_500, n / 250 % 250, n % 250);
+                sender.send(message(&format!("many-{}", n % services), &address)).await.expect("it takes them");
+            }
+        };
+        let receive = async {
+            for _ in 0..services * 10 {
+                let answer = stream.message().await.expect("the stream goes on").expect("one answer each");
+                assert!(matches!(answer.status, 201 | 202), "{answer:?}");
+            }
+        };
+        tokio::join!(send, receive);
+    });
+    let held = |wanted: usize| {
+        wait_until("all are mirrored", || {
+            let all = every_address(&cluster, "figures");
+            (all.iter().map(|(_, addresses)| addresses.len()).sum::<usize>() == wanted).then_some(())
+        });
+    };
+    held(services * 10 + rounds);
+    println!(
+        "{} instances into {services} services: mirrored within {:.1?}; the API server grew from {before} to {} MiB",
+        services * 10,
+        begun.elapsed(),
+        resident(cluster.api_server_pid()),
+    );
+
+    server.kill9();
+    let begun = Instant::now();
+    let server = serve(&cluster, &[]);
+    println!("an empty disk restored from {} slices and ready within {:.2?}", services + rounds, begun.elapsed());
+    let name = format!("many-{}.figures.svc.cluster.local.", services - 1);
+    assert_eq!(answers(server.dns, Over::Udp, &name, RecordType::A).len(), 10);
+}
