@@ -78,6 +78,10 @@ mirror: ## the Kubernetes mirror at length: 200 and 50 kills in the middle of wr
 	GANGPLANK_MIRROR_KILLS=200 GANGPLANK_MIRROR_OUTAGES=50 GANGPLANK_MIRROR_BULK=10000 GANGPLANK_MIRROR_LONG=1 \
 		cargo test --locked --test integration mirror:: -- --nocapture --test-threads 1
 
+.PHONY: mirror-figures
+mirror-figures: ## our DNS beside CoreDNS on our slices, and a restore from 1 000 slices
+	GANGPLANK_MIRROR_FIGURES=200 cargo test --locked --test integration mirror::figures -- --nocapture
+
 .PHONY: clean
 clean: ## delete everything that was built, the test tools too
 	cargo clean

@@ -6,6 +6,7 @@ mod bulk;
 mod cycles;
 mod door;
 mod faults;
+mod figures;
 mod hands;
 mod meanwhile;
 mod outage;

@@ -12,16 +12,20 @@ use std::{
 };
 
 use gangplank::grpc::proto::registry::{
-    NamedPort, RegistrationMsg, RegistrationType, service_registry_client::ServiceRegistryClient,
+    RegistrationMsg, RegistrationType, service_registry_client::ServiceRegistryClient,
 };
 use hickory_proto::rr::RecordType;
 use tokio::runtime::Runtime;
 
-use super::{every_address, make_namespace, serve};
+use super::{
+    meanwhile::{every_address, make_namespace},
+    serve,
+};
 use crate::support::{
     cluster::{CONTEXT, Cluster},
     coredns::CoreDns,
     dns::{Over, answers},
+    stream::{Stream, message},
     tools, wait_until,
 };
 
@@ -31,15 +35,8 @@ const ROUNDS: usize = 10;
 /// Services in the restore, for each round; ten instances each.
 const SERVICES_PER_ROUND: usize = 5;
 
-fn message(service: &str, address: &str) -> RegistrationMsg {
-    RegistrationMsg {
-        r#type: RegistrationType::Register.into(),
-        namespace: "figures".into(),
-        service_name: service.into(),
-        ipaddress: address.into(),
-        ports: vec![NamedPort { port: 80, name: "http".into(), ..NamedPort::default() }],
-        ..RegistrationMsg::default()
-    }
+fn registration(service: &str, address: &str) -> RegistrationMsg {
+    message(RegistrationType::Register, "figures", service, address)
 }
 
 /// Asks over and over until the service has so many addresses, and gives the time that passed
@@ -71,8 +68,8 @@ fn our_answer_beside_that_from_our_slices_and_a_restore() {
     let rounds = env::var("GANGPLANK_MIRROR_FIGURES").map_or(ROUNDS, |text| text.parse().expect("a number of rounds"));
     let Some(program) = tools::require("coredns") else { return };
     let Some(cluster) = Cluster::private() else { return };
-    make_namespace(&cluster, "figures");
     let mut server = serve(&cluster, &[]);
+    make_namespace(&cluster, &mut Stream::open(server.grpc), "figures");
     let coredns = CoreDns::with_kubernetes(&program, &cluster.kubeconfig_admin(), CONTEXT);
     let runtime = Runtime::new().expect("a runtime");
     let url = format!("http://{}", server.grpc);
@@ -89,7 +86,7 @@ fn our_answer_beside_that_from_our_slices_and_a_restore() {
         let address = format!("10.50.{}.{}", round / 250, round % 250);
         let service = format!("one-{round}");
         let sent = Instant::now();
-        sender.blocking_send(message(&service, &address)).expect("it takes them");
+        sender.blocking_send(registration(&service, &address)).expect("it takes them");
         ours.push(seen(server.dns, &service, &address, sent));
         theirs.push(seen(coredns.address, &service, &address, sent));
         let answer = runtime.block_on(stream.message()).expect("the stream goes on").expect("one answer each");
@@ -106,7 +103,7 @@ fn our_answer_beside_that_from_our_slices_and_a_restore() {
         let send = async {
             for n in 0..services * 10 {
                 let address = format!("10.{}.{}.{}", 60 + n / 62_500, n / 250 % 250, n % 250);
-                sender.send(message(&format!("many-{}", n % services), &address)).await.expect("it takes them");
+                sender.send(registration(&format!("many-{}", n % services), &address)).await.expect("it takes them");
             }
         };
         let receive = async {
@@ -120,10 +117,10 @@ fn our_answer_beside_that_from_our_slices_and_a_restore() {
     let held = |wanted: usize| {
         wait_until("all are mirrored", || {
             let all = every_address(&cluster, "figures");
-            (all.iter().map(|(_, addresses)| addresses.len()).sum::<usize>() == wanted).then_some(())
+            (all.values().map(Vec::len).sum::<usize>() == wanted).then_some(())
         });
     };
-    held(services * 10 + rounds);
+    held(services * 10 + rounds + 1);
     println!(
         "{} instances into {services} services: mirrored within {:.1?}; the API server grew from {before} to {} MiB",
         services * 10,
@@ -134,7 +131,7 @@ fn our_answer_beside_that_from_our_slices_and_a_restore() {
     server.kill9();
     let begun = Instant::now();
     let server = serve(&cluster, &[]);
-    println!("an empty disk restored from {} slices and ready within {:.2?}", services + rounds, begun.elapsed());
+    println!("an empty disk restored from {} slices and ready within {:.2?}", services + rounds + 1, begun.elapsed());
     let name = format!("many-{}.figures.svc.cluster.local.", services - 1);
     assert_eq!(answers(server.dns, Over::Udp, &name, RecordType::A).len(), 10);
 }
