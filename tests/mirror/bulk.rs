@@ -87,13 +87,13 @@ fn a_bulk_of_registrations_costs_few_writes() {
     // Slices of one service are filled one after the other; few are written before they are full.
     let writes = bulk.register("one", 1, Order::OneByOne, instances, instances);
     let least = 1 + instances / SLICE;
-    assert!(writes <= least + 2 + least / 16, "{writes} writes, {least} at least");
+    assert!(writes <= least + 4 + least / 16, "{writes} writes, {least} at least");
     // Every service that is new needs two: itself and a slice.
     let services = instances / 10;
     let writes = bulk.register("many", services, Order::OneByOne, instances, instances);
     assert!(writes <= 9 * services / 4, "{writes} writes, {} at least", 2 * services);
     let writes = bulk.register("mixed", services, Order::InTurn, instances, instances);
-    assert!(writes <= 3 * services, "{writes} writes, {} at least", 2 * services);
+    assert!(writes <= 4 * services, "{writes} writes, {} at least", 2 * services);
     // One that exists needs one. The stream waits for Kubernetes now and then, and what was written
     // meanwhile is written again.
     let writes = bulk.register("mixed", services, Order::InTurn, instances, 2 * instances);
