@@ -17,10 +17,12 @@ use std::{
     sync::{Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
+use hickory_proto::{op::ResponseCode, rr::RecordType};
 use serde_json::Value;
 
 use crate::support::{
     cluster::{Cluster, Who},
+    dns::{Over, ask},
     http,
     server::Server,
     wait_until,
@@ -69,6 +71,15 @@ impl World {
         let cluster = CLUSTER.get_or_init(|| Cluster::private().map(Cluster::with_controllers)).as_ref()?;
         let turn = Turn::at(cluster, &TURN);
         Some(Self { server: serve(cluster, flags), cluster, _turn: turn })
+    }
+
+    /// Creates a namespace and waits until gangplank knows it.
+    fn create_namespace(&self, name: &str) {
+        self.cluster.create_namespace(name);
+        wait_until("the namespace is a name in DNS", || {
+            let answer = ask(self.server.dns, Over::Udp, &format!("{name}.svc.cluster.local."), RecordType::A);
+            (answer.response_code == ResponseCode::NoError).then_some(())
+        });
     }
 
     /// Kills the server, and starts another on an empty data directory that reaches the API server

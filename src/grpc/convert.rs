@@ -132,7 +132,7 @@ impl Echo {
     /// whether Kubernetes has it too, where there is one.
     pub(super) fn carried_out(self, outcome: Outcome, generation: u64, mirrored: bool) -> RegistrationResponse {
         match outcome {
-            Outcome::Created | Outcome::Updated | Outcome::Removed(_) if !mirrored => {
+            Outcome::Created | Outcome::Updated | Outcome::Unchanged | Outcome::Removed(_) if !mirrored => {
                 let details = "durable and served; not in Kubernetes yet, it will follow".into();
                 self.answer(AnswerStatus::Accepted, details, generation)
             }

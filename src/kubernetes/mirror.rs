@@ -23,7 +23,6 @@ use super::{
 use crate::{
     metrics::Blocked,
     model::{ServiceKey, UnixMillis},
-    registry::Unavailable,
 };
 
 /// Services that are written at once.
@@ -108,9 +107,7 @@ impl Mirror {
                 biased;
                 () = stop.cancelled() => return,
                 Some((service, verdict)) = running.next(), if !running.is_empty() => {
-                    if self.judge(service, verdict).await.is_err() {
-                        return; // the registry is gone, and with it what there is to mirror
-                    }
+                    self.judge(service, verdict).await;
                 }
                 Some(()) = self.telling.next(), if !self.telling.is_empty() => {}
                 news = confirmations.news() => self.add(news),
@@ -128,31 +125,33 @@ impl Mirror {
 
     /// What changed in the cluster is looked at; of a namespace, whatever is registered in it.
     fn changed(&mut self, changed: Vec<Changed>) {
+        let mut namespaces = HashSet::new();
         for changed in changed {
             match changed {
                 Changed::Service(service) => self.add([service]),
-                Changed::Namespace(namespace) => {
-                    let services = self.reconciler.registry.catalog().services().into_iter();
-                    let inside = services.map(|(service, _)| service).filter(|key| key.namespace() == &*namespace);
-                    self.add(inside.collect::<Vec<_>>());
-                }
+                Changed::Namespace(namespace) => drop(namespaces.insert(namespace)),
             }
+        }
+        if !namespaces.is_empty() {
+            let services = self.reconciler.registry.catalog().services().into_iter().map(|(service, _)| service);
+            let inside: Vec<_> = services.filter(|service| namespaces.contains(service.namespace())).collect();
+            self.add(inside);
         }
     }
 
     /// What follows from how a service stands.
-    async fn judge(&mut self, service: ServiceKey, verdict: Verdict) -> Result<(), Unavailable> {
+    async fn judge(&mut self, service: ServiceKey, verdict: Verdict) {
         let now = Instant::now();
         match verdict {
             Verdict::Done(generation) => {
                 self.unblock(&service);
                 self.queue.done(service.clone(), now);
-                self.reconciler.registry.mirrored(vec![(service, generation)]).await?;
+                report(&self.reconciler, service, generation).await;
             }
             Verdict::Linger(generation, wait) => {
                 self.unblock(&service);
                 self.queue.later(service.clone(), wait, now);
-                self.reconciler.registry.mirrored(vec![(service, generation)]).await?;
+                report(&self.reconciler, service, generation).await;
             }
             Verdict::Blocked(reason, why) => {
                 let again = self.blocked.contains_key(&service);
@@ -176,7 +175,6 @@ impl Mirror {
                 self.queue.failed(service, now);
             }
         }
-        Ok(())
     }
 
     fn block(&mut self, service: ServiceKey, reason: Blocked, why: &str) {
@@ -246,4 +244,10 @@ impl Mirror {
         metrics.lag_seconds.set(age as f64 / 1000.0);
         metrics.queue.set(self.queue.len() as u64);
     }
+}
+
+/// Whoever waits is told. At the end of a drain the registry is gone before the mirror, which goes
+/// on with what it has to write; the store then compares once more at the next start.
+async fn report(reconciler: &Reconciler, service: ServiceKey, generation: u64) {
+    let _ = reconciler.registry.mirrored(vec![(service, generation)]).await;
 }

@@ -105,7 +105,7 @@ impl Kubernetes {
         };
         let mirroring = async {
             // Nothing is written before what stands is known and the registry has compared.
-            let Ok(term) = term.await else { return };
+            let Ok(term) = term.await else { return stop.cancelled().await };
             let reporter = Reporter { controller: names::MANAGER.into(), instance: Some(writer.clone()) };
             let events = Recorder::new(client.clone(), reporter);
             let requests = Requests::new(client, options.requests_per_second.get(), Arc::clone(&metrics));

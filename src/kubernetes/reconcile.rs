@@ -92,7 +92,8 @@ impl Reconciler {
     /// Looks at `service`. `doubtful` says that the outcome of an earlier write is not known.
     pub(super) async fn reconcile(&self, service: &ServiceKey, doubtful: bool) -> Verdict {
         if doubtful && let Err(why) = self.read_again(service).await {
-            return Verdict::Failed(why);
+            // It stays doubtful.
+            return Verdict::Failed(Fault::Unknown(why.to_string()));
         }
         for _ in 0..ROUNDS {
             // What is read after the generation contains it.
@@ -118,13 +119,15 @@ impl Reconciler {
         let empty = round.instances.is_empty();
         match observed.namespace {
             NamespaceState::Active => {}
-            NamespaceState::Absent if empty => return Ok(Verdict::Done(round.generation)),
+            NamespaceState::Absent | NamespaceState::Terminating if empty => {
+                self.forget_empty(round.service);
+                return Ok(Verdict::Done(round.generation));
+            }
             NamespaceState::Absent if self.options.create_namespaces => self.create_namespace(round.service).await?,
             NamespaceState::Absent => {
                 let why = format!("the namespace {} does not exist", round.service.namespace());
                 return Ok(Verdict::Blocked(Blocked::Namespace, why));
             }
-            NamespaceState::Terminating if empty => return Ok(Verdict::Done(round.generation)),
             NamespaceState::Terminating => {
                 let why = format!("the namespace {} is being deleted", round.service.namespace());
                 return Ok(Verdict::Blocked(Blocked::Namespace, why));
@@ -134,6 +137,7 @@ impl Reconciler {
         let uid = match &observed.service {
             StandingService::Unknown => return Err(Fault::Unknown("the Services are not read yet".into())),
             StandingService::Foreign => {
+                self.forget_empty(round.service);
                 self.apply(round, &observed, self.plan(round, &observed, "", true)).await?;
                 self.withdraw_endpoints(round.service).await?;
                 return Ok(if empty {
@@ -157,15 +161,18 @@ impl Reconciler {
                 self.apply(round, &observed, self.plan(round, &observed, uid, false)).await?;
                 return Ok(Verdict::Linger(round.generation, DELETED_LOOK));
             }
-            StandingService::Ours(standing) => {
-                if !empty && let Some(amended) = services::amend(standing, round.instances) {
-                    self.replace_service(round.service, &amended).await?;
-                }
-                standing.metadata.uid.clone().unwrap_or_default()
-            }
+            StandingService::Ours(standing) => standing.metadata.uid.clone().unwrap_or_default(),
             StandingService::Joined { uid } => uid.to_string(),
         };
+        // The slices first: what the Service itself says is for people and tools, and a server that
+        // refuses it must not hold up the endpoints.
         self.apply(round, &observed, self.plan(round, &observed, &uid, false)).await?;
+        if let StandingService::Ours(standing) = &observed.service
+            && !empty
+            && let Some(amended) = services::amend(standing, round.instances)
+        {
+            self.replace_service(round.service, &amended).await?;
+        }
         if self.options.endpoints_object
             && matches!(observed.service, StandingService::Ours(_) | StandingService::Absent)
         {
@@ -290,12 +297,13 @@ impl Reconciler {
         let labels = format!("{}={},{}={}", names::SERVICE_NAME, service.name(), names::MANAGED_BY, names::MANAGER);
         let found: Vec<EndpointSlice> = self.requests.list(service.namespace(), &labels).await?;
         let observed = self.cluster.observe(service);
-        let gone = observed
-            .slices
-            .iter()
-            .filter(|standing| !found.iter().any(|slice| slice.metadata.uid.as_deref() == Some(&standing.uid)));
-        gone.for_each(|standing| self.cluster.removed_slice(service.namespace(), &standing.name, &standing.uid));
         found.iter().for_each(|slice| self.cluster.wrote_slice(slice));
+        // What is not in the list is gone, or another hand has changed its labels.
+        for standing in &observed.slices {
+            if !found.iter().any(|slice| slice.metadata.uid.as_deref() == Some(&standing.uid)) {
+                self.read_slice(service, &standing.name, Some(standing)).await?;
+            }
+        }
         Ok(())
     }
 

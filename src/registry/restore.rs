@@ -59,7 +59,7 @@ pub(super) fn decide(origin: &Origin, restored: Restored, catalog: &[(ServiceKey
     if origin.term != 0 && origin.term >= restored.term {
         return Verdict { term: origin.term, records: Vec::new() };
     }
-    let term = restored.term + 1;
+    let term = restored.term.saturating_add(1);
     let mut wanted: HashMap<ServiceKey, Table<Arc<Instance>>> = HashMap::new();
     for (service, instances) in restored.services {
         let table = wanted.entry(service).or_default();

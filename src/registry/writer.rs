@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::{
-    Ack, Batch, Catalog, Confirmations, Fact, Feed, Outcome, QUEUE, RegistryHandle, Restored, Rules, Status,
+    Ack, Batch, Catalog, Confirmations, Fact, Feed, NoPlace, Outcome, QUEUE, RegistryHandle, Restored, Rules, Status,
     Submission, Unavailable, Work,
     restore::{self, Origin, Verdict},
     state::{Pending, State},
@@ -367,8 +367,10 @@ impl Writer {
 
     /// Compares the store's word with what Kubernetes holds, and becomes what is newer. Gives back
     /// the term from now on; `None` when the journal did not take it.
-    fn restore(&mut self, held: Restored) -> Option<u64> {
+    fn restore(&mut self, mut held: Restored) -> Option<u64> {
         let origin = self.origin.take()?;
+        // Nothing of ours belongs there, whoever wrote a slice that says so.
+        held.services.retain(|(service, _)| self.state.facts().refuse(service) != Some(NoPlace::Reserved));
         let (services, instances) =
             (held.services.len(), held.services.iter().map(|(_, held)| held.len()).sum::<usize>());
         let Verdict { term, records } = restore::decide(&origin, held, &self.catalog.services());

@@ -1,10 +1,12 @@
 //! Registered, seen, removed, and restored from the slices alone.
 
-use hickory_proto::{op::ResponseCode, rr::RecordType};
+use gangplank::grpc::proto::registry::RegistrationType;
+use hickory_proto::rr::RecordType;
 
 use super::{World, addresses, object, slices, wait_for_addresses};
 use crate::support::{
-    dns::{Over, answers, ask},
+    dns::{Over, answers},
+    stream::{Stream, message},
     wait_until,
 };
 
@@ -12,7 +14,7 @@ use crate::support::{
 fn what_is_registered_stands_in_a_headless_service_with_slices() {
     let Some(world) = World::start(&["--service-linger", "0s"]) else { return };
     let cluster = world.cluster;
-    cluster.create_namespace("basics");
+    world.create_namespace("basics");
     let (code, said) = world.register("basics", "web", "10.0.0.1", "http=8080");
     assert_eq!(code, Some(0), "{said}");
     // 201 says that the slice has it: nothing to wait for.
@@ -53,7 +55,7 @@ fn what_is_registered_stands_in_a_headless_service_with_slices() {
 #[test]
 fn an_empty_disk_is_restored_from_the_slices() {
     let Some(mut world) = World::start(&[]) else { return };
-    world.cluster.create_namespace("restore");
+    world.create_namespace("restore");
     let run = |world: &World, line: &[&str]| {
         let output = world.server.run(line);
         assert!(output.status.success(), "{line:?}: {output:?}");
@@ -100,11 +102,7 @@ fn an_empty_disk_is_restored_from_the_slices() {
     let a = answers(world.server.dns, Over::Udp, "db.restore.svc.cluster.local.", RecordType::A);
     assert_eq!(a, ["10.1.0.1", "10.1.0.2"]);
     // A namespace that exists is a name, whether or not something is registered in it.
-    world.cluster.create_namespace("restore-empty");
-    wait_until("an empty namespace is NODATA", || {
-        let answer = ask(world.server.dns, Over::Udp, "restore-empty.svc.cluster.local.", RecordType::A);
-        (answer.response_code == ResponseCode::NoError).then_some(())
-    });
+    world.create_namespace("restore-empty");
     wait_for_addresses(world.cluster, "restore", "db", &["10.1.0.1", "10.1.0.1", "10.1.0.2", "2001:db8::"]);
 }
 
@@ -112,7 +110,7 @@ fn an_empty_disk_is_restored_from_the_slices() {
 fn kubernetes_says_what_may_be_registered() {
     let Some(world) = World::start(&[]) else { return };
     let cluster = world.cluster;
-    cluster.create_namespace("rules");
+    world.create_namespace("rules");
     let refused = |namespace: &str, service: &str, exit: i32, says: &str| {
         let (code, said) = world.register(namespace, service, "10.2.0.1", "http=80");
         assert_eq!(code, Some(exit), "{said}");
@@ -128,4 +126,27 @@ fn kubernetes_says_what_may_be_registered() {
     });
     // What came in before it was known is taken out again.
     wait_for_addresses(cluster, "rules", "native", &[]);
+}
+
+#[test]
+fn what_was_acknowledged_is_written_down_before_the_end() {
+    let Some(mut world) = World::start(&["--kubernetes-qps", "50", "--drain", "8s"]) else { return };
+    world.create_namespace("drained");
+    let mut stream = Stream::open(world.server.grpc);
+    // More than the burst of 100 and what a second of waiting lets through: many get 202.
+    let one = |n: usize| {
+        let address = format!("10.3.{}.{}", n / 250, n % 250);
+        message(RegistrationType::Register, "drained", &format!("s{n}"), &address)
+    };
+    let (statuses, _) = stream.exchange((0..150).map(one).collect());
+    assert!(statuses.iter().all(|status| matches!(status, 201 | 202)), "{statuses:?}");
+    assert!(statuses.contains(&202), "the drain has something to do");
+    drop(stream);
+    assert!(world.server.terminate().success());
+    // Nothing but the slices is left.
+    world.server = super::serve(world.cluster, &[]);
+    for n in [0, 75, 149] {
+        let name = format!("s{n}.drained.svc.cluster.local.");
+        assert_eq!(answers(world.server.dns, Over::Udp, &name, RecordType::A).len(), 1, "{name}");
+    }
 }

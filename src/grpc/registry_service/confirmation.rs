@@ -41,16 +41,16 @@ impl Confirmation {
         Self { wanted: Some((service, Instant::now() + PATIENCE)) }
     }
 
-    /// Whether Kubernetes has what `outcome` changed in `generation`, as soon as it has, or when
-    /// it was waited for long enough. Ready at once where nothing changed.
+    /// Whether Kubernetes has what `outcome` left in `generation`, as soon as it has, or when it
+    /// was waited for long enough. Ready at once where nothing is to be had.
     pub(super) fn wait(
         self,
         registry: &RegistryHandle,
         outcome: Outcome,
         generation: u64,
     ) -> Either<Ready<bool>, impl Future<Output = bool> + Send + use<>> {
-        let changed = matches!(outcome, Outcome::Created | Outcome::Updated | Outcome::Removed(_));
-        match self.wanted.filter(|_| changed) {
+        let stands = matches!(outcome, Outcome::Created | Outcome::Updated | Outcome::Unchanged | Outcome::Removed(_));
+        match self.wanted.filter(|_| stands) {
             None => Either::Left(ready(true)),
             Some((service, until)) => {
                 let confirmed = registry.confirmations().confirmed(&service, generation);

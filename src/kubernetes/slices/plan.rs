@@ -152,7 +152,9 @@ impl Writes {
         if rows.is_empty() {
             return self.delete(slice);
         }
-        if slice.digest == Some(digest(request.service_uid, group, rows)) {
+        // A new term is put on every slice, so that no other directory can take it for its own.
+        let ours = slice.term == request.stamps.term;
+        if ours && slice.digest == Some(digest(request.service_uid, group, rows)) {
             return;
         }
         let mut write = render(request.service, request.service_uid, &slice.name, group, rows);

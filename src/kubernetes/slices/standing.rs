@@ -17,6 +17,10 @@ use crate::{
     model::{Namespace, Ports, ServiceKey, ServiceName},
 };
 
+/// The highest term that is believed. Terms grow by one for each data directory; whoever writes a
+/// higher one on a slice by hand must not use up the numbers.
+const MAX_TERM: u64 = 1 << 62;
+
 /// A slice of ours as it stands.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Standing {
@@ -81,7 +85,7 @@ impl Standing {
         Some(Self {
             uid: meta.uid.clone()?,
             resource_version: meta.resource_version.clone()?,
-            term: stamp(meta, names::TERM).unwrap_or(0),
+            term: stamp(meta, names::TERM).filter(|term| *term <= MAX_TERM).unwrap_or(0),
             generation: stamp(meta, names::GENERATION).unwrap_or(0),
             deleting: meta.deletion_timestamp.is_some(),
             name,
