@@ -116,8 +116,8 @@ fn gangplanks_account_can_do_what_it_needs_and_nothing_more() {
     assert_eq!(
         rules,
         [
-            "/endpoints: get list watch create update delete",
-            "/namespaces: get list watch",
+            "/endpoints: get create update delete",
+            "/namespaces: list watch",
             "/services: get list watch create update delete",
             "discovery.k8s.io/endpointslices: get list watch create update delete",
             "events.k8s.io/events: create patch",

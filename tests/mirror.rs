@@ -24,6 +24,7 @@ use crate::support::{
     cluster::{Cluster, Who},
     dns::{Over, ask},
     http,
+    proxy::Proxy,
     server::Server,
     wait_until,
 };
@@ -61,6 +62,13 @@ impl World {
     fn start(flags: &[&str]) -> Option<Self> {
         let turn = Turn::take()?;
         Some(Self { server: serve(turn.cluster, flags), cluster: turn.cluster, _turn: turn })
+    }
+
+    /// The same by way of a proxy that can be told what to do.
+    fn behind_a_proxy() -> Option<(Self, Proxy)> {
+        let turn = Turn::take()?;
+        let proxy = Proxy::start(turn.cluster);
+        Some((Self { server: serve_by(proxy.kubeconfig(), &[]), cluster: turn.cluster, _turn: turn }, proxy))
     }
 
     /// The same before a cluster with the controllers that a real one has: garbage is collected,

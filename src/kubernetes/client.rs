@@ -29,7 +29,7 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How the answer of a server that does not say how long to wait is taken.
-const DEFAULT_RETRY_AFTER: Duration = Duration::from_secs(1);
+pub(super) const DEFAULT_RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// Why there is no way to the API server. It says which way was tried.
 #[derive(Debug, thiserror::Error)]
@@ -275,7 +275,7 @@ async fn within<T>(answer: impl Future<Output = Result<T, kube::Error>>) -> Resu
 }
 
 /// An error and what led to it.
-fn chain(why: &dyn std::error::Error) -> String {
+pub(super) fn chain(why: &dyn std::error::Error) -> String {
     let mut text = why.to_string();
     let mut source = why.source();
     while let Some(why) = source {

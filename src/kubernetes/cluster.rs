@@ -335,6 +335,9 @@ impl State {
             }
         }
         facts.extend(complete.then_some(Fact::NamespacesComplete));
+        if changed.is_empty() {
+            return facts;
+        }
         let within = |key: &&ServiceKey| changed.contains(key.namespace());
         self.marks.extend(self.by_service.keys().filter(within).cloned().map(Changed::Service));
         self.marks.extend(self.services.keys().filter(within).cloned().map(Changed::Service));

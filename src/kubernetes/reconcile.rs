@@ -9,7 +9,8 @@
 //! The result of a write is noted in [`Cluster`] at once; the watch says the same a moment later.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
+    net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -138,8 +139,7 @@ impl Reconciler {
             StandingService::Unknown => return Err(Fault::Unknown("the Services are not read yet".into())),
             StandingService::Foreign => {
                 self.forget_empty(round.service);
-                self.apply(round, &observed, self.plan(round, &observed, "", true)).await?;
-                self.withdraw_endpoints(round.service).await?;
+                self.withdraw(round, &observed).await?;
                 return Ok(if empty {
                     Verdict::Done(round.generation)
                 } else {
@@ -148,8 +148,7 @@ impl Reconciler {
                 });
             }
             StandingService::Absent if empty => {
-                self.apply(round, &observed, self.plan(round, &observed, "", true)).await?;
-                self.withdraw_endpoints(round.service).await?;
+                self.withdraw(round, &observed).await?;
                 self.forget_empty(round.service);
                 return Ok(Verdict::Done(round.generation));
             }
@@ -178,6 +177,10 @@ impl Reconciler {
         {
             self.write_endpoints(round, &uid).await?;
         }
+        if matches!(observed.service, StandingService::Joined { .. }) && !observed.slices.is_empty() {
+            // It may have been ours; now it is for the owner to say what stands in it.
+            self.withdraw_endpoints(round.service).await?;
+        }
         match &observed.service {
             StandingService::Ours(standing) if empty => self.linger(round, standing).await,
             _ => {
@@ -185,6 +188,15 @@ impl Reconciler {
                 Ok(Verdict::Done(round.generation))
             }
         }
+    }
+
+    /// Takes away everything of ours under a service. Where no slice is left there is no Endpoints
+    /// object of ours to be asked for: most Services of a cluster never were ours.
+    async fn withdraw(&self, round: &Round<'_>, observed: &Observed) -> Result<(), Fault> {
+        if !observed.slices.is_empty() {
+            self.withdraw_endpoints(round.service).await?;
+        }
+        self.apply(round, observed, self.plan(round, observed, "", true)).await
     }
 
     /// The writes that are missing; `withdraw` takes everything away.
@@ -208,58 +220,63 @@ impl Reconciler {
 
     /// Makes the writes: new slices several at once, then the others in their order, which is
     /// such that nobody misses an endpoint that moves. What went well is noted even if another
-    /// failed.
+    /// failed; what is refused holds up only the slices that its endpoints would move out of.
     async fn apply(&self, round: &Round<'_>, observed: &Observed, writes: Vec<Write>) -> Result<(), Fault> {
         let (creations, others): (Vec<_>, Vec<_>) =
             writes.into_iter().partition(|write| matches!(write, Write::Create(_)));
         let created = stream::iter(creations)
-            .map(|write| self.write(round.service, observed, write))
+            .map(|write| async move {
+                let done = self.write(round.service, observed, &write).await;
+                (write, done)
+            })
             .buffer_unordered(WRITES_AT_ONCE)
             .collect::<Vec<_>>();
-        created.await.into_iter().collect::<Result<(), Fault>>()?;
-        for write in others {
-            self.write(round.service, observed, write).await?;
+        let mut refused = Refused::default();
+        for (write, done) in created.await {
+            refused.note(&write, done)?;
         }
-        Ok(())
+        for write in others {
+            let before = observed.slices.iter().find(|standing| standing.name == write.name());
+            if before.is_some_and(|before| refused.needs(before, &write)) {
+                continue;
+            }
+            refused.note(&write, self.write(round.service, observed, &write).await)?;
+        }
+        refused.why.map_or(Ok(()), Err)
     }
 
-    async fn write(&self, service: &ServiceKey, observed: &Observed, write: Write) -> Result<(), Fault> {
-        let namespace = service.namespace();
+    async fn write(&self, service: &ServiceKey, observed: &Observed, write: &Write) -> Result<(), Fault> {
+        let (namespace, name) = (service.namespace(), write.name());
+        let before = observed.slices.iter().find(|standing| standing.name == name);
         match write {
-            Write::Create(slice) => match self.requests.create(namespace, &slice).await {
+            Write::Create(slice) => match self.requests.create(namespace, slice).await {
                 Ok(standing) => self.cluster.wrote_slice(&standing),
                 Err(Fault::AlreadyExists) => {
-                    let name = name(&slice.metadata);
                     self.read_slice(service, name, None).await?;
                     return Err(Fault::AlreadyExists);
                 }
                 Err(why) => return Err(why),
             },
-            Write::Replace(slice) => {
-                let name = name(&slice.metadata);
-                let before = observed.slices.iter().find(|standing| standing.name == name);
-                match self.requests.replace(namespace, name, &slice).await {
-                    Ok(standing) => {
-                        self.cluster.wrote_slice(&standing);
-                        if before.is_some_and(|before| before.digest.is_none()) {
-                            self.metrics.mirror.repaired.inc();
-                            warn!(%service, slice = name, "an EndpointSlice was changed by another hand; put right");
-                        }
+            Write::Replace(slice) => match self.requests.replace(namespace, name, slice).await {
+                Ok(standing) => {
+                    self.cluster.wrote_slice(&standing);
+                    if before.is_some_and(|before| before.digest.is_none()) {
+                        self.metrics.mirror.repaired.inc();
+                        warn!(%service, slice = name, "an EndpointSlice was changed by another hand; put right");
                     }
-                    Err(why @ (Fault::Conflict | Fault::NotFound)) => {
-                        self.read_slice(service, name, before).await?;
-                        return Err(why);
-                    }
-                    Err(why) => return Err(why),
                 }
-            }
-            Write::Delete { name, uid, resource_version } => {
-                let version = Version { name: &name, uid: &uid, resource_version: &resource_version };
+                Err(why @ (Fault::Conflict | Fault::NotFound)) => {
+                    self.read_slice(service, name, before).await?;
+                    return Err(why);
+                }
+                Err(why) => return Err(why),
+            },
+            Write::Delete { uid, resource_version, .. } => {
+                let version = Version { name, uid, resource_version };
                 match self.requests.delete::<EndpointSlice>(namespace, version).await {
-                    Ok(()) | Err(Fault::NotFound) => self.cluster.removed_slice(service.namespace(), &name, &uid),
+                    Ok(()) | Err(Fault::NotFound) => self.cluster.removed_slice(namespace, name, uid),
                     Err(Fault::Conflict) => {
-                        let before = observed.slices.iter().find(|standing| standing.name == name);
-                        self.read_slice(service, &name, before).await?;
+                        self.read_slice(service, name, before).await?;
                         return Err(Fault::Conflict);
                     }
                     Err(why) => return Err(why),
@@ -430,15 +447,43 @@ impl Reconciler {
     }
 }
 
+/// What the API server refused of one plan, for good as far as it goes.
+#[derive(Default)]
+struct Refused {
+    why: Option<Fault>,
+    /// The addresses in it.
+    addresses: HashSet<IpAddr>,
+}
+
+impl Refused {
+    /// # Errors
+    /// A fault that ends the plan: not a refusal of this one write.
+    fn note(&mut self, write: &Write, done: Result<(), Fault>) -> Result<(), Fault> {
+        match done {
+            Err(why @ (Fault::Forbidden(_) | Fault::Invalid(_))) => {
+                self.addresses.extend(write.addresses());
+                self.why = Some(why);
+                Ok(())
+            }
+            done => done,
+        }
+    }
+
+    /// Whether `write` would take away what was to move, and could not.
+    fn needs(&self, before: &Standing, write: &Write) -> bool {
+        if self.addresses.is_empty() {
+            return false;
+        }
+        let stays: HashSet<IpAddr> = write.addresses().collect();
+        before.rows.iter().any(|ip| self.addresses.contains(ip) && !stays.contains(ip))
+    }
+}
+
 /// What one round goes by.
 struct Round<'a> {
     service: &'a ServiceKey,
     generation: u64,
     instances: &'a Table<Arc<Instance>>,
-}
-
-fn name(meta: &ObjectMeta) -> &str {
-    meta.name.as_deref().unwrap_or_default()
 }
 
 fn is_ours(meta: &ObjectMeta) -> bool {

@@ -5,8 +5,9 @@
 //! each of those. Services are watched whole and not only by their metadata: one watch then says
 //! both whose a Service is and how it looks, and what is kept is the same.
 //!
-//! At the start the registry learns, in this order: every namespace and every Service; then
-//! everything that the slices hold, at once. Then the mirror may write: it gets the term.
+//! At the start the registry learns, in this order: every namespace, every Service and what stands
+//! under joined ones; then everything that our slices hold, at once. Then the mirror may write: it
+//! gets the term.
 //!
 //! Nothing here writes. A watch never gives up: without an API server, or without the right to
 //! watch, it is tried again for as long as the registry is there.
@@ -20,12 +21,12 @@ use std::{collections::HashMap, sync::Arc};
 use futures::{StreamExt, stream::FuturesUnordered};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::{Api, Client, core::DeserializeGuard};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use self::{
     outage::Outages,
-    readers::{FactReader, Found, OthersSlices, OurSlices, Restoring},
+    readers::{FactReader, Found, Loading, OthersSlices, OurSlices, Restoring},
     source::Source,
 };
 use super::{cluster::Cluster, names};
@@ -64,11 +65,13 @@ impl Watch {
         let outages = Outages::new(self.server.clone());
         let (namespaces_known, namespaces) = oneshot::channel();
         let (services_known, services) = oneshot::channel();
+        let (loading, joined) = mpsc::channel(1);
         let restoring = Restoring {
             registry: &self.registry,
             door: self.door,
             metrics: &self.metrics.kubernetes,
-            first: [namespaces, services],
+            namespaces,
+            joined,
             started,
             found: Found::default(),
         };
@@ -77,7 +80,7 @@ impl Watch {
                 gone = self.namespaces(&outages, namespaces_known) => gone,
                 gone = self.services(&outages, services_known) => gone,
                 gone = self.slices(&outages, restoring) => gone,
-                gone = self.joined(&outages) => gone,
+                gone = self.joined(&outages, services, loading) => gone,
             }
         };
         stop.run_until_cancelled(all).await.map_or(Ok(()), Err)
@@ -104,12 +107,15 @@ impl Watch {
         self.source(api, Watched::slices, labels, SLICES_PAGE, outages).follow(&mut reader).await
     }
 
-    /// One watch per joined Service, begun and ended as they come and go.
-    async fn joined(&self, outages: &Outages) -> Unavailable {
+    /// One watch per joined Service, begun and ended as they come and go. `loading` is held until
+    /// every Service that is joined when the Services are `known` was read once.
+    async fn joined(&self, outages: &Outages, mut known: oneshot::Receiver<()>, loading: Loading) -> Unavailable {
+        let mut loading = Some(loading);
         let mut wanted = self.cluster.joined();
         let mut watches = FuturesUnordered::new();
         // An entry goes when its watch has ended, so that no two of one Service overlap.
         let mut running: HashMap<ServiceKey, CancellationToken> = HashMap::new();
+        let mut complete = false;
         loop {
             let services = wanted.borrow_and_update().clone();
             running.iter().filter(|(service, _)| !services.contains(*service)).for_each(|(_, stop)| stop.cancel());
@@ -117,11 +123,15 @@ impl Watch {
                 if !running.contains_key(&service) {
                     let stop = CancellationToken::new();
                     running.insert(service.clone(), stop.clone());
-                    watches.push(self.others(outages, service, stop));
+                    watches.push(self.others(outages, service, stop, loading.clone()));
                 }
+            }
+            if complete {
+                loading = None;
             }
             tokio::select! {
                 changed = wanted.changed() => changed.expect("the cluster is held here"),
+                _ = &mut known, if !complete => complete = true,
                 Some((service, ended)) = watches.next() => match ended {
                     Ok(()) => drop(running.remove(&service)),
                     Err(gone) => return gone,
@@ -136,11 +146,12 @@ impl Watch {
         outages: &Outages,
         service: ServiceKey,
         stop: CancellationToken,
+        loading: Option<Loading>,
     ) -> (ServiceKey, Result<(), Unavailable>) {
         let labels = format!("{}={},{}!={}", names::SERVICE_NAME, service.name(), names::MANAGED_BY, names::MANAGER);
         let api: Api<DeserializeGuard<EndpointSlice>> = Api::namespaced(self.client.clone(), service.namespace());
         let source = self.source(api, Watched::joined, labels, SLICES_PAGE, outages);
-        let mut reader = OthersSlices::new(&self.registry, self.door, service.clone());
+        let mut reader = OthersSlices::new(&self.registry, self.door, service.clone(), loading);
         let ended = match stop.run_until_cancelled(source.follow(&mut reader)).await {
             Some(gone) => Err(gone),
             // The watch is dropped: nothing of it comes after this.

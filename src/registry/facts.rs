@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use crate::model::{Instance, ServiceKey, Table};
+use crate::model::{Change, Instance, ServiceKey, Table};
 
 /// One thing that Kubernetes says.
 #[derive(Debug, Clone)]
@@ -108,10 +108,22 @@ impl Facts {
         self.endpoints.get(service)
     }
 
-    /// Replaces what others have under `service`, and gives back what was there.
-    pub(super) fn set_endpoints(&mut self, service: ServiceKey, now: Table<Arc<Instance>>) -> Table<Arc<Instance>> {
-        let before = if now.is_empty() { self.endpoints.remove(&service) } else { self.endpoints.insert(service, now) };
-        before.unwrap_or_default()
+    /// Replaces what others have under `service`, and gives back what leads there.
+    pub(super) fn set_endpoints(&mut self, service: ServiceKey, instances: Vec<Arc<Instance>>) -> Vec<Change> {
+        let mut now = Table::default();
+        instances.into_iter().for_each(|instance| drop(now.put(instance)));
+        let before = self.endpoints.remove(&service).unwrap_or_default();
+        let gone = before.iter().filter(|old| now.get(&old.key()).is_none());
+        let gone = gone.map(|old| Change { before: Some(Arc::clone(old)), after: None });
+        let news = now.iter().filter_map(|new| {
+            let old = before.get(&new.key()).cloned();
+            (old.as_ref() != Some(new)).then(|| Change { before: old, after: Some(Arc::clone(new)) })
+        });
+        let changes = gone.chain(news).collect();
+        if !now.is_empty() {
+            self.endpoints.insert(service, now);
+        }
+        changes
     }
 }
 

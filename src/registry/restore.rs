@@ -7,7 +7,10 @@
 //! wrote since (or the directory is new): then the slices stand, with the outbox laid over them,
 //! which is what this directory has acknowledged and Kubernetes was never seen to have.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use super::Catalog;
 use crate::{
@@ -37,11 +40,20 @@ impl Origin {
     /// Services of which Kubernetes may not have everything.
     pub(super) fn unmirrored(&self, catalog: &Catalog) -> impl Iterator<Item = ServiceKey> {
         let all = if self.term == 0 { catalog.services() } else { Vec::new() };
-        let outbox = self.outbox.iter().filter_map(|record| match record {
-            Record::Put { service, .. } | Record::Remove { service, .. } => Some(service.clone()),
-            Record::Mirrored { .. } | Record::Term { .. } => None,
-        });
-        all.into_iter().map(|(service, _)| service).chain(outbox)
+        all.into_iter().map(|(service, _)| service).chain(self.outbox.iter().filter_map(service_of))
+    }
+
+    /// Adds what is acknowledged meanwhile; gives back the services that it is about.
+    pub(super) fn add(&mut self, records: &[Record]) -> HashSet<ServiceKey> {
+        self.outbox.extend_from_slice(records);
+        records.iter().filter_map(service_of).collect()
+    }
+}
+
+fn service_of(record: &Record) -> Option<ServiceKey> {
+    match record {
+        Record::Put { service, .. } | Record::Remove { service, .. } => Some(service.clone()),
+        Record::Mirrored { .. } | Record::Term { .. } => None,
     }
 }
 

@@ -8,7 +8,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use super::{Catalog, Command, Event, Outcome, Rules, facts::Facts};
 use crate::{
-    model::{Address, Change, Instance, InstanceId, InstanceKey, PortSet, Service, ServiceKey, Table, UnixMillis},
+    model::{Address, Change, Instance, InstanceId, InstanceKey, PortSet, Service, ServiceKey, UnixMillis},
     store::Record,
 };
 
@@ -47,37 +47,25 @@ pub(super) struct State {
     catalog: Arc<Catalog>,
     max_instances: usize,
     facts: Facts,
+    /// What stands may still give way to what Kubernetes holds.
+    unsettled: bool,
     pending: Pending,
 }
 
 impl State {
     pub(super) fn new(catalog: Arc<Catalog>, max_instances: usize, rules: Option<Rules>) -> Self {
-        Self { catalog, max_instances, facts: Facts::new(rules), pending: Pending::default() }
+        let unsettled = rules.is_some();
+        Self { catalog, max_instances, facts: Facts::new(rules), unsettled, pending: Pending::default() }
+    }
+
+    /// From now on what stands, stands.
+    pub(super) fn settle(&mut self) {
+        self.unsettled = false;
     }
 
     /// What Kubernetes says.
     pub(super) fn facts(&mut self) -> &mut Facts {
         &mut self.facts
-    }
-
-    /// Replaces what others have under a service. It is served, and nothing else: no record, no event.
-    pub(super) fn set_endpoints(&mut self, key: ServiceKey, instances: Vec<Arc<Instance>>) {
-        let mut now = Table::default();
-        instances.into_iter().for_each(|instance| drop(now.put(instance)));
-        let before = self.facts.set_endpoints(key.clone(), now.clone());
-        let gone = before.iter().filter(|old| now.get(&old.key()).is_none());
-        let gone = gone.map(|old| Change { before: Some(Arc::clone(old)), after: None });
-        let news = now.iter().filter_map(|new| {
-            let old = before.get(&new.key()).cloned();
-            (old.as_ref() != Some(new)).then(|| Change { before: old, after: Some(Arc::clone(new)) })
-        });
-        let changes: Vec<Change> = gone.chain(news).collect();
-        if !changes.is_empty() {
-            let service = self.service(&key).unwrap_or_default();
-            let pending = self.pending.services.entry(key);
-            let pending = pending.or_insert_with(|| PendingService { after: service, changes: Vec::new() });
-            pending.changes.extend(changes);
-        }
     }
 
     /// Makes what a start has decided come true, whatever the limit says: it was accepted once.
@@ -137,7 +125,13 @@ impl State {
                 }
                 (Outcome::Created, instance)
             }
-            Some(before) if before.same_attributes(&instance) => return Outcome::Unchanged,
+            Some(before) if before.same_attributes(&instance) => {
+                if self.unsettled {
+                    // The acknowledgement has to hold, whatever becomes of what it rests on.
+                    self.pending.records.push(Record::Put { service: key, instance: Arc::clone(before) });
+                }
+                return Outcome::Unchanged;
+            }
             Some(before) => {
                 // Readiness and the time of the first registration are the server's, not the registrant's.
                 let instance = Arc::unwrap_or_clone(instance);

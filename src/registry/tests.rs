@@ -242,20 +242,58 @@ fn nothing_is_accepted_before_kubernetes_was_read_and_its_facts_count_from_then_
     assert_eq!((world.handle.status().phase(), world.handle.catalog().instances()), (Phase::Ready, 2));
 }
 
+/// Restores from `restored`, from another thread, while the writer waits for it.
+fn restore(world: &mut World, restored: Restored) -> u64 {
+    let handle = world.handle.clone();
+    let restoring = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        runtime.block_on(handle.restore(restored))
+    });
+    assert!(world.writer.await_restore(world.runtime.handle(), &CancellationToken::new()), "it was not stopped");
+    restoring.join().expect("no panic").expect("the journal takes it")
+}
+
 #[test]
 fn what_others_have_is_served_beside_ours_and_is_nobodys_record() {
     let dir = tempfile::tempdir().expect("a directory");
     let (mut world, zone) = with_kubernetes(&dir);
+    assert_eq!(restore(&mut world, Restored::default()), 1);
+    let (generation, synced) = (world.writer.generation(), syncs(&world.metrics));
     let Command::Register { service, instance } = register("web", "10.0.0.7", 80, 1.0) else { panic!("it registers") };
     let endpoints = Fact::Endpoints { service, instances: vec![instance] };
     world.runtime.block_on(world.handle.learn(vec![endpoints])).expect("the registry is there");
-    let handle = world.handle.clone();
-    let restoring = std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        runtime.block_on(handle.restore(Restored::default()))
-    });
+    let (handle, metrics) = (world.handle.clone(), Arc::clone(&world.metrics));
+    world.carry_out(Vec::new());
+    assert_eq!((zone.services(), handle.catalog().instances()), (1, 0));
+    assert_eq!(handle.confirmations().lag().services, 0, "nothing to mirror");
+    // So it does not matter to it whether the journal can be written.
+    assert_eq!((handle.catalog().generation(), syncs(&metrics)), (generation, synced + AT_THE_END));
+}
+
+#[test]
+fn an_acknowledgement_holds_even_if_what_it_rests_on_gives_way() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (mut world, _) = with_kubernetes(&dir);
+    restore(&mut world, Restored::default());
+    let (known, gone) = (register("web", "10.0.0.1", 80, 1.0), register("web", "10.0.0.2", 80, 1.0));
+    let (handle, service) = (world.handle.clone(), DOOR.service("prod", "web").expect("valid"));
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    let mirrored = Work::Mirrored(vec![(service, world.writer.generation() + 1)]);
+    runtime.block_on(handle.queue.send(mirrored)).expect("it is there");
+    world.carry_out(vec![vec![known.clone(), gone]]);
+
+    // Nobody answers: it goes on alone, and the same is registered again. Meanwhile another
+    // directory has written to Kubernetes.
+    let (mut world, _) = with_kubernetes(&dir);
     assert!(world.writer.await_restore(world.runtime.handle(), &CancellationToken::new()));
-    assert_eq!(restoring.join().expect("no panic"), Ok(1));
-    assert_eq!((zone.services(), world.handle.catalog().instances()), (1, 0));
-    assert_eq!(world.handle.confirmations().lag().services, 0, "nothing to mirror");
+    let handle = world.handle.clone();
+    let Command::Register { service, instance } = register("db", "10.0.0.3", 80, 1.0) else { panic!("it registers") };
+    let answer = runtime.block_on(handle.submit(vec![known])).expect("it is ready");
+    let restored = Restored { term: 7, services: vec![(service, vec![instance])] };
+    std::thread::spawn(move || world.writer.run(world.runtime.handle(), &CancellationToken::new()));
+    assert_eq!(runtime.block_on(answer).map(|ack| ack.outcomes), Ok(vec![Outcome::Unchanged]));
+    assert_eq!(handle.confirmations().lag().services, 1, "it is not in Kubernetes yet");
+    assert_eq!(runtime.block_on(handle.restore(restored)), Ok(8));
+    let held: Vec<_> = held(handle.catalog()).into_keys().map(|(service, address, _)| (service, address)).collect();
+    assert_eq!(held, [("db".into(), "10.0.0.3".into()), ("web".into(), "10.0.0.1".into())]);
 }

@@ -11,7 +11,7 @@
 //! blocks; a client that goes away meanwhile changes nothing, because nobody waits for it here.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     metrics::{CommandOutcome, Metrics},
-    model::{Change, InstanceKey, Service, ServiceKey, UnixMillis},
+    model::{Change, Instance, InstanceKey, Service, ServiceKey, UnixMillis},
     store::{self, DataDir, Journal, Progress, Record, StoreError},
     zone::{Publisher, ServiceChange},
 };
@@ -46,9 +46,11 @@ const RECOVERY_CHUNK: usize = 1024;
 /// How long a start waits for the API server when the store alone could go on.
 const RESTORE_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Confirmations that wait for the next batch's sync before they get one of their own. A lost one
-/// costs a comparison at the next start, and nothing else.
+/// Confirmations that wait for the next batch's sync before they get one of their own.
 const UNSAVED: usize = 1024;
+
+/// How long they wait for it.
+const SAVED_WITHIN: Duration = Duration::from_secs(1);
 
 /// What the registry is told before it begins.
 #[derive(Debug, Clone)]
@@ -86,8 +88,11 @@ pub struct Writer {
     generation: u64,
     /// What the store said, until it was compared with what Kubernetes holds.
     origin: Option<Origin>,
-    /// What the mirror has reported and the journal does not say yet.
+    /// What the mirror has reported and the journal does not say yet. A report that is lost costs
+    /// a comparison at the next start, and nothing else as long as no other directory wrote since.
     unsaved: Vec<Record>,
+    /// When that has to be in the journal.
+    save_at: Option<Instant>,
 }
 
 /// Submissions whose commands were decided and that wait for the batch.
@@ -205,6 +210,7 @@ impl Unrecovered {
             generation,
             origin,
             unsaved,
+            save_at: None,
         })
     }
 }
@@ -250,17 +256,23 @@ impl Writer {
     pub fn run(mut self, runtime: &Handle, stop: &CancellationToken) {
         loop {
             let first = runtime.block_on(async {
+                let save_at = self.save_at;
+                let save = async { tokio::time::sleep_until(save_at.unwrap_or_else(Instant::now).into()).await };
                 tokio::select! {
                     biased;
-                    first = self.queue.recv() => first,
+                    first = self.queue.recv() => Ok(first),
                     () = stop.cancelled() => {
                         self.queue.close();
-                        self.queue.recv().await
+                        Ok(self.queue.recv().await)
                     }
+                    () = save, if save_at.is_some() => Err(()),
                 }
             });
-            let Some(first) = first else { break };
-            self.batch(first);
+            match first {
+                Ok(Some(first)) => self.batch(first),
+                Ok(None) => break,
+                Err(()) => self.save(),
+            }
         }
         self.save();
     }
@@ -287,6 +299,7 @@ impl Writer {
                     let records =
                         services.into_iter().map(|(service, generation)| Record::Mirrored { service, generation });
                     self.unsaved.extend(records);
+                    self.save_at.get_or_insert_with(|| Instant::now() + SAVED_WITHIN);
                 }
                 Work::Restore(held, reply) => {
                     // What came before is published first: the comparison is with the catalog.
@@ -302,7 +315,7 @@ impl Writer {
         {
             let _ = reply.send(term);
         }
-        if self.unsaved.len() >= UNSAVED {
+        if self.unsaved.len() >= UNSAVED || self.save_at.is_some_and(|at| at <= Instant::now()) {
             self.save();
         }
     }
@@ -318,10 +331,9 @@ impl Writer {
             }
             return true;
         }
-        if let Some(origin) = &mut self.origin {
-            origin.outbox.extend_from_slice(&pending.records);
-        }
+        let unsettled = self.origin.as_mut().map_or_else(HashSet::new, |origin| origin.add(&pending.records));
         pending.records.append(&mut self.unsaved);
+        self.save_at = None;
         // 2. append: durable. After a failure nothing is acknowledged any more: what reached the
         // disk is unknown, and a later sync that succeeds proves nothing.
         if let Err(why) = self.journal.append(self.generation + 1, &pending.records) {
@@ -335,6 +347,7 @@ impl Writer {
         let (durable, since_durable) = (UnixMillis::now(), Instant::now());
         // 3. publish: visible.
         let events = self.publish(pending);
+        self.confirmations.note(unsettled.into_iter().map(|service| (service, self.generation, UnixMillis::now())));
         let visible = UnixMillis::now();
         self.metrics.registry.observe_publish(since_durable.elapsed());
         for event in &events {
@@ -361,14 +374,29 @@ impl Writer {
             }
             Fact::NamespacesComplete => self.state.facts().namespaces_are_complete(),
             Fact::Service { service, foreign } => self.state.facts().set_foreign(service, foreign),
-            Fact::Endpoints { service, instances } => self.state.set_endpoints(service, instances),
+            Fact::Endpoints { service, instances } => self.serve(service, instances),
         }
+    }
+
+    /// Shows in DNS what others have, beside what is registered. It is nobody's record: it takes no
+    /// generation, and goes on when the journal cannot be written.
+    fn serve(&mut self, service: ServiceKey, instances: Vec<Arc<Instance>>) {
+        let changes = self.state.facts().set_endpoints(service.clone(), instances);
+        if changes.is_empty() {
+            return;
+        }
+        // As it is published: a batch that is being decided comes on top.
+        let after = self.catalog.get(&service).unwrap_or_default();
+        let foreign = self.state.facts().endpoints(&service);
+        let change = ServiceChange { service: &service, changes: &changes, after: &after, foreign };
+        self.publisher.publish(self.generation, &[change]);
     }
 
     /// Compares the store's word with what Kubernetes holds, and becomes what is newer. Gives back
     /// the term from now on; `None` when the journal did not take it.
     fn restore(&mut self, mut held: Restored) -> Option<u64> {
         let origin = self.origin.take()?;
+        self.state.settle();
         // Nothing of ours belongs there, whoever wrote a slice that says so.
         held.services.retain(|(service, _)| self.state.facts().refuse(service) != Some(NoPlace::Reserved));
         let (services, instances) =
@@ -381,6 +409,7 @@ impl Writer {
 
     /// Puts into the journal what has waited for a batch to go with.
     fn save(&mut self) {
+        self.save_at = None;
         let records = std::mem::take(&mut self.unsaved);
         if records.is_empty() || self.status.accepting() == Err(Unavailable::StorageFailed) {
             return;

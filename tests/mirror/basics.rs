@@ -1,5 +1,7 @@
 //! Registered, seen, removed, and restored from the slices alone.
 
+use std::mem;
+
 use gangplank::grpc::proto::registry::RegistrationType;
 use hickory_proto::rr::RecordType;
 
@@ -104,6 +106,36 @@ fn an_empty_disk_is_restored_from_the_slices() {
     // A namespace that exists is a name, whether or not something is registered in it.
     world.create_namespace("restore-empty");
     wait_for_addresses(world.cluster, "restore", "db", &["10.1.0.1", "10.1.0.1", "10.1.0.2", "2001:db8::"]);
+}
+
+#[test]
+fn a_directory_that_comes_back_gives_way_to_what_another_wrote_since() {
+    let Some(mut world) = World::start(&[]) else { return };
+    world.create_namespace("terms");
+    let term = |world: &World, service: &str| {
+        let [slice] = &slices(world.cluster, "terms", service)[..] else { panic!("one slice") };
+        let term = slice["metadata"]["annotations"]["gangplank.dev/term"].as_str().expect("it is stamped");
+        term.parse::<u64>().expect("a number")
+    };
+    for address in ["10.4.0.1", "10.4.0.2"] {
+        assert_eq!(world.register("terms", "web", address, "http=80").0, Some(0));
+    }
+    let first = term(&world, "web");
+    assert!(world.server.terminate().success());
+
+    // Another takes over from the slices, and goes on.
+    let away = mem::replace(&mut world.server, super::serve(world.cluster, &[]));
+    wait_until("it writes under a term of its own", || (term(&world, "web") == first + 1).then_some(()));
+    assert_eq!(world.deregister("terms", "web", "10.4.0.1").0, Some(0));
+    assert_eq!(world.register("terms", "web", "10.4.0.3", "http=80").0, Some(0));
+    assert!(world.server.terminate().success());
+
+    // The first one is behind: what was removed meanwhile does not come back with it.
+    world.server = away.restart();
+    let a = || answers(world.server.dns, Over::Udp, "web.terms.svc.cluster.local.", RecordType::A);
+    assert_eq!(a(), ["10.4.0.2", "10.4.0.3"]);
+    wait_until("it writes under a higher term", || (term(&world, "web") == first + 2).then_some(()));
+    assert_eq!(addresses(world.cluster, "terms", "web"), ["10.4.0.2", "10.4.0.3"]);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use std::{env, time::Duration};
 
 use super::{
-    Turn, World,
+    World,
     meanwhile::{Steady, every_address, make_namespace, resolve, turn},
     serve_by, wait_for_addresses,
 };
@@ -162,6 +162,21 @@ fn a_failing_server_is_asked_less_and_less() {
 }
 
 #[test]
+fn what_is_refused_does_not_hold_up_the_other_slices() {
+    let Some(mut on) = Faulty::start("quota") else { return };
+    assert_eq!(on.register("web", "10.0.0.2"), 201);
+    let full = on.proxy.inject(Fault::answer(403), slices_of("quota", "create"));
+    assert_eq!(on.stream.register("quota", "web", "2001:db8::1").0, 202, "it needs a slice of its own");
+    full.wait_hits(1);
+    assert_eq!(on.stream.remove("quota", "web", "10.0.0.1").0, 202);
+    on.wait_for("web", &["10.0.0.2"]);
+    full.lift();
+    assert!(matches!(on.register("web", "10.0.0.3"), 201 | 202));
+    on.wait_for("web", &["10.0.0.2", "10.0.0.3", "2001:db8::1"]);
+    on.end();
+}
+
+#[test]
 fn an_answer_that_never_comes_is_read_up_on() {
     let Some(mut on) = Faulty::start("hanging") else { return };
     // Carried out, and nobody says so.
@@ -259,12 +274,4 @@ fn writes_keep_to_the_rate() {
     // Twice the rate at once, then the rate; a token more for what comes late.
     assert!(most(1) <= 3 * RATE + 2 && most(5) <= 7 * RATE + 2 && rest <= 1.1 * RATE as f64);
     steady.end();
-}
-
-impl World {
-    fn behind_a_proxy() -> Option<(Self, Proxy)> {
-        let turn = Turn::take()?;
-        let proxy = Proxy::start(turn.cluster);
-        Some((Self { server: serve_by(proxy.kubeconfig(), &[]), cluster: turn.cluster, _turn: turn }, proxy))
-    }
 }

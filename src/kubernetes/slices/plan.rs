@@ -76,6 +76,26 @@ pub enum Write {
     },
 }
 
+impl Write {
+    /// Of the slice.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Create(slice) | Self::Replace(slice) => slice.metadata.name.as_deref().unwrap_or_default(),
+            Self::Delete { name, .. } => name,
+        }
+    }
+
+    /// What stands in the slice afterwards.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let endpoints = match self {
+            Self::Create(slice) | Self::Replace(slice) => &slice.endpoints[..],
+            Self::Delete { .. } => &[],
+        };
+        endpoints.iter().flat_map(|one| &one.addresses).filter_map(|text| text.parse().ok())
+    }
+}
+
 /// The writes after which the slices of a service show exactly `instances`, in the order in which
 /// they should be made. Nothing for a service that is as it should be.
 ///
@@ -175,12 +195,8 @@ impl Writes {
     }
 
     fn in_order(mut self) -> Vec<Write> {
-        let name = |write: &Write| match write {
-            Write::Create(slice) | Write::Replace(slice) => slice.metadata.name.clone(),
-            Write::Delete { name, .. } => Some(name.clone()),
-        };
         // They come out of a map.
-        self.deletes.sort_by_cached_key(name);
+        self.deletes.sort_by(|a, b| a.name().cmp(b.name()));
         let replaces = self.replaces.into_iter().flatten();
         self.creates.into_iter().chain(replaces).chain(self.deletes).collect()
     }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    convert::Infallible,
     mem,
     sync::Arc,
 };
@@ -10,7 +11,7 @@ use k8s_openapi::api::{
     core::v1::{Namespace, Service},
     discovery::v1::EndpointSlice,
 };
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use super::source::Reader;
 use crate::{
@@ -72,8 +73,10 @@ pub(super) struct Restoring<'a> {
     pub(super) registry: &'a RegistryHandle,
     pub(super) door: Door,
     pub(super) metrics: &'a KubernetesMetrics,
-    /// What the registry has to know first.
-    pub(super) first: [oneshot::Receiver<()>; 2],
+    /// Comes when the registry knows every namespace,
+    pub(super) namespaces: oneshot::Receiver<()>,
+    /// and ends when it knows every Service and what others have under joined ones.
+    pub(super) joined: mpsc::Receiver<Infallible>,
     /// Gets the term.
     pub(super) started: oneshot::Sender<u64>,
     pub(super) found: Found,
@@ -119,11 +122,10 @@ impl Reader<EndpointSlice> for OurSlices<'_> {
 
 impl Restoring<'_> {
     async fn finish(self) -> Result<(), Unavailable> {
-        let Self { registry, door: _, metrics, first, started, found } = self;
-        for known in first {
-            // Dropped only with everything else.
-            let _ = known.await;
-        }
+        let Self { registry, door: _, metrics, namespaces, mut joined, started, found } = self;
+        // Dropped only with everything else.
+        let _ = namespaces.await;
+        let _ = joined.recv().await;
         if found.skipped > MOST_LINES {
             tracing::warn!("{} more parts of slices could not be taken as they stand", found.skipped - MOST_LINES);
         }
@@ -180,11 +182,16 @@ impl Found {
     }
 }
 
+/// Held by whoever has something to load at the start.
+pub(super) type Loading = mpsc::Sender<Infallible>;
+
 /// The slices of others under one joined Service.
 pub(super) struct OthersSlices<'a> {
     registry: &'a RegistryHandle,
     door: Door,
     service: ServiceKey,
+    /// Until the first list is complete.
+    loading: Option<Loading>,
     union: Union,
 }
 
@@ -202,8 +209,8 @@ struct Union {
 }
 
 impl<'a> OthersSlices<'a> {
-    pub(super) fn new(registry: &'a RegistryHandle, door: Door, service: ServiceKey) -> Self {
-        Self { registry, door, service, union: Union::default() }
+    pub(super) fn new(registry: &'a RegistryHandle, door: Door, service: ServiceKey, loading: Option<Loading>) -> Self {
+        Self { registry, door, service, loading, union: Union::default() }
     }
 }
 
@@ -212,8 +219,13 @@ impl Reader<EndpointSlice> for OthersSlices<'_> {
         for one in seen {
             self.union.see(one, |slice| slices::foreign(&self.service, slice, &self.door));
         }
-        let Some(instances) = self.union.news() else { return Ok(()) };
-        self.registry.learn(vec![Fact::Endpoints { service: self.service.clone(), instances }]).await
+        if let Some(instances) = self.union.news() {
+            self.registry.learn(vec![Fact::Endpoints { service: self.service.clone(), instances }]).await?;
+        }
+        if self.union.listing.is_none() {
+            self.loading = None;
+        }
+        Ok(())
     }
 }
 

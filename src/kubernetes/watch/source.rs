@@ -12,7 +12,6 @@
 //! * One line in the log when the API server is lost and one when it is back, for all watches.
 
 use std::{
-    error::Error as _,
     fmt::Debug,
     future::Future,
     time::{Duration, Instant},
@@ -29,7 +28,10 @@ use tokio::time;
 
 use super::outage::{Lost, Outages};
 use crate::{
-    kubernetes::cluster::Seen,
+    kubernetes::{
+        client::{DEFAULT_RETRY_AFTER, chain},
+        cluster::Seen,
+    },
     metrics::{KubernetesMetrics, RestartReason, Watched},
     registry::Unavailable,
 };
@@ -140,7 +142,7 @@ where
                 waits = Waits::default();
             }
             if reason != RestartReason::expired {
-                lost.failed(reason, &failure.chain(), &self.right());
+                lost.failed(reason, &chain(&failure), &self.right());
             }
             time::sleep(waits.next(reason, failure.retry_after())).await;
         }
@@ -294,24 +296,14 @@ impl Failure {
         })
     }
 
-    /// How long the API server wants to be left alone.
+    /// How long the API server wants to be left alone. kube does not give the header of the answer,
+    /// so where only that says it, it is what API priority and fairness asks for.
     fn retry_after(&self) -> Duration {
-        let seconds = self.status().and_then(|status| status.details.as_ref()).map_or(0, |one| one.retry_after_seconds);
-        Duration::from_secs(seconds.into())
-    }
-
-    /// With everything behind it.
-    fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = self.source();
-        while let Some(why) = cause {
-            let why_text = why.to_string();
-            if !text.contains(&why_text) {
-                text = format!("{text}: {why_text}");
-            }
-            cause = why.source();
+        let Some(status) = self.status() else { return Duration::ZERO };
+        match status.details.as_ref().map_or(0, |details| details.retry_after_seconds) {
+            0 if status.code == 429 => DEFAULT_RETRY_AFTER,
+            seconds => Duration::from_secs(seconds.into()),
         }
-        text
     }
 }
 
@@ -356,7 +348,10 @@ mod tests {
             assert_eq!((failure.reason(), failure.lost_track()), (reason, again), "{failure}");
         }
         assert_eq!(failed(429, "").retry_after(), Duration::from_secs(7));
-        assert_eq!(failed(500, "").chain(), "the watch ended with no (500)");
+        let busy = serde_json::json!({ "code": 429, "message": "Too many requests, please try again later." });
+        let busy = Failure::Ended(serde_json::from_value(busy).expect("a Status"));
+        assert_eq!(busy.retry_after(), DEFAULT_RETRY_AFTER);
+        assert_eq!(chain(&failed(500, "")), "the watch ended with no (500)");
     }
 
     #[test]

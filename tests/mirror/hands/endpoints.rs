@@ -63,7 +63,13 @@ fn the_endpoints_object_of_a_service_that_is_no_longer_ours_goes() {
     soon("it is withdrawn with the slices", || object(cluster, path).is_none().then_some(()));
     assert!(addresses(cluster, "endpoints-left", "web").is_empty());
     admin(cluster, "DELETE", &service_path("endpoints-left", "web"), None);
-    soon("both come back", || {
-        (object(cluster, path).is_some() && addresses(cluster, "endpoints-left", "web") == ["10.41.0.1"]).then_some(())
+    let both = || object(cluster, path).is_some() && addresses(cluster, "endpoints-left", "web") == ["10.41.0.1"];
+    soon("both come back", || both().then_some(()));
+
+    // Only joined, it keeps the slices; the Endpoints object is the owner's.
+    edit(cluster, &service_path("endpoints-left", "web"), &|service| {
+        service["metadata"]["labels"] = json!({"gangplank.dev/service": "joined"});
     });
+    soon("it is withdrawn alone", || object(cluster, path).is_none().then_some(()));
+    assert_eq!(addresses(cluster, "endpoints-left", "web"), ["10.41.0.1"]);
 }

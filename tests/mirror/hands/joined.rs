@@ -11,6 +11,7 @@ use crate::{
     mirror::{addresses, service_path, slice_path, slices, wait_for_addresses},
     support::{
         dns::{Over, answers},
+        proxy::Fault,
         wait_until,
     },
 };
@@ -88,4 +89,20 @@ fn pods_alone_are_answered_under_a_joined_name() {
     // Gangplank did not make that Service: it does not remove it either.
     cluster.kubectl(&["delete", "service", "web", "-n", "pods-only"]);
     wait_until("nothing is answered without it", || a().is_empty().then_some(()));
+}
+
+#[test]
+fn a_start_waits_for_the_pods_under_joined_names() {
+    let Some((mut world, proxy)) = World::behind_a_proxy() else { return };
+    let cluster = world.cluster;
+    world.create_namespace("joined-start");
+    create(cluster, &service_path("joined-start", ""), &native("web", &json!({"gangplank.dev/service": "joined"})));
+    create(cluster, &slice_path("joined-start", ""), &foreign_slice("web", "by-hand", "10.22.9.1"));
+    let a = |world: &World| answers(world.server.dns, Over::Udp, "web.joined-start.svc.cluster.local.", RecordType::A);
+    wait_until("it is answered", || (a(&world) == ["10.22.9.1"]).then_some(()));
+    let refused = proxy.inject_first(3, Fault::answer(503), |call| {
+        call.is("list", "endpointslices") && call.namespace == "joined-start"
+    });
+    world.go_by(proxy.kubeconfig(), &[]);
+    assert_eq!((a(&world), refused.hits()), (vec!["10.22.9.1".to_owned()], 3), "once it is ready");
 }
