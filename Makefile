@@ -79,8 +79,8 @@ mirror: ## the Kubernetes mirror at length: 200 and 50 kills in the middle of wr
 		cargo test --locked --test integration mirror:: -- --nocapture --test-threads 1
 
 .PHONY: mirror-figures
-mirror-figures: ## our DNS beside CoreDNS on our slices, and a restore from 1 000 slices
-	GANGPLANK_MIRROR_FIGURES=200 cargo test --locked --test integration mirror::figures -- --nocapture
+mirror-figures: ## our DNS beside CoreDNS on our slices, a restore from 1 000 slices, memory beside 4 000 Services
+	GANGPLANK_MIRROR_FIGURES=200 cargo test --locked --test integration mirror::figures -- --nocapture --test-threads 1
 
 .PHONY: clean
 clean: ## delete everything that was built, the test tools too

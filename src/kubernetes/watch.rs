@@ -36,12 +36,6 @@ use crate::{
     registry::{Fact, RegistryHandle, Unavailable},
 };
 
-/// Most Namespaces or Services in one page of a list.
-const PAGE: u32 = 500;
-
-/// Most slices in one page of a list: each may have 256 KiB and more.
-const SLICES_PAGE: u32 = 100;
-
 /// What is needed to watch.
 pub(super) struct Watch {
     /// Requests of its own have no deadline: it is set here.
@@ -90,21 +84,21 @@ impl Watch {
         let see = Box::new(|seen| self.cluster.see_namespaces(seen));
         let mut reader = FactReader { registry: &self.registry, see, complete: Some(complete) };
         let api = Api::all(self.client.clone());
-        self.source(api, Watched::namespaces, String::new(), PAGE, outages).follow(&mut reader).await
+        self.source(api, Watched::namespaces, String::new(), outages).follow(&mut reader).await
     }
 
     async fn services(&self, outages: &Outages, complete: oneshot::Sender<()>) -> Unavailable {
         let see = Box::new(|seen| self.cluster.see_services(seen));
         let mut reader = FactReader { registry: &self.registry, see, complete: Some(complete) };
         let api = Api::all(self.client.clone());
-        self.source(api, Watched::services, String::new(), PAGE, outages).follow(&mut reader).await
+        self.source(api, Watched::services, String::new(), outages).follow(&mut reader).await
     }
 
     async fn slices(&self, outages: &Outages, restoring: Restoring<'_>) -> Unavailable {
         let mut reader = OurSlices { cluster: &self.cluster, restoring: Some(restoring) };
         let labels = format!("{}={}", names::MANAGED_BY, names::MANAGER);
         let api = Api::all(self.client.clone());
-        self.source(api, Watched::slices, labels, SLICES_PAGE, outages).follow(&mut reader).await
+        self.source(api, Watched::slices, labels, outages).follow(&mut reader).await
     }
 
     /// One watch per joined Service, begun and ended as they come and go. `loading` is held until
@@ -150,7 +144,7 @@ impl Watch {
     ) -> (ServiceKey, Result<(), Unavailable>) {
         let labels = format!("{}={},{}!={}", names::SERVICE_NAME, service.name(), names::MANAGED_BY, names::MANAGER);
         let api: Api<DeserializeGuard<EndpointSlice>> = Api::namespaced(self.client.clone(), service.namespace());
-        let source = self.source(api, Watched::joined, labels, SLICES_PAGE, outages);
+        let source = self.source(api, Watched::joined, labels, outages);
         let mut reader = OthersSlices::new(&self.registry, self.door, service.clone(), loading);
         let ended = match stop.run_until_cancelled(source.follow(&mut reader)).await {
             Some(gone) => Err(gone),
@@ -167,9 +161,8 @@ impl Watch {
         api: Api<DeserializeGuard<K>>,
         watched: Watched,
         labels: String,
-        page: u32,
         outages: &'a Outages,
     ) -> Source<'a, K> {
-        Source { api, watched, labels, page, metrics: &self.metrics.kubernetes, outages }
+        Source { api, watched, labels, metrics: &self.metrics.kubernetes, outages }
     }
 }

@@ -15,14 +15,15 @@ use gangplank::grpc::proto::registry::{
     RegistrationMsg, RegistrationType, service_registry_client::ServiceRegistryClient,
 };
 use hickory_proto::rr::RecordType;
+use serde_json::json;
 use tokio::runtime::Runtime;
 
 use super::{
     meanwhile::{every_address, make_namespace},
-    serve,
+    serve, service_path,
 };
 use crate::support::{
-    cluster::{CONTEXT, Cluster},
+    cluster::{CONTEXT, Cluster, Who},
     coredns::CoreDns,
     dns::{Over, answers},
     stream::{Stream, message},
@@ -34,6 +35,10 @@ const ROUNDS: usize = 10;
 
 /// Services in the restore, for each round; ten instances each.
 const SERVICES_PER_ROUND: usize = 5;
+
+/// Services of others, for each round, and octets in each of them.
+const OTHERS_PER_ROUND: usize = 20;
+const OTHERS_OCTETS: usize = 16 << 10;
 
 fn registration(service: &str, address: &str) -> RegistrationMsg {
     message(RegistrationType::Register, "figures", service, address)
@@ -56,16 +61,20 @@ fn percentiles(what: &str, mut times: Vec<Duration>) -> Duration {
     at(50)
 }
 
-/// Resident memory in MiB.
+/// Resident memory in KiB.
 fn resident(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("the kernel says it");
-    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") >> 10
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
+fn rounds() -> usize {
+    env::var("GANGPLANK_MIRROR_FIGURES").map_or(ROUNDS, |text| text.parse().expect("a number of rounds"))
 }
 
 #[test]
 fn our_answer_beside_that_from_our_slices_and_a_restore() {
-    let rounds = env::var("GANGPLANK_MIRROR_FIGURES").map_or(ROUNDS, |text| text.parse().expect("a number of rounds"));
+    let rounds = rounds();
     let Some(program) = tools::require("coredns") else { return };
     let Some(cluster) = Cluster::private() else { return };
     let mut server = serve(&cluster, &[]);
@@ -122,10 +131,11 @@ fn our_answer_beside_that_from_our_slices_and_a_restore() {
     };
     held(services * 10 + rounds + 1);
     println!(
-        "{} instances into {services} services: mirrored within {:.1?}; the API server grew from {before} to {} MiB",
+        "{} instances into {services} services: mirrored within {:.1?}; the API server grew from {} to {} MiB",
         services * 10,
         begun.elapsed(),
-        resident(cluster.api_server_pid()),
+        before >> 10,
+        resident(cluster.api_server_pid()) >> 10,
     );
 
     server.kill9();
@@ -134,4 +144,31 @@ fn our_answer_beside_that_from_our_slices_and_a_restore() {
     println!("an empty disk restored from {} slices and ready within {:.2?}", services + rounds + 1, begun.elapsed());
     let name = format!("many-{}.figures.svc.cluster.local.", services - 1);
     assert_eq!(answers(server.dns, Over::Udp, &name, RecordType::A).len(), 10);
+}
+
+#[test]
+fn what_others_have_in_the_cluster_takes_little_memory() {
+    let Some(cluster) = Cluster::private() else { return };
+    let mut server = serve(&cluster, &[]);
+    let alone = resident(server.pid());
+    server.kill9();
+
+    cluster.create_namespace("crowd");
+    let services = rounds() * OTHERS_PER_ROUND;
+    for n in 0..services {
+        let service = json!({"apiVersion": "v1", "kind": "Service",
+            "metadata": {"name": format!("other-{n}"), "annotations": {"example.com/notes": "n".repeat(OTHERS_OCTETS)}},
+            "spec": {"clusterIP": "None", "selector": {"app": "other"}, "ports": [{"port": 80}]}});
+        let path = service_path("crowd", "");
+        let (status, answer) = cluster.request(Who::Admin, "POST", &path, Some(&service)).expect("the API server runs");
+        assert_eq!(status, 201, "{answer}");
+    }
+    let server = serve(&cluster, &[]);
+    let refused = server.run(&["register", "other-0", "10.0.0.1", "--port", "80", "-n", "crowd"]);
+    assert_eq!(refused.status.code(), Some(1), "they are known: {refused:?}");
+    println!(
+        "gangplank at its start: {alone} KiB alone, {} KiB beside {services} Services of others of {} KiB each",
+        resident(server.pid()),
+        OTHERS_OCTETS >> 10,
+    );
 }

@@ -47,7 +47,11 @@ const WATCH_GRACE: Duration = Duration::from_secs(5);
 const START: Duration = Duration::from_secs(10);
 
 /// Within which a page has to come.
-const PAGE: Duration = Duration::from_secs(30);
+const PAGE_WAIT: Duration = Duration::from_secs(30);
+
+/// Most objects in a page: each may have 256 KiB of annotations and more, and a page is held as a
+/// whole while it is read.
+const PAGE: u32 = 100;
 
 /// Most events that are handed on at once.
 const MOST_EVENTS: usize = 256;
@@ -82,8 +86,6 @@ pub(super) struct Source<'a, K> {
     pub(super) watched: Watched,
     /// Empty for all objects.
     pub(super) labels: String,
-    /// Most objects in a page.
-    pub(super) page: u32,
     pub(super) metrics: &'a KubernetesMetrics,
     pub(super) outages: &'a Outages,
 }
@@ -227,13 +229,13 @@ where
     async fn list(&self, reader: &mut impl Reader<K>) -> Result<String, End> {
         let mut params = ListParams {
             label_selector: Some(self.labels.clone()).filter(|labels| !labels.is_empty()),
-            limit: Some(self.page),
+            limit: Some(PAGE),
             ..ListParams::default()
         };
         let mut seen = vec![Seen::ListBegins];
         loop {
-            let page = time::timeout(PAGE, self.api.list(&params));
-            let page = page.await.map_err(|_| Failure::Silent(PAGE))?.map_err(Failure::from)?;
+            let page = time::timeout(PAGE_WAIT, self.api.list(&params));
+            let page = page.await.map_err(|_| Failure::Silent(PAGE_WAIT))?.map_err(Failure::from)?;
             seen.extend(page.items.into_iter().filter_map(|object| self.readable(object)).map(Seen::Listed));
             params.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
             if params.continue_token.is_none() {
