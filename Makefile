@@ -22,7 +22,8 @@ run: ## start the server with its defaults: gRPC 9080, DNS 1053, admin 9153, all
 release: ## build target/release/gangplank, optimised
 	cargo build --release --locked
 
-# Against Kubernetes 1.36; GANGPLANK_TEST_KUBERNETES=1.35 takes that release instead.
+# Against Kubernetes 1.36; GANGPLANK_TEST_KUBERNETES=1.35 takes that release instead, `make older` for
+# the tests that need one.
 .PHONY: test
 test: lint doc deny ## everything that CI runs: lints, docs, licences, benches compile, all tests
 	tests/tools/install.sh dns python go coredns kubernetes
@@ -81,6 +82,11 @@ mirror: ## the Kubernetes mirror at length: 200 and 50 kills in the middle of wr
 .PHONY: mirror-figures
 mirror-figures: ## our DNS beside CoreDNS on our slices, a restore from 1 000 slices, memory beside 4 000 Services
 	GANGPLANK_MIRROR_FIGURES=200 cargo test --locked --test integration mirror::figures -- --nocapture --test-threads 1
+
+.PHONY: older
+older: ## everything about Kubernetes on the release before, 1.35 (built the first time: about ten minutes)
+	GANGPLANK_TEST_KUBERNETES=1.35 tests/tools/install.sh dns coredns kubernetes
+	GANGPLANK_TEST_KUBERNETES=1.35 cargo test --locked --test integration -- cluster mirror:: kubernetes
 
 .PHONY: clean
 clean: ## delete everything that was built, the test tools too

@@ -1,5 +1,5 @@
 //! What one answer costs, without sockets: `answer()` over the mix of questions, by size of the
-//! zone; and what one change costs, by size of the service (P1d, P6b).
+//! zone; and what one change costs, by size of the service and of the zone (P1d, P6).
 
 #[path = "support/world.rs"]
 mod world;
@@ -13,14 +13,14 @@ use world::{World, instance, mix, service};
 
 fn answers(c: &mut Criterion) {
     let mut group = c.benchmark_group("answer");
-    for services in [1_000, 100_000] {
-        let world = World::of(services, 3);
+    for (services, instances) in [(1_000, 3), (100_000, 3), (1_000_000, 1)] {
+        let world = World::of(services, instances);
         let mut rng = fastrand::Rng::with_seed(1);
         let queries = mix(services, &mut rng);
         let context = Context { transport: Transport::Udp, nsid: b"bench" };
         let mut out = [0; MAX_UDP as usize];
         let mut next = queries.iter().cycle();
-        group.bench_function(format!("mix, {services} services of 3"), |b| {
+        group.bench_function(format!("mix, {services} services of {instances}"), |b| {
             b.iter(|| {
                 let packet = next.next().expect("it goes round");
                 black_box(answer(&world.zone.pin(), &context, &mut rng, packet, &mut out))
@@ -32,13 +32,22 @@ fn answers(c: &mut Criterion) {
 
 fn changes(c: &mut Criterion) {
     let mut group = c.benchmark_group("publish one change");
-    for instances in [1, 32, 10_000] {
-        let mut world = World::of(1, instances);
-        let key = service(0);
-        let made: Vec<_> = (0..instances).flat_map(|n| [instance(&key, n, 2.0), instance(&key, n, 1.0)]).collect();
+    for (services, instances) in [(1, 1), (1, 32), (1, 10_000), (1_000, 1), (100_000, 1), (1_000_000, 1)] {
+        let mut world = World::of(services, instances);
+        // As many as there are, but not more than the caches mind: spread over all services.
+        let spread = (0..(services * instances).min(20_000)).map(|n| (n.wrapping_mul(7919)) % (services * instances));
+        let made: Vec<_> = spread
+            .flat_map(|n| {
+                let key = service(n / instances);
+                [2.0, 1.0].map(|weight| (key.clone(), instance(&key, n, weight)))
+            })
+            .collect();
         let mut next = made.iter().cycle();
-        group.bench_function(format!("service of {instances}"), |b| {
-            b.iter(|| world.put(&key, next.next().expect("it goes round").clone()));
+        group.bench_function(format!("{services} services of {instances}"), |b| {
+            b.iter(|| {
+                let (key, instance) = next.next().expect("it goes round");
+                world.put(key, instance.clone());
+            });
         });
     }
     group.finish();

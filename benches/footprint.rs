@@ -8,21 +8,19 @@
 //! exist, 5 % AAAA without data. Memory is what the resident set grew by, registry and zone
 //! together; the journal lies on disk and does not count.
 
+#[path = "support/peer.rs"]
+mod peer;
 #[path = "support/ratio.rs"]
 mod ratio;
 
 use std::{
-    env, fs,
-    io::{BufRead as _, BufReader},
+    env,
     net::{SocketAddr, UdpSocket},
-    path::Path,
-    process::{Child, Command, Stdio},
     time::Duration,
 };
 
-use gangplank::grpc::proto::registry::{NamedPort, RegistrationMsg, service_registry_client::ServiceRegistryClient};
+use peer::{MILLION, Peer, fill};
 use ratio::{machine, row, spread};
-use tokio_stream::StreamExt as _;
 
 const ROUNDS: usize = 5;
 
@@ -38,75 +36,6 @@ const WINDOW: usize = 32;
 
 /// The argument that makes this program the echo.
 const ECHO: &str = "--echo";
-
-/// A process on core 0, and where it answers.
-struct Peer {
-    child: Child,
-    /// Where it answers DNS, or echoes.
-    dns: SocketAddr,
-    /// Where it takes registrations.
-    grpc: Option<SocketAddr>,
-}
-
-impl Peer {
-    /// Starts `program` there and waits until it says that it is ready.
-    fn start(program: &Path, args: &[&str]) -> Self {
-        let mut child = Command::new("taskset")
-            .args(["-c", "0"])
-            .arg(program)
-            .args(args)
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("taskset (util-linux) starts it");
-        let (mut dns, mut grpc) = (None, None);
-        for line in BufReader::new(child.stdout.take().expect("piped")).lines() {
-            let line = line.expect("it prints text");
-            match line.split(' ').collect::<Vec<_>>()[..] {
-                ["listening", "dns", address] => dns = Some(address.parse().expect("an address")),
-                ["listening", "grpc", address] => grpc = Some(address.parse().expect("an address")),
-                ["ready", ..] => break,
-                _ => {}
-            }
-        }
-        Self { child, dns: dns.expect("it says where"), grpc }
-    }
-
-    fn gangplank(data_dir: &str) -> Self {
-        let any = "127.0.0.1:0";
-        let listen = ["--grpc-listen", any, "--dns-listen", any, "--admin-listen", any];
-        let flags = [&["serve", "--data-dir", data_dir, "--dns-threads", "1"], &listen[..]].concat();
-        Self::start(Path::new(env!("CARGO_BIN_EXE_gangplank")), &flags)
-    }
-
-    /// What `/proc/PID/<file>` says.
-    fn proc(&self, file: &str) -> String {
-        fs::read_to_string(format!("/proc/{}/{file}", self.child.id())).expect("it runs")
-    }
-
-    /// Octets of memory that it occupies.
-    fn resident(&self) -> f64 {
-        let status = self.proc("status");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux says it");
-        line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") * 1024.0
-    }
-
-    /// CPU seconds, user and system, since its start.
-    fn cpu(&self) -> f64 {
-        // The 14th and 15th fields, counted from behind the name, which may hold blanks; ticks of
-        // a hundredth of a second on every Linux.
-        let stat = self.proc("stat");
-        let fields: Vec<&str> = stat[stat.rfind(')').expect("the name ends") + 2..].split(' ').collect();
-        let ticks = |at: usize| fields[at].parse::<f64>().expect("a number");
-        (ticks(11) + ticks(12)) / 100.0
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 fn echo() -> ! {
     let socket = UdpSocket::bind("127.0.0.1:0").expect("a free port");
@@ -179,47 +108,11 @@ fn cost(peer: &Peer, questions: &[Vec<u8>]) -> f64 {
     (peer.cpu() - before) * 1e6 / answered as f64
 }
 
-async fn register(to: SocketAddr) {
-    let messages = (0..SERVICES * INSTANCES).map(|n| RegistrationMsg {
-        namespace: "bench".into(),
-        service_name: format!("s{}", n % SERVICES),
-        ipaddress: format!("10.{}.{}.{}", n % INSTANCES, (n / 250) % 250, n % 250 + 1),
-        ports: vec![NamedPort { port: 8080, name: "http".into(), ..NamedPort::default() }],
-        ..RegistrationMsg::default()
-    });
-    let mut client = ServiceRegistryClient::connect(format!("http://{to}")).await.expect("it listens");
-    let answers =
-        client.registration_event(tokio_stream::iter(messages.collect::<Vec<_>>())).await.expect("it streams");
-    let mut answers = answers.into_inner();
-    while let Some(answer) = answers.next().await {
-        assert!(matches!(answer.expect("the stream goes on").status, 200 | 201));
-    }
-}
-
-const MILLION: u32 = 1_000_000;
-
 async fn grown(instances_per_service: u32) -> f64 {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a data directory");
-    let dir = dir.path().display().to_string();
-    let server = Peer::gangplank(&dir);
+    let server = Peer::gangplank("0", dir.path());
     let before = server.resident();
-    let to = format!("http://{}", server.grpc.expect("it takes registrations"));
-    let mut client = ServiceRegistryClient::connect(to).await.expect("it listens");
-    let messages = (0..MILLION).map(move |n| {
-        let [_, b, c, d] = n.to_be_bytes();
-        RegistrationMsg {
-            namespace: "bench".into(),
-            service_name: format!("s{}", n / instances_per_service),
-            ipaddress: format!("10.{b}.{c}.{d}"),
-            ports: vec![NamedPort { port: 8080, name: "http".into(), ..NamedPort::default() }],
-            ..RegistrationMsg::default()
-        }
-    });
-    let mut answers = client.registration_event(tokio_stream::iter(messages)).await.expect("it streams").into_inner();
-    for _ in 0..MILLION {
-        let answer = answers.next().await.expect("one answer per message").expect("the stream goes on");
-        assert_eq!(answer.status, 201);
-    }
+    fill(&server, MILLION, instances_per_service).await;
     (server.resident() - before) / f64::from(MILLION)
 }
 
@@ -229,16 +122,12 @@ async fn main() {
         echo();
     }
     machine();
-    // The generator's own core; taskset takes a process that runs.
-    let me = std::process::id().to_string();
-    let pinned = Command::new("taskset").args(["-cp", "1", &me]).stdout(Stdio::null()).status();
-    assert!(pinned.is_ok_and(|status| status.success()), "two cores and taskset (util-linux) are needed");
+    peer::stay_on("1");
 
     let dir = tempfile::tempdir().expect("a data directory");
-    let dir = dir.path().display().to_string();
-    let ours = Peer::gangplank(&dir);
-    register(ours.grpc.expect("it takes registrations")).await;
-    let bare = Peer::start(&env::current_exe().expect("this program"), &[ECHO]);
+    let ours = Peer::gangplank("0", dir.path());
+    fill(&ours, (SERVICES * INSTANCES) as u32, INSTANCES as u32).await;
+    let bare = Peer::start("0", &env::current_exe().expect("this program"), &[ECHO]);
 
     let questions = mix();
     cost(&ours, &questions[..SERVICES]);

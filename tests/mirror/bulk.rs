@@ -92,10 +92,10 @@ fn a_bulk_of_registrations_costs_few_writes() {
     let services = instances / 10;
     let writes = bulk.register("many", services, Order::OneByOne, instances, instances);
     assert!(writes <= 9 * services / 4, "{writes} writes, {} at least", 2 * services);
-    let writes = bulk.register("mixed", services, Order::InTurn, instances, instances);
-    assert!(writes <= 4 * services, "{writes} writes, {} at least", 2 * services);
-    // One that exists needs one. The stream waits for Kubernetes now and then, and what was written
-    // meanwhile is written again.
-    let writes = bulk.register("mixed", services, Order::InTurn, instances, 2 * instances);
-    assert!(writes <= 3 * services, "{writes} writes, {services} at least");
+    // In turn, what was written soon is written again; how often is a matter of who is faster, but
+    // never once for each instance. The first time every service is new, the second it exists.
+    for held in [instances, 2 * instances] {
+        let writes = bulk.register("mixed", services, Order::InTurn, instances, held);
+        assert!(writes <= instances * 3 / 4, "{writes} writes of {instances} instances");
+    }
 }
