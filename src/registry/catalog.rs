@@ -51,6 +51,11 @@ impl Catalog {
         self.generation.load(Ordering::Acquire)
     }
 
+    /// Makes room for so many services more.
+    pub(super) fn reserve(&self, services: usize) {
+        self.services.pin().reserve(services);
+    }
+
     /// Replaces one service; one without instances is gone.
     pub(super) fn set(&self, key: ServiceKey, service: Service) {
         let map = self.services.pin();

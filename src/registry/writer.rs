@@ -11,11 +11,12 @@
 //! blocks; a client that goes away meanwhile changes nothing, because nobody waits for it here.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
+use indexmap::IndexMap;
 use tokio::{
     runtime::Handle,
     sync::{mpsc, oneshot},
@@ -39,9 +40,6 @@ use crate::{
 /// Commands after which a batch takes no more submissions, so that the first of them does not
 /// wait for all that a flood of clients sends meanwhile.
 const BATCH_COMMANDS: usize = 65_536;
-
-/// Publications of recovered services that are made at once.
-const RECOVERY_CHUNK: usize = 1024;
 
 /// How long a start waits for the API server when the store alone could go on.
 const RESTORE_PATIENCE: Duration = Duration::from_secs(5);
@@ -138,7 +136,9 @@ impl Unrecovered {
             metrics,
             options: Options { max_instances, kubernetes },
         } = self;
-        let mut services: HashMap<ServiceKey, Service, foldhash::fast::RandomState> = HashMap::default();
+        // Published in the order in which they lie in memory, and never hashed again: with a million
+        // of them a start is a matter of cache misses.
+        let mut services: IndexMap<ServiceKey, Service, foldhash::fast::RandomState> = IndexMap::default();
         let mut replay = |record| match record {
             Record::Put { service, instance } => {
                 services.entry(service).or_default().instances.put(instance);
@@ -147,7 +147,7 @@ impl Unrecovered {
                 if let Some(held) = services.get_mut(&service) {
                     held.instances.remove(&InstanceKey::from(&id));
                     if held.instances.is_empty() {
-                        services.remove(&service);
+                        services.swap_remove(&service);
                     }
                 }
             }
@@ -161,24 +161,17 @@ impl Unrecovered {
         // Never back for one data directory, and ahead of what a lost directory had handed out.
         let generation = recovery.generation.saturating_add(1).max(unix_seconds());
 
-        let services: Vec<(ServiceKey, Service, Vec<Change>)> = services
-            .into_iter()
-            .map(|(key, service)| {
-                let new = |instance: &Arc<_>| Change { before: None, after: Some(Arc::clone(instance)) };
-                let changes = service.instances.iter().map(new).collect();
-                (key, Service { generation, ..service }, changes)
-            })
-            .collect();
-        for chunk in services.chunks(RECOVERY_CHUNK) {
-            let changes =
-                chunk.iter().map(|(service, after, changes)| ServiceChange { service, changes, after, foreign: None });
-            let changes: Vec<_> = changes.collect();
-            publisher.publish(generation, &changes);
+        catalog.reserve(services.len());
+        publisher.reserve(services.len(), services.values().flat_map(|service| &service.instances));
+        for (service, mut after) in services {
+            after.generation = generation;
+            let new = |instance: &Arc<_>| Change { before: None, after: Some(Arc::clone(instance)) };
+            let changes: Vec<Change> = after.instances.iter().map(new).collect();
+            let change = ServiceChange { service: &service, changes: &changes, after: &after, foreign: None };
+            publisher.publish(generation, &[change]);
+            catalog.set(service, after);
         }
         publisher.publish(generation, &[]);
-        for (key, service, _) in services {
-            catalog.set(key, service);
-        }
         catalog.set_generation(generation);
         feed.begin(generation);
         let origin = kubernetes.is_some().then_some(Origin { term: recovery.term, outbox: recovery.outbox });

@@ -259,6 +259,13 @@ pub struct Publisher {
 }
 
 impl Publisher {
+    /// Makes room for so many services, and for the addresses of `instances`, so that nothing is
+    /// moved while they come.
+    pub fn reserve<'a>(&mut self, services: usize, instances: impl IntoIterator<Item = &'a Arc<Instance>>) {
+        self.zone.services.pin().reserve(services);
+        self.zone.reverse.reserve(instances.into_iter().filter_map(|instance| instance.address().ip()));
+    }
+
     /// Makes the changes of one generation visible, service by service, and then the generation
     /// itself as the SOA serial.
     pub fn publish(&mut self, generation: u64, changes: &[ServiceChange<'_>]) {

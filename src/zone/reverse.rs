@@ -76,6 +76,13 @@ impl Reverse {
         }
     }
 
+    /// Makes room for so many addresses.
+    pub(super) fn reserve(&self, addresses: impl Iterator<Item = IpAddr>) {
+        let (v4, v6) = addresses.fold((0, 0), |(v4, v6), ip| if ip.is_ipv4() { (v4 + 1, v6) } else { (v4, v6 + 1) });
+        self.v4.pin().reserve(v4);
+        self.v6.pin().reserve(v6);
+    }
+
     /// Adds a name. Only the publisher may.
     pub(super) fn add(&self, ip: IpAddr, name: HostName) {
         self.edit(ip, |names| names.put(name));
