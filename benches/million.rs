@@ -42,6 +42,7 @@ async fn main() {
     let disk = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("a data directory");
     let large = Peer::gangplank("0", disk.path());
     fill(&large, MILLION, 1).await;
+    println!("resident with 1 000 000 services of one instance: {:.0} MiB", large.resident() / f64::from(1 << 20));
     changes_cost_the_same(&large).await;
     seen_soon("durable", &large).await;
     syncs(disk.path());

@@ -1,6 +1,4 @@
 //! Servers in processes of their own, on cores of their own, and what the kernel says of them.
-// Each bench compiles its own copy and uses what it needs.
-#![allow(dead_code)]
 
 use std::{
     fs,
