@@ -63,7 +63,7 @@ tools: ## install what the tests run beside gangplank (dig, Go and Python client
 	tests/tools/install.sh
 
 .PHONY: bench
-bench: ## run the benches (about ten minutes)
+bench: ## run the benches (about twenty minutes)
 	cargo bench
 
 .PHONY: crash

@@ -70,7 +70,7 @@ async fn changes_cost_the_same(large: &Peer) {
             let (at, turn) = ((u64::from(n % held) * 7919 % u64::from(held)) as u32, n / held);
             instance(at, at, weight + (turn % 100) as f32 * 0.01 + 2.0 * (turn / 100 % 50) as f32)
         });
-        stream(server, tokio_stream::iter(changes)).await;
+        stream(server, changes, 200).await;
         (server.cpu() - before) * 1e6 / f64::from(CHANGES)
     };
     let (mut smalls, mut larges) = (Vec::new(), Vec::new());
@@ -158,8 +158,9 @@ fn starts(data_dir: &Path) {
     let (mut ours, mut theirs, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         let begun = Instant::now();
-        drop(Peer::gangplank("0,1", data_dir));
+        let peer = Peer::gangplank("0,1", data_dir);
         let our = begun.elapsed().as_secs_f64();
+        drop(peer);
         let their = knot.start().as_secs_f64();
         ours.push(our);
         theirs.push(their);

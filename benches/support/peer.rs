@@ -9,7 +9,7 @@ use std::{
 };
 
 use gangplank::grpc::proto::registry::{NamedPort, RegistrationMsg, service_registry_client::ServiceRegistryClient};
-use tokio_stream::{Stream, StreamExt as _};
+use tokio_stream::StreamExt as _;
 
 pub(crate) const MILLION: u32 = 1_000_000;
 
@@ -110,18 +110,22 @@ pub(crate) fn instance(n: u32, service: u32, weight: f32) -> RegistrationMsg {
     }
 }
 
-/// Registers `messages` over one stream and waits for all the answers.
-pub(crate) async fn stream(server: &Peer, messages: impl Stream<Item = RegistrationMsg> + Send + 'static) {
+/// Registers over one stream; each message is answered with `status`.
+pub(crate) async fn stream<M>(server: &Peer, messages: M, status: u32)
+where
+    M: ExactSizeIterator<Item = RegistrationMsg> + Send + 'static,
+{
+    let count = messages.len();
     let to = format!("http://{}", server.grpc.expect("it takes registrations"));
     let mut client = ServiceRegistryClient::connect(to).await.expect("it listens");
-    let mut answers = client.registration_event(messages).await.expect("it streams").into_inner();
-    while let Some(answer) = answers.next().await {
-        let status = answer.expect("the stream goes on").status;
-        assert!(matches!(status, 200 | 201), "{status}");
+    let mut answers = client.registration_event(tokio_stream::iter(messages)).await.expect("it streams").into_inner();
+    for _ in 0..count {
+        let answer = answers.next().await.expect("one answer per message").expect("the stream goes on");
+        assert_eq!(answer.status, status, "{answer:?}");
     }
 }
 
 /// Registers so many instances, each service has `each` of them.
 pub(crate) async fn fill(server: &Peer, instances: u32, each: u32) {
-    stream(server, tokio_stream::iter((0..instances).map(move |n| instance(n, n / each, 1.0)))).await;
+    stream(server, (0..instances).map(move |n| instance(n, n / each, 1.0)), 201).await;
 }

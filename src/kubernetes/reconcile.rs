@@ -8,9 +8,10 @@
 //!
 //! The result of a write is noted in [`Cluster`] at once; the watch says the same a moment later.
 
+mod refused;
+
 use std::{
-    collections::{HashMap, HashSet},
-    net::IpAddr,
+    collections::{HashMap, VecDeque},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -26,6 +27,7 @@ use k8s_openapi::{
 use tokio::time::Instant;
 use tracing::{info, warn};
 
+use self::refused::{Refused, Step, is_refusal};
 use super::{
     Options,
     client::{Fault, Requests, Version},
@@ -138,8 +140,8 @@ impl Reconciler {
         let uid = match &observed.service {
             StandingService::Unknown => return Err(Fault::Unknown("the Services are not read yet".into())),
             StandingService::Foreign => {
-                self.forget_empty(round.service);
                 self.withdraw(round, &observed).await?;
+                self.forget_empty(round.service);
                 return Ok(if empty {
                     Verdict::Done(round.generation)
                 } else {
@@ -163,9 +165,15 @@ impl Reconciler {
             StandingService::Ours(standing) => standing.metadata.uid.clone().unwrap_or_default(),
             StandingService::Joined { uid } => uid.to_string(),
         };
+        let endpoints = match &observed.service {
+            // It may have been ours; now it is for the owner to say what stands in it.
+            StandingService::Joined { .. } => self.withdraw_endpoints(round, &observed).await?,
+            _ => Ok(()),
+        };
         // The slices first: what the Service itself says is for people and tools, and a server that
         // refuses it must not hold up the endpoints.
         self.apply(round, &observed, self.plan(round, &observed, &uid, false)).await?;
+        endpoints?;
         if let StandingService::Ours(standing) = &observed.service
             && !empty
             && let Some(amended) = services::amend(standing, round.instances)
@@ -177,10 +185,6 @@ impl Reconciler {
         {
             self.write_endpoints(round, &uid).await?;
         }
-        if matches!(observed.service, StandingService::Joined { .. }) && !observed.slices.is_empty() {
-            // It may have been ours; now it is for the owner to say what stands in it.
-            self.withdraw_endpoints(round.service).await?;
-        }
         match &observed.service {
             StandingService::Ours(standing) if empty => self.linger(round, standing).await,
             _ => {
@@ -190,13 +194,11 @@ impl Reconciler {
         }
     }
 
-    /// Takes away everything of ours under a service. Where no slice is left there is no Endpoints
-    /// object of ours to be asked for: most Services of a cluster never were ours.
+    /// Takes away everything of ours under a service.
     async fn withdraw(&self, round: &Round<'_>, observed: &Observed) -> Result<(), Fault> {
-        if !observed.slices.is_empty() {
-            self.withdraw_endpoints(round.service).await?;
-        }
-        self.apply(round, observed, self.plan(round, observed, "", true)).await
+        let endpoints = self.withdraw_endpoints(round, observed).await?;
+        self.apply(round, observed, self.plan(round, observed, "", true)).await?;
+        endpoints
     }
 
     /// The writes that are missing; `withdraw` takes everything away.
@@ -220,34 +222,37 @@ impl Reconciler {
 
     /// Makes the writes: new slices several at once, then the others in their order, which is
     /// such that nobody misses an endpoint that moves. What went well is noted even if another
-    /// failed; what is refused holds up only the slices that its endpoints would move out of.
+    /// failed; a refusal holds up only what its endpoints would move out of.
     async fn apply(&self, round: &Round<'_>, observed: &Observed, writes: Vec<Write>) -> Result<(), Fault> {
+        let standing: HashMap<&str, &Standing> = observed.slices.iter().map(|slice| (&*slice.name, slice)).collect();
         let (creations, others): (Vec<_>, Vec<_>) =
             writes.into_iter().partition(|write| matches!(write, Write::Create(_)));
         let created = stream::iter(creations)
             .map(|write| async move {
-                let done = self.write(round.service, observed, &write).await;
-                (write, done)
+                let done = self.write(round.service, &write, None).await;
+                (Step { before: None, write }, done)
             })
             .buffer_unordered(WRITES_AT_ONCE)
             .collect::<Vec<_>>();
         let mut refused = Refused::default();
-        for (write, done) in created.await {
-            refused.note(&write, done)?;
+        for (step, done) in created.await {
+            refused.note(&step, done)?;
         }
-        for write in others {
-            let before = observed.slices.iter().find(|standing| standing.name == write.name());
-            if before.is_some_and(|before| refused.needs(before, &write)) {
-                continue;
+        let mut steps: VecDeque<Step<'_>> =
+            others.into_iter().map(|write| Step { before: standing.get(write.name()).copied(), write }).collect();
+        refused.hold_back(&mut steps);
+        while let Some(step) = steps.pop_front() {
+            let done = self.write(round.service, &step.write, step.before).await;
+            if refused.note(&step, done)? {
+                refused.hold_back(&mut steps);
             }
-            refused.note(&write, self.write(round.service, observed, &write).await)?;
         }
         refused.why.map_or(Ok(()), Err)
     }
 
-    async fn write(&self, service: &ServiceKey, observed: &Observed, write: &Write) -> Result<(), Fault> {
+    /// Makes one write; `before` is what stands under its name.
+    async fn write(&self, service: &ServiceKey, write: &Write, before: Option<&Standing>) -> Result<(), Fault> {
         let (namespace, name) = (service.namespace(), write.name());
-        let before = observed.slices.iter().find(|standing| standing.name == name);
         match write {
             Write::Create(slice) => match self.requests.create(namespace, slice).await {
                 Ok(standing) => self.cluster.wrote_slice(&standing),
@@ -427,11 +432,22 @@ impl Reconciler {
         }
     }
 
-    /// Takes away an Endpoints object of ours that has lost its Service.
-    async fn withdraw_endpoints(&self, service: &ServiceKey) -> Result<(), Fault> {
-        if !self.options.endpoints_object {
-            return Ok(());
+    /// Takes away the Endpoints object of ours under a Service that is not, or no longer. A refusal
+    /// is given back, for when everything else is done. Most Services of a cluster never were ours,
+    /// and are not asked about.
+    async fn withdraw_endpoints(&self, round: &Round<'_>, observed: &Observed) -> Result<Result<(), Fault>, Fault> {
+        let lingers = self.empty().contains_key(round.service);
+        let something = lingers || !observed.slices.is_empty() || !round.instances.is_empty();
+        if !self.options.endpoints_object || !something {
+            return Ok(Ok(()));
         }
+        match self.delete_endpoints(round.service).await {
+            Err(why) if !is_refusal(&why) => Err(why),
+            done => Ok(done),
+        }
+    }
+
+    async fn delete_endpoints(&self, service: &ServiceKey) -> Result<(), Fault> {
         let standing = match self.requests.get::<Endpoints>(service.namespace(), service.name()).await {
             Ok(standing) if is_ours(&standing.metadata) => standing,
             Ok(_) | Err(Fault::NotFound) => return Ok(()),
@@ -444,38 +460,6 @@ impl Reconciler {
             Err(Fault::NotFound) => Ok(()),
             done => done,
         }
-    }
-}
-
-/// What the API server refused of one plan, for good as far as it goes.
-#[derive(Default)]
-struct Refused {
-    why: Option<Fault>,
-    /// The addresses in it.
-    addresses: HashSet<IpAddr>,
-}
-
-impl Refused {
-    /// # Errors
-    /// A fault that ends the plan: not a refusal of this one write.
-    fn note(&mut self, write: &Write, done: Result<(), Fault>) -> Result<(), Fault> {
-        match done {
-            Err(why @ (Fault::Forbidden(_) | Fault::Invalid(_))) => {
-                self.addresses.extend(write.addresses());
-                self.why = Some(why);
-                Ok(())
-            }
-            done => done,
-        }
-    }
-
-    /// Whether `write` would take away what was to move, and could not.
-    fn needs(&self, before: &Standing, write: &Write) -> bool {
-        if self.addresses.is_empty() {
-            return false;
-        }
-        let stays: HashSet<IpAddr> = write.addresses().collect();
-        before.rows.iter().any(|ip| self.addresses.contains(ip) && !stays.contains(ip))
     }
 }
 

@@ -4,7 +4,10 @@
 //! is then made durable and published as a whole, or dropped as a whole; the catalog itself is
 //! never ahead of the journal.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use super::{Catalog, Command, Event, Outcome, Rules, facts::Facts};
 use crate::{
@@ -47,20 +50,21 @@ pub(super) struct State {
     catalog: Arc<Catalog>,
     max_instances: usize,
     facts: Facts,
-    /// What stands may still give way to what Kubernetes holds.
-    unsettled: bool,
+    /// While what stands may still give way to what Kubernetes holds: what was registered again
+    /// since, and is on record for it.
+    affirmed: Option<HashSet<(ServiceKey, InstanceId), foldhash::fast::RandomState>>,
     pending: Pending,
 }
 
 impl State {
     pub(super) fn new(catalog: Arc<Catalog>, max_instances: usize, rules: Option<Rules>) -> Self {
-        let unsettled = rules.is_some();
-        Self { catalog, max_instances, facts: Facts::new(rules), unsettled, pending: Pending::default() }
+        let affirmed = rules.is_some().then(HashSet::default);
+        Self { catalog, max_instances, facts: Facts::new(rules), affirmed, pending: Pending::default() }
     }
 
     /// From now on what stands, stands.
     pub(super) fn settle(&mut self) {
-        self.unsettled = false;
+        self.affirmed = None;
     }
 
     /// What Kubernetes says.
@@ -126,8 +130,9 @@ impl State {
                 (Outcome::Created, instance)
             }
             Some(before) if before.same_attributes(&instance) => {
-                if self.unsettled {
-                    // The acknowledgement has to hold, whatever becomes of what it rests on.
+                // The acknowledgement has to hold, whatever becomes of what it rests on. Once is
+                // enough: whatever changes it later is on record anyway.
+                if self.affirmed.as_mut().is_some_and(|affirmed| affirmed.insert((key.clone(), before.id()))) {
                     self.pending.records.push(Record::Put { service: key, instance: Arc::clone(before) });
                 }
                 return Outcome::Unchanged;

@@ -136,8 +136,8 @@ impl Unrecovered {
             metrics,
             options: Options { max_instances, kubernetes },
         } = self;
-        // Published in the order in which they lie in memory, and never hashed again: with a million
-        // of them a start is a matter of cache misses.
+        // Published in the order in which they lie in memory, and not hashed again as they grow: with
+        // a million of them a start is a matter of cache misses.
         let mut services: IndexMap<ServiceKey, Service, foldhash::fast::RandomState> = IndexMap::default();
         let mut replay = |record| match record {
             Record::Put { service, instance } => {
@@ -329,14 +329,16 @@ impl Writer {
         self.save_at = None;
         // 2. append: durable. After a failure nothing is acknowledged any more: what reached the
         // disk is unknown, and a later sync that succeeds proves nothing.
-        if let Err(why) = self.journal.append(self.generation + 1, &pending.records) {
+        // What is served tells one generation from the next.
+        let generation = self.generation + u64::from(!pending.services.is_empty());
+        if let Err(why) = self.journal.append(generation, &pending.records) {
             storage_failed(&self.status, &why);
             for (reply, _) in decided {
                 let _ = reply.send(Err(Unavailable::StorageFailed));
             }
             return false;
         }
-        self.generation += 1;
+        self.generation = generation;
         let (durable, since_durable) = (UnixMillis::now(), Instant::now());
         // 3. publish: visible.
         let events = self.publish(pending);

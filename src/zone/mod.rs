@@ -259,7 +259,7 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// Makes room for so many services, and for the addresses of `instances`, so that nothing is
+    /// Makes room for so many services, and for `instances` at an address each, so that nothing is
     /// moved while they come.
     pub fn reserve<'a>(&mut self, services: usize, instances: impl IntoIterator<Item = &'a Arc<Instance>>) {
         self.zone.services.pin().reserve(services);

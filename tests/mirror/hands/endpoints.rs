@@ -72,4 +72,12 @@ fn the_endpoints_object_of_a_service_that_is_no_longer_ours_goes() {
     });
     soon("it is withdrawn alone", || object(cluster, path).is_none().then_some(()));
     assert_eq!(addresses(cluster, "endpoints-left", "web"), ["10.41.0.1"]);
+
+    // One without instances, whose Service only lingers.
+    world.mirrored("endpoints-left", "idle", "10.41.0.2", "http=8080");
+    assert_eq!(world.deregister("endpoints-left", "idle", "10.41.0.2").0, Some(0));
+    let path = "/api/v1/namespaces/endpoints-left/endpoints/idle";
+    soon("it stands empty", || (object(cluster, path)?["subsets"] == json!(null)).then_some(()));
+    edit(cluster, &service_path("endpoints-left", "idle"), &|service| service["metadata"]["labels"] = json!({}));
+    soon("it goes too", || object(cluster, path).is_none().then_some(()));
 }
