@@ -131,8 +131,12 @@ impl Confirmations {
         let receiver = {
             let mut behind = self.lock();
             behind.services.get_mut(service).map(|lag| {
-                // Those who gave up make room.
-                lag.waiting.retain(|(_, waiter)| !waiter.is_closed());
+                if lag.waiting.len() == lag.waiting.capacity() {
+                    // Those who gave up make room; not again before as many have come as are left,
+                    // because thousands may wait for one service while the API server is away.
+                    lag.waiting.retain(|(_, waiter)| !waiter.is_closed());
+                    lag.waiting.reserve(lag.waiting.len());
+                }
                 let (sender, receiver) = oneshot::channel();
                 lag.waiting.push((generation, sender));
                 receiver
@@ -190,6 +194,23 @@ mod tests {
         assert!(!confirmations.confirm(&key("web"), 9), "it was not behind any more");
         assert_eq!(confirmations.confirmed(&key("web"), 9).now_or_never(), Some(()));
         assert_eq!(confirmations.lag().services, 1);
+    }
+
+    #[test]
+    fn whoever_gave_up_is_forgotten_and_whoever_waits_is_not() {
+        let confirmations = Confirmations::new(true);
+        confirmations.note([(key("web"), 7, UnixMillis(1))]);
+        let mut patient = Vec::new();
+        for n in 0..10_000 {
+            let waits = Box::pin(confirmations.confirmed(&key("web"), 7));
+            if n % 100 == 0 {
+                patient.push(waits);
+            }
+        }
+        let held = confirmations.lock().services[&key("web")].waiting.len();
+        assert!((100..1_000).contains(&held), "{held} are held for {} who wait", patient.len());
+        assert!(confirmations.confirm(&key("web"), 7));
+        assert!(patient.into_iter().all(|waits| waits.now_or_never() == Some(())));
     }
 
     #[test]

@@ -327,10 +327,10 @@ impl Writer {
         let unsettled = self.origin.as_mut().map_or_else(HashSet::new, |origin| origin.add(&pending.records));
         pending.records.append(&mut self.unsaved);
         self.save_at = None;
-        // 2. append: durable. After a failure nothing is acknowledged any more: what reached the
-        // disk is unknown, and a later sync that succeeds proves nothing.
         // What is served tells one generation from the next.
         let generation = self.generation + u64::from(!pending.services.is_empty());
+        // 2. append: durable. After a failure nothing is acknowledged any more: what reached the
+        // disk is unknown, and a later sync that succeeds proves nothing.
         if let Err(why) = self.journal.append(generation, &pending.records) {
             storage_failed(&self.status, &why);
             for (reply, _) in decided {
