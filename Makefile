@@ -10,7 +10,7 @@ tools := target/tools/bin
 
 .PHONY: help
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The development profile: it compiles in half the time of a release build and answers a person
 # just as fast. `make release` builds what one would install or measure.

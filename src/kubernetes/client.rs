@@ -35,13 +35,12 @@ pub(super) const DEFAULT_RETRY_AFTER: Duration = Duration::from_secs(1);
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// The file of `--kubeconfig`.
-    #[error("--kubeconfig {path}: cannot be used")]
+    #[error("--kubeconfig {path}: cannot be used: {why}")]
     Kubeconfig {
         /// Which file.
         path: String,
-        /// Why.
-        #[source]
-        why: kube::config::KubeconfigError,
+        /// Why, and what led to it.
+        why: String,
     },
     /// What a pod finds of its ServiceAccount.
     #[error("--kubernetes: not in a pod with a ServiceAccount; outside of a cluster give --kubeconfig FILE")]
@@ -55,7 +54,11 @@ pub enum ConnectError {
 pub(super) async fn connect(kubeconfig: Option<&Path>) -> Result<(Client, String), ConnectError> {
     let mut config = match kubeconfig {
         Some(path) => {
-            let unusable = |why| ConnectError::Kubeconfig { path: path.display().to_string(), why };
+            // kube's errors name their causes and give them again: each is said once.
+            let unusable = |why: kube::config::KubeconfigError| ConnectError::Kubeconfig {
+                path: path.display().to_string(),
+                why: chain(&why),
+            };
             let file = Kubeconfig::read_from(path).map_err(unusable)?;
             Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(unusable)?
         }
@@ -291,6 +294,13 @@ pub(super) fn chain(why: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_kubeconfig_that_is_not_there_is_named_and_its_reason_said_once() {
+        let why = connect(Some(Path::new("/no/such/file"))).await.err().expect("there is none").to_string();
+        assert!(why.starts_with("--kubeconfig /no/such/file: cannot be used"), "{why}");
+        assert_eq!(why.matches("No such file").count(), 1, "{why}");
+    }
 
     fn fault(code: u16, reason: &str, retry_after: Option<u64>) -> Fault {
         let status = Status { code, reason: reason.into(), message: "so".into(), ..Status::default() };
