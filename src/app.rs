@@ -65,9 +65,9 @@ fn listen(flag: &str, addresses: &[SocketAddr]) -> anyhow::Result<Vec<StdTcpList
     addresses
         .iter()
         .map(|address| {
-            one(address).map_err(|why: io::Error| match why.kind() {
+            one(address).map_err(|err: io::Error| match err.kind() {
                 io::ErrorKind::AddrInUse => anyhow!("{flag} {address}: another process listens there already"),
-                _ => anyhow!(why).context(format!("{flag} {address} cannot be bound")),
+                _ => anyhow!(err).context(format!("{flag} {address} cannot be bound")),
             })
         })
         .collect()
@@ -78,8 +78,8 @@ fn raise_open_files() {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
-    if let Err(why) = setrlimit(Resource::Nofile, limit) {
-        warn!(error = &why as &dyn std::error::Error, "the limit on open files stays where it is");
+    if let Err(err) = setrlimit(Resource::Nofile, limit) {
+        warn!(error = &err as &dyn std::error::Error, "the limit on open files stays where it is");
     }
 }
 
@@ -115,7 +115,7 @@ impl Bound {
         // Without `..`: what nobody uses does not compile. The others went into `bind`.
         let Config {
             zone,
-            door,
+            validator,
             store,
             registry,
             kubernetes,
@@ -154,7 +154,7 @@ impl Bound {
             parts.spawn("the Kubernetes mirror", mirror.map(anyhow::Ok));
         }
 
-        let services = grpc::Services { registry, door, metrics };
+        let services = grpc::Services { registry, validator, metrics };
         let calls = grpc::run(from_std(grpc)?, services, stop_grpc.clone());
         let then_writer = stop_writer.clone();
         parts.spawn("the gRPC listeners", async move {
@@ -203,9 +203,9 @@ impl Parts {
     /// Why the first of them ended.
     async fn first(&mut self) -> anyhow::Error {
         match self.0.join_next().await {
-            Some(Ok((name, Err(why)))) => why.context(format!("{name} failed")),
+            Some(Ok((name, Err(err)))) => err.context(format!("{name} failed")),
             Some(Ok((name, Ok(())))) => anyhow!("{name} ended without being told to"),
-            Some(Err(why)) => anyhow!(why).context("a part of the server panicked"),
+            Some(Err(err)) => anyhow!(err).context("a part of the server panicked"),
             None => anyhow!("nothing was started"),
         }
     }
@@ -215,8 +215,8 @@ impl Parts {
         while let Some(ended) = self.0.join_next().await {
             match ended {
                 Ok((_, Ok(()))) => {}
-                Ok((name, Err(why))) => warn!("{name} failed while stopping: {why:#}"),
-                Err(why) => warn!("a part of the server panicked while stopping: {why}"),
+                Ok((name, Err(err))) => warn!("{name} failed while stopping: {err:#}"),
+                Err(err) => warn!("a part of the server panicked while stopping: {err}"),
             }
         }
     }

@@ -15,7 +15,7 @@ use clap::{Args, builder::FalseyValueParser};
 use crate::{
     dns::{DnsConfig, MAX_NSID, TcpLimits},
     kubernetes,
-    model::{DnsName, Door},
+    model::{DnsName, Validator},
     registry, store,
     zone::ZoneConfig,
 };
@@ -175,7 +175,7 @@ pub struct Config {
     /// The zone, with the addresses of its name server as far as they were given.
     pub zone: ZoneConfig,
     /// What registrations are measured against.
-    pub door: Door,
+    pub validator: Validator,
     /// Where registrations are kept.
     pub data_dir: PathBuf,
     /// How the store is opened.
@@ -265,8 +265,8 @@ impl ServeArgs {
         let reverse_zones = reverse_zone.iter().map(|cidr| parse_cidr(cidr)).collect::<Result<_, _>>()?;
         let threads = dns_threads.or_else(|| thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
 
-        let door = Door { zone_wire_len: origin.wire_len(), names_allowed: false };
-        let rules = registry::Rules { create_namespaces };
+        let validator = Validator { zone_wire_len: origin.wire_len(), names_allowed: false };
+        let rules = registry::NamespacePolicy { create_namespaces };
 
         Ok(Config {
             grpc_listen,
@@ -283,7 +283,7 @@ impl ServeArgs {
                     pipelined: tcp_pipelined,
                 },
             },
-            door,
+            validator,
             zone: ZoneConfig { origin, ttl, reverse_zones, ns_addresses: ns_address, publish_not_ready },
             data_dir: data_dir.map_or_else(default_data_dir, Ok)?,
             store: store::Options { accept_loss, segment_octets, outbox: kubernetes },
@@ -296,7 +296,7 @@ impl ServeArgs {
                 requests_per_second: kubernetes_qps,
                 linger: service_linger,
                 publish_not_ready,
-                door,
+                validator,
             }),
             drain,
         })
@@ -345,7 +345,7 @@ mod tests {
 
     fn check(flags: &[&str]) -> Result<Config, String> {
         let line = ["gangplank", "--data-dir", "/nowhere"].iter().chain(flags);
-        Line::try_parse_from(line).expect("clap takes it").serve.check().map_err(|why| format!("{why:#}"))
+        Line::try_parse_from(line).expect("clap takes it").serve.check().map_err(|err| format!("{err:#}"))
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //!
 //! 1. **One way in.** Whoever wants a change, a stream, a unary call, a probe, hands commands to
 //!    the [`registry`]'s handle. Text was checked before, once, at the door
-//!    ([`model::Door`]): behind it are only types that cannot hold a bad value.
+//!    ([`model::Validator`]): behind it are only types that cannot hold a bad value.
 //! 2. **Durable, then visible, then acknowledged.** One writer takes all submissions that wait
 //!    as one batch: one sync of the journal ([`store`]), one publication ([`zone`]), one new
 //!    generation, then every answer. An acknowledged registration survives `kill -9` and already

@@ -45,9 +45,9 @@ async fn main() -> ExitCode {
         Command::Client(command) => cli::run(command).await,
         Command::Serve { serve, log } => match run(*serve, &log).await {
             Ok(()) => ExitCode::SUCCESS,
-            Err(why) => {
+            Err(err) => {
                 // Not `eprintln!`, which panics where stderr cannot be written.
-                let _ = writeln!(io::stderr(), "error: {why:#}");
+                let _ = writeln!(io::stderr(), "error: {err:#}");
                 ExitCode::FAILURE
             }
         },

@@ -44,5 +44,5 @@ pub fn init(args: &LogArgs) -> anyhow::Result<()> {
         LogFormat::Text => builder.with_ansi(colour).try_init(),
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
     }
-    .map_err(|why| anyhow::anyhow!("logs cannot be set up: {why}"))
+    .map_err(|err| anyhow::anyhow!("logs cannot be set up: {err}"))
 }

@@ -137,10 +137,10 @@ fn the_policy_keeps_the_account_to_objects_of_its_own_label() {
     let Some(cluster) = Cluster::shared() else { return };
     cluster.create_namespace("policy");
     let [services, slices] = [services("policy"), slices("policy")];
-    let denied = |method: &str, path: &str, body: Option<&Value>, why: &str| {
+    let denied = |method: &str, path: &str, body: Option<&Value>, err: &str| {
         let (status, said) = gangplank(cluster, method, path, body);
         assert_eq!(status, 403, "{method} {path}: {said}");
-        assert!(said.contains("ValidatingAdmissionPolicy 'gangplank.dev'") && said.contains(why), "{said}");
+        assert!(said.contains("ValidatingAdmissionPolicy 'gangplank.dev'") && said.contains(err), "{said}");
     };
     let allowed = |method: &str, path: &str, body: Option<&Value>| {
         let (status, said) = gangplank(cluster, method, path, body);

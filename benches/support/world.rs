@@ -3,11 +3,11 @@
 use std::{collections::HashMap, net::Ipv4Addr, sync::Arc};
 
 use gangplank::{
-    model::{Change, DnsName, Door, Draft, DraftPort, Instance, Service, ServiceKey, UnixMillis},
+    model::{Change, DnsName, Draft, DraftPort, Instance, Service, ServiceKey, UnixMillis, Validator},
     zone::{Publisher, ServiceChange, Zone, ZoneConfig},
 };
 
-const DOOR: Door = Door { zone_wire_len: 15, names_allowed: false };
+const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
 /// A zone and who changes it.
 pub(crate) struct World {
@@ -19,7 +19,7 @@ pub(crate) struct World {
 
 /// The service with this number: `s<number>.ns<number mod 100>`.
 pub(crate) fn service(number: u32) -> ServiceKey {
-    DOOR.service(&format!("ns{}", number % 100), &format!("s{number}")).expect("valid")
+    VALIDATOR.service(&format!("ns{}", number % 100), &format!("s{number}")).expect("valid")
 }
 
 /// An instance at the `number`th address of 10.0.0.0/8.
@@ -30,7 +30,7 @@ pub(crate) fn instance(service: &ServiceKey, number: u32, weight: f32) -> Arc<In
         weight: Some(weight),
         ..Draft::default()
     };
-    Arc::new(DOOR.instance(service, &draft, UnixMillis(0)).expect("valid"))
+    Arc::new(VALIDATOR.instance(service, &draft, UnixMillis(0)).expect("valid"))
 }
 
 impl World {

@@ -38,8 +38,8 @@ pub(super) fn respond<T: Serialize>(make: impl FnOnce() -> T + Send + 'static) -
 }
 
 /// Answers that something is wrong: `{"error": "…"}`.
-pub(super) fn error(status: StatusCode, why: &str) -> Response {
-    (status, axum::Json(serde_json::json!({ "error": why }))).into_response()
+pub(super) fn error(status: StatusCode, err: &str) -> Response {
+    (status, axum::Json(serde_json::json!({ "error": err }))).into_response()
 }
 
 type Source = (mpsc::Receiver<Bytes>, JoinHandle<io::Result<()>>);
@@ -52,7 +52,7 @@ async fn next_piece(source: Option<Source>) -> Option<(io::Result<Bytes>, Option
         return Some((Ok(piece), Some((pieces, writing))));
     }
     let outcome = writing.await.map_err(io::Error::other).flatten();
-    outcome.err().map(|why| (Err(why), None))
+    outcome.err().map(|err| (Err(err), None))
 }
 
 /// Collects what is written into pieces and sends each on.

@@ -136,9 +136,9 @@ async fn accept(listener: &TcpListener) -> TcpStream {
         match listener.accept().await {
             Ok((stream, _)) => return stream,
             // The peer went away between its handshake and this call: its own business.
-            Err(why) if why.kind() == io::ErrorKind::ConnectionAborted => {}
-            Err(why) => {
-                warn!(error = %why, "the admin listener cannot accept; trying again");
+            Err(err) if err.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(err) => {
+                warn!(error = %err, "the admin listener cannot accept; trying again");
                 sleep(PAUSE).await;
             }
         }
@@ -158,9 +158,9 @@ async fn converse(stream: TcpStream, router: Router, limits: Limits, stop: Cance
             connection.await
         }
     };
-    if let Err(why) = ended {
+    if let Err(err) = ended {
         // A peer that went away, was too slow or does not speak HTTP: nobody has to act.
-        debug!(error = %why, "an admin connection ended early");
+        debug!(error = %err, "an admin connection ended early");
     }
 }
 
@@ -168,8 +168,8 @@ async fn converse(stream: TcpStream, router: Router, limits: Limits, stop: Cance
 /// timeout; Linux keeps it for a closed window too).
 fn cut_off_unread(stream: &TcpStream, after: Duration) {
     #[cfg(any(target_os = "linux", target_os = "android"))]
-    if let Err(why) = socket2::SockRef::from(stream).set_tcp_user_timeout(Some(after)) {
-        debug!(error = %why, "an admin connection without a limit on unread answers");
+    if let Err(err) = socket2::SockRef::from(stream).set_tcp_user_timeout(Some(after)) {
+        debug!(error = %err, "an admin connection without a limit on unread answers");
     }
     #[cfg(not(any(target_os = "linux", target_os = "android")))]
     let _ = (stream, after);

@@ -49,8 +49,8 @@ async fn metrics(State(admin): State<Admin>) -> Response {
     let mut text = String::new();
     match prometheus_client::encoding::text::encode(&mut text, admin.metrics.all()) {
         Ok(()) => ([(header::CONTENT_TYPE, OPENMETRICS)], text).into_response(),
-        Err(why) => {
-            (StatusCode::INTERNAL_SERVER_ERROR, format!("the metrics cannot be written: {why}\n")).into_response()
+        Err(err) => {
+            (StatusCode::INTERNAL_SERVER_ERROR, format!("the metrics cannot be written: {err}\n")).into_response()
         }
     }
 }
@@ -83,22 +83,22 @@ struct Nothing {}
 async fn services(State(admin): State<Admin>, query: Result<Query<Nothing>, QueryRejection>) -> Response {
     match query {
         Ok(Query(Nothing {})) => json::respond(move || List::of(&admin, None)),
-        Err(why) => json::error(StatusCode::BAD_REQUEST, &why.body_text()),
+        Err(err) => json::error(StatusCode::BAD_REQUEST, &err.body_text()),
     }
 }
 
 async fn services_of_namespace(State(admin): State<Admin>, Path(namespace): Path<String>) -> Response {
     match Namespace::parse(&namespace) {
         Ok(_) => json::respond(move || List::of(&admin, Some(&namespace))),
-        Err(why) => json::error(StatusCode::BAD_REQUEST, &format!("namespace: {why}")),
+        Err(err) => json::error(StatusCode::BAD_REQUEST, &format!("namespace: {err}")),
     }
 }
 
 async fn service(State(admin): State<Admin>, Path((namespace, name)): Path<(String, String)>) -> Response {
     let key = match (Namespace::parse(&namespace), ServiceName::parse(&name)) {
         (Ok(namespace), Ok(name)) => ServiceKey::new(namespace, name),
-        (Err(why), _) => return json::error(StatusCode::BAD_REQUEST, &format!("namespace: {why}")),
-        (_, Err(why)) => return json::error(StatusCode::BAD_REQUEST, &format!("service_name: {why}")),
+        (Err(err), _) => return json::error(StatusCode::BAD_REQUEST, &format!("namespace: {err}")),
+        (_, Err(err)) => return json::error(StatusCode::BAD_REQUEST, &format!("service_name: {err}")),
     };
     match admin.catalog.get(&key) {
         Some(service) => json::respond(move || One(key, service)),

@@ -90,8 +90,8 @@ fn registrations(phase: &Phase) -> Check {
         Phase::Restoring => {
             Some("what Kubernetes holds is still being read; the log says why when it does not answer".into())
         }
-        Phase::StorageFailed(why) => Some(format!(
-            "the journal cannot be written ({why}): nothing is accepted until a restart; mend the data directory's \
+        Phase::StorageFailed(err) => Some(format!(
+            "the journal cannot be written ({err}): nothing is accepted until a restart; mend the data directory's \
              disk, then restart gangplank"
         )),
         Phase::Draining => Some("shutting down".into()),

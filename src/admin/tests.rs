@@ -7,21 +7,21 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::*;
 use crate::{
-    model::{DnsName, Door, Draft, Service, ServiceKey, UnixMillis},
+    model::{DnsName, Draft, Service, ServiceKey, UnixMillis, Validator},
     registry::Phase,
     zone::ZoneConfig,
 };
 
-const DOOR: Door = Door { zone_wire_len: 15, names_allowed: false };
+const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
 /// Long enough for a slow machine; nothing waits for it when all is well.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn service(namespace: &str, name: &str, instances: u8) -> (ServiceKey, Service) {
-    let key = DOOR.service(namespace, name).expect("valid");
+    let key = VALIDATOR.service(namespace, name).expect("valid");
     let instances = (1..=instances).map(|last| {
         let draft = Draft { address: format!("10.0.0.{last}"), ..Draft::default() };
-        Arc::new(DOOR.instance(&key, &draft, UnixMillis(1_700_000_000_000)).expect("valid"))
+        Arc::new(VALIDATOR.instance(&key, &draft, UnixMillis(1_700_000_000_000)).expect("valid"))
     });
     (key.clone(), Service { instances: instances.collect(), generation: 7 })
 }
@@ -239,8 +239,8 @@ async fn what_is_not_there_or_misspelt_says_so_in_json() {
         let answer = running.get(path).await;
         assert_eq!(answer.status, status, "{path}");
         let json = answer.json();
-        let why = json["error"].as_str().expect("a text");
-        assert!(why.contains(word), "{path}: {why}");
+        let err = json["error"].as_str().expect("a text");
+        assert!(err.contains(word), "{path}: {err}");
     }
     running.stop().await;
 }

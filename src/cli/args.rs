@@ -1,7 +1,7 @@
 //! Arguments that several subcommands share, and what their texts mean.
 
 use super::failure::{Exit, Failure};
-use crate::model::{Door, DraftPort, Protocol, ServiceKey};
+use crate::model::{DraftPort, Protocol, ServiceKey, Validator};
 
 /// The namespace where none is given.
 const DEFAULT_NAMESPACE: &str = "default";
@@ -76,7 +76,7 @@ impl std::str::FromStr for ServiceName {
 
 /// The key of a service to be read; a name that can never be registered is wrong usage.
 pub(super) fn key(namespace: &str, name: &str) -> Result<ServiceKey, Failure> {
-    ANY_DOOR.service(namespace, name).map_err(|why| Failure::new(Exit::Usage, why.to_string()))
+    ANY_DOOR.service(namespace, name).map_err(|err| Failure::new(Exit::Usage, err.to_string()))
 }
 
 /// A namespace to be read as a whole; one that can never hold anything is wrong usage.
@@ -85,7 +85,7 @@ pub(super) fn check_namespace(namespace: &str) -> Result<(), Failure> {
 }
 
 /// A door that lets through whatever some server might.
-pub(super) const ANY_DOOR: Door = Door { zone_wire_len: 1, names_allowed: true };
+pub(super) const ANY_DOOR: Validator = Validator { zone_wire_len: 1, names_allowed: true };
 
 /// One `--port`: `8080`, `http=8080`, `dns=53/udp`.
 pub(super) fn port(text: &str) -> Result<DraftPort, String> {

@@ -89,9 +89,9 @@ impl From<ClientError> for Failure {
 
 impl From<io::Error> for Failure {
     /// An error while printing.
-    fn from(why: io::Error) -> Self {
-        let silent = why.kind() == io::ErrorKind::BrokenPipe;
-        Self { silent, ..Self::new(Exit::Failed, format!("cannot print: {why}")) }
+    fn from(err: io::Error) -> Self {
+        let silent = err.kind() == io::ErrorKind::BrokenPipe;
+        Self { silent, ..Self::new(Exit::Failed, format!("cannot print: {err}")) }
     }
 }
 

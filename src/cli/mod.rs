@@ -89,8 +89,8 @@ mod tests {
             let help = command.get_after_help().expect("an after_help").to_string();
             let examples = help.lines().map(str::trim).filter(|line| line.starts_with("gangplank "));
             for example in examples.filter(|line| !line.contains('|')) {
-                if let Err(why) = Line::try_parse_from(example.split_whitespace()) {
-                    panic!("{example}: {why}");
+                if let Err(err) = Line::try_parse_from(example.split_whitespace()) {
+                    panic!("{example}: {err}");
                 }
             }
         }

@@ -62,8 +62,8 @@ pub(super) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
 
 /// Prints `value` as one YAML document.
 pub(super) fn print_yaml(value: &impl Serialize) -> Result<(), Failure> {
-    let text = serde_yaml_ng::to_string(value).map_err(|why| {
-        Failure::new(Exit::Failed, format!("this cannot be written as YAML: {why}")).next("use -o json")
+    let text = serde_yaml_ng::to_string(value).map_err(|err| {
+        Failure::new(Exit::Failed, format!("this cannot be written as YAML: {err}")).next("use -o json")
     })?;
     print(&text)
 }

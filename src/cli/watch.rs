@@ -62,12 +62,12 @@ impl FromStr for Cursor {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let why = "a cursor is an even number of hexadecimal digits, as -o json prints it";
+        let err = "a cursor is an even number of hexadecimal digits, as -o json prints it";
         if text.is_empty() || !text.bytes().all(|b| b.is_ascii_hexdigit()) || !text.len().is_multiple_of(2) {
-            return Err(why);
+            return Err(err);
         }
         let pairs = (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16));
-        pairs.collect::<Result<_, _>>().map(Self).map_err(|_| why)
+        pairs.collect::<Result<_, _>>().map(Self).map_err(|_| err)
     }
 }
 
@@ -108,7 +108,7 @@ async fn follow(
         let event = match watch.next().await {
             Ok(Some(event)) => event,
             Ok(None) => return Err(ended("the server ended the watch", seen.as_deref())),
-            Err(why) => return Err(ended(&why.to_string(), seen.as_deref())),
+            Err(err) => return Err(ended(&err.to_string(), seen.as_deref())),
         };
         if let WatchEvent::Restart { reason, message } = event {
             let what = format!("the watch is over ({reason}): {message}");

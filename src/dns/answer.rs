@@ -9,7 +9,7 @@ use super::{
     render::{Render, Sections},
     writer::{Writer, Written},
 };
-use crate::zone::{Lookup, Place, RecordType, View};
+use crate::zone::{Bailiwick, Lookup, RecordType, View};
 
 /// Largest answer over UDP without EDNS, in octets (RFC 1035 §2.3.4).
 const MIN_UDP: u16 = 512;
@@ -212,7 +212,7 @@ impl Message<'_, '_> {
         }
         let header = header(self.packet, rcode, true, sections, opt.is_some().into());
         w.written()[..HEADER].copy_from_slice(&header);
-        let in_zone = matches!(place, Place::Zone(_));
+        let in_zone = matches!(place, Bailiwick::Zone(_));
         Some(Reply { len: w.len(), rcode, qtype: Some(*qtype), in_zone })
     }
 

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     model::table::Row,
-    zone::{AddressRow, Addresses, Apex, Facts, Hit, HostName, QName, Rrset, SrvRow, View},
+    zone::{AddressRow, Addresses, Apex, Hit, HostName, QName, Rrset, ServiceRecords, SrvRow, View},
 };
 
 const A: u16 = 1;
@@ -153,7 +153,7 @@ impl<'r> Render<'r, '_, '_> {
         });
     }
 
-    fn srv(&mut self, set: Rrset<'r, SrvRow>, facts: &'r Facts) {
+    fn srv(&mut self, set: Rrset<'r, SrvRow>, facts: &'r ServiceRecords) {
         let ttl = self.view.ttl();
         let owner = self.asked();
         // `_port._proto` stand before the service.

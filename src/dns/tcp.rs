@@ -146,8 +146,8 @@ pub(super) async fn serve(
                 connections.spawn(async move {
                     responder.tally.connected();
                     let mut connection = Connection { stream, responder: &responder, limits: &door.limits };
-                    if let Err(Some(why)) = connection.serve(&stop).await {
-                        responder.tally.closed(why);
+                    if let Err(Some(err)) = connection.serve(&stop).await {
+                        responder.tally.closed(err);
                     }
                     // Counted out and its place given back before the peer can know of its end.
                     responder.tally.disconnected();
@@ -156,8 +156,8 @@ pub(super) async fn serve(
                 });
             }
             // Closed at once: a peer that waits for nothing is worse off than one that knows.
-            Err(why) => {
-                responder.tally.closed(why);
+            Err(err) => {
+                responder.tally.closed(err);
                 drop(stream);
             }
         }

@@ -74,7 +74,7 @@ pub(super) fn serve(socket: &UdpSocket, responder: &Responder, stop: &Cancellati
     while !stop.is_cancelled() {
         let (len, peer) = match socket.recv_from(&mut packet) {
             Ok(received) => received,
-            Err(error) if is_passing(&error) => continue,
+            Err(error) if is_transient(&error) => continue,
             Err(error) => return Err(error),
         };
         if !answerable(peer) {
@@ -95,7 +95,7 @@ fn answerable(peer: SocketAddr) -> bool {
 
 /// Whether a socket is as good after the error as before it: nothing came, or an earlier answer
 /// met a closed port.
-fn is_passing(error: &io::Error) -> bool {
+fn is_transient(error: &io::Error) -> bool {
     use io::ErrorKind as E;
     matches!(
         error.kind(),

@@ -348,8 +348,8 @@ fn refused(url: &str, status: Status) -> ClientError {
     // What came over the wire has no source; what went wrong on this side has.
     let local = status.source().is_some() && !matches!(status.code(), Code::Cancelled | Code::DeadlineExceeded);
     // A connection that ends between two calls: hyper cancels the next one before it is sent.
-    let chain = std::iter::successors(status.source(), |&why| why.source());
-    let unsent = chain.filter_map(|why| why.downcast_ref::<hyper::Error>()).any(hyper::Error::is_canceled);
+    let chain = std::iter::successors(status.source(), |&err| err.source());
+    let unsent = chain.filter_map(|err| err.downcast_ref::<hyper::Error>()).any(hyper::Error::is_canceled);
     if local || unsent {
         return ClientError::Unreachable { url: url.to_owned(), source: status.into() };
     }

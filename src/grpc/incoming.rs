@@ -59,12 +59,12 @@ async fn accept(listener: &TcpListener, metrics: &Metrics) -> TcpStream {
                 return stream;
             }
             // The peer went away before it was its turn: nothing is wrong here.
-            Err(why) if gone(why.kind()) => {}
-            Err(why) => {
+            Err(err) if gone(err.kind()) => {}
+            Err(err) => {
                 metrics.grpc.accept_errors.inc();
                 if !failing {
                     failing = true;
-                    let error: &dyn std::error::Error = &why;
+                    let error: &dyn std::error::Error = &err;
                     warn!(error, "gRPC connections cannot be accepted; trying again");
                 }
                 tokio::time::sleep(REST).await;

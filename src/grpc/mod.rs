@@ -29,7 +29,7 @@ use self::{
 };
 use crate::{
     metrics::Metrics,
-    model::Door,
+    model::Validator,
     registry::{Phase, RegistryHandle, Status},
 };
 
@@ -57,7 +57,7 @@ pub struct Services {
     /// Where changes go, and what readers read.
     pub registry: RegistryHandle,
     /// What registrations are measured against.
-    pub door: Door,
+    pub validator: Validator,
     /// What is counted.
     pub metrics: Arc<Metrics>,
 }

@@ -35,12 +35,12 @@ pub(super) const DEFAULT_RETRY_AFTER: Duration = Duration::from_secs(1);
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// The file of `--kubeconfig`.
-    #[error("--kubeconfig {path}: cannot be used: {why}")]
+    #[error("--kubeconfig {path}: cannot be used: {err}")]
     Kubeconfig {
         /// Which file.
         path: String,
         /// Why, and what led to it.
-        why: String,
+        err: String,
     },
     /// What a pod finds of its ServiceAccount.
     #[error("--kubernetes: not in a pod with a ServiceAccount; outside of a cluster give --kubeconfig FILE")]
@@ -55,9 +55,9 @@ pub(super) async fn connect(kubeconfig: Option<&Path>) -> Result<(Client, String
     let mut config = match kubeconfig {
         Some(path) => {
             // kube's errors name their causes and give them again: each is said once.
-            let unusable = |why: kube::config::KubeconfigError| ConnectError::Kubeconfig {
+            let unusable = |err: kube::config::KubeconfigError| ConnectError::Kubeconfig {
                 path: path.display().to_string(),
-                why: chain(&why),
+                err: chain(&err),
             };
             let file = Kubeconfig::read_from(path).map_err(unusable)?;
             Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(unusable)?
@@ -69,7 +69,7 @@ pub(super) async fn connect(kubeconfig: Option<&Path>) -> Result<(Client, String
     // Watches are quiet for long; every other request has a timeout of its own.
     config.read_timeout = None;
     let server = config.cluster_url.to_string();
-    let client = Client::try_from(config).map_err(|why| ConnectError::Client(Box::new(why)))?;
+    let client = Client::try_from(config).map_err(|err| ConnectError::Client(Box::new(err)))?;
     Ok((client, server))
 }
 
@@ -209,7 +209,7 @@ impl Requests {
         verb: Verb,
         request: Result<Request<Vec<u8>>, kube::core::request::Error>,
     ) -> Result<T, Fault> {
-        let request = request.map_err(|why| Fault::Invalid(why.to_string()))?;
+        let request = request.map_err(|err| Fault::Invalid(err.to_string()))?;
         self.pace.acquire().await;
         let result = self.send(verb, request).await;
         match &result {
@@ -229,9 +229,9 @@ impl Requests {
             Ok((head, body.collect_bytes().await?))
         });
         let result = match answered.await {
-            Err(why) => Err(Fault::Unknown(why)),
+            Err(err) => Err(Fault::Unknown(err)),
             Ok((head, body)) if head.status.is_success() => {
-                serde_json::from_slice(&body).map_err(|why| Fault::Unknown(format!("its answer cannot be read: {why}")))
+                serde_json::from_slice(&body).map_err(|err| Fault::Unknown(format!("its answer cannot be read: {err}")))
             }
             Ok((head, body)) => {
                 let said = head.headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
@@ -272,21 +272,21 @@ fn encode(object: &impl Serialize) -> Vec<u8> {
 async fn within<T>(answer: impl Future<Output = Result<T, kube::Error>>) -> Result<T, String> {
     match timeout(REQUEST_TIMEOUT, answer).await {
         Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(why)) => Err(chain(&why)),
+        Ok(Err(err)) => Err(chain(&err)),
         Err(_) => Err(format!("not within {}", humantime::format_duration(REQUEST_TIMEOUT))),
     }
 }
 
 /// An error and what led to it.
-pub(super) fn chain(why: &dyn std::error::Error) -> String {
-    let mut text = why.to_string();
-    let mut source = why.source();
-    while let Some(why) = source {
-        let more = why.to_string();
+pub(super) fn chain(err: &dyn std::error::Error) -> String {
+    let mut text = err.to_string();
+    let mut source = err.source();
+    while let Some(err) = source {
+        let more = err.to_string();
         if !text.contains(&more) {
             text = format!("{text}: {more}");
         }
-        source = why.source();
+        source = err.source();
     }
     text
 }
@@ -297,9 +297,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_kubeconfig_that_is_not_there_is_named_and_its_reason_said_once() {
-        let why = connect(Some(Path::new("/no/such/file"))).await.err().expect("there is none").to_string();
-        assert!(why.starts_with("--kubeconfig /no/such/file: cannot be used"), "{why}");
-        assert_eq!(why.matches("No such file").count(), 1, "{why}");
+        let err = connect(Some(Path::new("/no/such/file"))).await.err().expect("there is none").to_string();
+        assert!(err.starts_with("--kubeconfig /no/such/file: cannot be used"), "{err}");
+        assert_eq!(err.matches("No such file").count(), 1, "{err}");
     }
 
     fn fault(code: u16, reason: &str, retry_after: Option<u64>) -> Fault {

@@ -48,7 +48,7 @@ const NOTE: usize = 250;
 const EVENT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Events that are on their way at once; more are left out.
-const MOST_EVENTS: usize = 64;
+const MAX_EVENTS: usize = 64;
 
 /// The mirror at work.
 pub(super) struct Mirror {
@@ -87,7 +87,7 @@ impl Mirror {
         let everything: HashSet<ServiceKey> = registered.chain(self.reconciler.cluster.every_service()).collect();
         self.add(everything);
 
-        let confirmations = Arc::clone(self.reconciler.registry.confirmations());
+        let mirror_progress = Arc::clone(self.reconciler.registry.mirror_progress());
         let cluster = Arc::clone(&self.reconciler.cluster);
         let mut gauges = interval(GAUGES_EVERY);
         gauges.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -110,7 +110,7 @@ impl Mirror {
                     self.judge(service, verdict).await;
                 }
                 Some(()) = self.telling.next(), if !self.telling.is_empty() => {}
-                news = confirmations.news() => self.add(news),
+                news = mirror_progress.take_dirty() => self.add(news),
                 changed = cluster.changed() => self.changed(changed),
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
                 _ = gauges.tick() => self.set_gauges(),
@@ -153,7 +153,7 @@ impl Mirror {
                 self.queue.later(service.clone(), wait, now);
                 report(&self.reconciler, service, generation).await;
             }
-            Verdict::Blocked(reason, why) => {
+            Verdict::Blocked(reason, err) => {
                 let again = self.blocked.contains_key(&service);
                 let wait = if again { BLOCKED_RETRY } else { FIRST_BLOCKED_RETRY };
                 match reason {
@@ -165,11 +165,11 @@ impl Mirror {
                         self.queue.refused(service.clone(), wait, REFUSED_REST.min(wait), now);
                     }
                 }
-                self.block(service, reason, &why);
+                self.block(service, reason, &err);
             }
-            Verdict::Failed(why) => {
-                debug!(%service, %why, "not mirrored yet; trying again");
-                if matches!(why, Fault::Unknown(_) | Fault::Server(_)) {
+            Verdict::Failed(err) => {
+                debug!(%service, %err, "not mirrored yet; trying again");
+                if matches!(err, Fault::Unknown(_) | Fault::Server(_)) {
                     self.doubtful.insert(service.clone());
                 }
                 self.queue.failed(service, now);
@@ -177,18 +177,18 @@ impl Mirror {
         }
     }
 
-    fn block(&mut self, service: ServiceKey, reason: Blocked, why: &str) {
+    fn block(&mut self, service: ServiceKey, reason: Blocked, err: &str) {
         let before = self.blocked.insert(service.clone(), reason);
         if before == Some(reason) {
             return;
         }
-        warn!(%service, "cannot be mirrored: {why}; DNS goes on, and it is tried again");
+        warn!(%service, "cannot be mirrored: {err}; DNS goes on, and it is tried again");
         let metrics = &self.reconciler.metrics.mirror;
         before.into_iter().for_each(|before| metrics.blocked(before, false));
         metrics.blocked(reason, true);
         // A namespace that is not there takes no events.
         if reason != Blocked::Namespace {
-            self.publish(&service, reason, why);
+            self.publish(&service, reason, err);
         }
     }
 
@@ -200,7 +200,7 @@ impl Mirror {
     }
 
     /// Tells whoever looks at the Service with kubectl.
-    fn publish(&mut self, service: &ServiceKey, reason: Blocked, why: &str) {
+    fn publish(&mut self, service: &ServiceKey, reason: Blocked, err: &str) {
         let reason = match reason {
             Blocked::Namespace => "NamespaceAbsent",
             Blocked::ForeignService => "ForeignService",
@@ -210,7 +210,7 @@ impl Mirror {
         let event = Event {
             type_: EventType::Warning,
             reason: reason.into(),
-            note: Some(format!("external instances are not mirrored: {why}").chars().take(NOTE).collect()),
+            note: Some(format!("external instances are not mirrored: {err}").chars().take(NOTE).collect()),
             action: "Mirror".into(),
             secondary: None,
         };
@@ -223,21 +223,21 @@ impl Mirror {
             uid: self.reconciler.cluster.service_uid(service),
             ..ObjectReference::default()
         };
-        if self.telling.len() >= MOST_EVENTS {
+        if self.telling.len() >= MAX_EVENTS {
             return;
         }
         let (events, service) = (self.events.clone(), service.clone());
         self.telling.push(Box::pin(async move {
             match timeout(EVENT_TIMEOUT, events.publish(&event, &regarding)).await {
                 Ok(Ok(())) => {}
-                Ok(Err(why)) => debug!(%service, %why, "the event was not taken"),
+                Ok(Err(err)) => debug!(%service, %err, "the event was not taken"),
                 Err(_) => debug!(%service, "the event was not taken in time"),
             }
         }));
     }
 
     fn set_gauges(&self) {
-        let lag = self.reconciler.registry.confirmations().lag();
+        let lag = self.reconciler.registry.mirror_progress().lag();
         let metrics = &self.reconciler.metrics.mirror;
         metrics.behind.set(lag.services as u64);
         let age = lag.since.map_or(0, |since| UnixMillis::now().0.saturating_sub(since.0));

@@ -36,7 +36,7 @@ pub use client::ConnectError;
 pub use slices::{DEFAULT_MAX_ENDPOINTS, MAX_ENDPOINTS};
 
 use self::{client::Requests, cluster::Cluster, mirror::Mirror, reconcile::Reconciler, watch::Watch};
-use crate::{metrics::Metrics, model::Door, registry::RegistryHandle};
+use crate::{metrics::Metrics, model::Validator, registry::RegistryHandle};
 
 /// How the mirror works.
 #[derive(Debug, Clone)]
@@ -56,7 +56,7 @@ pub struct Options {
     /// Show instances that are not ready as ready.
     pub publish_not_ready: bool,
     /// What is read from a slice is measured against it.
-    pub door: Door,
+    pub validator: Validator,
 }
 
 /// A way to the API server that is not used yet.
@@ -96,7 +96,7 @@ impl Kubernetes {
             server,
             cluster: Arc::clone(&cluster),
             registry: registry.clone(),
-            door: options.door,
+            validator: options.validator,
             metrics: Arc::clone(&metrics),
         };
         let watching = async {

@@ -15,10 +15,10 @@ use tokio::time::{Instant, sleep_until};
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 
 /// But never longer than this, unless the server asks for it.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+const MAX_PAUSE: Duration = Duration::from_secs(5);
 
 /// However long the server asks to be left alone.
-const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(300);
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
 
 /// Lets requests through at a bounded rate.
 #[derive(Debug)]
@@ -88,13 +88,13 @@ impl Pace {
     fn pause(&self, now: Instant, retry_after: Option<Duration>) {
         let mut state = self.lock();
         let pause = match retry_after {
-            Some(asked) => asked.min(LONGEST_RETRY_AFTER),
+            Some(asked) => asked.min(MAX_RETRY_AFTER),
             // What fails while everybody waits already was under way before.
             None if state.paused_until > now => return,
             None => {
                 let doublings = state.failures.min(16);
                 state.failures += 1;
-                FIRST_PAUSE.saturating_mul(1 << doublings).min(LONGEST_PAUSE)
+                FIRST_PAUSE.saturating_mul(1 << doublings).min(MAX_PAUSE)
             }
         };
         state.paused_until = state.paused_until.max(now + pause);

@@ -18,7 +18,7 @@ use crate::model::ServiceKey;
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 
 /// But never longer than this.
-const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
+const MAX_BACKOFF: Duration = Duration::from_secs(10);
 
 /// A service that changed while it was looked at is looked at again when so long nothing more came.
 /// Longer than the messages of one stream are apart, and little beside the second for which an
@@ -26,7 +26,7 @@ const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
 const QUIET: Duration = Duration::from_millis(20);
 
 /// But after this long at the latest.
-const LONGEST_GATHERING: Duration = Duration::from_millis(100);
+const MAX_GATHERING: Duration = Duration::from_millis(100);
 
 /// The queue. Time is an argument.
 #[derive(Debug, Default)]
@@ -83,7 +83,7 @@ impl Queue {
         let again = self.entries.get(&service).is_some_and(|entry| entry.again);
         self.entries.remove(&service);
         if again {
-            self.entries.entry(service.clone()).or_default().gathering = Some(now + LONGEST_GATHERING);
+            self.entries.entry(service.clone()).or_default().gathering = Some(now + MAX_GATHERING);
             self.add(service, now);
         }
     }
@@ -111,7 +111,7 @@ impl Queue {
         let Some(entry) = self.entries.get_mut(&service) else { return };
         let doublings = entry.failures.min(16);
         (entry.running, entry.failures) = (false, entry.failures + 1);
-        let backoff = FIRST_BACKOFF.saturating_mul(1 << doublings).min(LONGEST_BACKOFF);
+        let backoff = FIRST_BACKOFF.saturating_mul(1 << doublings).min(MAX_BACKOFF);
         // Between a half and the whole, so that what failed together does not come back together.
         self.set_due(service, now + backoff.mul_f64(0.5 + fastrand::f64() / 2.0), false);
     }
@@ -138,10 +138,10 @@ impl Queue {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Door;
+    use crate::model::Validator;
 
     fn key(name: &str) -> ServiceKey {
-        Door { zone_wire_len: 15, names_allowed: false }.service("prod", name).expect("valid")
+        Validator { zone_wire_len: 15, names_allowed: false }.service("prod", name).expect("valid")
     }
 
     #[test]
@@ -171,7 +171,7 @@ mod tests {
             now += QUIET / 2;
             queue.add(key("web"), now);
         }
-        assert_eq!(queue.next_due(), Some(begun + LONGEST_GATHERING));
+        assert_eq!(queue.next_due(), Some(begun + MAX_GATHERING));
         assert_eq!(queue.next(now), Some(key("web")));
         queue.done(key("web"), now);
         queue.add(key("web"), now);
@@ -192,7 +192,7 @@ mod tests {
             now = due;
         }
         assert!(waits[0] >= FIRST_BACKOFF / 2 && waits[0] <= FIRST_BACKOFF, "{waits:?}");
-        assert!(waits[11] >= LONGEST_BACKOFF / 2 && waits[11] <= LONGEST_BACKOFF, "{waits:?}");
+        assert!(waits[11] >= MAX_BACKOFF / 2 && waits[11] <= MAX_BACKOFF, "{waits:?}");
     }
 
     #[test]

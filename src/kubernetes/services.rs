@@ -17,7 +17,7 @@ use super::{names, slices::PortList};
 use crate::model::{Instance, Label, Protocol, ServiceKey, Table};
 
 /// Most ports of a Service. Kubernetes has no limit but the size of the object.
-const MOST_PORTS: usize = 1000;
+const MAX_PORTS: usize = 1000;
 
 /// Value of `clusterIP` that makes a Service headless.
 const NO_CLUSTER_IP: &str = "None";
@@ -129,7 +129,7 @@ fn service_ports(instances: &Table<Arc<Instance>>) -> Vec<ServicePort> {
     let stand = named.into_iter().filter(|&(protocol, number, name)| {
         !names.contains(name) && numbers.insert((protocol, number)) && names.insert(name)
     });
-    stand.take(MOST_PORTS).map(|(protocol, number, name)| service_port(protocol, number, Some(name))).collect()
+    stand.take(MAX_PORTS).map(|(protocol, number, name)| service_port(protocol, number, Some(name))).collect()
 }
 
 fn service_port(protocol: Protocol, number: u16, name: Option<&Label>) -> ServicePort {

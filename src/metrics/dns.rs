@@ -208,8 +208,8 @@ impl Tally {
     }
 
     /// Counts a TCP connection that the server refused or ended.
-    pub fn closed(&self, why: Closed) {
-        if let Some(index) = CLOSED.iter().position(|(reason, _)| *reason == why) {
+    pub fn closed(&self, err: Closed) {
+        if let Some(index) = CLOSED.iter().position(|(reason, _)| *reason == err) {
             self.closed[index].add(1, self.shared);
         }
     }

@@ -197,8 +197,8 @@ impl GrpcMetrics {
     }
 
     /// Counts a watch that is told to begin again.
-    pub fn watch_restarted(&self, why: WatchEnd) {
-        self.watch_restarts[why as usize].inc();
+    pub fn watch_restarted(&self, err: WatchEnd) {
+        self.watch_restarts[err as usize].inc();
     }
 
     /// Counts one answer to a registration or removal.

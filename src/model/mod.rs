@@ -5,18 +5,18 @@
 //! refused here first, so that nothing behind the door meets a surprise.
 
 mod address;
-mod door;
 mod instance;
 mod name;
 mod port;
 mod service;
 pub mod table;
+mod validator;
 pub mod view;
 
 pub use address::{Address, AddressError, DashedLabel, parse_dashed_label};
-pub use door::{Door, Draft, Field, InvalidInstance, MAX_INSTANCE_OCTETS};
 pub use instance::{Change, Instance, InstanceId, InstanceKey, UnixMillis, Weight, WeightError};
 pub use name::{DnsName, Label, NameError, Namespace, ServiceKey, ServiceName};
 pub use port::{DraftPort, Port, PortError, PortSet, Ports, Protocol};
 pub use service::{Service, Timeline};
 pub use table::Table;
+pub use validator::{Draft, Field, InvalidInstance, MAX_INSTANCE_OCTETS, Validator};

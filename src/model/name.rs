@@ -280,7 +280,7 @@ mod tests {
         for good in ["a", "0", "web-1", "1-2", &"x".repeat(63)] {
             assert_eq!(Label::parse(good).expect(good).as_str(), good);
         }
-        for (bad, why) in [
+        for (bad, err) in [
             ("", NameError::Empty),
             ("Web", NameError::Character('W')),
             ("web_1", NameError::Character('_')),
@@ -290,7 +290,7 @@ mod tests {
             ("ü", NameError::Character('ü')),
             (&"x".repeat(64), NameError::LabelTooLong),
         ] {
-            assert_eq!(Label::parse(bad), Err(why), "{bad:?}");
+            assert_eq!(Label::parse(bad), Err(err), "{bad:?}");
         }
     }
 

@@ -128,15 +128,15 @@ impl Ports {
         let mut ports: Vec<Port> = Vec::with_capacity(drafts.len());
         for (index, draft) in drafts.iter().enumerate() {
             let port = Port {
-                number: port_number(draft.number).map_err(|why| (index, why))?,
+                number: port_number(draft.number).map_err(|err| (index, err))?,
                 protocol: draft.protocol,
                 name: match draft.name.as_str() {
                     "" => None,
-                    name => Some(Label::parse(name).map_err(|why| (index, PortError::Name(why)))?),
+                    name => Some(Label::parse(name).map_err(|err| (index, PortError::Name(err)))?),
                 },
             };
-            if let Some(why) = ports.iter().find_map(|earlier| clash(earlier, &port)) {
-                return Err((index, why));
+            if let Some(err) = ports.iter().find_map(|earlier| clash(earlier, &port)) {
+                return Err((index, err));
             }
             ports.push(port);
         }
@@ -226,7 +226,7 @@ mod tests {
     #[test]
     fn what_cannot_stand_is_named_with_its_place() {
         let tcp = Protocol::Tcp;
-        for (drafts, at, why) in [
+        for (drafts, at, err) in [
             (vec![draft(0, "")], 0, PortError::Number(0)),
             (vec![draft(65_536, "")], 0, PortError::Number(65_536)),
             (vec![draft(-1, "")], 0, PortError::Number(-1)),
@@ -239,7 +239,7 @@ mod tests {
             ),
             (vec![draft(1, "A")], 0, PortError::Name(NameError::Character('A'))),
         ] {
-            assert_eq!(Ports::parse(&drafts), Err((at, why)));
+            assert_eq!(Ports::parse(&drafts), Err((at, err)));
         }
     }
 }

@@ -200,12 +200,12 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::model::{Door, Draft, DraftPort, Protocol};
+    use crate::model::{Draft, DraftPort, Protocol, Validator};
 
-    const DOOR: Door = Door { zone_wire_len: 15, names_allowed: true };
+    const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
 
     fn service(instances: &[(&str, f32, bool)]) -> (ServiceKey, Service) {
-        let key = DOOR.service("prod", "web").expect("valid");
+        let key = VALIDATOR.service("prod", "web").expect("valid");
         let instances = instances.iter().map(|(address, weight, ready)| {
             let draft = Draft {
                 address: (*address).into(),
@@ -218,7 +218,7 @@ mod tests {
                 priority: 3,
                 ..Draft::default()
             };
-            let instance = DOOR.instance(&key, &draft, UnixMillis(1_700_000_000_123)).expect("valid");
+            let instance = VALIDATOR.instance(&key, &draft, UnixMillis(1_700_000_000_123)).expect("valid");
             Arc::new(instance.with_ready(*ready))
         });
         (key.clone(), Service { instances: instances.collect(), generation: 1712 })

@@ -4,14 +4,14 @@
 //! that wait as one batch and makes it durable, then visible, then acknowledged, in this order.
 //! Readers use the [`Catalog`] and the [`Feed`] and never wait for the writer.
 //!
-//! A mirror, where there is one, tells the registry what Kubernetes says ([`Fact`]), gives it what
-//! the EndpointSlices held at the start ([`Restored`]), learns from [`Confirmations`] what it has to
+//! A mirror, where there is one, tells the registry what Kubernetes says ([`ClusterFact`]), gives it what
+//! the EndpointSlices held at the start ([`Restored`]), learns from [`MirrorProgress`] what it has to
 //! write, and reports what is written. The registry knows no more of Kubernetes than that.
 
 mod catalog;
-mod confirmations;
-mod facts;
+mod cluster_facts;
 mod feed;
+mod mirror_progress;
 mod restore;
 mod state;
 mod status;
@@ -24,9 +24,9 @@ use std::{future::Future, sync::Arc};
 use tokio::sync::{mpsc, oneshot};
 
 pub use catalog::Catalog;
-pub use confirmations::{Confirmations, MirrorLag};
-pub use facts::{Fact, NoPlace, Rules};
+pub use cluster_facts::{ClusterFact, KubernetesRefusal, NamespacePolicy};
 pub use feed::{Batch, Event, Feed, Lagged, Subscription};
+pub use mirror_progress::{MirrorLag, MirrorProgress};
 pub use restore::Restored;
 pub use status::{Phase, Status};
 pub use writer::{Options, Unrecovered, Writer, new};
@@ -88,7 +88,7 @@ pub enum Outcome {
         limit: usize,
     },
     /// Kubernetes has no place for it.
-    Refused(NoPlace),
+    Refused(KubernetesRefusal),
 }
 
 /// The answer to a submission, after its batch is durable and visible.
@@ -118,7 +118,7 @@ pub enum Unavailable {
 #[derive(Debug)]
 enum Work {
     Commands(Submission),
-    Facts(Vec<Fact>),
+    ClusterFacts(Vec<ClusterFact>),
     Restore(Restored, oneshot::Sender<u64>),
     Mirrored(Vec<(ServiceKey, u64)>),
 }
@@ -138,7 +138,7 @@ pub struct RegistryHandle {
     catalog: Arc<Catalog>,
     feed: Arc<Feed>,
     status: Status,
-    confirmations: Arc<Confirmations>,
+    mirror_progress: Arc<MirrorProgress>,
 }
 
 impl RegistryHandle {
@@ -166,8 +166,8 @@ impl RegistryHandle {
     ///
     /// # Errors
     /// When the registry is gone.
-    pub async fn learn(&self, facts: Vec<Fact>) -> Result<(), Unavailable> {
-        self.queue.send(Work::Facts(facts)).await.map_err(|_| self.status.refusal())
+    pub async fn learn(&self, facts: Vec<ClusterFact>) -> Result<(), Unavailable> {
+        self.queue.send(Work::ClusterFacts(facts)).await.map_err(|_| self.status.refusal())
     }
 
     /// Gives what all EndpointSlices of ours hold, once after each start; until then, or until it
@@ -188,7 +188,7 @@ impl RegistryHandle {
     /// # Errors
     /// When the registry is gone.
     pub async fn mirrored(&self, mut services: Vec<(ServiceKey, u64)>) -> Result<(), Unavailable> {
-        services.retain(|(service, generation)| self.confirmations.confirm(service, *generation));
+        services.retain(|(service, generation)| self.mirror_progress.confirm(service, *generation));
         if services.is_empty() {
             return Ok(());
         }
@@ -197,8 +197,8 @@ impl RegistryHandle {
 
     /// What Kubernetes does not have yet.
     #[must_use]
-    pub fn confirmations(&self) -> &Arc<Confirmations> {
-        &self.confirmations
+    pub fn mirror_progress(&self) -> &Arc<MirrorProgress> {
+        &self.mirror_progress
     }
 
     /// What is registered.

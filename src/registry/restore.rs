@@ -29,14 +29,14 @@ pub struct Restored {
 
 /// What the store knows that matters for it.
 #[derive(Debug, Default)]
-pub(super) struct Origin {
+pub(super) struct LocalState {
     /// The term of the data directory; 0 when it never wrote to Kubernetes.
     pub(super) term: u64,
     /// What Kubernetes was never seen to have, last record per instance or more, in order.
     pub(super) outbox: Vec<Record>,
 }
 
-impl Origin {
+impl LocalState {
     /// Services of which Kubernetes may not have everything.
     pub(super) fn unmirrored(&self, catalog: &Catalog) -> impl Iterator<Item = ServiceKey> {
         let all = if self.term == 0 { catalog.services() } else { Vec::new() };
@@ -67,7 +67,7 @@ pub(super) struct Verdict {
 }
 
 /// Decides; `catalog` is everything that the registry holds now.
-pub(super) fn decide(origin: &Origin, restored: Restored, catalog: &[(ServiceKey, Service)]) -> Verdict {
+pub(super) fn decide(origin: &LocalState, restored: Restored, catalog: &[(ServiceKey, Service)]) -> Verdict {
     if origin.term != 0 && origin.term >= restored.term {
         return Verdict { term: origin.term, records: Vec::new() };
     }
@@ -125,17 +125,17 @@ fn differences(wanted: &HashMap<ServiceKey, Table<Arc<Instance>>>, catalog: &[(S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Door, Draft, InstanceId, UnixMillis};
+    use crate::model::{Draft, InstanceId, UnixMillis, Validator};
 
-    const DOOR: Door = Door { zone_wire_len: 15, names_allowed: false };
+    const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
     fn web() -> ServiceKey {
-        DOOR.service("prod", "web").expect("valid")
+        VALIDATOR.service("prod", "web").expect("valid")
     }
 
     fn instance(address: &str, weight: f32) -> Arc<Instance> {
         let draft = Draft { address: address.into(), weight: Some(weight), ..Draft::default() };
-        Arc::new(DOOR.instance(&web(), &draft, UnixMillis(1)).expect("valid"))
+        Arc::new(VALIDATOR.instance(&web(), &draft, UnixMillis(1)).expect("valid"))
     }
 
     fn put(address: &str, weight: f32) -> Record {
@@ -158,8 +158,8 @@ mod tests {
         vec![(web(), service)]
     }
 
-    fn origin(term: u64, outbox: Vec<Record>) -> Origin {
-        Origin { term, outbox }
+    fn origin(term: u64, outbox: Vec<Record>) -> LocalState {
+        LocalState { term, outbox }
     }
 
     #[test]

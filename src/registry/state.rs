@@ -9,7 +9,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{Catalog, Command, Event, Outcome, Rules, facts::Facts};
+use super::{Catalog, Command, Event, NamespacePolicy, Outcome, cluster_facts::ClusterFacts};
 use crate::{
     model::{Address, Change, Instance, InstanceId, InstanceKey, PortSet, Service, ServiceKey, UnixMillis},
     store::Record,
@@ -49,7 +49,7 @@ impl Pending {
 pub(super) struct State {
     catalog: Arc<Catalog>,
     max_instances: usize,
-    facts: Facts,
+    facts: ClusterFacts,
     /// While what stands may still give way to what Kubernetes holds: what was registered again
     /// since, and is on record for it.
     affirmed: Option<HashSet<(ServiceKey, InstanceId), foldhash::fast::RandomState>>,
@@ -57,9 +57,9 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(catalog: Arc<Catalog>, max_instances: usize, rules: Option<Rules>) -> Self {
+    pub(super) fn new(catalog: Arc<Catalog>, max_instances: usize, rules: Option<NamespacePolicy>) -> Self {
         let affirmed = rules.is_some().then(HashSet::default);
-        Self { catalog, max_instances, facts: Facts::new(rules), affirmed, pending: Pending::default() }
+        Self { catalog, max_instances, facts: ClusterFacts::new(rules), affirmed, pending: Pending::default() }
     }
 
     /// From now on what stands, stands.
@@ -68,7 +68,7 @@ impl State {
     }
 
     /// What Kubernetes says.
-    pub(super) fn facts(&mut self) -> &mut Facts {
+    pub(super) fn facts(&mut self) -> &mut ClusterFacts {
         &mut self.facts
     }
 
@@ -116,8 +116,8 @@ impl State {
     }
 
     fn register(&mut self, key: ServiceKey, instance: Arc<Instance>, received: UnixMillis) -> Outcome {
-        if let Some(why) = self.facts.refuse(&key) {
-            return Outcome::Refused(why);
+        if let Some(err) = self.facts.refuse(&key) {
+            return Outcome::Refused(err);
         }
         let service = self.service(&key);
         let before = service.as_ref().and_then(|service| service.instances.get(&instance.key()).cloned());
@@ -219,12 +219,12 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Door, Draft, DraftPort};
+    use crate::model::{Draft, DraftPort, Validator};
 
-    const DOOR: Door = Door { zone_wire_len: 15, names_allowed: true };
+    const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
 
     fn key(name: &str) -> ServiceKey {
-        DOOR.service("prod", name).expect("valid")
+        VALIDATOR.service("prod", name).expect("valid")
     }
 
     fn instance(address: &str, port: i64, weight: f32) -> Arc<Instance> {
@@ -234,7 +234,7 @@ mod tests {
             weight: Some(weight),
             ..Draft::default()
         };
-        Arc::new(DOOR.instance(&key("web"), &draft, UnixMillis(1)).expect("valid"))
+        Arc::new(VALIDATOR.instance(&key("web"), &draft, UnixMillis(1)).expect("valid"))
     }
 
     fn register(state: &mut State, instance: &Arc<Instance>) -> Outcome {
@@ -243,7 +243,7 @@ mod tests {
     }
 
     fn unregister(state: &mut State, address: &str, ports: PortSet) -> Outcome {
-        let address = DOOR.address(address).expect("valid");
+        let address = VALIDATOR.address(address).expect("valid");
         state.decide(Command::Unregister { service: key("web"), address, ports }, UnixMillis(2))
     }
 

@@ -67,11 +67,11 @@ impl Status {
         });
     }
 
-    pub(super) fn storage_failed(&self, why: &str) {
+    pub(super) fn storage_failed(&self, err: &str) {
         self.0.send_if_modified(|phase| {
             let news = matches!(phase, Phase::Recovering | Phase::Restoring | Phase::Ready);
             if news {
-                *phase = Phase::StorageFailed(why.into());
+                *phase = Phase::StorageFailed(err.into());
             }
             news
         });

@@ -11,12 +11,12 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     metrics::Metrics,
-    model::{DnsName, Door, Draft, DraftPort, Protocol},
+    model::{DnsName, Draft, DraftPort, Protocol, Validator},
     store::{self, DataDir},
     zone::{Zone, ZoneConfig},
 };
 
-const DOOR: Door = Door { zone_wire_len: 15, names_allowed: false };
+const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
 /// A registry on a directory, whose writer works only when it is told to.
 struct World {
@@ -62,10 +62,10 @@ impl World {
 }
 
 fn register(service: &str, address: &str, port: u16, weight: f32) -> Command {
-    let service = DOOR.service("prod", service).expect("valid");
+    let service = VALIDATOR.service("prod", service).expect("valid");
     let ports = vec![DraftPort { number: port.into(), ..DraftPort::default() }];
     let draft = Draft { address: address.into(), ports, weight: Some(weight), ..Draft::default() };
-    let instance = DOOR.instance(&service, &draft, UnixMillis(1)).expect("valid");
+    let instance = VALIDATOR.instance(&service, &draft, UnixMillis(1)).expect("valid");
     Command::Register { service, instance: Arc::new(instance) }
 }
 
@@ -142,8 +142,8 @@ fn any_command(rng: &mut Rng, model: &mut Model, most: usize) -> (Command, Outco
     let removed = held - model.len();
     let outcome = if removed == 0 { Outcome::NotFound } else { Outcome::Removed(removed) };
     let ports = PortSet::new(if all { Vec::new() } else { vec![(Protocol::Tcp, port)] });
-    let key = DOOR.service("prod", &service).expect("valid");
-    (Command::Unregister { service: key, address: DOOR.address(&address).expect("valid"), ports }, outcome)
+    let key = VALIDATOR.service("prod", &service).expect("valid");
+    (Command::Unregister { service: key, address: VALIDATOR.address(&address).expect("valid"), ports }, outcome)
 }
 
 fn held(catalog: &Catalog) -> Model {
@@ -191,7 +191,8 @@ fn whatever_is_asked_a_plain_map_says_the_same_and_so_does_a_restart() {
 /// A registry with a Kubernetes, whose writer waits for it.
 fn with_kubernetes(dir: &TempDir) -> (World, Arc<Zone>) {
     let metrics = Arc::new(Metrics::new());
-    let options = super::Options { max_instances: 1000, kubernetes: Some(Rules { create_namespaces: false }) };
+    let options =
+        super::Options { max_instances: 1000, kubernetes: Some(NamespacePolicy { create_namespaces: false }) };
     let (handle, unrecovered) = new(options, Arc::clone(&metrics));
     let origin = DnsName::parse("cluster.local").expect("a name");
     let (reverse_zones, ns_addresses) = (Vec::new(), Vec::new());
@@ -213,7 +214,7 @@ fn nothing_is_accepted_before_kubernetes_was_read_and_its_facts_count_from_then_
     let submitted = world.runtime.block_on(world.handle.submit(vec![register("web", "10.0.0.1", 80, 1.0)]));
     assert_eq!(submitted.err(), Some(Unavailable::NotReady));
 
-    let facts = vec![Fact::Namespace { name: "prod".into(), exists: true }, Fact::NamespacesComplete];
+    let facts = vec![ClusterFact::Namespace { name: "prod".into(), exists: true }, ClusterFact::NamespacesComplete];
     world.runtime.block_on(world.handle.learn(facts)).expect("the registry is there");
     let Command::Register { service, instance } = register("web", "10.0.0.7", 80, 2.0) else { panic!("it registers") };
     let restored = Restored { term: 41, services: vec![(service, vec![instance])] };
@@ -226,13 +227,13 @@ fn nothing_is_accepted_before_kubernetes_was_read_and_its_facts_count_from_then_
     assert!(world.writer.await_restore(world.runtime.handle(), &stop), "it was not stopped");
     assert_eq!(restoring.join().expect("no panic"), Ok(42));
     assert_eq!(world.handle.catalog().instances(), 1);
-    assert_eq!(world.handle.confirmations().lag().services, 1, "the mirror has to look at it");
+    assert_eq!(world.handle.mirror_progress().lag().services, 1, "the mirror has to look at it");
 
-    let elsewhere = DOOR.service("stage", "web").expect("valid");
+    let elsewhere = VALIDATOR.service("stage", "web").expect("valid");
     let Command::Register { instance, .. } = register("web", "10.0.0.8", 80, 1.0) else { panic!("it registers") };
     let absent = Command::Register { service: elsewhere, instance };
     let (acks, catalog, _) = world.carry_out(vec![vec![register("web", "10.0.0.8", 80, 1.0), absent]]);
-    assert_eq!(acks[0].outcomes, [Outcome::Created, Outcome::Refused(NoPlace::NamespaceAbsent)]);
+    assert_eq!(acks[0].outcomes, [Outcome::Created, Outcome::Refused(KubernetesRefusal::NamespaceAbsent)]);
     assert_eq!(catalog.instances(), 2);
 
     // The same directory again has a term, and goes on alone where nobody answers.
@@ -260,12 +261,12 @@ fn what_others_have_is_served_beside_ours_and_is_nobodys_record() {
     assert_eq!(restore(&mut world, Restored::default()), 1);
     let (generation, synced) = (world.writer.generation(), syncs(&world.metrics));
     let Command::Register { service, instance } = register("web", "10.0.0.7", 80, 1.0) else { panic!("it registers") };
-    let endpoints = Fact::Endpoints { service, instances: vec![instance] };
+    let endpoints = ClusterFact::Endpoints { service, instances: vec![instance] };
     world.runtime.block_on(world.handle.learn(vec![endpoints])).expect("the registry is there");
     let (handle, metrics) = (world.handle.clone(), Arc::clone(&world.metrics));
     world.carry_out(Vec::new());
     assert_eq!((zone.services(), handle.catalog().instances()), (1, 0));
-    assert_eq!(handle.confirmations().lag().services, 0, "nothing to mirror");
+    assert_eq!(handle.mirror_progress().lag().services, 0, "nothing to mirror");
     // So it does not matter to it whether the journal can be written.
     assert_eq!((handle.catalog().generation(), syncs(&metrics)), (generation, synced + AT_THE_END));
 }
@@ -276,7 +277,7 @@ fn an_acknowledgement_holds_even_if_what_it_rests_on_gives_way() {
     let (mut world, _) = with_kubernetes(&dir);
     restore(&mut world, Restored::default());
     let (known, gone) = (register("web", "10.0.0.1", 80, 1.0), register("web", "10.0.0.2", 80, 1.0));
-    let (handle, service) = (world.handle.clone(), DOOR.service("prod", "web").expect("valid"));
+    let (handle, service) = (world.handle.clone(), VALIDATOR.service("prod", "web").expect("valid"));
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
     let mirrored = Work::Mirrored(vec![(service, world.writer.generation() + 1)]);
     runtime.block_on(handle.queue.send(mirrored)).expect("it is there");
@@ -292,7 +293,7 @@ fn an_acknowledgement_holds_even_if_what_it_rests_on_gives_way() {
     let restored = Restored { term: 7, services: vec![(service, vec![instance])] };
     std::thread::spawn(move || world.writer.run(world.runtime.handle(), &CancellationToken::new()));
     assert_eq!(runtime.block_on(answer).map(|ack| ack.outcomes), Ok(vec![Outcome::Unchanged]));
-    assert_eq!(handle.confirmations().lag().services, 1, "it is not in Kubernetes yet");
+    assert_eq!(handle.mirror_progress().lag().services, 1, "it is not in Kubernetes yet");
     assert_eq!(runtime.block_on(handle.restore(restored)), Ok(8));
     let held: Vec<_> = held(handle.catalog()).into_keys().map(|(service, address, _)| (service, address)).collect();
     assert_eq!(held, [("db".into(), "10.0.0.3".into()), ("web".into(), "10.0.0.1".into())]);

@@ -25,9 +25,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::{
-    Ack, Batch, Catalog, Confirmations, Fact, Feed, NoPlace, Outcome, QUEUE, RegistryHandle, Restored, Rules, Status,
-    Submission, Unavailable, Work,
-    restore::{self, Origin, Verdict},
+    Ack, Batch, Catalog, ClusterFact, Feed, KubernetesRefusal, MirrorProgress, NamespacePolicy, Outcome, QUEUE,
+    RegistryHandle, Restored, Status, Submission, Unavailable, Work,
+    restore::{self, LocalState, Verdict},
     state::{Pending, State},
 };
 use crate::{
@@ -56,7 +56,7 @@ pub struct Options {
     /// Instances that may be registered.
     pub max_instances: usize,
     /// How registrations are checked where there is a Kubernetes; `None` where there is none.
-    pub kubernetes: Option<Rules>,
+    pub kubernetes: Option<NamespacePolicy>,
 }
 
 /// A registry that has not read its store yet. It refuses every submission as not ready.
@@ -66,7 +66,7 @@ pub struct Unrecovered {
     catalog: Arc<Catalog>,
     feed: Arc<Feed>,
     status: Status,
-    confirmations: Arc<Confirmations>,
+    mirror_progress: Arc<MirrorProgress>,
     metrics: Arc<Metrics>,
     options: Options,
 }
@@ -81,11 +81,11 @@ pub struct Writer {
     catalog: Arc<Catalog>,
     feed: Arc<Feed>,
     status: Status,
-    confirmations: Arc<Confirmations>,
+    mirror_progress: Arc<MirrorProgress>,
     metrics: Arc<Metrics>,
     generation: u64,
     /// What the store said, until it was compared with what Kubernetes holds.
-    origin: Option<Origin>,
+    origin: Option<LocalState>,
     /// What the mirror has reported and the journal does not say yet. A report that is lost costs
     /// a comparison at the next start, and nothing else as long as no other directory wrote since.
     unsaved: Vec<Record>,
@@ -103,15 +103,15 @@ pub fn new(options: Options, metrics: Arc<Metrics>) -> (RegistryHandle, Unrecove
     let catalog = Arc::new(Catalog::default());
     let feed = Arc::new(Feed::new());
     let status = Status::new();
-    let confirmations = Arc::new(Confirmations::new(options.kubernetes.is_some()));
+    let mirror_progress = Arc::new(MirrorProgress::new(options.kubernetes.is_some()));
     let handle = RegistryHandle {
         queue: sender,
         catalog: Arc::clone(&catalog),
         feed: Arc::clone(&feed),
         status: status.clone(),
-        confirmations: Arc::clone(&confirmations),
+        mirror_progress: Arc::clone(&mirror_progress),
     };
-    (handle, Unrecovered { queue, catalog, feed, status, confirmations, metrics, options })
+    (handle, Unrecovered { queue, catalog, feed, status, mirror_progress, metrics, options })
 }
 
 impl Unrecovered {
@@ -132,7 +132,7 @@ impl Unrecovered {
             catalog,
             feed,
             status,
-            confirmations,
+            mirror_progress,
             metrics,
             options: Options { max_instances, kubernetes },
         } = self;
@@ -174,16 +174,16 @@ impl Unrecovered {
         publisher.publish(generation, &[]);
         catalog.set_generation(generation);
         feed.begin(generation);
-        let origin = kubernetes.is_some().then_some(Origin { term: recovery.term, outbox: recovery.outbox });
+        let origin = kubernetes.is_some().then_some(LocalState { term: recovery.term, outbox: recovery.outbox });
         if let Some(origin) = &origin {
             status.restoring();
             let unmirrored = origin.unmirrored(&catalog);
-            confirmations.note(unmirrored.map(|service| (service, generation, UnixMillis::now())));
+            mirror_progress.note(unmirrored.map(|service| (service, generation, UnixMillis::now())));
         } else {
             status.ready();
         }
-        if let Err(why) = journal.usable() {
-            storage_failed(&status, &why);
+        if let Err(err) = journal.usable() {
+            storage_failed(&status, &err);
         }
         info!(services = catalog.len(), instances = catalog.instances(), generation, "recovered");
 
@@ -198,7 +198,7 @@ impl Unrecovered {
             catalog,
             feed,
             status,
-            confirmations,
+            mirror_progress,
             metrics,
             generation,
             origin,
@@ -287,7 +287,7 @@ impl Writer {
                     let outcomes = submitted.into_iter().map(|command| self.state.decide(command, received)).collect();
                     decided.push((reply, outcomes));
                 }
-                Work::Facts(facts) => facts.into_iter().for_each(|fact| self.learn(fact)),
+                Work::ClusterFacts(facts) => facts.into_iter().for_each(|fact| self.learn(fact)),
                 Work::Mirrored(services) => {
                     let records =
                         services.into_iter().map(|(service, generation)| Record::Mirrored { service, generation });
@@ -331,8 +331,8 @@ impl Writer {
         let generation = self.generation + u64::from(!pending.services.is_empty());
         // 2. append: durable. After a failure nothing is acknowledged any more: what reached the
         // disk is unknown, and a later sync that succeeds proves nothing.
-        if let Err(why) = self.journal.append(generation, &pending.records) {
-            storage_failed(&self.status, &why);
+        if let Err(err) = self.journal.append(generation, &pending.records) {
+            storage_failed(&self.status, &err);
             for (reply, _) in decided {
                 let _ = reply.send(Err(Unavailable::StorageFailed));
             }
@@ -342,7 +342,7 @@ impl Writer {
         let (durable, since_durable) = (UnixMillis::now(), Instant::now());
         // 3. publish: visible.
         let events = self.publish(pending);
-        self.confirmations.note(unsettled.into_iter().map(|service| (service, self.generation, UnixMillis::now())));
+        self.mirror_progress.note(unsettled.into_iter().map(|service| (service, self.generation, UnixMillis::now())));
         let visible = UnixMillis::now();
         self.metrics.registry.observe_publish(since_durable.elapsed());
         for event in &events {
@@ -360,16 +360,16 @@ impl Writer {
         true
     }
 
-    fn learn(&mut self, fact: Fact) {
+    fn learn(&mut self, fact: ClusterFact) {
         match fact {
-            Fact::Namespace { name, exists } => {
+            ClusterFact::Namespace { name, exists } => {
                 if self.state.facts().set_namespace(name.clone(), exists) {
                     self.publisher.set_namespace(&name, exists);
                 }
             }
-            Fact::NamespacesComplete => self.state.facts().namespaces_are_complete(),
-            Fact::Service { service, foreign } => self.state.facts().set_foreign(service, foreign),
-            Fact::Endpoints { service, instances } => self.serve(service, instances),
+            ClusterFact::NamespacesComplete => self.state.facts().namespaces_are_complete(),
+            ClusterFact::Service { service, foreign } => self.state.facts().set_foreign(service, foreign),
+            ClusterFact::Endpoints { service, instances } => self.serve(service, instances),
         }
     }
 
@@ -393,7 +393,7 @@ impl Writer {
         let origin = self.origin.take()?;
         self.state.settle();
         // Nothing of ours belongs there, whoever wrote a slice that says so.
-        held.services.retain(|(service, _)| self.state.facts().refuse(service) != Some(NoPlace::Reserved));
+        held.services.retain(|(service, _)| self.state.facts().refuse(service) != Some(KubernetesRefusal::Reserved));
         let (services, instances) =
             (held.services.len(), held.services.iter().map(|(_, held)| held.len()).sum::<usize>());
         let Verdict { term, records } = restore::decide(&origin, held, &self.catalog.services());
@@ -409,8 +409,8 @@ impl Writer {
         if records.is_empty() || self.status.accepting() == Err(Unavailable::StorageFailed) {
             return;
         }
-        if let Err(why) = self.journal.append(self.generation, &records) {
-            storage_failed(&self.status, &why);
+        if let Err(err) = self.journal.append(self.generation, &records) {
+            storage_failed(&self.status, &err);
         }
     }
 
@@ -436,7 +436,7 @@ impl Writer {
         }
         self.catalog.set_generation(self.generation);
         // After the catalog: the mirror reads it as soon as it hears of the change.
-        self.confirmations.note(events.iter().map(|event| (event.service.clone(), self.generation, event.received)));
+        self.mirror_progress.note(events.iter().map(|event| (event.service.clone(), self.generation, event.received)));
         events
     }
 
@@ -470,10 +470,10 @@ fn counted(outcome: Outcome) -> CommandOutcome {
     }
 }
 
-fn storage_failed(status: &Status, why: &StoreError) {
-    let error = why as &dyn std::error::Error;
+fn storage_failed(status: &Status, err: &StoreError) {
+    let error = err as &dyn std::error::Error;
     error!(error, "the journal cannot be written: registrations are refused, DNS goes on; mend the disk, then restart");
-    status.storage_failed(&why.to_string());
+    status.storage_failed(&err.to_string());
 }
 
 fn unix_seconds() -> u64 {

@@ -95,8 +95,8 @@ impl fmt::Display for Damages<'_> {
 }
 
 /// What a person can do about it.
-fn advice(why: &io::Error) -> &'static str {
-    match why.kind() {
+fn advice(err: &io::Error) -> &'static str {
+    match err.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "the disk is full, free some space first",
         io::ErrorKind::PermissionDenied => "the user that runs gangplank needs to read and write there",
         io::ErrorKind::ReadOnlyFilesystem => "the file system is read-only, choose another --data-dir or remount it",

@@ -61,8 +61,8 @@ pub(super) fn publish<E: From<io::Error>>(
 
 /// Whether a file could not be opened because there are too many open ones, here or in the whole
 /// system. Of what was asked nothing was done: no other step of [`publish`] needs a descriptor.
-pub(super) fn no_descriptor(why: &io::Error) -> bool {
-    matches!(Errno::from_io_error(why), Some(Errno::MFILE | Errno::NFILE))
+pub(super) fn no_descriptor(err: &io::Error) -> bool {
+    matches!(Errno::from_io_error(err), Some(Errno::MFILE | Errno::NFILE))
 }
 
 /// A real directory.

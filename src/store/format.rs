@@ -11,7 +11,7 @@ use std::sync::Arc;
 use prost::Message;
 
 use super::Record;
-use crate::model::{Door, Draft, DraftPort, Instance, InstanceId, PortSet, Protocol, ServiceKey, UnixMillis};
+use crate::model::{Draft, DraftPort, Instance, InstanceId, PortSet, Protocol, ServiceKey, UnixMillis, Validator};
 
 /// The payload of a frame.
 #[derive(Clone, PartialEq, Message)]
@@ -23,7 +23,7 @@ pub(super) struct Payload {
 impl Payload {
     /// Reads a payload whose checksum was right.
     pub(super) fn read(bytes: &[u8]) -> Result<Self, Unreadable> {
-        let payload = Self::decode(bytes).map_err(|why| Unreadable::Invalid(why.to_string()))?;
+        let payload = Self::decode(bytes).map_err(|err| Unreadable::Invalid(err.to_string()))?;
         // protobuf skips fields that it does not know. We write every known one in one way only,
         // so what was skipped is missing in the length.
         if payload.encoded_len() != bytes.len() {
@@ -298,10 +298,10 @@ pub(super) struct Reader {
 
 impl Reader {
     /// What was once let in at the door, whatever zone and options that was with.
-    const DOOR: Door = Door { zone_wire_len: 1, names_allowed: true };
+    const VALIDATOR: Validator = Validator { zone_wire_len: 1, names_allowed: true };
 
     pub(super) fn record(&mut self, entry: Entry) -> Result<Record, Unreadable> {
-        let invalid = |why: &dyn std::fmt::Display| Unreadable::Invalid(why.to_string());
+        let invalid = |err: &dyn std::fmt::Display| Unreadable::Invalid(err.to_string());
         match entry.change {
             Some(Change::Put(put)) => {
                 let service = self.service(&put.namespace, &put.service)?;
@@ -319,12 +319,12 @@ impl Reader {
                     weight: Some(put.weight),
                     priority,
                 };
-                let instance = Self::DOOR.instance(&service, &draft, UnixMillis(put.registered));
-                Ok(Record::Put { service, instance: Arc::new(instance.map_err(|why| invalid(&why))?) })
+                let instance = Self::VALIDATOR.instance(&service, &draft, UnixMillis(put.registered));
+                Ok(Record::Put { service, instance: Arc::new(instance.map_err(|err| invalid(&err))?) })
             }
             Some(Change::Remove(remove)) => {
                 let service = self.service(&remove.namespace, &remove.service)?;
-                let address = Self::DOOR.address(&remove.address).map_err(|why| invalid(&why))?;
+                let address = Self::VALIDATOR.address(&remove.address).map_err(|err| invalid(&err))?;
                 let mut ports = Vec::with_capacity(remove.ports.len());
                 for port in remove.ports {
                     match u16::try_from(port.number) {
@@ -349,7 +349,7 @@ impl Reader {
         {
             return Ok(last.clone());
         }
-        let key = Self::DOOR.service(namespace, name).map_err(|why| Unreadable::Invalid(why.to_string()))?;
+        let key = Self::VALIDATOR.service(namespace, name).map_err(|err| Unreadable::Invalid(err.to_string()))?;
         self.service = Some(key.clone());
         Ok(key)
     }
@@ -403,8 +403,8 @@ mod tests {
             registered in any::<u64>(),
             kind in 0..6u8,
         ) -> Option<Record> {
-            let service = Reader::DOOR.service(&namespace, &name).expect("labels");
-            let instance = Reader::DOOR.instance(&service, &draft, UnixMillis(registered)).ok()?;
+            let service = Reader::VALIDATOR.service(&namespace, &name).expect("labels");
+            let instance = Reader::VALIDATOR.instance(&service, &draft, UnixMillis(registered)).ok()?;
             Some(match kind {
                 0 => Record::Term { term: registered },
                 1 => Record::Mirrored { service, generation: registered },

@@ -154,12 +154,12 @@ impl Journal {
                 }
                 // Nothing was made, so nothing is in doubt. Whoever holds the descriptors must not
                 // end registrations: the segment grows, and the next batch tries again.
-                Err((_, why)) if no_descriptor(&why) => {
+                Err((_, err)) if no_descriptor(&err) => {
                     if !std::mem::replace(&mut self.crowded, true) {
-                        warn!(%why, "the next journal segment cannot be begun; this one grows until it can");
+                        warn!(%err, "the next journal segment cannot be begun; this one grows until it can");
                     }
                 }
-                Err((place, why)) => return Err(self.fail("create", place, why)),
+                Err((place, err)) => return Err(self.fail("create", place, err)),
             }
         }
         let named = records.iter().filter_map(|record| match record {
@@ -167,7 +167,7 @@ impl Journal {
             _ => None,
         });
         self.generation = named.fold(self.generation.max(generation), u64::max);
-        self.write(records).map_err(|Tried(doing, why)| self.fail(doing, self.segment.place, why))?;
+        self.write(records).map_err(|Tried(doing, err)| self.fail(doing, self.segment.place, err))?;
         self.show_octets();
         Ok(())
     }
@@ -195,7 +195,7 @@ impl Journal {
         at = self.write_frame(at, synced, false)?;
         // 2. The sync. If it fails, the octets may or may not be there.
         let began = Instant::now();
-        self.segment.file.sync().map_err(|why| Tried("sync", why))?;
+        self.segment.file.sync().map_err(|err| Tried("sync", err))?;
         self.shared.metrics.store.sync_seconds.observe(began.elapsed().as_secs_f64());
         // 3. Only now are they known to be on the disk.
         self.segment.end = at;
@@ -205,7 +205,7 @@ impl Journal {
     fn write_frame(&mut self, at: u64, synced: u64, more: bool) -> Result<u64, Tried> {
         let frame = Frame { more, end: false, unknown_flags: 0, generation: self.generation, synced };
         let bytes = self.frame.seal(&frame, self.segment.place, at);
-        self.segment.file.write_at(at, bytes).map_err(|why| Tried("write", why))?;
+        self.segment.file.write_at(at, bytes).map_err(|err| Tried("write", err))?;
         let written = bytes.len() as u64;
         self.shared.metrics.store.journal_written_bytes.inc_by(written);
         self.frame.clear();
@@ -213,27 +213,27 @@ impl Journal {
     }
 
     /// The newest segment could not be put in order at the start.
-    pub(super) fn unsettled(&mut self, why: io::Error) -> StoreError {
-        self.fail("repair", self.segment.place, why)
+    pub(super) fn unsettled(&mut self, err: io::Error) -> StoreError {
+        self.fail("repair", self.segment.place, err)
     }
 
     /// Vouches for everything before: from now on, damage there is not taken for a torn tail.
     pub(super) fn mark(&mut self) -> Result<(), StoreError> {
         self.usable()?;
-        self.write(&[]).map_err(|Tried(doing, why)| self.fail(doing, self.segment.place, why))
+        self.write(&[]).map_err(|Tried(doing, err)| self.fail(doing, self.segment.place, err))
     }
 
     /// Closes the segment and begins the next, whose header vouches for the closed one.
     pub(super) fn rotate(&mut self) -> Result<(), StoreError> {
         self.usable()?;
-        self.begin_segment().map_err(|(place, why)| self.fail("create", place, why))
+        self.begin_segment().map_err(|(place, err)| self.fail("create", place, err))
     }
 
     /// The error says which segment could not be made.
     fn begin_segment(&mut self) -> Result<(), (Place, io::Error)> {
         let Segment { place, end, .. } = self.segment;
         let next = place.number + 1;
-        self.segment = Segment::create(&self.shared, next, end).map_err(|why| (Place::journal(next), why))?;
+        self.segment = Segment::create(&self.shared, next, end).map_err(|err| (Place::journal(next), err))?;
         self.closed.push(Closed { number: place.number, len: end });
         Ok(())
     }
@@ -253,7 +253,7 @@ impl Journal {
         let plan = Plan { snapshot: self.snapshot, segments: self.closed.clone(), lossy: false, keep: Vec::new() };
         match Running::start(self.shared.clone(), plan) {
             Ok(running) => self.compaction = Some(running),
-            Err(why) => warn!(%why, "no thread for the compaction of the journal; tried again at the next segment"),
+            Err(err) => warn!(%err, "no thread for the compaction of the journal; tried again at the next segment"),
         }
     }
 
@@ -278,10 +278,10 @@ impl Journal {
     }
 
     /// Notes that nothing can be written any more, and gives the error for it.
-    fn fail(&mut self, doing: &'static str, place: Place, why: io::Error) -> StoreError {
+    fn fail(&mut self, doing: &'static str, place: Place, err: io::Error) -> StoreError {
         self.shared.metrics.store.failed.set(1);
         let path = self.shared.dir.join(place.name());
-        let failure = StoreError::Failed { doing, path, source: Arc::new(why) };
+        let failure = StoreError::Failed { doing, path, source: Arc::new(err) };
         self.failed = Some(failure.clone());
         failure
     }
@@ -300,9 +300,9 @@ impl Drop for Journal {
         }
         self.reap();
         if self.failed.is_none()
-            && let Err(why) = self.mark()
+            && let Err(err) = self.mark()
         {
-            warn!(%why, "the journal was not closed cleanly; nothing acknowledged is lost");
+            warn!(%err, "the journal was not closed cleanly; nothing acknowledged is lost");
         }
     }
 }

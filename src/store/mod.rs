@@ -171,11 +171,11 @@ impl DataDir {
                 };
                 return Err(StoreError::Locked { dir: path.into(), holder });
             }
-            Err(fs::TryLockError::Error(why)) => return Err(why).trying("lock", &file),
+            Err(fs::TryLockError::Error(err)) => return Err(err).trying("lock", &file),
         }
         // The lock is what counts. On a full disk the next one is told less, and that is all.
-        if let Err(why) = write_holder(&mut lock) {
-            tracing::warn!(file = %file.display(), %why, "cannot note the pid in the lock file");
+        if let Err(err) = write_holder(&mut lock) {
+            tracing::warn!(file = %file.display(), %err, "cannot note the pid in the lock file");
         }
         Ok(Self { path: path.into(), lock })
     }

@@ -154,9 +154,9 @@ impl Start<'_> {
         };
         let mut journal = self.journal(&shared, surveys, layout.snapshot, generation, &mut repairs)?;
         let forgets = !self.options.outbox && outbox.term > 0;
-        if forgets && let Err(why) = journal.append(generation, &[Record::Term { term: 0 }]) {
+        if forgets && let Err(err) = journal.append(generation, &[Record::Term { term: 0 }]) {
             // The term stands, so no snapshot may forget what it is about; and none is made.
-            warn!(dir = %self.dir.display(), %why, "cannot take back the term under which Kubernetes was written to");
+            warn!(dir = %self.dir.display(), %err, "cannot take back the term under which Kubernetes was written to");
         }
         if !damages.is_empty() {
             set_aside(&shared, &mut journal, &damages)?;
@@ -292,18 +292,18 @@ impl Start<'_> {
             while let Some(piece) = walk.next().trying("read", &path)? {
                 let Piece::Frame { at, frame, payload } = piece else { continue };
                 generation = generation.max(frame.generation);
-                let mut bad = |why| self.unreadable(&path, at.clone(), frame.generation, why, damages);
+                let mut bad = |err| self.unreadable(&path, at.clone(), frame.generation, err, damages);
                 match Payload::read(payload) {
                     Ok(payload) => {
                         for entry in payload.entries {
                             let slot = outbox.slot(&entry, frame.generation);
                             match reader.record(entry) {
                                 Ok(read) => outbox.take(slot, read).into_iter().for_each(&mut *record),
-                                Err(why) => bad(why)?,
+                                Err(err) => bad(err)?,
                             }
                         }
                     }
-                    Err(why) => bad(why)?,
+                    Err(err) => bad(err)?,
                 }
                 let read = before + at.end;
                 if read - reported >= PROGRESS_EVERY {
@@ -323,16 +323,16 @@ impl Start<'_> {
         path: &std::path::Path,
         octets: Range<u64>,
         generation: u64,
-        why: Unreadable,
+        err: Unreadable,
         damages: &mut Vec<Damage>,
     ) -> Result<(), StoreError> {
-        match why {
+        match err {
             Unreadable::Newer(what) => Err(StoreError::Newer { path: path.into(), what }),
-            Unreadable::Invalid(why) => {
+            Unreadable::Invalid(err) => {
                 damages.push(Damage {
                     path: path.into(),
                     octets: Some(octets),
-                    what: format!("a record is not one that gangplank would write: {why}"),
+                    what: format!("a record is not one that gangplank would write: {err}"),
                     loss: format!("that record, of generation {generation}"),
                 });
                 self.refuse(damages)
@@ -374,9 +374,9 @@ impl Start<'_> {
             Some(Survey { place, header: Ok(header), limit, .. }) if limit == HEADER_LEN as u64 => {
                 match Segment::create(shared, place.number, header.previous_len) {
                     Ok(segment) => segment,
-                    Err(why) => {
+                    Err(err) => {
                         let file = self.files.open(&place.name()).trying("open", self.dir.join(place.name()))?;
-                        settled = Err(why);
+                        settled = Err(err);
                         Segment::unsettled(place, file, limit)
                     }
                 }
@@ -395,11 +395,11 @@ impl Start<'_> {
         let mut journal = Journal::open(shared.clone(), segment, found, self.options.segment_octets, self.lock.take());
         let opened = match settled {
             Ok(()) => journal.mark(),
-            Err(why) => Err(journal.unsettled(why)),
+            Err(err) => Err(journal.unsettled(err)),
         };
         // What is stored can be served even so.
-        if let Err(why) = opened {
-            repairs.push(format!("not repaired: {why}"));
+        if let Err(err) = opened {
+            repairs.push(format!("not repaired: {err}"));
         }
         Ok(journal)
     }
@@ -411,8 +411,8 @@ impl Start<'_> {
         }
         // The name of the snapshot that replaces them must be on the disk first.
         let removed = self.files.sync_dir().and_then(|()| needless.iter().try_for_each(|name| self.files.remove(name)));
-        if let Err(why) = removed {
-            warn!(dir = %self.dir.display(), %why, "cannot remove files that a snapshot has replaced; they cost only space");
+        if let Err(err) = removed {
+            warn!(dir = %self.dir.display(), %err, "cannot remove files that a snapshot has replaced; they cost only space");
         }
     }
 }
@@ -451,10 +451,10 @@ fn set_aside(shared: &Shared, journal: &mut Journal, damages: &[Damage]) -> Resu
             journal.replaced_by(snapshot);
             Ok(())
         }
-        Err(why) => Err(StoreError::Io {
+        Err(err) => Err(StoreError::Io {
             doing: "write a new snapshot without the damaged files in",
             path: shared.dir.clone(),
-            source: Arc::new(std::io::Error::other(format!("{why} (damaged files keep the ending {DAMAGED})"))),
+            source: Arc::new(std::io::Error::other(format!("{err} (damaged files keep the ending {DAMAGED})"))),
         }),
     }
 }

@@ -109,10 +109,10 @@ impl Running {
                     Some(snapshot)
                 }
                 Err(MergeError::Stopped) => None,
-                Err(why) => {
+                Err(err) => {
                     metrics.compacted(false);
                     warn!(
-                        dir = %shared.dir.display(), %why,
+                        dir = %shared.dir.display(), %err,
                         "the journal was not compacted; nothing is lost, it is tried again when the next segment is full"
                     );
                     None
@@ -152,15 +152,15 @@ pub(super) fn compact(shared: &Shared, plan: &Plan, stop: &AtomicBool) -> Result
         len = merge(shared, plan, place, file, stop)?;
         Ok(())
     });
-    if let Err(why) = published {
+    if let Err(err) = published {
         // Best effort: what stays is removed at the next start.
         let _ = files.remove(&format!("{name}{STAGED}"));
-        return Err(why);
+        return Err(err);
     }
     // 4. Only now, with the new name on the disk, the old may go. What stays, or comes back after
     //    a crash, goes with the next snapshot or at the next start.
-    if let Err(why) = remove_old(files, plan, place.number) {
-        warn!(dir = %shared.dir.display(), %why, "cannot remove what a snapshot has replaced; it costs only space");
+    if let Err(err) = remove_old(files, plan, place.number) {
+        warn!(dir = %shared.dir.display(), %err, "cannot remove what a snapshot has replaced; it costs only space");
     }
     shared.metrics.store.snapshot_bytes.set(i64::try_from(len).unwrap_or(i64::MAX));
     Ok(Closed { number: place.number, len })
@@ -252,7 +252,7 @@ impl Source<'_> {
         let name = place.name();
         let damaged = |what: &dyn std::fmt::Display| MergeError::Damaged(format!("{name}: {what}"));
         let file = match self.shared.files.open(&name) {
-            Err(why) if self.lossy && why.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(err) if self.lossy && err.kind() == io::ErrorKind::NotFound => return Ok(()),
             file => file?,
         };
         let header = read_header(&*file, place)?;
@@ -280,8 +280,8 @@ impl Source<'_> {
             let payload = match Payload::read(payload) {
                 Ok(payload) => payload,
                 Err(Unreadable::Invalid(_)) if self.lossy => continue,
-                Err(Unreadable::Invalid(why) | Unreadable::Newer(why)) => {
-                    return Err(damaged(&format_args!("the frame at {}: {why}", at.start)));
+                Err(Unreadable::Invalid(err) | Unreadable::Newer(err)) => {
+                    return Err(damaged(&format_args!("the frame at {}: {err}", at.start)));
                 }
             };
             for entry in payload.entries {

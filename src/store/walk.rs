@@ -127,8 +127,8 @@ pub(super) fn read_exact(file: &dyn File, offset: u64, into: &mut [u8]) -> io::R
         match file.read_at(offset + done as u64, &mut into[done..]) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(read) => done += read,
-            Err(why) if why.kind() == io::ErrorKind::Interrupted => {}
-            Err(why) => return Err(why),
+            Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
+            Err(err) => return Err(err),
         }
     }
     Ok(())

@@ -7,7 +7,7 @@ use super::{
     qname::QName,
     reverse::HostName,
     rows::Rrset,
-    service::{AddressRow, Addresses, Facts, SrvRow},
+    service::{AddressRow, Addresses, ServiceRecords, SrvRow},
 };
 use crate::model::Protocol;
 
@@ -80,7 +80,7 @@ pub enum Hit<'v> {
     /// IPv6 addresses.
     Aaaa(Rrset<'v, AddressRow<Ipv6Addr>>),
     /// Ports, and the service where their targets' addresses are.
-    Srv(Rrset<'v, SrvRow>, &'v Facts),
+    Srv(Rrset<'v, SrvRow>, &'v ServiceRecords),
     /// Host names of the address.
     Ptr(Rrset<'v, HostName>, IpAddr),
     /// The version of the Kubernetes DNS specification.
@@ -97,7 +97,7 @@ pub struct Apex(pub usize);
 
 /// To what part of the tree a name belongs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
+pub enum Bailiwick {
     /// In the zone, this many labels below its apex.
     Zone(usize),
     /// Under `in-addr.arpa` or `ip6.arpa`.
@@ -202,22 +202,22 @@ impl ReverseName {
 }
 
 /// To what part of the tree `name` belongs.
-pub(super) fn locate(settings: &Settings, name: &QName) -> Place {
+pub(super) fn locate(settings: &Settings, name: &QName) -> Bailiwick {
     if let Some(below) = name.labels().checked_sub(settings.origin_labels)
         && name.suffix(below) == &*settings.origin
     {
-        return Place::Zone(below);
+        return Bailiwick::Zone(below);
     }
-    ReverseName::parse(name).map_or(Place::Outside, Place::Reverse)
+    ReverseName::parse(name).map_or(Bailiwick::Outside, Bailiwick::Reverse)
 }
 
 /// What `name`, which is at `place`, has of `rtype`.
-pub(super) fn lookup<'v>(view: &'v View<'_>, place: Place, name: &QName, rtype: RecordType) -> Lookup<'v> {
+pub(super) fn lookup<'v>(view: &'v View<'_>, place: Bailiwick, name: &QName, rtype: RecordType) -> Lookup<'v> {
     match place {
-        Place::Zone(_) if !view.is_ready() => Lookup::NotReady,
-        Place::Zone(below) => in_zone(view, name, below, rtype),
-        Place::Reverse(reverse) => in_reverse(view, name, reverse, rtype),
-        Place::Outside => Lookup::OutOfZone,
+        Bailiwick::Zone(_) if !view.is_ready() => Lookup::NotReady,
+        Bailiwick::Zone(below) => in_zone(view, name, below, rtype),
+        Bailiwick::Reverse(reverse) => in_reverse(view, name, reverse, rtype),
+        Bailiwick::Outside => Lookup::OutOfZone,
     }
 }
 
@@ -240,7 +240,7 @@ fn in_zone<'v>(view: &'v View<'_>, name: &QName, below: usize, rtype: RecordType
 }
 
 /// A name of `facts`' service, or one with `below` labels before it.
-fn in_service<'v>(facts: &'v Facts, apex: Apex, name: &QName, below: usize, rtype: RecordType) -> Lookup<'v> {
+fn in_service<'v>(facts: &'v ServiceRecords, apex: Apex, name: &QName, below: usize, rtype: RecordType) -> Lookup<'v> {
     let protocol = |index| Protocol::ALL.into_iter().find(|p| p.srv_label().as_bytes() == name.label(index));
     match below {
         0 => addresses(facts.addresses(), apex, rtype),

@@ -34,11 +34,11 @@ use std::{
 use foldhash::fast::RandomState;
 use papaya::{Equivalent, HashMap, HashMapRef, LocalGuard};
 
-pub use lookup::{Apex, Hit, Lookup, Place, RecordType, ReverseName};
+pub use lookup::{Apex, Bailiwick, Hit, Lookup, RecordType, ReverseName};
 pub use qname::{BadName, QName};
 pub use reverse::HostName;
 pub use rows::Rrset;
-pub use service::{AddressRow, Addresses, Facts, SrvRow, Target, TargetRef};
+pub use service::{AddressRow, Addresses, ServiceRecords, SrvRow, Target, TargetRef};
 
 use crate::model::{Change, DnsName, Instance, Service, ServiceKey, Table};
 use reverse::{Reverse, ReverseView};
@@ -63,7 +63,7 @@ pub struct ZoneConfig {
 #[derive(Debug)]
 pub struct Zone {
     settings: Settings,
-    services: HashMap<ServiceKey, Facts, RandomState>,
+    services: HashMap<ServiceKey, ServiceRecords, RandomState>,
     /// Namespaces that have a service, and how many; one more where the namespace itself is known.
     namespaces: HashMap<Box<str>, usize, RandomState>,
     reverse: Reverse,
@@ -80,7 +80,7 @@ pub(crate) struct Settings {
     origin_name: DnsName,
     ttl: u32,
     reverse_zones: Vec<(IpAddr, u8)>,
-    name_server: Facts,
+    name_server: ServiceRecords,
     publish_not_ready: bool,
 }
 
@@ -113,7 +113,7 @@ impl Settings {
             origin_name: origin,
             ttl,
             reverse_zones,
-            name_server: Facts::of_addresses(&ns_addresses),
+            name_server: ServiceRecords::of_addresses(&ns_addresses),
             publish_not_ready,
         }
     }
@@ -169,7 +169,7 @@ impl Zone {
 #[derive(Debug)]
 pub struct View<'z> {
     zone: &'z Zone,
-    services: HashMapRef<'z, ServiceKey, Facts, RandomState, LocalGuard<'z>>,
+    services: HashMapRef<'z, ServiceKey, ServiceRecords, RandomState, LocalGuard<'z>>,
     /// Held from the first lookup of an address on; by family.
     reverse: OnceCell<ReverseView<'z>>,
 }
@@ -177,13 +177,13 @@ pub struct View<'z> {
 impl View<'_> {
     /// To what part of the tree `name` belongs.
     #[must_use]
-    pub fn locate(&self, name: &QName) -> Place {
+    pub fn locate(&self, name: &QName) -> Bailiwick {
         lookup::locate(&self.zone.settings, name)
     }
 
     /// What `name` has of `rtype`; `place` is where [`View::locate`] found it.
     #[must_use]
-    pub fn lookup(&self, place: Place, name: &QName, rtype: RecordType) -> Lookup<'_> {
+    pub fn lookup(&self, place: Bailiwick, name: &QName, rtype: RecordType) -> Lookup<'_> {
         lookup::lookup(self, place, name, rtype)
     }
 
@@ -223,7 +223,7 @@ impl View<'_> {
         self.zone.settings.name_server.addresses()
     }
 
-    fn service(&self, name: &[u8], namespace: &[u8]) -> Option<&Facts> {
+    fn service(&self, name: &[u8], namespace: &[u8]) -> Option<&ServiceRecords> {
         // Two labels of at most 63 octets and the dot.
         let mut key = [0; 127];
         key[..name.len()].copy_from_slice(name);

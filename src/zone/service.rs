@@ -204,7 +204,7 @@ impl Row for HostRow {
 
 /// What one service's ready instances add up to.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Facts {
+pub struct ServiceRecords {
     v4: Rows<AddressRow<Ipv4Addr>>,
     ports: Rows<PortRow>,
     rare: Option<Box<Rare>>,
@@ -226,7 +226,7 @@ pub struct Addresses<'v> {
     pub v6: Option<Rrset<'v, AddressRow<Ipv6Addr>>>,
 }
 
-impl Facts {
+impl ServiceRecords {
     /// Addresses alone, that no instance stands for: those of the name server.
     pub(super) fn of_addresses(ips: &[IpAddr]) -> Self {
         let mut facts = Self::default();
@@ -359,13 +359,13 @@ struct Orphan {
 
 /// A change of a service's facts, on a copy of them.
 pub(super) struct Edit {
-    facts: Facts,
+    facts: ServiceRecords,
     orphans: Vec<Orphan>,
     not_ready_too: bool,
 }
 
 impl Edit {
-    pub(super) fn new(facts: Facts, not_ready_too: bool) -> Self {
+    pub(super) fn new(facts: ServiceRecords, not_ready_too: bool) -> Self {
         Self { facts, orphans: Vec::new(), not_ready_too }
     }
 
@@ -380,7 +380,7 @@ impl Edit {
     }
 
     /// The new facts; `after` is everything that the service has now.
-    pub(super) fn finish(mut self, after: &[&Table<Arc<Instance>>]) -> Facts {
+    pub(super) fn finish(mut self, after: &[&Table<Arc<Instance>>]) -> ServiceRecords {
         for orphan in std::mem::take(&mut self.orphans) {
             self.find_priority(&orphan, after);
         }

@@ -5,12 +5,12 @@ use std::{
     sync::Arc,
 };
 
-use super::{Facts, Publisher, ServiceChange, Zone, ZoneConfig, rows::Rows};
+use super::{Publisher, ServiceChange, ServiceRecords, Zone, ZoneConfig, rows::Rows};
 use crate::model::{
-    Change, DnsName, Door, Draft, DraftPort, Instance, InstanceKey, Protocol, Service, ServiceKey, UnixMillis,
+    Change, DnsName, Draft, DraftPort, Instance, InstanceKey, Protocol, Service, ServiceKey, UnixMillis, Validator,
 };
 
-const DOOR: Door = Door { zone_wire_len: 15, names_allowed: true };
+const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
 
 /// The zone's configuration in most tests.
 pub(crate) fn config() -> ZoneConfig {
@@ -36,11 +36,11 @@ pub(crate) fn draft(address: &str, ports: &[&str]) -> Draft {
 
 pub(crate) fn key(service: &str) -> ServiceKey {
     let (name, namespace) = service.split_once('.').expect("service.namespace");
-    DOOR.service(namespace, name).expect("valid")
+    VALIDATOR.service(namespace, name).expect("valid")
 }
 
 pub(crate) fn instance(service: &ServiceKey, draft: &Draft) -> Arc<Instance> {
-    Arc::new(DOOR.instance(service, draft, UnixMillis(0)).expect("valid"))
+    Arc::new(VALIDATOR.instance(service, draft, UnixMillis(0)).expect("valid"))
 }
 
 /// A zone and what is registered in it.
@@ -131,7 +131,7 @@ impl World {
 /// All that a zone holds, to compare.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Contents {
-    services: BTreeMap<ServiceKey, Facts>,
+    services: BTreeMap<ServiceKey, ServiceRecords>,
     namespaces: BTreeMap<String, usize>,
     names: BTreeSet<String>,
 }

@@ -11,7 +11,7 @@ use gangplank::{
         endpoints, services,
         slices::{Request, Stamps, Write, plan},
     },
-    model::{Door, Draft, DraftPort, Instance, Protocol, ServiceKey, Table, UnixMillis},
+    model::{Draft, DraftPort, Instance, Protocol, ServiceKey, Table, UnixMillis, Validator},
 };
 use proptest::{
     prelude::*,
@@ -64,7 +64,7 @@ const ADDRESSES: &[&str] = &[
     "010.0.0.1",
 ];
 
-const DOOR: Door = Door { zone_wire_len: 15, names_allowed: true };
+const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
 
 /// A label of one letter, of any, or of 63; digits and dashes wherever they may stand.
 fn label() -> impl Strategy<Value = String> {
@@ -125,7 +125,7 @@ fn draft() -> impl Strategy<Value = Draft> {
 /// Everything as long as it can be, at every address that the door lets in.
 fn edges() -> (ServiceKey, Table<Arc<Instance>>) {
     let long = |letter: &str| letter.repeat(63);
-    let key = DOOR.service(LONGEST, &long("s")).expect("63 characters are a label");
+    let key = VALIDATOR.service(LONGEST, &long("s")).expect("63 characters are a label");
     let port = |number: i64| DraftPort {
         number,
         protocol: Protocol::ALL[usize::try_from(number % 3).expect("small")],
@@ -142,7 +142,7 @@ fn edges() -> (ServiceKey, Table<Arc<Instance>>) {
             priority: u16::MAX,
         };
         let bare = Draft { address: address.into(), ..Draft::default() };
-        [draft, bare].map(|draft| DOOR.instance(&key, &draft, UnixMillis(u64::MAX)).ok().map(Arc::new))
+        [draft, bare].map(|draft| VALIDATOR.instance(&key, &draft, UnixMillis(u64::MAX)).ok().map(Arc::new))
     });
     let table: Table<Arc<Instance>> = instances.flatten().collect();
     assert!(table.len() >= 30, "the door lets in {} of {}", table.len(), 2 * ADDRESSES.len());
@@ -160,8 +160,9 @@ fn generated(cases: usize) -> Vec<(ServiceKey, Table<Arc<Instance>>)> {
     let (mut all, mut names, mut count) = (vec![edges()], HashSet::new(), 0);
     while count < cases {
         let (namespace, name, drafts) = service.new_tree(&mut runner).expect("it generates").current();
-        let Ok(key) = DOOR.service(namespace, &name) else { continue };
-        let accepted = drafts.iter().filter_map(|draft| DOOR.instance(&key, draft, UnixMillis(1_700_000_000_123)).ok());
+        let Ok(key) = VALIDATOR.service(namespace, &name) else { continue };
+        let accepted =
+            drafts.iter().filter_map(|draft| VALIDATOR.instance(&key, draft, UnixMillis(1_700_000_000_123)).ok());
         // A name of a host is no address: it does not stand in a slice.
         let accepted = accepted.filter(|instance| instance.address().ip().is_some());
         let table: Table<Arc<Instance>> = accepted.take(OF_A_SERVICE).map(Arc::new).collect();

@@ -36,9 +36,9 @@ fn require_file(name: &str, path: PathBuf) -> Option<PathBuf> {
 }
 
 /// Says which test checks nothing, and why. In CI that is a failure.
-pub(crate) fn not_run(why: &str) {
+pub(crate) fn not_run(err: &str) {
     let current = thread::current();
-    let said = format!("NOT RUN: {}: {why}", current.name().unwrap_or("a test"));
+    let said = format!("NOT RUN: {}: {err}", current.name().unwrap_or("a test"));
     assert!(env::var_os("CI").is_none(), "{said}");
     // To stderr itself: what a test prints is only shown when it fails.
     let _ = writeln!(stderr(), "{said}");

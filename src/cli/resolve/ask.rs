@@ -86,7 +86,7 @@ pub(super) async fn ask(server: SocketAddr, name: &Name, kind: RecordType, tcp: 
             Ok(reply) if reply.message.metadata.truncation => return over_tcp(server, name, kind).await,
             Ok(reply) => return Ok(reply),
             Err(silence @ AskError::Silence(_)) => last = silence,
-            Err(why) => return Err(why),
+            Err(err) => return Err(err),
         }
     }
     Err(last)
@@ -119,7 +119,7 @@ async fn over_tcp(server: SocketAddr, name: &Name, kind: RecordType) -> Result<R
         let asked = Instant::now();
         let mut stream = TcpStream::connect(server).await?;
         // RFC 1035 §4.2.2: two octets of length; RFC 7766 §8: in one write.
-        let length = u16::try_from(question.len()).map_err(|why| AskError::Garbage(why.to_string()))?;
+        let length = u16::try_from(question.len()).map_err(|err| AskError::Garbage(err.to_string()))?;
         stream.write_all(&[&length.to_be_bytes(), question.as_slice()].concat()).await?;
         let mut octets = vec![0; usize::from(stream.read_u16().await?)];
         stream.read_exact(&mut octets).await?;
@@ -138,16 +138,16 @@ fn question(name: &Name, kind: RecordType) -> Result<(Vec<u8>, u16), AskError> {
     message.add_query(Query::query(name.clone(), kind));
     let mut edns = Edns::new();
     edns.set_max_payload(UDP_ANSWER);
-    let nobody = NSIDPayload::new(Vec::new()).map_err(|why| AskError::Garbage(why.to_string()))?;
+    let nobody = NSIDPayload::new(Vec::new()).map_err(|err| AskError::Garbage(err.to_string()))?;
     edns.options_mut().insert(EdnsOption::NSID(nobody));
     message.set_edns(edns);
-    let octets = message.to_vec().map_err(|why| AskError::Garbage(why.to_string()))?;
+    let octets = message.to_vec().map_err(|err| AskError::Garbage(err.to_string()))?;
     Ok((octets, message.metadata.id))
 }
 
 /// Takes `octets` as the answer to this question (RFC 5452 §4).
 fn read(octets: &[u8], id: u16, name: &Name, kind: RecordType) -> Result<Message, AskError> {
-    let message = Message::from_vec(octets).map_err(|why| AskError::Garbage(why.to_string()))?;
+    let message = Message::from_vec(octets).map_err(|err| AskError::Garbage(err.to_string()))?;
     let ours = message.metadata.message_type == MessageType::Response && message.metadata.id == id;
     // A server that could not read the question may send none back.
     let echoed = message.queries.iter().all(|query| query.name() == name && query.query_type() == kind);

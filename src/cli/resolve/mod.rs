@@ -105,7 +105,7 @@ pub(super) async fn run(args: Args) -> Result<(), Failure> {
     };
     let mut asked = Vec::new();
     for (name, kind) in questions(&target, &types, &ports)? {
-        let reply = ask::ask(dns, &name, kind, tcp).await.map_err(|why| unanswered(dns, &name, kind, &why))?;
+        let reply = ask::ask(dns, &name, kind, tcp).await.map_err(|err| unanswered(dns, &name, kind, &err))?;
         asked.push(Asked { name, kind, reply });
     }
     let report = Report { server: dns, asked };
@@ -126,7 +126,7 @@ fn questions(target: &Target, types: &[RecordType], ports: &[PortName]) -> Resul
     for PortName { name: port, protocol } in ports {
         let full = format!("_{port}.{}.{name}", protocol.srv_label());
         let full = Name::from_ascii(&full)
-            .map_err(|why| Failure::new(Exit::Usage, format!("{full:?} is not a DNS name: {why}")))?;
+            .map_err(|err| Failure::new(Exit::Usage, format!("{full:?} is not a DNS name: {err}")))?;
         questions.push((full, RecordType::SRV));
     }
     Ok(questions)
@@ -144,8 +144,8 @@ async fn learn(url: &str, key: &ServiceKey) -> Vec<PortName> {
     names.into_iter().map(|(name, protocol)| PortName { name: name.to_owned(), protocol }).collect()
 }
 
-fn unanswered(dns: SocketAddr, name: &Name, kind: RecordType, why: &AskError) -> Failure {
-    Failure::new(Exit::Failed, format!("no answer from {dns} to {name} {kind}: {why}"))
+fn unanswered(dns: SocketAddr, name: &Name, kind: RecordType, err: &AskError) -> Failure {
+    Failure::new(Exit::Failed, format!("no answer from {dns} to {name} {kind}: {err}"))
         .next("start the server:  gangplank serve")
         .next("or name another:   --dns ADDRESS:PORT, or GANGPLANK_DNS")
 }

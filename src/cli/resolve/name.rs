@@ -46,7 +46,7 @@ impl Target {
         }
         let zone = zone.trim_end_matches('.').to_ascii_lowercase();
         if text.contains('/') {
-            let service: ServiceName = text.parse().map_err(|why: String| Failure::new(Exit::Usage, why))?;
+            let service: ServiceName = text.parse().map_err(|err: String| Failure::new(Exit::Usage, err))?;
             let namespace = service.namespace.as_deref().unwrap_or(namespace);
             return Self::of(&format!("{}.{namespace}.svc.{zone}", service.name), &zone);
         }
@@ -64,8 +64,8 @@ impl Target {
     }
 
     fn of(full: &str, zone: &str) -> Result<Self, Failure> {
-        let bad = |why: &dyn std::fmt::Display| Failure::new(Exit::Usage, format!("{full:?} is not a DNS name: {why}"));
-        let mut name = Name::from_ascii(full).map_err(|why| bad(&why))?;
+        let bad = |err: &dyn std::fmt::Display| Failure::new(Exit::Usage, format!("{full:?} is not a DNS name: {err}"));
+        let mut name = Name::from_ascii(full).map_err(|err| bad(&err))?;
         name.set_fqdn(true);
         if full.starts_with('_') {
             return Ok(Self::Port(name));

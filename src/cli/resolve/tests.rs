@@ -173,8 +173,8 @@ async fn a_server_that_is_away_is_said_at_once() {
     let socket = UdpSocket::bind("127.0.0.1:0").await.expect("a free port");
     let nobody = socket.local_addr().expect("bound");
     drop(socket);
-    let why = ask::ask(nobody, &name("web."), RecordType::A, false).await.expect_err("nobody listens");
-    let failure = unanswered(nobody, &name("web."), RecordType::A, &why);
+    let err = ask::ask(nobody, &name("web."), RecordType::A, false).await.expect_err("nobody listens");
+    let failure = unanswered(nobody, &name("web."), RecordType::A, &err);
     assert_eq!(failure.exit, Exit::Failed);
     assert!(failure.to_string().contains("Connection refused"), "{failure}");
     assert!(failure.to_string().contains("gangplank serve"), "{failure}");

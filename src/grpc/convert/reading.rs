@@ -10,14 +10,14 @@ use crate::{
         client::{ChangeKind, ClientError, WatchEvent},
         proto::{gangplank::v1, registry::Protocol as WireProtocol},
     },
-    model::{Change, Door, Draft, DraftPort, Instance, Protocol, Service, ServiceKey, Timeline, UnixMillis},
+    model::{Change, Draft, DraftPort, Instance, Protocol, Service, ServiceKey, Timeline, UnixMillis, Validator},
 };
 
 /// Most instances in one message of a list or of a watch's snapshot: some 100 KB.
 const PART: usize = 1_000;
 
 /// What a client holds an answer against: the server has checked more than this already.
-const ANSWERS: Door = Door { zone_wire_len: 1, names_allowed: true };
+const ANSWERS: Validator = Validator { zone_wire_len: 1, names_allowed: true };
 
 /// The moment as protobuf writes it.
 fn timestamp(at: UnixMillis) -> Timestamp {
@@ -117,7 +117,7 @@ pub(in crate::grpc) fn change_to_proto(
 
 /// The two names of a service in an answer.
 fn key_from_proto(namespace: &str, name: &str) -> Result<ServiceKey, ClientError> {
-    ANSWERS.service(namespace, name).map_err(|why| ClientError::Answer(why.to_string()))
+    ANSWERS.service(namespace, name).map_err(|err| ClientError::Answer(err.to_string()))
 }
 
 /// A service in an answer, or a part of one.
@@ -152,7 +152,7 @@ pub(in crate::grpc) fn change_from_proto(change: v1::Change, cursor: Vec<u8>) ->
 }
 
 fn instance_from_proto(service: &ServiceKey, instance: v1::Instance) -> Result<Instance, ClientError> {
-    let unreadable = |why: &dyn std::fmt::Display| ClientError::Answer(format!("an instance of {service}: {why}"));
+    let unreadable = |err: &dyn std::fmt::Display| ClientError::Answer(format!("an instance of {service}: {err}"));
     let mut ports = Vec::with_capacity(instance.ports.len());
     for port in instance.ports {
         let protocol = protocol_from_proto(port.protocol)
@@ -165,8 +165,8 @@ fn instance_from_proto(service: &ServiceKey, instance: v1::Instance) -> Result<I
         host_name: instance.host_name,
         node_name: instance.node_name,
         weight: Some(instance.weight),
-        priority: u16::try_from(instance.priority).map_err(|why| unreadable(&why))?,
+        priority: u16::try_from(instance.priority).map_err(|err| unreadable(&err))?,
     };
-    let read = ANSWERS.instance(service, &draft, millis(instance.registered)).map_err(|why| unreadable(&why))?;
+    let read = ANSWERS.instance(service, &draft, millis(instance.registered)).map_err(|err| unreadable(&err))?;
     Ok(read.with_ready(instance.ready))
 }

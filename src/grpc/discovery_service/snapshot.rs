@@ -49,7 +49,7 @@ pub(super) async fn read(catalog: Arc<Catalog>, filter: Filter) -> Result<Read, 
         services.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
         services
     });
-    reading.await.map_err(|why| Status::internal(format!("the catalog could not be read: {why}")))
+    reading.await.map_err(|err| Status::internal(format!("the catalog could not be read: {err}")))
 }
 
 /// What stands as of one generation, and the feed from there on.
@@ -129,7 +129,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        grpc::tests::{DOOR, Registry},
+        grpc::tests::{Registry, VALIDATOR},
         model::{Draft, Instance, PortSet, UnixMillis},
         registry::Command,
     };
@@ -142,14 +142,14 @@ mod tests {
     }
 
     fn some_command() -> Command {
-        let service = DOOR.service("prod", ["a", "b", "c"][fastrand::usize(..3)]).expect("valid");
+        let service = VALIDATOR.service("prod", ["a", "b", "c"][fastrand::usize(..3)]).expect("valid");
         let address = format!("10.0.0.{}", fastrand::u8(1..4));
         if fastrand::bool() {
-            let address = DOOR.address(&address).expect("valid");
+            let address = VALIDATOR.address(&address).expect("valid");
             return Command::Unregister { service, address, ports: PortSet::default() };
         }
         let draft = Draft { address, weight: Some(fastrand::u8(..3).into()), ..Draft::default() };
-        let instance = DOOR.instance(&service, &draft, UnixMillis(1)).expect("valid");
+        let instance = VALIDATOR.instance(&service, &draft, UnixMillis(1)).expect("valid");
         Command::Register { service, instance: Arc::new(instance) }
     }
 
@@ -174,7 +174,7 @@ mod tests {
             }
             let mut read = Read::new();
             for name in ["a", "b", "c"] {
-                let key = DOOR.service("prod", name).expect("valid");
+                let key = VALIDATOR.service("prod", name).expect("valid");
                 let moment = &moments[fastrand::usize(..moments.len())];
                 read.extend(moment.iter().find(|(found, _)| *found == key).cloned());
             }

@@ -30,7 +30,7 @@ pub(super) struct Confirmation {
 impl Confirmation {
     /// What `command`, which was read just now, will have to wait for.
     pub(super) fn of(command: &Command, registry: &RegistryHandle) -> Self {
-        if !registry.confirmations().are_awaited() {
+        if !registry.mirror_progress().are_awaited() {
             return Self { wanted: None };
         }
         let service = match command {
@@ -53,7 +53,7 @@ impl Confirmation {
         match self.wanted.filter(|_| stands) {
             None => Either::Left(ready(true)),
             Some((service, until)) => {
-                let confirmed = registry.confirmations().confirmed(&service, generation);
+                let confirmed = registry.mirror_progress().confirmed(&service, generation);
                 Either::Right(async move { timeout_at(until, confirmed).await.is_ok() })
             }
         }

@@ -89,7 +89,7 @@ impl Landed {
     /// What became of the next command.
     fn outcome(&mut self) -> Result<Outcome, Unavailable> {
         match self.refused {
-            Some(why) => Err(why),
+            Some(err) => Err(err),
             // One outcome per command; a missing one cannot be called done.
             None => self.outcomes.next().ok_or(Unavailable::ShuttingDown),
         }
@@ -147,7 +147,7 @@ where
             if let Stage::Waiting(handed_in) = &mut flight.stage {
                 match handed_in.as_mut().poll(cx) {
                     Poll::Ready(Ok(acked)) => flight.stage = Stage::Flying(acked),
-                    Poll::Ready(Err(why)) => flight.stage = Stage::Landed(Err(why)),
+                    Poll::Ready(Err(err)) => flight.stage = Stage::Landed(Err(err)),
                     // What is behind it was not handed in yet: only the newest ever waits.
                     Poll::Pending => return false,
                 }
@@ -170,7 +170,7 @@ where
             match Pin::new(&mut self.inbound).poll_next(cx) {
                 Poll::Ready(Some(Ok(message))) => {
                     cost += convert::cost(&message);
-                    let (echo, command) = convert::parse(message, &self.services.door, now);
+                    let (echo, command) = convert::parse(message, &self.services.validator, now);
                     let registry = &self.services.registry;
                     places.push((
                         echo,
@@ -227,7 +227,7 @@ where
                     Ok(confirmation) => confirmation,
                 };
                 let outcome = match self.landed.outcome() {
-                    Err(why) => return self.counted(echo.unavailable(why), Some(why)),
+                    Err(err) => return self.counted(echo.unavailable(err), Some(err)),
                     Ok(outcome) => outcome,
                 };
                 let generation = self.landed.generation;
@@ -270,7 +270,7 @@ where
         let Some(flight) = self.flights.pop_front() else { return Poll::Ready(None) };
         let (generation, outcomes, refused) = match result {
             Ok(Ack { generation, outcomes }) => (generation, outcomes, None),
-            Err(why) => (0, Vec::new(), Some(why)),
+            Err(err) => (0, Vec::new(), Some(err)),
         };
         self.landed = Landed {
             places: flight.places.into_iter(),

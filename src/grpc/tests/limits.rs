@@ -60,13 +60,13 @@ async fn who_says_nothing_or_something_else_is_let_go() {
     let mut silent = TcpStream::connect(server.address).await.expect("it listens");
     let mut rest = Vec::new();
     let closed = soon("the connection is closed", silent.read_to_end(&mut rest)).await;
-    assert!(closed.is_ok() || closed.is_err_and(|why| why.kind() == io::ErrorKind::ConnectionReset));
+    assert!(closed.is_ok() || closed.is_err_and(|err| err.kind() == io::ErrorKind::ConnectionReset));
     server.metric("gangplank_grpc_connections 0").await;
 
     // Whoever said the preface in time may take its time from there on.
     let mut client = server.client().await;
     server.metric("gangplank_grpc_connections 1").await;
-    let key = DOOR.service("prod", "web").expect("valid");
+    let key = VALIDATOR.service("prod", "web").expect("valid");
     assert!(client.service(&key).await.expect("answered").is_none());
 }
 

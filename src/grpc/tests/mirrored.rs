@@ -16,7 +16,7 @@ async fn an_answer_comes_when_the_slice_has_it() {
 
     for (sent, status) in [(message(1), 201), (removal(1), 204)] {
         sender.send(sent).await.expect("the stream is open");
-        let changed = soon("the mirror's news", mirror.confirmations().news()).await;
+        let changed = soon("the mirror's news", mirror.mirror_progress().take_dirty()).await;
         let generation = mirror.catalog().generation();
         mirror.mirrored(changed.into_iter().map(|service| (service, generation)).collect()).await.expect("it is there");
         let answer = soon("an answer", answers.message()).await.expect("a good stream").expect("one per message");

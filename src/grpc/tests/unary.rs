@@ -78,12 +78,12 @@ async fn before_the_recovery_nothing_is_taken_and_nothing_denied() {
     assert_eq!(answer.status, 503);
     assert!(answer.details.starts_with("not ready"), "{}", answer.details);
 
-    let key = DOOR.service("prod", "web").expect("valid");
+    let key = VALIDATOR.service("prod", "web").expect("valid");
     let service = client.service(&key).await.expect_err("unknown as yet");
     let services = client.services(None).await.expect_err("unknown as yet");
     let watch = client.watch(None, None, None).await.expect_err("unknown as yet");
-    for why in [service, services, watch] {
-        let ClientError::Status { code, message } = why else { panic!("{why}") };
+    for err in [service, services, watch] {
+        let ClientError::Status { code, message } = err else { panic!("{err}") };
         assert_eq!(code, "Unavailable");
         assert!(message.starts_with("not ready"), "{message}");
     }
@@ -93,7 +93,7 @@ async fn before_the_recovery_nothing_is_taken_and_nothing_denied() {
 async fn ten_thousand_instances_are_read_back_as_they_were_written() {
     let server = TestServer::start().await;
     let mut client = server.client().await;
-    let key = DOOR.service("prod", "web").expect("valid");
+    let key = VALIDATOR.service("prod", "web").expect("valid");
     assert!(client.service(&key).await.expect("answered").is_none());
     assert!(client.services(None).await.expect("answered").is_empty());
 
@@ -122,8 +122,8 @@ async fn ten_thousand_instances_are_read_back_as_they_were_written() {
     assert!(client.services(Some("test")).await.expect("answered").is_empty());
     assert_eq!(client.services(Some("prod")).await.expect("answered").len(), 2);
 
-    let why = client.services(Some("Prod")).await.expect_err("no namespace");
-    assert!(why.to_string().starts_with("the server answered InvalidArgument: namespace: must consist of"), "{why}");
+    let err = client.services(Some("Prod")).await.expect_err("no namespace");
+    assert!(err.to_string().starts_with("the server answered InvalidArgument: namespace: must consist of"), "{err}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -131,12 +131,12 @@ async fn the_client_says_when_nobody_listens_and_what_is_no_url() {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
     let url = format!("http://{}", listener.local_addr().expect("bound"));
     drop(listener);
-    let why = Client::connect(&url).await.expect_err("nobody listens");
-    assert!(matches!(why, ClientError::Unreachable { .. }), "{why}");
-    assert_eq!(why.to_string(), format!("no gangplank server at {url}"));
+    let err = Client::connect(&url).await.expect_err("nobody listens");
+    assert!(matches!(err, ClientError::Unreachable { .. }), "{err}");
+    assert_eq!(err.to_string(), format!("no gangplank server at {url}"));
     for url in ["", "127.0.0.1:9080", "ftp://host", "https://127.0.0.1:9080", "http://", "not a url"] {
-        let why = Client::connect(url).await.expect_err("no URL");
-        assert!(matches!(why, ClientError::Url { .. }), "{url:?}: {why}");
+        let err = Client::connect(url).await.expect_err("no URL");
+        assert!(matches!(err, ClientError::Url { .. }), "{url:?}: {err}");
     }
 
     // Somebody listens who speaks something else, and hangs up.
@@ -148,17 +148,17 @@ async fn the_client_says_when_nobody_listens_and_what_is_no_url() {
             drop(listener.accept().await.expect("a connection"));
         }
     });
-    let why = match Client::connect(&url).await {
-        Err(why) => why,
+    let err = match Client::connect(&url).await {
+        Err(err) => err,
         Ok(mut client) => client.services(None).await.expect_err("no answer"),
     };
-    assert!(matches!(why, ClientError::Unreachable { .. }), "{why:?}");
+    assert!(matches!(err, ClientError::Unreachable { .. }), "{err:?}");
 
     let mut server = TestServer::start().await;
     let mut client = server.client().await;
     server.ended().await;
-    let why = client.register("prod", "web", &draft("10.0.0.1")).await.expect_err("it is gone");
-    assert!(matches!(why, ClientError::Unreachable { .. }), "{why:?}");
+    let err = client.register("prod", "web", &draft("10.0.0.1")).await.expect_err("it is gone");
+    assert!(matches!(err, ClientError::Unreachable { .. }), "{err:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -71,15 +71,15 @@ fn catalog_as_world(server: &TestServer) -> World {
 }
 
 fn register(service: &str, address: &str, weight: f32) -> Command {
-    let service = DOOR.service("prod", service).expect("valid");
+    let service = VALIDATOR.service("prod", service).expect("valid");
     let draft = Draft { address: address.into(), weight: Some(weight), ..Draft::default() };
-    let instance = DOOR.instance(&service, &draft, UnixMillis(1)).expect("valid");
+    let instance = VALIDATOR.instance(&service, &draft, UnixMillis(1)).expect("valid");
     Command::Register { service, instance: Arc::new(instance) }
 }
 
 fn unregister(service: &str, address: &str) -> Command {
-    let service = DOOR.service("prod", service).expect("valid");
-    Command::Unregister { service, address: DOOR.address(address).expect("valid"), ports: Default::default() }
+    let service = VALIDATOR.service("prod", service).expect("valid");
+    Command::Unregister { service, address: VALIDATOR.address(address).expect("valid"), ports: Default::default() }
 }
 
 async fn submit(server: &TestServer, commands: Vec<Command>) -> (u64, Vec<Outcome>) {
@@ -174,10 +174,10 @@ async fn a_watch_of_one_service_hears_of_no_other_and_its_cursor_stays_young() {
     let WatchEvent::Change { kind: ChangeKind::Removed, service, instance, .. } = event else { panic!("{event:?}") };
     assert_eq!((service.to_string(), instance.id().to_string()), ("prod/web".to_owned(), "10.0.0.1".to_owned()));
 
-    let why = client.watch(None, Some("web"), None).await.expect_err("which namespace?");
-    assert!(why.to_string().ends_with("namespace: must be given with a service"), "{why}");
-    let why = client.watch(Some("prod"), Some("Web"), None).await.expect_err("no service");
-    assert!(why.to_string().contains("InvalidArgument: name: must consist of"), "{why}");
+    let err = client.watch(None, Some("web"), None).await.expect_err("which namespace?");
+    assert!(err.to_string().ends_with("namespace: must be given with a service"), "{err}");
+    let err = client.watch(Some("prod"), Some("Web"), None).await.expect_err("no service");
+    assert!(err.to_string().contains("InvalidArgument: name: must consist of"), "{err}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -44,7 +44,7 @@ impl Step<'_> {
 #[derive(Default)]
 pub(super) struct Refused {
     /// The first refusal.
-    pub(super) why: Option<Fault>,
+    pub(super) err: Option<Fault>,
     /// Addresses that are not where they should be because of it.
     missing: HashSet<IpAddr>,
 }
@@ -57,12 +57,12 @@ impl Refused {
     pub(super) fn note(&mut self, step: &Step<'_>, done: Result<(), Fault>) -> Result<bool, Fault> {
         match done {
             Ok(()) => Ok(false),
-            Err(why) if is_refusal(&why) => {
+            Err(err) if is_refusal(&err) => {
                 self.missing.extend(step.brings_in());
-                self.why.get_or_insert(why);
+                self.err.get_or_insert(err);
                 Ok(true)
             }
-            Err(why) => Err(why),
+            Err(err) => Err(err),
         }
     }
 
@@ -84,8 +84,8 @@ impl Refused {
 }
 
 /// Whether the server took the request for what it is, and does not want it.
-pub(super) fn is_refusal(why: &Fault) -> bool {
-    matches!(why, Fault::Forbidden(_) | Fault::Invalid(_))
+pub(super) fn is_refusal(err: &Fault) -> bool {
+    matches!(err, Fault::Forbidden(_) | Fault::Invalid(_))
 }
 
 #[cfg(test)]
@@ -147,7 +147,7 @@ mod tests {
         let replaced = step(c, Write::Replace(slice("c", &["10.0.0.5", "10.0.0.7"])));
         assert_eq!(refused.note(&replaced, Err(Fault::Invalid("another".into()))), Ok(true));
         refused.hold_back(&mut steps);
-        assert_eq!((left(&steps), refused.why.clone()), (vec!["c".to_owned()], Some(refusal())));
+        assert_eq!((left(&steps), refused.err.clone()), (vec!["c".to_owned()], Some(refusal())));
         assert_eq!(refused.note(&created, Err(Fault::Conflict)), Err(Fault::Conflict), "that is planned again");
     }
 

@@ -13,7 +13,7 @@ use crate::model::{DraftPort, Port, Ports, Protocol, ServiceKey};
 
 /// Most ports that are looked at in a slice. An instance within its 2 KiB has fewer than 160, so
 /// a longer list is nobody's; Kubernetes would take 20 000.
-pub(super) const MOST_PORTS: usize = 512;
+pub(super) const MAX_PORTS: usize = 512;
 
 /// Hexadecimal digits of the hash in a slice's name.
 const HASH_DIGITS: usize = 10;
@@ -142,8 +142,8 @@ fn must_be_split(ports: &Ports) -> bool {
 /// # Errors
 /// What cannot even be written as a port of ours.
 pub(super) fn draft_ports(ports: &[EndpointPort]) -> Result<Vec<DraftPort>, String> {
-    if ports.len() > MOST_PORTS {
-        return Err(format!("ports: {} of them, at most {MOST_PORTS} are looked at", ports.len()));
+    if ports.len() > MAX_PORTS {
+        return Err(format!("ports: {} of them, at most {MAX_PORTS} are looked at", ports.len()));
     }
     let draft =
         |(index, port): (usize, &EndpointPort)| draft_port(port).map_err(|what| format!("ports[{index}]: {what}"));

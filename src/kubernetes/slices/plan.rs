@@ -21,7 +21,7 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 
 use super::{
     group::{Family, Group, PortList},
-    record::{LARGEST_ENTRY, LARGEST_PORTS},
+    record::{MAX_ENTRY_BYTES, MAX_PORT_LIST_BYTES},
     render::{Row, Stamps, digest, render},
     standing::Standing,
 };
@@ -35,10 +35,10 @@ pub const MAX_ENDPOINTS: usize = 1000;
 
 /// Most octets of annotations on a slice. Kubernetes refuses more than 256 KiB; what others add
 /// later has the rest.
-const MOST_ANNOTATIONS: usize = 240 * 1024;
+const MAX_ANNOTATION_BYTES: usize = 240 * 1024;
 
 /// Octets of it for the stamps, the keys and the list of ports.
-const FIXED_ANNOTATIONS: usize = LARGEST_PORTS + 2048;
+const FIXED_ANNOTATIONS: usize = MAX_PORT_LIST_BYTES + 2048;
 
 /// Which slices are planned, and how they are to be.
 #[derive(Debug, Clone, Copy)]
@@ -289,6 +289,6 @@ fn place<'a>(request: &Request<'_>, members: &[Member<'_>], mut slices: Vec<&'a 
 /// octets that Kubernetes allows for annotations.
 fn capacity(request: &Request<'_>, slice: &Standing) -> usize {
     let foreign = slice.foreign.as_ref().map_or(0, |foreign| foreign.annotation_octets());
-    let octets = MOST_ANNOTATIONS.saturating_sub(FIXED_ANNOTATIONS + foreign);
-    request.max_endpoints.clamp(1, MAX_ENDPOINTS).min(octets / LARGEST_ENTRY)
+    let octets = MAX_ANNOTATION_BYTES.saturating_sub(FIXED_ANNOTATIONS + foreign);
+    request.max_endpoints.clamp(1, MAX_ENDPOINTS).min(octets / MAX_ENTRY_BYTES)
 }

@@ -20,8 +20,8 @@ use super::{
 use crate::{
     kubernetes::names,
     model::{
-        Address, Door, Draft, DraftPort, Instance, InstanceId, Label, MAX_INSTANCE_OCTETS, Ports, Protocol, ServiceKey,
-        UnixMillis, parse_dashed_label,
+        Address, Draft, DraftPort, Instance, InstanceId, Label, MAX_INSTANCE_OCTETS, Ports, Protocol, ServiceKey,
+        UnixMillis, Validator, parse_dashed_label,
     },
 };
 
@@ -60,7 +60,7 @@ impl fmt::Display for Skipped {
 pub fn read<'a>(
     service: &ServiceKey,
     slices: impl IntoIterator<Item = &'a EndpointSlice>,
-    door: &Door,
+    validator: &Validator,
 ) -> (Vec<Arc<Instance>>, Vec<Skipped>) {
     let stays = |slice: &&EndpointSlice| slice.metadata.deletion_timestamp.is_none();
     let mut slices: Vec<&EndpointSlice> = slices.into_iter().filter(stays).collect();
@@ -68,7 +68,7 @@ pub fn read<'a>(
         let stamp = |key| std::cmp::Reverse(stamp(&slice.metadata, key).unwrap_or(0));
         (stamp(names::TERM), stamp(names::GENERATION), slice.metadata.name.clone())
     });
-    let mut reader = Reader { service, door, found: HashMap::new(), skipped: Vec::new() };
+    let mut reader = Reader { service, validator, found: HashMap::new(), skipped: Vec::new() };
     for slice in slices {
         reader.slice(slice);
     }
@@ -77,7 +77,7 @@ pub fn read<'a>(
 
 struct Reader<'a> {
     service: &'a ServiceKey,
-    door: &'a Door,
+    validator: &'a Validator,
     found: HashMap<InstanceId, Arc<Instance>>,
     skipped: Vec<Skipped>,
 }
@@ -89,7 +89,7 @@ impl Reader<'_> {
         let mut skip = |address: Option<&str>, reason: String| {
             self.skipped.push(Skipped { slice: name.into(), address: address.map(Into::into), reason });
         };
-        let ports = match ports_of(slice, self.door) {
+        let ports = match ports_of(slice, self.validator) {
             Ok((ports, doubt)) => {
                 if let Some(doubt) = doubt {
                     skip(None, doubt);
@@ -103,22 +103,22 @@ impl Reader<'_> {
                 return;
             }
         };
-        let records = Records::read(annotation(meta, names::INSTANCES)).unwrap_or_else(|why| {
-            skip(None, format!("annotation {} {why}: weights and priorities are lost", names::INSTANCES));
+        let records = Records::read(annotation(meta, names::INSTANCES)).unwrap_or_else(|err| {
+            skip(None, format!("annotation {} {err}: weights and priorities are lost", names::INSTANCES));
             Records::none()
         });
         let created = created(slice);
         for endpoint in &slice.endpoints {
             for address in &endpoint.addresses {
-                let record = records.get(address).unwrap_or_else(|why| {
-                    skip(Some(address), format!("annotation {}: {why}: the defaults are taken", names::INSTANCES));
+                let record = records.get(address).unwrap_or_else(|err| {
+                    skip(Some(address), format!("annotation {}: {err}: the defaults are taken", names::INSTANCES));
                     Record::default()
                 });
-                match instance(self.service, self.door, endpoint, address, &ports, record, created) {
+                match instance(self.service, self.validator, endpoint, address, &ports, record, created) {
                     Ok(instance) => {
                         self.found.entry(instance.id()).or_insert_with(|| Arc::new(instance));
                     }
-                    Err(why) => skip(Some(address), why),
+                    Err(err) => skip(Some(address), err),
                 }
             }
         }
@@ -129,9 +129,9 @@ impl Reader<'_> {
 ///
 /// # Errors
 /// When they cannot stand; then none of the slice's endpoints can.
-fn ports_of(slice: &EndpointSlice, door: &Door) -> Result<(Vec<DraftPort>, Option<String>), String> {
+fn ports_of(slice: &EndpointSlice, validator: &Validator) -> Result<(Vec<DraftPort>, Option<String>), String> {
     let standing = draft_ports(slice.ports.as_deref().unwrap_or_default())?;
-    let ports = door.ports(&standing).map_err(|why| why.to_string())?;
+    let ports = validator.ports(&standing).map_err(|err| err.to_string())?;
     let Some(whole) = annotation(&slice.metadata, names::PORTS) else { return Ok((standing, None)) };
     match read_ports(whole) {
         Ok(whole) => {
@@ -142,7 +142,7 @@ fn ports_of(slice: &EndpointSlice, door: &Door) -> Result<(Vec<DraftPort>, Optio
             let doubt = format!("annotation {} is about other ports than the slice's: those are taken", names::PORTS);
             Ok((standing, Some(doubt)))
         }
-        Err(why) => Ok((standing, Some(format!("annotation {}: {why}: the slice's ports are taken", names::PORTS)))),
+        Err(err) => Ok((standing, Some(format!("annotation {}: {err}: the slice's ports are taken", names::PORTS)))),
     }
 }
 
@@ -157,7 +157,7 @@ fn drafts(ports: &Ports) -> Vec<DraftPort> {
 
 fn instance(
     service: &ServiceKey,
-    door: &Door,
+    validator: &Validator,
     endpoint: &Endpoint,
     address: &str,
     ports: &[DraftPort],
@@ -178,7 +178,7 @@ fn instance(
         priority,
     };
     let registered = if registered == UnixMillis(0) { created } else { registered };
-    door.instance(service, &draft, registered).map_err(|why| why.to_string())
+    validator.instance(service, &draft, registered).map_err(|err| err.to_string())
 }
 
 /// When the slice was created; the beginning of 1970 where it does not say.
@@ -196,14 +196,14 @@ fn created(slice: &EndpointSlice) -> UnixMillis {
 /// would refuse is dropped; addresses that it refuses are left out. An endpoint with several
 /// addresses is an instance for each of them.
 #[must_use]
-pub fn foreign(service: &ServiceKey, slice: &EndpointSlice, door: &Door) -> Vec<Arc<Instance>> {
+pub fn foreign(service: &ServiceKey, slice: &EndpointSlice, validator: &Validator) -> Vec<Arc<Instance>> {
     let ports = usable_ports(slice.ports.as_deref().unwrap_or_default());
     let registered = created(slice);
     let mut found: HashMap<Address, Arc<Instance>> = HashMap::new();
     for endpoint in &slice.endpoints {
         let ready = endpoint.conditions.as_ref().and_then(|conditions| conditions.ready).unwrap_or(true);
         for text in &endpoint.addresses {
-            let Ok(address) = door.address(text) else { continue };
+            let Ok(address) = validator.address(text) else { continue };
             let draft = Draft {
                 address: text.clone(),
                 ports: ports.clone(),
@@ -211,7 +211,7 @@ pub fn foreign(service: &ServiceKey, slice: &EndpointSlice, door: &Door) -> Vec<
                 node_name: usable_node(endpoint).unwrap_or_default().into(),
                 ..Draft::default()
             };
-            if let Ok(instance) = door.instance(service, &draft, registered) {
+            if let Ok(instance) = validator.instance(service, &draft, registered) {
                 let instance = Arc::new(instance.with_ready(ready));
                 let known = found.entry(address).or_insert_with(|| Arc::clone(&instance));
                 if ready && !known.ready() {

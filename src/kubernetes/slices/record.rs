@@ -18,14 +18,14 @@ use std::{collections::HashMap, net::IpAddr};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::group::MOST_PORTS;
+use super::group::MAX_PORTS;
 use crate::model::{DraftPort, Ports, Protocol, UnixMillis, Weight};
 
 /// Most octets of one entry with its comma: 41 of the address in quotes and 80 of the rest.
-pub(super) const LARGEST_ENTRY: usize = 128;
+pub(super) const MAX_ENTRY_BYTES: usize = 128;
 
 /// Most octets of the list of ports: no instance within its 2 KiB comes near.
-pub(super) const LARGEST_PORTS: usize = 16 * 1024;
+pub(super) const MAX_PORT_LIST_BYTES: usize = 16 * 1024;
 
 /// What the endpoint of an instance has no field for.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -74,7 +74,7 @@ impl Records {
     /// When there is none, or it is no JSON object; then nothing is known of any instance.
     pub(super) fn read(text: Option<&str>) -> Result<Self, String> {
         let text = text.ok_or("is missing")?;
-        serde_json::from_str(text).map(Self).map_err(|why| format!("is not what gangplank writes: {why}"))
+        serde_json::from_str(text).map(Self).map_err(|err| format!("is not what gangplank writes: {err}"))
     }
 
     /// Of which nothing is known.
@@ -94,7 +94,7 @@ impl Records {
             registered: Option<u64>,
         }
         let Some(entry) = self.0.get(address) else { return Ok(Record::default()) };
-        let Entry { weight, priority, registered } = Entry::deserialize(entry).map_err(|why| why.to_string())?;
+        let Entry { weight, priority, registered } = Entry::deserialize(entry).map_err(|err| err.to_string())?;
         let weight = match weight {
             None => Weight::default(),
             Some(weight) => exact(weight)
@@ -135,9 +135,9 @@ pub(super) fn ports_json(ports: &Ports) -> String {
 /// # Errors
 /// Why they cannot stand.
 pub(super) fn read_ports(text: &str) -> Result<Ports, String> {
-    let entries: Vec<PortEntry> = serde_json::from_str(text).map_err(|why| why.to_string())?;
-    if entries.len() > MOST_PORTS {
-        return Err(format!("{} ports, at most {MOST_PORTS} are looked at", entries.len()));
+    let entries: Vec<PortEntry> = serde_json::from_str(text).map_err(|err| err.to_string())?;
+    if entries.len() > MAX_PORTS {
+        return Err(format!("{} ports, at most {MAX_PORTS} are looked at", entries.len()));
     }
     let draft = |entry: PortEntry| {
         let known = Protocol::ALL.into_iter().find(|known| known.as_str() == entry.protocol);
@@ -145,7 +145,7 @@ pub(super) fn read_ports(text: &str) -> Result<Ports, String> {
         Ok(DraftPort { number: entry.port, protocol, name: entry.name })
     };
     let drafts = entries.into_iter().map(draft).collect::<Result<Vec<_>, String>>()?;
-    Ports::parse(&drafts).map_err(|(index, why)| format!("[{index}]: {why}"))
+    Ports::parse(&drafts).map_err(|(index, err)| format!("[{index}]: {err}"))
 }
 
 #[cfg(test)]
@@ -223,7 +223,7 @@ mod tests {
         let longest: IpAddr = "2001:1db8:1234:5678:9abc:def0:1234:5678".parse().expect("an address");
         for weight in [1.234_567_9e-38, 654.999_94, 1e-45, f32::MIN_POSITIVE] {
             let text = instances_json([(longest, record(weight, u16::MAX, u64::MAX))].into_iter());
-            assert!(text.len() <= LARGEST_ENTRY, "{text}");
+            assert!(text.len() <= MAX_ENTRY_BYTES, "{text}");
         }
     }
 

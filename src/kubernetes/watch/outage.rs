@@ -45,15 +45,15 @@ pub(super) struct Lost<'a> {
 }
 
 impl Lost<'_> {
-    /// It failed, because of `why`. `right` is what has to be listed and watched for it.
-    pub(super) fn failed(&mut self, reason: RestartReason, why: &str, right: &str) {
+    /// It failed, because of `err`. `right` is what has to be listed and watched for it.
+    pub(super) fn failed(&mut self, reason: RestartReason, err: &str, right: &str) {
         let server = &self.outages.server;
         self.failures = self.failures.saturating_add(1);
         if reason == RestartReason::forbidden {
             if !self.forbidden {
                 self.forbidden = true;
                 tracing::error!(
-                    "the Kubernetes API server {server} does not let this account list and watch {right}: {why}; \
+                    "the Kubernetes API server {server} does not let this account list and watch {right}: {err}; \
                      grant it as deploy/rbac.yaml does; it is tried again"
                 );
             }
@@ -67,7 +67,7 @@ impl Lost<'_> {
         *lost += 1;
         if *lost == 1 {
             tracing::warn!(
-                "the Kubernetes API server {server} does not let {right} be watched: {why}; names are answered as \
+                "the Kubernetes API server {server} does not let {right} be watched: {err}; names are answered as \
                  before, what is registered follows as soon as it answers, and it is tried again until then"
             );
         }

@@ -20,17 +20,17 @@ use crate::{
         slices::{self, Skipped},
     },
     metrics::KubernetesMetrics,
-    model::{Door, Instance, ServiceKey},
-    registry::{Fact, RegistryHandle, Restored, Unavailable},
+    model::{Instance, ServiceKey, Validator},
+    registry::{ClusterFact, RegistryHandle, Restored, Unavailable},
 };
 
 /// Most lines in the log about endpoints that were skipped.
-const MOST_LINES: u64 = 100;
+const MAX_LINES: u64 = 100;
 
 /// Namespaces or Services, as a function of the cluster takes them.
 pub(super) struct FactReader<'a, K> {
     pub(super) registry: &'a RegistryHandle,
-    pub(super) see: Box<dyn FnMut(Vec<Seen<K>>) -> Vec<Fact> + Send + 'a>,
+    pub(super) see: Box<dyn FnMut(Vec<Seen<K>>) -> Vec<ClusterFact> + Send + 'a>,
     /// Is told when the registry has the facts of the first complete list.
     pub(super) complete: Option<oneshot::Sender<()>>,
 }
@@ -71,7 +71,7 @@ pub(super) struct OurSlices<'a> {
 /// The first complete list, while it is read. Whole objects are dropped page by page.
 pub(super) struct Restoring<'a> {
     pub(super) registry: &'a RegistryHandle,
-    pub(super) door: Door,
+    pub(super) validator: Validator,
     pub(super) metrics: &'a KubernetesMetrics,
     /// Comes when the registry knows every namespace,
     pub(super) namespaces: oneshot::Receiver<()>,
@@ -107,7 +107,7 @@ impl Reader<EndpointSlice> for OurSlices<'_> {
                 tracing::warn!("slice {namespace}/{name} does not say of which service it is: it is passed over");
             }
             if let Some(restoring) = &mut self.restoring {
-                restoring.found.add(&one, &ours, &restoring.door, restoring.metrics);
+                restoring.found.add(&one, &ours, &restoring.validator, restoring.metrics);
             }
             read.push(ours);
         }
@@ -122,12 +122,12 @@ impl Reader<EndpointSlice> for OurSlices<'_> {
 
 impl Restoring<'_> {
     async fn finish(self) -> Result<(), Unavailable> {
-        let Self { registry, door: _, metrics, namespaces, mut joined, started, found } = self;
+        let Self { registry, validator: _, metrics, namespaces, mut joined, started, found } = self;
         // Dropped only with everything else.
         let _ = namespaces.await;
         let _ = joined.recv().await;
-        if found.skipped > MOST_LINES {
-            tracing::warn!("{} more parts of slices could not be taken as they stand", found.skipped - MOST_LINES);
+        if found.skipped > MAX_LINES {
+            tracing::warn!("{} more parts of slices could not be taken as they stand", found.skipped - MAX_LINES);
         }
         let restored = found.restored();
         let (services, term) = (restored.services.len(), restored.term);
@@ -141,7 +141,13 @@ impl Restoring<'_> {
 }
 
 impl Found {
-    fn add(&mut self, seen: &Seen<EndpointSlice>, ours: &Seen<OurSlice>, door: &Door, metrics: &KubernetesMetrics) {
+    fn add(
+        &mut self,
+        seen: &Seen<EndpointSlice>,
+        ours: &Seen<OurSlice>,
+        validator: &Validator,
+        metrics: &KubernetesMetrics,
+    ) {
         let (slice, standing) = match (seen, ours) {
             (Seen::ListBegins, _) => {
                 *self = Self::default();
@@ -154,7 +160,7 @@ impl Found {
         if standing.deleting {
             return;
         }
-        let (instances, skipped) = slices::read(&standing.service, [slice], door);
+        let (instances, skipped) = slices::read(&standing.service, [slice], validator);
         for one in skipped {
             self.skip(&standing.service, &one, metrics);
         }
@@ -166,7 +172,7 @@ impl Found {
     fn skip(&mut self, service: &ServiceKey, skipped: &Skipped, metrics: &KubernetesMetrics) {
         metrics.skipped_endpoints.inc();
         self.skipped += 1;
-        if self.skipped <= MOST_LINES {
+        if self.skipped <= MAX_LINES {
             tracing::warn!("{service}: {skipped}");
         }
     }
@@ -188,7 +194,7 @@ pub(super) type Loading = mpsc::Sender<Infallible>;
 /// The slices of others under one joined Service.
 pub(super) struct OthersSlices<'a> {
     registry: &'a RegistryHandle,
-    door: Door,
+    validator: Validator,
     service: ServiceKey,
     /// Until the first list is complete.
     loading: Option<Loading>,
@@ -209,18 +215,23 @@ struct Union {
 }
 
 impl<'a> OthersSlices<'a> {
-    pub(super) fn new(registry: &'a RegistryHandle, door: Door, service: ServiceKey, loading: Option<Loading>) -> Self {
-        Self { registry, door, service, loading, union: Union::default() }
+    pub(super) fn new(
+        registry: &'a RegistryHandle,
+        validator: Validator,
+        service: ServiceKey,
+        loading: Option<Loading>,
+    ) -> Self {
+        Self { registry, validator, service, loading, union: Union::default() }
     }
 }
 
 impl Reader<EndpointSlice> for OthersSlices<'_> {
     async fn take(&mut self, seen: Vec<Seen<EndpointSlice>>) -> Result<(), Unavailable> {
         for one in seen {
-            self.union.see(one, |slice| slices::foreign(&self.service, slice, &self.door));
+            self.union.see(one, |slice| slices::foreign(&self.service, slice, &self.validator));
         }
         if let Some(instances) = self.union.news() {
-            self.registry.learn(vec![Fact::Endpoints { service: self.service.clone(), instances }]).await?;
+            self.registry.learn(vec![ClusterFact::Endpoints { service: self.service.clone(), instances }]).await?;
         }
         if self.union.listing.is_none() {
             self.loading = None;
@@ -263,7 +274,7 @@ mod tests {
     use super::*;
     use crate::{kubernetes::names, metrics::Metrics};
 
-    const DOOR: Door = Door { zone_wire_len: 15, names_allowed: false };
+    const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
     fn slice(name: &str, stamps: (u64, u64), endpoints: &[(&str, bool)]) -> EndpointSlice {
         let endpoint =
@@ -290,7 +301,7 @@ mod tests {
         let mut found = Found::default();
         let mut add = |seen: Seen<EndpointSlice>| {
             let ours = seen.read(OurSlice::read).expect("it has a name");
-            found.add(&seen, &ours, &DOOR, &metrics);
+            found.add(&seen, &ours, &VALIDATOR, &metrics);
         };
         add(Seen::ListBegins);
         add(Seen::Listed(slice("web-0", (9, 9), &[("10.0.0.9", true)])));
@@ -313,10 +324,10 @@ mod tests {
 
     #[test]
     fn pods_are_told_once_as_one_set() {
-        let service = DOOR.service("prod", "web").expect("valid");
+        let service = VALIDATOR.service("prod", "web").expect("valid");
         let mut union = Union::default();
         let mut see = |seen| {
-            union.see(seen, |slice| slices::foreign(&service, slice, &DOOR));
+            union.see(seen, |slice| slices::foreign(&service, slice, &VALIDATOR));
             let said = |one: Arc<Instance>| format!("{} {}", one.address(), one.ready());
             union.news().map(|news| news.into_iter().map(said).collect::<Vec<_>>().join(", "))
         };

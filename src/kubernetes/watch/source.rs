@@ -54,7 +54,7 @@ const PAGE_WAIT: Duration = Duration::from_secs(30);
 const PAGE: u32 = 100;
 
 /// Most events that are handed on at once.
-const MOST_EVENTS: usize = 256;
+const MAX_EVENTS: usize = 256;
 
 /// A watch that ended sooner, without an error, was not a watch.
 const SHORTEST: Duration = Duration::from_secs(1);
@@ -67,7 +67,7 @@ const WAITS: (Duration, Duration) = (Duration::from_millis(250), Duration::from_
 const FORBIDDEN_WAIT: Duration = Duration::from_secs(30);
 
 /// Most of a Retry-After that is kept.
-const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(60);
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
 
 /// Takes what a watch sees.
 pub(super) trait Reader<K> {
@@ -170,7 +170,7 @@ where
         let began = Instant::now();
         let start = time::timeout(START, self.api.watch(&params, from));
         let events = start.await.map_err(|_| Failure::Silent(START))?.map_err(Failure::from)?;
-        let mut events = std::pin::pin!(events.ready_chunks(MOST_EVENTS));
+        let mut events = std::pin::pin!(events.ready_chunks(MAX_EVENTS));
         let _standing = self.metrics.watching(self.watched);
         lost.found();
         let longest = Duration::from_secs(WATCH_SECONDS.into()) + WATCH_GRACE;
@@ -189,7 +189,7 @@ where
                         seen.extend(one);
                     }
                     Err(None) => {}
-                    Err(Some(why)) => failure = Some(why),
+                    Err(Some(err)) => failure = Some(err),
                 }
             }
             if !seen.is_empty() {
@@ -215,11 +215,11 @@ where
             Ok(WatchEvent::Deleted(object)) => (object, Seen::Gone),
             Ok(WatchEvent::Bookmark(bookmark)) => return Ok((bookmark.metadata.resource_version, None)),
             Ok(WatchEvent::Error(status)) => return Err(Some(Failure::Ended(status))),
-            Err(kube::Error::SerdeError(why)) => {
-                tracing::warn!("an event of the watch of {} cannot be read and is passed over: {why}", self.right());
+            Err(kube::Error::SerdeError(err)) => {
+                tracing::warn!("an event of the watch of {} cannot be read and is passed over: {err}", self.right());
                 return Err(None);
             }
-            Err(why) => return Err(Some(why.into())),
+            Err(err) => return Err(Some(err.into())),
         };
         let version = object.meta().resource_version.clone().ok_or(None)?;
         Ok((version, self.readable(object).map(seen)))
@@ -251,10 +251,10 @@ where
 
     /// One object that cannot be read is no reason to do without the others.
     fn readable(&self, object: DeserializeGuard<K>) -> Option<K> {
-        let unreadable = |why: &kube::core::error_boundary::InvalidObject| {
-            let (namespace, name) = (why.metadata.namespace.as_deref(), why.metadata.name.as_deref());
+        let unreadable = |err: &kube::core::error_boundary::InvalidObject| {
+            let (namespace, name) = (err.metadata.namespace.as_deref(), err.metadata.name.as_deref());
             let (namespace, name) = (namespace.unwrap_or_default(), name.unwrap_or_default());
-            tracing::warn!("{} {namespace}/{name} cannot be read and is passed over: {why}", K::kind(&()));
+            tracing::warn!("{} {namespace}/{name} cannot be read and is passed over: {err}", K::kind(&()));
         };
         object.0.inspect_err(unreadable).ok()
     }
@@ -320,7 +320,7 @@ impl Waits {
         let grown = first.saturating_mul(2u32.saturating_pow(self.0)).min(longest);
         self.0 = self.0.saturating_add(1);
         // Half of it to all of it.
-        retry_after.min(LONGEST_RETRY_AFTER) + grown.mul_f64(0.5 + fastrand::f64() / 2.0)
+        retry_after.min(MAX_RETRY_AFTER) + grown.mul_f64(0.5 + fastrand::f64() / 2.0)
     }
 }
 
@@ -367,7 +367,7 @@ mod tests {
         }
         let asked = Duration::from_secs(20);
         assert!(waits.next(RestartReason::refused, asked) >= asked);
-        assert!(waits.next(RestartReason::refused, Duration::MAX) <= LONGEST_RETRY_AFTER + WAITS.1);
+        assert!(waits.next(RestartReason::refused, Duration::MAX) <= MAX_RETRY_AFTER + WAITS.1);
         let mut waits = Waits::default();
         assert!(waits.next(RestartReason::forbidden, Duration::ZERO) <= WAITS.0, "it may have just started");
         let later = (0..40).map(|_| waits.next(RestartReason::forbidden, Duration::ZERO)).last();

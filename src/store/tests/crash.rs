@@ -63,7 +63,7 @@ fn life(seed: u64, seen: &mut Seen) {
         }
         let mut ended = false;
         match open_with(&machine, &options, &std::sync::Arc::default()) {
-            Err(why) => assert!(machine.is_off(), "seed {seed}: {why}"),
+            Err(err) => assert!(machine.is_off(), "seed {seed}: {err}"),
             Ok((mut journal, recovery, read)) => {
                 let late = perhaps.as_ref().filter(|_| recovery.generation > generation);
                 let expected = late.unwrap_or(&acknowledged);
@@ -94,8 +94,8 @@ fn life(seed: u64, seen: &mut Seen) {
                         }
                         let mut after = acknowledged.clone();
                         after.apply(generation + 1, &batch);
-                        if let Err(why) = journal.append(generation + 1, &batch) {
-                            assert!(machine.is_off() || faulty, "seed {seed}: {why}");
+                        if let Err(err) = journal.append(generation + 1, &batch) {
+                            assert!(machine.is_off() || faulty, "seed {seed}: {err}");
                             assert!(journal.append(generation + 1, &batch).is_err(), "seed {seed}: after a failure");
                             perhaps = Some(after);
                             seen.in_append += 1;

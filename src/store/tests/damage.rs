@@ -136,11 +136,11 @@ fn a_flipped_octet_anywhere_is_found() {
                         assert_eq!(read, sample.models[if clean { 9 } else { 8 }], "{name} at {at}");
                         assert_eq!(recovery.repairs.len(), 1, "{name} at {at}");
                     } else {
-                        let why = opened.err().unwrap_or_else(|| panic!("{name} at {at} was not noticed"));
-                        let StoreError::Damaged { damages, .. } = &why else { panic!("{name} at {at}: {why}") };
+                        let err = opened.err().unwrap_or_else(|| panic!("{name} at {at} was not noticed"));
+                        let StoreError::Damaged { damages, .. } = &err else { panic!("{name} at {at}: {err}") };
                         let octets = damages[0].octets.clone().expect("a place");
-                        assert!(octets.contains(&(at as u64)), "{name} at {at}: {why}");
-                        assert!(damages[0].path.ends_with(name), "{name} at {at}: {why}");
+                        assert!(octets.contains(&(at as u64)), "{name} at {at}: {err}");
+                        assert!(damages[0].path.ends_with(name), "{name} at {at}: {err}");
                     }
                 }
             }

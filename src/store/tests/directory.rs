@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, sync::Arc};
 
-use super::{DOOR, Ledger, Model, apply, instance_of, random_batch, service};
+use super::{Ledger, Model, VALIDATOR, apply, instance_of, random_batch, service};
 use crate::{
     metrics::Metrics,
     model::{Draft, DraftPort, Protocol, UnixMillis},
@@ -27,7 +27,7 @@ fn a_second_process_is_refused_and_told_who_holds_the_directory() {
     assert_eq!(mode & 0o777, 0o700);
 
     let refused = || match DataDir::lock(&path) {
-        Err(why @ StoreError::Locked { .. }) => why.to_string(),
+        Err(err @ StoreError::Locked { .. }) => err.to_string(),
         other => panic!("{other:?}"),
     };
     let said = refused();
@@ -75,7 +75,7 @@ fn what_is_appended_is_read_back_with_progress() {
 
 fn put(name: &str, draft: Draft, registered: u64) -> Record {
     let service = service(name);
-    let instance = DOOR.instance(&service, &draft, UnixMillis(registered)).expect("valid");
+    let instance = VALIDATOR.instance(&service, &draft, UnixMillis(registered)).expect("valid");
     Record::Put { service, instance: Arc::new(instance) }
 }
 

@@ -233,7 +233,7 @@ fn a_start_removes_nothing_before_the_name_of_its_snapshot_is_on_the_disk() {
         assert!(!machine.contents().contains_key("journal-0000000001"));
         machine.power_cut(&mut fastrand::Rng::with_seed(seed));
         drop(journal);
-        let (_, _, read) = open(&machine).unwrap_or_else(|why| panic!("seed {seed}: {why}"));
+        let (_, _, read) = open(&machine).unwrap_or_else(|err| panic!("seed {seed}: {err}"));
         assert_eq!(read, model, "seed {seed}");
     }
 }

@@ -236,9 +236,9 @@ enum Interrupted {
 }
 
 impl From<Interrupted> for io::Error {
-    fn from(why: Interrupted) -> Self {
-        match why {
-            Interrupted::Never(why) | Interrupted::Halfway(why) => why,
+    fn from(err: Interrupted) -> Self {
+        match err {
+            Interrupted::Never(err) | Interrupted::Halfway(err) => err,
         }
     }
 }

@@ -15,13 +15,13 @@ use self::machine::Machine;
 use super::{Journal, Options, Record, Recovery, StoreError, recover::Start};
 use crate::{
     metrics::Metrics,
-    model::{Door, Draft, DraftPort, Instance, InstanceId, Protocol, ServiceKey, UnixMillis},
+    model::{Draft, DraftPort, Instance, InstanceId, Protocol, ServiceKey, UnixMillis, Validator},
 };
 
 /// What stands, by service and identity.
 type Model = BTreeMap<(ServiceKey, InstanceId), Arc<Instance>>;
 
-const DOOR: Door = Door { zone_wire_len: 15, names_allowed: true };
+const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
 
 fn apply(model: &mut Model, record: &Record) {
     match record.clone() {
@@ -128,7 +128,7 @@ fn open(machine: &Machine) -> Result<(Journal, Recovery, Model), StoreError> {
 }
 
 fn service(name: &str) -> ServiceKey {
-    DOOR.service("prod", name).expect("a label")
+    VALIDATOR.service("prod", name).expect("a label")
 }
 
 const SERVICES: [&str; 4] = ["web", "db", "a", "web-1"];
@@ -158,7 +158,7 @@ fn random_put(rng: &mut Rng) -> Record {
         priority: rng.u16(..),
     };
     let registered = UnixMillis(rng.u64(..1 << 50));
-    let instance = DOOR.instance(&service, &draft, registered).expect("valid");
+    let instance = VALIDATOR.instance(&service, &draft, registered).expect("valid");
     Record::Put { service, instance: Arc::new(instance) }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use fastrand::Rng;
 
 use super::{
-    DOOR, Ledger, Model, instance_of,
+    Ledger, Model, VALIDATOR, instance_of,
     machine::{Machine, Operation},
     mirror, open_with, random_batch, service,
 };
@@ -29,7 +29,7 @@ fn start(machine: &Machine, outbox: bool) -> (Journal, Recovery, Model) {
 fn put(name: &str, registered: u64) -> Record {
     let service = service(name);
     let draft = Draft { address: "10.0.0.1".into(), ..Draft::default() };
-    let instance = DOOR.instance(&service, &draft, UnixMillis(registered)).expect("valid");
+    let instance = VALIDATOR.instance(&service, &draft, UnixMillis(registered)).expect("valid");
     Record::Put { service, instance: Arc::new(instance) }
 }
 

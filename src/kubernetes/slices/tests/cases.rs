@@ -60,7 +60,7 @@ fn the_largest_slice_is_one_that_kubernetes_takes() {
             priority: u16::MAX,
             ports: ports.clone(),
         };
-        Arc::new(DOOR.instance(&web(), &draft, UnixMillis(u64::MAX)).expect("valid"))
+        Arc::new(VALIDATOR.instance(&web(), &draft, UnixMillis(u64::MAX)).expect("valid"))
     };
     let instances: Table<Arc<Instance>> = (0..1000).map(one).collect();
     let mut cluster = Cluster::default();
@@ -253,7 +253,7 @@ fn reading_names_what_it_could_not_take() {
     slice.endpoints[1].hostname = Some("10-0-0-9".into());
     let annotations = slice.metadata.annotations.as_mut().expect("ours");
     annotations.insert(names::INSTANCES.into(), r#"{"10.0.0.3":{"weight":700}}"#.into());
-    let (read, skipped) = read(&web(), [&*slice], &DOOR);
+    let (read, skipped) = read(&web(), [&*slice], &VALIDATOR);
     assert_eq!(read.iter().map(|one| one.id().to_string()).collect::<Vec<_>>(), ["10.0.0.3:8080"]);
     let said: Vec<String> = skipped.iter().map(ToString::to_string).collect();
     assert_eq!(
@@ -266,7 +266,7 @@ fn reading_names_what_it_could_not_take() {
     );
 
     slice.ports.as_mut().expect("set")[0].port = Some(70_000);
-    let (read, skipped) = super::read(&web(), [&*slice], &DOOR);
+    let (read, skipped) = super::read(&web(), [&*slice], &VALIDATOR);
     assert!(read.is_empty());
     assert_eq!(skipped.len(), 3);
     assert_eq!(skipped[2].to_string(), "slice web-1: 10.0.0.3: ports[0]: must be 1..=65535, got 70000");
@@ -284,10 +284,10 @@ fn the_newer_slice_is_believed_and_a_lost_annotation_is_told() {
     annotations.remove(names::INSTANCES);
     annotations.insert(names::GENERATION.into(), "0".into());
     slices.insert(0, older.clone());
-    let (both, _) = read(&web(), &slices, &DOOR);
+    let (both, _) = read(&web(), &slices, &VALIDATOR);
     assert_eq!(both.iter().map(|one| one.weight().get()).collect::<Vec<_>>(), [5.0]);
 
-    let (alone, skipped) = read(&web(), [&older], &DOOR);
+    let (alone, skipped) = read(&web(), [&older], &VALIDATOR);
     assert_eq!(alone[0].weight().get(), 1.0);
     assert_eq!(
         skipped.iter().map(ToString::to_string).collect::<Vec<_>>(),
@@ -325,7 +325,7 @@ fn of_foreign_slices_is_taken_what_can_be_answered() {
         ],
         metadata: ObjectMeta::default(),
     };
-    let found = foreign(&web(), &slice, &Door { names_allowed: false, ..DOOR });
+    let found = foreign(&web(), &slice, &Validator { names_allowed: false, ..VALIDATOR });
     let shown: Vec<_> = found
         .iter()
         .map(|one| {
@@ -351,7 +351,7 @@ fn of_foreign_slices_is_taken_what_can_be_answered() {
         ports: Some((1..=20_000).map(|number| port(&format!("p{number}"), Some(number))).collect()),
         ..slice
     };
-    assert_eq!(foreign(&web(), &crowded, &DOOR).len(), 5, "its ports are cut to what an instance carries");
+    assert_eq!(foreign(&web(), &crowded, &VALIDATOR).len(), 5, "its ports are cut to what an instance carries");
 }
 
 #[test]
@@ -370,5 +370,5 @@ fn a_slice_that_is_being_deleted_tells_nothing() {
     with_request(100, &[], |request| cluster.sync(request, &table(&[draft("10.0.0.1", HTTP)])));
     let slice = cluster.slices.values_mut().next().expect("one slice");
     slice.metadata.deletion_timestamp = serde_json::from_str(r#""2026-11-21T10:00:00Z""#).expect("a time");
-    assert_eq!(read(&web(), [&*slice], &DOOR), (Vec::new(), Vec::new()));
+    assert_eq!(read(&web(), [&*slice], &VALIDATOR), (Vec::new(), Vec::new()));
 }

@@ -58,7 +58,7 @@ fn any_instance() -> impl Strategy<Value = Arc<Instance>> {
                 priority,
                 ..draft(ADDRESSES[address], PORTS[ports])
             };
-            let instance = DOOR.instance(&web(), &draft, UnixMillis(registered)).expect("valid");
+            let instance = VALIDATOR.instance(&web(), &draft, UnixMillis(registered)).expect("valid");
             Arc::new(instance.with_ready(ready))
         },
     )
@@ -133,7 +133,7 @@ proptest! {
         let mut cluster = Cluster::default();
         for (index, mut slice) in slices.into_iter().enumerate() {
             let name = slice.metadata.name.clone().unwrap_or_default();
-            let _ = (read(&web(), [&slice], &DOOR), foreign(&web(), &slice, &DOOR), Standing::read(&slice));
+            let _ = (read(&web(), [&slice], &VALIDATOR), foreign(&web(), &slice, &VALIDATOR), Standing::read(&slice));
             slice.metadata.uid = Some(format!("junk-{index}"));
             slice.metadata.resource_version = Some("1".into());
             cluster.slices.insert(name, slice);

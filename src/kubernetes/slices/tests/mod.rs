@@ -9,14 +9,14 @@ use std::sync::Arc;
 use cluster::Cluster;
 
 use super::*;
-use crate::model::{Door, Draft, DraftPort, Instance, Protocol, ServiceKey, Table, UnixMillis};
+use crate::model::{Draft, DraftPort, Instance, Protocol, ServiceKey, Table, UnixMillis, Validator};
 
-pub(in crate::kubernetes) const DOOR: Door = Door { zone_wire_len: 15, names_allowed: true };
+pub(in crate::kubernetes) const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
 
 const UID: &str = "0d3cf0a4-0000-4000-8000-000000000001";
 
 pub(in crate::kubernetes) fn web() -> ServiceKey {
-    DOOR.service("prod", "web").expect("valid")
+    VALIDATOR.service("prod", "web").expect("valid")
 }
 
 /// `(number, protocol, name)`.
@@ -29,7 +29,7 @@ pub(in crate::kubernetes) fn draft(address: &str, ports: &[PortTuple]) -> Draft 
 }
 
 pub(in crate::kubernetes) fn instance(draft: &Draft) -> Arc<Instance> {
-    Arc::new(DOOR.instance(&web(), draft, UnixMillis(1_700_000_000_000)).expect("valid"))
+    Arc::new(VALIDATOR.instance(&web(), draft, UnixMillis(1_700_000_000_000)).expect("valid"))
 }
 
 pub(in crate::kubernetes) fn table(drafts: &[Draft]) -> Table<Arc<Instance>> {
@@ -73,7 +73,7 @@ fn as_recorded(instances: &Table<Arc<Instance>>) -> Vec<Instance> {
 }
 
 fn read_back(cluster: &Cluster) -> Vec<Instance> {
-    let (read, skipped) = read(&web(), cluster.slices.values(), &DOOR);
+    let (read, skipped) = read(&web(), cluster.slices.values(), &VALIDATOR);
     assert_eq!(skipped, []);
     let mut read: Vec<Instance> = read.iter().map(|one| (**one).clone()).collect();
     read.sort_by(|a, b| a.key().cmp(&b.key()));

@@ -94,9 +94,9 @@ impl Reconciler {
 
     /// Looks at `service`. `doubtful` says that the outcome of an earlier write is not known.
     pub(super) async fn reconcile(&self, service: &ServiceKey, doubtful: bool) -> Verdict {
-        if doubtful && let Err(why) = self.read_again(service).await {
+        if doubtful && let Err(err) = self.read_again(service).await {
             // It stays doubtful.
-            return Verdict::Failed(Fault::Unknown(why.to_string()));
+            return Verdict::Failed(Fault::Unknown(err.to_string()));
         }
         for _ in 0..ROUNDS {
             // What is read after the generation contains it.
@@ -109,9 +109,9 @@ impl Reconciler {
                 Err(Fault::NamespaceTerminating) => {
                     return Verdict::Blocked(Blocked::Namespace, Fault::NamespaceTerminating.to_string());
                 }
-                Err(why @ Fault::Forbidden(_)) => return Verdict::Blocked(Blocked::Forbidden, why.to_string()),
-                Err(why @ Fault::Invalid(_)) => return Verdict::Blocked(Blocked::Invalid, why.to_string()),
-                Err(why) => return Verdict::Failed(why),
+                Err(err @ Fault::Forbidden(_)) => return Verdict::Blocked(Blocked::Forbidden, err.to_string()),
+                Err(err @ Fault::Invalid(_)) => return Verdict::Blocked(Blocked::Invalid, err.to_string()),
+                Err(err) => return Verdict::Failed(err),
             }
         }
         Verdict::Failed(Fault::Conflict)
@@ -128,12 +128,12 @@ impl Reconciler {
             }
             NamespaceState::Absent if self.options.create_namespaces => self.create_namespace(round.service).await?,
             NamespaceState::Absent => {
-                let why = format!("the namespace {} does not exist", round.service.namespace());
-                return Ok(Verdict::Blocked(Blocked::Namespace, why));
+                let err = format!("the namespace {} does not exist", round.service.namespace());
+                return Ok(Verdict::Blocked(Blocked::Namespace, err));
             }
             NamespaceState::Terminating => {
-                let why = format!("the namespace {} is being deleted", round.service.namespace());
-                return Ok(Verdict::Blocked(Blocked::Namespace, why));
+                let err = format!("the namespace {} is being deleted", round.service.namespace());
+                return Ok(Verdict::Blocked(Blocked::Namespace, err));
             }
             NamespaceState::Unknown => return Err(Fault::Unknown("the namespaces are not read yet".into())),
         }
@@ -145,8 +145,8 @@ impl Reconciler {
                 return Ok(if empty {
                     Verdict::Done(round.generation)
                 } else {
-                    let why = "a Service of this name belongs to somebody else".into();
-                    Verdict::Blocked(Blocked::ForeignService, why)
+                    let err = "a Service of this name belongs to somebody else".into();
+                    Verdict::Blocked(Blocked::ForeignService, err)
                 });
             }
             StandingService::Absent if empty => {
@@ -247,7 +247,7 @@ impl Reconciler {
                 refused.hold_back(&mut steps);
             }
         }
-        refused.why.map_or(Ok(()), Err)
+        refused.err.map_or(Ok(()), Err)
     }
 
     /// Makes one write; `before` is what stands under its name.
@@ -260,7 +260,7 @@ impl Reconciler {
                     self.read_slice(service, name, None).await?;
                     return Err(Fault::AlreadyExists);
                 }
-                Err(why) => return Err(why),
+                Err(err) => return Err(err),
             },
             Write::Replace(slice) => match self.requests.replace(namespace, name, slice).await {
                 Ok(standing) => {
@@ -270,11 +270,11 @@ impl Reconciler {
                         warn!(%service, slice = name, "an EndpointSlice was changed by another hand; put right");
                     }
                 }
-                Err(why @ (Fault::Conflict | Fault::NotFound)) => {
+                Err(err @ (Fault::Conflict | Fault::NotFound)) => {
                     self.read_slice(service, name, before).await?;
-                    return Err(why);
+                    return Err(err);
                 }
-                Err(why) => return Err(why),
+                Err(err) => return Err(err),
             },
             Write::Delete { uid, resource_version, .. } => {
                 let version = Version { name, uid, resource_version };
@@ -284,7 +284,7 @@ impl Reconciler {
                         self.read_slice(service, name, before).await?;
                         return Err(Fault::Conflict);
                     }
-                    Err(why) => return Err(why),
+                    Err(err) => return Err(err),
                 }
             }
         }
@@ -308,7 +308,7 @@ impl Reconciler {
                     self.cluster.removed_slice(service.namespace(), name, &before.uid);
                 }
             }
-            Err(why) => return Err(why),
+            Err(err) => return Err(err),
         }
         Ok(())
     }
@@ -337,7 +337,7 @@ impl Reconciler {
                     self.cluster.removed_service(service, standing.metadata.uid.as_deref().unwrap_or_default());
                 }
             }
-            Err(why) => return Err(why),
+            Err(err) => return Err(err),
         }
         Ok(())
     }
@@ -349,7 +349,7 @@ impl Reconciler {
         match self.requests.create_namespace(&Namespace { metadata, ..Namespace::default() }).await {
             Ok(_) => info!(namespace = name, "created the namespace"),
             Err(Fault::AlreadyExists) => {}
-            Err(why) => return Err(why),
+            Err(err) => return Err(err),
         }
         Ok(())
     }
@@ -366,7 +366,7 @@ impl Reconciler {
                 self.read_service(round.service).await?;
                 Err(Fault::AlreadyExists)
             }
-            Err(why) => Err(why),
+            Err(err) => Err(err),
         }
     }
 
@@ -376,11 +376,11 @@ impl Reconciler {
                 self.cluster.wrote_service(&standing);
                 Ok(())
             }
-            Err(why @ (Fault::Conflict | Fault::NotFound)) => {
+            Err(err @ (Fault::Conflict | Fault::NotFound)) => {
                 self.read_service(service).await?;
-                Err(why)
+                Err(err)
             }
-            Err(why) => Err(why),
+            Err(err) => Err(err),
         }
     }
 
@@ -401,7 +401,7 @@ impl Reconciler {
                 self.read_service(round.service).await?;
                 return Err(Fault::Conflict);
             }
-            Err(why) => return Err(why),
+            Err(err) => return Err(err),
         }
         self.forget_empty(round.service);
         Ok(Verdict::Done(round.generation))
@@ -428,7 +428,7 @@ impl Reconciler {
             },
             Err(Fault::NotFound) if round.instances.is_empty() => Ok(()),
             Err(Fault::NotFound) => self.requests.create(namespace, &desired).await.map(drop),
-            Err(why) => Err(why),
+            Err(err) => Err(err),
         }
     }
 
@@ -442,7 +442,7 @@ impl Reconciler {
             return Ok(Ok(()));
         }
         match self.delete_endpoints(round.service).await {
-            Err(why) if !is_refusal(&why) => Err(why),
+            Err(err) if !is_refusal(&err) => Err(err),
             done => Ok(done),
         }
     }
@@ -451,7 +451,7 @@ impl Reconciler {
         let standing = match self.requests.get::<Endpoints>(service.namespace(), service.name()).await {
             Ok(standing) if is_ours(&standing.metadata) => standing,
             Ok(_) | Err(Fault::NotFound) => return Ok(()),
-            Err(why) => return Err(why),
+            Err(err) => return Err(err),
         };
         let ObjectMeta { uid, resource_version, .. } = &standing.metadata;
         let (uid, resource_version) = (uid.as_deref().unwrap_or_default(), resource_version.as_deref());

@@ -1,4 +1,4 @@
-//! Protobuf ↔ model. Every refusal of a registration is made here or in [`Door`], and names the
+//! Protobuf ↔ model. Every refusal of a registration is made here or in [`Validator`], and names the
 //! field and the reason; past this module there are no raw texts.
 //!
 //! A removal looks at what identifies an instance and at nothing else: `namespace`,
@@ -20,9 +20,9 @@ use super::proto::registry::{
 };
 use crate::{
     model::{
-        Address, Door, Draft, DraftPort, MAX_INSTANCE_OCTETS, PortError, PortSet, Protocol, ServiceKey, UnixMillis,
+        Address, Draft, DraftPort, MAX_INSTANCE_OCTETS, PortError, PortSet, Protocol, ServiceKey, UnixMillis, Validator,
     },
-    registry::{Command, NoPlace, Outcome, Unavailable},
+    registry::{Command, KubernetesRefusal, Outcome, Unavailable},
 };
 
 /// Most octets of a `request_id`. It is echoed, never kept.
@@ -124,8 +124,8 @@ impl Echo {
     }
 
     /// The answer to a message that the registry did not take.
-    pub(super) fn unavailable(self, why: Unavailable) -> RegistrationResponse {
-        self.answer(AnswerStatus::Unavailable, why.to_string(), 0)
+    pub(super) fn unavailable(self, err: Unavailable) -> RegistrationResponse {
+        self.answer(AnswerStatus::Unavailable, err.to_string(), 0)
     }
 
     /// The answer to a message that the registry carried out, in `generation`; `mirrored` says
@@ -148,25 +148,25 @@ impl Echo {
                 let details = format!("the server holds {limit} instances, which is its limit; nothing was added");
                 self.answer(AnswerStatus::Full, details, 0)
             }
-            Outcome::Refused(why) => self.no_place(why),
+            Outcome::Refused(err) => self.no_place(err),
         }
     }
 
-    fn no_place(self, why: NoPlace) -> RegistrationResponse {
+    fn no_place(self, err: KubernetesRefusal) -> RegistrationResponse {
         let Self { namespace, service_name, .. } = &self;
-        let (status, details) = match why {
-            NoPlace::Reserved => (
+        let (status, details) = match err {
+            KubernetesRefusal::Reserved => (
                 AnswerStatus::Forbidden,
                 format!("namespace: {namespace}/{service_name} is the cluster's own and never takes registrations"),
             ),
-            NoPlace::NamespaceAbsent => (
+            KubernetesRefusal::NamespaceAbsent => (
                 AnswerStatus::NotFound,
                 format!(
                     "namespace: {namespace} does not exist in Kubernetes; create it, or start the server with \
                      --create-namespaces"
                 ),
             ),
-            NoPlace::ForeignService => (
+            KubernetesRefusal::ForeignService => (
                 AnswerStatus::Conflict,
                 format!(
                     "service_name: the Service {namespace}/{service_name} is not managed by gangplank; label it \
@@ -264,7 +264,11 @@ pub(super) fn cost(message: &RegistrationMsg) -> usize {
 }
 
 /// Takes a message apart: what its answer repeats, and the command, or why there is none.
-pub(super) fn parse(message: RegistrationMsg, door: &Door, now: UnixMillis) -> (Echo, Result<Command, Refusal>) {
+pub(super) fn parse(
+    message: RegistrationMsg,
+    validator: &Validator,
+    now: UnixMillis,
+) -> (Echo, Result<Command, Refusal>) {
     let refusal = reserved(&message).err();
     let RegistrationMsg {
         r#type: kind,
@@ -295,9 +299,9 @@ pub(super) fn parse(message: RegistrationMsg, door: &Door, now: UnixMillis) -> (
     let command = match RegistrationType::try_from(kind) {
         Ok(RegistrationType::Register) => {
             let rest = Draft { host_name, node_name, weight, ..Draft::default() };
-            register(&mut echo, rest, priority, door, now)
+            register(&mut echo, rest, priority, validator, now)
         }
-        Ok(RegistrationType::Unregister) => unregister(&echo, door),
+        Ok(RegistrationType::Unregister) => unregister(&echo, validator),
         Ok(later @ (RegistrationType::Heartbeat | RegistrationType::Drain)) => {
             Err(Refusal(format!("type: {} is not supported yet", later.as_str_name())))
         }
@@ -326,8 +330,14 @@ fn reserved(message: &RegistrationMsg) -> Result<(), Refusal> {
     Ok(())
 }
 
-fn register(echo: &mut Echo, rest: Draft, priority: u32, door: &Door, now: UnixMillis) -> Result<Command, Refusal> {
-    let service = service(echo, door)?;
+fn register(
+    echo: &mut Echo,
+    rest: Draft,
+    priority: u32,
+    validator: &Validator,
+    now: UnixMillis,
+) -> Result<Command, Refusal> {
+    let service = service(echo, validator)?;
     let priority = u16::try_from(priority)
         .map_err(|_| Refusal(format!("priority: must be 0..=65535 (RFC 2782), got {priority}")))?;
     let protocols = protocols(&echo.ports)?;
@@ -339,7 +349,7 @@ fn register(echo: &mut Echo, rest: Draft, priority: u32, door: &Door, now: UnixM
         name: std::mem::take(&mut port.name),
     });
     let draft = Draft { address: std::mem::take(&mut echo.ipaddress), ports: ports.collect(), priority, ..rest };
-    let instance = door.instance(&service, &draft, now).map_err(|why| Refusal::new(&why));
+    let instance = validator.instance(&service, &draft, now).map_err(|err| Refusal::new(&err));
     echo.ipaddress = draft.address;
     for (port, lent) in echo.ports.iter_mut().zip(draft.ports) {
         port.name = lent.name;
@@ -347,9 +357,9 @@ fn register(echo: &mut Echo, rest: Draft, priority: u32, door: &Door, now: UnixM
     Ok(Command::Register { service, instance: Arc::new(instance?) })
 }
 
-fn unregister(echo: &Echo, door: &Door) -> Result<Command, Refusal> {
-    let service = service(echo, door)?;
-    let address: Address = door.address(&echo.ipaddress).map_err(|why| Refusal::new(&why))?;
+fn unregister(echo: &Echo, validator: &Validator) -> Result<Command, Refusal> {
+    let service = service(echo, validator)?;
+    let address: Address = validator.address(&echo.ipaddress).map_err(|err| Refusal::new(&err))?;
     let protocols = protocols(&echo.ports)?;
     let mut pairs = Vec::with_capacity(echo.ports.len());
     for (index, (port, protocol)) in echo.ports.iter().zip(protocols).enumerate() {
@@ -363,8 +373,8 @@ fn unregister(echo: &Echo, door: &Door) -> Result<Command, Refusal> {
     Ok(Command::Unregister { service, address, ports: PortSet::new(pairs) })
 }
 
-fn service(echo: &Echo, door: &Door) -> Result<ServiceKey, Refusal> {
-    door.service(&echo.namespace, &echo.service_name).map_err(|why| Refusal::new(&why))
+fn service(echo: &Echo, validator: &Validator) -> Result<ServiceKey, Refusal> {
+    validator.service(&echo.namespace, &echo.service_name).map_err(|err| Refusal::new(&err))
 }
 
 fn protocols(ports: &[NamedPort]) -> Result<Vec<Protocol>, Refusal> {
@@ -402,7 +412,7 @@ mod tests {
     use super::*;
     use crate::grpc::proto::registry::HealthCheck;
 
-    const DOOR: Door = Door { zone_wire_len: 15, names_allowed: false };
+    const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
     fn port(number: i32, name: &str) -> NamedPort {
         NamedPort { port: number, name: name.into(), ..NamedPort::default() }
@@ -420,7 +430,7 @@ mod tests {
     }
 
     fn refusal(message: RegistrationMsg) -> String {
-        let (echo, command) = parse(message, &DOOR, UnixMillis(1));
+        let (echo, command) = parse(message, &VALIDATOR, UnixMillis(1));
         let response = echo.refused(command.expect_err("must be refused"));
         assert_eq!(response.status, 400);
         assert_eq!(response.generation, 0);
@@ -429,7 +439,8 @@ mod tests {
 
     #[test]
     fn a_good_one_becomes_a_command_and_is_echoed_as_it_came() {
-        let (echo, command) = parse(RegistrationMsg { ipaddress: "10.0.0.1".into(), ..good() }, &DOOR, UnixMillis(7));
+        let (echo, command) =
+            parse(RegistrationMsg { ipaddress: "10.0.0.1".into(), ..good() }, &VALIDATOR, UnixMillis(7));
         let Ok(Command::Register { service, instance }) = command else { panic!("{command:?}") };
         assert_eq!(service.to_string(), "prod/web");
         assert_eq!(instance.id().to_string(), "10.0.0.1:8080,9090");
@@ -521,14 +532,14 @@ mod tests {
             let said = refusal(bad);
             assert!(said.len() <= MAX_DETAILS, "{} octets: {said}", said.len());
         }
-        let (echo, refused) = parse(RegistrationMsg { request_id: long, ..good() }, &DOOR, UnixMillis(1));
+        let (echo, refused) = parse(RegistrationMsg { request_id: long, ..good() }, &VALIDATOR, UnixMillis(1));
         let response = echo.refused(refused.expect_err("too long"));
         assert!(response.request_id.len() <= MAX_REQUEST_ID && response.request_id.ends_with('…'));
     }
 
     #[test]
     fn what_was_refused_is_echoed_whole() {
-        let (echo, command) = parse(RegistrationMsg { weight: Some(-1.0), ..good() }, &DOOR, UnixMillis(1));
+        let (echo, command) = parse(RegistrationMsg { weight: Some(-1.0), ..good() }, &VALIDATOR, UnixMillis(1));
         let response = echo.refused(command.expect_err("the weight is below 0"));
         assert_eq!((response.ipaddress.as_str(), response.ports), ("10.0.0.1", good().ports));
     }
@@ -544,9 +555,9 @@ mod tests {
             ports: vec![port(9090, ""), port(80, ""), port(9090, "UPPER")],
             ..good()
         };
-        let (_, command) = parse(message.clone(), &DOOR, UnixMillis(1));
+        let (_, command) = parse(message.clone(), &VALIDATOR, UnixMillis(1));
         let expected = Command::Unregister {
-            service: DOOR.service("prod", "web").expect("valid"),
+            service: VALIDATOR.service("prod", "web").expect("valid"),
             address: Address::parse("10.0.0.1").expect("valid"),
             ports: PortSet::new(vec![(Protocol::Tcp, 80), (Protocol::Tcp, 9090)]),
         };
@@ -568,15 +579,15 @@ mod tests {
             (Outcome::NotFound, 404, 5),
             (Outcome::Full { limit: 10 }, 507, 0),
         ] {
-            let (echo, _) = parse(good(), &DOOR, UnixMillis(1));
+            let (echo, _) = parse(good(), &VALIDATOR, UnixMillis(1));
             let response = echo.carried_out(outcome, 5, true);
             assert_eq!((response.status, response.generation), (status, generation), "{outcome:?}");
             assert_eq!(response.status_details.is_empty(), status < 300, "{}", response.status_details);
         }
-        for why in [Unavailable::NotReady, Unavailable::ShuttingDown, Unavailable::StorageFailed] {
-            let (echo, _) = parse(good(), &DOOR, UnixMillis(1));
-            let response = echo.unavailable(why);
-            assert_eq!((response.status, response.status_details), (503, why.to_string()));
+        for err in [Unavailable::NotReady, Unavailable::ShuttingDown, Unavailable::StorageFailed] {
+            let (echo, _) = parse(good(), &VALIDATOR, UnixMillis(1));
+            let response = echo.unavailable(err);
+            assert_eq!((response.status, response.status_details), (503, err.to_string()));
         }
     }
 }

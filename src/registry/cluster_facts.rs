@@ -10,7 +10,7 @@ use crate::model::{Change, Instance, ServiceKey, Table};
 
 /// One thing that Kubernetes says.
 #[derive(Debug, Clone)]
-pub enum Fact {
+pub enum ClusterFact {
     /// A namespace exists and is not being deleted, or no longer so.
     Namespace {
         /// Its name.
@@ -39,14 +39,14 @@ pub enum Fact {
 
 /// How registrations are checked where there is a Kubernetes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Rules {
+pub struct NamespacePolicy {
     /// A namespace that does not exist is created by the mirror, so that it is no reason to refuse.
     pub create_namespaces: bool,
 }
 
 /// Why Kubernetes has no place for a registration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NoPlace {
+pub enum KubernetesRefusal {
     /// `kube-system`, or `default/kubernetes`: never ours.
     Reserved,
     /// The namespace does not exist.
@@ -57,30 +57,30 @@ pub enum NoPlace {
 
 /// The facts so far.
 #[derive(Debug)]
-pub(super) struct Facts {
+pub(super) struct ClusterFacts {
     /// `None` without a Kubernetes: then nothing is refused.
-    rules: Option<Rules>,
+    rules: Option<NamespacePolicy>,
     complete: bool,
     namespaces: HashSet<Box<str>>,
     foreign: HashSet<ServiceKey>,
     endpoints: HashMap<ServiceKey, Table<Arc<Instance>>>,
 }
 
-impl Facts {
-    pub(super) fn new(rules: Option<Rules>) -> Self {
+impl ClusterFacts {
+    pub(super) fn new(rules: Option<NamespacePolicy>) -> Self {
         Self { rules, complete: false, namespaces: HashSet::new(), foreign: HashSet::new(), endpoints: HashMap::new() }
     }
 
     /// Why nothing may be registered under `service`, if so. What is not known yet is no reason:
     /// while the API server is away registrations go on.
-    pub(super) fn refuse(&self, service: &ServiceKey) -> Option<NoPlace> {
+    pub(super) fn refuse(&self, service: &ServiceKey) -> Option<KubernetesRefusal> {
         let rules = self.rules?;
         if service.namespace() == "kube-system" || (service.namespace(), service.name()) == ("default", "kubernetes") {
-            Some(NoPlace::Reserved)
+            Some(KubernetesRefusal::Reserved)
         } else if self.complete && !rules.create_namespaces && !self.namespaces.contains(service.namespace()) {
-            Some(NoPlace::NamespaceAbsent)
+            Some(KubernetesRefusal::NamespaceAbsent)
         } else if self.foreign.contains(service) {
-            Some(NoPlace::ForeignService)
+            Some(KubernetesRefusal::ForeignService)
         } else {
             None
         }
@@ -130,37 +130,37 @@ impl Facts {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Door;
+    use crate::model::Validator;
 
     fn key(namespace: &str, name: &str) -> ServiceKey {
-        Door { zone_wire_len: 15, names_allowed: false }.service(namespace, name).expect("valid")
+        Validator { zone_wire_len: 15, names_allowed: false }.service(namespace, name).expect("valid")
     }
 
     #[test]
     fn without_kubernetes_nothing_is_refused() {
-        assert_eq!(Facts::new(None).refuse(&key("kube-system", "kube-dns")), None);
+        assert_eq!(ClusterFacts::new(None).refuse(&key("kube-system", "kube-dns")), None);
     }
 
     #[test]
     fn what_is_not_known_is_no_reason() {
-        let mut facts = Facts::new(Some(Rules { create_namespaces: false }));
+        let mut facts = ClusterFacts::new(Some(NamespacePolicy { create_namespaces: false }));
         assert_eq!(facts.refuse(&key("prod", "web")), None);
         assert!(facts.set_namespace("prod".into(), true));
         assert!(!facts.set_namespace("prod".into(), true), "no news");
         facts.namespaces_are_complete();
         assert_eq!(facts.refuse(&key("prod", "web")), None);
-        assert_eq!(facts.refuse(&key("stage", "web")), Some(NoPlace::NamespaceAbsent));
+        assert_eq!(facts.refuse(&key("stage", "web")), Some(KubernetesRefusal::NamespaceAbsent));
         facts.set_foreign(key("prod", "web"), true);
-        assert_eq!(facts.refuse(&key("prod", "web")), Some(NoPlace::ForeignService));
+        assert_eq!(facts.refuse(&key("prod", "web")), Some(KubernetesRefusal::ForeignService));
         facts.set_foreign(key("prod", "web"), false);
         assert_eq!(facts.refuse(&key("prod", "web")), None);
     }
 
     #[test]
     fn the_clusters_own_services_are_never_ours() {
-        let facts = Facts::new(Some(Rules { create_namespaces: true }));
-        assert_eq!(facts.refuse(&key("kube-system", "web")), Some(NoPlace::Reserved));
-        assert_eq!(facts.refuse(&key("default", "kubernetes")), Some(NoPlace::Reserved));
+        let facts = ClusterFacts::new(Some(NamespacePolicy { create_namespaces: true }));
+        assert_eq!(facts.refuse(&key("kube-system", "web")), Some(KubernetesRefusal::Reserved));
+        assert_eq!(facts.refuse(&key("default", "kubernetes")), Some(KubernetesRefusal::Reserved));
         assert_eq!(facts.refuse(&key("default", "web")), None);
     }
 }

@@ -70,10 +70,10 @@ impl InvalidInstance {
         Self { field, reason: reason.to_string() }
     }
 
-    fn text(field: Field, why: NameError, given: &str) -> Self {
+    fn text(field: Field, err: NameError, given: &str) -> Self {
         let shown: String = given.chars().take(Self::SHOWN).collect();
         let rest = if shown.len() < given.len() { "…" } else { "" };
-        Self { field, reason: format!("{why}, got {shown:?}{rest}") }
+        Self { field, reason: format!("{err}, got {shown:?}{rest}") }
     }
 }
 
@@ -96,21 +96,21 @@ pub struct Draft {
 
 /// What the door measures a registration against, beyond the types.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Door {
+pub struct Validator {
     /// Octets of the zone's name in a message: what is left of 255 is for the service.
     pub zone_wire_len: usize,
     /// Whether an instance may be a DNS name, which needs somebody to look it up.
     pub names_allowed: bool,
 }
 
-impl Door {
+impl Validator {
     /// Takes the two names of a service.
     ///
     /// # Errors
     /// The field that cannot stand.
     pub fn service(&self, namespace: &str, name: &str) -> Result<ServiceKey, InvalidInstance> {
-        let ns = Namespace::parse(namespace).map_err(|why| InvalidInstance::text(Field::Namespace, why, namespace))?;
-        let name = ServiceName::parse(name).map_err(|why| InvalidInstance::text(Field::ServiceName, why, name))?;
+        let ns = Namespace::parse(namespace).map_err(|err| InvalidInstance::text(Field::Namespace, err, namespace))?;
+        let name = ServiceName::parse(name).map_err(|err| InvalidInstance::text(Field::ServiceName, err, name))?;
         Ok(ServiceKey::new(ns, name))
     }
 
@@ -119,13 +119,13 @@ impl Door {
     /// # Errors
     /// When it is none, or a DNS name and names are not allowed here.
     pub fn address(&self, text: &str) -> Result<Address, InvalidInstance> {
-        let address = Address::parse(text).map_err(|why| match why {
+        let address = Address::parse(text).map_err(|err| match err {
             AddressError::NotAName(_) => {
                 let shown: String = text.chars().take(InvalidInstance::SHOWN).collect();
-                InvalidInstance { field: Field::Address, reason: format!("{why}, got {shown:?}") }
+                InvalidInstance { field: Field::Address, reason: format!("{err}, got {shown:?}") }
             }
-            AddressError::Empty => InvalidInstance::new(Field::Address, &why),
-            _ => InvalidInstance { field: Field::Address, reason: format!("{text}: {why}") },
+            AddressError::Empty => InvalidInstance::new(Field::Address, &err),
+            _ => InvalidInstance { field: Field::Address, reason: format!("{text}: {err}") },
         })?;
         if matches!(address, Address::Name(_)) && !self.names_allowed {
             return Err(InvalidInstance::new(
@@ -143,13 +143,13 @@ impl Door {
     /// # Errors
     /// The first port that cannot stand.
     pub fn ports(&self, drafts: &[DraftPort]) -> Result<Ports, InvalidInstance> {
-        Ports::parse(drafts).map_err(|(index, why)| match why {
+        Ports::parse(drafts).map_err(|(index, err)| match err {
             PortError::Name(name) => {
                 let InvalidInstance { field, reason } =
                     InvalidInstance::text(Field::Port(index), name, &drafts[index].name);
                 InvalidInstance { field, reason: format!("name: {reason}") }
             }
-            why => InvalidInstance::new(Field::Port(index), &why),
+            err => InvalidInstance::new(Field::Port(index), &err),
         })
     }
 
@@ -167,7 +167,7 @@ impl Door {
         let ports = self.ports(&draft.ports)?;
         let label = |field, text: &str| match text {
             "" => Ok(None),
-            text => Label::parse(text).map(Some).map_err(|why| InvalidInstance::text(field, why, text)),
+            text => Label::parse(text).map(Some).map_err(|err| InvalidInstance::text(field, err, text)),
         };
         let host_name = label(Field::HostName, &draft.host_name)?;
         if let Some(spelled) = host_name.as_ref().and_then(|label| parse_dashed_label(label.as_str().as_bytes()))
@@ -180,10 +180,10 @@ impl Door {
         }
         let node_name = match draft.node_name.as_str() {
             "" => None,
-            text => Some(DnsName::parse(text).map_err(|why| InvalidInstance::text(Field::NodeName, why, text))?),
+            text => Some(DnsName::parse(text).map_err(|err| InvalidInstance::text(Field::NodeName, err, text))?),
         };
         let weight = draft.weight.map_or_else(|| Ok(Weight::default()), Weight::new);
-        let weight = weight.map_err(|why| InvalidInstance::new(Field::Weight, &why))?;
+        let weight = weight.map_err(|err| InvalidInstance::new(Field::Weight, &err))?;
         let instance = Instance {
             address,
             ports,
@@ -234,10 +234,10 @@ impl Door {
 mod tests {
     use super::*;
 
-    const DOOR: Door = Door { zone_wire_len: 15, names_allowed: false };
+    const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
     fn service() -> ServiceKey {
-        DOOR.service("prod", "web").expect("valid")
+        VALIDATOR.service("prod", "web").expect("valid")
     }
 
     fn draft() -> Draft {
@@ -249,12 +249,12 @@ mod tests {
     }
 
     fn refused(draft: &Draft) -> String {
-        DOOR.instance(&service(), draft, UnixMillis(0)).expect_err("must be refused").to_string()
+        VALIDATOR.instance(&service(), draft, UnixMillis(0)).expect_err("must be refused").to_string()
     }
 
     #[test]
     fn a_good_one_passes_and_shows_itself() {
-        let instance = DOOR.instance(&service(), &draft(), UnixMillis(7)).expect("valid");
+        let instance = VALIDATOR.instance(&service(), &draft(), UnixMillis(7)).expect("valid");
         assert_eq!(instance.id().to_string(), "10.0.0.1:8080");
         assert!(instance.ready());
         assert_eq!(instance.weight().units(), 65_536);
@@ -284,7 +284,9 @@ mod tests {
             let said = refused(&bad);
             assert!(said.starts_with(says), "{said:?} should begin with {says:?}");
         }
-        assert!(DOOR.instance(&service(), &Draft { host_name: "10-0-0-1".into(), ..draft() }, UnixMillis(0)).is_ok());
+        assert!(
+            VALIDATOR.instance(&service(), &Draft { host_name: "10-0-0-1".into(), ..draft() }, UnixMillis(0)).is_ok()
+        );
     }
 
     #[test]
@@ -293,7 +295,7 @@ mod tests {
         let said = refused(&Draft { ports: ports.collect(), ..draft() });
         assert!(said.starts_with("instance: carries"), "{said}");
 
-        let narrow = Door { zone_wire_len: 200, ..DOOR };
+        let narrow = Validator { zone_wire_len: 200, ..VALIDATOR };
         let long = Draft { host_name: "h".repeat(60), ..draft() };
         let said = narrow.instance(&service(), &long, UnixMillis(0)).expect_err("too long").to_string();
         assert!(said.contains("255 are allowed"), "{said}");

@@ -49,7 +49,7 @@ impl DiscoveryService {
     }
 
     fn service(&self, namespace: &str, name: &str) -> Result<ServiceKey, Status> {
-        self.services.door.service(namespace, name).map_err(|InvalidInstance { field, reason }| {
+        self.services.validator.service(namespace, name).map_err(|InvalidInstance { field, reason }| {
             // These requests call the name of a service otherwise than registrations do.
             let field = if field == Field::ServiceName { "name".into() } else { field.to_string() };
             Status::invalid_argument(format!("{field}: {reason}"))
@@ -62,7 +62,7 @@ impl DiscoveryService {
             ("", _) => Err(Status::invalid_argument("namespace: must be given with a service")),
             (namespace, "") => Namespace::parse(namespace)
                 .map(|namespace| Filter::Namespace(namespace.as_str().into()))
-                .map_err(|why| Status::invalid_argument(format!("namespace: {why}"))),
+                .map_err(|err| Status::invalid_argument(format!("namespace: {err}"))),
             (namespace, service) => self.service(namespace, service).map(Filter::Service),
         }
     }

@@ -31,7 +31,7 @@ use self::{
     objects::{Objects, Told},
 };
 use super::{services::Ownership, slices::Standing};
-use crate::{model::ServiceKey, registry::Fact};
+use crate::{model::ServiceKey, registry::ClusterFact};
 
 /// What a watch sees of objects of one kind.
 #[derive(Debug, Clone, PartialEq)]
@@ -210,12 +210,12 @@ impl Cluster {
     }
 
     /// The watch of the namespaces saw this.
-    pub(super) fn see_namespaces(&self, seen: Vec<Seen<Namespace>>) -> Vec<Fact> {
+    pub(super) fn see_namespaces(&self, seen: Vec<Seen<Namespace>>) -> Vec<ClusterFact> {
         self.update(|state| state.see_namespaces(seen))
     }
 
     /// The watch of the Services saw this.
-    pub(super) fn see_services(&self, seen: Vec<Seen<Service>>) -> Vec<Fact> {
+    pub(super) fn see_services(&self, seen: Vec<Seen<Service>>) -> Vec<ClusterFact> {
         let mut joined = Vec::new();
         let facts = self.update(|state| state.see_services(seen, &mut joined));
         self.joined.send_if_modified(|all| {
@@ -292,13 +292,13 @@ impl Cluster {
 }
 
 impl State {
-    fn see_namespaces(&mut self, seen: Vec<Seen<Namespace>>) -> Vec<Fact> {
+    fn see_namespaces(&mut self, seen: Vec<Seen<Namespace>>) -> Vec<ClusterFact> {
         let mut facts = Vec::new();
         let mut changed: HashSet<Box<str>> = HashSet::new();
         let mut news = |name: Box<str>, before: Option<bool>, now: Option<bool>| {
             let (existed, exists) = (before == Some(false), now == Some(false));
             if existed != exists {
-                facts.push(Fact::Namespace { name: name.clone(), exists });
+                facts.push(ClusterFact::Namespace { name: name.clone(), exists });
             }
             if before != now {
                 changed.insert(name);
@@ -334,7 +334,7 @@ impl State {
                 }
             }
         }
-        facts.extend(complete.then_some(Fact::NamespacesComplete));
+        facts.extend(complete.then_some(ClusterFact::NamespacesComplete));
         if changed.is_empty() {
             return facts;
         }
@@ -345,14 +345,14 @@ impl State {
         facts
     }
 
-    fn see_services(&mut self, seen: Vec<Seen<Service>>, joined: &mut Vec<(ServiceKey, bool)>) -> Vec<Fact> {
+    fn see_services(&mut self, seen: Vec<Seen<Service>>, joined: &mut Vec<(ServiceKey, bool)>) -> Vec<ClusterFact> {
         let mut facts = Vec::new();
         let marks = &mut self.marks;
         let mut news = |key: ServiceKey, before: Option<Ownership>, now: Option<Ownership>| {
             let is = |which: Ownership| (before == Some(which), now == Some(which));
             let ((was_foreign, foreign), (was_joined, is_joined)) = (is(Ownership::Foreign), is(Ownership::Joined));
             if was_foreign != foreign {
-                facts.push(Fact::Service { service: key.clone(), foreign });
+                facts.push(ClusterFact::Service { service: key.clone(), foreign });
             }
             if was_joined != is_joined {
                 joined.push((key.clone(), is_joined));
@@ -528,12 +528,12 @@ mod tests {
     }
 
     /// Facts in few words.
-    fn said(facts: &[Fact]) -> Vec<String> {
-        let one = |fact: &Fact| match fact {
-            Fact::Namespace { name, exists } => format!("{name} {exists}"),
-            Fact::NamespacesComplete => "complete".into(),
-            Fact::Service { service, foreign } => format!("{service} foreign {foreign}"),
-            Fact::Endpoints { .. } => "endpoints".into(),
+    fn said(facts: &[ClusterFact]) -> Vec<String> {
+        let one = |fact: &ClusterFact| match fact {
+            ClusterFact::Namespace { name, exists } => format!("{name} {exists}"),
+            ClusterFact::NamespacesComplete => "complete".into(),
+            ClusterFact::Service { service, foreign } => format!("{service} foreign {foreign}"),
+            ClusterFact::Endpoints { .. } => "endpoints".into(),
         };
         facts.iter().map(one).collect()
     }

@@ -38,15 +38,15 @@ impl RegistryService {
     /// Carries out one message. A call that is dropped meanwhile tears nothing: once handed in,
     /// the registry carries it out.
     async fn carry_out(&self, message: RegistrationMsg) -> RegistrationResult {
-        let (echo, command) = convert::parse(message, &self.services.door, UnixMillis::now());
+        let (echo, command) = convert::parse(message, &self.services.validator, UnixMillis::now());
         let mut unavailable = None;
         let response = match command {
             Err(refusal) => echo.refused(refusal),
             Ok(command) => match self.submit_one(command).await {
                 Ok((outcome, generation, mirrored)) => echo.carried_out(outcome, generation, mirrored),
-                Err(why) => {
-                    unavailable = Some(why);
-                    echo.unavailable(why)
+                Err(err) => {
+                    unavailable = Some(err);
+                    echo.unavailable(err)
                 }
             },
         };

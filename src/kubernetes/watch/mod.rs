@@ -32,8 +32,8 @@ use self::{
 use super::{cluster::Cluster, names};
 use crate::{
     metrics::{Metrics, Watched},
-    model::{Door, ServiceKey},
-    registry::{Fact, RegistryHandle, Unavailable},
+    model::{ServiceKey, Validator},
+    registry::{ClusterFact, RegistryHandle, Unavailable},
 };
 
 /// What is needed to watch.
@@ -45,7 +45,7 @@ pub(super) struct Watch {
     pub(super) cluster: Arc<Cluster>,
     pub(super) registry: RegistryHandle,
     /// What slices have to pass.
-    pub(super) door: Door,
+    pub(super) validator: Validator,
     pub(super) metrics: Arc<Metrics>,
 }
 
@@ -62,7 +62,7 @@ impl Watch {
         let (loading, joined) = mpsc::channel(1);
         let restoring = Restoring {
             registry: &self.registry,
-            door: self.door,
+            validator: self.validator,
             metrics: &self.metrics.kubernetes,
             namespaces,
             joined,
@@ -145,12 +145,14 @@ impl Watch {
         let labels = format!("{}={},{}!={}", names::SERVICE_NAME, service.name(), names::MANAGED_BY, names::MANAGER);
         let api: Api<DeserializeGuard<EndpointSlice>> = Api::namespaced(self.client.clone(), service.namespace());
         let source = self.source(api, Watched::joined, labels, outages);
-        let mut reader = OthersSlices::new(&self.registry, self.door, service.clone(), loading);
+        let mut reader = OthersSlices::new(&self.registry, self.validator, service.clone(), loading);
         let ended = match stop.run_until_cancelled(source.follow(&mut reader)).await {
             Some(gone) => Err(gone),
             // The watch is dropped: nothing of it comes after this.
             None => {
-                self.registry.learn(vec![Fact::Endpoints { service: service.clone(), instances: Vec::new() }]).await
+                self.registry
+                    .learn(vec![ClusterFact::Endpoints { service: service.clone(), instances: Vec::new() }])
+                    .await
             }
         };
         (service, ended)

@@ -16,18 +16,18 @@ use crate::model::{ServiceKey, UnixMillis};
 
 /// Which services the mirror is behind with.
 #[derive(Debug)]
-pub struct Confirmations {
+pub struct MirrorProgress {
     /// Whether there is a mirror.
     mirrored: bool,
     behind: Mutex<Behind>,
-    news: Notify,
+    changed: Notify,
 }
 
 #[derive(Debug, Default)]
 struct Behind {
     services: HashMap<ServiceKey, Lag, foldhash::fast::RandomState>,
     /// Noted since the mirror last asked.
-    news: Vec<ServiceKey>,
+    dirty: Vec<ServiceKey>,
 }
 
 /// How far behind one service is.
@@ -37,8 +37,8 @@ struct Lag {
     generation: u64,
     /// When the oldest change that is not mirrored was received.
     since: UnixMillis,
-    /// Stands in the news.
-    told: bool,
+    /// Stands in the dirty.
+    queued: bool,
     waiting: Vec<(u64, oneshot::Sender<()>)>,
 }
 
@@ -51,9 +51,9 @@ pub struct MirrorLag {
     pub since: Option<UnixMillis>,
 }
 
-impl Confirmations {
+impl MirrorProgress {
     pub(super) fn new(mirrored: bool) -> Self {
-        Self { mirrored, behind: Mutex::default(), news: Notify::new() }
+        Self { mirrored, behind: Mutex::default(), changed: Notify::new() }
     }
 
     /// Whether there is a mirror to wait for.
@@ -68,40 +68,40 @@ impl Confirmations {
             return;
         }
         let mut behind = self.lock();
-        let Behind { services, news } = &mut *behind;
+        let Behind { services, dirty } = &mut *behind;
         for (service, generation, received) in changed {
             let lag = services.entry(service.clone()).or_insert_with(|| Lag {
                 generation,
                 since: received,
-                told: false,
+                queued: false,
                 waiting: Vec::new(),
             });
             lag.generation = lag.generation.max(generation);
-            if !mem::replace(&mut lag.told, true) {
-                news.push(service);
+            if !mem::replace(&mut lag.queued, true) {
+                dirty.push(service);
             }
         }
         drop(behind);
-        self.news.notify_one();
+        self.changed.notify_one();
     }
 
     /// Services that changed since the last call; waits until there is one. For the one mirror.
     /// Cancelling loses nothing.
-    pub async fn news(&self) -> Vec<ServiceKey> {
+    pub async fn take_dirty(&self) -> Vec<ServiceKey> {
         loop {
-            let news = {
+            let dirty = {
                 let mut behind = self.lock();
-                let Behind { services, news } = &mut *behind;
-                let news = mem::take(news);
-                for service in &news {
-                    services.entry(service.clone()).and_modify(|lag| lag.told = false);
+                let Behind { services, dirty } = &mut *behind;
+                let dirty = mem::take(dirty);
+                for service in &dirty {
+                    services.entry(service.clone()).and_modify(|lag| lag.queued = false);
                 }
-                news
+                dirty
             };
-            if !news.is_empty() {
-                return news;
+            if !dirty.is_empty() {
+                return dirty;
             }
-            self.news.notified().await;
+            self.changed.notified().await;
         }
     }
 
@@ -168,56 +168,56 @@ mod tests {
     use futures::FutureExt as _;
 
     use super::*;
-    use crate::model::Door;
+    use crate::model::Validator;
 
     fn key(name: &str) -> ServiceKey {
-        Door { zone_wire_len: 15, names_allowed: false }.service("prod", name).expect("valid")
+        Validator { zone_wire_len: 15, names_allowed: false }.service("prod", name).expect("valid")
     }
 
     #[test]
     fn whoever_waits_hears_of_the_generation_that_was_written() {
-        let confirmations = Confirmations::new(true);
-        confirmations.note([(key("web"), 7, UnixMillis(1)), (key("db"), 7, UnixMillis(2))]);
-        confirmations.note([(key("web"), 8, UnixMillis(3))]);
-        assert_eq!(confirmations.news().now_or_never(), Some(vec![key("web"), key("db")]));
-        assert_eq!(confirmations.news().now_or_never(), None);
-        assert_eq!(confirmations.lag(), MirrorLag { services: 2, since: Some(UnixMillis(1)) });
+        let mirror_progress = MirrorProgress::new(true);
+        mirror_progress.note([(key("web"), 7, UnixMillis(1)), (key("db"), 7, UnixMillis(2))]);
+        mirror_progress.note([(key("web"), 8, UnixMillis(3))]);
+        assert_eq!(mirror_progress.take_dirty().now_or_never(), Some(vec![key("web"), key("db")]));
+        assert_eq!(mirror_progress.take_dirty().now_or_never(), None);
+        assert_eq!(mirror_progress.lag(), MirrorLag { services: 2, since: Some(UnixMillis(1)) });
 
-        let mut seven = Box::pin(confirmations.confirmed(&key("web"), 7));
-        let mut eight = Box::pin(confirmations.confirmed(&key("web"), 8));
-        assert!(confirmations.confirm(&key("web"), 7));
+        let mut seven = Box::pin(mirror_progress.confirmed(&key("web"), 7));
+        let mut eight = Box::pin(mirror_progress.confirmed(&key("web"), 8));
+        assert!(mirror_progress.confirm(&key("web"), 7));
         assert_eq!((seven.as_mut().now_or_never(), eight.as_mut().now_or_never()), (Some(()), None));
-        confirmations.note([(key("web"), 9, UnixMillis(4))]);
-        assert_eq!(confirmations.news().now_or_never(), Some(vec![key("web")]));
-        assert!(confirmations.confirm(&key("web"), 9));
+        mirror_progress.note([(key("web"), 9, UnixMillis(4))]);
+        assert_eq!(mirror_progress.take_dirty().now_or_never(), Some(vec![key("web")]));
+        assert!(mirror_progress.confirm(&key("web"), 9));
         assert_eq!(eight.now_or_never(), Some(()));
-        assert!(!confirmations.confirm(&key("web"), 9), "it was not behind any more");
-        assert_eq!(confirmations.confirmed(&key("web"), 9).now_or_never(), Some(()));
-        assert_eq!(confirmations.lag().services, 1);
+        assert!(!mirror_progress.confirm(&key("web"), 9), "it was not behind any more");
+        assert_eq!(mirror_progress.confirmed(&key("web"), 9).now_or_never(), Some(()));
+        assert_eq!(mirror_progress.lag().services, 1);
     }
 
     #[test]
     fn whoever_gave_up_is_forgotten_and_whoever_waits_is_not() {
-        let confirmations = Confirmations::new(true);
-        confirmations.note([(key("web"), 7, UnixMillis(1))]);
+        let mirror_progress = MirrorProgress::new(true);
+        mirror_progress.note([(key("web"), 7, UnixMillis(1))]);
         let mut patient = Vec::new();
         for n in 0..10_000 {
-            let waits = Box::pin(confirmations.confirmed(&key("web"), 7));
+            let waits = Box::pin(mirror_progress.confirmed(&key("web"), 7));
             if n % 100 == 0 {
                 patient.push(waits);
             }
         }
-        let held = confirmations.lock().services[&key("web")].waiting.len();
+        let held = mirror_progress.lock().services[&key("web")].waiting.len();
         assert!((100..1_000).contains(&held), "{held} are held for {} who wait", patient.len());
-        assert!(confirmations.confirm(&key("web"), 7));
+        assert!(mirror_progress.confirm(&key("web"), 7));
         assert!(patient.into_iter().all(|waits| waits.now_or_never() == Some(())));
     }
 
     #[test]
     fn without_a_mirror_nothing_is_behind() {
-        let confirmations = Confirmations::new(false);
-        confirmations.note([(key("web"), 7, UnixMillis(1))]);
-        assert_eq!(confirmations.confirmed(&key("web"), 7).now_or_never(), Some(()));
-        assert_eq!(confirmations.lag(), MirrorLag::default());
+        let mirror_progress = MirrorProgress::new(false);
+        mirror_progress.note([(key("web"), 7, UnixMillis(1))]);
+        assert_eq!(mirror_progress.confirmed(&key("web"), 7).now_or_never(), Some(()));
+        assert_eq!(mirror_progress.lag(), MirrorLag::default());
     }
 }

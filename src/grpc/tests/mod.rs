@@ -24,7 +24,7 @@ use crate::{
     zone::{Zone, ZoneConfig},
 };
 
-pub(super) const DOOR: Door = Door { zone_wire_len: 15, names_allowed: false };
+pub(super) const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
 /// Longest that a test waits for anything.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -51,7 +51,7 @@ impl Registry {
         let metrics = Arc::new(Metrics::new());
         let (registry, unrecovered) = registry::new(options, Arc::clone(&metrics));
         Self {
-            services: Services { registry, door: DOOR, metrics },
+            services: Services { registry, validator: VALIDATOR, metrics },
             unrecovered: Some(unrecovered),
             writer: None,
             stop: CancellationToken::new(),
@@ -87,7 +87,7 @@ impl Registry {
 
     /// One with a mirror, which is the test itself, and a Kubernetes that holds nothing.
     pub(super) async fn mirrored() -> Self {
-        let rules = registry::Rules { create_namespaces: true };
+        let rules = registry::NamespacePolicy { create_namespaces: true };
         let mut registry = Self::with(registry::Options { max_instances: 1_000_000, kubernetes: Some(rules) });
         registry.recover();
         registry.write();
