@@ -17,7 +17,7 @@ use std::{
 
 use gangplank::{
     dns::{Context, MAX_UDP, Transport, answer},
-    model::{Change, Service},
+    model::{InstanceChange, Service},
     zone::ServiceChange,
 };
 
@@ -117,8 +117,11 @@ fn instances_are_small() {
         let all: Vec<_> = (0..services)
             .map(|number| {
                 let key = service(number);
-                let changes: Vec<Change> = (0..instances)
-                    .map(|index| Change { before: None, after: Some(instance(&key, number * instances + index, 1.0)) })
+                let changes: Vec<InstanceChange> = (0..instances)
+                    .map(|index| InstanceChange {
+                        before: None,
+                        after: Some(instance(&key, number * instances + index, 1.0)),
+                    })
                     .collect();
                 let mut after = Service::default();
                 changes.iter().filter_map(|change| change.after.clone()).for_each(|one| {

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, net::Ipv4Addr, sync::Arc};
 
 use gangplank::{
-    model::{Change, DnsName, Draft, DraftPort, Instance, Service, ServiceKey, UnixMillis, Validator},
+    model::{DnsName, Instance, InstanceChange, InstanceSpec, PortSpec, Service, ServiceKey, UnixMillis, Validator},
     zone::{Publisher, ServiceChange, Zone, ZoneConfig},
 };
 
@@ -24,13 +24,13 @@ pub(crate) fn service(number: u32) -> ServiceKey {
 
 /// An instance at the `number`th address of 10.0.0.0/8.
 pub(crate) fn instance(service: &ServiceKey, number: u32, weight: f32) -> Arc<Instance> {
-    let draft = Draft {
+    let spec = InstanceSpec {
         address: Ipv4Addr::from_bits(0x0a00_0000 + number).to_string(),
-        ports: vec![DraftPort { number: 80, name: "http".into(), ..DraftPort::default() }],
+        ports: vec![PortSpec { number: 80, name: "http".into(), ..PortSpec::default() }],
         weight: Some(weight),
-        ..Draft::default()
+        ..InstanceSpec::default()
     };
-    Arc::new(VALIDATOR.instance(service, &draft, UnixMillis(0)).expect("valid"))
+    Arc::new(VALIDATOR.instance(service, &spec, UnixMillis(0)).expect("valid"))
 }
 
 impl World {
@@ -62,7 +62,7 @@ impl World {
     pub(crate) fn put(&mut self, key: &ServiceKey, instance: Arc<Instance>) {
         let known = self.services.entry(key.clone()).or_default();
         let before = known.instances.put(Arc::clone(&instance));
-        let changes = [Change { before, after: Some(instance) }];
+        let changes = [InstanceChange { before, after: Some(instance) }];
         let after = known.clone();
         self.publish(&[ServiceChange { service: key, changes: &changes, after: &after, foreign: None }]);
     }

@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::*;
 use crate::{
-    model::{DnsName, Draft, Service, ServiceKey, UnixMillis, Validator},
+    model::{DnsName, InstanceSpec, Service, ServiceKey, UnixMillis, Validator},
     registry::Phase,
     zone::ZoneConfig,
 };
@@ -20,8 +20,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 fn service(namespace: &str, name: &str, instances: u8) -> (ServiceKey, Service) {
     let key = VALIDATOR.service(namespace, name).expect("valid");
     let instances = (1..=instances).map(|last| {
-        let draft = Draft { address: format!("10.0.0.{last}"), ..Draft::default() };
-        Arc::new(VALIDATOR.instance(&key, &draft, UnixMillis(1_700_000_000_000)).expect("valid"))
+        let spec = InstanceSpec { address: format!("10.0.0.{last}"), ..InstanceSpec::default() };
+        Arc::new(VALIDATOR.instance(&key, &spec, UnixMillis(1_700_000_000_000)).expect("valid"))
     });
     (key.clone(), Service { instances: instances.collect(), generation: 7 })
 }

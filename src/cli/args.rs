@@ -1,7 +1,7 @@
 //! Arguments that several subcommands share, and what their texts mean.
 
 use super::failure::{Exit, Failure};
-use crate::model::{DraftPort, Protocol, ServiceKey, Validator};
+use crate::model::{PortSpec, Protocol, ServiceKey, Validator};
 
 /// The namespace where none is given.
 const DEFAULT_NAMESPACE: &str = "default";
@@ -88,7 +88,7 @@ pub(super) fn check_namespace(namespace: &str) -> Result<(), Failure> {
 pub(super) const ANY_DOOR: Validator = Validator { zone_wire_len: 1, names_allowed: true };
 
 /// One `--port`: `8080`, `http=8080`, `dns=53/udp`.
-pub(super) fn port(text: &str) -> Result<DraftPort, String> {
+pub(super) fn port(text: &str) -> Result<PortSpec, String> {
     let (name, number) = match text.split_once('=') {
         Some((name, number)) => (name, number),
         None => ("", text),
@@ -106,7 +106,7 @@ pub(super) fn port(text: &str) -> Result<DraftPort, String> {
     };
     // Whether the number is in range is the server's word; on the wire it is an int32.
     let number = i64::from(number.parse::<i32>().map_err(|_| usage())?);
-    Ok(DraftPort { number, protocol, name: name.to_owned() })
+    Ok(PortSpec { number, protocol, name: name.to_owned() })
 }
 
 /// An address as it is typed, with ports or without: `10.0.0.1`, `10.0.0.1:8080,53/udp`,
@@ -114,7 +114,7 @@ pub(super) fn port(text: &str) -> Result<DraftPort, String> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Place {
     pub(super) address: String,
-    pub(super) ports: Vec<DraftPort>,
+    pub(super) ports: Vec<PortSpec>,
 }
 
 impl std::str::FromStr for Place {
@@ -142,17 +142,17 @@ mod tests {
     use super::*;
     use crate::model::{InstanceId, PortSet};
 
-    fn draft(name: &str, number: i64, protocol: Protocol) -> DraftPort {
-        DraftPort { number, protocol, name: name.into() }
+    fn spec(name: &str, number: i64, protocol: Protocol) -> PortSpec {
+        PortSpec { number, protocol, name: name.into() }
     }
 
     #[test]
     fn ports_are_read() {
-        assert_eq!(port("8080"), Ok(draft("", 8080, Protocol::Tcp)));
-        assert_eq!(port("http=8080"), Ok(draft("http", 8080, Protocol::Tcp)));
-        assert_eq!(port("dns=53/udp"), Ok(draft("dns", 53, Protocol::Udp)));
-        assert_eq!(port("5060/SCTP"), Ok(draft("", 5060, Protocol::Sctp)));
-        assert_eq!(port("70000"), Ok(draft("", 70_000, Protocol::Tcp)), "the server refuses it, with its reason");
+        assert_eq!(port("8080"), Ok(spec("", 8080, Protocol::Tcp)));
+        assert_eq!(port("http=8080"), Ok(spec("http", 8080, Protocol::Tcp)));
+        assert_eq!(port("dns=53/udp"), Ok(spec("dns", 53, Protocol::Udp)));
+        assert_eq!(port("5060/SCTP"), Ok(spec("", 5060, Protocol::Sctp)));
+        assert_eq!(port("70000"), Ok(spec("", 70_000, Protocol::Tcp)), "the server refuses it, with its reason");
         for bad in ["", "http", "http=", "=", "80/", "80/icmp", "8080=http", "3000000000", "80 "] {
             assert!(port(bad).is_err(), "{bad:?}");
         }

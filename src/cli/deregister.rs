@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     grpc::client::Client,
-    model::{Draft, DraftPort},
+    model::{InstanceSpec, PortSpec},
 };
 
 pub(super) const EXAMPLES: &str = "\
@@ -31,7 +31,7 @@ pub struct Args {
     address: Place,
     /// A port of the instance; repeatable. Its name does not matter
     #[arg(long = "port", short = 'p', value_name = "[NAME=]PORT[/PROTO]", value_parser = port)]
-    ports: Vec<DraftPort>,
+    ports: Vec<PortSpec>,
     #[command(flatten)]
     namespace: NamespaceArgs,
     #[command(flatten)]
@@ -43,8 +43,8 @@ pub struct Args {
 pub(super) async fn run(args: Args) -> Result<(), Failure> {
     let Args { service, address: place, ports, namespace, output, server } = args;
     let ports = place.ports.into_iter().chain(ports).collect();
-    let draft = Draft { address: place.address, ports, ..Draft::default() };
+    let spec = InstanceSpec { address: place.address, ports, ..InstanceSpec::default() };
     let namespace = namespace.of(&service);
-    let answer = Client::connect(&server.server).await?.unregister(namespace, &service.name, &draft).await?;
-    Mutation { namespace, name: &service.name, draft: &draft, answer }.report(output.output)
+    let answer = Client::connect(&server.server).await?.unregister(namespace, &service.name, &spec).await?;
+    Mutation { namespace, name: &service.name, spec: &spec, answer }.report(output.output)
 }

@@ -222,20 +222,20 @@ mod tests {
     use super::*;
     use crate::{
         cli::args::{ANY_DOOR, port},
-        model::{Draft, UnixMillis},
+        model::{InstanceSpec, UnixMillis},
     };
 
     fn service(instances: &[(&str, &[&str], f32, bool)]) -> (ServiceKey, Service) {
         let key = key("prod", "web").expect("valid");
         let instances = instances.iter().map(|(address, ports, weight, ready)| {
-            let draft = Draft {
+            let spec = InstanceSpec {
                 address: (*address).into(),
                 ports: ports.iter().map(|text| port(text).expect("a port")).collect(),
                 node_name: "vm-7".into(),
                 weight: Some(*weight),
-                ..Draft::default()
+                ..InstanceSpec::default()
             };
-            let instance = ANY_DOOR.instance(&key, &draft, UnixMillis(1_000_000)).expect("valid");
+            let instance = ANY_DOOR.instance(&key, &spec, UnixMillis(1_000_000)).expect("valid");
             Arc::new(instance.with_ready(*ready))
         });
         (key.clone(), Service { instances: instances.collect(), generation: 1712 })

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     grpc::client::Answer,
-    model::{Draft, InstanceId, PortSet},
+    model::{InstanceId, InstanceSpec, PortSet},
 };
 
 /// A change that was asked for, and the server's answer.
@@ -17,7 +17,7 @@ use crate::{
 pub(super) struct Mutation<'a> {
     pub(super) namespace: &'a str,
     pub(super) name: &'a str,
-    pub(super) draft: &'a Draft,
+    pub(super) spec: &'a InstanceSpec,
     pub(super) answer: Answer,
 }
 
@@ -52,11 +52,11 @@ impl Mutation<'_> {
 
     /// The instance as it is printed everywhere; what does not parse stays as it was typed.
     fn instance(&self) -> String {
-        let ports = self.draft.ports.iter();
+        let ports = self.spec.ports.iter();
         let ports = ports.filter_map(|port| Some((port.protocol, u16::try_from(port.number).ok()?))).collect();
-        match ANY_DOOR.address(&self.draft.address) {
+        match ANY_DOOR.address(&self.spec.address) {
             Ok(address) => InstanceId { address, ports: PortSet::new(ports) }.to_string(),
-            Err(_) => self.draft.address.clone(),
+            Err(_) => self.spec.address.clone(),
         }
     }
 
@@ -103,17 +103,17 @@ impl Mutation<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{DraftPort, Protocol};
+    use crate::model::{PortSpec, Protocol};
 
     fn outcome(status: u32, details: &str) -> Result<String, Failure> {
-        let port = |number, protocol, name: &str| DraftPort { number, protocol, name: name.into() };
-        let draft = Draft {
+        let port = |number, protocol, name: &str| PortSpec { number, protocol, name: name.into() };
+        let spec = InstanceSpec {
             address: "2001:DB8::1".into(),
             ports: vec![port(8080, Protocol::Tcp, "http"), port(53, Protocol::Udp, "")],
-            ..Draft::default()
+            ..InstanceSpec::default()
         };
         let answer = Answer { status, details: details.into(), generation: 1712 };
-        let mutation = Mutation { namespace: "prod", name: "web", draft: &draft, answer };
+        let mutation = Mutation { namespace: "prod", name: "web", spec: &spec, answer };
         let instance = mutation.instance();
         mutation.outcome(&instance).map(|word| mutation.line(&instance, word))
     }

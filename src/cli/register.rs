@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     grpc::client::Client,
-    model::{Draft, DraftPort},
+    model::{InstanceSpec, PortSpec},
 };
 
 pub(super) const EXAMPLES: &str = "\
@@ -33,7 +33,7 @@ pub struct Args {
     /// A port it serves; repeatable. With a name it has an SRV record. TCP, unless
     /// /udp or /sctp follows
     #[arg(long = "port", short = 'p', value_name = "[NAME=]PORT[/PROTO]", value_parser = port)]
-    ports: Vec<DraftPort>,
+    ports: Vec<PortSpec>,
     /// The label of its own name, HOST.SERVICE.NAMESPACE.svc.ZONE; without it the
     /// address with dashes
     #[arg(long, value_name = "HOST", default_value = "", hide_default_value = true)]
@@ -59,8 +59,8 @@ pub(super) async fn run(args: Args) -> Result<(), Failure> {
     let Args { service, address: place, ports, host_name, node_name, weight, priority, namespace, output, server } =
         args;
     let ports = place.ports.into_iter().chain(ports).collect();
-    let draft = Draft { address: place.address, ports, host_name, node_name, weight, priority };
+    let spec = InstanceSpec { address: place.address, ports, host_name, node_name, weight, priority };
     let namespace = namespace.of(&service);
-    let answer = Client::connect(&server.server).await?.register(namespace, &service.name, &draft).await?;
-    Mutation { namespace, name: &service.name, draft: &draft, answer }.report(output.output)
+    let answer = Client::connect(&server.server).await?.register(namespace, &service.name, &spec).await?;
+    Mutation { namespace, name: &service.name, spec: &spec, answer }.report(output.output)
 }

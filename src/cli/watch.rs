@@ -283,17 +283,17 @@ mod tests {
     use super::*;
     use crate::{
         cli::args::ANY_DOOR,
-        model::{Draft, Service, UnixMillis},
+        model::{InstanceSpec, Service, UnixMillis},
     };
 
     fn instance() -> Arc<Instance> {
-        let draft = Draft {
+        let spec = InstanceSpec {
             address: "10.0.0.1".into(),
             ports: vec![crate::cli::args::port("http=8080").expect("a port")],
-            ..Draft::default()
+            ..InstanceSpec::default()
         };
         let key = key("prod", "web").expect("valid");
-        Arc::new(ANY_DOOR.instance(&key, &draft, UnixMillis(1_000_000)).expect("valid"))
+        Arc::new(ANY_DOOR.instance(&key, &spec, UnixMillis(1_000_000)).expect("valid"))
     }
 
     fn change() -> WatchEvent {

@@ -10,7 +10,7 @@ use super::{
     writer::{Full, HostOf, Owner, Writer, Written},
 };
 use crate::{
-    model::table::Row,
+    model::cow_tree::Row,
     zone::{AddressRow, Addresses, Apex, Hit, HostName, QName, Rrset, ServiceRecords, SrvRow, View},
 };
 

@@ -20,7 +20,7 @@ use super::{
         registry::{RegistrationResult, ServiceInfo, service_registry_client::ServiceRegistryClient},
     },
 };
-use crate::model::{Draft, Instance, Service, ServiceKey, Timeline};
+use crate::model::{Instance, InstanceSpec, Service, ServiceKey, Timeline};
 
 /// How long a connection may take to open.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -248,17 +248,22 @@ impl Client {
     ///
     /// # Errors
     /// When the call itself fails.
-    pub async fn register(&mut self, namespace: &str, name: &str, draft: &Draft) -> Result<Answer, ClientError> {
-        let answered = self.registry.register(call(info(namespace, name, draft))).await;
+    pub async fn register(&mut self, namespace: &str, name: &str, spec: &InstanceSpec) -> Result<Answer, ClientError> {
+        let answered = self.registry.register(call(info(namespace, name, spec))).await;
         self.answer(answered.map(tonic::Response::into_inner))
     }
 
-    /// Removes one instance; without ports in `draft`, all of its address. Only address and ports count.
+    /// Removes one instance; without ports in `spec`, all of its address. Only address and ports count.
     ///
     /// # Errors
     /// When the call itself fails.
-    pub async fn unregister(&mut self, namespace: &str, name: &str, draft: &Draft) -> Result<Answer, ClientError> {
-        let answered = self.registry.un_register(call(info(namespace, name, draft))).await;
+    pub async fn unregister(
+        &mut self,
+        namespace: &str,
+        name: &str,
+        spec: &InstanceSpec,
+    ) -> Result<Answer, ClientError> {
+        let answered = self.registry.un_register(call(info(namespace, name, spec))).await;
         self.answer(answered.map(tonic::Response::into_inner))
     }
 
@@ -328,17 +333,17 @@ fn call<T>(message: T) -> Request<T> {
     request
 }
 
-fn info(namespace: &str, name: &str, draft: &Draft) -> ServiceInfo {
-    let ports = draft.ports.iter().map(|port| port_to_proto(port.number, port.protocol, &port.name));
+fn info(namespace: &str, name: &str, spec: &InstanceSpec) -> ServiceInfo {
+    let ports = spec.ports.iter().map(|port| port_to_proto(port.number, port.protocol, &port.name));
     ServiceInfo {
         namespace: namespace.to_owned(),
         service_name: name.to_owned(),
-        host_name: draft.host_name.clone(),
-        ipaddress: draft.address.clone(),
-        node_name: draft.node_name.clone(),
+        host_name: spec.host_name.clone(),
+        ipaddress: spec.address.clone(),
+        node_name: spec.node_name.clone(),
         ports: ports.collect(),
-        weight: draft.weight,
-        priority: draft.priority.into(),
+        weight: spec.weight,
+        priority: spec.priority.into(),
         ..ServiceInfo::default()
     }
 }

@@ -17,7 +17,7 @@ use super::{
     names,
     slices::{Family, Group, PortList, hostname, owner},
 };
-use crate::model::{Instance, Port, ServiceKey, Table};
+use crate::model::{CowTree, Instance, Port, ServiceKey};
 
 /// Most addresses of an Endpoints object, as Kubernetes' own controller has it.
 pub const MAX_ADDRESSES: usize = 1000;
@@ -29,7 +29,7 @@ pub const MAX_ADDRESSES: usize = 1000;
 pub fn desired(
     key: &ServiceKey,
     service_uid: &str,
-    instances: &Table<Arc<Instance>>,
+    instances: &CowTree<Arc<Instance>>,
     publish_not_ready: bool,
 ) -> Endpoints {
     let (subsets, truncated) = subsets(instances, publish_not_ready);
@@ -84,7 +84,7 @@ fn labels() -> [(&'static str, &'static str); 3] {
 }
 
 /// The subsets, and whether addresses had to be left out.
-fn subsets(instances: &Table<Arc<Instance>>, publish_not_ready: bool) -> (Vec<EndpointSubset>, bool) {
+fn subsets(instances: &CowTree<Arc<Instance>>, publish_not_ready: bool) -> (Vec<EndpointSubset>, bool) {
     let mut subsets: Vec<EndpointSubset> = Vec::new();
     let mut places: HashMap<PortList<'_>, Vec<usize>> = HashMap::new();
     let mut seated = HashSet::new();
@@ -188,21 +188,21 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use super::*;
-    use crate::kubernetes::slices::tests::{PortTuple, TCP, UDP, draft, instance, table, web};
+    use crate::kubernetes::slices::tests::{PortTuple, TCP, UDP, instance, spec, table, web};
 
     const HTTP: &[PortTuple] = &[(8080, TCP, "http")];
 
     #[test]
     fn instances_stand_in_subsets_by_their_ports() {
         let mut instances = table(&[
-            draft("10.0.0.1", HTTP),
-            draft("10.0.0.2", &[]),
-            draft("10.0.0.3", &[(53, TCP, "dns"), (53, UDP, "dns"), (9153, TCP, "")]),
-            draft("10.0.0.3", &[(53, UDP, "dns")]),
-            draft("2001:db8::", HTTP),
-            draft("db.example.com", HTTP),
+            spec("10.0.0.1", HTTP),
+            spec("10.0.0.2", &[]),
+            spec("10.0.0.3", &[(53, TCP, "dns"), (53, UDP, "dns"), (9153, TCP, "")]),
+            spec("10.0.0.3", &[(53, UDP, "dns")]),
+            spec("2001:db8::", HTTP),
+            spec("db.example.com", HTTP),
         ]);
-        let unready = (*instance(&draft("10.0.0.4", HTTP))).clone().with_ready(false);
+        let unready = (*instance(&spec("10.0.0.4", HTTP))).clone().with_ready(false);
         instances.put(Arc::new(unready));
         let endpoints = desired(&web(), "uid-1", &instances, false);
         let port = |name: &str, number: i32, protocol: &str| serde_json::json!({"name": name, "port": number, "protocol": protocol});
@@ -234,14 +234,14 @@ mod tests {
         );
         let published = desired(&web(), "uid-1", &instances, true);
         assert!(published.subsets.expect("five").iter().all(|subset| subset.not_ready_addresses.is_none()));
-        assert_eq!(desired(&web(), "uid-1", &Table::default(), false).subsets, None);
+        assert_eq!(desired(&web(), "uid-1", &CowTree::default(), false).subsets, None);
     }
 
     #[test]
     fn a_thousand_addresses_and_the_ready_ones_first() {
         let one = |at: u32| {
             let ip = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 1)) + at).to_string();
-            let one = instance(&draft(&ip, HTTP));
+            let one = instance(&spec(&ip, HTTP));
             Arc::new((*one).clone().with_ready(at >= 10))
         };
         let count = |endpoints: &Endpoints| {
@@ -250,7 +250,7 @@ mod tests {
             let truncated = endpoints.metadata.annotations.as_ref().map(|all| all[names::OVER_CAPACITY].clone());
             (len(&subsets[0].addresses), len(&subsets[0].not_ready_addresses), truncated)
         };
-        let all = |count| (0..count).map(one).collect::<Table<_>>();
+        let all = |count| (0..count).map(one).collect::<CowTree<_>>();
         let fits = desired(&web(), "1", &all(1000), false);
         assert_eq!(count(&fits), (990, 10, None));
         let more = desired(&web(), "1", &all(1005), false);
@@ -263,7 +263,7 @@ mod tests {
 
     #[test]
     fn what_deviates_is_put_right_and_the_rest_stays() {
-        let instances = table(&[draft("10.0.0.1", HTTP), draft("10.0.0.2", HTTP), draft("10.0.0.3", &[(80, UDP, "")])]);
+        let instances = table(&[spec("10.0.0.1", HTTP), spec("10.0.0.2", HTTP), spec("10.0.0.3", &[(80, UDP, "")])]);
         let ours = desired(&web(), "uid-1", &instances, false);
         let mut standing = ours.clone();
         let subsets = standing.subsets.as_mut().expect("two");

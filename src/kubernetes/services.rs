@@ -14,7 +14,7 @@ use k8s_openapi::{
 };
 
 use super::{names, slices::PortList};
-use crate::model::{Instance, Label, Protocol, ServiceKey, Table};
+use crate::model::{CowTree, Instance, Label, Protocol, ServiceKey};
 
 /// Most ports of a Service. Kubernetes has no limit but the size of the object.
 const MAX_PORTS: usize = 1000;
@@ -48,7 +48,7 @@ impl Ownership {
 
 /// The Service as gangplank creates it.
 #[must_use]
-pub fn desired(key: &ServiceKey, instances: &Table<Arc<Instance>>) -> Service {
+pub fn desired(key: &ServiceKey, instances: &CowTree<Arc<Instance>>) -> Service {
     Service {
         metadata: ObjectMeta {
             name: Some(key.name().into()),
@@ -70,7 +70,7 @@ pub fn desired(key: &ServiceKey, instances: &Table<Arc<Instance>>) -> Service {
 /// being deleted. What gangplank does not set stays, and so does a cluster IP, which nobody can
 /// change.
 #[must_use]
-pub fn amend(existing: &Service, instances: &Table<Arc<Instance>>) -> Option<Service> {
+pub fn amend(existing: &Service, instances: &CowTree<Arc<Instance>>) -> Option<Service> {
     if existing.metadata.deletion_timestamp.is_some() {
         return None;
     }
@@ -109,7 +109,7 @@ fn labels() -> [(&'static str, &'static str); 2] {
 /// The ports of all instances, as far as one list can hold them: a name, and a number with its
 /// protocol, only once, the first in order of protocol, number and name; ports without a name
 /// only when there is one port in all.
-fn service_ports(instances: &Table<Arc<Instance>>) -> Vec<ServicePort> {
+fn service_ports(instances: &CowTree<Arc<Instance>>) -> Vec<ServicePort> {
     let mut lists = HashSet::new();
     let mut named: BTreeSet<(Protocol, u16, &Label)> = BTreeSet::new();
     let mut unnamed: BTreeSet<(Protocol, u16)> = BTreeSet::new();
@@ -163,10 +163,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::kubernetes::slices::tests::{PortTuple, TCP, UDP, draft, table, web};
+    use crate::kubernetes::slices::tests::{PortTuple, TCP, UDP, spec as instance_spec, table, web};
 
     fn ports(lists: &[&[PortTuple]]) -> Vec<(String, i32, String)> {
-        let drafts = lists.iter().enumerate().map(|(at, ports)| draft(&format!("10.0.{}.1", at), ports));
+        let drafts = lists.iter().enumerate().map(|(at, ports)| instance_spec(&format!("10.0.{}.1", at), ports));
         let service = desired(&web(), &table(&drafts.collect::<Vec<_>>()));
         let ports = service.spec.and_then(|spec| spec.ports).unwrap_or_default();
         ports.iter().map(said).map(|(name, number, protocol)| (name.into(), number, protocol.into())).collect()
@@ -184,7 +184,7 @@ mod tests {
 
     #[test]
     fn the_service_is_headless_and_says_whose_it_is() {
-        let service = desired(&web(), &table(&[draft("10.0.0.1", &[(8080, TCP, "http")])]));
+        let service = desired(&web(), &table(&[instance_spec("10.0.0.1", &[(8080, TCP, "http")])]));
         assert_eq!(
             serde_json::to_value(&service).expect("JSON"),
             serde_json::json!({
@@ -251,7 +251,7 @@ mod tests {
 
     #[test]
     fn what_deviates_is_put_right_and_the_rest_stays() {
-        let instances = table(&[draft("10.0.0.1", &[(8080, TCP, "http"), (8443, TCP, "https")])]);
+        let instances = table(&[instance_spec("10.0.0.1", &[(8080, TCP, "http"), (8443, TCP, "https")])]);
         let right = defaulted(desired(&web(), &instances));
         assert_eq!(amend(&right, &instances), None);
         let edits: [fn(&mut Service); 6] = [
@@ -294,7 +294,7 @@ mod tests {
         let ports = noted.spec.as_mut().expect("set").ports.as_mut().expect("set");
         ports[0].app_protocol = Some("h2c".into());
         assert_eq!(amend(&noted, &instances), None, "what others say of a port is theirs");
-        let fewer = table(&[draft("10.0.0.1", &[(8080, TCP, "http")])]);
+        let fewer = table(&[instance_spec("10.0.0.1", &[(8080, TCP, "http")])]);
         let spec = amend(&noted, &fewer).expect("a port less").spec.expect("set");
         assert_eq!(spec.ports.expect("one")[0].app_protocol.as_deref(), Some("h2c"));
 

@@ -8,9 +8,9 @@ use std::{
 
 use super::{
     address::Address,
+    cow_tree::Row,
     name::{DnsName, Label},
     port::{PortSet, Ports, Protocol},
-    table::Row,
 };
 
 /// Milliseconds since 1970-01-01 UTC, by the server's clock.
@@ -200,7 +200,7 @@ impl Instance {
 
     /// Octets of what it carries, close above what protobuf takes for it.
     #[must_use]
-    pub fn octets(&self) -> usize {
+    pub fn encoded_size(&self) -> usize {
         // A text takes a tag and a length, a port its own frame and number as well.
         let text = |len: usize| len + 3;
         let ports = self.ports.as_slice().iter();
@@ -289,7 +289,7 @@ impl Row for Arc<Instance> {
 
 /// What happened to one instance. At least one side is there.
 #[derive(Debug, Clone)]
-pub struct Change {
+pub struct InstanceChange {
     /// As it was; `None` for a new one.
     pub before: Option<Arc<Instance>>,
     /// As it is; `None` for a removed one.

@@ -5,18 +5,18 @@
 //! refused here first, so that nothing behind the door meets a surprise.
 
 mod address;
+pub mod cow_tree;
 mod instance;
 mod name;
 mod port;
 mod service;
-pub mod table;
 mod validator;
 pub mod view;
 
 pub use address::{Address, AddressError, DashedLabel, parse_dashed_label};
-pub use instance::{Change, Instance, InstanceId, InstanceKey, UnixMillis, Weight, WeightError};
+pub use cow_tree::CowTree;
+pub use instance::{Instance, InstanceChange, InstanceId, InstanceKey, UnixMillis, Weight, WeightError};
 pub use name::{DnsName, Label, NameError, Namespace, ServiceKey, ServiceName};
-pub use port::{DraftPort, Port, PortError, PortSet, Ports, Protocol};
+pub use port::{Port, PortError, PortSet, PortSpec, Ports, Protocol};
 pub use service::{Service, Timeline};
-pub use table::Table;
-pub use validator::{Draft, Field, InvalidInstance, MAX_INSTANCE_OCTETS, Validator};
+pub use validator::{Field, InstanceSpec, InvalidInstance, MAX_INSTANCE_BYTES, Validator};

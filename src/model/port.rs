@@ -105,7 +105,7 @@ impl fmt::Display for Port {
 
 /// A port as a client wrote it, before it is checked.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct DraftPort {
+pub struct PortSpec {
     /// Should be 1..=65535.
     pub number: i64,
     /// What it speaks.
@@ -120,17 +120,17 @@ pub struct DraftPort {
 pub struct Ports(Box<[Port]>);
 
 impl Ports {
-    /// Checks and orders `drafts`.
+    /// Checks and orders `specs`.
     ///
     /// # Errors
     /// The index of the first port that cannot stand, and why.
-    pub fn parse(drafts: &[DraftPort]) -> Result<Self, (usize, PortError)> {
-        let mut ports: Vec<Port> = Vec::with_capacity(drafts.len());
-        for (index, draft) in drafts.iter().enumerate() {
+    pub fn parse(specs: &[PortSpec]) -> Result<Self, (usize, PortError)> {
+        let mut ports: Vec<Port> = Vec::with_capacity(specs.len());
+        for (index, spec) in specs.iter().enumerate() {
             let port = Port {
-                number: port_number(draft.number).map_err(|err| (index, err))?,
-                protocol: draft.protocol,
-                name: match draft.name.as_str() {
+                number: port_number(spec.number).map_err(|err| (index, err))?,
+                protocol: spec.protocol,
+                name: match spec.name.as_str() {
                     "" => None,
                     name => Some(Label::parse(name).map_err(|err| (index, PortError::Name(err)))?),
                 },
@@ -211,14 +211,14 @@ impl PortSet {
 mod tests {
     use super::*;
 
-    fn draft(number: i64, name: &str) -> DraftPort {
-        DraftPort { number, name: name.into(), ..DraftPort::default() }
+    fn spec(number: i64, name: &str) -> PortSpec {
+        PortSpec { number, name: name.into(), ..PortSpec::default() }
     }
 
     #[test]
     fn ports_are_ordered_and_unique() {
-        let udp = DraftPort { protocol: Protocol::Udp, ..draft(53, "dns") };
-        let ports = Ports::parse(&[udp, draft(8080, "http"), draft(53, "dns")]).expect("valid");
+        let udp = PortSpec { protocol: Protocol::Udp, ..spec(53, "dns") };
+        let ports = Ports::parse(&[udp, spec(8080, "http"), spec(53, "dns")]).expect("valid");
         let shown: Vec<String> = ports.as_slice().iter().map(ToString::to_string).collect();
         assert_eq!(shown, ["53/TCP(dns)", "8080/TCP(http)", "53/UDP(dns)"]);
     }
@@ -226,20 +226,20 @@ mod tests {
     #[test]
     fn what_cannot_stand_is_named_with_its_place() {
         let tcp = Protocol::Tcp;
-        for (drafts, at, err) in [
-            (vec![draft(0, "")], 0, PortError::Number(0)),
-            (vec![draft(65_536, "")], 0, PortError::Number(65_536)),
-            (vec![draft(-1, "")], 0, PortError::Number(-1)),
-            (vec![draft(1, "a"), draft(1, "b")], 1, PortError::Twice { number: 1, protocol: tcp }),
-            (vec![draft(1, ""), draft(2, "")], 1, PortError::TwoUnnamed),
+        for (specs, at, err) in [
+            (vec![spec(0, "")], 0, PortError::Number(0)),
+            (vec![spec(65_536, "")], 0, PortError::Number(65_536)),
+            (vec![spec(-1, "")], 0, PortError::Number(-1)),
+            (vec![spec(1, "a"), spec(1, "b")], 1, PortError::Twice { number: 1, protocol: tcp }),
+            (vec![spec(1, ""), spec(2, "")], 1, PortError::TwoUnnamed),
             (
-                vec![draft(1, "a"), draft(2, "a")],
+                vec![spec(1, "a"), spec(2, "a")],
                 1,
                 PortError::NameTwice { name: Label::parse("a").expect("a label"), protocol: tcp },
             ),
-            (vec![draft(1, "A")], 0, PortError::Name(NameError::Character('A'))),
+            (vec![spec(1, "A")], 0, PortError::Name(NameError::Character('A'))),
         ] {
-            assert_eq!(Ports::parse(&drafts), Err((at, err)));
+            assert_eq!(Ports::parse(&specs), Err((at, err)));
         }
     }
 }

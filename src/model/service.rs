@@ -4,8 +4,8 @@ use std::{ops::ControlFlow, sync::Arc};
 
 use super::{
     address::Address,
+    cow_tree::CowTree,
     instance::{Instance, InstanceKey, UnixMillis},
-    table::Table,
 };
 
 /// Everything registered under one name, as an immutable value: a clone is cheap and does not
@@ -13,7 +13,7 @@ use super::{
 #[derive(Debug, Clone, Default)]
 pub struct Service {
     /// In order of address and ports.
-    pub instances: Table<Arc<Instance>>,
+    pub instances: CowTree<Arc<Instance>>,
     /// The generation of its last change.
     pub generation: u64,
 }

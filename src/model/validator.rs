@@ -6,12 +6,12 @@ use super::{
     address::{Address, AddressError, parse_dashed_label},
     instance::{Instance, UnixMillis, Weight},
     name::{DnsName, Label, NameError, Namespace, ServiceKey, ServiceName},
-    port::{DraftPort, PortError, Ports},
+    port::{PortError, PortSpec, Ports},
 };
 
 /// Most octets that what one instance carries may take, counted as protobuf would encode it.
 /// It keeps a million instances within memory, and a slice within what Kubernetes stores.
-pub const MAX_INSTANCE_OCTETS: usize = 2048;
+pub const MAX_INSTANCE_BYTES: usize = 2048;
 
 /// Most octets of a name in a message (RFC 1035 §2.3.4).
 const MAX_WIRE_NAME: usize = 255;
@@ -79,11 +79,11 @@ impl InvalidInstance {
 
 /// An instance as a client wrote it, before it is checked. Texts are empty where nothing was said.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Draft {
+pub struct InstanceSpec {
     /// An IP address or a DNS name.
     pub address: String,
     /// The ports.
-    pub ports: Vec<DraftPort>,
+    pub ports: Vec<PortSpec>,
     /// One label, or empty.
     pub host_name: String,
     /// A DNS name, or empty.
@@ -142,11 +142,11 @@ impl Validator {
     ///
     /// # Errors
     /// The first port that cannot stand.
-    pub fn ports(&self, drafts: &[DraftPort]) -> Result<Ports, InvalidInstance> {
-        Ports::parse(drafts).map_err(|(index, err)| match err {
+    pub fn ports(&self, specs: &[PortSpec]) -> Result<Ports, InvalidInstance> {
+        Ports::parse(specs).map_err(|(index, err)| match err {
             PortError::Name(name) => {
                 let InvalidInstance { field, reason } =
-                    InvalidInstance::text(Field::Port(index), name, &drafts[index].name);
+                    InvalidInstance::text(Field::Port(index), name, &specs[index].name);
                 InvalidInstance { field, reason: format!("name: {reason}") }
             }
             err => InvalidInstance::new(Field::Port(index), &err),
@@ -160,40 +160,32 @@ impl Validator {
     pub fn instance(
         &self,
         service: &ServiceKey,
-        draft: &Draft,
+        spec: &InstanceSpec,
         registered: UnixMillis,
     ) -> Result<Instance, InvalidInstance> {
-        let address = self.address(&draft.address)?;
-        let ports = self.ports(&draft.ports)?;
+        let address = self.address(&spec.address)?;
+        let ports = self.ports(&spec.ports)?;
         let label = |field, text: &str| match text {
             "" => Ok(None),
             text => Label::parse(text).map(Some).map_err(|err| InvalidInstance::text(field, err, text)),
         };
-        let host_name = label(Field::HostName, &draft.host_name)?;
+        let host_name = label(Field::HostName, &spec.host_name)?;
         if let Some(spelled) = host_name.as_ref().and_then(|label| parse_dashed_label(label.as_str().as_bytes()))
             && address.ip() != Some(spelled)
         {
             return Err(InvalidInstance::new(
                 Field::HostName,
-                &format_args!("{:?} spells the address {spelled}, which is not this instance's", draft.host_name),
+                &format_args!("{:?} spells the address {spelled}, which is not this instance's", spec.host_name),
             ));
         }
-        let node_name = match draft.node_name.as_str() {
+        let node_name = match spec.node_name.as_str() {
             "" => None,
             text => Some(DnsName::parse(text).map_err(|err| InvalidInstance::text(Field::NodeName, err, text))?),
         };
-        let weight = draft.weight.map_or_else(|| Ok(Weight::default()), Weight::new);
+        let weight = spec.weight.map_or_else(|| Ok(Weight::default()), Weight::new);
         let weight = weight.map_err(|err| InvalidInstance::new(Field::Weight, &err))?;
-        let instance = Instance {
-            address,
-            ports,
-            host_name,
-            node_name,
-            weight,
-            priority: draft.priority,
-            ready: true,
-            registered,
-        };
+        let instance =
+            Instance { address, ports, host_name, node_name, weight, priority: spec.priority, ready: true, registered };
         self.check_sizes(service, &instance)?;
         Ok(instance)
     }
@@ -219,11 +211,11 @@ impl Validator {
                 ),
             ));
         }
-        let carried = instance.octets();
-        if carried > MAX_INSTANCE_OCTETS {
+        let carried = instance.encoded_size();
+        if carried > MAX_INSTANCE_BYTES {
             return Err(InvalidInstance::new(
                 Field::Instance,
-                &format_args!("carries {carried} octets, {MAX_INSTANCE_OCTETS} are allowed"),
+                &format_args!("carries {carried} octets, {MAX_INSTANCE_BYTES} are allowed"),
             ));
         }
         Ok(())
@@ -240,21 +232,21 @@ mod tests {
         VALIDATOR.service("prod", "web").expect("valid")
     }
 
-    fn draft() -> Draft {
-        Draft {
+    fn spec() -> InstanceSpec {
+        InstanceSpec {
             address: "10.0.0.1".into(),
-            ports: vec![DraftPort { number: 8080, name: "http".into(), ..DraftPort::default() }],
-            ..Draft::default()
+            ports: vec![PortSpec { number: 8080, name: "http".into(), ..PortSpec::default() }],
+            ..InstanceSpec::default()
         }
     }
 
-    fn refused(draft: &Draft) -> String {
-        VALIDATOR.instance(&service(), draft, UnixMillis(0)).expect_err("must be refused").to_string()
+    fn refused(spec: &InstanceSpec) -> String {
+        VALIDATOR.instance(&service(), spec, UnixMillis(0)).expect_err("must be refused").to_string()
     }
 
     #[test]
     fn a_good_one_passes_and_shows_itself() {
-        let instance = VALIDATOR.instance(&service(), &draft(), UnixMillis(7)).expect("valid");
+        let instance = VALIDATOR.instance(&service(), &spec(), UnixMillis(7)).expect("valid");
         assert_eq!(instance.id().to_string(), "10.0.0.1:8080");
         assert!(instance.ready());
         assert_eq!(instance.weight().units(), 65_536);
@@ -263,21 +255,27 @@ mod tests {
     #[test]
     fn each_refusal_names_its_field() {
         for (bad, says) in [
-            (Draft { address: "10.0.0".into(), ..draft() }, "ipaddress: neither"),
-            (Draft { address: "127.0.0.1".into(), ..draft() }, "ipaddress: 127.0.0.1: loopback"),
-            (Draft { address: "db.example.com".into(), ..draft() }, "ipaddress: db.example.com is a DNS name, and"),
-            (Draft { host_name: "a.b".into(), ..draft() }, "host_name: must be one label"),
-            (Draft { host_name: "10-0-0-9".into(), ..draft() }, "host_name: \"10-0-0-9\" spells the address 10.0.0.9"),
-            (Draft { node_name: "Node".into(), ..draft() }, "node_name: must consist of"),
-            (Draft { weight: Some(f32::NAN), ..draft() }, "weight: must be a finite number in 0..=655, got NaN"),
-            (Draft { weight: Some(655.5), ..draft() }, "weight: must be"),
-            (Draft { weight: Some(-1.0), ..draft() }, "weight: must be"),
+            (InstanceSpec { address: "10.0.0".into(), ..spec() }, "ipaddress: neither"),
+            (InstanceSpec { address: "127.0.0.1".into(), ..spec() }, "ipaddress: 127.0.0.1: loopback"),
             (
-                Draft { ports: vec![DraftPort { number: 0, ..DraftPort::default() }], ..draft() },
+                InstanceSpec { address: "db.example.com".into(), ..spec() },
+                "ipaddress: db.example.com is a DNS name, and",
+            ),
+            (InstanceSpec { host_name: "a.b".into(), ..spec() }, "host_name: must be one label"),
+            (
+                InstanceSpec { host_name: "10-0-0-9".into(), ..spec() },
+                "host_name: \"10-0-0-9\" spells the address 10.0.0.9",
+            ),
+            (InstanceSpec { node_name: "Node".into(), ..spec() }, "node_name: must consist of"),
+            (InstanceSpec { weight: Some(f32::NAN), ..spec() }, "weight: must be a finite number in 0..=655, got NaN"),
+            (InstanceSpec { weight: Some(655.5), ..spec() }, "weight: must be"),
+            (InstanceSpec { weight: Some(-1.0), ..spec() }, "weight: must be"),
+            (
+                InstanceSpec { ports: vec![PortSpec { number: 0, ..PortSpec::default() }], ..spec() },
                 "ports[0]: must be 1..=65535, got 0",
             ),
             (
-                Draft { ports: vec![DraftPort { number: 1, name: "A".into(), ..DraftPort::default() }], ..draft() },
+                InstanceSpec { ports: vec![PortSpec { number: 1, name: "A".into(), ..PortSpec::default() }], ..spec() },
                 "ports[0]: name: must consist of",
             ),
         ] {
@@ -285,18 +283,20 @@ mod tests {
             assert!(said.starts_with(says), "{said:?} should begin with {says:?}");
         }
         assert!(
-            VALIDATOR.instance(&service(), &Draft { host_name: "10-0-0-1".into(), ..draft() }, UnixMillis(0)).is_ok()
+            VALIDATOR
+                .instance(&service(), &InstanceSpec { host_name: "10-0-0-1".into(), ..spec() }, UnixMillis(0))
+                .is_ok()
         );
     }
 
     #[test]
     fn what_does_not_fit_a_message_is_refused() {
-        let ports = (1..200).map(|n| DraftPort { number: n, name: format!("p{n}"), ..DraftPort::default() });
-        let said = refused(&Draft { ports: ports.collect(), ..draft() });
+        let ports = (1..200).map(|n| PortSpec { number: n, name: format!("p{n}"), ..PortSpec::default() });
+        let said = refused(&InstanceSpec { ports: ports.collect(), ..spec() });
         assert!(said.starts_with("instance: carries"), "{said}");
 
         let narrow = Validator { zone_wire_len: 200, ..VALIDATOR };
-        let long = Draft { host_name: "h".repeat(60), ..draft() };
+        let long = InstanceSpec { host_name: "h".repeat(60), ..spec() };
         let said = narrow.instance(&service(), &long, UnixMillis(0)).expect_err("too long").to_string();
         assert!(said.contains("255 are allowed"), "{said}");
     }

@@ -200,25 +200,25 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::model::{Draft, DraftPort, Protocol, Validator};
+    use crate::model::{InstanceSpec, PortSpec, Protocol, Validator};
 
     const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
 
     fn service(instances: &[(&str, f32, bool)]) -> (ServiceKey, Service) {
         let key = VALIDATOR.service("prod", "web").expect("valid");
         let instances = instances.iter().map(|(address, weight, ready)| {
-            let draft = Draft {
+            let spec = InstanceSpec {
                 address: (*address).into(),
                 ports: vec![
-                    DraftPort { number: 8080, protocol: Protocol::Tcp, name: "http".into() },
-                    DraftPort { number: 53, protocol: Protocol::Udp, name: String::new() },
+                    PortSpec { number: 8080, protocol: Protocol::Tcp, name: "http".into() },
+                    PortSpec { number: 53, protocol: Protocol::Udp, name: String::new() },
                 ],
                 node_name: "vm-7".into(),
                 weight: Some(*weight),
                 priority: 3,
-                ..Draft::default()
+                ..InstanceSpec::default()
             };
-            let instance = VALIDATOR.instance(&key, &draft, UnixMillis(1_700_000_000_123)).expect("valid");
+            let instance = VALIDATOR.instance(&key, &spec, UnixMillis(1_700_000_000_123)).expect("valid");
             Arc::new(instance.with_ready(*ready))
         });
         (key.clone(), Service { instances: instances.collect(), generation: 1712 })

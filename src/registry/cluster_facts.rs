@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use crate::model::{Change, Instance, ServiceKey, Table};
+use crate::model::{CowTree, Instance, InstanceChange, ServiceKey};
 
 /// One thing that Kubernetes says.
 #[derive(Debug, Clone)]
@@ -63,7 +63,7 @@ pub(super) struct ClusterFacts {
     complete: bool,
     namespaces: HashSet<Box<str>>,
     foreign: HashSet<ServiceKey>,
-    endpoints: HashMap<ServiceKey, Table<Arc<Instance>>>,
+    endpoints: HashMap<ServiceKey, CowTree<Arc<Instance>>>,
 }
 
 impl ClusterFacts {
@@ -104,20 +104,20 @@ impl ClusterFacts {
     }
 
     /// What others have under `service`.
-    pub(super) fn endpoints(&self, service: &ServiceKey) -> Option<&Table<Arc<Instance>>> {
+    pub(super) fn endpoints(&self, service: &ServiceKey) -> Option<&CowTree<Arc<Instance>>> {
         self.endpoints.get(service)
     }
 
     /// Replaces what others have under `service`, and gives back what leads there.
-    pub(super) fn set_endpoints(&mut self, service: ServiceKey, instances: Vec<Arc<Instance>>) -> Vec<Change> {
-        let mut now = Table::default();
+    pub(super) fn set_endpoints(&mut self, service: ServiceKey, instances: Vec<Arc<Instance>>) -> Vec<InstanceChange> {
+        let mut now = CowTree::default();
         instances.into_iter().for_each(|instance| drop(now.put(instance)));
         let before = self.endpoints.remove(&service).unwrap_or_default();
         let gone = before.iter().filter(|old| now.get(&old.key()).is_none());
-        let gone = gone.map(|old| Change { before: Some(Arc::clone(old)), after: None });
+        let gone = gone.map(|old| InstanceChange { before: Some(Arc::clone(old)), after: None });
         let news = now.iter().filter_map(|new| {
             let old = before.get(&new.key()).cloned();
-            (old.as_ref() != Some(new)).then(|| Change { before: old, after: Some(Arc::clone(new)) })
+            (old.as_ref() != Some(new)).then(|| InstanceChange { before: old, after: Some(Arc::clone(new)) })
         });
         let changes = gone.chain(news).collect();
         if !now.is_empty() {

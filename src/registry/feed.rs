@@ -10,7 +10,7 @@ use std::{
 
 use tokio::sync::watch;
 
-use crate::model::{Change, ServiceKey, Timeline, UnixMillis};
+use crate::model::{InstanceChange, ServiceKey, Timeline, UnixMillis};
 
 /// Changes that are held for readers that come back or fall behind.
 const RING: usize = 65_536;
@@ -21,7 +21,7 @@ pub struct Event {
     /// Under this service.
     pub service: ServiceKey,
     /// What happened.
-    pub change: Change,
+    pub change: InstanceChange,
     /// When the registry took the command.
     pub received: UnixMillis,
 }

@@ -14,7 +14,7 @@ use std::{
 
 use super::Catalog;
 use crate::{
-    model::{Instance, InstanceKey, Service, ServiceKey, Table},
+    model::{CowTree, Instance, InstanceKey, Service, ServiceKey},
     store::Record,
 };
 
@@ -72,7 +72,7 @@ pub(super) fn decide(origin: &LocalState, restored: Restored, catalog: &[(Servic
         return Verdict { term: origin.term, records: Vec::new() };
     }
     let term = restored.term.saturating_add(1);
-    let mut wanted: HashMap<ServiceKey, Table<Arc<Instance>>> = HashMap::new();
+    let mut wanted: HashMap<ServiceKey, CowTree<Arc<Instance>>> = HashMap::new();
     for (service, instances) in restored.services {
         let table = wanted.entry(service).or_default();
         instances.into_iter().for_each(|instance| drop(table.put(instance)));
@@ -103,9 +103,9 @@ pub(super) fn decide(origin: &LocalState, restored: Restored, catalog: &[(Servic
 }
 
 /// What leads from `catalog` to `wanted`.
-fn differences(wanted: &HashMap<ServiceKey, Table<Arc<Instance>>>, catalog: &[(ServiceKey, Service)]) -> Vec<Record> {
+fn differences(wanted: &HashMap<ServiceKey, CowTree<Arc<Instance>>>, catalog: &[(ServiceKey, Service)]) -> Vec<Record> {
     let mut records = Vec::new();
-    let nothing = Table::default();
+    let nothing = CowTree::default();
     for (service, held) in catalog {
         let wanted = wanted.get(service).unwrap_or(&nothing);
         let gone = held.instances.iter().filter(|instance| wanted.get(&instance.key()).is_none());
@@ -125,7 +125,7 @@ fn differences(wanted: &HashMap<ServiceKey, Table<Arc<Instance>>>, catalog: &[(S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Draft, InstanceId, UnixMillis, Validator};
+    use crate::model::{InstanceId, InstanceSpec, UnixMillis, Validator};
 
     const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
@@ -134,8 +134,8 @@ mod tests {
     }
 
     fn instance(address: &str, weight: f32) -> Arc<Instance> {
-        let draft = Draft { address: address.into(), weight: Some(weight), ..Draft::default() };
-        Arc::new(VALIDATOR.instance(&web(), &draft, UnixMillis(1)).expect("valid"))
+        let spec = InstanceSpec { address: address.into(), weight: Some(weight), ..InstanceSpec::default() };
+        Arc::new(VALIDATOR.instance(&web(), &spec, UnixMillis(1)).expect("valid"))
     }
 
     fn put(address: &str, weight: f32) -> Record {

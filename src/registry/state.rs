@@ -11,7 +11,7 @@ use std::{
 
 use super::{Catalog, Command, Event, NamespacePolicy, Outcome, cluster_facts::ClusterFacts};
 use crate::{
-    model::{Address, Change, Instance, InstanceId, InstanceKey, PortSet, Service, ServiceKey, UnixMillis},
+    model::{Address, Instance, InstanceChange, InstanceId, InstanceKey, PortSet, Service, ServiceKey, UnixMillis},
     store::Record,
 };
 
@@ -34,7 +34,7 @@ pub(super) struct PendingService {
     /// As it will be.
     pub(super) after: Service,
     /// What leads there, in order.
-    pub(super) changes: Vec<Change>,
+    pub(super) changes: Vec<InstanceChange>,
 }
 
 impl Pending {
@@ -79,13 +79,13 @@ impl State {
                 Record::Put { service, instance } => {
                     let held = self.service(service);
                     let before = held.as_ref().and_then(|held| held.instances.get(&instance.key()).cloned());
-                    let change = Change { before, after: Some(Arc::clone(instance)) };
+                    let change = InstanceChange { before, after: Some(Arc::clone(instance)) };
                     self.note(service.clone(), held, change, now);
                 }
                 Record::Remove { service, id } => {
                     let held = self.service(service);
                     let before = held.as_ref().and_then(|held| held.instances.get(&InstanceKey::from(id)).cloned());
-                    self.note(service.clone(), held, Change { before, after: None }, now);
+                    self.note(service.clone(), held, InstanceChange { before, after: None }, now);
                 }
                 Record::Mirrored { .. } | Record::Term { .. } => {}
             }
@@ -145,7 +145,7 @@ impl State {
             }
         };
         self.pending.records.push(Record::Put { service: key.clone(), instance: Arc::clone(&instance) });
-        self.note(key, service, Change { before, after: Some(instance) }, received);
+        self.note(key, service, InstanceChange { before, after: Some(instance) }, received);
         outcome
     }
 
@@ -163,7 +163,12 @@ impl State {
         let removed = found.len();
         for instance in found {
             self.pending.records.push(Record::Remove { service: key.clone(), id: instance.id() });
-            self.note(key.clone(), Some(service.clone()), Change { before: Some(instance), after: None }, received);
+            self.note(
+                key.clone(),
+                Some(service.clone()),
+                InstanceChange { before: Some(instance), after: None },
+                received,
+            );
         }
         Outcome::Removed(removed)
     }
@@ -176,7 +181,7 @@ impl State {
             Some(before) if before.ready() == ready => Outcome::Unchanged,
             Some(before) => {
                 let after = Arc::new(Instance::clone(&before).with_ready(ready));
-                self.note(key, service, Change { before: Some(before), after: Some(after) }, received);
+                self.note(key, service, InstanceChange { before: Some(before), after: Some(after) }, received);
                 Outcome::Updated
             }
         }
@@ -191,7 +196,7 @@ impl State {
     }
 
     /// Lays one change over what the batch has so far; `service` is as [`State::service`] gave it.
-    fn note(&mut self, key: ServiceKey, service: Option<Service>, change: Change, received: UnixMillis) {
+    fn note(&mut self, key: ServiceKey, service: Option<Service>, change: InstanceChange, received: UnixMillis) {
         let pending = self
             .pending
             .services
@@ -219,7 +224,7 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Draft, DraftPort, Validator};
+    use crate::model::{InstanceSpec, PortSpec, Validator};
 
     const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
 
@@ -228,13 +233,13 @@ mod tests {
     }
 
     fn instance(address: &str, port: i64, weight: f32) -> Arc<Instance> {
-        let draft = Draft {
+        let spec = InstanceSpec {
             address: address.into(),
-            ports: vec![DraftPort { number: port, ..DraftPort::default() }],
+            ports: vec![PortSpec { number: port, ..PortSpec::default() }],
             weight: Some(weight),
-            ..Draft::default()
+            ..InstanceSpec::default()
         };
-        Arc::new(VALIDATOR.instance(&key("web"), &draft, UnixMillis(1)).expect("valid"))
+        Arc::new(VALIDATOR.instance(&key("web"), &spec, UnixMillis(1)).expect("valid"))
     }
 
     fn register(state: &mut State, instance: &Arc<Instance>) -> Outcome {

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     metrics::Metrics,
-    model::{DnsName, Draft, DraftPort, Protocol, Validator},
+    model::{DnsName, InstanceSpec, PortSpec, Protocol, Validator},
     store::{self, DataDir},
     zone::{Zone, ZoneConfig},
 };
@@ -63,9 +63,9 @@ impl World {
 
 fn register(service: &str, address: &str, port: u16, weight: f32) -> Command {
     let service = VALIDATOR.service("prod", service).expect("valid");
-    let ports = vec![DraftPort { number: port.into(), ..DraftPort::default() }];
-    let draft = Draft { address: address.into(), ports, weight: Some(weight), ..Draft::default() };
-    let instance = VALIDATOR.instance(&service, &draft, UnixMillis(1)).expect("valid");
+    let ports = vec![PortSpec { number: port.into(), ..PortSpec::default() }];
+    let spec = InstanceSpec { address: address.into(), ports, weight: Some(weight), ..InstanceSpec::default() };
+    let instance = VALIDATOR.instance(&service, &spec, UnixMillis(1)).expect("valid");
     Command::Register { service, instance: Arc::new(instance) }
 }
 

@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{
     metrics::{CommandOutcome, Metrics},
-    model::{Change, Instance, InstanceKey, Service, ServiceKey, UnixMillis},
+    model::{Instance, InstanceChange, InstanceKey, Service, ServiceKey, UnixMillis},
     store::{self, DataDir, Journal, Progress, Record, StoreError},
     zone::{Publisher, ServiceChange},
 };
@@ -165,8 +165,8 @@ impl Unrecovered {
         publisher.reserve(services.len(), services.values().flat_map(|service| &service.instances));
         for (service, mut after) in services {
             after.generation = generation;
-            let new = |instance: &Arc<_>| Change { before: None, after: Some(Arc::clone(instance)) };
-            let changes: Vec<Change> = after.instances.iter().map(new).collect();
+            let new = |instance: &Arc<_>| InstanceChange { before: None, after: Some(Arc::clone(instance)) };
+            let changes: Vec<InstanceChange> = after.instances.iter().map(new).collect();
             let change = ServiceChange { service: &service, changes: &changes, after: &after, foreign: None };
             publisher.publish(generation, &[change]);
             catalog.set(service, after);

@@ -11,7 +11,9 @@ use std::sync::Arc;
 use prost::Message;
 
 use super::Record;
-use crate::model::{Draft, DraftPort, Instance, InstanceId, PortSet, Protocol, ServiceKey, UnixMillis, Validator};
+use crate::model::{
+    Instance, InstanceId, InstanceSpec, PortSet, PortSpec, Protocol, ServiceKey, UnixMillis, Validator,
+};
 
 /// The payload of a frame.
 #[derive(Clone, PartialEq, Message)]
@@ -308,10 +310,10 @@ impl Reader {
                 let mut ports = Vec::with_capacity(put.ports.len());
                 for port in put.ports {
                     let protocol = port.protocol()?;
-                    ports.push(DraftPort { number: port.number.into(), protocol, name: port.name });
+                    ports.push(PortSpec { number: port.number.into(), protocol, name: port.name });
                 }
                 let priority = u16::try_from(put.priority).map_err(|_| invalid(&"priority above 65535"))?;
-                let draft = Draft {
+                let spec = InstanceSpec {
                     address: put.address,
                     ports,
                     host_name: put.host_name,
@@ -319,7 +321,7 @@ impl Reader {
                     weight: Some(put.weight),
                     priority,
                 };
-                let instance = Self::VALIDATOR.instance(&service, &draft, UnixMillis(put.registered));
+                let instance = Self::VALIDATOR.instance(&service, &spec, UnixMillis(put.registered));
                 Ok(Record::Put { service, instance: Arc::new(instance.map_err(|err| invalid(&err))?) })
             }
             Some(Change::Remove(remove)) => {
@@ -378,33 +380,33 @@ mod tests {
     }
 
     prop_compose! {
-        fn draft()(
+        fn spec()(
             address in address(),
             ports in prop::collection::btree_map((0..3usize, 1..=65_535u16), label(), 0..6),
             host_name in prop_oneof![Just(String::new()), label()],
             node_name in prop_oneof![Just(String::new()), label()],
             weight in prop_oneof![Just(None), (0.0..=655.0f32).prop_map(Some)],
             priority in any::<u16>(),
-        ) -> Draft {
-            let ports = ports.into_iter().enumerate().map(|(index, ((protocol, number), name))| DraftPort {
+        ) -> InstanceSpec {
+            let ports = ports.into_iter().enumerate().map(|(index, ((protocol, number), name))| PortSpec {
                 number: number.into(),
                 protocol: Protocol::ALL[protocol],
                 // Unique, and one without a name.
                 name: if index == 0 { String::new() } else { format!("{name}{index}") },
             });
-            Draft { address, ports: ports.collect(), host_name, node_name, weight, priority }
+            InstanceSpec { address, ports: ports.collect(), host_name, node_name, weight, priority }
         }
     }
 
     prop_compose! {
         fn record()(
             (namespace, name) in (label(), label()),
-            draft in draft(),
+            spec in spec(),
             registered in any::<u64>(),
             kind in 0..6u8,
         ) -> Option<Record> {
             let service = Reader::VALIDATOR.service(&namespace, &name).expect("labels");
-            let instance = Reader::VALIDATOR.instance(&service, &draft, UnixMillis(registered)).ok()?;
+            let instance = Reader::VALIDATOR.instance(&service, &spec, UnixMillis(registered)).ok()?;
             Some(match kind {
                 0 => Record::Term { term: registered },
                 1 => Record::Mirrored { service, generation: registered },

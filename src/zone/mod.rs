@@ -40,7 +40,7 @@ pub use reverse::HostName;
 pub use rows::Rrset;
 pub use service::{AddressRow, Addresses, ServiceRecords, SrvRow, Target, TargetRef};
 
-use crate::model::{Change, DnsName, Instance, Service, ServiceKey, Table};
+use crate::model::{CowTree, DnsName, Instance, InstanceChange, Service, ServiceKey};
 use reverse::{Reverse, ReverseView};
 use service::{Contribution, Edit};
 
@@ -90,12 +90,12 @@ pub struct ServiceChange<'a> {
     /// Which service.
     pub service: &'a ServiceKey,
     /// Its instances that changed.
-    pub changes: &'a [Change],
+    pub changes: &'a [InstanceChange],
     /// The service as it is now; empty when it is gone.
     pub after: &'a Service,
     /// What others have under the same name, as it is now. Served beside it; what changed of it
     /// stands among the changes.
-    pub foreign: Option<&'a Table<Arc<Instance>>>,
+    pub foreign: Option<&'a CowTree<Arc<Instance>>>,
 }
 
 impl Settings {
@@ -291,7 +291,7 @@ impl Publisher {
 
         let mut edit = Edit::new(old.cloned().unwrap_or_default(), not_ready_too);
         let mut touched: Vec<(IpAddr, Target)> = Vec::with_capacity(changes.len());
-        for Change { before, after } in changes {
+        for InstanceChange { before, after } in changes {
             let of = |instance| Contribution::of(instance, not_ready_too);
             let (before, after) = (before.as_deref().and_then(of), after.as_deref().and_then(of));
             // In before out, so that rows that stay are changed in place.
@@ -301,7 +301,7 @@ impl Publisher {
         }
         touched.sort_unstable();
         touched.dedup();
-        let tables: Vec<&Table<Arc<Instance>>> = iter::once(&after.instances).chain(foreign).collect();
+        let tables: Vec<&CowTree<Arc<Instance>>> = iter::once(&after.instances).chain(foreign).collect();
         let new = edit.finish(&tables);
 
         let had = |(ip, target): &(IpAddr, Target)| old.is_some_and(|old| old.names(*ip, target));

@@ -15,7 +15,7 @@ use super::{
     rows::{Rows, Rrset},
     service::Target,
 };
-use crate::model::{Label, ServiceKey, table::Row};
+use crate::model::{Label, ServiceKey, cow_tree::Row};
 
 /// One host name of an address: `<host>.<service>.svc.<zone>`.
 #[derive(Debug, Clone, PartialEq, Eq)]

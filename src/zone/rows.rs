@@ -1,11 +1,11 @@
 //! A table that costs nothing extra while it has one row, as most tables of a zone do.
 //!
-//! One row lives in place; two or more live in a [`Table`]. Readers get an [`Rrset`]: never empty,
+//! One row lives in place; two or more live in a [`CowTree`]. Readers get an [`Rrset`]: never empty,
 //! borrowed, free to copy.
 
 use std::{fmt, ops::ControlFlow, slice};
 
-use crate::model::table::{Row, Table};
+use crate::model::cow_tree::{CowTree, Row};
 
 /// No row, one in place, or a table of them.
 #[derive(Clone, Default)]
@@ -16,7 +16,7 @@ pub(super) enum Rows<R> {
     /// The usual case, without an allocation.
     One(R),
     /// Two rows or more.
-    Many(Table<R>),
+    Many(CowTree<R>),
 }
 
 impl<R: Row> Rows<R> {
@@ -116,7 +116,7 @@ pub enum Rrset<'v, R> {
     /// Up to 32 records, side by side.
     Few(&'v [R]),
     /// More.
-    Many(&'v Table<R>),
+    Many(&'v CowTree<R>),
 }
 
 impl<R> Clone for Rrset<'_, R> {

@@ -14,7 +14,8 @@ use std::{
 
 use super::rows::{Rows, Rrset};
 use crate::model::{
-    Address, DashedLabel, Instance, InstanceKey, Label, Port, Protocol, Table, Weight, parse_dashed_label, table::Row,
+    Address, CowTree, DashedLabel, Instance, InstanceKey, Label, Port, Protocol, Weight, cow_tree::Row,
+    parse_dashed_label,
 };
 
 /// One address record.
@@ -380,7 +381,7 @@ impl Edit {
     }
 
     /// The new facts; `after` is everything that the service has now.
-    pub(super) fn finish(mut self, after: &[&Table<Arc<Instance>>]) -> ServiceRecords {
+    pub(super) fn finish(mut self, after: &[&CowTree<Arc<Instance>>]) -> ServiceRecords {
         for orphan in std::mem::take(&mut self.orphans) {
             self.find_priority(&orphan, after);
         }
@@ -454,7 +455,7 @@ impl Edit {
     }
 
     /// The lowest priority of a record, looked for among the instances that give it.
-    fn find_priority(&mut self, orphan: &Orphan, after: &[&Table<Arc<Instance>>]) {
+    fn find_priority(&mut self, orphan: &Orphan, after: &[&CowTree<Arc<Instance>>]) {
         let Orphan { protocol, port_name, target, port } = orphan;
         let key = (*protocol, port_name.as_str().as_bytes());
         let Some(mut row) = self.facts.ports.get(&key).cloned() else { return };

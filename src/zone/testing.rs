@@ -7,7 +7,8 @@ use std::{
 
 use super::{Publisher, ServiceChange, ServiceRecords, Zone, ZoneConfig, rows::Rows};
 use crate::model::{
-    Change, DnsName, Draft, DraftPort, Instance, InstanceKey, Protocol, Service, ServiceKey, UnixMillis, Validator,
+    DnsName, Instance, InstanceChange, InstanceKey, InstanceSpec, PortSpec, Protocol, Service, ServiceKey, UnixMillis,
+    Validator,
 };
 
 const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
@@ -24,14 +25,14 @@ pub(crate) fn config() -> ZoneConfig {
 }
 
 /// An instance at `address` with ports such as `http:80` or `dns:53/udp`.
-pub(crate) fn draft(address: &str, ports: &[&str]) -> Draft {
+pub(crate) fn spec(address: &str, ports: &[&str]) -> InstanceSpec {
     let port = |text: &&str| {
         let (text, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
         let protocol = Protocol::ALL.into_iter().find(|p| p.srv_label()[1..] == *protocol).expect("a protocol");
         let (name, number) = text.split_once(':').unwrap_or(("", text));
-        DraftPort { number: number.parse().expect("a number"), protocol, name: name.into() }
+        PortSpec { number: number.parse().expect("a number"), protocol, name: name.into() }
     };
-    Draft { address: address.into(), ports: ports.iter().map(port).collect(), ..Draft::default() }
+    InstanceSpec { address: address.into(), ports: ports.iter().map(port).collect(), ..InstanceSpec::default() }
 }
 
 pub(crate) fn key(service: &str) -> ServiceKey {
@@ -39,8 +40,8 @@ pub(crate) fn key(service: &str) -> ServiceKey {
     VALIDATOR.service(namespace, name).expect("valid")
 }
 
-pub(crate) fn instance(service: &ServiceKey, draft: &Draft) -> Arc<Instance> {
-    Arc::new(VALIDATOR.instance(service, draft, UnixMillis(0)).expect("valid"))
+pub(crate) fn instance(service: &ServiceKey, spec: &InstanceSpec) -> Arc<Instance> {
+    Arc::new(VALIDATOR.instance(service, spec, UnixMillis(0)).expect("valid"))
 }
 
 /// A zone and what is registered in it.
@@ -67,23 +68,23 @@ impl World {
     }
 
     /// Registers an instance under `service.namespace`.
-    pub(crate) fn add(&mut self, service: &str, draft: &Draft) {
+    pub(crate) fn add(&mut self, service: &str, spec: &InstanceSpec) {
         let service = key(service);
-        let instance = instance(&service, draft);
+        let instance = instance(&service, spec);
         self.put(&service, instance);
     }
 
     /// Registers an instance that is not ready.
-    pub(crate) fn add_unready(&mut self, service: &str, draft: &Draft) {
+    pub(crate) fn add_unready(&mut self, service: &str, spec: &InstanceSpec) {
         let service = key(service);
-        let instance = Arc::unwrap_or_clone(instance(&service, draft)).with_ready(false);
+        let instance = Arc::unwrap_or_clone(instance(&service, spec)).with_ready(false);
         self.put(&service, instance.into());
     }
 
     /// Removes an instance.
-    pub(crate) fn remove(&mut self, service: &str, draft: &Draft) {
+    pub(crate) fn remove(&mut self, service: &str, spec: &InstanceSpec) {
         let service = key(service);
-        let instance = instance(&service, draft);
+        let instance = instance(&service, spec);
         self.change(&service, &[(instance, false)]);
     }
 
@@ -103,7 +104,7 @@ impl World {
             };
             let after = stays.then(|| Arc::clone(instance));
             if before.is_some() || after.is_some() {
-                changes.push(Change { before, after });
+                changes.push(InstanceChange { before, after });
             }
         }
         self.generation += 1;

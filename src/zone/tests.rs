@@ -7,12 +7,12 @@ use proptest::prelude::*;
 
 use super::{
     Hit, Lookup, QName, RecordType, ZoneConfig,
-    testing::{Contents, World, config, draft, instance, key},
+    testing::{Contents, World, config, instance, key, spec},
 };
-use crate::model::{Draft, Instance};
+use crate::model::{Instance, InstanceSpec};
 
 /// One registration among few addresses, names and ports, so that they meet often.
-fn any_instance() -> impl Strategy<Value = (Draft, bool)> {
+fn any_instance() -> impl Strategy<Value = (InstanceSpec, bool)> {
     let address = prop_oneof![
         (1u8..6).prop_map(|n| format!("10.0.0.{n}")),
         (1u8..4).prop_map(|n| format!("2001:db8::{n}")),
@@ -30,7 +30,7 @@ fn any_instance() -> impl Strategy<Value = (Draft, bool)> {
             let own = address.replace('.', "-");
             let host = if host == "own" && address.starts_with("10.") { own.as_str() } else { host };
             let host_name = if host == "own" { String::new() } else { host.to_owned() };
-            Some((Draft { host_name, weight, priority, ..draft(&address, &ports) }, ready))
+            Some((InstanceSpec { host_name, weight, priority, ..spec(&address, &ports) }, ready))
         },
     )
 }
@@ -52,8 +52,8 @@ proptest! {
             let service = &services[index];
             let steps: Vec<(Arc<Instance>, bool)> = steps
                 .into_iter()
-                .map(|((draft, ready), stays)| {
-                    let instance = Arc::unwrap_or_clone(instance(service, &draft)).with_ready(ready);
+                .map(|((spec, ready), stays)| {
+                    let instance = Arc::unwrap_or_clone(instance(service, &spec)).with_ready(ready);
                     (Arc::new(instance), stays)
                 })
                 .collect();
@@ -97,8 +97,10 @@ fn an_srv_target_never_dangles() {
         for round in 0..4000u32 {
             let port = ["http:80"];
             let host_name = if round % 3 == 0 { "h".to_owned() } else { String::new() };
-            let one =
-                |n: u32| Draft { host_name: host_name.clone(), ..draft(&format!("10.0.0.{}", 1 + n % 40), &port) };
+            let one = |n: u32| InstanceSpec {
+                host_name: host_name.clone(),
+                ..spec(&format!("10.0.0.{}", 1 + n % 40), &port)
+            };
             let steps = [(instance(&service, &one(round)), true), (instance(&service, &one(round + 20)), false)];
             world.change(&service, &steps);
         }
@@ -114,7 +116,7 @@ fn an_srv_target_never_dangles() {
 fn a_change_in_a_large_service_leaves_nearly_all_of_it_alone() {
     let mut world = World::new(config());
     let service = key("web.prod");
-    let at = |n: u32| draft(&std::net::Ipv4Addr::from_bits(0x0a00_0001 + n).to_string(), &["http:80"]);
+    let at = |n: u32| spec(&std::net::Ipv4Addr::from_bits(0x0a00_0001 + n).to_string(), &["http:80"]);
     let all: Vec<_> = (0..10_000).map(|n| (instance(&service, &at(n)), true)).collect();
     world.change(&service, &all);
     let rows = |world: &World| -> Vec<usize> {
@@ -128,7 +130,7 @@ fn a_change_in_a_large_service_leaves_nearly_all_of_it_alone() {
     let view = world.zone.pin();
     let old = view.service(b"web", b"prod").expect("registered").clone();
     drop(view);
-    world.change(&service, &[(instance(&service, &Draft { weight: Some(2.0), ..at(5000) }), true)]);
+    world.change(&service, &[(instance(&service, &InstanceSpec { weight: Some(2.0), ..at(5000) }), true)]);
     let moved = before.iter().zip(rows(&world)).filter(|(before, after)| **before != *after).count();
     assert!((1..=32).contains(&moved), "{moved} rows were copied");
     drop(old);
@@ -137,7 +139,7 @@ fn a_change_in_a_large_service_leaves_nearly_all_of_it_alone() {
 #[test]
 fn an_address_of_many_services_is_cheap_to_add_and_remove() {
     let mut world = World::new(config());
-    let one = draft("10.0.0.1", &[]);
+    let one = spec("10.0.0.1", &[]);
     for n in 0..2000 {
         world.add(&format!("s{n}.prod"), &one);
     }

@@ -11,7 +11,7 @@ use gangplank::{
         endpoints, services,
         slices::{Request, Stamps, Write, plan},
     },
-    model::{Draft, DraftPort, Instance, Protocol, ServiceKey, Table, UnixMillis, Validator},
+    model::{CowTree, Instance, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis, Validator},
 };
 use proptest::{
     prelude::*,
@@ -94,14 +94,14 @@ fn address() -> impl Strategy<Value = String> {
     ]
 }
 
-fn port() -> impl Strategy<Value = DraftPort> {
+fn port() -> impl Strategy<Value = PortSpec> {
     let number = prop_oneof![1 => Just(1_i64), 1 => Just(65_535), 4 => 0_i64..70_000];
     let protocol = prop::sample::select(Protocol::ALL.to_vec());
     let name = prop_oneof![1 => Just(String::new()), 2 => label(), 4 => "[a-c]"];
-    (number, protocol, name).prop_map(|(number, protocol, name)| DraftPort { number, protocol, name })
+    (number, protocol, name).prop_map(|(number, protocol, name)| PortSpec { number, protocol, name })
 }
 
-fn draft() -> impl Strategy<Value = Draft> {
+fn spec() -> impl Strategy<Value = InstanceSpec> {
     let node = prop_oneof![
         4 => Just(String::new()),
         2 => "[a-z0-9]{1,9}\\.[a-z]{2,5}",
@@ -111,7 +111,7 @@ fn draft() -> impl Strategy<Value = Draft> {
     let ports = prop_oneof![6 => prop::collection::vec(port(), 0..5), 1 => prop::collection::vec(port(), 30..40)];
     let weight = prop_oneof![Just(None), Just(Some(0.0)), Just(Some(655.0)), (0.0_f32..655.0).prop_map(Some)];
     (address(), ports, prop_oneof![2 => Just(String::new()), 1 => label()], node, weight, any::<u16>()).prop_map(
-        |(address, ports, host_name, node_name, weight, priority)| Draft {
+        |(address, ports, host_name, node_name, weight, priority)| InstanceSpec {
             address,
             ports,
             host_name,
@@ -123,17 +123,17 @@ fn draft() -> impl Strategy<Value = Draft> {
 }
 
 /// Everything as long as it can be, at every address that the door lets in.
-fn edges() -> (ServiceKey, Table<Arc<Instance>>) {
+fn edges() -> (ServiceKey, CowTree<Arc<Instance>>) {
     let long = |letter: &str| letter.repeat(63);
     let key = VALIDATOR.service(LONGEST, &long("s")).expect("63 characters are a label");
-    let port = |number: i64| DraftPort {
+    let port = |number: i64| PortSpec {
         number,
         protocol: Protocol::ALL[usize::try_from(number % 3).expect("small")],
         name: format!("{}{number:02}", "p".repeat(61)),
     };
     let node = format!("{0}.{0}.{0}.{1}", long("n"), "n".repeat(61));
     let instances = ADDRESSES.iter().flat_map(|&address| {
-        let draft = Draft {
+        let spec = InstanceSpec {
             address: address.into(),
             ports: (10..30).map(port).collect(),
             host_name: long("h"),
@@ -141,31 +141,31 @@ fn edges() -> (ServiceKey, Table<Arc<Instance>>) {
             weight: Some(0.1),
             priority: u16::MAX,
         };
-        let bare = Draft { address: address.into(), ..Draft::default() };
-        [draft, bare].map(|draft| VALIDATOR.instance(&key, &draft, UnixMillis(u64::MAX)).ok().map(Arc::new))
+        let bare = InstanceSpec { address: address.into(), ..InstanceSpec::default() };
+        [spec, bare].map(|spec| VALIDATOR.instance(&key, &spec, UnixMillis(u64::MAX)).ok().map(Arc::new))
     });
-    let table: Table<Arc<Instance>> = instances.flatten().collect();
+    let table: CowTree<Arc<Instance>> = instances.flatten().collect();
     assert!(table.len() >= 30, "the door lets in {} of {}", table.len(), 2 * ADDRESSES.len());
     (key, table)
 }
 
 /// Services with instances that the door let in, until there are `cases` instances.
-fn generated(cases: usize) -> Vec<(ServiceKey, Table<Arc<Instance>>)> {
+fn generated(cases: usize) -> Vec<(ServiceKey, CowTree<Arc<Instance>>)> {
     let mut runner = TestRunner::new(Config::default());
     let service = (
         prop::sample::select(vec!["door", LONGEST]),
         service_name(),
-        prop::collection::vec(draft(), 1..=4 * OF_A_SERVICE),
+        prop::collection::vec(spec(), 1..=4 * OF_A_SERVICE),
     );
     let (mut all, mut names, mut count) = (vec![edges()], HashSet::new(), 0);
     while count < cases {
-        let (namespace, name, drafts) = service.new_tree(&mut runner).expect("it generates").current();
+        let (namespace, name, specs) = service.new_tree(&mut runner).expect("it generates").current();
         let Ok(key) = VALIDATOR.service(namespace, &name) else { continue };
         let accepted =
-            drafts.iter().filter_map(|draft| VALIDATOR.instance(&key, draft, UnixMillis(1_700_000_000_123)).ok());
+            specs.iter().filter_map(|spec| VALIDATOR.instance(&key, spec, UnixMillis(1_700_000_000_123)).ok());
         // A name of a host is no address: it does not stand in a slice.
         let accepted = accepted.filter(|instance| instance.address().ip().is_some());
-        let table: Table<Arc<Instance>> = accepted.take(OF_A_SERVICE).map(Arc::new).collect();
+        let table: CowTree<Arc<Instance>> = accepted.take(OF_A_SERVICE).map(Arc::new).collect();
         if !table.is_empty() && names.insert(key.clone()) {
             count += table.len();
             all.push((key, table));
@@ -175,7 +175,7 @@ fn generated(cases: usize) -> Vec<(ServiceKey, Table<Arc<Instance>>)> {
 }
 
 /// What the mirror would write for them.
-fn objects(services: &[(ServiceKey, Table<Arc<Instance>>)]) -> Vec<Value> {
+fn objects(services: &[(ServiceKey, CowTree<Arc<Instance>>)]) -> Vec<Value> {
     let occupied = HashSet::new();
     let mut objects = Vec::new();
     for (key, instances) in services {

@@ -13,7 +13,7 @@ use std::{
 use futures::future;
 use gangplank::{
     grpc::client::Client,
-    model::{Draft, DraftPort, Protocol},
+    model::{InstanceSpec, PortSpec, Protocol},
 };
 use hickory_proto::{
     op::ResponseCode,
@@ -125,20 +125,20 @@ fn asked(server: SocketAddr, name: &str, rtype: RecordType) -> Said {
 }
 
 /// One instance of a service: address, ports, host name, weight.
-fn instance(address: &str, ports: &[(&str, i64, Protocol)], host_name: &str, weight: f32) -> Draft {
-    let ports = ports.iter().map(|&(name, number, protocol)| DraftPort { number, protocol, name: name.into() });
-    Draft {
+fn instance(address: &str, ports: &[(&str, i64, Protocol)], host_name: &str, weight: f32) -> InstanceSpec {
+    let ports = ports.iter().map(|&(name, number, protocol)| PortSpec { number, protocol, name: name.into() });
+    InstanceSpec {
         address: address.into(),
         ports: ports.collect(),
         host_name: host_name.into(),
         weight: Some(weight),
         // Something that is not the default.
         priority: u16::from(weight < 1.0),
-        ..Draft::default()
+        ..InstanceSpec::default()
     }
 }
 
-fn services() -> Vec<(&'static str, Vec<Draft>)> {
+fn services() -> Vec<(&'static str, Vec<InstanceSpec>)> {
     use Protocol::{Sctp, Tcp, Udp};
     let http: &[(&str, i64, Protocol)] = &[("http", 8080, Tcp)];
     let plain = |address: &str| instance(address, http, "", 1.0);
@@ -178,10 +178,10 @@ fn register(world: &World) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let client = Client::connect(&format!("http://{}", world.server.grpc)).await.expect("it listens");
-        for (service, drafts) in services() {
-            let registered = drafts.iter().map(|draft| {
+        for (service, specs) in services() {
+            let registered = specs.iter().map(|spec| {
                 let mut client = client.clone();
-                async move { client.register(NAMESPACE, service, draft).await.expect("it answers") }
+                async move { client.register(NAMESPACE, service, spec).await.expect("it answers") }
             });
             for answer in future::join_all(registered).await {
                 assert!(matches!(answer.status, 201 | 202), "{service}: {answer:?}");
@@ -191,11 +191,11 @@ fn register(world: &World) {
 }
 
 /// The label of an instance, told by hand.
-fn label(draft: &Draft) -> String {
-    if !draft.host_name.is_empty() {
-        return draft.host_name.clone();
+fn label(spec: &InstanceSpec) -> String {
+    if !spec.host_name.is_empty() {
+        return spec.host_name.clone();
     }
-    let dashed = draft.address.replace(['.', ':'], "-");
+    let dashed = spec.address.replace(['.', ':'], "-");
     let begin = if dashed.starts_with('-') { "0" } else { "" };
     let end = if dashed.ends_with('-') { "0" } else { "" };
     format!("{begin}{dashed}{end}")
@@ -221,17 +221,17 @@ fn reverse(ip: IpAddr) -> String {
 fn names() -> BTreeMap<String, Kind> {
     const Z: &str = "cluster.local.";
     let mut names = BTreeMap::new();
-    for (service, drafts) in services() {
+    for (service, specs) in services() {
         let zone = format!("{service}.{NAMESPACE}.svc.{Z}");
-        let ports = drafts.iter().any(|draft| !draft.ports.is_empty());
+        let ports = specs.iter().any(|spec| !spec.ports.is_empty());
         names.insert(zone.clone(), Kind::Host { ports });
         // One of a hundred of the same kind says as much as all.
-        for draft in drafts.iter().take(5) {
-            let host = format!("{}.{zone}", label(draft));
+        for spec in specs.iter().take(5) {
+            let host = format!("{}.{zone}", label(spec));
             names.insert(format!("x.{host}"), Kind::Absent);
             names.insert(host, Kind::Host { ports });
-            names.insert(reverse(draft.address.parse().expect("an address")), Kind::Reverse);
-            for port in draft.ports.iter().filter(|port| !port.name.is_empty()) {
+            names.insert(reverse(spec.address.parse().expect("an address")), Kind::Reverse);
+            for port in spec.ports.iter().filter(|port| !port.name.is_empty()) {
                 let above = format!("{}.{zone}", port.protocol.srv_label());
                 names.insert(format!("_{}.{above}", port.name), Kind::Port);
                 names.insert(format!("_nosuch.{above}"), Kind::Absent);

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     grpc::client::Client,
-    model::{DraftPort, Protocol, ServiceKey},
+    model::{PortSpec, Protocol, ServiceKey},
 };
 use ask::AskError;
 use name::Target;
@@ -89,7 +89,7 @@ fn record_type(text: &str) -> Result<RecordType, String> {
 
 fn port_name(text: &str) -> Result<PortName, String> {
     let (name, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
-    let DraftPort { protocol, .. } = port(&format!("1/{protocol}")).map_err(|_| "the protocol is tcp, udp or sctp")?;
+    let PortSpec { protocol, .. } = port(&format!("1/{protocol}")).map_err(|_| "the protocol is tcp, udp or sctp")?;
     if name.is_empty() {
         return Err("a port name is written NAME or NAME/PROTO, for example http or dns/udp".into());
     }

@@ -1,7 +1,7 @@
 //! The names that exist, and those that do not.
 
 use super::*;
-use crate::model::Draft;
+use crate::model::InstanceSpec;
 
 const ZONE: &str = "cluster.local.";
 
@@ -17,10 +17,10 @@ fn a_service_has_one_address_record_per_ready_instance_and_family() {
 #[test]
 fn addresses_are_distinct_rfc2181_5() {
     let mut world = World::new(config());
-    world.add("web.prod", &draft("10.0.0.1", &["http:80"]));
-    world.add("web.prod", &draft("10.0.0.1", &["http:81"]));
+    world.add("web.prod", &spec("10.0.0.1", &["http:80"]));
+    world.add("web.prod", &spec("10.0.0.1", &["http:81"]));
     assert_eq!(answers(&world, "web.prod.svc.cluster.local.", A).len(), 1);
-    world.remove("web.prod", &draft("10.0.0.1", &["http:81"]));
+    world.remove("web.prod", &spec("10.0.0.1", &["http:81"]));
     assert_eq!(answers(&world, "web.prod.svc.cluster.local.", A).len(), 1);
 }
 
@@ -44,8 +44,8 @@ fn a_host_is_its_dashed_address_unless_it_has_a_name() {
 #[test]
 fn a_host_name_that_spells_the_own_address_is_the_dashed_label() {
     let mut world = World::new(config());
-    world.add("web.prod", &Draft { host_name: "10-0-0-1".into(), ..draft("10.0.0.1", &["http:80"]) });
-    world.add("web.prod", &draft("10.0.0.1", &["http:80", "2"]));
+    world.add("web.prod", &InstanceSpec { host_name: "10-0-0-1".into(), ..spec("10.0.0.1", &["http:80"]) });
+    world.add("web.prod", &spec("10.0.0.1", &["http:80", "2"]));
     let told = tell(&world, &ask("_http._tcp.web.prod.svc.cluster.local.", SRV));
     assert_eq!(told.answers().len(), 1, "{:?}", told.answers());
     assert_eq!(answers(&world, "10-0-0-1.web.prod.svc.cluster.local.", A).len(), 1);
@@ -85,7 +85,7 @@ fn srv_of_hosts_that_share_a_name_is_one_record_with_the_sum_of_weights() {
     assert_eq!(told.answers(), [format!("{owner} 5 IN SRV 3 150 5432 {target}")]);
     assert_eq!(told.additional(), [format!("{target} 5 IN A 10.1.0.1"), format!("{target} 5 IN AAAA 2001:db8::1:1")]);
 
-    let third = Draft { host_name: "main".into(), priority: 1, ..draft("10.1.0.2", &["pg:5432"]) };
+    let third = InstanceSpec { host_name: "main".into(), priority: 1, ..spec("10.1.0.2", &["pg:5432"]) };
     world.add("db.prod", &third);
     assert_eq!(answers(&world, owner, SRV), [format!("{owner} 5 IN SRV 1 250 5432 {target}")]);
     world.remove("db.prod", &third);
@@ -96,14 +96,14 @@ fn srv_of_hosts_that_share_a_name_is_one_record_with_the_sum_of_weights() {
 fn srv_weights_are_hundredths_and_0_only_for_0() {
     let mut world = World::new(config());
     for (n, weight) in [0.0, 0.000_01, 0.004, 0.006, 1.0, 2.345, 655.0].into_iter().enumerate() {
-        world.add("web.prod", &Draft { weight: Some(weight), ..draft(&format!("10.0.0.{n}"), &["http:80"]) });
+        world.add("web.prod", &InstanceSpec { weight: Some(weight), ..spec(&format!("10.0.0.{n}"), &["http:80"]) });
     }
     let told = answers(&world, "_http._tcp.web.prod.svc.cluster.local.", SRV);
     let weights: Vec<&str> = told.iter().filter_map(|record| record.split(' ').nth(5)).collect();
     assert_eq!(weights, ["0", "1", "1", "1", "100", "235", "65500"]);
     let mut world = World::new(config());
     for port in ["1", "2"] {
-        world.add("web.prod", &Draft { weight: Some(655.0), ..draft("10.0.0.1", &["http:80", port]) });
+        world.add("web.prod", &InstanceSpec { weight: Some(655.0), ..spec("10.0.0.1", &["http:80", port]) });
     }
     let told = answers(&world, "_http._tcp.web.prod.svc.cluster.local.", SRV);
     assert!(told[0].contains(" SRV 0 65535 80 "), "{told:?}");
@@ -173,7 +173,7 @@ fn rfc8020_names_above_names_that_exist_do_exist() {
 #[test]
 fn a_namespace_is_gone_with_its_last_service() {
     let mut world = World::new(config());
-    let one = draft("10.0.0.1", &["http:80"]);
+    let one = spec("10.0.0.1", &["http:80"]);
     world.add("web.prod", &one);
     world.add("db.prod", &one);
     world.remove("web.prod", &one);
@@ -205,13 +205,13 @@ fn a_service_without_a_ready_instance_does_not_exist_unless_unready_ones_are_pub
     let sick = "sick.ill.svc.cluster.local.";
     assert_no_name(&world, sick, A, ZONE);
     // One that becomes ready is there, and is gone again.
-    world.add("sick.ill", &draft("10.9.0.1", &["http:80"]));
+    world.add("sick.ill", &spec("10.9.0.1", &["http:80"]));
     assert_eq!(answers(&world, sick, A).len(), 1);
-    world.add_unready("sick.ill", &draft("10.9.0.1", &["http:80"]));
+    world.add_unready("sick.ill", &spec("10.9.0.1", &["http:80"]));
     assert_no_name(&world, sick, A, ZONE);
 
     let mut world = World::new(ZoneConfig { publish_not_ready: true, ..config() });
-    world.add_unready("sick.ill", &draft("10.9.0.1", &["http:80"]));
+    world.add_unready("sick.ill", &spec("10.9.0.1", &["http:80"]));
     assert_eq!(answers(&world, sick, A), [format!("{sick} 5 IN A 10.9.0.1")]);
     assert_eq!(answers(&world, &format!("_http._tcp.{sick}"), SRV).len(), 1);
     assert_no_data(&world, sick, AAAA, ZONE);
@@ -220,7 +220,7 @@ fn a_service_without_a_ready_instance_does_not_exist_unless_unready_ones_are_pub
 #[test]
 fn instances_that_are_dns_names_give_no_record_yet() {
     let mut world = World::new(config());
-    world.add("web.prod", &draft("db.example.com", &["http:80"]));
+    world.add("web.prod", &spec("db.example.com", &["http:80"]));
     assert_no_name(&world, "web.prod.svc.cluster.local.", A, ZONE);
 }
 
@@ -277,7 +277,7 @@ fn outside_of_the_zone_everything_is_refused_and_so_is_the_probe_of_coredns() {
 fn rfc8914_what_is_not_loaded_yet_is_servfail_and_says_so() {
     let mut world =
         World::loading(ZoneConfig { reverse_zones: vec![("10.0.0.0".parse().expect("valid"), 8)], ..config() });
-    world.add("web.prod", &draft("10.0.0.1", &["http:80"]));
+    world.add("web.prod", &spec("10.0.0.1", &["http:80"]));
     let names = ["web.prod.svc.cluster.local.", "no.prod.svc.cluster.local.", ZONE, "1.0.0.10.in-addr.arpa."];
     for name in names {
         let told = tell(&world, &ask(name, A));
@@ -319,7 +319,7 @@ fn rfc8482_any_is_answered_with_the_first_rrset_there_is() {
 fn the_ttl_is_as_configured_and_0_is_one() {
     for (ttl, soa) in [(0, 0), (5, 5), (300, 300), (3600, 300)] {
         let mut world = World::new(ZoneConfig { ttl, ..config() });
-        world.add("web.prod", &draft("10.0.0.1", &["http:80"]));
+        world.add("web.prod", &spec("10.0.0.1", &["http:80"]));
         let name = "web.prod.svc.cluster.local.";
         assert_eq!(answers(&world, name, A), [format!("{name} {ttl} IN A 10.0.0.1")]);
         // RFC 2308 §5: TTL = min(SOA TTL, MINIMUM).
@@ -333,7 +333,7 @@ fn the_ttl_is_as_configured_and_0_is_one() {
 fn the_first_address_is_drawn_by_weight_and_the_others_follow_in_turn() {
     let mut world = World::new(config());
     for (n, weight) in [1.0, 3.0, 0.0, 4.0].into_iter().enumerate() {
-        world.add("web.prod", &Draft { weight: Some(weight), ..draft(&format!("10.0.0.{n}"), &["http:80"]) });
+        world.add("web.prod", &InstanceSpec { weight: Some(weight), ..spec(&format!("10.0.0.{n}"), &["http:80"]) });
     }
     let packet = ask("web.prod.svc.cluster.local.", A).packet();
     let mut rng = fastrand::Rng::with_seed(1);
@@ -355,7 +355,7 @@ fn the_first_address_is_drawn_by_weight_and_the_others_follow_in_turn() {
 fn instances_without_any_weight_take_turns() {
     let mut world = World::new(config());
     for n in 0..3 {
-        world.add("web.prod", &Draft { weight: Some(0.0), ..draft(&format!("10.0.0.{n}"), &[]) });
+        world.add("web.prod", &InstanceSpec { weight: Some(0.0), ..spec(&format!("10.0.0.{n}"), &[]) });
     }
     let packet = ask("web.prod.svc.cluster.local.", A).packet();
     let mut rng = fastrand::Rng::with_seed(1);

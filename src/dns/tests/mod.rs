@@ -15,7 +15,7 @@ use hickory_proto::op::Message;
 use super::{Context, MAX_TCP, MAX_UDP, Transport, answer};
 use crate::zone::{
     ZoneConfig,
-    testing::{World, config, draft},
+    testing::{World, config, spec},
 };
 
 const A: u16 = 1;
@@ -198,14 +198,14 @@ fn world() -> World {
         ns_addresses: vec!["192.0.2.53".parse().expect("valid"), "2001:db8::53".parse().expect("valid")],
         ..config()
     });
-    world.add("web.prod", &draft("10.0.0.1", &["http:80", "9"]));
-    world.add("web.prod", &draft("10.0.0.2", &["http:80", "dns:53/udp"]));
-    world.add("web.prod", &draft("2001:db8::", &["http:8080"]));
-    let db = crate::model::Draft { host_name: "main".into(), priority: 3, ..draft("10.1.0.1", &["pg:5432"]) };
+    world.add("web.prod", &spec("10.0.0.1", &["http:80", "9"]));
+    world.add("web.prod", &spec("10.0.0.2", &["http:80", "dns:53/udp"]));
+    world.add("web.prod", &spec("2001:db8::", &["http:8080"]));
+    let db = crate::model::InstanceSpec { host_name: "main".into(), priority: 3, ..spec("10.1.0.1", &["pg:5432"]) };
     world.add("db.prod", &db);
-    world.add("db.prod", &crate::model::Draft { address: "2001:db8::1:1".into(), weight: Some(0.5), ..db });
-    world.add("bare.test", &draft("10.0.0.1", &[]));
-    world.add_unready("sick.ill", &draft("10.9.0.1", &["http:80"]));
+    world.add("db.prod", &crate::model::InstanceSpec { address: "2001:db8::1:1".into(), weight: Some(0.5), ..db });
+    world.add("bare.test", &spec("10.0.0.1", &[]));
+    world.add_unready("sick.ill", &spec("10.9.0.1", &["http:80"]));
     world.generation(1712);
     world
 }

@@ -17,7 +17,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     dns::render::MAX_PTR,
-    model::{DashedLabel, Draft},
+    model::{DashedLabel, InstanceSpec},
     zone::{Addresses, Apex, Hit, Lookup, QName, RecordType, Target, View},
 };
 
@@ -184,8 +184,9 @@ fn any_world() -> impl Strategy<Value = World> {
                 ..config()
             });
             for (service, address, host, ports, weight, priority) in registrations {
-                let draft = Draft { host_name: host.into(), weight: Some(weight), priority, ..draft(&address, &ports) };
-                world.add(service, &draft);
+                let spec =
+                    InstanceSpec { host_name: host.into(), weight: Some(weight), priority, ..spec(&address, &ports) };
+                world.add(service, &spec);
             }
             world
         },

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 
 use super::{oracle::any_name, *};
 use crate::{
-    model::Draft,
+    model::InstanceSpec,
     zone::testing::{instance, key},
 };
 
@@ -19,7 +19,7 @@ use crate::{
 struct List(BTreeSet<(String, u16, String)>);
 
 /// One registration: under which service, what, and whether it is ready.
-type Registration = (&'static str, Draft, bool);
+type Registration = (&'static str, InstanceSpec, bool);
 
 fn any_registrations() -> impl Strategy<Value = Vec<Registration>> {
     let address = prop_oneof![
@@ -32,7 +32,7 @@ fn any_registrations() -> impl Strategy<Value = Vec<Registration>> {
     let weight = prop::sample::select(vec![None, Some(0.0), Some(0.25), Some(0.001), Some(655.0)]);
     let one = (service, address, host, ports, weight, 0u16..3, prop::bool::weighted(0.8));
     let one = one.prop_map(|(service, address, host, ports, weight, priority, ready)| {
-        (service, Draft { host_name: host.into(), weight, priority, ..draft(&address, &ports) }, ready)
+        (service, InstanceSpec { host_name: host.into(), weight, priority, ..spec(&address, &ports) }, ready)
     });
     prop::collection::vec(one, 0..20)
 }
@@ -41,26 +41,26 @@ impl List {
     fn of(registrations: &[Registration]) -> Self {
         // The last word on an instance is the one that counts.
         let mut instances = BTreeMap::new();
-        for (service, draft, ready) in registrations {
-            let ports: BTreeSet<_> = draft.ports.iter().map(|port| (port.protocol.srv_label(), port.number)).collect();
-            instances.insert((service, draft.address.clone(), ports), (draft, ready));
+        for (service, spec, ready) in registrations {
+            let ports: BTreeSet<_> = spec.ports.iter().map(|port| (port.protocol.srv_label(), port.number)).collect();
+            instances.insert((service, spec.address.clone(), ports), (spec, ready));
         }
         let mut list = Self::default();
         let mut ports: BTreeMap<(String, String, i64), (f64, u16)> = BTreeMap::new();
-        for ((service, address, _), (draft, _)) in instances.into_iter().filter(|(_, (_, ready))| **ready) {
+        for ((service, address, _), (spec, _)) in instances.into_iter().filter(|(_, (_, ready))| **ready) {
             let service = format!("{service}.svc.cluster.local.");
-            let host = if draft.host_name.is_empty() { dashed(&address) } else { draft.host_name.clone() };
+            let host = if spec.host_name.is_empty() { dashed(&address) } else { spec.host_name.clone() };
             let host = format!("{host}.{service}");
             let rtype = if address.contains(':') { AAAA } else { A };
             list.add(&service, rtype, &address);
             list.add(&host, rtype, &address);
             list.add(&reverse(&address), PTR, &host);
-            for port in draft.ports.iter().filter(|port| !port.name.is_empty()) {
+            for port in spec.ports.iter().filter(|port| !port.name.is_empty()) {
                 let owner = format!("_{}.{}.{service}", port.name, port.protocol.srv_label());
                 let (weight, priority) =
-                    ports.entry((owner, host.clone(), port.number)).or_insert((0.0, draft.priority));
-                *weight += f64::from(draft.weight.unwrap_or(1.0));
-                *priority = draft.priority.min(*priority);
+                    ports.entry((owner, host.clone(), port.number)).or_insert((0.0, spec.priority));
+                *weight += f64::from(spec.weight.unwrap_or(1.0));
+                *priority = spec.priority.min(*priority);
             }
         }
         for ((owner, target, port), (weight, priority)) in ports {
@@ -124,9 +124,9 @@ proptest! {
     ) {
         let ns_addresses = vec!["192.0.2.53".parse().expect("valid")];
         let mut world = World::new(ZoneConfig { ns_addresses, ..config() });
-        for (service, draft, ready) in &registrations {
+        for (service, spec, ready) in &registrations {
             let service = key(service);
-            let one = std::sync::Arc::unwrap_or_clone(instance(&service, draft)).with_ready(*ready);
+            let one = std::sync::Arc::unwrap_or_clone(instance(&service, spec)).with_ready(*ready);
             world.put(&service, one.into());
         }
         let list = List::of(&registrations);

@@ -7,8 +7,8 @@ const V6: &str = "1.0.0.0.1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.8.b.d.0.1.0.0.
 fn zones(networks: &[(&str, u8)]) -> World {
     let reverse_zones = networks.iter().map(|(ip, prefix)| (ip.parse().expect("an address"), *prefix)).collect();
     let mut world = World::new(ZoneConfig { reverse_zones, ..config() });
-    world.add("web.prod", &draft("10.20.0.1", &["http:80"]));
-    world.add("web.prod", &draft("2001:db8::1:1", &["http:80"]));
+    world.add("web.prod", &spec("10.20.0.1", &["http:80"]));
+    world.add("web.prod", &spec("2001:db8::1:1", &["http:80"]));
     world
 }
 
@@ -130,7 +130,7 @@ fn the_longest_network_that_holds_the_name_is_its_zone() {
 fn an_address_of_many_services_is_answered_with_64_names() {
     let mut world = World::new(config());
     for n in 0..200 {
-        world.add(&format!("s{n}.prod"), &draft("10.0.0.1", &[]));
+        world.add(&format!("s{n}.prod"), &spec("10.0.0.1", &[]));
     }
     let told = tell(&world, &ask("1.0.0.10.in-addr.arpa.", PTR).tcp());
     let mut names = told.answers();

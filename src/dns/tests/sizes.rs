@@ -11,7 +11,7 @@ const HTTP: &str = "_http._tcp.web.prod.svc.cluster.local.";
 fn service_of(count: u32) -> World {
     let mut world = World::new(config());
     let service = key("web.prod");
-    let at = |n: u32| draft(&Ipv4Addr::from_bits(0x0a00_0000 + n).to_string(), &["http:80"]);
+    let at = |n: u32| spec(&Ipv4Addr::from_bits(0x0a00_0000 + n).to_string(), &["http:80"]);
     let all: Vec<_> = (0..count).map(|n| (instance(&service, &at(n)), true)).collect();
     world.change(&service, &all);
     world
@@ -94,7 +94,7 @@ fn rfc2181_9_additional_data_goes_by_whole_rrsets_without_tc() {
     // One target with a hundred addresses: all of them, or none.
     let mut world = World::new(config());
     for n in 0..100 {
-        let one = crate::model::Draft { host_name: "h".into(), ..draft(&format!("10.0.0.{n}"), &["http:80"]) };
+        let one = crate::model::InstanceSpec { host_name: "h".into(), ..spec(&format!("10.0.0.{n}"), &["http:80"]) };
         world.add("web.prod", &one);
     }
     let told = tell(&world, &ask(HTTP, SRV).edns(1232));
@@ -107,8 +107,8 @@ fn rfc2181_9_additional_data_goes_by_whole_rrsets_without_tc() {
 fn a_target_with_two_ports_is_once_in_additional_wherever_the_window_begins() {
     let mut world = World::new(config());
     for n in 0..3 {
-        world.add("web.prod", &draft(&format!("10.0.0.{n}"), &["http:80"]));
-        world.add("web.prod", &draft(&format!("10.0.0.{n}"), &["http:81"]));
+        world.add("web.prod", &spec(&format!("10.0.0.{n}"), &["http:80"]));
+        world.add("web.prod", &spec(&format!("10.0.0.{n}"), &["http:81"]));
     }
     let packet = ask(HTTP, SRV).edns(1232).packet();
     let mut rng = fastrand::Rng::with_seed(3);

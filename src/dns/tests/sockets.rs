@@ -311,7 +311,7 @@ fn a_message_that_trickles_in_is_cut_off() {
 fn a_peer_that_does_not_take_its_answers_is_cut_off() {
     let mut world = World::new(config());
     for n in 0..1000u32 {
-        world.add("web.prod", &draft(&Ipv4Addr::from_bits(0x0a00_0000 + n).to_string(), &[]));
+        world.add("web.prod", &spec(&Ipv4Addr::from_bits(0x0a00_0000 + n).to_string(), &[]));
     }
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], TcpLimits { message: SHORT, ..limits() }));
     let mut stream = server.connect();

@@ -20,7 +20,8 @@ use super::proto::registry::{
 };
 use crate::{
     model::{
-        Address, Draft, DraftPort, MAX_INSTANCE_OCTETS, PortError, PortSet, Protocol, ServiceKey, UnixMillis, Validator,
+        Address, InstanceSpec, MAX_INSTANCE_BYTES, PortError, PortSet, PortSpec, Protocol, ServiceKey, UnixMillis,
+        Validator,
     },
     registry::{Command, KubernetesRefusal, Outcome, Unavailable},
 };
@@ -30,7 +31,7 @@ const MAX_REQUEST_ID: usize = 128;
 
 /// Most ports in a message: each takes 12 octets or more of what an instance may carry. It keeps
 /// the search for doubles, which compares each with each, short.
-const MAX_PORTS: usize = MAX_INSTANCE_OCTETS / 12;
+const MAX_PORTS: usize = MAX_INSTANCE_BYTES / 12;
 
 /// Longest `status_details` in octets; texts that came from outside are shown in part.
 const MAX_DETAILS: usize = 512;
@@ -298,7 +299,7 @@ pub(super) fn parse(
     }
     let command = match RegistrationType::try_from(kind) {
         Ok(RegistrationType::Register) => {
-            let rest = Draft { host_name, node_name, weight, ..Draft::default() };
+            let rest = InstanceSpec { host_name, node_name, weight, ..InstanceSpec::default() };
             register(&mut echo, rest, priority, validator, now)
         }
         Ok(RegistrationType::Unregister) => unregister(&echo, validator),
@@ -332,7 +333,7 @@ fn reserved(message: &RegistrationMsg) -> Result<(), Refusal> {
 
 fn register(
     echo: &mut Echo,
-    rest: Draft,
+    rest: InstanceSpec,
     priority: u32,
     validator: &Validator,
     now: UnixMillis,
@@ -342,16 +343,16 @@ fn register(
         .map_err(|_| Refusal(format!("priority: must be 0..=65535 (RFC 2782), got {priority}")))?;
     let protocols = protocols(&echo.ports)?;
 
-    // The texts are lent to the draft and taken back for the answer: nothing is copied.
-    let ports = echo.ports.iter_mut().zip(protocols).map(|(port, protocol)| DraftPort {
+    // The texts are lent to the spec and taken back for the answer: nothing is copied.
+    let ports = echo.ports.iter_mut().zip(protocols).map(|(port, protocol)| PortSpec {
         number: port.port.into(),
         protocol,
         name: std::mem::take(&mut port.name),
     });
-    let draft = Draft { address: std::mem::take(&mut echo.ipaddress), ports: ports.collect(), priority, ..rest };
-    let instance = validator.instance(&service, &draft, now).map_err(|err| Refusal::new(&err));
-    echo.ipaddress = draft.address;
-    for (port, lent) in echo.ports.iter_mut().zip(draft.ports) {
+    let spec = InstanceSpec { address: std::mem::take(&mut echo.ipaddress), ports: ports.collect(), priority, ..rest };
+    let instance = validator.instance(&service, &spec, now).map_err(|err| Refusal::new(&err));
+    echo.ipaddress = spec.address;
+    for (port, lent) in echo.ports.iter_mut().zip(spec.ports) {
         port.name = lent.name;
     }
     Ok(Command::Register { service, instance: Arc::new(instance?) })

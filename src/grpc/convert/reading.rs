@@ -10,7 +10,10 @@ use crate::{
         client::{ChangeKind, ClientError, WatchEvent},
         proto::{gangplank::v1, registry::Protocol as WireProtocol},
     },
-    model::{Change, Draft, DraftPort, Instance, Protocol, Service, ServiceKey, Timeline, UnixMillis, Validator},
+    model::{
+        Instance, InstanceChange, InstanceSpec, PortSpec, Protocol, Service, ServiceKey, Timeline, UnixMillis,
+        Validator,
+    },
 };
 
 /// Most instances in one message of a list or of a watch's snapshot: some 100 KB.
@@ -90,7 +93,7 @@ fn part_to_proto(
 /// A change, with everything but its cursor.
 pub(in crate::grpc) fn change_to_proto(
     service: &ServiceKey,
-    change: &Change,
+    change: &InstanceChange,
     generation: u64,
     timeline: Timeline,
 ) -> v1::Change {
@@ -157,9 +160,9 @@ fn instance_from_proto(service: &ServiceKey, instance: v1::Instance) -> Result<I
     for port in instance.ports {
         let protocol = protocol_from_proto(port.protocol)
             .ok_or_else(|| unreadable(&format_args!("the protocol {} is unknown", port.protocol)))?;
-        ports.push(DraftPort { number: port.port.into(), protocol, name: port.name });
+        ports.push(PortSpec { number: port.port.into(), protocol, name: port.name });
     }
-    let draft = Draft {
+    let spec = InstanceSpec {
         address: instance.address,
         ports,
         host_name: instance.host_name,
@@ -167,6 +170,6 @@ fn instance_from_proto(service: &ServiceKey, instance: v1::Instance) -> Result<I
         weight: Some(instance.weight),
         priority: u16::try_from(instance.priority).map_err(|err| unreadable(&err))?,
     };
-    let read = ANSWERS.instance(service, &draft, millis(instance.registered)).map_err(|err| unreadable(&err))?;
+    let read = ANSWERS.instance(service, &spec, millis(instance.registered)).map_err(|err| unreadable(&err))?;
     Ok(read.with_ready(instance.ready))
 }

@@ -12,7 +12,7 @@ use std::{collections::HashMap, sync::Arc};
 use tonic::Status;
 
 use crate::{
-    model::{Change, Service, ServiceKey},
+    model::{InstanceChange, Service, ServiceKey},
     registry::{Batch, Catalog, Lagged, RegistryHandle, Subscription},
 };
 
@@ -90,7 +90,7 @@ pub(super) async fn take(
 
 /// Puts the last word of `missed` on every instance over what was read.
 fn settle(mut services: Read, missed: &[Arc<Batch>], filter: &Filter) -> Read {
-    let mut changed: HashMap<&ServiceKey, Vec<(&Change, u64)>> = HashMap::new();
+    let mut changed: HashMap<&ServiceKey, Vec<(&InstanceChange, u64)>> = HashMap::new();
     for batch in missed {
         for event in batch.events.iter().filter(|event| filter.wants(&event.service)) {
             changed.entry(&event.service).or_default().push((&event.change, batch.generation));
@@ -112,8 +112,8 @@ fn settle(mut services: Read, missed: &[Arc<Batch>], filter: &Filter) -> Read {
     services
 }
 
-fn apply(service: &mut Service, changes: &[(&Change, u64)]) {
-    for (Change { before, after }, generation) in changes {
+fn apply(service: &mut Service, changes: &[(&InstanceChange, u64)]) {
+    for (InstanceChange { before, after }, generation) in changes {
         match (before, after) {
             (_, Some(after)) => drop(service.instances.put(Arc::clone(after))),
             (Some(before), None) => drop(service.instances.remove(&before.key())),
@@ -130,7 +130,7 @@ mod tests {
     use super::*;
     use crate::{
         grpc::tests::{Registry, VALIDATOR},
-        model::{Draft, Instance, PortSet, UnixMillis},
+        model::{Instance, InstanceSpec, PortSet, UnixMillis},
         registry::Command,
     };
 
@@ -148,8 +148,8 @@ mod tests {
             let address = VALIDATOR.address(&address).expect("valid");
             return Command::Unregister { service, address, ports: PortSet::default() };
         }
-        let draft = Draft { address, weight: Some(fastrand::u8(..3).into()), ..Draft::default() };
-        let instance = VALIDATOR.instance(&service, &draft, UnixMillis(1)).expect("valid");
+        let spec = InstanceSpec { address, weight: Some(fastrand::u8(..3).into()), ..InstanceSpec::default() };
+        let instance = VALIDATOR.instance(&service, &spec, UnixMillis(1)).expect("valid");
         Command::Register { service, instance: Arc::new(instance) }
     }
 

@@ -13,39 +13,40 @@ use tonic_reflection::pb::{
 use super::*;
 use crate::{
     grpc::client::ClientError,
-    model::{Draft, DraftPort},
+    model::{InstanceSpec, PortSpec},
 };
 
-fn draft(address: &str) -> Draft {
-    let http = DraftPort { number: 8080, name: "http".into(), ..DraftPort::default() };
-    Draft { address: address.into(), ports: vec![http], ..Draft::default() }
+fn spec(address: &str) -> InstanceSpec {
+    let http = PortSpec { number: 8080, name: "http".into(), ..PortSpec::default() };
+    InstanceSpec { address: address.into(), ports: vec![http], ..InstanceSpec::default() }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_status_by_single_calls() {
     let server = TestServer::serving(Registry::working(2), LIMITS).await;
     let mut client = server.client().await;
-    let web = draft("10.0.0.1");
+    let web = spec("10.0.0.1");
 
     let created = client.register("prod", "web", &web).await.expect("answered");
     assert_eq!((created.status, created.details.as_str()), (201, ""));
     let same = client.register("prod", "web", &web).await.expect("answered");
     assert_eq!((same.status, same.generation), (200, created.generation));
-    let changed = client.register("prod", "web", &Draft { weight: Some(2.0), ..web.clone() }).await.expect("answered");
+    let changed =
+        client.register("prod", "web", &InstanceSpec { weight: Some(2.0), ..web.clone() }).await.expect("answered");
     assert_eq!((changed.status, changed.generation), (200, created.generation + 1));
-    assert_eq!(client.register("prod", "web", &draft("10.0.0.2")).await.expect("answered").status, 201);
-    let full = client.register("prod", "web", &draft("10.0.0.3")).await.expect("answered");
+    assert_eq!(client.register("prod", "web", &spec("10.0.0.2")).await.expect("answered").status, 201);
+    let full = client.register("prod", "web", &spec("10.0.0.3")).await.expect("answered");
     assert_eq!((full.status, full.generation), (507, 0));
     assert!(full.details.contains("2 instances"), "{}", full.details);
 
-    let bad = client.register("prod", "web", &draft("127.0.0.1")).await.expect("answered");
+    let bad = client.register("prod", "web", &spec("127.0.0.1")).await.expect("answered");
     assert_eq!((bad.status, bad.generation), (400, 0));
     assert!(bad.details.starts_with("ipaddress: 127.0.0.1: loopback"), "{}", bad.details);
 
-    let other = Draft { ports: Vec::new(), ..draft("10.0.0.9") };
+    let other = InstanceSpec { ports: Vec::new(), ..spec("10.0.0.9") };
     let absent = client.unregister("prod", "web", &other).await.expect("answered");
     assert_eq!((absent.status, absent.details.as_str()), (404, "prod/web has no instance at 10.0.0.9"));
-    let all_ports = Draft { ports: Vec::new(), ..draft("10.0.0.1") };
+    let all_ports = InstanceSpec { ports: Vec::new(), ..spec("10.0.0.1") };
     let removed = client.unregister("prod", "web", &all_ports).await.expect("answered");
     assert_eq!((removed.status, removed.generation), (204, changed.generation + 2));
 
@@ -74,7 +75,7 @@ async fn every_status_by_single_calls() {
 async fn before_the_recovery_nothing_is_taken_and_nothing_denied() {
     let server = TestServer::serving(Registry::new(10), LIMITS).await;
     let mut client = server.client().await;
-    let answer = client.register("prod", "web", &draft("10.0.0.1")).await.expect("answered");
+    let answer = client.register("prod", "web", &spec("10.0.0.1")).await.expect("answered");
     assert_eq!(answer.status, 503);
     assert!(answer.details.starts_with("not ready"), "{}", answer.details);
 
@@ -98,12 +99,12 @@ async fn ten_thousand_instances_are_read_back_as_they_were_written() {
     assert!(client.services(None).await.expect("answered").is_empty());
 
     stream::register_all(&server, 0..10_000).await;
-    let one = Draft {
+    let one = InstanceSpec {
         host_name: "db1".into(),
         node_name: "node.example.com".into(),
         weight: Some(0.5),
         priority: 3,
-        ..draft("2001:db8::1")
+        ..spec("2001:db8::1")
     };
     assert_eq!(client.register("prod", "db", &one).await.expect("answered").status, 201);
 
@@ -157,7 +158,7 @@ async fn the_client_says_when_nobody_listens_and_what_is_no_url() {
     let mut server = TestServer::start().await;
     let mut client = server.client().await;
     server.ended().await;
-    let err = client.register("prod", "web", &draft("10.0.0.1")).await.expect_err("it is gone");
+    let err = client.register("prod", "web", &spec("10.0.0.1")).await.expect_err("it is gone");
     assert!(matches!(err, ClientError::Unreachable { .. }), "{err:?}");
 }
 

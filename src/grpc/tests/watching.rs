@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::*;
 use crate::{
     grpc::client::{ChangeKind, Watch, WatchEvent},
-    model::{Draft, Instance, InstanceId, ServiceKey, UnixMillis},
+    model::{Instance, InstanceId, InstanceSpec, ServiceKey, UnixMillis},
     registry::{Command, Outcome},
 };
 
@@ -72,8 +72,8 @@ fn catalog_as_world(server: &TestServer) -> World {
 
 fn register(service: &str, address: &str, weight: f32) -> Command {
     let service = VALIDATOR.service("prod", service).expect("valid");
-    let draft = Draft { address: address.into(), weight: Some(weight), ..Draft::default() };
-    let instance = VALIDATOR.instance(&service, &draft, UnixMillis(1)).expect("valid");
+    let spec = InstanceSpec { address: address.into(), weight: Some(weight), ..InstanceSpec::default() };
+    let instance = VALIDATOR.instance(&service, &spec, UnixMillis(1)).expect("valid");
     Command::Register { service, instance: Arc::new(instance) }
 }
 

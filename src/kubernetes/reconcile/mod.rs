@@ -37,7 +37,7 @@ use super::{
 };
 use crate::{
     metrics::{Blocked, Metrics},
-    model::{Instance, ServiceKey, Table, UnixMillis},
+    model::{CowTree, Instance, ServiceKey, UnixMillis},
     registry::RegistryHandle,
 };
 
@@ -203,7 +203,7 @@ impl Reconciler {
 
     /// The writes that are missing; `withdraw` takes everything away.
     fn plan(&self, round: &Round<'_>, observed: &Observed, uid: &str, withdraw: bool) -> Vec<Write> {
-        let nothing = Table::default();
+        let nothing = CowTree::default();
         let request = Request {
             service: round.service,
             service_uid: uid,
@@ -467,7 +467,7 @@ impl Reconciler {
 struct Round<'a> {
     service: &'a ServiceKey,
     generation: u64,
-    instances: &'a Table<Arc<Instance>>,
+    instances: &'a CowTree<Arc<Instance>>,
 }
 
 fn is_ours(meta: &ObjectMeta) -> bool {

@@ -9,7 +9,7 @@ use std::{
 use k8s_openapi::api::discovery::v1::EndpointPort;
 use sha2::{Digest as _, Sha256};
 
-use crate::model::{DraftPort, Port, Ports, Protocol, ServiceKey};
+use crate::model::{Port, PortSpec, Ports, Protocol, ServiceKey};
 
 /// Most ports that are looked at in a slice. An instance within its 2 KiB has fewer than 160, so
 /// a longer list is nobody's; Kubernetes would take 20 000.
@@ -141,25 +141,25 @@ fn must_be_split(ports: &Ports) -> bool {
 ///
 /// # Errors
 /// What cannot even be written as a port of ours.
-pub(super) fn draft_ports(ports: &[EndpointPort]) -> Result<Vec<DraftPort>, String> {
+pub(super) fn port_specs(ports: &[EndpointPort]) -> Result<Vec<PortSpec>, String> {
     if ports.len() > MAX_PORTS {
         return Err(format!("ports: {} of them, at most {MAX_PORTS} are looked at", ports.len()));
     }
-    let draft =
-        |(index, port): (usize, &EndpointPort)| draft_port(port).map_err(|what| format!("ports[{index}]: {what}"));
-    ports.iter().enumerate().map(draft).collect()
+    let spec =
+        |(index, port): (usize, &EndpointPort)| port_spec(port).map_err(|what| format!("ports[{index}]: {what}"));
+    ports.iter().enumerate().map(spec).collect()
 }
 
 /// One port as a slice has it.
 ///
 /// # Errors
 /// When it says "all ports", or a protocol that is none.
-pub(super) fn draft_port(port: &EndpointPort) -> Result<DraftPort, String> {
+pub(super) fn port_spec(port: &EndpointPort) -> Result<PortSpec, String> {
     let number = port.port.ok_or("has no number")?;
     let protocol = port.protocol.as_deref().unwrap_or(Protocol::Tcp.as_str());
     let known = Protocol::ALL.into_iter().find(|known| known.as_str() == protocol);
     let protocol = known.ok_or_else(|| format!("protocol: must be TCP, UDP or SCTP, got {protocol:?}"))?;
-    Ok(DraftPort { number: number.into(), protocol, name: port.name.clone().unwrap_or_default() })
+    Ok(PortSpec { number: number.into(), protocol, name: port.name.clone().unwrap_or_default() })
 }
 
 impl Hash for Group {
@@ -187,8 +187,8 @@ mod tests {
     use crate::model::{Namespace, ServiceName};
 
     fn ports(list: &[(i64, Protocol, &str)]) -> Ports {
-        let drafts = list.iter().map(|&(number, protocol, name)| DraftPort { number, protocol, name: name.into() });
-        Ports::parse(&drafts.collect::<Vec<_>>()).expect("valid")
+        let specs = list.iter().map(|&(number, protocol, name)| PortSpec { number, protocol, name: name.into() });
+        Ports::parse(&specs.collect::<Vec<_>>()).expect("valid")
     }
 
     /// These names stand in clusters. If this test fails, the code is wrong, not the test.

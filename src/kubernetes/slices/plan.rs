@@ -25,7 +25,7 @@ use super::{
     render::{Row, Stamps, digest, render},
     standing::Standing,
 };
-use crate::model::{Instance, ServiceKey, Table};
+use crate::model::{CowTree, Instance, ServiceKey};
 
 /// Endpoints in a slice unless told otherwise, as Kubernetes' own controller has it.
 pub const DEFAULT_MAX_ENDPOINTS: usize = 100;
@@ -103,7 +103,7 @@ impl Write {
 #[must_use]
 pub fn plan<'a>(
     request: &Request<'_>,
-    instances: &Table<Arc<Instance>>,
+    instances: &CowTree<Arc<Instance>>,
     standing: impl IntoIterator<Item = &'a Standing>,
 ) -> Vec<Write> {
     let standing: Vec<&Standing> = standing.into_iter().collect();
@@ -211,7 +211,7 @@ fn stamp(slice: &mut EndpointSlice, stamps: Stamps<'_>) {
 type Member<'a> = (IpAddr, &'a Instance);
 
 /// The instances by group, each in order of address. An instance with split ports is in several.
-fn grouped(instances: &Table<Arc<Instance>>) -> Vec<(Group, Vec<Member<'_>>)> {
+fn grouped(instances: &CowTree<Arc<Instance>>) -> Vec<(Group, Vec<Member<'_>>)> {
     let mut groups: Vec<(Group, Vec<Member<'_>>)> = Vec::new();
     // Most instances of a service have the same ports, so groups are made once for each list.
     let mut known: HashMap<(Family, PortList<'_>), std::ops::Range<usize>, foldhash::fast::RandomState> =

@@ -13,14 +13,14 @@ use std::{
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointPort, EndpointSlice};
 
 use super::{
-    group::{Family, Group, draft_port, draft_ports},
+    group::{Family, Group, port_spec, port_specs},
     record::{Record, Records, read_ports},
     standing::{annotation, stamp},
 };
 use crate::{
     kubernetes::names,
     model::{
-        Address, Draft, DraftPort, Instance, InstanceId, Label, MAX_INSTANCE_OCTETS, Ports, Protocol, ServiceKey,
+        Address, Instance, InstanceId, InstanceSpec, Label, MAX_INSTANCE_BYTES, PortSpec, Ports, Protocol, ServiceKey,
         UnixMillis, Validator, parse_dashed_label,
     },
 };
@@ -129,15 +129,15 @@ impl Reader<'_> {
 ///
 /// # Errors
 /// When they cannot stand; then none of the slice's endpoints can.
-fn ports_of(slice: &EndpointSlice, validator: &Validator) -> Result<(Vec<DraftPort>, Option<String>), String> {
-    let standing = draft_ports(slice.ports.as_deref().unwrap_or_default())?;
+fn ports_of(slice: &EndpointSlice, validator: &Validator) -> Result<(Vec<PortSpec>, Option<String>), String> {
+    let standing = port_specs(slice.ports.as_deref().unwrap_or_default())?;
     let ports = validator.ports(&standing).map_err(|err| err.to_string())?;
     let Some(whole) = annotation(&slice.metadata, names::PORTS) else { return Ok((standing, None)) };
     match read_ports(whole) {
         Ok(whole) => {
             // The family does not matter here.
             if Group::of_slice(Family::V4, ports, Some(whole.clone())).is_some() {
-                return Ok((drafts(&whole), None));
+                return Ok((specs(&whole), None));
             }
             let doubt = format!("annotation {} is about other ports than the slice's: those are taken", names::PORTS);
             Ok((standing, Some(doubt)))
@@ -146,13 +146,13 @@ fn ports_of(slice: &EndpointSlice, validator: &Validator) -> Result<(Vec<DraftPo
     }
 }
 
-fn drafts(ports: &Ports) -> Vec<DraftPort> {
-    let drafts = ports.as_slice().iter().map(|port| DraftPort {
+fn specs(ports: &Ports) -> Vec<PortSpec> {
+    let specs = ports.as_slice().iter().map(|port| PortSpec {
         number: port.number.into(),
         protocol: port.protocol,
         name: port.name.as_ref().map(ToString::to_string).unwrap_or_default(),
     });
-    drafts.collect()
+    specs.collect()
 }
 
 fn instance(
@@ -160,7 +160,7 @@ fn instance(
     validator: &Validator,
     endpoint: &Endpoint,
     address: &str,
-    ports: &[DraftPort],
+    ports: &[PortSpec],
     record: Record,
     created: UnixMillis,
 ) -> Result<Instance, String> {
@@ -169,7 +169,7 @@ fn instance(
     // The label of its own address is what an instance without a host name is called.
     let ip = Address::parse(address).ok().and_then(|address| address.ip());
     let own = ip.is_some() && parse_dashed_label(hostname.as_bytes()) == ip;
-    let draft = Draft {
+    let spec = InstanceSpec {
         address: address.into(),
         ports: ports.to_vec(),
         host_name: if own { String::new() } else { hostname.into() },
@@ -178,7 +178,7 @@ fn instance(
         priority,
     };
     let registered = if registered == UnixMillis(0) { created } else { registered };
-    validator.instance(service, &draft, registered).map_err(|err| err.to_string())
+    validator.instance(service, &spec, registered).map_err(|err| err.to_string())
 }
 
 /// When the slice was created; the beginning of 1970 where it does not say.
@@ -204,14 +204,14 @@ pub fn foreign(service: &ServiceKey, slice: &EndpointSlice, validator: &Validato
         let ready = endpoint.conditions.as_ref().and_then(|conditions| conditions.ready).unwrap_or(true);
         for text in &endpoint.addresses {
             let Ok(address) = validator.address(text) else { continue };
-            let draft = Draft {
+            let spec = InstanceSpec {
                 address: text.clone(),
                 ports: ports.clone(),
                 host_name: usable_hostname(endpoint, &address).unwrap_or_default().into(),
                 node_name: usable_node(endpoint).unwrap_or_default().into(),
-                ..Draft::default()
+                ..InstanceSpec::default()
             };
-            if let Ok(instance) = validator.instance(service, &draft, registered) {
+            if let Ok(instance) = validator.instance(service, &spec, registered) {
                 let instance = Arc::new(instance.with_ready(ready));
                 let known = found.entry(address).or_insert_with(|| Arc::clone(&instance));
                 if ready && !known.ready() {
@@ -226,21 +226,19 @@ pub fn foreign(service: &ServiceKey, slice: &EndpointSlice, validator: &Validato
 }
 
 /// The ports that one instance can have, in order.
-fn usable_ports(ports: &[EndpointPort]) -> Vec<DraftPort> {
+fn usable_ports(ports: &[EndpointPort]) -> Vec<PortSpec> {
     /// Octets that the other fields of an instance take at most: host, node and the numbers.
     const OTHERS: usize = 400;
     let mut seen = Seen::default();
     let mut octets = OTHERS;
     let mut usable = Vec::new();
     for port in ports {
-        let Ok(draft) = draft_port(port) else { continue };
-        let cost = draft.name.len() + 12;
-        if octets + cost <= MAX_INSTANCE_OCTETS
-            && Ports::parse(std::slice::from_ref(&draft)).is_ok()
-            && seen.take(&draft)
+        let Ok(spec) = port_spec(port) else { continue };
+        let cost = spec.name.len() + 12;
+        if octets + cost <= MAX_INSTANCE_BYTES && Ports::parse(std::slice::from_ref(&spec)).is_ok() && seen.take(&spec)
         {
             octets += cost;
-            usable.push(draft);
+            usable.push(spec);
         }
     }
     usable
@@ -256,7 +254,7 @@ struct Seen {
 
 impl Seen {
     /// Whether `port` can stand beside the others; then it is one of them.
-    fn take(&mut self, port: &DraftPort) -> bool {
+    fn take(&mut self, port: &PortSpec) -> bool {
         let name = (port.protocol, port.name.clone());
         let unnamed = port.name.is_empty();
         if (unnamed && self.unnamed) || self.names.contains(&name) || !self.numbers.insert((port.protocol, port.number))

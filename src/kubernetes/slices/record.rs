@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::group::MAX_PORTS;
-use crate::model::{DraftPort, Ports, Protocol, UnixMillis, Weight};
+use crate::model::{PortSpec, Ports, Protocol, UnixMillis, Weight};
 
 /// Most octets of one entry with its comma: 41 of the address in quotes and 80 of the rest.
 pub(super) const MAX_ENTRY_BYTES: usize = 128;
@@ -139,13 +139,13 @@ pub(super) fn read_ports(text: &str) -> Result<Ports, String> {
     if entries.len() > MAX_PORTS {
         return Err(format!("{} ports, at most {MAX_PORTS} are looked at", entries.len()));
     }
-    let draft = |entry: PortEntry| {
+    let spec = |entry: PortEntry| {
         let known = Protocol::ALL.into_iter().find(|known| known.as_str() == entry.protocol);
         let protocol = known.ok_or_else(|| format!("protocol: must be TCP, UDP or SCTP, got {:?}", entry.protocol))?;
-        Ok(DraftPort { number: entry.port, protocol, name: entry.name })
+        Ok(PortSpec { number: entry.port, protocol, name: entry.name })
     };
-    let drafts = entries.into_iter().map(draft).collect::<Result<Vec<_>, String>>()?;
-    Ports::parse(&drafts).map_err(|(index, err)| format!("[{index}]: {err}"))
+    let specs = entries.into_iter().map(spec).collect::<Result<Vec<_>, String>>()?;
+    Ports::parse(&specs).map_err(|(index, err)| format!("[{index}]: {err}"))
 }
 
 #[cfg(test)]
@@ -182,8 +182,8 @@ mod tests {
         assert_eq!(later.get("10.0.0.1"), Ok(record(1.0, 4, 0)));
 
         let dns = [(53, Protocol::Udp, "dns"), (53, Protocol::Tcp, "dns"), (80, Protocol::Tcp, "")];
-        let drafts = dns.map(|(number, protocol, name)| DraftPort { number, protocol, name: name.into() });
-        let ports = Ports::parse(&drafts).expect("valid");
+        let specs = dns.map(|(number, protocol, name)| PortSpec { number, protocol, name: name.into() });
+        let ports = Ports::parse(&specs).expect("valid");
         let text = ports_json(&ports);
         assert_eq!(
             text,

@@ -8,7 +8,7 @@ use k8s_openapi::{
 };
 
 use super::{
-    group::{Family, Group, draft_ports, is_slice_name},
+    group::{Family, Group, is_slice_name, port_specs},
     record::{Records, read_ports},
     render::{Digest, Row, digest, is_owner, labels, render},
 };
@@ -145,7 +145,7 @@ fn service_of(meta: &ObjectMeta) -> Option<ServiceKey> {
 }
 
 fn group_of(slice: &EndpointSlice, family: Family) -> Option<Group> {
-    let ports = Ports::parse(&draft_ports(slice.ports.as_deref().unwrap_or_default()).ok()?).ok()?;
+    let ports = Ports::parse(&port_specs(slice.ports.as_deref().unwrap_or_default()).ok()?).ok()?;
     let whole = match annotation(&slice.metadata, names::PORTS) {
         None => None,
         Some(text) => Some(read_ports(text).ok()?),

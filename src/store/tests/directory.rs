@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::PermissionsExt, path::Path, sync::Arc};
 use super::{Ledger, Model, VALIDATOR, apply, instance_of, random_batch, service};
 use crate::{
     metrics::Metrics,
-    model::{Draft, DraftPort, Protocol, UnixMillis},
+    model::{InstanceSpec, PortSpec, Protocol, UnixMillis},
     store::{DataDir, Journal, Options, Record, Recovery, StoreError},
 };
 
@@ -73,9 +73,9 @@ fn what_is_appended_is_read_back_with_progress() {
     assert_eq!((read, recovery.generation, recovery.repairs), (model, 99, vec![]));
 }
 
-fn put(name: &str, draft: Draft, registered: u64) -> Record {
+fn put(name: &str, spec: InstanceSpec, registered: u64) -> Record {
     let service = service(name);
-    let instance = VALIDATOR.instance(&service, &draft, UnixMillis(registered)).expect("valid");
+    let instance = VALIDATOR.instance(&service, &spec, UnixMillis(registered)).expect("valid");
     Record::Put { service, instance: Arc::new(instance) }
 }
 
@@ -87,8 +87,8 @@ fn remove(put: &Record) -> Record {
 /// What stands in `tests/fixtures/store/v1`, by batches: a snapshot of the first, a closed
 /// segment with the second, the newest segment with the third. It must never change.
 fn fixture() -> [Vec<Record>; 3] {
-    let port = |number, protocol, name: &str| DraftPort { number, protocol, name: name.into() };
-    let full = Draft {
+    let port = |number, protocol, name: &str| PortSpec { number, protocol, name: name.into() };
+    let full = InstanceSpec {
         address: "10.0.0.1".into(),
         ports: vec![port(8080, Protocol::Tcp, "http"), port(53, Protocol::Udp, "dns"), port(9, Protocol::Sctp, "")],
         host_name: "web-1".into(),
@@ -96,21 +96,25 @@ fn fixture() -> [Vec<Record>; 3] {
         weight: Some(2.5),
         priority: 65_535,
     };
-    let six = Draft { address: "2001:db8::1".into(), weight: Some(0.0), ..Draft::default() };
-    let name = Draft { address: "db.example.com".into(), ports: vec![port(1, Protocol::Tcp, "")], ..Draft::default() };
+    let six = InstanceSpec { address: "2001:db8::1".into(), weight: Some(0.0), ..InstanceSpec::default() };
+    let name = InstanceSpec {
+        address: "db.example.com".into(),
+        ports: vec![port(1, Protocol::Tcp, "")],
+        ..InstanceSpec::default()
+    };
     let gone = put("web", six.clone(), 1_700_000_000_001);
     let removed = remove(&gone);
     [
         vec![put("web", full.clone(), 1_700_000_000_000), gone],
         vec![removed, put("db", name, 1_700_000_000_002)],
-        vec![put("web", Draft { weight: None, priority: 0, ..full }, 1_700_000_000_000), put("six", six, 0)],
+        vec![put("web", InstanceSpec { weight: None, priority: 0, ..full }, 1_700_000_000_000), put("six", six, 0)],
     ]
 }
 
 /// The same of `tests/fixtures/store/v1-outbox`, whose snapshot has instances that Kubernetes had
 /// and such that it lacked, a removal, and a term.
 fn outbox_fixture() -> [Vec<Record>; 3] {
-    let at = |address: &str| Draft { address: address.into(), ..Draft::default() };
+    let at = |address: &str| InstanceSpec { address: address.into(), ..InstanceSpec::default() };
     let mirrored = |name, generation| Record::Mirrored { service: service(name), generation };
     let [web, other, db] = [put("web", at("10.0.0.1"), 1), put("web", at("10.0.0.2"), 2), put("db", at("10.0.0.1"), 3)];
     let late = put("late", at("2001:db8::1"), 4);

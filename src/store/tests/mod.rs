@@ -15,7 +15,7 @@ use self::machine::Machine;
 use super::{Journal, Options, Record, Recovery, StoreError, recover::Start};
 use crate::{
     metrics::Metrics,
-    model::{Draft, DraftPort, Instance, InstanceId, Protocol, ServiceKey, UnixMillis, Validator},
+    model::{Instance, InstanceId, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis, Validator},
 };
 
 /// What stands, by service and identity.
@@ -143,13 +143,13 @@ fn random_put(rng: &mut Rng) -> Record {
     };
     let mut ports = Vec::new();
     if rng.u8(..4) > 0 {
-        ports.push(DraftPort { number: 8080, protocol: Protocol::Tcp, name: "http".into() });
+        ports.push(PortSpec { number: 8080, protocol: Protocol::Tcp, name: "http".into() });
     }
     if rng.u8(..8) == 0 {
-        ports.push(DraftPort { number: 53, protocol: Protocol::Udp, name: String::new() });
-        ports.push(DraftPort { number: 36412, protocol: Protocol::Sctp, name: "s1ap".into() });
+        ports.push(PortSpec { number: 53, protocol: Protocol::Udp, name: String::new() });
+        ports.push(PortSpec { number: 36412, protocol: Protocol::Sctp, name: "s1ap".into() });
     }
-    let draft = Draft {
+    let spec = InstanceSpec {
         address,
         ports,
         host_name: if rng.bool() { "host-1".into() } else { String::new() },
@@ -158,7 +158,7 @@ fn random_put(rng: &mut Rng) -> Record {
         priority: rng.u16(..),
     };
     let registered = UnixMillis(rng.u64(..1 << 50));
-    let instance = VALIDATOR.instance(&service, &draft, registered).expect("valid");
+    let instance = VALIDATOR.instance(&service, &spec, registered).expect("valid");
     Record::Put { service, instance: Arc::new(instance) }
 }
 

@@ -10,7 +10,7 @@ use super::{
     mirror, open_with, random_batch, service,
 };
 use crate::{
-    model::{Draft, UnixMillis},
+    model::{InstanceSpec, UnixMillis},
     store::{
         Journal, Options, Record, Recovery,
         frame::{FRAME_LEN, HEADER_LEN},
@@ -28,8 +28,8 @@ fn start(machine: &Machine, outbox: bool) -> (Journal, Recovery, Model) {
 /// The same instance of a service each time, as it was registered at that time.
 fn put(name: &str, registered: u64) -> Record {
     let service = service(name);
-    let draft = Draft { address: "10.0.0.1".into(), ..Draft::default() };
-    let instance = VALIDATOR.instance(&service, &draft, UnixMillis(registered)).expect("valid");
+    let spec = InstanceSpec { address: "10.0.0.1".into(), ..InstanceSpec::default() };
+    let instance = VALIDATOR.instance(&service, &spec, UnixMillis(registered)).expect("valid");
     Record::Put { service, instance: Arc::new(instance) }
 }
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use gangplank::{
     kubernetes::slices::{Family, Group},
-    model::{DraftPort, Ports, Protocol, Validator},
+    model::{PortSpec, Ports, Protocol, Validator},
 };
 use serde_json::{Value, json};
 
@@ -103,7 +103,7 @@ fn foreign_slice(service: &str, name: &str, address: &str) -> Value {
 /// The first name of the slice of IPv4 instances with TCP port 8080, `http`.
 fn first_name(namespace: &str, service: &str) -> String {
     let key = Validator { zone_wire_len: 15, names_allowed: false }.service(namespace, service).expect("valid names");
-    let http = DraftPort { number: 8080, protocol: Protocol::Tcp, name: "http".into() };
+    let http = PortSpec { number: 8080, protocol: Protocol::Tcp, name: "http".into() };
     let ports = Ports::parse(&[http]).expect("a valid port");
     Group { family: Family::V4, ports, part: None }.slice_name(&key, 0)
 }

@@ -10,9 +10,9 @@ use k8s_openapi::{
 use super::*;
 use crate::{kubernetes::names, model::InstanceKey};
 
-fn many(count: u32, ports: &[PortTuple]) -> Table<Arc<Instance>> {
+fn many(count: u32, ports: &[PortTuple]) -> CowTree<Arc<Instance>> {
     let base = u32::from(std::net::Ipv4Addr::new(10, 0, 0, 1));
-    let one = |at: u32| instance(&draft(&std::net::Ipv4Addr::from(base + at).to_string(), ports));
+    let one = |at: u32| instance(&spec(&std::net::Ipv4Addr::from(base + at).to_string(), ports));
     (0..count).map(one).collect()
 }
 
@@ -27,13 +27,13 @@ fn a_large_service_fills_its_slices_and_one_change_rewrites_one() {
         instances.remove(&Instance::key(&gone));
         assert_eq!(cluster.sync(request, &instances), 1);
         // Its place is taken by the next one.
-        instances.put(instance(&draft("10.200.0.1", HTTP)));
+        instances.put(instance(&spec("10.200.0.1", HTTP)));
         assert_eq!(cluster.sync(request, &instances), 1);
         assert_eq!(cluster.slices.len(), 100);
-        instances.put(instance(&draft("10.200.0.2", HTTP)));
+        instances.put(instance(&spec("10.200.0.2", HTTP)));
         assert_eq!(cluster.sync(request, &instances), 1);
         assert_eq!(cluster.slices.len(), 101);
-        assert_eq!(cluster.sync(request, &Table::default()), 101);
+        assert_eq!(cluster.sync(request, &CowTree::default()), 101);
         assert!(cluster.slices.is_empty());
     });
 }
@@ -43,16 +43,16 @@ fn the_largest_slice_is_one_that_kubernetes_takes() {
     // Two names under both protocols, and as many others as fit 2 KiB.
     let names: Vec<String> = (0..90).map(|index| format!("p{index}")).collect();
     let ports = |protocol| {
-        let port = move |(index, name): (usize, &String)| DraftPort {
+        let port = move |(index, name): (usize, &String)| PortSpec {
             number: 10_000 + index as i64,
             protocol,
             name: if index == 0 { "both".into() } else { name.clone() },
         };
         names.iter().enumerate().map(port)
     };
-    let ports: Vec<DraftPort> = ports(TCP).chain(ports(UDP).take(10)).collect();
+    let ports: Vec<PortSpec> = ports(TCP).chain(ports(UDP).take(10)).collect();
     let one = |at: u32| {
-        let draft = Draft {
+        let spec = InstanceSpec {
             address: format!("2001:1db8:1234:5678:9abc:def0:1234:{:x}", 0x1000 + at),
             host_name: "h".repeat(63),
             node_name: format!("{}.{}.{}", "n".repeat(63), "n".repeat(63), "n".repeat(60)),
@@ -60,9 +60,9 @@ fn the_largest_slice_is_one_that_kubernetes_takes() {
             priority: u16::MAX,
             ports: ports.clone(),
         };
-        Arc::new(VALIDATOR.instance(&web(), &draft, UnixMillis(u64::MAX)).expect("valid"))
+        Arc::new(VALIDATOR.instance(&web(), &spec, UnixMillis(u64::MAX)).expect("valid"))
     };
-    let instances: Table<Arc<Instance>> = (0..1000).map(one).collect();
+    let instances: CowTree<Arc<Instance>> = (0..1000).map(one).collect();
     let mut cluster = Cluster::default();
     with_request(1000, &[], |request| {
         assert_eq!(cluster.sync(request, &instances), 2, "a slice for TCP, one for UDP");
@@ -139,10 +139,12 @@ const EDITS: &[Edit] = &[
 
 #[test]
 fn every_edit_is_noticed_and_put_right() {
-    let host = Draft { host_name: "a".into(), node_name: "vm-1".into(), weight: Some(2.0), ..draft("10.0.0.1", HTTP) };
-    let half = Draft { host_name: "a".into(), node_name: "vm-1".into(), weight: Some(2.0), ..draft("10.0.0.1", DNS) };
+    let host =
+        InstanceSpec { host_name: "a".into(), node_name: "vm-1".into(), weight: Some(2.0), ..spec("10.0.0.1", HTTP) };
+    let half =
+        InstanceSpec { host_name: "a".into(), node_name: "vm-1".into(), weight: Some(2.0), ..spec("10.0.0.1", DNS) };
     for (one, ports) in [(host, HTTP), (half, DNS)] {
-        let instances = table(&[one, draft("10.0.0.2", ports)]);
+        let instances = table(&[one, spec("10.0.0.2", ports)]);
         with_request(100, &[], |request| {
             let mut fresh = Cluster::default();
             fresh.sync(request, &instances);
@@ -168,7 +170,7 @@ fn every_edit_is_noticed_and_put_right() {
 
 #[test]
 fn stamps_and_what_others_add_are_no_reason_to_write_and_are_kept() {
-    let mut instances = table(&[draft("10.0.0.1", HTTP)]);
+    let mut instances = table(&[spec("10.0.0.1", HTTP)]);
     with_request(100, &[], |request| {
         let mut cluster = Cluster::default();
         cluster.sync(request, &instances);
@@ -185,7 +187,7 @@ fn stamps_and_what_others_add_are_no_reason_to_write_and_are_kept() {
             .push(OwnerReference { name: "other".into(), ..owner(&web(), "x") });
         assert_eq!(cluster.sync(request, &instances), 0);
 
-        instances.put(instance(&draft("10.0.0.2", HTTP)));
+        instances.put(instance(&spec("10.0.0.2", HTTP)));
         assert_eq!(cluster.sync(&Request { stamps: stamps(5), ..*request }, &instances), 1);
         let meta = &cluster.slices[&name].metadata;
         assert_eq!(meta.labels.as_ref().expect("set")["team"], "a");
@@ -202,8 +204,8 @@ fn stamps_and_what_others_add_are_no_reason_to_write_and_are_kept() {
 
 #[test]
 fn a_name_that_others_hold_is_stepped_around() {
-    let instances = table(&[draft("10.0.0.1", HTTP)]);
-    let group = Group { family: Family::V4, ports: instance(&draft("10.0.0.1", HTTP)).ports().clone(), part: None };
+    let instances = table(&[spec("10.0.0.1", HTTP)]);
+    let group = Group { family: Family::V4, ports: instance(&spec("10.0.0.1", HTTP)).ports().clone(), part: None };
     let first = group.slice_name(&web(), 0);
     with_request(100, &[&first], |request| {
         let mut cluster = Cluster::default();
@@ -219,7 +221,7 @@ fn a_name_that_others_hold_is_stepped_around() {
         assert_eq!(cluster.sync(request, &instances), 1);
         assert_eq!(cluster.slices.len(), 2);
         assert_eq!(cluster.sync(request, &instances), 0);
-        assert_eq!(cluster.sync(request, &Table::default()), 1, "it is not deleted twice");
+        assert_eq!(cluster.sync(request, &CowTree::default()), 1, "it is not deleted twice");
     });
 }
 
@@ -245,7 +247,7 @@ fn a_copy_of_a_slice_is_deleted_and_the_original_stays() {
 #[test]
 fn reading_names_what_it_could_not_take() {
     let mut cluster = Cluster::default();
-    let all = [draft("10.0.0.1", HTTP), draft("10.0.0.2", HTTP), draft("10.0.0.3", HTTP)];
+    let all = [spec("10.0.0.1", HTTP), spec("10.0.0.2", HTTP), spec("10.0.0.3", HTTP)];
     with_request(100, &[], |request| cluster.sync(request, &table(&all)));
     let slice = cluster.slices.values_mut().next().expect("one slice");
     slice.metadata.name = Some("web-1".into());
@@ -275,7 +277,7 @@ fn reading_names_what_it_could_not_take() {
 #[test]
 fn the_newer_slice_is_believed_and_a_lost_annotation_is_told() {
     let mut cluster = Cluster::default();
-    let heavy = Draft { weight: Some(5.0), ..draft("10.0.0.1", HTTP) };
+    let heavy = InstanceSpec { weight: Some(5.0), ..spec("10.0.0.1", HTTP) };
     with_request(100, &[], |request| cluster.sync(request, &table(&[heavy])));
     let mut slices: Vec<EndpointSlice> = cluster.slices.into_values().collect();
     let mut older = slices[0].clone();
@@ -357,7 +359,7 @@ fn of_foreign_slices_is_taken_what_can_be_answered() {
 #[test]
 fn a_key_orders_the_members() {
     // place() looks members up by address: the table's order has to be that of addresses.
-    let all = table(&[draft("2001:db8::1", HTTP), draft("10.0.0.10", HTTP), draft("9.0.0.1", HTTP)]);
+    let all = table(&[spec("2001:db8::1", HTTP), spec("10.0.0.10", HTTP), spec("9.0.0.1", HTTP)]);
     let ips: Vec<Option<IpAddr>> = all.iter().map(|one| one.address().ip()).collect();
     assert!(ips.is_sorted());
     let first = all.iter().next().expect("three");
@@ -367,7 +369,7 @@ fn a_key_orders_the_members() {
 #[test]
 fn a_slice_that_is_being_deleted_tells_nothing() {
     let mut cluster = Cluster::default();
-    with_request(100, &[], |request| cluster.sync(request, &table(&[draft("10.0.0.1", HTTP)])));
+    with_request(100, &[], |request| cluster.sync(request, &table(&[spec("10.0.0.1", HTTP)])));
     let slice = cluster.slices.values_mut().next().expect("one slice");
     slice.metadata.deletion_timestamp = serde_json::from_str(r#""2026-11-21T10:00:00Z""#).expect("a time");
     assert_eq!(read(&web(), [&*slice], &VALIDATOR), (Vec::new(), Vec::new()));

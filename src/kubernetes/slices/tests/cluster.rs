@@ -15,7 +15,7 @@ use k8s_openapi::{
 use super::super::{Request, Standing, Write, plan};
 use crate::{
     kubernetes::names,
-    model::{Instance, Protocol, Table},
+    model::{CowTree, Instance, Protocol},
 };
 
 /// The slices of a namespace, which keeps the rules of an API server.
@@ -68,12 +68,16 @@ impl Cluster {
     }
 
     /// Plans and carries out. Returns how many writes it took.
-    pub(super) fn sync(&mut self, request: &Request<'_>, instances: &Table<Arc<Instance>>) -> usize {
+    pub(super) fn sync(&mut self, request: &Request<'_>, instances: &CowTree<Arc<Instance>>) -> usize {
         self.moments(request, instances).len()
     }
 
     /// Plans and carries out. Returns the addresses that are there after each write.
-    pub(super) fn moments(&mut self, request: &Request<'_>, instances: &Table<Arc<Instance>>) -> Vec<HashSet<String>> {
+    pub(super) fn moments(
+        &mut self,
+        request: &Request<'_>,
+        instances: &CowTree<Arc<Instance>>,
+    ) -> Vec<HashSet<String>> {
         let mut moments = Vec::new();
         for write in plan(request, instances, &self.standing()) {
             self.apply(write);
@@ -88,7 +92,7 @@ impl Cluster {
     }
 
     /// That the slices show exactly `instances`: looked at without the code that wrote them.
-    pub(super) fn assert_shows(&self, request: &Request<'_>, instances: &Table<Arc<Instance>>) {
+    pub(super) fn assert_shows(&self, request: &Request<'_>, instances: &CowTree<Arc<Instance>>) {
         let mut expected = 0;
         for instance in instances.iter() {
             let Some(ip) = instance.address().ip() else { continue };

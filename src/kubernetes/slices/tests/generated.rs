@@ -51,14 +51,14 @@ fn any_instance() -> impl Strategy<Value = Arc<Instance>> {
     let what = (0..ADDRESSES.len(), 0..PORTS.len(), host, node, weight, prop_oneof![Just(0u16), any::<u16>()]);
     (what, 1u64..2_000_000_000_000, any::<bool>()).prop_map(
         |((address, ports, host, node, weight, priority), registered, ready)| {
-            let draft = Draft {
+            let spec = InstanceSpec {
                 host_name: host.unwrap_or_default().into(),
                 node_name: node.unwrap_or_default().into(),
                 weight,
                 priority,
-                ..draft(ADDRESSES[address], PORTS[ports])
+                ..spec(ADDRESSES[address], PORTS[ports])
             };
-            let instance = VALIDATOR.instance(&web(), &draft, UnixMillis(registered)).expect("valid");
+            let instance = VALIDATOR.instance(&web(), &spec, UnixMillis(registered)).expect("valid");
             Arc::new(instance.with_ready(ready))
         },
     )
@@ -79,7 +79,7 @@ proptest! {
         with_request(max, &[], |request| {
             let request = Request { publish_not_ready: publish, ..*request };
             let mut cluster = Cluster::default();
-            let mut instances: Table<Arc<Instance>> = Table::default();
+            let mut instances: CowTree<Arc<Instance>> = CowTree::default();
             for (index, (instance, action)) in steps.iter().enumerate() {
                 let before = if *action == 0 {
                     let nearest = instances.iter_from(index % instances.len().max(1)).next().cloned();
@@ -115,7 +115,7 @@ proptest! {
     ) {
         let mut cluster = Cluster::default();
         for (all, max) in rounds {
-            let mut instances = Table::default();
+            let mut instances = CowTree::default();
             all.into_iter().for_each(|one| _ = instances.put(one));
             with_request(max, &[], |request| {
                 cluster.sync(request, &instances);
@@ -139,7 +139,7 @@ proptest! {
             cluster.slices.insert(name, slice);
         }
         cluster.slices.retain(|_, slice| Standing::read(slice).is_some_and(|one| one.service == web()));
-        let mut instances = Table::default();
+        let mut instances = CowTree::default();
         all.into_iter().for_each(|one| _ = instances.put(one));
         with_request(3, &[], |request| {
             cluster.sync(request, &instances);

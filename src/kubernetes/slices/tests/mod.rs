@@ -9,7 +9,7 @@ use std::sync::Arc;
 use cluster::Cluster;
 
 use super::*;
-use crate::model::{Draft, DraftPort, Instance, Protocol, ServiceKey, Table, UnixMillis, Validator};
+use crate::model::{CowTree, Instance, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis, Validator};
 
 pub(in crate::kubernetes) const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
 
@@ -22,20 +22,20 @@ pub(in crate::kubernetes) fn web() -> ServiceKey {
 /// `(number, protocol, name)`.
 pub(in crate::kubernetes) type PortTuple = (i64, Protocol, &'static str);
 
-pub(in crate::kubernetes) fn draft(address: &str, ports: &[PortTuple]) -> Draft {
+pub(in crate::kubernetes) fn spec(address: &str, ports: &[PortTuple]) -> InstanceSpec {
     let ports =
-        ports.iter().map(|&(number, protocol, name)| DraftPort { number, protocol, name: name.into() }).collect();
-    Draft { address: address.into(), ports, ..Draft::default() }
+        ports.iter().map(|&(number, protocol, name)| PortSpec { number, protocol, name: name.into() }).collect();
+    InstanceSpec { address: address.into(), ports, ..InstanceSpec::default() }
 }
 
-pub(in crate::kubernetes) fn instance(draft: &Draft) -> Arc<Instance> {
-    Arc::new(VALIDATOR.instance(&web(), draft, UnixMillis(1_700_000_000_000)).expect("valid"))
+pub(in crate::kubernetes) fn instance(spec: &InstanceSpec) -> Arc<Instance> {
+    Arc::new(VALIDATOR.instance(&web(), spec, UnixMillis(1_700_000_000_000)).expect("valid"))
 }
 
-pub(in crate::kubernetes) fn table(drafts: &[Draft]) -> Table<Arc<Instance>> {
-    let mut table = Table::default();
-    for draft in drafts {
-        table.put(instance(draft));
+pub(in crate::kubernetes) fn table(specs: &[InstanceSpec]) -> CowTree<Arc<Instance>> {
+    let mut table = CowTree::default();
+    for spec in specs {
+        table.put(instance(spec));
     }
     table
 }
@@ -65,7 +65,7 @@ fn with_request<T>(max_endpoints: usize, occupied: &[&str], test: impl FnOnce(&R
 }
 
 /// What comes back from slices: ready, and without a host name that only spells the address.
-fn as_recorded(instances: &Table<Arc<Instance>>) -> Vec<Instance> {
+fn as_recorded(instances: &CowTree<Arc<Instance>>) -> Vec<Instance> {
     let all = instances.iter().filter(|one| one.address().ip().is_some());
     let mut all: Vec<Instance> = all.map(|one| (**one).clone().with_ready(true)).collect();
     all.sort_by(|a, b| a.key().cmp(&b.key()));

@@ -17,7 +17,7 @@ const MERGE: usize = FANOUT / 2;
 /// above the leaves had but two.
 const DEPTH: usize = 32;
 
-/// What a [`Table`] holds.
+/// What a [`CowTree`] holds.
 pub trait Row: Clone {
     /// What the rows are ordered by; unique within a table.
     type Key<'a>
@@ -38,7 +38,7 @@ pub trait Row: Clone {
 
 /// An ordered, persistent table of rows with unique keys.
 #[derive(Clone)]
-pub struct Table<R>(Node<R>);
+pub struct CowTree<R>(Node<R>);
 
 #[derive(Clone)]
 enum Node<R> {
@@ -54,13 +54,13 @@ struct Child<R> {
     weight: u64,
 }
 
-impl<R> Default for Table<R> {
+impl<R> Default for CowTree<R> {
     fn default() -> Self {
         Self(Node::Leaf(Arc::new([])))
     }
 }
 
-impl<R: Row> Table<R> {
+impl<R: Row> CowTree<R> {
     /// Rows in the table.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -179,7 +179,7 @@ impl<R: Row> Table<R> {
     }
 }
 
-impl<R: Row> FromIterator<R> for Table<R> {
+impl<R: Row> FromIterator<R> for CowTree<R> {
     fn from_iter<I: IntoIterator<Item = R>>(rows: I) -> Self {
         let mut table = Self::default();
         for row in rows {
@@ -189,7 +189,7 @@ impl<R: Row> FromIterator<R> for Table<R> {
     }
 }
 
-impl<'a, R: Row> IntoIterator for &'a Table<R> {
+impl<'a, R: Row> IntoIterator for &'a CowTree<R> {
     type Item = &'a R;
     type IntoIter = Iter<'a, R>;
 
@@ -198,13 +198,13 @@ impl<'a, R: Row> IntoIterator for &'a Table<R> {
     }
 }
 
-impl<R: Row + fmt::Debug> fmt::Debug for Table<R> {
+impl<R: Row + fmt::Debug> fmt::Debug for CowTree<R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(self).finish()
     }
 }
 
-impl<R: Row + PartialEq> PartialEq for Table<R> {
+impl<R: Row + PartialEq> PartialEq for CowTree<R> {
     fn eq(&self, other: &Self) -> bool {
         self.iter().eq(other.iter())
     }
@@ -453,7 +453,7 @@ mod tests {
             .unwrap_or(rows.len())
     }
 
-    fn check(table: &Table<(u32, u64)>, model: &BTreeMap<u32, u64>) {
+    fn check(table: &CowTree<(u32, u64)>, model: &BTreeMap<u32, u64>) {
         let rows: Vec<(u32, u64)> = model.iter().map(|(k, w)| (*k, *w)).collect();
         assert_eq!(table.iter().copied().collect::<Vec<_>>(), rows);
         assert_eq!(table.len(), rows.len());
@@ -482,7 +482,7 @@ mod tests {
     proptest! {
         #[test]
         fn it_is_an_ordered_map(steps in prop::collection::vec((any::<bool>(), 0u32..1000, 0u64..5), 0..3000)) {
-            let mut table = Table::default();
+            let mut table = CowTree::default();
             let mut model = BTreeMap::new();
             let mut copies = Vec::new();
             for (index, (put, key, weight)) in steps.into_iter().enumerate() {
@@ -505,7 +505,7 @@ mod tests {
 
     #[test]
     fn rows_that_come_in_order_fill_their_chunks() {
-        let table: Table<(u32, u64)> = (0..100_000).map(|k| (k, 1)).collect();
+        let table: CowTree<(u32, u64)> = (0..100_000).map(|k| (k, 1)).collect();
         let Node::Inner(children) = &table.0 else { panic!("a large table has levels") };
         assert_eq!(children[0].rows % FANOUT, 0);
         assert_eq!(table.rank_at(99_999), 99_999);
