@@ -154,7 +154,7 @@ impl Bound {
             parts.spawn("the Kubernetes mirror", mirror.map(anyhow::Ok));
         }
 
-        let services = grpc::Services { registry, validator, metrics };
+        let services = grpc::ServerContext { registry, validator, metrics };
         let calls = grpc::run(from_std(grpc)?, services, stop_grpc.clone());
         let then_writer = stop_writer.clone();
         parts.spawn("the gRPC listeners", async move {

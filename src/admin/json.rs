@@ -1,7 +1,7 @@
 //! JSON answers of any length, written piece by piece.
 //!
 //! A list of a million services takes seconds to write and hundreds of megabytes to hold. It is
-//! made on a thread for blocking work, at most [`PIECES`] pieces ahead of what the peer has read;
+//! made on a thread for blocking work, at most [`MAX_CHUNKS`] pieces ahead of what the peer has read;
 //! when the peer goes away the next piece has nowhere to go, and the thread ends.
 
 use std::{io, mem};
@@ -18,17 +18,17 @@ use tokio::{
     task::{JoinHandle, spawn_blocking},
 };
 
-/// Octets in one piece.
-const PIECE: usize = 64 * 1024;
+/// Bytes in one piece.
+const CHUNK_BYTES: usize = 64 * 1024;
 
-/// Pieces that wait for the peer.
-const PIECES: usize = 4;
+/// ChunkWriter that wait for the peer.
+const MAX_CHUNKS: usize = 4;
 
 /// Answers with what `make` returns, 200. `make` may block.
 pub(super) fn respond<T: Serialize>(make: impl FnOnce() -> T + Send + 'static) -> Response {
-    let (pieces, ready) = mpsc::channel(PIECES);
+    let (pieces, ready) = mpsc::channel(MAX_CHUNKS);
     let writing = spawn_blocking(move || -> io::Result<()> {
-        let mut writer = Pieces { pieces, piece: Vec::new() };
+        let mut writer = ChunkWriter { pieces, piece: Vec::new() };
         serde_json::to_writer(&mut writer, &make())?;
         io::Write::write_all(&mut writer, b"\n")?;
         writer.send()
@@ -56,28 +56,28 @@ async fn next_piece(source: Option<Source>) -> Option<(io::Result<Bytes>, Option
 }
 
 /// Collects what is written into pieces and sends each on.
-struct Pieces {
+struct ChunkWriter {
     pieces: mpsc::Sender<Bytes>,
     piece: Vec<u8>,
 }
 
-impl Pieces {
+impl ChunkWriter {
     fn send(&mut self) -> io::Result<()> {
         let piece = mem::take(&mut self.piece);
         self.pieces.blocking_send(piece.into()).map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 }
 
-impl io::Write for Pieces {
-    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
+impl io::Write for ChunkWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.piece.capacity() == 0 {
-            self.piece.reserve(PIECE);
+            self.piece.reserve(CHUNK_BYTES);
         }
-        self.piece.extend_from_slice(octets);
-        if self.piece.len() >= PIECE {
+        self.piece.extend_from_slice(bytes);
+        if self.piece.len() >= CHUNK_BYTES {
             self.send()?;
         }
-        Ok(octets.len())
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {

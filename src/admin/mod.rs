@@ -45,7 +45,7 @@ pub struct Admin {
     pub metrics: Arc<Metrics>,
 }
 
-/// What a connection may cost.
+/// What a connection may bytes.
 #[derive(Debug, Clone, Copy)]
 struct Limits {
     /// Connections of all listeners together; the next one waits in the kernel's queue.
@@ -85,10 +85,10 @@ async fn run_within(
     stop: CancellationToken,
 ) -> io::Result<()> {
     let router = pages::router(admin);
-    let places = Arc::new(Semaphore::new(limits.connections));
+    let permits = Arc::new(Semaphore::new(limits.connections));
     let mut serving = JoinSet::new();
     for listener in listeners {
-        serving.spawn(serve(listener, router.clone(), limits, Arc::clone(&places), stop.clone()));
+        serving.spawn(serve(listener, router.clone(), limits, Arc::clone(&permits), stop.clone()));
     }
     while let Some(ended) = serving.join_next().await {
         ended.map_err(io::Error::other)?;
@@ -99,20 +99,26 @@ async fn run_within(
 }
 
 /// One listener and its connections, until `stop` and the grace after it.
-async fn serve(listener: TcpListener, router: Router, limits: Limits, places: Arc<Semaphore>, stop: CancellationToken) {
+async fn serve(
+    listener: TcpListener,
+    router: Router,
+    limits: Limits,
+    permits: Arc<Semaphore>,
+    stop: CancellationToken,
+) {
     let mut connections = JoinSet::new();
     loop {
         let accepted = async {
-            let place = Arc::clone(&places).acquire_owned().await.expect("the semaphore is never closed");
-            (accept(&listener).await, place)
+            let permit = Arc::clone(&permits).acquire_owned().await.expect("the semaphore is never closed");
+            (accept(&listener).await, permit)
         };
         tokio::select! {
             () = stop.cancelled() => break,
-            (stream, place) = accepted => {
+            (stream, permit) = accepted => {
                 let (router, stop) = (router.clone(), stop.clone());
                 connections.spawn(async move {
                     converse(stream, router, limits, stop).await;
-                    drop(place);
+                    drop(permit);
                 });
             }
             // Reaped as they end, so that the set holds the living only.

@@ -78,11 +78,11 @@ fn show(readiness: &Readiness, uri: &Uri, headers: &HeaderMap) -> Response {
 /// The list takes nothing; a filter that is misspelt must not look like a list of everything.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Nothing {}
+struct NoParameters {}
 
-async fn services(State(admin): State<Admin>, query: Result<Query<Nothing>, QueryRejection>) -> Response {
+async fn services(State(admin): State<Admin>, query: Result<Query<NoParameters>, QueryRejection>) -> Response {
     match query {
-        Ok(Query(Nothing {})) => json::respond(move || List::of(&admin, None)),
+        Ok(Query(NoParameters {})) => json::respond(move || List::of(&admin, None)),
         Err(err) => json::error(StatusCode::BAD_REQUEST, &err.body_text()),
     }
 }

@@ -15,7 +15,7 @@ use crate::{
 const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
 /// Long enough for a slow machine; nothing waits for it when all is well.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TEST_TIMEOUT: Duration = Duration::from_secs(20);
 
 fn service(namespace: &str, name: &str, instances: u8) -> (ServiceKey, Service) {
     let key = VALIDATOR.service(namespace, name).expect("valid");
@@ -82,7 +82,7 @@ impl Running {
     /// Stops it and waits for its end.
     async fn stop(mut self) {
         self.stop.cancel();
-        let ended = timeout(PATIENCE, self.tasks.join_next()).await.expect("it ends after stop");
+        let ended = timeout(TEST_TIMEOUT, self.tasks.join_next()).await.expect("it ends after stop");
         ended.expect("one task").expect("no panic").expect("no error");
     }
 }
@@ -97,9 +97,9 @@ struct Answer {
 impl Answer {
     /// Reads until the peer closes.
     async fn read(stream: &mut TcpStream) -> Self {
-        let mut octets = Vec::new();
-        timeout(PATIENCE, stream.read_to_end(&mut octets)).await.expect("an answer in time").expect("an answer");
-        let text = String::from_utf8(octets).expect("UTF-8");
+        let mut bytes = Vec::new();
+        timeout(TEST_TIMEOUT, stream.read_to_end(&mut bytes)).await.expect("an answer in time").expect("an answer");
+        let text = String::from_utf8(bytes).expect("UTF-8");
         let (head, body) = text.split_once("\r\n\r\n").expect("a head and a body");
         let status = head.split(' ').nth(1).expect("a status").parse().expect("a number");
         let header = |name: &str| {
@@ -245,7 +245,7 @@ async fn what_is_not_there_or_misspelt_says_so_in_json() {
     running.stop().await;
 }
 
-/// Some 3 MB of JSON: far more than what is held for a peer and what the kernel takes.
+/// Some 3 MB of JSON: far more than what is awaiting for a peer and what the kernel takes.
 fn many() -> Vec<(ServiceKey, Service)> {
     (0..20_000).map(|number| service("prod", &format!("web-{number:05}"), 1)).collect()
 }
@@ -267,7 +267,7 @@ const LIVEZ: &str = "GET /livez HTTP/1.1\r\nHost: test\r\n\r\n";
 async fn first_line(stream: &mut TcpStream) -> String {
     let mut line = Vec::new();
     while !line.ends_with(b"\r\n") {
-        line.push(timeout(PATIENCE, stream.read_u8()).await.expect("an answer in time").expect("an answer"));
+        line.push(timeout(TEST_TIMEOUT, stream.read_u8()).await.expect("an answer in time").expect("an answer"));
     }
     String::from_utf8(line).expect("ASCII")
 }
@@ -295,11 +295,11 @@ async fn a_request_must_arrive_in_time() {
     let began = Instant::now();
     let mut half = running.send("GET /livez HTT").await;
     let mut rest = Vec::new();
-    let _ = timeout(PATIENCE, half.read_to_end(&mut rest)).await.expect("closed in time");
+    let _ = timeout(TEST_TIMEOUT, half.read_to_end(&mut rest)).await.expect("closed in time");
     assert!(began.elapsed() >= request, "not before its time");
     // An idle connection has the same time for its next request.
     let mut idle = running.send(LIVEZ).await;
-    let _ = timeout(PATIENCE, idle.read_to_end(&mut rest)).await.expect("closed in time");
+    let _ = timeout(TEST_TIMEOUT, idle.read_to_end(&mut rest)).await.expect("closed in time");
     assert!(String::from_utf8_lossy(&rest).contains("alive"), "it was answered first");
     running.stop().await;
 }

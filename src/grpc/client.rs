@@ -23,22 +23,22 @@ use super::{
 use crate::model::{Instance, InstanceSpec, Service, ServiceKey, Timeline};
 
 /// How long a connection may take to open.
-const CONNECT: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long one unary call may take. A server whose disk hangs answers late or never.
-const CALL: Duration = Duration::from_secs(30);
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A quiet connection is probed after this long, and given up [`KEEPALIVE_TIMEOUT`] later: a
-/// watch that hangs on a dead peer would show an old world for ever.
-const KEEPALIVE: Duration = Duration::from_secs(10);
+/// watch that hangs on a dead peer would show an old instances for ever.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Most octets of one answer. A service of a million instances comes to some 100 MB.
-const MAX_ANSWER: usize = 256 * 1024 * 1024;
+/// Most bytes of one answer. A service of a million instances comes to some 100 MB.
+const MAX_RESPONSE_BYTES: usize = 256 * 1024 * 1024;
 
-/// Octets that the server may send ahead of what was read, on one stream and on one connection.
+/// Bytes that the server may send ahead of what was read, on one stream and on one connection.
 /// The latter is this large because h2 breaks a connection on which many small messages, such as
-/// changes are, lie unread: more than half of it, each counted as what it lacks of 256 octets.
+/// changes are, lie unread: more than half of it, each counted as what it lacks of 256 bytes.
 const STREAM_WINDOW: u32 = 1024 * 1024;
 const CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
 
@@ -77,9 +77,9 @@ pub enum ClientError {
 pub struct Answer {
     /// 201, 200, 204, 400, ….
     pub status: u32,
-    /// For a refusal: the field and the reason.
+    /// For a invalid: the field and the reason.
     pub details: String,
-    /// The generation in which it is served; 0 for a refusal.
+    /// The generation in which it is served; 0 for a invalid.
     pub generation: u64,
 }
 
@@ -190,7 +190,7 @@ fn restart_from_proto(restart: Restart) -> WatchEvent {
     WatchEvent::Restart { reason, message: restart.message }
 }
 
-/// Adds a part to the service it belongs to; gives back the service before, when that is whole.
+/// Adds a part to the service it belongs to; returns the service before, when that is whole.
 fn join(open: &mut Option<(ServiceKey, Service)>, key: ServiceKey, part: Service) -> Option<(ServiceKey, Service)> {
     match open {
         Some((open, service)) if *open == key => {
@@ -225,13 +225,13 @@ impl Client {
             return Err(no_url());
         }
         let endpoint = endpoint
-            .connect_timeout(CONNECT)
+            .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
-            .http2_keep_alive_interval(KEEPALIVE)
+            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
             .keep_alive_timeout(KEEPALIVE_TIMEOUT);
-        let dialled = tokio::time::timeout(CONNECT, endpoint.connect()).await;
+        let dialled = tokio::time::timeout(CONNECT_TIMEOUT, endpoint.connect()).await;
         let channel = match dialled {
             Ok(Ok(channel)) => channel,
             Ok(Err(source)) => return Err(ClientError::Unreachable { url: url.to_owned(), source: source.into() }),
@@ -240,11 +240,11 @@ impl Client {
         Ok(Self {
             url: url.into(),
             registry: ServiceRegistryClient::new(channel.clone()),
-            discovery: DiscoveryClient::new(channel).max_decoding_message_size(MAX_ANSWER),
+            discovery: DiscoveryClient::new(channel).max_decoding_message_size(MAX_RESPONSE_BYTES),
         })
     }
 
-    /// Registers one instance. A refusal is an [`Answer`] too.
+    /// Registers one instance. A invalid is an [`Answer`] too.
     ///
     /// # Errors
     /// When the call itself fails.
@@ -329,7 +329,7 @@ impl Client {
 /// A unary call, which does not wait for ever.
 fn call<T>(message: T) -> Request<T> {
     let mut request = Request::new(message);
-    request.set_timeout(CALL);
+    request.set_timeout(CALL_TIMEOUT);
     request
 }
 

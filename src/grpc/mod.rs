@@ -3,12 +3,12 @@
 //! `tonic` and protobuf types stop here: what comes in is converted once, in `convert`, and what
 //! goes to the registry are model types.
 
+mod call_tracker;
 pub mod client;
 mod convert;
 mod discovery_service;
 mod incoming;
 mod registry_service;
-mod track;
 
 use std::{io, pin::pin, sync::Arc, time::Duration};
 
@@ -20,12 +20,12 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::warn;
 
 use self::{
+    call_tracker::TrackedRoutes,
     discovery_service::DiscoveryService,
     proto::{
         gangplank::v1::discovery_server::DiscoveryServer, registry::service_registry_server::ServiceRegistryServer,
     },
     registry_service::RegistryService,
-    track::Tracked,
 };
 use crate::{
     metrics::Metrics,
@@ -51,9 +51,9 @@ pub mod proto {
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 }
 
-/// What the gRPC services are made from.
+/// What the gRPC services need.
 #[derive(Debug, Clone)]
-pub struct Services {
+pub struct ServerContext {
     /// Where changes go, and what readers read.
     pub registry: RegistryHandle,
     /// What registrations are measured against.
@@ -80,70 +80,70 @@ const LIMITS: Limits = Limits { calls: 12_000, handshake: Duration::from_secs(5)
 /// opens another connection.
 const MAX_CALLS_PER_CONNECTION: u32 = 200;
 
-/// Most octets of one message from a client: a registration has a few hundred.
-const MAX_MESSAGE: usize = 64 * 1024;
+/// Most bytes of one message from a client: a registration has a few hundred.
+const MAX_MESSAGE_BYTES: usize = 64 * 1024;
 
-/// Most octets of a call's headers.
-const MAX_HEADERS: u32 = 16 * 1024;
+/// Most bytes of a call's headers.
+const MAX_HEADER_LIST_BYTES: u32 = 16 * 1024;
 
-/// Octets that a client may send ahead of what was read, on one stream: some 400 registrations.
+/// Bytes that a client may send ahead of what was read, on one stream: some 400 registrations.
 ///
 /// The two windows are chosen together. h2 takes small DATA frames that wait to be read for an
-/// attack: each counts what it lacks to 256 octets, and when that adds up to half the connection's
+/// attack: each counts what it lacks to 256 bytes, and when that adds up to half the connection's
 /// window, the connection is closed with ENHANCE_YOUR_CALM, "too_many_data_frames". A registrant
-/// that pipelines writes just such frames, of 40 octets and more. A registry that is slow for a
+/// that pipelines writes just such frames, of 40 bytes and more. A registry that is slow for a
 /// moment must slow its clients down, not lose them: with these windows all
 /// [`MAX_CALLS_PER_CONNECTION`] streams may stand full of registrations before it comes to that.
 const STREAM_WINDOW: u32 = 32 * 1024;
 
-/// Octets that a client may send ahead of what was read, on all streams of one connection. It
+/// Bytes that a client may send ahead of what was read, on all streams of one connection. It
 /// never fills: what can lie here in all is bounded by the calls times [`STREAM_WINDOW`].
 const CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
 
 /// A quiet connection is probed after this long, and given up [`KEEPALIVE_TIMEOUT`] later: so
 /// half-open peers (a machine that lost power) are noticed.
-const KEEPALIVE: Duration = Duration::from_secs(10);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long connections that are cut may take to be gone.
-const CUT: Duration = Duration::from_secs(1);
+const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What answers for each service, and for the server as a whole (the empty name).
-const HEALTH_NAMES: [&str; 3] = ["", "registry.ServiceRegistry", "gangplank.v1.Discovery"];
+const HEALTH_SERVICES: [&str; 3] = ["", "registry.ServiceRegistry", "gangplank.v1.Discovery"];
 
 /// Serves on every listener until `stop`: then streams are told, and what was read is answered.
 ///
 /// # Errors
 /// The first listener that fails stops all.
-pub async fn run(listeners: Vec<TcpListener>, services: Services, stop: CancellationToken) -> io::Result<()> {
-    serve(listeners, services, stop, LIMITS).await
+pub async fn run(listeners: Vec<TcpListener>, context: ServerContext, stop: CancellationToken) -> io::Result<()> {
+    serve(listeners, context, stop, LIMITS).await
 }
 
 async fn serve(
     listeners: Vec<TcpListener>,
-    services: Services,
+    context: ServerContext,
     stop: CancellationToken,
     limits: Limits,
 ) -> io::Result<()> {
     let cut = CancellationToken::new();
-    let (routes, health) = routes(&services, &stop)?;
+    let (routes, health) = routes(&context, &stop)?;
     // Its builder has the server serving from the start; nobody may see that.
     say(&health, ServingStatus::NotServing).await;
-    let routes = Tracked::new(routes, Arc::new(Semaphore::new(limits.calls)), Arc::clone(&services.metrics));
+    let routes = TrackedRoutes::new(routes, Arc::new(Semaphore::new(limits.calls)), Arc::clone(&context.metrics));
     let servers = listeners.into_iter().map(|listener| {
-        let connections = incoming::connections(listener, limits.handshake, Arc::clone(&services.metrics), cut.clone());
+        let connections = incoming::connections(listener, limits.handshake, Arc::clone(&context.metrics), cut.clone());
         let served = server().serve_with_incoming_shutdown(routes.clone(), connections, stop.clone().cancelled_owned());
         async { served.await.map_err(io::Error::other) }
     });
     // Without a listener too this lasts until the stop.
     let servers = async { future::try_join(future::try_join_all(servers), stopped(&stop)).await.map(|_| ()) };
-    let status = follow_health(services.registry.status(), health, &stop);
+    let status = follow_health(context.registry.status(), health, &stop);
     let deadline = async {
         stop.cancelled().await;
         tokio::time::sleep(limits.grace).await;
         warn!("clients did not take their last answers in time; their connections are closed");
         cut.cancel();
-        tokio::time::sleep(CUT).await;
+        tokio::time::sleep(ABORT_TIMEOUT).await;
     };
     let mut servers = pin!(servers);
     let served = async {
@@ -168,14 +168,14 @@ fn server() -> Server {
         .max_concurrent_streams(MAX_CALLS_PER_CONNECTION)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .http2_max_header_list_size(MAX_HEADERS)
+        .http2_max_header_list_size(MAX_HEADER_LIST_BYTES)
 }
 
-fn routes(services: &Services, stop: &CancellationToken) -> io::Result<(Routes, HealthReporter)> {
-    let registry = RegistryService::new(services.clone(), stop.clone());
-    let discovery = DiscoveryService::new(services.clone(), stop.clone());
+fn routes(context: &ServerContext, stop: &CancellationToken) -> io::Result<(Routes, HealthReporter)> {
+    let registry = RegistryService::new(context.clone(), stop.clone());
+    let discovery = DiscoveryService::new(context.clone(), stop.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
     // Requests for reflection and health are small too.
     let reflection = || {
@@ -183,12 +183,14 @@ fn routes(services: &Services, stop: &CancellationToken) -> io::Result<(Routes, 
             .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
-    let routes = Routes::new(ServiceRegistryServer::new(registry).max_decoding_message_size(MAX_MESSAGE))
-        .add_service(DiscoveryServer::new(discovery).max_decoding_message_size(MAX_MESSAGE))
-        .add_service(health_service.max_decoding_message_size(MAX_MESSAGE))
-        .add_service(reflection().build_v1().map_err(io::Error::other)?.max_decoding_message_size(MAX_MESSAGE))
+    let routes = Routes::new(ServiceRegistryServer::new(registry).max_decoding_message_size(MAX_MESSAGE_BYTES))
+        .add_service(DiscoveryServer::new(discovery).max_decoding_message_size(MAX_MESSAGE_BYTES))
+        .add_service(health_service.max_decoding_message_size(MAX_MESSAGE_BYTES))
+        .add_service(reflection().build_v1().map_err(io::Error::other)?.max_decoding_message_size(MAX_MESSAGE_BYTES))
         // Older grpcurl and others ask for this one.
-        .add_service(reflection().build_v1alpha().map_err(io::Error::other)?.max_decoding_message_size(MAX_MESSAGE));
+        .add_service(
+            reflection().build_v1alpha().map_err(io::Error::other)?.max_decoding_message_size(MAX_MESSAGE_BYTES),
+        );
     Ok((routes, health))
 }
 
@@ -217,13 +219,13 @@ async fn follow_health(status: &Status, mut health: HealthReporter, stop: &Cance
         }
     }
     // Ends the streams of those who watch, after they saw the last word.
-    for name in HEALTH_NAMES {
+    for name in HEALTH_SERVICES {
         health.clear_service_status(name).await;
     }
 }
 
 async fn say(health: &HealthReporter, status: ServingStatus) {
-    for name in HEALTH_NAMES {
+    for name in HEALTH_SERVICES {
         health.set_service_status(name, status).await;
     }
 }

@@ -1,4 +1,4 @@
-//! Protobuf ↔ model. Every refusal of a registration is made here or in [`Validator`], and names the
+//! Protobuf ↔ model. Every invalid of a registration is made here or in [`Validator`], and names the
 //! field and the reason; past this module there are no raw texts.
 //!
 //! A removal looks at what identifies an instance and at nothing else: `namespace`,
@@ -6,11 +6,11 @@
 //! client leaves in the message (names, weight, priority) are not looked at, so that the message
 //! that registered an instance also removes it. Reserved fields are refused in both.
 
-mod reading;
+mod discovery;
 
 use std::sync::Arc;
 
-pub(super) use reading::{
+pub(super) use discovery::{
     change_from_proto, change_to_proto, protocol_from_proto, service_from_proto, service_parts, service_to_proto,
 };
 
@@ -26,23 +26,23 @@ use crate::{
     registry::{Command, KubernetesRefusal, Outcome, Unavailable},
 };
 
-/// Most octets of a `request_id`. It is echoed, never kept.
+/// Most bytes of a `request_id`. It is echoed, never kept.
 const MAX_REQUEST_ID: usize = 128;
 
-/// Most ports in a message: each takes 12 octets or more of what an instance may carry. It keeps
+/// Most ports in a message: each takes 12 bytes or more of what an instance may carry. It keeps
 /// the search for doubles, which compares each with each, short.
 const MAX_PORTS: usize = MAX_INSTANCE_BYTES / 12;
 
-/// Longest `status_details` in octets; texts that came from outside are shown in part.
+/// Longest `status_details` in bytes; texts that came from outside are shown in part.
 const MAX_DETAILS: usize = 512;
 
-/// What a message costs beyond its texts, in octets: the structs it becomes.
-const MESSAGE_COST: usize = 256;
-const PORT_COST: usize = 128;
+/// What a message costs beyond its texts, in bytes: the structs it becomes.
+const MESSAGE_BYTES: usize = 256;
+const PORT_BYTES: usize = 128;
 
 /// What becomes of a message, as `status` of its answer says it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum AnswerStatus {
+pub(super) enum ResponseStatus {
     /// A new instance.
     Created,
     /// Already there: same or updated.
@@ -55,7 +55,7 @@ pub(super) enum AnswerStatus {
     Invalid,
     /// Not a place for anybody's registrations.
     Forbidden,
-    /// Nothing there to remove, or no such namespace.
+    /// NoParameters there to remove, or no such namespace.
     NotFound,
     /// The name belongs to somebody else.
     Conflict,
@@ -65,7 +65,7 @@ pub(super) enum AnswerStatus {
     Full,
 }
 
-impl AnswerStatus {
+impl ResponseStatus {
     /// The number on the wire: HTTP's, where HTTP has one for it.
     pub(super) fn code(self) -> u32 {
         match self {
@@ -85,9 +85,9 @@ impl AnswerStatus {
 
 /// Why a message cannot stand: `field: reason`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Refusal(String);
+pub(super) struct InvalidMessage(String);
 
-impl Refusal {
+impl InvalidMessage {
     fn new(text: &dyn std::fmt::Display) -> Self {
         let mut text = text.to_string();
         shorten(&mut text, MAX_DETAILS);
@@ -99,7 +99,7 @@ impl Refusal {
     }
 }
 
-/// Cuts `text` to `most` octets at the border of a character, and shows that it was cut.
+/// Cuts `text` to `most` bytes at the border of a character, and shows that it was cut.
 fn shorten(text: &mut String, most: usize) {
     if text.len() > most {
         text.truncate(text.floor_char_boundary(most.saturating_sub('…'.len_utf8())));
@@ -109,7 +109,7 @@ fn shorten(text: &mut String, most: usize) {
 
 /// What an answer repeats of its message: the fields that say which instance was meant.
 #[derive(Debug, Default)]
-pub(super) struct Echo {
+pub(super) struct ResponseBuilder {
     kind: i32,
     namespace: String,
     service_name: String,
@@ -118,57 +118,57 @@ pub(super) struct Echo {
     request_id: String,
 }
 
-impl Echo {
+impl ResponseBuilder {
     /// The answer to a message that was refused here.
-    pub(super) fn refused(self, refusal: Refusal) -> RegistrationResponse {
-        self.answer(AnswerStatus::Invalid, refusal.0, 0)
+    pub(super) fn invalid(self, invalid: InvalidMessage) -> RegistrationResponse {
+        self.answer(ResponseStatus::Invalid, invalid.0, 0)
     }
 
     /// The answer to a message that the registry did not take.
     pub(super) fn unavailable(self, err: Unavailable) -> RegistrationResponse {
-        self.answer(AnswerStatus::Unavailable, err.to_string(), 0)
+        self.answer(ResponseStatus::Unavailable, err.to_string(), 0)
     }
 
     /// The answer to a message that the registry carried out, in `generation`; `mirrored` says
     /// whether Kubernetes has it too, where there is one.
-    pub(super) fn carried_out(self, outcome: Outcome, generation: u64, mirrored: bool) -> RegistrationResponse {
+    pub(super) fn completed(self, outcome: Outcome, generation: u64, mirrored: bool) -> RegistrationResponse {
         match outcome {
             Outcome::Created | Outcome::Updated | Outcome::Unchanged | Outcome::Removed(_) if !mirrored => {
                 let details = "durable and served; not in Kubernetes yet, it will follow".into();
-                self.answer(AnswerStatus::Accepted, details, generation)
+                self.answer(ResponseStatus::Accepted, details, generation)
             }
-            Outcome::Created => self.answer(AnswerStatus::Created, String::new(), generation),
-            Outcome::Updated | Outcome::Unchanged => self.answer(AnswerStatus::Ok, String::new(), generation),
-            Outcome::Removed(_) => self.answer(AnswerStatus::Removed, String::new(), generation),
+            Outcome::Created => self.answer(ResponseStatus::Created, String::new(), generation),
+            Outcome::Updated | Outcome::Unchanged => self.answer(ResponseStatus::Ok, String::new(), generation),
+            Outcome::Removed(_) => self.answer(ResponseStatus::Removed, String::new(), generation),
             Outcome::NotFound => {
                 let details = format!("{}/{} has no instance at {}", self.namespace, self.service_name, self.ipaddress);
                 let with_ports = if self.ports.is_empty() { "" } else { " with exactly these ports" };
-                self.answer(AnswerStatus::NotFound, details + with_ports, generation)
+                self.answer(ResponseStatus::NotFound, details + with_ports, generation)
             }
             Outcome::Full { limit } => {
                 let details = format!("the server holds {limit} instances, which is its limit; nothing was added");
-                self.answer(AnswerStatus::Full, details, 0)
+                self.answer(ResponseStatus::Full, details, 0)
             }
-            Outcome::Refused(err) => self.no_place(err),
+            Outcome::Refused(err) => self.refused_by_kubernetes(err),
         }
     }
 
-    fn no_place(self, err: KubernetesRefusal) -> RegistrationResponse {
+    fn refused_by_kubernetes(self, err: KubernetesRefusal) -> RegistrationResponse {
         let Self { namespace, service_name, .. } = &self;
         let (status, details) = match err {
             KubernetesRefusal::Reserved => (
-                AnswerStatus::Forbidden,
+                ResponseStatus::Forbidden,
                 format!("namespace: {namespace}/{service_name} is the cluster's own and never takes registrations"),
             ),
             KubernetesRefusal::NamespaceAbsent => (
-                AnswerStatus::NotFound,
+                ResponseStatus::NotFound,
                 format!(
                     "namespace: {namespace} does not exist in Kubernetes; create it, or start the server with \
                      --create-namespaces"
                 ),
             ),
             KubernetesRefusal::ForeignService => (
-                AnswerStatus::Conflict,
+                ResponseStatus::Conflict,
                 format!(
                     "service_name: the Service {namespace}/{service_name} is not managed by gangplank; label it \
                      gangplank.dev/service=joined to let external instances stand beside its own"
@@ -178,7 +178,7 @@ impl Echo {
         self.answer(status, details, 0)
     }
 
-    fn answer(self, status: AnswerStatus, details: String, generation: u64) -> RegistrationResponse {
+    fn answer(self, status: ResponseStatus, details: String, generation: u64) -> RegistrationResponse {
         RegistrationResponse {
             r#type: self.kind,
             namespace: self.namespace,
@@ -248,8 +248,8 @@ pub(super) fn result(response: RegistrationResponse) -> RegistrationResult {
     RegistrationResult { namespace, service_name, ipaddress, ports, status, status_details, request_id, generation }
 }
 
-/// Octets of memory that a message takes until it is answered, roughly and from above.
-pub(super) fn cost(message: &RegistrationMsg) -> usize {
+/// Bytes of memory that a message takes until it is answered, roughly and from above.
+pub(super) fn bytes(message: &RegistrationMsg) -> usize {
     let texts = [
         &message.namespace,
         &message.service_name,
@@ -259,9 +259,9 @@ pub(super) fn cost(message: &RegistrationMsg) -> usize {
         &message.request_id,
     ];
     let texts: usize = texts.into_iter().map(String::len).sum();
-    let ports: usize = message.ports.iter().map(|port| port.name.len() + PORT_COST).sum();
-    // What identifies the instance stands in the echo and again in the command.
-    MESSAGE_COST + 2 * texts + ports
+    let ports: usize = message.ports.iter().map(|port| port.name.len() + PORT_BYTES).sum();
+    // What identifies the instance stands in the response and again in the command.
+    MESSAGE_BYTES + 2 * texts + ports
 }
 
 /// Takes a message apart: what its answer repeats, and the command, or why there is none.
@@ -269,8 +269,8 @@ pub(super) fn parse(
     message: RegistrationMsg,
     validator: &Validator,
     now: UnixMillis,
-) -> (Echo, Result<Command, Refusal>) {
-    let refusal = reserved(&message).err();
+) -> (ResponseBuilder, Result<Command, InvalidMessage>) {
+    let invalid = reserved(&message).err();
     let RegistrationMsg {
         r#type: kind,
         namespace,
@@ -286,34 +286,34 @@ pub(super) fn parse(
     } = message;
 
     let too_long = request_id.len() > MAX_REQUEST_ID;
-    let refusal = if too_long {
+    let invalid = if too_long {
         let length = request_id.len();
         shorten(&mut request_id, MAX_REQUEST_ID);
-        Some(Refusal(format!("request_id: must have at most {MAX_REQUEST_ID} octets, got {length}")))
+        Some(InvalidMessage(format!("request_id: must have at most {MAX_REQUEST_ID} bytes, got {length}")))
     } else {
-        refusal
+        invalid
     };
-    let mut echo = Echo { kind, namespace, service_name, ipaddress, ports, request_id };
-    if let Some(refusal) = refusal {
-        return (echo, Err(refusal));
+    let mut response = ResponseBuilder { kind, namespace, service_name, ipaddress, ports, request_id };
+    if let Some(invalid) = invalid {
+        return (response, Err(invalid));
     }
     let command = match RegistrationType::try_from(kind) {
         Ok(RegistrationType::Register) => {
             let rest = InstanceSpec { host_name, node_name, weight, ..InstanceSpec::default() };
-            register(&mut echo, rest, priority, validator, now)
+            register(&mut response, rest, priority, validator, now)
         }
-        Ok(RegistrationType::Unregister) => unregister(&echo, validator),
+        Ok(RegistrationType::Unregister) => unregister(&response, validator),
         Ok(later @ (RegistrationType::Heartbeat | RegistrationType::Drain)) => {
-            Err(Refusal(format!("type: {} is not supported yet", later.as_str_name())))
+            Err(InvalidMessage(format!("type: {} is not supported yet", later.as_str_name())))
         }
-        Err(_) => Err(Refusal(format!("type: {kind} is none; REGISTER is 0 and UNREGISTER 1"))),
+        Err(_) => Err(InvalidMessage(format!("type: {kind} is none; REGISTER is 0 and UNREGISTER 1"))),
     };
-    (echo, command)
+    (response, command)
 }
 
 /// Fields whose numbers are taken but which mean nothing yet: one that is set is refused,
 /// because a setting silently ignored would be a lie.
-fn reserved(message: &RegistrationMsg) -> Result<(), Refusal> {
+fn reserved(message: &RegistrationMsg) -> Result<(), InvalidMessage> {
     let set = [
         (message.ttl.is_some(), "ttl"),
         (!message.metadata.is_empty(), "metadata"),
@@ -323,50 +323,51 @@ fn reserved(message: &RegistrationMsg) -> Result<(), Refusal> {
         (message.health != i32::from(Health::Unspecified), "health"),
     ];
     if let Some((_, field)) = set.iter().find(|(set, _)| *set) {
-        return Err(Refusal::unsupported(field));
+        return Err(InvalidMessage::unsupported(field));
     }
     if let Some(index) = message.ports.iter().position(|port| !port.app_protocol.is_empty()) {
-        return Err(Refusal::unsupported(&format_args!("ports[{index}].app_protocol")));
+        return Err(InvalidMessage::unsupported(&format_args!("ports[{index}].app_protocol")));
     }
     Ok(())
 }
 
 fn register(
-    echo: &mut Echo,
+    response: &mut ResponseBuilder,
     rest: InstanceSpec,
     priority: u32,
     validator: &Validator,
     now: UnixMillis,
-) -> Result<Command, Refusal> {
-    let service = service(echo, validator)?;
+) -> Result<Command, InvalidMessage> {
+    let service = service(response, validator)?;
     let priority = u16::try_from(priority)
-        .map_err(|_| Refusal(format!("priority: must be 0..=65535 (RFC 2782), got {priority}")))?;
-    let protocols = protocols(&echo.ports)?;
+        .map_err(|_| InvalidMessage(format!("priority: must be 0..=65535 (RFC 2782), got {priority}")))?;
+    let protocols = protocols(&response.ports)?;
 
     // The texts are lent to the spec and taken back for the answer: nothing is copied.
-    let ports = echo.ports.iter_mut().zip(protocols).map(|(port, protocol)| PortSpec {
+    let ports = response.ports.iter_mut().zip(protocols).map(|(port, protocol)| PortSpec {
         number: port.port.into(),
         protocol,
         name: std::mem::take(&mut port.name),
     });
-    let spec = InstanceSpec { address: std::mem::take(&mut echo.ipaddress), ports: ports.collect(), priority, ..rest };
-    let instance = validator.instance(&service, &spec, now).map_err(|err| Refusal::new(&err));
-    echo.ipaddress = spec.address;
-    for (port, lent) in echo.ports.iter_mut().zip(spec.ports) {
+    let spec =
+        InstanceSpec { address: std::mem::take(&mut response.ipaddress), ports: ports.collect(), priority, ..rest };
+    let instance = validator.instance(&service, &spec, now).map_err(|err| InvalidMessage::new(&err));
+    response.ipaddress = spec.address;
+    for (port, lent) in response.ports.iter_mut().zip(spec.ports) {
         port.name = lent.name;
     }
     Ok(Command::Register { service, instance: Arc::new(instance?) })
 }
 
-fn unregister(echo: &Echo, validator: &Validator) -> Result<Command, Refusal> {
-    let service = service(echo, validator)?;
-    let address: Address = validator.address(&echo.ipaddress).map_err(|err| Refusal::new(&err))?;
-    let protocols = protocols(&echo.ports)?;
-    let mut pairs = Vec::with_capacity(echo.ports.len());
-    for (index, (port, protocol)) in echo.ports.iter().zip(protocols).enumerate() {
+fn unregister(response: &ResponseBuilder, validator: &Validator) -> Result<Command, InvalidMessage> {
+    let service = service(response, validator)?;
+    let address: Address = validator.address(&response.ipaddress).map_err(|err| InvalidMessage::new(&err))?;
+    let protocols = protocols(&response.ports)?;
+    let mut pairs = Vec::with_capacity(response.ports.len());
+    for (index, (port, protocol)) in response.ports.iter().zip(protocols).enumerate() {
         match u16::try_from(port.port) {
             Ok(0) | Err(_) => {
-                return Err(Refusal(format!("ports[{index}]: {}", PortError::Number(port.port.into()))));
+                return Err(InvalidMessage(format!("ports[{index}]: {}", PortError::Number(port.port.into()))));
             }
             Ok(number) => pairs.push((protocol, number)),
         }
@@ -374,17 +375,17 @@ fn unregister(echo: &Echo, validator: &Validator) -> Result<Command, Refusal> {
     Ok(Command::Unregister { service, address, ports: PortSet::new(pairs) })
 }
 
-fn service(echo: &Echo, validator: &Validator) -> Result<ServiceKey, Refusal> {
-    validator.service(&echo.namespace, &echo.service_name).map_err(|err| Refusal::new(&err))
+fn service(response: &ResponseBuilder, validator: &Validator) -> Result<ServiceKey, InvalidMessage> {
+    validator.service(&response.namespace, &response.service_name).map_err(|err| InvalidMessage::new(&err))
 }
 
-fn protocols(ports: &[NamedPort]) -> Result<Vec<Protocol>, Refusal> {
+fn protocols(ports: &[NamedPort]) -> Result<Vec<Protocol>, InvalidMessage> {
     if ports.len() > MAX_PORTS {
-        return Err(Refusal(format!("ports: {} given, an instance carries at most {MAX_PORTS}", ports.len())));
+        return Err(InvalidMessage(format!("ports: {} given, an instance carries at most {MAX_PORTS}", ports.len())));
     }
     let known = |(index, port): (usize, &NamedPort)| {
         protocol_from_proto(port.protocol).ok_or_else(|| {
-            Refusal(format!("ports[{index}].protocol: {} is none; TCP is 0, UDP 1, SCTP 2", port.protocol))
+            InvalidMessage(format!("ports[{index}].protocol: {} is none; TCP is 0, UDP 1, SCTP 2", port.protocol))
         })
     };
     ports.iter().enumerate().map(known).collect()
@@ -430,9 +431,9 @@ mod tests {
         }
     }
 
-    fn refusal(message: RegistrationMsg) -> String {
-        let (echo, command) = parse(message, &VALIDATOR, UnixMillis(1));
-        let response = echo.refused(command.expect_err("must be refused"));
+    fn invalid(message: RegistrationMsg) -> String {
+        let (response, command) = parse(message, &VALIDATOR, UnixMillis(1));
+        let response = response.invalid(command.expect_err("must be refused"));
         assert_eq!(response.status, 400);
         assert_eq!(response.generation, 0);
         response.status_details
@@ -440,13 +441,13 @@ mod tests {
 
     #[test]
     fn a_good_one_becomes_a_command_and_is_echoed_as_it_came() {
-        let (echo, command) =
+        let (response, command) =
             parse(RegistrationMsg { ipaddress: "10.0.0.1".into(), ..good() }, &VALIDATOR, UnixMillis(7));
         let Ok(Command::Register { service, instance }) = command else { panic!("{command:?}") };
         assert_eq!(service.to_string(), "prod/web");
         assert_eq!(instance.id().to_string(), "10.0.0.1:8080,9090");
         assert_eq!(instance.registered(), UnixMillis(7));
-        let response = echo.carried_out(Outcome::Created, 42, true);
+        let response = response.completed(Outcome::Created, 42, true);
         let expected = RegistrationResponse {
             namespace: "prod".into(),
             service_name: "web".into(),
@@ -498,7 +499,7 @@ mod tests {
             (RegistrationMsg { weight: Some(f32::INFINITY), ..good() }, "weight: must be a finite number"),
             (RegistrationMsg { weight: Some(655.1), ..good() }, "weight: must be a finite number"),
             (RegistrationMsg { priority: 65_536, ..good() }, "priority: must be 0..=65535"),
-            (RegistrationMsg { request_id: "x".repeat(129), ..good() }, "request_id: must have at most 128 octets"),
+            (RegistrationMsg { request_id: "x".repeat(129), ..good() }, "request_id: must have at most 128 bytes"),
             (RegistrationMsg { ttl: Some(Duration::default()), ..good() }, "ttl: not supported yet"),
             (
                 RegistrationMsg { metadata: [("k".to_owned(), String::new())].into(), ..good() },
@@ -513,7 +514,7 @@ mod tests {
             (RegistrationMsg { r#type: RegistrationType::Drain.into(), ..good() }, "type: DRAIN is not supported"),
             (RegistrationMsg { r#type: 9, ..good() }, "type: 9 is none"),
         ] {
-            let said = refusal(bad);
+            let said = invalid(bad);
             assert!(said.starts_with(says), "{said:?} should begin with {says:?}");
         }
     }
@@ -530,18 +531,18 @@ mod tests {
             RegistrationMsg { node_name: long.clone(), ..good() },
             RegistrationMsg { ports: vec![port(1, &long)], ..good() },
         ] {
-            let said = refusal(bad);
-            assert!(said.len() <= MAX_DETAILS, "{} octets: {said}", said.len());
+            let said = invalid(bad);
+            assert!(said.len() <= MAX_DETAILS, "{} bytes: {said}", said.len());
         }
-        let (echo, refused) = parse(RegistrationMsg { request_id: long, ..good() }, &VALIDATOR, UnixMillis(1));
-        let response = echo.refused(refused.expect_err("too long"));
+        let (response, refused) = parse(RegistrationMsg { request_id: long, ..good() }, &VALIDATOR, UnixMillis(1));
+        let response = response.invalid(refused.expect_err("too long"));
         assert!(response.request_id.len() <= MAX_REQUEST_ID && response.request_id.ends_with('…'));
     }
 
     #[test]
     fn what_was_refused_is_echoed_whole() {
-        let (echo, command) = parse(RegistrationMsg { weight: Some(-1.0), ..good() }, &VALIDATOR, UnixMillis(1));
-        let response = echo.refused(command.expect_err("the weight is below 0"));
+        let (response, command) = parse(RegistrationMsg { weight: Some(-1.0), ..good() }, &VALIDATOR, UnixMillis(1));
+        let response = response.invalid(command.expect_err("the weight is below 0"));
         assert_eq!((response.ipaddress.as_str(), response.ports), ("10.0.0.1", good().ports));
     }
 
@@ -565,9 +566,9 @@ mod tests {
         assert_eq!(command, Ok(expected));
 
         let bad = RegistrationMsg { ports: vec![port(80, ""), port(65_536, "")], ..message.clone() };
-        assert_eq!(refusal(bad), "ports[1]: must be 1..=65535, got 65536");
+        assert_eq!(invalid(bad), "ports[1]: must be 1..=65535, got 65536");
         let bad = RegistrationMsg { ttl: Some(Duration::default()), ..message };
-        assert!(refusal(bad).starts_with("ttl: not supported yet"));
+        assert!(invalid(bad).starts_with("ttl: not supported yet"));
     }
 
     #[test]
@@ -580,14 +581,14 @@ mod tests {
             (Outcome::NotFound, 404, 5),
             (Outcome::Full { limit: 10 }, 507, 0),
         ] {
-            let (echo, _) = parse(good(), &VALIDATOR, UnixMillis(1));
-            let response = echo.carried_out(outcome, 5, true);
+            let (response, _) = parse(good(), &VALIDATOR, UnixMillis(1));
+            let response = response.completed(outcome, 5, true);
             assert_eq!((response.status, response.generation), (status, generation), "{outcome:?}");
             assert_eq!(response.status_details.is_empty(), status < 300, "{}", response.status_details);
         }
         for err in [Unavailable::NotReady, Unavailable::ShuttingDown, Unavailable::StorageFailed] {
-            let (echo, _) = parse(good(), &VALIDATOR, UnixMillis(1));
-            let response = echo.unavailable(err);
+            let (response, _) = parse(good(), &VALIDATOR, UnixMillis(1));
+            let response = response.unavailable(err);
             assert_eq!((response.status, response.status_details), (503, err.to_string()));
         }
     }

@@ -1,7 +1,7 @@
-//! Where a watch can go on: 20 octets that mean nothing to anyone else.
+//! Where a watch can go on: 20 bytes that mean nothing to anyone else.
 
-/// Octets of an encoded cursor.
-const OCTETS: usize = 20;
+/// Bytes of an encoded cursor.
+const ENCODED_BYTES: usize = 20;
 
 /// All changes of a generation, in [`Cursor::seen`].
 const ALL: u32 = u32::MAX;
@@ -41,9 +41,9 @@ impl Cursor {
     }
 
     /// Reads a cursor of the run `epoch`, which has come to `newest`. `None` for any other.
-    pub(super) fn decode(octets: &[u8], epoch: u64, newest: u64) -> Option<Self> {
-        let octets: &[u8; OCTETS] = octets.try_into().ok()?;
-        let (run, rest) = octets.split_first_chunk()?;
+    pub(super) fn decode(bytes: &[u8], epoch: u64, newest: u64) -> Option<Self> {
+        let bytes: &[u8; ENCODED_BYTES] = bytes.try_into().ok()?;
+        let (run, rest) = bytes.split_first_chunk()?;
         let (generation, rest) = rest.split_first_chunk()?;
         let (seen, _) = rest.split_first_chunk()?;
         let cursor = Self {
@@ -64,12 +64,12 @@ mod tests {
         let whole = Cursor::after(7, 100);
         let part = Cursor::within(7, 100, 3, 9);
         for cursor in [whole, part] {
-            let octets = cursor.encode();
-            assert_eq!(Cursor::decode(&octets, 7, 100), Some(cursor));
-            assert_eq!(Cursor::decode(&octets, 8, 100), None, "another run");
-            assert_eq!(Cursor::decode(&octets, 7, 99), None, "in the future");
-            assert_eq!(Cursor::decode(&octets[1..], 7, 100), None, "too short");
-            assert_eq!(Cursor::decode(&[&octets[..], &[0]].concat(), 7, 100), None, "too long");
+            let bytes = cursor.encode();
+            assert_eq!(Cursor::decode(&bytes, 7, 100), Some(cursor));
+            assert_eq!(Cursor::decode(&bytes, 8, 100), None, "another run");
+            assert_eq!(Cursor::decode(&bytes, 7, 99), None, "in the future");
+            assert_eq!(Cursor::decode(&bytes[1..], 7, 100), None, "too short");
+            assert_eq!(Cursor::decode(&[&bytes[..], &[0]].concat(), 7, 100), None, "too long");
         }
         assert_eq!(whole.place(), (100, 0));
         assert_eq!(part.place(), (99, 3));

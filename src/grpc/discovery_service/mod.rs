@@ -1,6 +1,6 @@
 //! The readers' service: what is registered, and every change as it happens.
 //!
-//! It reads immutable values and a ring of changes. Nothing here can hold up the writer.
+//! It reads immutable values and a ring of changes. NoParameters here can hold up the writer.
 
 mod cursor;
 mod snapshot;
@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status};
 
 use self::{cursor::Cursor, snapshot::Filter, watch::Watch};
 use super::{
-    Services, convert,
+    ServerContext, convert,
     proto::gangplank::v1::{
         GetServiceRequest, GetServiceResponse, GetServicesByMethodRequest, GetServicesByMethodResponse,
         ListServicesRequest, ListServicesResponse, WatchRequest, WatchResponse, discovery_server::Discovery,
@@ -26,30 +26,30 @@ use crate::{
     registry::{Phase, Unavailable},
 };
 
-type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+type ResponseStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// `gangplank.v1.Discovery`.
 #[derive(Debug)]
 pub(super) struct DiscoveryService {
-    services: Services,
+    context: ServerContext,
     stop: CancellationToken,
 }
 
 impl DiscoveryService {
-    pub(super) fn new(services: Services, stop: CancellationToken) -> Self {
-        Self { services, stop }
+    pub(super) fn new(context: ServerContext, stop: CancellationToken) -> Self {
+        Self { context, stop }
     }
 
     /// Before the recovery is complete, "there is none" would be a lie.
     fn ready(&self) -> Result<(), Status> {
-        match self.services.registry.status().phase() {
+        match self.context.registry.status().phase() {
             Phase::Recovering | Phase::Restoring => Err(Status::unavailable(Unavailable::NotReady.to_string())),
             Phase::Ready | Phase::StorageFailed(_) | Phase::Draining => Ok(()),
         }
     }
 
     fn service(&self, namespace: &str, name: &str) -> Result<ServiceKey, Status> {
-        self.services.validator.service(namespace, name).map_err(|InvalidInstance { field, reason }| {
+        self.context.validator.service(namespace, name).map_err(|InvalidInstance { field, reason }| {
             // These requests call the name of a service otherwise than registrations do.
             let field = if field == Field::ServiceName { "name".into() } else { field.to_string() };
             Status::invalid_argument(format!("{field}: {reason}"))
@@ -74,7 +74,7 @@ impl Discovery for DiscoveryService {
         self.ready()?;
         let GetServiceRequest { namespace, name } = request.into_inner();
         let key = self.service(&namespace, &name)?;
-        let catalog = self.services.registry.catalog();
+        let catalog = self.context.registry.catalog();
         let generation = catalog.generation();
         let service =
             catalog.get(&key).ok_or_else(|| Status::not_found(format!("nothing is registered under {key}")))?;
@@ -90,7 +90,7 @@ impl Discovery for DiscoveryService {
         Err(Status::unimplemented("registrations carry no methods yet, so there is nothing to find by them"))
     }
 
-    type ListServicesStream = Answers<ListServicesResponse>;
+    type ListServicesStream = ResponseStream<ListServicesResponse>;
 
     async fn list_services(
         &self,
@@ -98,7 +98,7 @@ impl Discovery for DiscoveryService {
     ) -> Result<Response<Self::ListServicesStream>, Status> {
         self.ready()?;
         let filter = self.filter(request.into_inner().namespace, "")?;
-        let catalog = self.services.registry.catalog();
+        let catalog = self.context.registry.catalog();
         let generation = catalog.generation();
         let services = snapshot::read(Arc::clone(catalog), filter).await?;
         let parts = services.into_iter().flat_map(|(key, service)| convert::service_parts(key, service));
@@ -106,20 +106,20 @@ impl Discovery for DiscoveryService {
         Ok(Response::new(stream::iter(messages).boxed()))
     }
 
-    type WatchStream = Answers<WatchResponse>;
+    type WatchStream = ResponseStream<WatchResponse>;
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         self.ready()?;
         let WatchRequest { namespace, service, cursor } = request.into_inner();
         let filter = self.filter(namespace, &service)?;
-        let registry = &self.services.registry;
+        let registry = &self.context.registry;
         let watch = if cursor.is_empty() {
-            Watch::from_snapshot(&self.services, filter, self.stop.clone()).await?
+            Watch::from_snapshot(&self.context, filter, self.stop.clone()).await?
         } else {
             match Cursor::decode(&cursor, registry.feed().epoch(), registry.catalog().generation()) {
-                Some(cursor) => Watch::resume(&self.services, filter, cursor, self.stop.clone()),
+                Some(cursor) => Watch::resume(&self.context, filter, cursor, self.stop.clone()),
                 None => Watch::over(
-                    &self.services,
+                    &self.context,
                     Reason::UnknownCursor,
                     "the cursor is not of this run of the server; watch again without one",
                 ),

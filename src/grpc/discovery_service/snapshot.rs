@@ -134,9 +134,9 @@ mod tests {
         registry::Command,
     };
 
-    type World = BTreeMap<ServiceKey, Vec<Arc<Instance>>>;
+    type InstanceMap = BTreeMap<ServiceKey, Vec<Arc<Instance>>>;
 
-    fn world(services: &Read) -> World {
+    fn instances(services: &Read) -> InstanceMap {
         let instances = |service: &Service| service.instances.iter().cloned().collect();
         services.iter().map(|(key, service)| (key.clone(), instances(service))).collect()
     }
@@ -157,7 +157,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn services_read_at_different_moments_are_settled_to_one() {
         let registry = Registry::working(1_000);
-        let handle = &registry.services.registry;
+        let handle = &registry.context.registry;
         let mut feed = handle.feed().subscribe(handle.catalog().generation());
         for round in 0..300 {
             fastrand::seed(round);
@@ -168,7 +168,7 @@ mod tests {
                 let commands = (0..fastrand::usize(1..4)).map(|_| some_command()).collect();
                 let acked = handle.submit(commands).await.expect("it accepts").await.expect("carried out");
                 while feed.seen() < acked.generation {
-                    missed.push(feed.next().await.expect("held"));
+                    missed.push(feed.next().await.expect("awaiting"));
                 }
                 moments.push(handle.catalog().services());
             }
@@ -180,7 +180,7 @@ mod tests {
             }
             let last = moments.last().expect("at least the first");
             let settled = settle(read, &missed, &Filter::All);
-            assert_eq!(world(&settled), world(last), "round {round}");
+            assert_eq!(instances(&settled), instances(last), "round {round}");
             assert!(settled.is_sorted_by(|(a, _), (b, _)| a < b), "round {round}");
         }
     }

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     grpc::{
-        Services, convert,
+        ServerContext, convert,
         proto::gangplank::v1::{self, Restart, Synced, WatchResponse, restart::Reason, watch_response::Event},
     },
     metrics::{Metrics, WatchEnd},
@@ -54,10 +54,10 @@ enum State {
 }
 
 impl Watch {
-    fn new(services: &Services, feed: Subscription, filter: Filter, stop: CancellationToken) -> Self {
+    fn new(context: &ServerContext, feed: Subscription, filter: Filter, stop: CancellationToken) -> Self {
         Self {
             feed,
-            epoch: services.registry.feed().epoch(),
+            epoch: context.registry.feed().epoch(),
             filter,
             stop,
             snapshot: Box::new(std::iter::empty()),
@@ -65,42 +65,42 @@ impl Watch {
             batch: None,
             seen: 0,
             kept_back: 0,
-            metrics: Arc::clone(&services.metrics),
+            metrics: Arc::clone(&context.metrics),
             state: State::Open,
         }
     }
 
     /// Begins with what stands.
     pub(super) async fn from_snapshot(
-        services: &Services,
+        context: &ServerContext,
         filter: Filter,
         stop: CancellationToken,
     ) -> Result<Self, Status> {
         let taken = tokio::select! {
-            taken = snapshot::take(&services.registry, &filter) => taken?,
-            () = stop.cancelled() => return Ok(Self::over(services, Reason::ShuttingDown, SHUTTING_DOWN)),
+            taken = snapshot::take(&context.registry, &filter) => taken?,
+            () = stop.cancelled() => return Ok(Self::over(context, Reason::ShuttingDown, SHUTTING_DOWN)),
         };
         let Ok((standing, feed)) = taken else {
-            return Ok(Self::over(services, Reason::SlowReader, SLOW_READER));
+            return Ok(Self::over(context, Reason::SlowReader, SLOW_READER));
         };
         let synced = feed.seen();
         let parts = standing.into_iter().flat_map(|(key, service)| convert::service_parts(key, service));
-        Ok(Self { snapshot: Box::new(parts), synced: Some(synced), ..Self::new(services, feed, filter, stop) })
+        Ok(Self { snapshot: Box::new(parts), synced: Some(synced), ..Self::new(context, feed, filter, stop) })
     }
 
     /// Goes on behind `cursor`.
-    pub(super) fn resume(services: &Services, filter: Filter, cursor: Cursor, stop: CancellationToken) -> Self {
+    pub(super) fn resume(context: &ServerContext, filter: Filter, cursor: Cursor, stop: CancellationToken) -> Self {
         let (generation, seen) = cursor.place();
-        let feed = services.registry.feed().subscribe(generation);
-        Self { seen, ..Self::new(services, feed, filter, stop) }
+        let feed = context.registry.feed().subscribe(generation);
+        Self { seen, ..Self::new(context, feed, filter, stop) }
     }
 
     /// Has nothing to say but why it must begin again.
-    pub(super) fn over(services: &Services, reason: Reason, message: &'static str) -> Self {
-        let registry = &services.registry;
+    pub(super) fn over(context: &ServerContext, reason: Reason, message: &'static str) -> Self {
+        let registry = &context.registry;
         let feed = registry.feed().subscribe(registry.catalog().generation());
         let state = State::Ending(reason, message);
-        Self { state, ..Self::new(services, feed, Filter::All, CancellationToken::new()) }
+        Self { state, ..Self::new(context, feed, Filter::All, CancellationToken::new()) }
     }
 
     /// The messages of this watch.

@@ -1,17 +1,17 @@
 //! The registrants' service: one instance per call, or a stream of them.
 
-mod confirmation;
-mod conversation;
+mod mirror_wait;
+mod stream;
 
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-pub(super) use conversation::Conversation;
+pub(super) use stream::RegistrationStream;
 
-use confirmation::Confirmation;
+use mirror_wait::MirrorWait;
 
 use super::{
-    Services, convert,
+    ServerContext, convert,
     proto::registry::{
         RegistrationMsg, RegistrationResponse, RegistrationResult, RegistrationType, ServiceInfo,
         service_registry_server::ServiceRegistry,
@@ -26,42 +26,42 @@ use crate::{
 /// `registry.ServiceRegistry`.
 #[derive(Debug)]
 pub(super) struct RegistryService {
-    services: Services,
+    context: ServerContext,
     stop: CancellationToken,
 }
 
 impl RegistryService {
-    pub(super) fn new(services: Services, stop: CancellationToken) -> Self {
-        Self { services, stop }
+    pub(super) fn new(context: ServerContext, stop: CancellationToken) -> Self {
+        Self { context, stop }
     }
 
     /// Carries out one message. A call that is dropped meanwhile tears nothing: once handed in,
     /// the registry carries it out.
     async fn carry_out(&self, message: RegistrationMsg) -> RegistrationResult {
-        let (echo, command) = convert::parse(message, &self.services.validator, UnixMillis::now());
+        let (response, command) = convert::parse(message, &self.context.validator, UnixMillis::now());
         let mut unavailable = None;
         let response = match command {
-            Err(refusal) => echo.refused(refusal),
+            Err(invalid) => response.invalid(invalid),
             Ok(command) => match self.submit_one(command).await {
-                Ok((outcome, generation, mirrored)) => echo.carried_out(outcome, generation, mirrored),
+                Ok((outcome, generation, mirrored)) => response.completed(outcome, generation, mirrored),
                 Err(err) => {
                     unavailable = Some(err);
-                    echo.unavailable(err)
+                    response.unavailable(err)
                 }
             },
         };
-        count(&self.services.metrics, &response, unavailable);
+        count(&self.context.metrics, &response, unavailable);
         convert::result(response)
     }
 
     /// What became of it, in which generation, and whether Kubernetes has it.
     async fn submit_one(&self, command: Command) -> Result<(Outcome, u64, bool), Unavailable> {
-        let registry = &self.services.registry;
-        let confirmation = Confirmation::of(&command, registry);
+        let registry = &self.context.registry;
+        let mirror_wait = MirrorWait::of(&command, registry);
         let Ack { generation, outcomes } = registry.submit(vec![command]).await?.await?;
         // One outcome per command; a missing one cannot be called done.
         let outcome = outcomes.first().copied().ok_or(Unavailable::ShuttingDown)?;
-        let mirrored = confirmation.wait(registry, outcome, generation).await;
+        let mirrored = mirror_wait.wait(registry, outcome, generation).await;
         Ok((outcome, generation, mirrored))
     }
 }
@@ -78,14 +78,14 @@ impl ServiceRegistry for RegistryService {
         Ok(Response::new(self.carry_out(message).await))
     }
 
-    type RegistrationEventStream = Conversation<Streaming<RegistrationMsg>>;
+    type RegistrationEventStream = RegistrationStream<Streaming<RegistrationMsg>>;
 
     async fn registration_event(
         &self,
         request: Request<Streaming<RegistrationMsg>>,
     ) -> Result<Response<Self::RegistrationEventStream>, Status> {
         let stop = self.stop.clone().cancelled_owned();
-        Ok(Response::new(Conversation::new(request.into_inner(), self.services.clone(), stop)))
+        Ok(Response::new(RegistrationStream::new(request.into_inner(), self.context.clone(), stop)))
     }
 }
 
@@ -95,7 +95,7 @@ fn count(metrics: &Metrics, response: &RegistrationResponse, unavailable: Option
         Some(Unavailable::NotReady) => Some(RefusalReason::NotReady),
         Some(Unavailable::ShuttingDown) => Some(RefusalReason::ShuttingDown),
         Some(Unavailable::StorageFailed) => Some(RefusalReason::StorageFailed),
-        None => (response.status == convert::AnswerStatus::Invalid.code()).then_some(RefusalReason::Invalid),
+        None => (response.status == convert::ResponseStatus::Invalid.code()).then_some(RefusalReason::Invalid),
     };
     if let Some(reason) = refused {
         metrics.registry.refused(reason);

@@ -12,7 +12,7 @@ use crate::grpc::proto::registry::{ServiceInfo, service_registry_client::Service
 async fn an_oversized_message_ends_the_stream_behind_the_answers_before_it() {
     let server = TestServer::start().await;
     let mut client = ServiceRegistryClient::new(server.channel().await);
-    let large = RegistrationMsg { host_name: "x".repeat(MAX_MESSAGE), ..message(1) };
+    let large = RegistrationMsg { host_name: "x".repeat(MAX_MESSAGE_BYTES), ..message(1) };
     let messages = stream::iter([message(0), large, message(2)]);
     let mut answers = client.registration_event(messages).await.expect("served").into_inner();
     assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
@@ -20,7 +20,7 @@ async fn an_oversized_message_ends_the_stream_behind_the_answers_before_it() {
     assert_eq!(end.code(), Code::OutOfRange);
     assert!(end.message().contains("65536"), "{end}");
 
-    let info = ServiceInfo { host_name: "x".repeat(MAX_MESSAGE), ..ServiceInfo::default() };
+    let info = ServiceInfo { host_name: "x".repeat(MAX_MESSAGE_BYTES), ..ServiceInfo::default() };
     assert_eq!(client.register(info).await.expect_err("too large").code(), Code::OutOfRange);
 }
 

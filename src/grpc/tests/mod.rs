@@ -27,15 +27,15 @@ use crate::{
 pub(super) const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
 /// Longest that a test waits for anything.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("{what}: not within {PATIENCE:?}"))
+    tokio::time::timeout(TEST_TIMEOUT, future).await.unwrap_or_else(|_| panic!("{what}: not within {TEST_TIMEOUT:?}"))
 }
 
 /// A registry with a store of its own, which may not be recovered or written yet.
 pub(super) struct Registry {
-    pub(super) services: Services,
+    pub(super) context: ServerContext,
     unrecovered: Option<Unrecovered>,
     writer: Option<Writer>,
     stop: CancellationToken,
@@ -51,7 +51,7 @@ impl Registry {
         let metrics = Arc::new(Metrics::new());
         let (registry, unrecovered) = registry::new(options, Arc::clone(&metrics));
         Self {
-            services: Services { registry, validator: VALIDATOR, metrics },
+            context: ServerContext { registry, validator: VALIDATOR, metrics },
             unrecovered: Some(unrecovered),
             writer: None,
             stop: CancellationToken::new(),
@@ -91,7 +91,7 @@ impl Registry {
         let mut registry = Self::with(registry::Options { max_instances: 1_000_000, kubernetes: Some(rules) });
         registry.recover();
         registry.write();
-        let restored = registry.services.registry.restore(registry::Restored::default());
+        let restored = registry.context.registry.restore(registry::Restored::default());
         assert_eq!(soon("the start", restored).await, Ok(1));
         registry
     }
@@ -128,7 +128,7 @@ impl TestServer {
         let address = listener.local_addr().expect("bound");
         let stop = CancellationToken::new();
         let mut running = JoinSet::new();
-        running.spawn(serve(vec![listener], registry.services.clone(), stop.clone(), limits));
+        running.spawn(serve(vec![listener], registry.context.clone(), stop.clone(), limits));
         Self { registry, address, stop, running }
     }
 
@@ -153,7 +153,7 @@ impl TestServer {
 
     fn metrics(&self) -> String {
         let mut text = String::new();
-        let all = self.registry.services.metrics.all();
+        let all = self.registry.context.metrics.all();
         prometheus_client::encoding::text::encode(&mut text, all).expect("a String takes everything");
         text
     }
@@ -165,7 +165,7 @@ impl TestServer {
                 tokio::task::yield_now().await;
             }
         };
-        if tokio::time::timeout(PATIENCE, seen).await.is_err() {
+        if tokio::time::timeout(TEST_TIMEOUT, seen).await.is_err() {
             panic!("no line {line:?} in\n{}", self.metrics());
         }
     }

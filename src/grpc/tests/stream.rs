@@ -15,7 +15,7 @@ use super::*;
 use crate::{
     grpc::{
         proto::registry::{RegistrationResponse, service_registry_client::ServiceRegistryClient},
-        registry_service::Conversation,
+        registry_service::RegistrationStream,
     },
     registry::MAX_COMMANDS,
 };
@@ -59,7 +59,7 @@ async fn ten_thousand_pipelined_messages_get_one_answer_each_in_order() {
         }
     }
     assert!(answers.message().await.expect("a good end").is_none());
-    assert_eq!(server.registry.services.registry.catalog().instances(), 2_000);
+    assert_eq!(server.registry.context.registry.catalog().instances(), 2_000);
     server
         .metric(
             r#"grpc_server_handled_total{grpc_type="bidi_stream",grpc_service="registry.ServiceRegistry",grpc_method="RegistrationEvent",grpc_code="OK"} 1"#,
@@ -83,18 +83,22 @@ async fn an_answer_comes_before_the_next_message_is_sent() {
 }
 
 /// A stream of these messages and what comes `then`, without a network.
-fn conversation<M, T>(
+fn registration_stream<M, T>(
     registry: &Registry,
     messages: M,
     then: T,
     stop: &CancellationToken,
-) -> Conversation<impl futures::Stream<Item = Result<RegistrationMsg, Status>> + Unpin + use<M, T>>
+) -> RegistrationStream<impl futures::Stream<Item = Result<RegistrationMsg, Status>> + Unpin + use<M, T>>
 where
     M: IntoIterator<Item = RegistrationMsg>,
     T: futures::Stream<Item = Result<RegistrationMsg, Status>> + Unpin,
 {
     let messages: Vec<_> = messages.into_iter().map(Ok).collect();
-    Conversation::new(stream::iter(messages).chain(then), registry.services.clone(), stop.clone().cancelled_owned())
+    RegistrationStream::new(
+        stream::iter(messages).chain(then),
+        registry.context.clone(),
+        stop.clone().cancelled_owned(),
+    )
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -102,15 +106,16 @@ async fn a_client_that_goes_away_tears_nothing() {
     let mut registry = Registry::new(1_000_000);
     registry.recover();
     // The writer does not write yet: the client is gone before anything is carried out.
-    let mut gone = conversation(&registry, (0..1_500).map(message), stream::pending(), &CancellationToken::new());
+    let mut gone =
+        registration_stream(&registry, (0..1_500).map(message), stream::pending(), &CancellationToken::new());
     assert!(poll!(gone.next()).is_pending());
     drop(gone);
     registry.write();
-    let services = &registry.services;
-    let mut later = conversation(&registry, [message(9_999)], stream::empty(), &CancellationToken::new());
+    let context = &registry.context;
+    let mut later = registration_stream(&registry, [message(9_999)], stream::empty(), &CancellationToken::new());
     let answer = soon("an answer", later.next()).await.expect("one per message").expect("answered");
     assert_eq!(answer.status, 201);
-    assert_eq!(services.registry.catalog().instances(), 1_501, "all that was handed in is there");
+    assert_eq!(context.registry.catalog().instances(), 1_501, "all that was handed in is there");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -118,7 +123,7 @@ async fn at_the_stop_what_was_read_is_answered_and_the_stream_ends_unavailable()
     let mut registry = Registry::new(1_000_000);
     registry.recover();
     let stop = CancellationToken::new();
-    let mut open = conversation(&registry, (0..2_000).map(message), stream::pending(), &stop);
+    let mut open = registration_stream(&registry, (0..2_000).map(message), stream::pending(), &stop);
     assert!(poll!(open.next()).is_pending());
     stop.cancel();
     registry.write();
@@ -138,7 +143,7 @@ async fn a_stream_holds_a_bounded_number_of_unanswered_messages() {
     registry.recover();
     let read = AtomicUsize::new(0);
     // Nobody writes, so that nothing is ever answered: small messages are bounded by their
-    // number, large ones by their octets.
+    // number, large ones by their bytes.
     for (texts, most) in [(0, 4 * MAX_COMMANDS), (30_000, 35)] {
         read.store(0, Ordering::Relaxed);
         let endless = stream::iter(0..).map(|n| {
@@ -146,7 +151,7 @@ async fn a_stream_holds_a_bounded_number_of_unanswered_messages() {
             Ok(RegistrationMsg { host_name: "x".repeat(texts), ..message(n) })
         });
         let stop = CancellationToken::new();
-        let mut open = pin!(conversation(&registry, [], endless, &stop));
+        let mut open = pin!(registration_stream(&registry, [], endless, &stop));
         // Refused ones are answered at once; then nobody takes the answers.
         let first = poll!(open.next());
         assert_eq!(matches!(first, Poll::Ready(Some(Ok(_)))), texts > 0);
@@ -215,7 +220,7 @@ async fn a_registry_that_stands_still_does_not_cost_its_clients_their_connection
     assert_eq!(ended.len(), STREAMS as usize);
 }
 
-/// Waits until nothing more is sent; gives back how much was.
+/// Waits until nothing more is sent; returns how much was.
 async fn stands_still(sent: &AtomicUsize) -> usize {
     let mut before = usize::MAX;
     while before != sent.load(Ordering::Relaxed) {

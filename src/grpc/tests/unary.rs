@@ -50,7 +50,7 @@ async fn every_status_by_single_calls() {
     let removed = client.unregister("prod", "web", &all_ports).await.expect("answered");
     assert_eq!((removed.status, removed.generation), (204, changed.generation + 2));
 
-    server.registry.services.registry.status().drain();
+    server.registry.context.registry.status().drain();
     let late = client.register("prod", "web", &web).await.expect("answered");
     assert_eq!((late.status, late.details.as_str()), (503, "the server is shutting down; try again"));
 
@@ -108,11 +108,11 @@ async fn ten_thousand_instances_are_read_back_as_they_were_written() {
     };
     assert_eq!(client.register("prod", "db", &one).await.expect("answered").status, 201);
 
-    let catalog = server.registry.services.registry.catalog();
+    let catalog = server.registry.context.registry.catalog();
     let read = client.service(&key).await.expect("answered").expect("it is there");
-    let held = catalog.get(&key).expect("it is there");
+    let awaiting = catalog.get(&key).expect("it is there");
     assert_eq!(read.instances.len(), 10_000);
-    assert_eq!((&read.instances, read.generation), (&held.instances, held.generation));
+    assert_eq!((&read.instances, read.generation), (&awaiting.instances, awaiting.generation));
 
     let all = client.services(None).await.expect("answered");
     let names: Vec<_> = all.iter().map(|(key, service)| (key.to_string(), service.instances.len())).collect();
@@ -174,13 +174,13 @@ async fn health_follows_the_phase_of_the_registry() {
     assert_eq!(next().await.expect("a status").status, NotServing as i32);
     server.registry.recover();
     assert_eq!(next().await.expect("a status").status, Serving as i32);
-    for name in HEALTH_NAMES {
+    for name in HEALTH_SERVICES {
         let answer = health.check(HealthCheckRequest { service: name.into() }).await.expect("known").into_inner();
         assert_eq!(answer.status, Serving as i32, "{name:?}");
     }
     let unknown = health.check(HealthCheckRequest { service: "x".into() }).await.expect_err("unknown");
     assert_eq!(unknown.code(), Code::NotFound);
-    server.registry.services.registry.status().drain();
+    server.registry.context.registry.status().drain();
     assert_eq!(next().await.expect("a status").status, NotServing as i32);
     server.stop.cancel();
     assert!(next().await.is_none(), "who watches health does not hold up the stop");

@@ -9,14 +9,14 @@ use crate::{
     registry::{Command, Outcome},
 };
 
-type World = BTreeMap<(ServiceKey, InstanceId), Arc<Instance>>;
+type InstanceMap = BTreeMap<(ServiceKey, InstanceId), Arc<Instance>>;
 
 /// Applies an event; whatever is no news is an error of the watch.
-fn apply(world: &mut World, event: WatchEvent) -> Option<(u64, Vec<u8>)> {
+fn apply(instances: &mut InstanceMap, event: WatchEvent) -> Option<(u64, Vec<u8>)> {
     match event {
         WatchEvent::Snapshot(key, service) => {
             for instance in &service.instances {
-                let before = world.insert((key.clone(), instance.id()), Arc::clone(instance));
+                let before = instances.insert((key.clone(), instance.id()), Arc::clone(instance));
                 assert!(before.is_none(), "{key} twice in the snapshot");
             }
             None
@@ -28,9 +28,9 @@ fn apply(world: &mut World, event: WatchEvent) -> Option<(u64, Vec<u8>)> {
             assert!(timeline.visible <= timeline.acknowledged);
             let id = (service, instance.id());
             match kind {
-                ChangeKind::Added => assert!(world.insert(id, instance).is_none(), "added twice"),
-                ChangeKind::Updated => assert!(world.insert(id, instance).is_some(), "updated, but not there"),
-                ChangeKind::Removed => assert!(world.remove(&id).is_some(), "removed, but not there"),
+                ChangeKind::Added => assert!(instances.insert(id, instance).is_none(), "added twice"),
+                ChangeKind::Updated => assert!(instances.insert(id, instance).is_some(), "updated, but not there"),
+                ChangeKind::Removed => assert!(instances.remove(&id).is_some(), "removed, but not there"),
             }
             Some((generation, cursor))
         }
@@ -38,11 +38,11 @@ fn apply(world: &mut World, event: WatchEvent) -> Option<(u64, Vec<u8>)> {
     }
 }
 
-/// Reads until everything up to `generation` was said; gives back the last cursor.
-async fn follow(watch: &mut Watch, world: &mut World, generation: u64) -> Vec<u8> {
+/// Reads until everything up to `generation` was said; returns the last cursor.
+async fn follow(watch: &mut Watch, instances: &mut InstanceMap, generation: u64) -> Vec<u8> {
     loop {
         let event = soon("an event", watch.next()).await.expect("a good stream").expect("no end");
-        if let Some((seen, cursor)) = apply(world, event)
+        if let Some((seen, cursor)) = apply(instances, event)
             && seen >= generation
         {
             return cursor;
@@ -62,8 +62,8 @@ async fn restart(watch: &mut Watch) -> &'static str {
     }
 }
 
-fn catalog_as_world(server: &TestServer) -> World {
-    let services = server.registry.services.registry.catalog().services();
+fn catalog_as_world(server: &TestServer) -> InstanceMap {
+    let services = server.registry.context.registry.catalog().services();
     let rows = |(key, service): (ServiceKey, crate::model::Service)| {
         service.instances.iter().map(|i| ((key.clone(), i.id()), Arc::clone(i))).collect::<Vec<_>>()
     };
@@ -83,14 +83,14 @@ fn unregister(service: &str, address: &str) -> Command {
 }
 
 async fn submit(server: &TestServer, commands: Vec<Command>) -> (u64, Vec<Outcome>) {
-    let acked = server.registry.services.registry.submit(commands).await.expect("it accepts").await.expect("done");
+    let acked = server.registry.context.registry.submit(commands).await.expect("it accepts").await.expect("done");
     (acked.generation, acked.outcomes)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_watch_is_exact_while_everything_changes() {
     let server = TestServer::start().await;
-    let handle = server.registry.services.registry.clone();
+    let handle = server.registry.context.registry.clone();
     // A service that comes and goes, one that grows and shrinks, and changes in place.
     let mut writing = JoinSet::new();
     writing.spawn(async move {
@@ -110,15 +110,15 @@ async fn a_watch_is_exact_while_everything_changes() {
     let mut watches = Vec::new();
     let mut client = server.client().await;
     for _ in 0..40 {
-        watches.push((client.watch(None, None, None).await.expect("it watches"), World::new()));
+        watches.push((client.watch(None, None, None).await.expect("it watches"), InstanceMap::new()));
     }
     let last = writing.join_next().await.expect("it runs").expect("it did not panic");
     let expected = catalog_as_world(&server);
-    for (watch, world) in &mut watches {
-        follow(watch, world, last).await;
-        assert_eq!(*world, expected);
+    for (watch, instances) in &mut watches {
+        follow(watch, instances, last).await;
+        assert_eq!(*instances, expected);
     }
-    let mut late = (client.watch(None, None, None).await.expect("it watches"), World::new());
+    let mut late = (client.watch(None, None, None).await.expect("it watches"), InstanceMap::new());
     follow(&mut late.0, &mut late.1, last).await;
     assert_eq!(late.1, expected);
 }
@@ -142,9 +142,9 @@ async fn a_cursor_goes_on_exactly_behind_the_change_it_came_with() {
     let (last, _) = submit(&server, vec![register("web", "10.0.0.99", 1.0)]).await;
     for (seen, cursor) in cursors.into_iter().enumerate() {
         let mut resumed = client.watch(None, None, Some(cursor)).await.expect("it watches");
-        let mut world = World::new();
-        follow(&mut resumed, &mut world, last).await;
-        assert_eq!(world.len(), 21 - seen, "after {seen} changes");
+        let mut instances = InstanceMap::new();
+        follow(&mut resumed, &mut instances, last).await;
+        assert_eq!(instances.len(), 21 - seen, "after {seen} changes");
     }
 }
 
@@ -162,7 +162,7 @@ async fn a_watch_of_one_service_hears_of_no_other_and_its_cursor_stays_young() {
         let event = soon("the end of the snapshot", watch.next()).await.expect("a good stream").expect("no end");
         assert!(matches!(event, WatchEvent::Synced { .. }), "{event:?}");
     }
-    // Nothing but others' changes: now and then there is a new cursor.
+    // NoParameters but others' changes: now and then there is a new cursor.
     for n in 0..10 {
         let db = (0..1_000).map(|m| register("db", &format!("10.1.{}.{}", m / 250, 1 + m % 250), n as f32));
         submit(&server, db.collect()).await;

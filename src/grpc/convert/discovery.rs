@@ -17,10 +17,10 @@ use crate::{
 };
 
 /// Most instances in one message of a list or of a watch's snapshot: some 100 KB.
-const PART: usize = 1_000;
+const MAX_INSTANCES_PER_MESSAGE: usize = 1_000;
 
 /// What a client holds an answer against: the server has checked more than this already.
-const ANSWERS: Validator = Validator { zone_wire_len: 1, names_allowed: true };
+const LENIENT: Validator = Validator { zone_wire_len: 1, names_allowed: true };
 
 /// The moment as protobuf writes it.
 fn timestamp(at: UnixMillis) -> Timestamp {
@@ -67,11 +67,13 @@ pub(in crate::grpc) fn service_to_proto(key: &ServiceKey, service: &Service) -> 
     part_to_proto(key, service, service.created(), 0, service.instances.len())
 }
 
-/// The service as messages of at most [`PART`] instances, one after the other.
+/// The service as messages of at most [`MAX_INSTANCES_PER_MESSAGE`] instances, one after the other.
 pub(in crate::grpc) fn service_parts(key: ServiceKey, service: Service) -> impl Iterator<Item = v1::Service> + Send {
     let created = service.created();
-    let parts = service.instances.len().div_ceil(PART);
-    (0..parts).map(move |index| part_to_proto(&key, &service, created, index * PART, PART))
+    let parts = service.instances.len().div_ceil(MAX_INSTANCES_PER_MESSAGE);
+    (0..parts).map(move |index| {
+        part_to_proto(&key, &service, created, index * MAX_INSTANCES_PER_MESSAGE, MAX_INSTANCES_PER_MESSAGE)
+    })
 }
 
 fn part_to_proto(
@@ -120,7 +122,7 @@ pub(in crate::grpc) fn change_to_proto(
 
 /// The two names of a service in an answer.
 fn key_from_proto(namespace: &str, name: &str) -> Result<ServiceKey, ClientError> {
-    ANSWERS.service(namespace, name).map_err(|err| ClientError::Answer(err.to_string()))
+    LENIENT.service(namespace, name).map_err(|err| ClientError::Answer(err.to_string()))
 }
 
 /// A service in an answer, or a part of one.
@@ -170,6 +172,6 @@ fn instance_from_proto(service: &ServiceKey, instance: v1::Instance) -> Result<I
         weight: Some(instance.weight),
         priority: u16::try_from(instance.priority).map_err(|err| unreadable(&err))?,
     };
-    let read = ANSWERS.instance(service, &spec, millis(instance.registered)).map_err(|err| unreadable(&err))?;
+    let read = LENIENT.instance(service, &spec, millis(instance.registered)).map_err(|err| unreadable(&err))?;
     Ok(read.with_ready(instance.ready))
 }

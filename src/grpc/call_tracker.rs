@@ -22,22 +22,22 @@ use tonic::{
 
 use crate::metrics::{Method, Metrics};
 
-/// The routes, each call of which takes one of a number of places until its answer is sent.
+/// The routes, each call of which takes one of a number of permits until its answer is sent.
 #[derive(Debug, Clone)]
-pub(super) struct Tracked {
+pub(super) struct TrackedRoutes {
     routes: Routes,
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     metrics: Arc<Metrics>,
 }
 
-impl Tracked {
-    /// Shares `places` with the other listeners.
-    pub(super) fn new(routes: Routes, places: Arc<Semaphore>, metrics: Arc<Metrics>) -> Self {
-        Self { routes: routes.prepare(), places, metrics }
+impl TrackedRoutes {
+    /// Shares `permits` with the other listeners.
+    pub(super) fn new(routes: Routes, permits: Arc<Semaphore>, metrics: Arc<Metrics>) -> Self {
+        Self { routes: routes.prepare(), permits, metrics }
     }
 }
 
-impl Service<Request<Body>> for Tracked {
+impl Service<Request<Body>> for TrackedRoutes {
     type Response = Response<TrackedBody>;
     type Error = Infallible;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
@@ -48,15 +48,15 @@ impl Service<Request<Body>> for Tracked {
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let method = Method::of(request.uri().path());
-        let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
+        let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else {
             self.metrics.grpc.streams_rejected.inc();
-            let call = Call::new(method, Arc::clone(&self.metrics), None);
+            let call = OpenCall::new(method, Arc::clone(&self.metrics), None);
             return Box::pin(async move {
                 let status = Status::resource_exhausted("the server has as many calls open as it may; try again later");
                 Ok(call.follow(status.into_http()))
             });
         };
-        let call = Call::new(method, Arc::clone(&self.metrics), Some(place));
+        let call = OpenCall::new(method, Arc::clone(&self.metrics), Some(permit));
         let answered = self.routes.call(request);
         Box::pin(async move { answered.await.map(|response| call.follow(response)) })
     }
@@ -64,20 +64,20 @@ impl Service<Request<Body>> for Tracked {
 
 /// A call that is open. Dropped before its end it was given up by the client.
 #[derive(Debug)]
-struct Call {
+struct OpenCall {
     method: Method,
     metrics: Arc<Metrics>,
     began: Instant,
     ended: bool,
-    place: Option<OwnedSemaphorePermit>,
+    permit: Option<OwnedSemaphorePermit>,
 }
 
-impl Call {
-    fn new(method: Method, metrics: Arc<Metrics>, place: Option<OwnedSemaphorePermit>) -> Self {
-        if place.is_some() {
+impl OpenCall {
+    fn new(method: Method, metrics: Arc<Metrics>, permit: Option<OwnedSemaphorePermit>) -> Self {
+        if permit.is_some() {
             metrics.grpc.streams.inc();
         }
-        Self { method, metrics, began: Instant::now(), ended: false, place }
+        Self { method, metrics, began: Instant::now(), ended: false, permit }
     }
 
     /// Waits in the body for the status, or takes it where it stands in the head already.
@@ -102,10 +102,10 @@ impl Call {
     }
 }
 
-impl Drop for Call {
+impl Drop for OpenCall {
     fn drop(&mut self) {
         self.count(Code::Cancelled);
-        if self.place.is_some() {
+        if self.permit.is_some() {
             self.metrics.grpc.streams.dec();
         }
     }
@@ -138,7 +138,7 @@ fn code_name(code: Code) -> &'static str {
 #[derive(Debug)]
 pub(super) struct TrackedBody {
     body: Body,
-    call: Call,
+    call: OpenCall,
 }
 
 impl HttpBody for TrackedBody {

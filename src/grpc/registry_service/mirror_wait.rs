@@ -18,16 +18,16 @@ use crate::{
 };
 
 /// Counted from the moment at which the message was read.
-const PATIENCE: Duration = Duration::from_secs(1);
+const MIRROR_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What has to be waited for after a command is carried out.
 #[derive(Debug)]
-pub(super) struct Confirmation {
+pub(super) struct MirrorWait {
     /// What, and until when at most; `None` without a mirror.
     wanted: Option<(ServiceKey, Instant)>,
 }
 
-impl Confirmation {
+impl MirrorWait {
     /// What `command`, which was read just now, will have to wait for.
     pub(super) fn of(command: &Command, registry: &RegistryHandle) -> Self {
         if !registry.mirror_progress().are_awaited() {
@@ -38,7 +38,7 @@ impl Confirmation {
             | Command::Unregister { service, .. }
             | Command::SetReady { service, .. } => service.clone(),
         };
-        Self { wanted: Some((service, Instant::now() + PATIENCE)) }
+        Self { wanted: Some((service, Instant::now() + MIRROR_TIMEOUT)) }
     }
 
     /// Whether Kubernetes has what `outcome` left in `generation`, as soon as it has, or when it
