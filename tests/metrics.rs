@@ -95,6 +95,23 @@ fn pages_and_scrape_name_the_same_metrics_and_labels() {
 }
 
 #[test]
+fn every_status_of_the_contract_has_a_series() {
+    let page = fs::read_to_string(Path::new(ROOT).join("docs/registry-api.md")).expect("a page is UTF-8");
+    let (_, table) = page.split_once("## The answers").expect("the table of statuses");
+    let rows = table.lines().filter_map(|line| line.strip_prefix("| ")?.split_once(" |"));
+    let documented: BTreeSet<&str> =
+        rows.map(|(status, _)| status).filter(|status| status.parse::<u32>().is_ok()).collect();
+    let server = Server::start();
+    let (_, text) = http::get(server.admin, "/metrics");
+    for kind in ["register", "unregister", "other"] {
+        let before = format!(r#"gangplank_registrations_total{{type="{kind}",status=""#);
+        let exposed: BTreeSet<&str> =
+            text.lines().filter_map(|line| Some(line.strip_prefix(&before)?.split_once('"')?.0)).collect();
+        assert_eq!(exposed, documented, "{kind}");
+    }
+}
+
+#[test]
 fn traffic_shows_where_it_should() {
     let server = busy_server();
     let (_, text) = http::get(server.admin, "/metrics");

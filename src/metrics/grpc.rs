@@ -1,9 +1,9 @@
 //! Metrics of the gRPC listeners, under the names that etcd and others use for theirs.
 
-use std::{fmt, time::Duration};
+use std::time::Duration;
 
 use prometheus_client::{
-    encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder},
+    encoding::EncodeLabelSet,
     metrics::{
         counter::Counter,
         family::Family,
@@ -12,6 +12,8 @@ use prometheus_client::{
     },
     registry::Registry,
 };
+
+use super::labels::{EnumCounter, LabelEnum, label_enum};
 
 /// A method as metrics name it. Whatever is not in [`Method::ALL`] is [`Method::UNKNOWN`], so that
 /// a client cannot make label values.
@@ -56,68 +58,79 @@ impl Method {
     }
 }
 
-/// What a registration asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum RegistrationKind {
-    /// REGISTER
-    Register,
-    /// UNREGISTER
-    Unregister,
-    /// Any other number.
-    Other,
-}
-
-impl EncodeLabelValue for RegistrationKind {
-    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
-        match self {
-            Self::Register => "register",
-            Self::Unregister => "unregister",
-            Self::Other => "other",
-        }
-        .encode(encoder)
+label_enum! {
+    /// What a registration asked for.
+    pub enum RegistrationKind {
+        /// REGISTER
+        Register => "register",
+        /// UNREGISTER
+        Unregister => "unregister",
+        /// Any other number.
+        Other => "other",
     }
 }
 
-/// Why a watch was told to begin again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum WatchEnd {
-    /// More changes happened than are kept.
-    SlowReader,
-    /// The cursor is none of this run.
-    UnknownCursor,
-    /// The server stops.
-    ShuttingDown,
-}
-
-impl EncodeLabelValue for WatchEnd {
-    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
-        match self {
-            Self::SlowReader => "slow_reader",
-            Self::UnknownCursor => "unknown_cursor",
-            Self::ShuttingDown => "shutting_down",
-        }
-        .encode(encoder)
+label_enum! {
+    /// `status` of an answer to a registration or removal.
+    pub enum RegistrationStatus {
+        /// Already registered: the same, or updated.
+        Ok => "200",
+        /// A new instance.
+        Created => "201",
+        /// Durable and served, but not in Kubernetes yet.
+        Accepted => "202",
+        /// Removed.
+        Removed => "204",
+        /// A field is invalid.
+        Invalid => "400",
+        /// Registrations are not allowed in this namespace.
+        Forbidden => "403",
+        /// There is nothing to remove, or no such namespace.
+        NotFound => "404",
+        /// A Service of this name belongs to somebody else.
+        Conflict => "409",
+        /// Try again later.
+        Unavailable => "503",
+        /// The limit of instances is reached.
+        Full => "507",
     }
 }
 
-/// In the order of their discriminants.
-const WATCH_ENDS: [WatchEnd; 3] = [WatchEnd::SlowReader, WatchEnd::UnknownCursor, WatchEnd::ShuttingDown];
+impl RegistrationStatus {
+    /// The number on the wire: the one of HTTP, where HTTP has one for it.
+    #[must_use]
+    pub fn code(self) -> u32 {
+        match self {
+            Self::Ok => 200,
+            Self::Created => 201,
+            Self::Accepted => 202,
+            Self::Removed => 204,
+            Self::Invalid => 400,
+            Self::Forbidden => 403,
+            Self::NotFound => 404,
+            Self::Conflict => 409,
+            Self::Unavailable => 503,
+            Self::Full => 507,
+        }
+    }
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Restarted {
-    reason: WatchEnd,
+    /// The status with this number on the wire.
+    #[must_use]
+    pub fn from_code(code: u32) -> Option<Self> {
+        Self::ALL.iter().copied().find(|status| status.code() == code)
+    }
 }
 
-/// Statuses that answers have, in order.
-const STATUSES: [u32; 7] = [200, 201, 204, 400, 404, 503, 507];
-
-const KINDS: [RegistrationKind; 3] =
-    [RegistrationKind::Register, RegistrationKind::Unregister, RegistrationKind::Other];
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Answered {
-    r#type: RegistrationKind,
-    status: u32,
+label_enum! {
+    /// Why a watch was told to begin again.
+    pub enum WatchEnd {
+        /// More changes happened than are kept.
+        SlowReader => "slow_reader",
+        /// The cursor is none of this run.
+        UnknownCursor => "unknown_cursor",
+        /// The server stops.
+        ShuttingDown => "shutting_down",
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -140,10 +153,8 @@ pub struct GrpcMetrics {
     pub connections: Gauge,
     /// Times that a connection could not be accepted.
     pub accept_errors: Counter,
-    /// By kind and status, in the order of [`KINDS`] and [`STATUSES`].
-    registrations: [[Counter; STATUSES.len()]; KINDS.len()],
-    /// By reason, in the order of [`WATCH_ENDS`].
-    watch_restarts: [Counter; WATCH_ENDS.len()],
+    registrations: EnumCounter<(RegistrationKind, RegistrationStatus)>,
+    watch_restarts: EnumCounter<WatchEnd>,
 }
 
 impl GrpcMetrics {
@@ -160,9 +171,18 @@ impl GrpcMetrics {
         all.register("grpc_server_handled", "Calls that ended, by method and status code", handled.clone());
         all.register("grpc_server_handling_seconds", "How long calls and streams lasted", handling.clone());
 
-        let registrations = Family::<Answered, Counter>::default();
-        let answered = |r#type, status| registrations.get_or_create(&Answered { r#type, status }).clone();
-        let restarts = Family::<Restarted, Counter>::default();
+        let registrations = EnumCounter::register(
+            all,
+            "gangplank_registrations",
+            ("type", "status"),
+            "Registrations and removals answered, by status",
+        );
+        let watch_restarts = EnumCounter::register(
+            all,
+            "gangplank_grpc_watch_restarts",
+            "reason",
+            "Watches told to begin again, by reason",
+        );
         let made = Self {
             handled,
             handling,
@@ -170,8 +190,8 @@ impl GrpcMetrics {
             streams_rejected: Counter::default(),
             connections: Gauge::default(),
             accept_errors: Counter::default(),
-            registrations: KINDS.map(|kind| STATUSES.map(|status| answered(kind, status))),
-            watch_restarts: WATCH_ENDS.map(|reason| restarts.get_or_create(&Restarted { reason }).clone()),
+            registrations,
+            watch_restarts,
         };
         all.register("gangplank_grpc_streams", "Calls and streams that are open", made.streams.clone());
         all.register(
@@ -185,8 +205,6 @@ impl GrpcMetrics {
             "Times that a gRPC connection could not be accepted",
             made.accept_errors.clone(),
         );
-        all.register("gangplank_registrations", "Registrations and removals answered, by status", registrations);
-        all.register("gangplank_grpc_watch_restarts", "Watches told to begin again, by reason", restarts);
         made
     }
 
@@ -198,14 +216,25 @@ impl GrpcMetrics {
 
     /// Counts a watch that is told to begin again.
     pub fn watch_restarted(&self, err: WatchEnd) {
-        self.watch_restarts[err as usize].inc();
+        self.watch_restarts.at(err).inc();
     }
 
     /// Counts one answer to a registration or removal.
-    pub fn registration(&self, kind: RegistrationKind, status: u32) {
-        let row = &self.registrations[kind as usize];
-        if let Some(at) = STATUSES.iter().position(|known| *known == status) {
-            row[at].inc();
+    pub fn registration(&self, kind: RegistrationKind, status: RegistrationStatus) {
+        self.registrations.at((kind, status)).inc();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_of_statuses_are_their_numbers_on_the_wire() {
+        for status in RegistrationStatus::ALL {
+            assert_eq!(status.as_str(), status.code().to_string());
+            assert_eq!(RegistrationStatus::from_code(status.code()), Some(*status));
         }
+        assert_eq!(RegistrationStatus::from_code(418), None);
     }
 }

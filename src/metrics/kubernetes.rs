@@ -1,58 +1,50 @@
 //! Metrics of the watches on Kubernetes.
 
+use std::sync::atomic::AtomicU64;
+
 use prometheus_client::{
-    encoding::{EncodeLabelSet, EncodeLabelValue},
-    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    metrics::{counter::Counter, gauge::Gauge},
     registry::Registry,
 };
 
-/// What is watched: the label `resource`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
-#[expect(non_camel_case_types, reason = "the label's values as they are written")]
-pub enum Watched {
-    /// Namespaces.
-    namespaces,
-    /// Services.
-    services,
-    /// EndpointSlices of ours.
-    slices,
-    /// EndpointSlices of others under a Service that external instances joined.
-    joined,
+use super::labels::{EnumCounter, EnumGauge, label_enum};
+
+label_enum! {
+    /// What is watched: the label `resource`.
+    pub enum Watched {
+        /// Namespaces.
+        Namespaces => "namespaces",
+        /// Services.
+        Services => "services",
+        /// EndpointSlices of ours.
+        Slices => "slices",
+        /// EndpointSlices of others under a Service that external instances joined.
+        Joined => "joined",
+    }
 }
 
-/// Why a watch had to begin again: the label `reason`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
-#[expect(non_camel_case_types, reason = "the label's values as they are written")]
-pub enum RestartReason {
-    /// The API server does not know any more what happened since; everything is listed again.
-    expired,
-    /// The right to list or watch is missing, or the credentials are not accepted.
-    forbidden,
-    /// The API server answered something else than what was asked for.
-    refused,
-    /// No answer in time.
-    silent,
-    /// No connection, or it broke.
-    unreachable,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct RestartLabels {
-    resource: Watched,
-    reason: RestartReason,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ResourceLabels {
-    resource: Watched,
+label_enum! {
+    /// Why a watch had to begin again: the label `reason`.
+    pub enum RestartReason {
+        /// The API server no longer has the changes since the last one seen; everything is listed again.
+        Expired => "expired",
+        /// The right to list or watch is missing, or the credentials are not accepted.
+        Forbidden => "forbidden",
+        /// The API server answered something else than what was asked for.
+        Refused => "refused",
+        /// No answer in time.
+        Silent => "silent",
+        /// No connection, or it broke.
+        Unreachable => "unreachable",
+    }
 }
 
 /// Metrics of the watches on Kubernetes.
 #[derive(Debug)]
 pub struct KubernetesMetrics {
-    restarts: Family<RestartLabels, Counter>,
-    lists: Family<ResourceLabels, Counter>,
-    watching: Family<ResourceLabels, Gauge>,
+    restarts: EnumCounter<(Watched, RestartReason)>,
+    lists: EnumCounter<Watched>,
+    watching: EnumGauge<Watched>,
     /// 1 once what Kubernetes holds was read for the first time.
     pub synced: Gauge,
     /// Endpoints of ours that could not be taken as they stand, or not at all.
@@ -62,42 +54,29 @@ pub struct KubernetesMetrics {
 impl KubernetesMetrics {
     /// Makes them and adds them to `all`.
     pub(super) fn register(all: &mut Registry) -> Self {
+        let kubernetes = all.sub_registry_with_prefix("gangplank_kubernetes");
         let metrics = Self {
-            restarts: Family::default(),
-            lists: Family::default(),
-            watching: Family::default(),
+            restarts: EnumCounter::register(
+                kubernetes,
+                "watch_restarts",
+                ("resource", "reason"),
+                "Lists and watches that failed and were begun again, by reason",
+            ),
+            lists: EnumCounter::register(
+                kubernetes,
+                "lists",
+                "resource",
+                "Complete lists: one at the start, and one whenever the API server lost track of a watch",
+            ),
+            watching: EnumGauge::register(
+                kubernetes,
+                "watches",
+                "resource",
+                "Open watches: one each of namespaces, services and slices, and one per joined Service",
+            ),
             synced: Gauge::default(),
             skipped_endpoints: Counter::default(),
         };
-        for resource in [Watched::namespaces, Watched::services, Watched::slices, Watched::joined] {
-            let _ = metrics.lists.get_or_create(&ResourceLabels { resource });
-            let _ = metrics.watching.get_or_create(&ResourceLabels { resource });
-            for reason in [
-                RestartReason::expired,
-                RestartReason::forbidden,
-                RestartReason::refused,
-                RestartReason::silent,
-                RestartReason::unreachable,
-            ] {
-                let _ = metrics.restarts.get_or_create(&RestartLabels { resource, reason });
-            }
-        }
-        let kubernetes = all.sub_registry_with_prefix("gangplank_kubernetes");
-        kubernetes.register(
-            "watch_restarts",
-            "Lists and watches that failed and were begun again, by reason",
-            metrics.restarts.clone(),
-        );
-        kubernetes.register(
-            "lists",
-            "Complete lists: one at the start, and one whenever the API server lost track of a watch",
-            metrics.lists.clone(),
-        );
-        kubernetes.register(
-            "watches",
-            "Watches that stand now: one each of namespaces, services and slices, and one per joined Service",
-            metrics.watching.clone(),
-        );
         kubernetes.register(
             "synced",
             "1 once everything that Kubernetes holds was read for the first time",
@@ -113,18 +92,18 @@ impl KubernetesMetrics {
 
     /// Counts a list or watch that failed.
     pub fn restarted(&self, resource: Watched, reason: RestartReason) {
-        self.restarts.get_or_create(&RestartLabels { resource, reason }).inc();
+        self.restarts.at((resource, reason)).inc();
     }
 
     /// Counts a complete list.
     pub fn listed(&self, resource: Watched) {
-        self.lists.get_or_create(&ResourceLabels { resource }).inc();
+        self.lists.at(resource).inc();
     }
 
     /// A watch stands, until the guard is dropped.
     #[must_use]
     pub fn watching(&self, resource: Watched) -> StandingWatch {
-        let gauge = self.watching.get_or_create_owned(&ResourceLabels { resource });
+        let gauge = self.watching.at(resource).clone();
         gauge.inc();
         StandingWatch(gauge)
     }
@@ -132,7 +111,7 @@ impl KubernetesMetrics {
 
 /// Counts as a watch that stands while it lives.
 #[derive(Debug)]
-pub struct StandingWatch(Gauge);
+pub struct StandingWatch(Gauge<u64, AtomicU64>);
 
 impl Drop for StandingWatch {
     fn drop(&mut self) {

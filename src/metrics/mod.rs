@@ -6,6 +6,7 @@
 pub mod dns;
 mod grpc;
 mod kubernetes;
+mod labels;
 mod mirror;
 mod process;
 mod registry;
@@ -14,8 +15,9 @@ mod store;
 use prometheus_client::registry::Registry;
 
 pub use dns::DnsMetrics;
-pub use grpc::{GrpcMetrics, Method, RegistrationKind, WatchEnd};
+pub use grpc::{GrpcMetrics, Method, RegistrationKind, RegistrationStatus, WatchEnd};
 pub use kubernetes::{KubernetesMetrics, RestartReason, StandingWatch, Watched};
+pub use labels::{EnumCounter, EnumFamily, EnumGauge, LabelEnum, LabelValues};
 pub use mirror::{Blocked, MirrorMetrics, RequestOutcome, Verb};
 pub use registry::{CommandOutcome, RefusalReason, RegistryMetrics};
 pub use store::StoreMetrics;

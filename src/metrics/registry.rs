@@ -3,110 +3,54 @@
 //! The writer calls [`RegistryMetrics::observe_batch`] and the setters once per batch; every
 //! handle is made once, so that a call is a few atomic adds.
 
-use std::{
-    fmt::{self, Write as _},
-    sync::atomic::AtomicU64,
-    time::Duration,
-};
+use std::{sync::atomic::AtomicU64, time::Duration};
 
 use prometheus_client::{
-    encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder},
     metrics::{
         counter::Counter,
-        family::Family,
         gauge::Gauge,
         histogram::{Histogram, exponential_buckets},
     },
     registry::Registry,
 };
 
+use super::labels::{EnumCounter, label_enum};
+
 /// A gauge of what cannot be negative.
 type Level = Gauge<u64, AtomicU64>;
 
-/// What became of one command that the writer carried out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum CommandOutcome {
-    /// A new instance.
-    Created,
-    /// Its attributes or its readiness were replaced.
-    Updated,
-    /// It was there just so.
-    Unchanged,
-    /// Instances were removed.
-    Removed,
-    /// There was nothing to remove.
-    NotFound,
-    /// The instance limit is reached.
-    Full,
-    /// Kubernetes has no place for it.
-    Refused,
-}
-
-impl CommandOutcome {
-    /// Every outcome.
-    pub const ALL: [Self; 7] =
-        [Self::Created, Self::Updated, Self::Unchanged, Self::Removed, Self::NotFound, Self::Full, Self::Refused];
-
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Created => "created",
-            Self::Updated => "updated",
-            Self::Unchanged => "unchanged",
-            Self::Removed => "removed",
-            Self::NotFound => "not_found",
-            Self::Full => "full",
-            Self::Refused => "refused",
-        }
+label_enum! {
+    /// What came of one command that the writer carried out.
+    pub enum CommandOutcome {
+        /// A new instance.
+        Created => "created",
+        /// The attributes or the readiness of an instance were replaced.
+        Updated => "updated",
+        /// The instance was registered with the same attributes already.
+        Unchanged => "unchanged",
+        /// Instances were removed.
+        Removed => "removed",
+        /// There was nothing to remove.
+        NotFound => "not_found",
+        /// The instance limit is reached.
+        Full => "full",
+        /// The Kubernetes cluster, as it is now, forbids the registration.
+        Refused => "refused",
     }
 }
 
-impl EncodeLabelValue for CommandOutcome {
-    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
-        encoder.write_str(self.as_str())
+label_enum! {
+    /// Why a registration or removal never reached the writer.
+    pub enum RefusalReason {
+        /// A field is invalid.
+        Invalid => "invalid",
+        /// The registry is still recovering.
+        NotReady => "not_ready",
+        /// The process is stopping.
+        ShuttingDown => "shutting_down",
+        /// A write or sync failed.
+        StorageFailed => "storage_failed",
     }
-}
-
-/// Why a registration or removal never reached the writer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum RefusalReason {
-    /// A field is wrong.
-    Invalid,
-    /// Not recovered yet.
-    NotReady,
-    /// On its way out.
-    ShuttingDown,
-    /// A write or sync failed.
-    StorageFailed,
-}
-
-impl RefusalReason {
-    /// Every reason.
-    pub const ALL: [Self; 4] = [Self::Invalid, Self::NotReady, Self::ShuttingDown, Self::StorageFailed];
-
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Invalid => "invalid",
-            Self::NotReady => "not_ready",
-            Self::ShuttingDown => "shutting_down",
-            Self::StorageFailed => "storage_failed",
-        }
-    }
-}
-
-impl EncodeLabelValue for RefusalReason {
-    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
-        encoder.write_str(self.as_str())
-    }
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct OutcomeLabels {
-    outcome: CommandOutcome,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ReasonLabels {
-    reason: RefusalReason,
 }
 
 /// Metrics of the registry.
@@ -122,17 +66,23 @@ pub struct RegistryMetrics {
     changes: Counter,
     publish: Histogram,
     programming: Histogram,
-    /// By [`CommandOutcome`], in the order of its discriminants.
-    outcomes: [Counter; CommandOutcome::ALL.len()],
-    /// By [`RefusalReason`], in the order of its discriminants.
-    refusals: [Counter; RefusalReason::ALL.len()],
+    outcomes: EnumCounter<CommandOutcome>,
+    refusals: EnumCounter<RefusalReason>,
 }
 
 impl RegistryMetrics {
     /// Makes them and adds them to `all`.
     pub(super) fn register(all: &mut Registry) -> Self {
-        let outcomes = Family::<OutcomeLabels, Counter>::default();
-        let refusals = Family::<ReasonLabels, Counter>::default();
+        // The buckets of CoreDNS, 1 ms to 524 s by twos.
+        let programming = Histogram::new(exponential_buckets(0.001, 2.0, 20));
+        // Kubernetes' SLI "DNS programming latency"; CoreDNS reserves this value of the label.
+        let kind = ("service_kind".into(), "headless_without_selector".into());
+        all.sub_registry_with_label(kind).register(
+            "gangplank_dns_programming_duration_seconds",
+            "Time from a change being received to DNS answering with it",
+            programming.clone(),
+        );
+        let registry = all.sub_registry_with_prefix("gangplank_registry");
         // 1 to about a million, and 10 µs to about 2.6 s, by fours.
         let sizes = || Histogram::new(exponential_buckets(1.0, 4.0, 11));
         let durations = Histogram::new(exponential_buckets(1e-5, 4.0, 10));
@@ -146,31 +96,33 @@ impl RegistryMetrics {
             batch_commands: sizes(),
             changes: Counter::default(),
             publish: durations,
-            // The buckets of CoreDNS, 1 ms to 524 s by twos.
-            programming: Histogram::new(exponential_buckets(0.001, 2.0, 20)),
-            // Made here, all of them, so that a series exists at 0 before its first event.
-            outcomes: CommandOutcome::ALL.map(|outcome| outcomes.get_or_create_owned(&OutcomeLabels { outcome })),
-            refusals: RefusalReason::ALL.map(|reason| refusals.get_or_create_owned(&ReasonLabels { reason })),
+            programming,
+            outcomes: EnumCounter::register(
+                registry,
+                "commands",
+                "outcome",
+                "Commands that were carried out, by outcome",
+            ),
+            refusals: EnumCounter::register(
+                registry,
+                "refused",
+                "reason",
+                "Registrations and removals that never reached the writer, by reason",
+            ),
         };
-        // Kubernetes' SLI "DNS programming latency"; CoreDNS reserves this value of the label.
-        let kind = ("service_kind".into(), "headless_without_selector".into());
-        all.sub_registry_with_label(kind).register(
-            "gangplank_dns_programming_duration_seconds",
-            "Time from a change being received to DNS answering with it",
-            metrics.programming.clone(),
+        registry.register("services", "Services that have an instance", metrics.services.clone());
+        registry.register("instances", "Instances of all services", metrics.instances.clone());
+        registry.register("generation", "The generation that is served", metrics.generation.clone());
+        registry.register("queue_length", "Submissions that wait for the writer", metrics.queue.clone());
+        registry.register("batches", "Batches that were carried out", metrics.batches.clone());
+        registry.register("batch_submissions", "Submissions in one batch", metrics.batch_submissions.clone());
+        registry.register("batch_commands", "Commands in one batch", metrics.batch_commands.clone());
+        registry.register("changes", "Instances that were added, changed or removed", metrics.changes.clone());
+        registry.register(
+            "publish_duration_seconds",
+            "Time from durable to visible, of one batch",
+            metrics.publish.clone(),
         );
-        let of = all.sub_registry_with_prefix("gangplank_registry");
-        of.register("services", "Services that have an instance", metrics.services.clone());
-        of.register("instances", "Instances of all services", metrics.instances.clone());
-        of.register("generation", "The generation that is served", metrics.generation.clone());
-        of.register("queue_length", "Submissions that wait for the writer", metrics.queue.clone());
-        of.register("batches", "Batches that were carried out", metrics.batches.clone());
-        of.register("batch_submissions", "Submissions in one batch", metrics.batch_submissions.clone());
-        of.register("batch_commands", "Commands in one batch", metrics.batch_commands.clone());
-        of.register("changes", "Instances that were added, changed or removed", metrics.changes.clone());
-        of.register("publish_duration_seconds", "Time from durable to visible, of one batch", metrics.publish.clone());
-        of.register("commands", "Commands that were carried out, by outcome", outcomes);
-        of.register("refused", "Registrations and removals that never reached the writer, by reason", refusals);
         metrics
     }
 
@@ -197,12 +149,12 @@ impl RegistryMetrics {
 
     /// Counts `commands` that ended so.
     pub fn count(&self, outcome: CommandOutcome, commands: usize) {
-        self.outcomes[outcome as usize].inc_by(commands as u64);
+        self.outcomes.at(outcome).inc_by(commands as u64);
     }
 
     /// Counts one message that never reached the writer.
     pub fn refused(&self, reason: RefusalReason) {
-        self.refusals[reason as usize].inc();
+        self.refusals.at(reason).inc();
     }
 
     /// What is registered now; also called once after a recovery.
@@ -221,6 +173,7 @@ impl RegistryMetrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::LabelEnum as _;
 
     fn encoded(all: &Registry) -> String {
         let mut text = String::new();
@@ -270,11 +223,11 @@ mod tests {
         metrics.set_registered(2, 64, 1712);
         metrics.set_queue_length(5);
         // Each by another number, so that a counter taken for its neighbour shows.
-        for (at, outcome) in CommandOutcome::ALL.into_iter().enumerate() {
-            metrics.count(outcome, at + 1);
+        for (at, outcome) in CommandOutcome::ALL.iter().enumerate() {
+            metrics.count(*outcome, at + 1);
         }
-        for (at, reason) in RefusalReason::ALL.into_iter().enumerate() {
-            (0..=at).for_each(|_| metrics.refused(reason));
+        for (at, reason) in RefusalReason::ALL.iter().enumerate() {
+            (0..=at).for_each(|_| metrics.refused(*reason));
         }
         let text = encoded(&all);
         for line in [

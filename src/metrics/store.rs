@@ -1,27 +1,21 @@
 //! Metrics of the journal and its snapshots.
 
 use prometheus_client::{
-    encoding::{EncodeLabelSet, EncodeLabelValue},
     metrics::{
         counter::Counter,
-        family::Family,
         gauge::Gauge,
         histogram::{Histogram, exponential_buckets},
     },
     registry::{Registry, Unit},
 };
 
-/// Label of `gangplank_store_compactions_total`: `ok` or `failed`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct CompactionLabels {
-    result: CompactionResult,
-}
+use super::labels::{EnumCounter, label_enum};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
-#[expect(non_camel_case_types, reason = "the label's values as they are written")]
-enum CompactionResult {
-    ok,
-    failed,
+label_enum! {
+    enum CompactionResult {
+        Succeeded => "ok",
+        Failed => "failed",
+    }
 }
 
 /// Metrics of the journal and its snapshots.
@@ -31,15 +25,15 @@ pub struct StoreMetrics {
     pub sync_seconds: Histogram,
     /// How long a compaction took, in the background.
     pub compaction_seconds: Histogram,
-    /// Octets in all segments of the journal.
+    /// Bytes in all segments of the journal.
     pub journal_bytes: Gauge,
-    /// Octets in the snapshot.
+    /// Bytes in the snapshot.
     pub snapshot_bytes: Gauge,
-    /// Octets written to the journal.
+    /// Bytes written to the journal.
     pub journal_written_bytes: Counter,
-    /// Octets written to snapshots.
+    /// Bytes written to snapshots.
     pub snapshot_written_bytes: Counter,
-    compactions: Family<CompactionLabels, Counter>,
+    compactions: EnumCounter<CompactionResult>,
     /// 1 when nothing is acknowledged any more.
     pub failed: Gauge,
 }
@@ -47,6 +41,7 @@ pub struct StoreMetrics {
 impl StoreMetrics {
     /// Makes them and adds them to `all`.
     pub(super) fn register(all: &mut Registry) -> Self {
+        let store = all.sub_registry_with_prefix("gangplank_store");
         let metrics = Self {
             // 50 µs (a fast SSD) to 1.6 s (a disk in trouble).
             sync_seconds: Histogram::new(exponential_buckets(50e-6, 2.0, 16)),
@@ -56,13 +51,14 @@ impl StoreMetrics {
             snapshot_bytes: Gauge::default(),
             journal_written_bytes: Counter::default(),
             snapshot_written_bytes: Counter::default(),
-            compactions: Family::default(),
+            compactions: EnumCounter::register(
+                store,
+                "compactions",
+                "result",
+                "Compactions by result; a failed one is tried again at the next segment and costs only disk space",
+            ),
             failed: Gauge::default(),
         };
-        for result in [CompactionResult::ok, CompactionResult::failed] {
-            let _ = metrics.compactions.get_or_create(&CompactionLabels { result });
-        }
-        let store = all.sub_registry_with_prefix("gangplank_store");
         store.register_with_unit(
             "sync",
             "Time to sync one batch of registrations to the disk",
@@ -95,11 +91,6 @@ impl StoreMetrics {
             metrics.snapshot_written_bytes.clone(),
         );
         store.register(
-            "compactions",
-            "Compactions by result; a failed one is tried again at the next segment and costs only disk space",
-            metrics.compactions.clone(),
-        );
-        store.register(
             "failed",
             "1 after a failed write or sync: nothing is acknowledged until a restart",
             metrics.failed.clone(),
@@ -109,14 +100,13 @@ impl StoreMetrics {
 
     /// Counts a compaction that left a new snapshot, or one that failed and changed nothing.
     pub fn compacted(&self, ok: bool) {
-        let result = if ok { CompactionResult::ok } else { CompactionResult::failed };
-        self.compactions.get_or_create(&CompactionLabels { result }).inc();
+        let result = if ok { CompactionResult::Succeeded } else { CompactionResult::Failed };
+        self.compactions.at(result).inc();
     }
 
     /// Compactions that succeeded, and that failed.
     #[cfg(test)]
     pub(crate) fn compactions_counted(&self) -> (u64, u64) {
-        let counted = |result| self.compactions.get_or_create(&CompactionLabels { result }).get();
-        (counted(CompactionResult::ok), counted(CompactionResult::failed))
+        (self.compactions.at(CompactionResult::Succeeded).get(), self.compactions.at(CompactionResult::Failed).get())
     }
 }

@@ -19,6 +19,7 @@ use super::proto::registry::{
     RegistrationType, ServiceInfo,
 };
 use crate::{
+    metrics::RegistrationStatus,
     model::{
         Address, InstanceSpec, MAX_INSTANCE_BYTES, PortError, PortSet, PortSpec, Protocol, ServiceKey, UnixMillis,
         Validator,
@@ -40,50 +41,7 @@ const MAX_DETAILS: usize = 512;
 const MESSAGE_BYTES: usize = 256;
 const PORT_BYTES: usize = 128;
 
-/// What becomes of a message, as `status` of its answer says it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum ResponseStatus {
-    /// A new instance.
-    Created,
-    /// Already there: same or updated.
-    Ok,
-    /// Durable and served, but not in Kubernetes yet.
-    Accepted,
-    /// Removed.
-    Removed,
-    /// A field cannot stand.
-    Invalid,
-    /// Not a place for anybody's registrations.
-    Forbidden,
-    /// NoParameters there to remove, or no such namespace.
-    NotFound,
-    /// The name belongs to somebody else.
-    Conflict,
-    /// Try again.
-    Unavailable,
-    /// The server's limit of instances is reached.
-    Full,
-}
-
-impl ResponseStatus {
-    /// The number on the wire: HTTP's, where HTTP has one for it.
-    pub(super) fn code(self) -> u32 {
-        match self {
-            Self::Created => 201,
-            Self::Ok => 200,
-            Self::Accepted => 202,
-            Self::Removed => 204,
-            Self::Invalid => 400,
-            Self::Forbidden => 403,
-            Self::NotFound => 404,
-            Self::Conflict => 409,
-            Self::Unavailable => 503,
-            Self::Full => 507,
-        }
-    }
-}
-
-/// Why a message cannot stand: `field: reason`.
+/// Why a message is invalid: `field: reason`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct InvalidMessage(String);
 
@@ -121,12 +79,12 @@ pub(super) struct ResponseBuilder {
 impl ResponseBuilder {
     /// The answer to a message that was refused here.
     pub(super) fn invalid(self, invalid: InvalidMessage) -> RegistrationResponse {
-        self.answer(ResponseStatus::Invalid, invalid.0, 0)
+        self.answer(RegistrationStatus::Invalid, invalid.0, 0)
     }
 
     /// The answer to a message that the registry did not take.
     pub(super) fn unavailable(self, err: Unavailable) -> RegistrationResponse {
-        self.answer(ResponseStatus::Unavailable, err.to_string(), 0)
+        self.answer(RegistrationStatus::Unavailable, err.to_string(), 0)
     }
 
     /// The answer to a message that the registry carried out, in `generation`; `mirrored` says
@@ -135,19 +93,19 @@ impl ResponseBuilder {
         match outcome {
             Outcome::Created | Outcome::Updated | Outcome::Unchanged | Outcome::Removed(_) if !mirrored => {
                 let details = "durable and served; not in Kubernetes yet, it will follow".into();
-                self.answer(ResponseStatus::Accepted, details, generation)
+                self.answer(RegistrationStatus::Accepted, details, generation)
             }
-            Outcome::Created => self.answer(ResponseStatus::Created, String::new(), generation),
-            Outcome::Updated | Outcome::Unchanged => self.answer(ResponseStatus::Ok, String::new(), generation),
-            Outcome::Removed(_) => self.answer(ResponseStatus::Removed, String::new(), generation),
+            Outcome::Created => self.answer(RegistrationStatus::Created, String::new(), generation),
+            Outcome::Updated | Outcome::Unchanged => self.answer(RegistrationStatus::Ok, String::new(), generation),
+            Outcome::Removed(_) => self.answer(RegistrationStatus::Removed, String::new(), generation),
             Outcome::NotFound => {
                 let details = format!("{}/{} has no instance at {}", self.namespace, self.service_name, self.ipaddress);
                 let with_ports = if self.ports.is_empty() { "" } else { " with exactly these ports" };
-                self.answer(ResponseStatus::NotFound, details + with_ports, generation)
+                self.answer(RegistrationStatus::NotFound, details + with_ports, generation)
             }
             Outcome::Full { limit } => {
                 let details = format!("the server holds {limit} instances, which is its limit; nothing was added");
-                self.answer(ResponseStatus::Full, details, 0)
+                self.answer(RegistrationStatus::Full, details, 0)
             }
             Outcome::Refused(err) => self.refused_by_kubernetes(err),
         }
@@ -157,18 +115,18 @@ impl ResponseBuilder {
         let Self { namespace, service_name, .. } = &self;
         let (status, details) = match err {
             KubernetesRefusal::Reserved => (
-                ResponseStatus::Forbidden,
+                RegistrationStatus::Forbidden,
                 format!("namespace: {namespace}/{service_name} is the cluster's own and never takes registrations"),
             ),
             KubernetesRefusal::NamespaceAbsent => (
-                ResponseStatus::NotFound,
+                RegistrationStatus::NotFound,
                 format!(
                     "namespace: {namespace} does not exist in Kubernetes; create it, or start the server with \
                      --create-namespaces"
                 ),
             ),
             KubernetesRefusal::ForeignService => (
-                ResponseStatus::Conflict,
+                RegistrationStatus::Conflict,
                 format!(
                     "service_name: the Service {namespace}/{service_name} is not managed by gangplank; label it \
                      gangplank.dev/service=joined to let external instances stand beside its own"
@@ -178,7 +136,7 @@ impl ResponseBuilder {
         self.answer(status, details, 0)
     }
 
-    fn answer(self, status: ResponseStatus, details: String, generation: u64) -> RegistrationResponse {
+    fn answer(self, status: RegistrationStatus, details: String, generation: u64) -> RegistrationResponse {
         RegistrationResponse {
             r#type: self.kind,
             namespace: self.namespace,

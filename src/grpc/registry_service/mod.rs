@@ -18,7 +18,7 @@ use super::{
     },
 };
 use crate::{
-    metrics::{Metrics, RefusalReason, RegistrationKind},
+    metrics::{Metrics, RefusalReason, RegistrationKind, RegistrationStatus},
     model::UnixMillis,
     registry::{Ack, Command, Outcome, Unavailable},
 };
@@ -89,13 +89,14 @@ impl ServiceRegistry for RegistryService {
     }
 }
 
-/// Counts an answer that is given; `unavailable` is why the registry did not take it, if so.
+/// Counts an answer; `unavailable` is why the registry did not take the message, if so.
 fn count(metrics: &Metrics, response: &RegistrationResponse, unavailable: Option<Unavailable>) {
+    let status = RegistrationStatus::from_code(response.status);
     let refused = match unavailable {
         Some(Unavailable::NotReady) => Some(RefusalReason::NotReady),
         Some(Unavailable::ShuttingDown) => Some(RefusalReason::ShuttingDown),
         Some(Unavailable::StorageFailed) => Some(RefusalReason::StorageFailed),
-        None => (response.status == convert::ResponseStatus::Invalid.code()).then_some(RefusalReason::Invalid),
+        None => (status == Some(RegistrationStatus::Invalid)).then_some(RefusalReason::Invalid),
     };
     if let Some(reason) = refused {
         metrics.registry.refused(reason);
@@ -105,5 +106,7 @@ fn count(metrics: &Metrics, response: &RegistrationResponse, unavailable: Option
         Ok(RegistrationType::Unregister) => RegistrationKind::Unregister,
         Ok(RegistrationType::Heartbeat | RegistrationType::Drain) | Err(_) => RegistrationKind::Other,
     };
-    metrics.grpc.registration(kind, response.status);
+    if let Some(status) = status {
+        metrics.grpc.registration(kind, status);
+    }
 }

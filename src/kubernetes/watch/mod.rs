@@ -84,21 +84,21 @@ impl Watch {
         let see = Box::new(|seen| self.cluster.see_namespaces(seen));
         let mut reader = FactReader { registry: &self.registry, see, complete: Some(complete) };
         let api = Api::all(self.client.clone());
-        self.source(api, Watched::namespaces, String::new(), outages).follow(&mut reader).await
+        self.source(api, Watched::Namespaces, String::new(), outages).follow(&mut reader).await
     }
 
     async fn services(&self, outages: &Outages, complete: oneshot::Sender<()>) -> Unavailable {
         let see = Box::new(|seen| self.cluster.see_services(seen));
         let mut reader = FactReader { registry: &self.registry, see, complete: Some(complete) };
         let api = Api::all(self.client.clone());
-        self.source(api, Watched::services, String::new(), outages).follow(&mut reader).await
+        self.source(api, Watched::Services, String::new(), outages).follow(&mut reader).await
     }
 
     async fn slices(&self, outages: &Outages, restoring: Restoring<'_>) -> Unavailable {
         let mut reader = OurSlices { cluster: &self.cluster, restoring: Some(restoring) };
         let labels = format!("{}={}", names::MANAGED_BY, names::MANAGER);
         let api = Api::all(self.client.clone());
-        self.source(api, Watched::slices, labels, outages).follow(&mut reader).await
+        self.source(api, Watched::Slices, labels, outages).follow(&mut reader).await
     }
 
     /// One watch per joined Service, begun and ended as they come and go. `loading` is held until
@@ -144,7 +144,7 @@ impl Watch {
     ) -> (ServiceKey, Result<(), Unavailable>) {
         let labels = format!("{}={},{}!={}", names::SERVICE_NAME, service.name(), names::MANAGED_BY, names::MANAGER);
         let api: Api<DeserializeGuard<EndpointSlice>> = Api::namespaced(self.client.clone(), service.namespace());
-        let source = self.source(api, Watched::joined, labels, outages);
+        let source = self.source(api, Watched::Joined, labels, outages);
         let mut reader = OthersSlices::new(&self.registry, self.validator, service.clone(), loading);
         let ended = match stop.run_until_cancelled(source.follow(&mut reader)).await {
             Some(gone) => Err(gone),

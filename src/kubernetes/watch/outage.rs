@@ -49,7 +49,7 @@ impl Lost<'_> {
     pub(super) fn failed(&mut self, reason: RestartReason, err: &str, right: &str) {
         let server = &self.outages.server;
         self.failures = self.failures.saturating_add(1);
-        if reason == RestartReason::forbidden {
+        if reason == RestartReason::Forbidden {
             if !self.forbidden {
                 self.forbidden = true;
                 tracing::error!(
@@ -110,19 +110,19 @@ mod tests {
         let outages = Outages::new("https://10.0.0.1:6443".into());
         let lost = || *outages.lock();
         let (mut one, mut other) = (outages.watch(), outages.watch());
-        one.failed(RestartReason::unreachable, "refused", "services");
+        one.failed(RestartReason::Unreachable, "refused", "services");
         assert_eq!(lost(), 1, "it never stood");
-        one.failed(RestartReason::unreachable, "refused", "services");
+        one.failed(RestartReason::Unreachable, "refused", "services");
         assert_eq!(lost(), 1);
         other.found();
-        other.failed(RestartReason::unreachable, "reset", "namespaces");
+        other.failed(RestartReason::Unreachable, "reset", "namespaces");
         assert_eq!(lost(), 1, "once is tolerated");
-        other.failed(RestartReason::silent, "no answer", "namespaces");
+        other.failed(RestartReason::Silent, "no answer", "namespaces");
         assert_eq!(lost(), 2);
         one.found();
         one.found();
         assert_eq!(lost(), 1);
-        other.failed(RestartReason::forbidden, "no right", "namespaces");
+        other.failed(RestartReason::Forbidden, "no right", "namespaces");
         drop(other);
         assert_eq!(lost(), 0, "a watch that is not needed any more");
     }

@@ -143,7 +143,7 @@ where
             if began.elapsed() >= WAITS.1 {
                 waits = Waits::default();
             }
-            if reason != RestartReason::expired {
+            if reason != RestartReason::Expired {
                 lost.failed(reason, &chain(&failure), &self.right());
             }
             time::sleep(waits.next(reason, failure.retry_after())).await;
@@ -276,15 +276,15 @@ impl Failure {
 
     fn reason(&self) -> RestartReason {
         match self {
-            Self::Silent(_) => RestartReason::silent,
-            Self::Closed => RestartReason::unreachable,
-            Self::Kube(kube::Error::Auth(_)) => RestartReason::forbidden,
-            Self::Kube(kube::Error::SerdeError(_)) => RestartReason::refused,
-            _ if self.lost_track() => RestartReason::expired,
+            Self::Silent(_) => RestartReason::Silent,
+            Self::Closed => RestartReason::Unreachable,
+            Self::Kube(kube::Error::Auth(_)) => RestartReason::Forbidden,
+            Self::Kube(kube::Error::SerdeError(_)) => RestartReason::Refused,
+            _ if self.lost_track() => RestartReason::Expired,
             _ => match self.status() {
-                Some(status) if matches!(status.code, 401 | 403) => RestartReason::forbidden,
-                Some(_) => RestartReason::refused,
-                None => RestartReason::unreachable,
+                Some(status) if matches!(status.code, 401 | 403) => RestartReason::Forbidden,
+                Some(_) => RestartReason::Refused,
+                None => RestartReason::Unreachable,
             },
         }
     }
@@ -316,7 +316,7 @@ struct Waits(u32);
 impl Waits {
     fn next(&mut self, reason: RestartReason, retry_after: Duration) -> Duration {
         let (first, longest) = WAITS;
-        let longest = if reason == RestartReason::forbidden { FORBIDDEN_WAIT } else { longest };
+        let longest = if reason == RestartReason::Forbidden { FORBIDDEN_WAIT } else { longest };
         let grown = first.saturating_mul(2u32.saturating_pow(self.0)).min(longest);
         self.0 = self.0.saturating_add(1);
         // Half of it to all of it.
@@ -338,14 +338,14 @@ mod tests {
     #[test]
     fn a_failure_says_whether_everything_has_to_be_listed_again() {
         for (failure, reason, again) in [
-            (failed(410, ""), RestartReason::expired, true),
-            (failed(504, "ResourceVersionTooLarge"), RestartReason::expired, true),
-            (failed(504, ""), RestartReason::refused, false),
-            (failed(500, ""), RestartReason::refused, false),
-            (failed(401, ""), RestartReason::forbidden, false),
-            (failed(403, ""), RestartReason::forbidden, false),
-            (Failure::Silent(START), RestartReason::silent, false),
-            (Failure::Kube(kube::Error::ReadEvents(std::io::Error::other("cut"))), RestartReason::unreachable, false),
+            (failed(410, ""), RestartReason::Expired, true),
+            (failed(504, "ResourceVersionTooLarge"), RestartReason::Expired, true),
+            (failed(504, ""), RestartReason::Refused, false),
+            (failed(500, ""), RestartReason::Refused, false),
+            (failed(401, ""), RestartReason::Forbidden, false),
+            (failed(403, ""), RestartReason::Forbidden, false),
+            (Failure::Silent(START), RestartReason::Silent, false),
+            (Failure::Kube(kube::Error::ReadEvents(std::io::Error::other("cut"))), RestartReason::Unreachable, false),
         ] {
             assert_eq!((failure.reason(), failure.lost_track()), (reason, again), "{failure}");
         }
@@ -361,16 +361,16 @@ mod tests {
         let mut waits = Waits::default();
         let mut least = WAITS.0 / 2;
         for _ in 0..40 {
-            let wait = waits.next(RestartReason::unreachable, Duration::ZERO);
+            let wait = waits.next(RestartReason::Unreachable, Duration::ZERO);
             assert!(wait >= least && wait <= WAITS.1, "{wait:?}");
             least = (2 * least).min(WAITS.1 / 2);
         }
         let asked = Duration::from_secs(20);
-        assert!(waits.next(RestartReason::refused, asked) >= asked);
-        assert!(waits.next(RestartReason::refused, Duration::MAX) <= MAX_RETRY_AFTER + WAITS.1);
+        assert!(waits.next(RestartReason::Refused, asked) >= asked);
+        assert!(waits.next(RestartReason::Refused, Duration::MAX) <= MAX_RETRY_AFTER + WAITS.1);
         let mut waits = Waits::default();
-        assert!(waits.next(RestartReason::forbidden, Duration::ZERO) <= WAITS.0, "it may have just started");
-        let later = (0..40).map(|_| waits.next(RestartReason::forbidden, Duration::ZERO)).last();
+        assert!(waits.next(RestartReason::Forbidden, Duration::ZERO) <= WAITS.0, "it may have just started");
+        let later = (0..40).map(|_| waits.next(RestartReason::Forbidden, Duration::ZERO)).last();
         assert!(later >= Some(FORBIDDEN_WAIT / 2), "{later:?}");
     }
 }
