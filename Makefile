@@ -70,9 +70,9 @@ bench: ## run the benches (about twenty minutes)
 crash: ## 200 cycles of kill -9 under load, each checked against what was acknowledged
 	GANGPLANK_CRASH_CYCLES=200 cargo test --locked --test integration crash -- --nocapture
 
-.PHONY: visible
-visible: ## 100 000 acknowledgements, each checked in DNS the moment it arrives
-	GANGPLANK_VISIBILITY_CHECKS=100000 cargo test --locked --test integration visible -- --nocapture
+.PHONY: read-your-writes
+read-your-writes: ## 100 000 acknowledgements, each checked in DNS the moment it arrives
+	GANGPLANK_VISIBILITY_CHECKS=100000 cargo test --locked --test integration read_your_writes -- --nocapture
 
 .PHONY: mirror
 mirror: ## the Kubernetes mirror at length: 200 and 50 kills in the middle of writes, bulks of 10 000, silent watches

@@ -93,7 +93,7 @@ fn address(n: usize) -> String {
 }
 
 #[test]
-fn resolvers_find_what_was_registered() {
+fn resolvers_find_registered_services() {
     let server = Server::start();
     server.register("prod", "web", "10.0.0.1", "http=8080");
     server.register("prod", "web", "2001:db8::7", "http=8080");
@@ -123,7 +123,7 @@ fn resolvers_find_what_was_registered() {
 }
 
 #[test]
-fn gos_own_resolver_finds_what_was_registered() {
+fn go_resolver_finds_registered_services() {
     let Some(gotool) = tools::require("gotool") else { return };
     let server = Server::start();
     server.register("prod", "web", "10.0.0.1", "http=8080");

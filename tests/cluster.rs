@@ -70,7 +70,7 @@ fn create(cluster: &Cluster, path: &str, object: &Value) -> Value {
 }
 
 #[test]
-fn the_control_plane_is_the_release_that_was_asked_for() {
+fn control_plane_runs_the_configured_release() {
     let Some(cluster) = Cluster::shared() else { return };
     let module = Path::new(ROOT).join("tests/tools/kubernetes").join(cluster.release()).join("go.mod");
     let module = fs::read_to_string(module).expect("the release has a module");
@@ -84,7 +84,7 @@ fn the_control_plane_is_the_release_that_was_asked_for() {
 }
 
 #[test]
-fn gangplanks_account_can_do_what_it_needs_and_nothing_more() {
+fn service_account_has_the_rights_it_needs_and_no_others() {
     let Some(cluster) = Cluster::shared() else { return };
     let kubeconfig = cluster.kubeconfig_for_gangplank();
     let can = |verb: &str, resource: &str| {
@@ -133,7 +133,7 @@ fn gangplanks_account_can_do_what_it_needs_and_nothing_more() {
 }
 
 #[test]
-fn the_policy_keeps_the_account_to_objects_of_its_own_label() {
+fn admission_policy_limits_the_account_to_labelled_objects() {
     let Some(cluster) = Cluster::shared() else { return };
     cluster.create_namespace("policy");
     let [services, slices] = [services("policy"), slices("policy")];
@@ -333,7 +333,7 @@ fn exists(cluster: &Cluster, path: &str) -> bool {
 }
 
 #[test]
-fn the_client_that_gangplank_uses_gets_through_and_sees_what_goes_wrong() {
+fn kube_client_works_through_the_proxy_and_sees_its_faults() {
     let Some(cluster) = Cluster::shared() else { return };
     cluster.create_namespace("client");
     create(cluster, &services("client"), &service("web", &owned()));

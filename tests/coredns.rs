@@ -36,7 +36,7 @@ fn coredns_forwards_a_stub_domain() {
 }
 
 #[test]
-fn coredns_asks_for_what_others_do_not_know() {
+fn coredns_falls_through_to_gangplank() {
     let Some(program) = tools::require("coredns") else { return };
     let server = server_with_web();
     // There is no Kubernetes here, so that its plugin goes; another gangplank, which knows another

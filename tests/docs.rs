@@ -48,7 +48,7 @@ fn docs_operations() {
 
 #[test]
 fn docs_kubernetes() {
-    let Some(turn) = mirror::Turn::take() else { return };
+    let Some(turn) = mirror::ClusterLock::take() else { return };
     let (mine, theirs) = (turn.cluster.kubeconfig_for_gangplank(), turn.cluster.kubeconfig_admin());
     let page = Page { kubeconfig: Some((mine, theirs)), kubectl: Some(turn.cluster.kubectl_folder()) };
     page.replay("docs/kubernetes.md", &["dig"]);
@@ -228,7 +228,7 @@ fn masked(line: &str) -> String {
 }
 
 #[test]
-fn pages_are_read_as_people_read_them() {
+fn commands_and_outputs_of_a_page_are_found() {
     let page = "```sh\n$ not this\n```\n```console\n$ a \\\n  b\nx  1\n\ny\n$ c\n```\n";
     let step = |line, command: &str, printed: &[&str]| Step {
         line,

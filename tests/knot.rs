@@ -147,7 +147,7 @@ fn said(server: SocketAddr, name: &str, rtype: RecordType) -> (String, bool, Vec
 }
 
 #[test]
-fn knot_says_the_same_of_the_same_records() {
+fn knot_answers_equal_ours() {
     let Some(knotd) = tools::require("knotd") else { return };
     let server = Server::start_with(&["--ns-address", "192.0.2.53", "--reverse-zone", "10.20.0.0/16"]);
     let mut rng = fastrand::Rng::with_seed(1);

@@ -91,7 +91,7 @@ fn wait_line(server: &Server, words: &str) {
 }
 
 #[test]
-fn what_stands_is_restored_and_followed() {
+fn existing_slices_are_restored_and_watched() {
     let Some(mut cluster) = Cluster::private() else { return };
     cluster.create_namespace("prod");
     cluster.create_namespace("doomed");
@@ -151,7 +151,7 @@ fn what_stands_is_restored_and_followed() {
 }
 
 #[test]
-fn watches_survive_what_happens_to_watches() {
+fn watches_survive_drops_expiry_and_silence() {
     let Some(cluster) = Cluster::private() else { return };
     cluster.create_namespace("prod");
     let proxy = Proxy::start(&cluster);

@@ -89,7 +89,7 @@ fn a_second_process_on_an_address_is_refused_and_told_which() {
 }
 
 #[test]
-fn a_torn_tail_is_cut_and_damage_before_the_end_refuses_to_start() {
+fn torn_tail_is_cut_and_earlier_damage_refuses_to_start() {
     let mut server = Server::start();
     for last in 1..=3 {
         server.register("prod", "web", &format!("10.0.0.{last}"), "http=8080");
@@ -122,7 +122,7 @@ fn a_torn_tail_is_cut_and_damage_before_the_end_refuses_to_start() {
 }
 
 #[test]
-fn what_cannot_be_printed_or_logged_ends_neither_the_server_nor_the_exit_codes() {
+fn full_stdout_and_stderr_change_neither_the_server_nor_exit_codes() {
     let full = || OpenOptions::new().write(true).open("/dev/full").expect("Linux has it");
     let [.., high, low] = std::process::id().to_be_bytes();
     // A loopback address that no other test has: the ports are printed where nobody can read them.

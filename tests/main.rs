@@ -12,7 +12,7 @@ mod listeners;
 mod metrics;
 mod mirror;
 mod process;
+mod read_your_writes;
 mod rfc8906;
 mod structure;
 mod support;
-mod visible;

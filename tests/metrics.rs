@@ -112,7 +112,7 @@ fn every_status_of_the_contract_has_a_series() {
 }
 
 #[test]
-fn traffic_shows_where_it_should() {
+fn traffic_is_counted() {
     let server = busy_server();
     let (_, text) = http::get(server.admin, "/metrics");
     let dns = server.dns;

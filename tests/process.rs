@@ -67,7 +67,7 @@ fn sigterm_ends_it_with_exit_code_0() {
 }
 
 #[test]
-fn a_ready_server_says_so_over_http() {
+fn ready_server_answers_its_probes() {
     let server = Server::start();
     for path in ["/livez", "/readyz", "/readyz/registrations"] {
         let (status, body) = get(server.admin, path);
@@ -80,7 +80,7 @@ fn a_ready_server_says_so_over_http() {
 }
 
 #[test]
-fn a_namespace_that_can_never_be_is_wrong_usage_and_not_the_servers_fault() {
+fn invalid_namespace_is_a_usage_error() {
     let server = Server::start();
     for command in ["ls", "watch"] {
         let output = server.run(&[command, "-n", "a b"]);
@@ -91,7 +91,7 @@ fn a_namespace_that_can_never_be_is_wrong_usage_and_not_the_servers_fault() {
 }
 
 #[test]
-fn grpc_beyond_loopback_needs_a_word() {
+fn grpc_beyond_loopback_needs_the_insecure_flag() {
     let data = tempfile::tempdir().expect("a temporary directory can be made");
     let mut refused = Process::serve(data.path(), &["--grpc-listen", "0.0.0.0:0"]);
     let status = refused.exit();

@@ -4,9 +4,8 @@
 use std::{env, time::Duration};
 
 use super::{
-    World,
-    meanwhile::{Steady, every_address, make_namespace, resolve, turn},
-    serve_by, wait_for_addresses,
+    MirrorHarness, dns_probe::DnsProbe, every_address, make_namespace, private_cluster_lock, resolve, serve_by,
+    wait_for_addresses,
 };
 use crate::support::{
     cluster::Cluster,
@@ -19,27 +18,27 @@ use crate::support::{
 /// A gangplank behind a proxy, with `web` at 10.0.0.1 in a namespace of its own.
 struct Faulty {
     stream: Stream,
-    steady: Steady,
-    world: World,
+    steady: DnsProbe,
+    harness: MirrorHarness,
     proxy: Proxy,
     namespace: &'static str,
 }
 
 impl Faulty {
     fn start(namespace: &'static str) -> Option<Self> {
-        let (world, proxy) = World::behind_a_proxy()?;
-        let mut stream = Stream::open(world.server.grpc);
-        make_namespace(world.cluster, &mut stream, namespace);
+        let (harness, proxy) = MirrorHarness::behind_a_proxy()?;
+        let mut stream = Stream::open(harness.server.grpc);
+        make_namespace(harness.cluster, &mut stream, namespace);
         assert_eq!(stream.register(namespace, "web", "10.0.0.1").0, 201);
-        let steady = Steady::start(world.server.dns, namespace);
+        let steady = DnsProbe::start(harness.server.dns, namespace);
         proxy.forget_calls();
-        Some(Self { stream, steady, world, proxy, namespace })
+        Some(Self { stream, steady, harness, proxy, namespace })
     }
 
     fn register(&mut self, service: &str, address: &str) -> u32 {
         let (status, took) = self.stream.register(self.namespace, service, address);
         assert!(took < Duration::from_secs(3), "{status} after {took:?}");
-        let shown = resolve(&self.world.server, self.namespace, service);
+        let shown = resolve(&self.harness.server, self.namespace, service);
         assert!(shown.contains(&address.to_owned()), "DNS has it before the answer: {shown:?}");
         status
     }
@@ -55,17 +54,17 @@ impl Faulty {
     }
 
     fn wait_for(&self, service: &str, wanted: &[&str]) {
-        wait_for_addresses(self.world.cluster, self.namespace, service, wanted);
+        wait_for_addresses(self.harness.cluster, self.namespace, service, wanted);
     }
 
     fn slices(&self, service: &str) -> usize {
-        super::slices(self.world.cluster, self.namespace, service).len()
+        super::slices(self.harness.cluster, self.namespace, service).len()
     }
 
     /// Waits until the mirror is, or is not, behind with something.
     fn wait_behind(&self, services: f64) {
         wait_until(&format!("the mirror is behind with {services}"), || {
-            (self.world.metric("gangplank_mirror_services_behind") == services).then_some(())
+            (self.harness.metric("gangplank_mirror_services_behind") == services).then_some(())
         });
     }
 
@@ -85,7 +84,7 @@ fn is_new_list(call: &Call, resource: &str) -> bool {
 }
 
 #[test]
-fn retry_after_is_kept_by_everybody() {
+fn retry_after_delays_every_service() {
     let Some(mut on) = Faulty::start("busy") else { return };
     let busy = Fault::answer(429).retry_after(3);
     let busy = on.proxy.inject_first(1, busy, |call| call.namespace == "busy" && call.is_write());
@@ -103,7 +102,7 @@ fn retry_after_is_kept_by_everybody() {
 }
 
 #[test]
-fn conflicts_are_read_and_planned_again() {
+fn conflicting_update_is_reread_and_retried() {
     let Some(mut on) = Faulty::start("conflict") else { return };
     on.proxy.inject_first(1, Fault::answer(409), slices_of("conflict", "update"));
     assert_eq!(on.register("web", "10.0.0.2"), 201);
@@ -120,7 +119,7 @@ fn conflicts_are_read_and_planned_again() {
 }
 
 #[test]
-fn a_watch_that_lost_track_lists_once() {
+fn expired_watch_lists_once() {
     let Some(on) = Faulty::start("gone") else { return };
     for (fault, times) in [(Fault::ErrorEvent(410), 1), (Fault::answer(410), 1), (Fault::ErrorEvent(410), 4)] {
         on.proxy.forget_calls();
@@ -131,7 +130,7 @@ fn a_watch_that_lost_track_lists_once() {
         let lists = |resource| on.proxy.count(|call| is_new_list(call, resource));
         assert_eq!((lists("endpointslices"), lists("services"), lists("namespaces")), (times, 0, 0), "{fault:?}");
         // And it is a watch: what another hand does is seen.
-        on.world.cluster.kubectl(&["delete", "endpointslices", "--all", "-n", "gone"]);
+        on.harness.cluster.kubectl(&["delete", "endpointslices", "--all", "-n", "gone"]);
         on.wait_for("web", &["10.0.0.1"]);
         on.wait_for("first", &["10.9.9.9"]);
     }
@@ -144,7 +143,7 @@ fn a_watch_that_lost_track_lists_once() {
 }
 
 #[test]
-fn a_failing_server_is_asked_less_and_less() {
+fn failing_api_server_is_retried_with_backoff() {
     let Some(mut on) = Faulty::start("failing") else { return };
     let first = on.proxy.inject_first(4, Fault::answer(500), |call| call.namespace == "failing" && call.is_write());
     let then = on.proxy.inject(Fault::answer(503), |call| call.namespace == "failing" && call.is_write());
@@ -162,7 +161,7 @@ fn a_failing_server_is_asked_less_and_less() {
 }
 
 #[test]
-fn what_is_refused_does_not_hold_up_the_other_slices() {
+fn refused_slice_does_not_delay_the_other_slices() {
     let Some(mut on) = Faulty::start("quota") else { return };
     assert_eq!(on.register("web", "10.0.0.2"), 201);
     let full = on.proxy.inject(Fault::answer(403), slices_of("quota", "create"));
@@ -177,7 +176,7 @@ fn what_is_refused_does_not_hold_up_the_other_slices() {
 }
 
 #[test]
-fn an_answer_that_never_comes_is_read_up_on() {
+fn write_without_an_answer_is_reread_before_it_is_retried() {
     let Some(mut on) = Faulty::start("hanging") else { return };
     // Carried out, and nobody says so.
     let hung = on.proxy.inject_first(1, Fault::HangAfter, slices_of("hanging", "update"));
@@ -198,7 +197,7 @@ fn an_answer_that_never_comes_is_read_up_on() {
 }
 
 #[test]
-fn what_was_created_without_an_answer_is_not_created_twice() {
+fn create_without_an_answer_is_not_repeated() {
     let Some(mut on) = Faulty::start("dropped") else { return };
     for (service, resource) in [("a", "services"), ("b", "endpointslices")] {
         on.proxy.forget_calls();
@@ -216,13 +215,13 @@ fn what_was_created_without_an_answer_is_not_created_twice() {
 /// A watch is asked for anew every 50 s, which is when silence is noticed; `GANGPLANK_MIRROR_LONG`
 /// waits for it.
 #[test]
-fn a_silent_watch_is_begun_again() {
+fn silent_watch_is_restarted() {
     let Some(mut on) = Faulty::start("silent") else { return };
     let silent = on.proxy.inject_first(1, Fault::Stall, |call| call.is("watch", "endpointslices"));
     // What gangplank writes itself needs no watch.
     assert_eq!(on.register("web", "10.0.0.2"), 201);
     silent.wait_hits(1);
-    on.world.cluster.kubectl(&["delete", "endpointslices", "--all", "-n", "silent"]);
+    on.harness.cluster.kubectl(&["delete", "endpointslices", "--all", "-n", "silent"]);
     assert_eq!(on.register("other", "10.0.1.1"), 201);
     if env::var_os("GANGPLANK_MIRROR_LONG").is_none() {
         silent.lift();
@@ -233,17 +232,17 @@ fn a_silent_watch_is_begun_again() {
 }
 
 #[test]
-fn writes_keep_to_the_rate() {
+fn writes_respect_the_rate_limit() {
     const RATE: usize = 20;
     let services = if env::var_os("GANGPLANK_MIRROR_LONG").is_some() { 300 } else { 100 };
     let Some(cluster) = Cluster::private() else { return };
-    let _turn = turn();
+    let _lock = private_cluster_lock();
     let proxy = Proxy::start(&cluster);
     let server: Server = serve_by(proxy.kubeconfig(), &["--kubernetes-qps", &RATE.to_string()]);
     let mut stream = Stream::open(server.grpc);
     make_namespace(&cluster, &mut stream, "rate");
     proxy.forget_calls();
-    let steady = Steady::start(server.dns, "rate");
+    let steady = DnsProbe::start(server.dns, "rate");
     let register = gangplank::grpc::proto::registry::RegistrationType::Register;
     let bulk =
         (0..services).map(|n| message(register, "rate", &format!("s{n}"), &format!("10.0.{}.{}", n / 250, n % 250)));

@@ -18,10 +18,7 @@ use hickory_proto::rr::RecordType;
 use serde_json::json;
 use tokio::runtime::Runtime;
 
-use super::{
-    meanwhile::{every_address, make_namespace},
-    serve, service_path,
-};
+use super::{every_address, make_namespace, serve, service_path};
 use crate::support::{
     cluster::{CONTEXT, Cluster, Who},
     coredns::CoreDns,
@@ -73,7 +70,7 @@ fn rounds() -> usize {
 }
 
 #[test]
-fn our_answer_beside_that_from_our_slices_and_a_restore() {
+fn latency_beside_coredns_and_duration_of_a_restore() {
     let rounds = rounds();
     let Some(program) = tools::require("coredns") else { return };
     let Some(cluster) = Cluster::private() else { return };
@@ -147,7 +144,7 @@ fn our_answer_beside_that_from_our_slices_and_a_restore() {
 }
 
 #[test]
-fn what_others_have_in_the_cluster_takes_little_memory() {
+fn memory_beside_services_of_others() {
     let Some(cluster) = Cluster::private() else { return };
     let mut server = serve(&cluster, &[]);
     let alone = resident(server.pid());

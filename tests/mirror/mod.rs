@@ -1,18 +1,19 @@
-//! What is registered stands in Kubernetes, and comes back from it: a real gangplank under its own
-//! ServiceAccount with the rights and the policy of `deploy/`, before a real API server.
+//! Registrations are mirrored into Kubernetes and restored from it: a real gangplank under its own
+//! ServiceAccount, with the rights and the policy of `deploy/`, and a real API server.
 
+mod api_server_accepts;
+mod api_server_outage;
 mod basics;
-mod bulk;
-mod cycles;
-mod door;
+mod dns_probe;
+mod external_changes;
 mod faults;
 mod figures;
-mod hands;
-mod meanwhile;
-mod outage;
+mod kill_cycles;
 mod seen_by_coredns;
+mod write_counts;
 
 use std::{
+    collections::BTreeMap,
     path::Path,
     sync::{Mutex, MutexGuard, OnceLock, PoisonError},
 };
@@ -22,63 +23,64 @@ use serde_json::Value;
 
 use crate::support::{
     cluster::{Cluster, Who},
-    dns::{Over, ask},
+    dns::{Over, answers, ask},
     http,
     proxy::Proxy,
     server::Server,
+    stream::Stream,
     wait_until,
 };
 
-/// A gangplank before the shared cluster. One at a time: two would each take the other's slices
-/// for their own.
-struct World {
+/// A gangplank that mirrors into a cluster. One at a time: each of two would take the other's
+/// slices for its own.
+struct MirrorHarness {
     server: Server,
     cluster: &'static Cluster,
-    _turn: Turn,
+    _lock: ClusterLock,
 }
 
-/// The right to run a gangplank before a cluster.
-pub(crate) struct Turn {
+/// The right to run a gangplank on a cluster.
+pub(crate) struct ClusterLock {
     /// That cluster.
     pub(crate) cluster: &'static Cluster,
     _guard: MutexGuard<'static, ()>,
 }
 
-impl Turn {
+impl ClusterLock {
     /// Waits for it. `None` without a control plane, which it says.
     pub(crate) fn take() -> Option<Self> {
-        static TURN: Mutex<()> = Mutex::new(());
-        Some(Self::at(Cluster::shared()?, &TURN))
+        static MUTEX: Mutex<()> = Mutex::new(());
+        Some(Self::at(Cluster::shared()?, &MUTEX))
     }
 
-    fn at(cluster: &'static Cluster, turn: &'static Mutex<()>) -> Self {
+    fn at(cluster: &'static Cluster, mutex: &'static Mutex<()>) -> Self {
         // A test that failed leaves nothing behind that the next one minds.
-        Self { cluster, _guard: turn.lock().unwrap_or_else(PoisonError::into_inner) }
+        Self { cluster, _guard: mutex.lock().unwrap_or_else(PoisonError::into_inner) }
     }
 }
 
-impl World {
+impl MirrorHarness {
     /// With more flags for `serve`. `None` without a control plane, which it says.
     fn start(flags: &[&str]) -> Option<Self> {
-        let turn = Turn::take()?;
-        Some(Self { server: serve(turn.cluster, flags), cluster: turn.cluster, _turn: turn })
+        let lock = ClusterLock::take()?;
+        Some(Self { server: serve(lock.cluster, flags), cluster: lock.cluster, _lock: lock })
     }
 
     /// The same by way of a proxy that can be told what to do.
     fn behind_a_proxy() -> Option<(Self, Proxy)> {
-        let turn = Turn::take()?;
-        let proxy = Proxy::start(turn.cluster);
-        Some((Self { server: serve_by(proxy.kubeconfig(), &[]), cluster: turn.cluster, _turn: turn }, proxy))
+        let lock = ClusterLock::take()?;
+        let proxy = Proxy::start(lock.cluster);
+        Some((Self { server: serve_by(proxy.kubeconfig(), &[]), cluster: lock.cluster, _lock: lock }, proxy))
     }
 
     /// The same before a cluster with the controllers that a real one has: garbage is collected,
     /// namespaces end, pods get slices.
     fn with_controllers(flags: &[&str]) -> Option<Self> {
         static CLUSTER: OnceLock<Option<Cluster>> = OnceLock::new();
-        static TURN: Mutex<()> = Mutex::new(());
+        static MUTEX: Mutex<()> = Mutex::new(());
         let cluster = CLUSTER.get_or_init(|| Cluster::private().map(Cluster::with_controllers)).as_ref()?;
-        let turn = Turn::at(cluster, &TURN);
-        Some(Self { server: serve(cluster, flags), cluster, _turn: turn })
+        let lock = ClusterLock::at(cluster, &MUTEX);
+        Some(Self { server: serve(cluster, flags), cluster, _lock: lock })
     }
 
     /// Creates a namespace and waits until gangplank knows it.
@@ -92,7 +94,7 @@ impl World {
 
     /// Kills the server, and starts another on an empty data directory that reaches the API server
     /// as `kubeconfig` says.
-    fn go_by(&mut self, kubeconfig: &Path, flags: &[&str]) {
+    fn restart_empty_with(&mut self, kubeconfig: &Path, flags: &[&str]) {
         self.server.kill9();
         self.server = serve_by(kubeconfig, flags);
     }
@@ -106,7 +108,7 @@ impl World {
     }
 
     /// Kills the server and starts it with an empty data directory.
-    fn lose_the_disk(&mut self, flags: &[&str]) {
+    fn restart_empty(&mut self, flags: &[&str]) {
         self.server.kill9();
         self.server = serve(self.cluster, flags);
     }
@@ -183,4 +185,48 @@ fn object(cluster: &Cluster, path: &str) -> Option<Value> {
     let (status, object) = cluster.request(Who::Admin, "GET", path, None).expect("the API server runs");
     assert!(matches!(status, 200 | 404), "{path}: {status} {object}");
     (status == 200).then_some(object)
+}
+
+/// Until the guard is dropped, no other test runs a control plane of its own: each takes 300 MB,
+/// and a second one would disturb what is measured.
+fn private_cluster_lock() -> MutexGuard<'static, ()> {
+    static MUTEX: Mutex<()> = Mutex::new(());
+    // A test that failed leaves nothing behind that disturbs the next one.
+    MUTEX.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The sorted addresses in all slices of a namespace, by service; services without one are left out.
+fn every_address(cluster: &Cluster, namespace: &str) -> BTreeMap<String, Vec<String>> {
+    let list = cluster.get_json(&format!("/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"));
+    let mut all: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for slice in list["items"].as_array().expect("a list") {
+        let service = slice["metadata"]["labels"]["kubernetes.io/service-name"].as_str().expect("it says whose it is");
+        let addresses = slice["endpoints"].as_array().into_iter().flatten();
+        let addresses = addresses.flat_map(|endpoint| endpoint["addresses"].as_array().into_iter().flatten());
+        let addresses = addresses.map(|address| address.as_str().expect("text").to_owned());
+        all.entry(service.to_owned()).or_default().extend(addresses);
+    }
+    all.retain(|_, addresses| !addresses.is_empty());
+    all.values_mut().for_each(|addresses| addresses.sort());
+    all
+}
+
+/// Makes a namespace and waits until gangplank knows it: then the service `first` has 10.9.9.9, there and here.
+fn make_namespace(cluster: &Cluster, stream: &mut Stream, namespace: &str) {
+    cluster.create_namespace(namespace);
+    wait_until("the namespace is known and the first instance mirrored", || {
+        let (status, _) = stream.register(namespace, "first", "10.9.9.9");
+        assert!(matches!(status, 200 | 201 | 202 | 404), "{status}");
+        matches!(status, 200 | 201).then_some(())
+    });
+    wait_for_addresses(cluster, namespace, "first", &["10.9.9.9"]);
+}
+
+fn dns_name(namespace: &str, service: &str) -> String {
+    format!("{service}.{namespace}.svc.cluster.local.")
+}
+
+/// The addresses of a service in our own DNS.
+fn resolve(server: &Server, namespace: &str, service: &str) -> Vec<String> {
+    answers(server.dns, Over::Tcp, &dns_name(namespace, service), RecordType::A)
 }

@@ -20,7 +20,7 @@ use hickory_proto::{
     rr::{RData, RecordType},
 };
 
-use super::World;
+use super::MirrorHarness;
 use crate::support::{
     cluster::{CONTEXT, Cluster},
     coredns::CoreDns,
@@ -174,10 +174,10 @@ fn services() -> Vec<(&'static str, Vec<InstanceSpec>)> {
 }
 
 /// Registers everything, the last service after all others.
-fn register(world: &World) {
+fn register(harness: &MirrorHarness) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
-        let client = Client::connect(&format!("http://{}", world.server.grpc)).await.expect("it listens");
+        let client = Client::connect(&format!("http://{}", harness.server.grpc)).await.expect("it listens");
         for (service, specs) in services() {
             let registered = specs.iter().map(|spec| {
                 let mut client = client.clone();
@@ -293,19 +293,19 @@ fn coredns(cluster: &Cluster) -> Option<CoreDns> {
 }
 
 #[test]
-fn coredns_answers_from_our_slices_what_we_answer() {
+fn coredns_answers_from_slices_equal_ours() {
     let reverse_zones = ["--reverse-zone", "10.60.0.0/15", "--reverse-zone", "2001:db8::/32"];
-    let Some(world) = World::start(&reverse_zones) else { return };
-    world.create_namespace(NAMESPACE);
-    register(&world);
-    let Some(coredns) = coredns(world.cluster) else { return };
+    let Some(harness) = MirrorHarness::start(&reverse_zones) else { return };
+    harness.create_namespace(NAMESPACE);
+    register(&harness);
+    let Some(coredns) = coredns(harness.cluster) else { return };
 
     let mut wrong = BTreeMap::<_, Vec<String>>::new();
     let mut shown = BTreeSet::new();
     let names = names();
     for (name, &kind) in &names {
         for rtype in TYPES {
-            let (theirs, ours) = (asked(coredns.address, name, rtype), asked(world.server.dns, name, rtype));
+            let (theirs, ours) = (asked(coredns.address, name, rtype), asked(harness.server.dns, name, rtype));
             let known = DIFFERENCES.iter().position(|(which, types, ..)| *which == kind && types.contains(&rtype));
             let right = match known.map(|at| (at, DIFFERENCES[at])) {
                 // A port of the other family has no addresses of this one on either side.
@@ -335,7 +335,7 @@ fn coredns_answers_from_our_slices_what_we_answer() {
     assert_eq!(shown.len(), DIFFERENCES.len(), "each difference is one: {shown:?}");
 
     // More than one slice, and what else is left aside above.
-    assert!(super::slices(world.cluster, NAMESPACE, "large").len() >= 2);
+    assert!(super::slices(harness.cluster, NAMESPACE, "large").len() >= 2);
     let srv = |server, name: &str| {
         let answer = ask(server, Over::Tcp, name, RecordType::SRV);
         let records = answer.answers.into_iter().filter_map(|record| match record.data {
@@ -362,5 +362,5 @@ fn coredns_answers_from_our_slices_what_we_answer() {
         (0, 150, target(3, "cluster.local")),
         (1, 50, target(1, "cluster.local")),
     ];
-    assert_eq!(srv(world.server.dns, name), ours);
+    assert_eq!(srv(harness.server.dns, name), ours);
 }

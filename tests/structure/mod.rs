@@ -73,7 +73,7 @@ fn imports_point_down() {
 }
 
 #[test]
-fn third_party_types_stop_where_they_belong() {
+fn third_party_crates_stay_in_their_modules() {
     holds(&["src"], strayed_crates);
     let bad = |path, text: &str| strayed_crates(&Source::new(path, text));
     assert_eq!(bad("src/registry/writer.rs", "fn f(_: tonic::Status) {}").len(), 1);
@@ -93,7 +93,7 @@ fn unsafe_stays_in_its_files() {
 }
 
 #[test]
-fn nothing_banned_stands_in_code() {
+fn code_contains_nothing_banned() {
     holds(&["src", "tests", "benches"], banned);
     assert_eq!(banned(&Source::new("src/app.rs", "fn f() { todo!() } // todo!()")).len(), 1);
     assert_eq!(banned(&Source::new("tests/x.rs", "std::thread::sleep(second);")).len(), 1);
@@ -104,7 +104,7 @@ fn nothing_banned_stands_in_code() {
 }
 
 #[test]
-fn files_stay_readable() {
+fn files_have_at_most_500_lines() {
     holds(&["src", "tests", "benches"], too_long);
     assert_eq!(too_long(&Source::new("src/a.rs", &"x();\n".repeat(MOST_LINES + 1))).len(), 1);
     let tests = format!("x();\n#[cfg(test)]\nmod tests {{\n{}}}", "x();\n".repeat(MOST_LINES));

@@ -6,10 +6,7 @@ use std::{env, time::Instant};
 
 use gangplank::grpc::proto::registry::RegistrationType;
 
-use super::{
-    meanwhile::{every_address, make_namespace, turn},
-    serve_by,
-};
+use super::{every_address, make_namespace, private_cluster_lock, serve_by};
 use crate::support::{
     cluster::Cluster,
     proxy::{Call, Proxy},
@@ -75,10 +72,10 @@ impl Bulk {
 }
 
 #[test]
-fn a_bulk_of_registrations_costs_few_writes() {
+fn bulk_registration_needs_few_api_writes() {
     let instances = env::var("GANGPLANK_MIRROR_BULK").map_or(BULK, |text| text.parse().expect("a number of instances"));
     let Some(cluster) = Cluster::private() else { return };
-    let _turn = turn();
+    let _lock = private_cluster_lock();
     let proxy = Proxy::start(&cluster);
     let server = serve_by(proxy.kubeconfig(), &[]);
     let mut stream = Stream::open(server.grpc);
@@ -92,7 +89,7 @@ fn a_bulk_of_registrations_costs_few_writes() {
     let services = instances / 10;
     let writes = bulk.register("many", services, Order::OneByOne, instances, instances);
     assert!(writes <= 9 * services / 4, "{writes} writes, {} at least", 2 * services);
-    // In turn, what was written soon is written again; how often is a matter of who is faster, but
+    // In private_cluster_lock, what was written soon is written again; how often is a matter of who is faster, but
     // never once for each instance. The first time every service is new, the second it exists.
     for held in [instances, 2 * instances] {
         let writes = bulk.register("mixed", services, Order::InTurn, instances, held);

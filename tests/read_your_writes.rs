@@ -2,7 +2,7 @@
 //!
 //! Eight streams register and remove pipelined; whoever gets an answer asks DNS at once, A, SRV
 //! and PTR, over UDP and TCP. `GANGPLANK_VISIBILITY_CHECKS` sets how many answers are checked;
-//! `make visible` checks 100 000.
+//! `make read-your-writes` checks 100 000.
 
 use std::{env, net::SocketAddr};
 
@@ -78,7 +78,7 @@ async fn registrant(grpc: SocketAddr, dns: SocketAddr, stream: usize, checks: us
 }
 
 #[test]
-fn dns_knows_what_was_acknowledged() {
+fn acknowledged_change_is_in_dns() {
     let checks = env::var("GANGPLANK_VISIBILITY_CHECKS").map_or(CHECKS, |text| text.parse().expect("a number"));
     let server = Server::start();
     let runtime =

@@ -8,9 +8,8 @@ use hickory_proto::{op::ResponseCode, rr::RecordType};
 use tempfile::TempDir;
 
 use super::{
-    addresses,
-    meanwhile::{Steady, every_address, make_namespace, name, resolve, turn},
-    serve, wait_for_addresses,
+    addresses, dns_name, dns_probe::DnsProbe, every_address, make_namespace, private_cluster_lock, resolve, serve,
+    wait_for_addresses,
 };
 use crate::support::{
     cluster::Cluster,
@@ -35,7 +34,7 @@ fn accepted(server: &Server, stream: &mut Stream, service: &str, address: &str) 
 
 fn survive(begin: impl Fn(&mut Cluster), end: impl Fn(&mut Cluster)) {
     let Some(mut cluster) = Cluster::private() else { return };
-    let _turn = turn();
+    let _lock = private_cluster_lock();
     let server = serve(&cluster, &[]);
     let mut stream = Stream::open(server.grpc);
     make_namespace(&cluster, &mut stream, "load");
@@ -46,7 +45,7 @@ fn survive(begin: impl Fn(&mut Cluster), end: impl Fn(&mut Cluster)) {
     let clients = Clients::new("load", true);
     let load = clients.run(server.grpc);
     load.wait_acknowledged(500);
-    let steady = Steady::start(server.dns, "outage");
+    let steady = DnsProbe::start(server.dns, "outage");
     begin(&mut cluster);
     load.wait_accepted();
 
@@ -84,7 +83,7 @@ fn survive(begin: impl Fn(&mut Cluster), end: impl Fn(&mut Cluster)) {
     assert_eq!(status, 202);
     assert_eq!(resolve(&server, "outage", "web"), ["10.0.0.1", "10.0.0.4", "10.0.0.5"]);
 
-    let steady = Steady::start(server.dns, "outage");
+    let steady = DnsProbe::start(server.dns, "outage");
     end(&mut cluster);
     let back = Instant::now();
     // The slices that stand still hold both addresses that were removed meanwhile.
@@ -104,19 +103,19 @@ fn survive(begin: impl Fn(&mut Cluster), end: impl Fn(&mut Cluster)) {
 }
 
 #[test]
-fn a_dead_api_server_is_done_without() {
+fn killed_api_server_does_not_stop_registrations() {
     survive(Cluster::kill_api_server, Cluster::start_api_server);
 }
 
 #[test]
-fn a_frozen_api_server_is_done_without() {
+fn frozen_api_server_does_not_stop_registrations() {
     survive(Cluster::pause_api_server, Cluster::resume_api_server);
 }
 
 #[test]
-fn an_empty_disk_waits_for_the_api_server() {
+fn empty_data_directory_waits_for_the_api_server() {
     let Some(mut cluster) = Cluster::private() else { return };
-    let _turn = turn();
+    let _lock = private_cluster_lock();
     let mut server = serve(&cluster, &[]);
     make_namespace(&cluster, &mut Stream::open(server.grpc), "empty");
     server.kill9();
@@ -134,7 +133,7 @@ fn an_empty_disk_waits_for_the_api_server() {
         println!("{path}: {}", wait_until("it says that it waits for Kubernetes", || refused(path)));
     }
     wait_until("the log says why", || process.stderr().contains("API server").then_some(()));
-    let code = || ask(dns, Over::Udp, &name("empty", "first"), RecordType::A).response_code;
+    let code = || ask(dns, Over::Udp, &dns_name("empty", "first"), RecordType::A).response_code;
     assert_eq!(code(), ResponseCode::ServFail);
     let mut stream = Stream::open(grpc);
     assert_eq!(stream.register("empty", "web", "10.0.0.1").0, 503);

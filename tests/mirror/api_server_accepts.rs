@@ -1,7 +1,7 @@
 //! What the door lets in, Kubernetes takes: generated registrations, as Services and slices, in a
 //! dry run of the real API server, as the administrator and as gangplank under its policy.
 //!
-//! Every run generates anew; a case that fails is printed whole. `GANGPLANK_DOOR_CASES` says how
+//! Every run generates anew; a case that fails is printed whole. `GANGPLANK_ACCEPTED_CASES` says how
 //! many instances are tried, and `GANGPLANK_TEST_KUBERNETES=1.35` before which Kubernetes.
 
 use std::{collections::HashSet, env, sync::Arc};
@@ -200,12 +200,12 @@ fn objects(services: &[(ServiceKey, CowTree<Arc<Instance>>)]) -> Vec<Value> {
 }
 
 #[test]
-fn what_the_door_lets_in_kubernetes_takes() {
+fn accepted_registrations_are_valid_kubernetes_objects() {
     let Some(cluster) = Cluster::shared() else { return };
     for namespace in ["door", LONGEST] {
         cluster.create_namespace(namespace);
     }
-    let cases = env::var("GANGPLANK_DOOR_CASES").map_or(CASES, |text| text.parse().expect("a number of cases"));
+    let cases = env::var("GANGPLANK_ACCEPTED_CASES").map_or(CASES, |text| text.parse().expect("a number of cases"));
     let services = generated(cases);
     let objects = objects(&services);
     let kind = |kind: &str| objects.iter().filter(|object| object["kind"] == kind).count();

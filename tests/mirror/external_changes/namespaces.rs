@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use hickory_proto::rr::RecordType;
 use serde_json::json;
 
-use super::{World, admin, soon, uid};
+use super::{MirrorHarness, admin, soon, uid};
 use crate::{
     mirror::{addresses, object, service_path, slices, wait_for_addresses},
     support::{
@@ -15,41 +15,41 @@ use crate::{
 };
 
 #[test]
-fn a_namespace_that_is_made_again_gets_everything_back() {
-    let Some(world) = World::with_controllers(&[]) else { return };
-    let cluster = world.cluster;
+fn recreated_namespace_gets_its_services_and_slices_back() {
+    let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
+    let cluster = harness.cluster;
     cluster.create_namespace("again");
-    world.mirrored("again", "web", "10.30.0.1", "http=8080");
+    harness.mirrored("again", "web", "10.30.0.1", "http=8080");
     admin(cluster, "DELETE", "/api/v1/namespaces/again", None);
     soon("registrations are refused", || {
-        let (code, said) = world.register("again", "web", "10.30.0.2", "http=8080");
+        let (code, said) = harness.register("again", "web", "10.30.0.2", "http=8080");
         if code == Some(0) {
-            world.deregister("again", "web", "10.30.0.2"); // it was too early
+            harness.deregister("again", "web", "10.30.0.2"); // it was too early
         }
         (code != Some(0) && said.contains("does not exist")).then_some(())
     });
     wait_until("it is gone", || object(cluster, "/api/v1/namespaces/again").is_none().then_some(()));
-    let a = || answers(world.server.dns, Over::Udp, "web.again.svc.cluster.local.", RecordType::A);
+    let a = || answers(harness.server.dns, Over::Udp, "web.again.svc.cluster.local.", RecordType::A);
     assert_eq!(a(), ["10.30.0.1"], "DNS goes on");
     cluster.create_namespace("again");
     soon("everything is back", || (addresses(cluster, "again", "web") == ["10.30.0.1"]).then_some(()));
     let service = cluster.get_json(&service_path("again", "web"));
     assert_eq!(slices(cluster, "again", "web")[0]["metadata"]["ownerReferences"][0]["uid"], service["metadata"]["uid"]);
     soon("registrations go on", || {
-        (world.register("again", "web", "10.30.0.2", "http=8080").0 == Some(0)).then_some(())
+        (harness.register("again", "web", "10.30.0.2", "http=8080").0 == Some(0)).then_some(())
     });
     wait_for_addresses(cluster, "again", "web", &["10.30.0.1", "10.30.0.2"]);
 }
 
 #[test]
-fn namespaces_are_created_where_that_is_asked_for() {
-    let Some(world) = World::with_controllers(&["--create-namespaces"]) else { return };
-    let cluster = world.cluster;
+fn namespaces_are_created_if_configured() {
+    let Some(harness) = MirrorHarness::with_controllers(&["--create-namespaces"]) else { return };
+    let cluster = harness.cluster;
     // Without the right that deploy/rbac.yaml leaves out, it is accepted and not mirrored.
-    let (code, said) = world.register("made-here", "web", "10.31.0.1", "http=8080");
+    let (code, said) = harness.register("made-here", "web", "10.31.0.1", "http=8080");
     assert!(code == Some(0) && said.contains("accepted, not in Kubernetes yet"), "{said}");
     wait_until("it is shown", || {
-        (world.metric("gangplank_mirror_services_blocked{reason=\"forbidden\"}") >= 1.0).then_some(())
+        (harness.metric("gangplank_mirror_services_blocked{reason=\"forbidden\"}") >= 1.0).then_some(())
     });
     cluster.apply(
         r#"{"apiVersion": "v1", "kind": "List", "items": [
@@ -61,13 +61,13 @@ fn namespaces_are_created_where_that_is_asked_for() {
     );
     // A change of the service is a reason to try at once.
     wait_until("both are there", || {
-        world.register("made-here", "web", "10.31.0.2", "http=8080");
-        world.deregister("made-here", "web", "10.31.0.2");
+        harness.register("made-here", "web", "10.31.0.2", "http=8080");
+        harness.deregister("made-here", "web", "10.31.0.2");
         (addresses(cluster, "made-here", "web").contains(&"10.31.0.1".to_owned())).then_some(())
     });
     let namespace = cluster.get_json("/api/v1/namespaces/made-here");
     assert_eq!(namespace["metadata"]["labels"]["gangplank.dev/service"], "owned");
-    world.mirrored("made-here-too", "web", "10.31.0.3", "http=8080");
+    harness.mirrored("made-here-too", "web", "10.31.0.3", "http=8080");
     assert_eq!(addresses(cluster, "made-here-too", "web"), ["10.31.0.3"]);
 
     // Deleted by another hand, it is made again once it is gone.
@@ -81,22 +81,22 @@ fn namespaces_are_created_where_that_is_asked_for() {
 }
 
 #[test]
-fn a_service_without_instances_stays_for_a_while() {
+fn empty_service_is_deleted_after_the_linger_time() {
     const LINGER: Duration = Duration::from_secs(3);
-    let Some(world) = World::with_controllers(&["--service-linger", "3s"]) else { return };
-    let cluster = world.cluster;
+    let Some(harness) = MirrorHarness::with_controllers(&["--service-linger", "3s"]) else { return };
+    let cluster = harness.cluster;
     cluster.create_namespace("linger");
     let path = service_path("linger", "web");
-    world.mirrored("linger", "web", "10.32.0.1", "http=8080");
+    harness.mirrored("linger", "web", "10.32.0.1", "http=8080");
     let before = cluster.get_json(&path);
-    assert_eq!(world.deregister("linger", "web", "10.32.0.1").0, Some(0));
+    assert_eq!(harness.deregister("linger", "web", "10.32.0.1").0, Some(0));
     assert_eq!(slices(cluster, "linger", "web"), [json!(null); 0], "the slices go at once");
-    world.mirrored("linger", "web", "10.32.0.2", "http=8080");
+    harness.mirrored("linger", "web", "10.32.0.2", "http=8080");
     let again = cluster.get_json(&path);
     assert_eq!(uid(&again), uid(&before), "it is the same Service");
 
     let begun = Instant::now();
-    assert_eq!(world.deregister("linger", "web", "10.32.0.2").0, Some(0));
+    assert_eq!(harness.deregister("linger", "web", "10.32.0.2").0, Some(0));
     assert_eq!(slices(cluster, "linger", "web"), [json!(null); 0]);
     wait_until("the Service goes after the linger", || object(cluster, &path).is_none().then_some(()));
     assert!(begun.elapsed() >= LINGER, "after {:?}", begun.elapsed());

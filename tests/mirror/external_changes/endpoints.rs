@@ -2,19 +2,21 @@
 
 use serde_json::json;
 
-use super::{World, admin, create, edit, soon, uid};
+use super::{MirrorHarness, admin, create, edit, soon, uid};
 use crate::{
     mirror::{addresses, object, service_path, slices},
     support::wait_until,
 };
 
 #[test]
-fn the_endpoints_object_follows_and_makes_no_second_slice() {
-    let Some(world) = World::with_controllers(&["--endpoints-object", "--service-linger", "0s"]) else { return };
-    let cluster = world.cluster;
+fn endpoints_object_follows_without_a_second_slice() {
+    let Some(harness) = MirrorHarness::with_controllers(&["--endpoints-object", "--service-linger", "0s"]) else {
+        return;
+    };
+    let cluster = harness.cluster;
     cluster.create_namespace("endpoints");
     let path = "/api/v1/namespaces/endpoints/endpoints/web";
-    world.mirrored("endpoints", "web", "10.40.0.1", "http=8080");
+    harness.mirrored("endpoints", "web", "10.40.0.1", "http=8080");
     let standing = cluster.get_json(path);
     assert_eq!(standing["metadata"]["labels"]["endpointslice.kubernetes.io/skip-mirror"], "true");
     assert_eq!(standing["subsets"][0]["addresses"], json!([{"ip": "10.40.0.1"}]));
@@ -33,14 +35,14 @@ fn the_endpoints_object_follows_and_makes_no_second_slice() {
 
     // It is amended, and what others wrote on it stays.
     edit(cluster, path, &|endpoints| endpoints["metadata"]["annotations"]["example.com/note"] = "a".into());
-    world.mirrored("endpoints", "web", "10.40.0.2", "http=8080");
+    harness.mirrored("endpoints", "web", "10.40.0.2", "http=8080");
     let amended = cluster.get_json(path);
     assert_eq!(amended["subsets"][0]["addresses"], json!([{"ip": "10.40.0.1"}, {"ip": "10.40.0.2"}]));
     assert_eq!(amended["metadata"]["annotations"]["example.com/note"], "a");
     assert_eq!(uid(&amended), uid(&standing));
 
     for address in ["10.40.0.1", "10.40.0.2"] {
-        assert_eq!(world.deregister("endpoints", "web", address).0, Some(0));
+        assert_eq!(harness.deregister("endpoints", "web", address).0, Some(0));
     }
     wait_until("it goes with the Service", || object(cluster, path).is_none().then_some(()));
     assert_eq!(object(cluster, &service_path("endpoints", "web")), None);
@@ -52,11 +54,11 @@ fn the_endpoints_object_follows_and_makes_no_second_slice() {
 }
 
 #[test]
-fn the_endpoints_object_of_a_service_that_is_no_longer_ours_goes() {
-    let Some(world) = World::with_controllers(&["--endpoints-object"]) else { return };
-    let cluster = world.cluster;
+fn endpoints_object_is_deleted_when_its_service_is_taken_over() {
+    let Some(harness) = MirrorHarness::with_controllers(&["--endpoints-object"]) else { return };
+    let cluster = harness.cluster;
     cluster.create_namespace("endpoints-left");
-    world.mirrored("endpoints-left", "web", "10.41.0.1", "http=8080");
+    harness.mirrored("endpoints-left", "web", "10.41.0.1", "http=8080");
     let path = "/api/v1/namespaces/endpoints-left/endpoints/web";
     assert!(object(cluster, path).is_some());
     edit(cluster, &service_path("endpoints-left", "web"), &|service| service["metadata"]["labels"] = json!({}));
@@ -74,8 +76,8 @@ fn the_endpoints_object_of_a_service_that_is_no_longer_ours_goes() {
     assert_eq!(addresses(cluster, "endpoints-left", "web"), ["10.41.0.1"]);
 
     // One without instances, whose Service only lingers.
-    world.mirrored("endpoints-left", "idle", "10.41.0.2", "http=8080");
-    assert_eq!(world.deregister("endpoints-left", "idle", "10.41.0.2").0, Some(0));
+    harness.mirrored("endpoints-left", "idle", "10.41.0.2", "http=8080");
+    assert_eq!(harness.deregister("endpoints-left", "idle", "10.41.0.2").0, Some(0));
     let path = "/api/v1/namespaces/endpoints-left/endpoints/idle";
     soon("it stands empty", || (object(cluster, path)?["subsets"] == json!(null)).then_some(()));
     edit(cluster, &service_path("endpoints-left", "idle"), &|service| service["metadata"]["labels"] = json!({}));

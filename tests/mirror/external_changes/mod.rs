@@ -16,7 +16,7 @@ use gangplank::{
 };
 use serde_json::{Value, json};
 
-use super::{World, addresses, object, service_path, slice_path, slices, wait_for_addresses};
+use super::{MirrorHarness, addresses, object, service_path, slice_path, slices, wait_for_addresses};
 use crate::support::{
     cluster::{Cluster, Who},
     wait_until,
@@ -108,7 +108,7 @@ fn first_name(namespace: &str, service: &str) -> String {
     Group { family: Family::V4, ports, part: None }.slice_name(&key, 0)
 }
 
-impl World {
+impl MirrorHarness {
     /// Registers, and insists that Kubernetes has it.
     fn mirrored(&self, namespace: &str, service: &str, address: &str, port: &str) {
         let (code, said) = self.register(namespace, service, address, port);
@@ -130,12 +130,12 @@ impl World {
 }
 
 #[test]
-fn edits_of_our_slices_are_put_right() {
-    let Some(world) = World::with_controllers(&[]) else { return };
-    let cluster = world.cluster;
+fn external_edits_of_slices_are_reverted() {
+    let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
+    let cluster = harness.cluster;
     cluster.create_namespace("edits");
     for address in ["10.3.0.1", "10.3.0.2"] {
-        world.mirrored("edits", "web", address, "http=8080");
+        harness.mirrored("edits", "web", address, "http=8080");
     }
     let right = content(&slices(cluster, "edits", "web"));
     let edits: [Edit; 13] = [
@@ -185,23 +185,23 @@ fn edits_of_our_slices_are_put_right() {
             assert_eq!(slice["metadata"]["annotations"]["example.com/note"], "b");
         }
     }
-    assert!(world.metric("gangplank_mirror_repairs_total") >= 5.0, "it is counted");
+    assert!(harness.metric("gangplank_mirror_repairs_total") >= 5.0, "it is counted");
     assert_eq!(object(cluster, &service_path("edits", "other")), None, "nothing was made of the other name");
     soon("what was given away is gone", || slices(cluster, "edits", "other").is_empty().then_some(()));
 }
 
 #[test]
-fn a_slice_that_is_no_longer_ours_is_left_alone() {
-    let Some(world) = World::with_controllers(&[]) else { return };
-    let cluster = world.cluster;
+fn slice_given_to_another_manager_is_left_alone() {
+    let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
+    let cluster = harness.cluster;
     cluster.create_namespace("given-away");
-    world.mirrored("given-away", "web", "10.4.0.1", "http=8080");
+    harness.mirrored("given-away", "web", "10.4.0.1", "http=8080");
     let [slice] = &slices(cluster, "given-away", "web")[..] else { panic!("one slice") };
     let given = edit(cluster, &slice_path("given-away", name(slice)), &|slice| {
         slice["metadata"]["labels"]["endpointslice.kubernetes.io/managed-by"] = "somebody.example".into();
     });
     wait_for_addresses(cluster, "given-away", "web", &["10.4.0.1", "10.4.0.1"]);
-    world.mirrored("given-away", "web", "10.4.0.2", "http=8080");
+    harness.mirrored("given-away", "web", "10.4.0.2", "http=8080");
     wait_for_addresses(cluster, "given-away", "web", &["10.4.0.1", "10.4.0.1", "10.4.0.2"]);
     assert_eq!(cluster.get_json(&slice_path("given-away", name(slice))), given);
     // Given back, there is one too many.
@@ -212,13 +212,13 @@ fn a_slice_that_is_no_longer_ours_is_left_alone() {
 }
 
 #[test]
-fn what_is_deleted_comes_back() {
-    let Some(world) = World::with_controllers(&[]) else { return };
-    let cluster = world.cluster;
+fn deleted_slices_are_recreated() {
+    let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
+    let cluster = harness.cluster;
     cluster.create_namespace("deleted");
     let all = ["10.5.0.1", "10.5.0.2", "10.5.0.3"];
     for (address, port) in all.into_iter().zip(["http=8080", "http=8081", "http=8082"]) {
-        world.mirrored("deleted", "web", address, port);
+        harness.mirrored("deleted", "web", address, port);
     }
     let before = slices(cluster, "deleted", "web");
     assert_eq!(before.len(), 3);
@@ -241,11 +241,11 @@ fn what_is_deleted_comes_back() {
     let before = before.iter().find(|slice| slice["ports"][0]["port"] == 8080).expect("one has that port");
     let held = slice_path("deleted", name(before));
     edit(cluster, &held, &|slice| slice["metadata"]["finalizers"] = json!(["example.com/hold"]));
-    world.mirrored("deleted", "web", "10.5.0.4", "http=8080");
+    harness.mirrored("deleted", "web", "10.5.0.4", "http=8080");
     let kept = slices(cluster, "deleted", "web");
     let kept = kept.iter().find(|slice| uid(slice) == uid(before)).expect("it stands");
     assert_eq!(kept["metadata"]["finalizers"], json!(["example.com/hold"]), "what others wrote stays: {kept}");
-    assert_eq!(world.deregister("deleted", "web", "10.5.0.4").0, Some(0));
+    assert_eq!(harness.deregister("deleted", "web", "10.5.0.4").0, Some(0));
     admin(cluster, "DELETE", &held, None);
     soon("a slice in its place", || {
         let now = slices(cluster, "deleted", "web");
@@ -257,9 +257,9 @@ fn what_is_deleted_comes_back() {
 }
 
 #[test]
-fn foreign_slices_under_our_service_stay_as_they_are() {
-    let Some(world) = World::with_controllers(&["--service-linger", "0s"]) else { return };
-    let cluster = world.cluster;
+fn foreign_slices_are_left_alone() {
+    let Some(harness) = MirrorHarness::with_controllers(&["--service-linger", "0s"]) else { return };
+    let cluster = harness.cluster;
     cluster.create_namespace("beside");
     // Under the very name that ours would have, and under another.
     let first = first_name("beside", "web");
@@ -267,8 +267,8 @@ fn foreign_slices_under_our_service_stay_as_they_are() {
         .into_iter()
         .map(|name| create(cluster, &slice_path("beside", ""), &foreign_slice("web", name, "10.6.9.9")))
         .collect();
-    world.mirrored("beside", "web", "10.6.0.1", "http=8080");
-    world.mirrored("beside", "web", "10.6.0.2", "http=8080");
+    harness.mirrored("beside", "web", "10.6.0.1", "http=8080");
+    harness.mirrored("beside", "web", "10.6.0.2", "http=8080");
     wait_for_addresses(cluster, "beside", "web", &["10.6.0.1", "10.6.0.2", "10.6.9.9", "10.6.9.9"]);
     let untouched = || {
         for slice in &all {
@@ -277,23 +277,23 @@ fn foreign_slices_under_our_service_stay_as_they_are() {
     };
     untouched();
     for address in ["10.6.0.1", "10.6.0.2"] {
-        assert_eq!(world.deregister("beside", "web", address).0, Some(0));
+        assert_eq!(harness.deregister("beside", "web", address).0, Some(0));
     }
     wait_until("our Service is gone", || object(cluster, &service_path("beside", "web")).is_none().then_some(()));
     wait_for_addresses(cluster, "beside", "web", &["10.6.9.9", "10.6.9.9"]);
     untouched();
     // The name is free again some day.
     admin(cluster, "DELETE", &slice_path("beside", &first), None);
-    world.mirrored("beside", "web", "10.6.0.3", "http=8080");
+    harness.mirrored("beside", "web", "10.6.0.3", "http=8080");
     wait_for_addresses(cluster, "beside", "web", &["10.6.0.3", "10.6.9.9"]);
 }
 
 #[test]
-fn edits_of_our_service_are_put_right() {
-    let Some(world) = World::with_controllers(&[]) else { return };
-    let cluster = world.cluster;
+fn external_edits_of_the_service_are_reverted() {
+    let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
+    let cluster = harness.cluster;
     cluster.create_namespace("service-edits");
-    world.mirrored("service-edits", "web", "10.7.0.1", "http=8080");
+    harness.mirrored("service-edits", "web", "10.7.0.1", "http=8080");
     let path = service_path("service-edits", "web");
     let right = cluster.get_json(&path);
     let edits: [Edit; 4] = [

@@ -4,7 +4,7 @@ use hickory_proto::rr::RecordType;
 use serde_json::json;
 
 use super::{
-    World, create, edit, foreign_slice, name, soon,
+    MirrorHarness, create, edit, foreign_slice, name, soon,
     takeover::{native, ready_pod},
 };
 use crate::{
@@ -17,19 +17,19 @@ use crate::{
 };
 
 #[test]
-fn pods_and_external_instances_are_one_answer() {
-    let Some(world) = World::with_controllers(&[]) else { return };
-    let cluster = world.cluster;
+fn joined_name_is_answered_with_pods_and_instances() {
+    let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
+    let cluster = harness.cluster;
     cluster.create_namespace("joined");
-    let a = || answers(world.server.dns, Over::Udp, "web.joined.svc.cluster.local.", RecordType::A);
-    let srv = || answers(world.server.dns, Over::Udp, "_http._tcp.web.joined.svc.cluster.local.", RecordType::SRV);
+    let a = || answers(harness.server.dns, Over::Udp, "web.joined.svc.cluster.local.", RecordType::A);
+    let srv = || answers(harness.server.dns, Over::Udp, "_http._tcp.web.joined.svc.cluster.local.", RecordType::SRV);
     let service =
         create(cluster, &service_path("joined", ""), &native("web", &json!({"gangplank.dev/service": "joined"})));
     ready_pod(cluster, "joined", "web-0", "web", "10.20.9.1");
     wait_for_addresses(cluster, "joined", "web", &["10.20.9.1"]);
     soon("the pod is answered", || (a() == ["10.20.9.1"]).then_some(()));
 
-    world.mirrored("joined", "web", "10.20.0.1", "http=8081");
+    harness.mirrored("joined", "web", "10.20.0.1", "http=8081");
     assert_eq!(addresses(cluster, "joined", "web"), ["10.20.0.1", "10.20.9.1"]);
     assert_eq!(a(), ["10.20.0.1", "10.20.9.1"]);
     let target = |label: &str, port: u16| format!("0 100 {port} {label}.web.joined.svc.cluster.local.");
@@ -59,32 +59,32 @@ fn pods_and_external_instances_are_one_answer() {
     let theirs = || -> Vec<_> { slices(cluster, "joined", "web").into_iter().filter(|slice| !ours(&slice)).collect() };
     let before = theirs();
     assert_eq!(before.len(), 2);
-    world.mirrored("joined", "web", "10.20.0.2", "http=8080");
+    harness.mirrored("joined", "web", "10.20.0.2", "http=8080");
     assert_eq!(a(), ["10.20.0.1", "10.20.0.2", "10.20.9.1", "10.20.9.3"]);
-    assert_eq!(world.deregister("joined", "web", "10.20.0.2").0, Some(0));
+    assert_eq!(harness.deregister("joined", "web", "10.20.0.2").0, Some(0));
     assert_eq!(theirs(), before, "the slices of others are untouched");
     assert_eq!(cluster.get_json(&service_path("joined", "web")), service, "and so is the Service");
 
     // It does not let anybody join any more.
     let left = edit(cluster, &service_path("joined", "web"), &|service| service["metadata"]["labels"] = json!({}));
     soon("our slices are gone", || (addresses(cluster, "joined", "web") == ["10.20.9.1", "10.20.9.3"]).then_some(()));
-    soon("registrations are refused", || world.conflicts("joined", "web").then_some(()));
+    soon("registrations are refused", || harness.conflicts("joined", "web").then_some(()));
     soon("only what is registered is answered", || (a() == ["10.20.0.1"]).then_some(()));
     assert_eq!(cluster.get_json(&service_path("joined", "web")), left);
     assert_eq!(theirs().len(), 2);
 }
 
 #[test]
-fn pods_alone_are_answered_under_a_joined_name() {
-    let Some(world) = World::with_controllers(&[]) else { return };
-    let cluster = world.cluster;
+fn joined_name_without_instances_is_answered_with_pods() {
+    let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
+    let cluster = harness.cluster;
     cluster.create_namespace("pods-only");
     create(cluster, &service_path("pods-only", ""), &native("web", &json!({"gangplank.dev/service": "joined"})));
     create(cluster, &slice_path("pods-only", ""), &foreign_slice("web", "by-hand", "10.21.9.1"));
-    let a = || answers(world.server.dns, Over::Udp, "web.pods-only.svc.cluster.local.", RecordType::A);
+    let a = || answers(harness.server.dns, Over::Udp, "web.pods-only.svc.cluster.local.", RecordType::A);
     soon("what stands by hand is answered", || (a() == ["10.21.9.1"]).then_some(()));
-    world.mirrored("pods-only", "web", "10.21.0.1", "http=8080");
-    assert_eq!(world.deregister("pods-only", "web", "10.21.0.1").0, Some(0));
+    harness.mirrored("pods-only", "web", "10.21.0.1", "http=8080");
+    assert_eq!(harness.deregister("pods-only", "web", "10.21.0.1").0, Some(0));
     assert_eq!(a(), ["10.21.9.1"]);
     // Gangplank did not make that Service: it does not remove it either.
     cluster.kubectl(&["delete", "service", "web", "-n", "pods-only"]);
@@ -92,17 +92,19 @@ fn pods_alone_are_answered_under_a_joined_name() {
 }
 
 #[test]
-fn a_start_waits_for_the_pods_under_joined_names() {
-    let Some((mut world, proxy)) = World::behind_a_proxy() else { return };
-    let cluster = world.cluster;
-    world.create_namespace("joined-start");
+fn start_waits_for_the_pods_of_joined_names() {
+    let Some((mut harness, proxy)) = MirrorHarness::behind_a_proxy() else { return };
+    let cluster = harness.cluster;
+    harness.create_namespace("joined-start");
     create(cluster, &service_path("joined-start", ""), &native("web", &json!({"gangplank.dev/service": "joined"})));
     create(cluster, &slice_path("joined-start", ""), &foreign_slice("web", "by-hand", "10.22.9.1"));
-    let a = |world: &World| answers(world.server.dns, Over::Udp, "web.joined-start.svc.cluster.local.", RecordType::A);
-    wait_until("it is answered", || (a(&world) == ["10.22.9.1"]).then_some(()));
+    let a = |harness: &MirrorHarness| {
+        answers(harness.server.dns, Over::Udp, "web.joined-start.svc.cluster.local.", RecordType::A)
+    };
+    wait_until("it is answered", || (a(&harness) == ["10.22.9.1"]).then_some(()));
     let refused = proxy.inject_first(3, Fault::answer(503), |call| {
         call.is("list", "endpointslices") && call.namespace == "joined-start"
     });
-    world.go_by(proxy.kubeconfig(), &[]);
-    assert_eq!((a(&world), refused.hits()), (vec!["10.22.9.1".to_owned()], 3), "once it is ready");
+    harness.restart_empty_with(proxy.kubeconfig(), &[]);
+    assert_eq!((a(&harness), refused.hits()), (vec!["10.22.9.1".to_owned()], 3), "once it is ready");
 }

@@ -6,10 +6,7 @@
 
 use std::env;
 
-use super::{
-    meanwhile::{every_address, make_namespace, turn},
-    serve,
-};
+use super::{every_address, make_namespace, private_cluster_lock, serve};
 use crate::support::{cluster::Cluster, ledger::Clients, stream::Stream, wait_until};
 
 /// Few endpoints in a slice, so that services have several.
@@ -28,10 +25,10 @@ fn converges(cluster: &Cluster, clients: &Clients) {
 }
 
 #[test]
-fn gangplank_killed_in_the_middle_of_writes() {
+fn slices_converge_after_gangplank_is_killed_during_writes() {
     let cycles = times("GANGPLANK_MIRROR_KILLS", KILLS);
     let Some(cluster) = Cluster::private() else { return };
-    let _turn = turn();
+    let _lock = private_cluster_lock();
     let mut server = serve(&cluster, FLAGS);
     make_namespace(&cluster, &mut Stream::open(server.grpc), "cycles");
     let clients = Clients::new("cycles", true);
@@ -58,10 +55,10 @@ fn gangplank_killed_in_the_middle_of_writes() {
 }
 
 #[test]
-fn the_api_server_killed_in_the_middle_of_writes() {
+fn slices_converge_after_the_api_server_is_killed_during_writes() {
     let cycles = times("GANGPLANK_MIRROR_OUTAGES", OUTAGES);
     let Some(mut cluster) = Cluster::private() else { return };
-    let _turn = turn();
+    let _lock = private_cluster_lock();
     let server = serve(&cluster, FLAGS);
     make_namespace(&cluster, &mut Stream::open(server.grpc), "cycles");
     let clients = Clients::new("cycles", true);

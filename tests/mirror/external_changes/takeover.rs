@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{admin, content, create, edit, name, soon, uid};
 use crate::{
-    mirror::{World, addresses, object, service_path, slice_path, slices},
+    mirror::{MirrorHarness, addresses, object, service_path, slice_path, slices},
     support::{cluster::Cluster, wait_until},
 };
 
@@ -43,19 +43,19 @@ fn canary(cluster: &Cluster, namespace: &str, service: &Value) -> String {
 }
 
 /// Stops gangplank in its tracks, or lets it go on.
-fn signal(world: &World, name: &str) {
-    let pid = world.server.pid().to_string();
+fn signal(harness: &MirrorHarness, name: &str) {
+    let pid = harness.server.pid().to_string();
     let sent = Command::new("sh").args(["-c", "kill -s \"$0\" \"$1\"", name, &pid]).status();
     assert!(sent.expect("there is a shell").success(), "the server runs");
 }
 
 #[test]
-fn a_service_that_is_deleted_comes_back_with_all_its_slices() {
-    let Some(world) = World::with_controllers(&[]) else { return };
-    let cluster = world.cluster;
+fn deleted_service_is_recreated_with_its_slices() {
+    let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
+    let cluster = harness.cluster;
     cluster.create_namespace("gone");
     for (address, port) in [("10.10.0.1", "http=8080"), ("10.10.0.2", "http=8081"), ("2001:db8::1", "http=8080")] {
-        world.mirrored("gone", "web", address, port);
+        harness.mirrored("gone", "web", address, port);
     }
     let path = service_path("gone", "web");
     for policy in ["Background", "Foreground"] {
@@ -84,18 +84,18 @@ fn a_service_that_is_deleted_comes_back_with_all_its_slices() {
 }
 
 #[test]
-fn a_service_that_a_finalizer_holds_goes_on_until_it_goes() {
-    let Some(world) = World::with_controllers(&[]) else { return };
-    let cluster = world.cluster;
+fn service_held_by_a_finalizer_is_served_until_it_is_gone() {
+    let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
+    let cluster = harness.cluster;
     cluster.create_namespace("held");
-    world.mirrored("held", "web", "10.13.0.1", "http=8080");
+    harness.mirrored("held", "web", "10.13.0.1", "http=8080");
     let path = service_path("held", "web");
     let held = edit(cluster, &path, &|service| service["metadata"]["finalizers"] = json!(["example.com/hold"]));
     admin(cluster, "DELETE", &path, None);
     for address in ["10.13.0.2", "10.13.0.3", "10.13.0.4"] {
-        world.mirrored("held", "web", address, "http=8080");
+        harness.mirrored("held", "web", address, "http=8080");
     }
-    assert_eq!(world.deregister("held", "web", "10.13.0.1").0, Some(0));
+    assert_eq!(harness.deregister("held", "web", "10.13.0.1").0, Some(0));
     let all = ["10.13.0.2", "10.13.0.3", "10.13.0.4"];
     assert_eq!(addresses(cluster, "held", "web"), all);
     edit(cluster, &path, &|service| service["metadata"]["finalizers"] = json!([]));
@@ -108,53 +108,53 @@ fn a_service_that_a_finalizer_holds_goes_on_until_it_goes() {
 }
 
 #[test]
-fn a_name_that_was_taken_over_is_given_up_until_it_is_free() {
-    let Some(world) = World::with_controllers(&[]) else { return };
-    let cluster = world.cluster;
+fn name_taken_over_by_a_foreign_service_is_released_until_free() {
+    let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
+    let cluster = harness.cluster;
     cluster.create_namespace("taken");
     ready_pod(cluster, "taken", "web-0", "web", "10.11.9.9");
-    world.mirrored("taken", "web", "10.11.0.1", "http=8080");
-    world.mirrored("taken", "web", "10.11.0.2", "http=8081");
+    harness.mirrored("taken", "web", "10.11.0.1", "http=8080");
+    harness.mirrored("taken", "web", "10.11.0.2", "http=8081");
     let path = service_path("taken", "web");
     // Gangplank would have its own there again before the second request.
-    signal(&world, "STOP");
+    signal(&harness, "STOP");
     admin(cluster, "DELETE", &path, None);
     let service = create(cluster, &service_path("taken", ""), &native("web", &json!({})));
-    signal(&world, "CONT");
+    signal(&harness, "CONT");
     soon("our slices are gone, the pod's are there", || {
         (addresses(cluster, "taken", "web") == ["10.11.9.9"]).then_some(())
     });
-    soon("registrations are refused", || world.conflicts("taken", "web").then_some(()));
+    soon("registrations are refused", || harness.conflicts("taken", "web").then_some(()));
     let theirs = slices(cluster, "taken", "web");
     wait_until("an event says so", || {
         cluster.kubectl(&["describe", "service", "web", "-n", "taken"]).contains("ForeignService").then_some(())
     });
-    assert!(world.metric("gangplank_mirror_services_blocked{reason=\"foreign_service\"}") >= 1.0);
+    assert!(harness.metric("gangplank_mirror_services_blocked{reason=\"foreign_service\"}") >= 1.0);
     assert_eq!(cluster.get_json(&path), service, "it is untouched");
     assert_eq!(slices(cluster, "taken", "web"), theirs);
 
     admin(cluster, "DELETE", &path, None);
     soon("ours stands again", || (addresses(cluster, "taken", "web") == ["10.11.0.1", "10.11.0.2"]).then_some(()));
     assert_eq!(cluster.get_json(&path)["metadata"]["labels"]["gangplank.dev/service"], "owned");
-    world.mirrored("taken", "web", "10.11.0.3", "http=8080");
+    harness.mirrored("taken", "web", "10.11.0.3", "http=8080");
 }
 
 #[test]
-fn a_service_that_lost_our_label_is_somebody_elses() {
-    let Some(world) = World::with_controllers(&[]) else { return };
-    let cluster = world.cluster;
+fn service_without_our_label_is_foreign() {
+    let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
+    let cluster = harness.cluster;
     cluster.create_namespace("disowned");
-    world.mirrored("disowned", "web", "10.12.0.1", "http=8080");
+    harness.mirrored("disowned", "web", "10.12.0.1", "http=8080");
     let path = service_path("disowned", "web");
     let disowned = edit(cluster, &path, &|service| {
         service["metadata"]["labels"].as_object_mut().expect("a map").remove("gangplank.dev/service");
     });
     soon("our slices are gone", || addresses(cluster, "disowned", "web").is_empty().then_some(()));
-    soon("registrations are refused", || world.conflicts("disowned", "web").then_some(()));
+    soon("registrations are refused", || harness.conflicts("disowned", "web").then_some(()));
     assert_eq!(cluster.get_json(&path), disowned);
     edit(cluster, &path, &|service| service["metadata"]["labels"]["gangplank.dev/service"] = "owned".into());
     soon("they are back", || (addresses(cluster, "disowned", "web") == ["10.12.0.1"]).then_some(()));
-    world.mirrored("disowned", "web", "10.12.0.2", "http=8080");
+    harness.mirrored("disowned", "web", "10.12.0.2", "http=8080");
     let first = &slices(cluster, "disowned", "web")[0];
     assert_eq!(
         cluster.get_json(&slice_path("disowned", name(first)))["metadata"]["ownerReferences"][0]["uid"],

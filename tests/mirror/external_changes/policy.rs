@@ -5,7 +5,7 @@ use std::time::Instant;
 use hickory_proto::rr::RecordType;
 use serde_json::json;
 
-use super::World;
+use super::MirrorHarness;
 use crate::{
     mirror::wait_for_addresses,
     support::{
@@ -39,14 +39,14 @@ fn refuse(cluster: &Cluster, namespace: &str, reason: &str) {
 }
 
 #[test]
-fn what_a_policy_refuses_is_tried_again_slowly_and_shown() {
-    let Some(mut world) = World::with_controllers(&[]) else { return };
-    let cluster = world.cluster;
+fn objects_refused_by_a_policy_are_retried_slowly_and_reported() {
+    let Some(mut harness) = MirrorHarness::with_controllers(&[]) else { return };
+    let cluster = harness.cluster;
     let proxy = Proxy::start(cluster);
-    world.go_by(proxy.kubeconfig(), &[]);
+    harness.restart_empty_with(proxy.kubeconfig(), &[]);
     let cases =
         [("policy-422", "Invalid", "invalid", "Refused"), ("policy-403", "Forbidden", "forbidden", "Forbidden")];
-    let gauge = |shown| world.metric(&format!("gangplank_mirror_services_blocked{{reason=\"{shown}\"}}"));
+    let gauge = |shown| harness.metric(&format!("gangplank_mirror_services_blocked{{reason=\"{shown}\"}}"));
     for (namespace, reason, ..) in cases {
         cluster.create_namespace(namespace);
         refuse(cluster, namespace, reason);
@@ -54,10 +54,10 @@ fn what_a_policy_refuses_is_tried_again_slowly_and_shown() {
     let begun = Instant::now();
     for (namespace, _, shown, event) in cases {
         let before = gauge(shown);
-        let (code, said) = world.register(namespace, "web", "10.50.0.1", "http=8080");
+        let (code, said) = harness.register(namespace, "web", "10.50.0.1", "http=8080");
         assert!(code == Some(0) && said.contains("accepted, not in Kubernetes yet"), "{said}");
         let name = format!("web.{namespace}.svc.cluster.local.");
-        assert_eq!(answers(world.server.dns, Over::Udp, &name, RecordType::A), ["10.50.0.1"], "DNS serves it");
+        assert_eq!(answers(harness.server.dns, Over::Udp, &name, RecordType::A), ["10.50.0.1"], "DNS serves it");
         wait_until("the metric shows it", || (gauge(shown) > before).then_some(()));
         wait_until("an event shows it", || {
             let said = cluster.kubectl(&["describe", "service", "web", "-n", namespace]);
@@ -68,13 +68,13 @@ fn what_a_policy_refuses_is_tried_again_slowly_and_shown() {
     cluster.create_namespace("policy-hang");
     refuse(cluster, "policy-hang", "Invalid");
     let hung = proxy.inject(Fault::Hang, |call| call.is("create", "events"));
-    world.register("policy-hang", "web", "10.50.1.1", "http=8080");
+    harness.register("policy-hang", "web", "10.50.1.1", "http=8080");
     hung.wait_hits(1);
     cluster.create_namespace("policy-none");
     wait_until("the namespace is known", || {
-        (world.register("policy-none", "web", "10.50.2.1", "http=8080").0 == Some(0)).then_some(())
+        (harness.register("policy-none", "web", "10.50.2.1", "http=8080").0 == Some(0)).then_some(())
     });
-    world.mirrored("policy-none", "web", "10.50.2.2", "http=8080");
+    harness.mirrored("policy-none", "web", "10.50.2.2", "http=8080");
     hung.lift();
 
     for namespace in ["policy-422", "policy-403", "policy-hang"] {
