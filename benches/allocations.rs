@@ -21,7 +21,7 @@ use gangplank::{
     zone::ServiceChange,
 };
 
-use world::{World, instance, mix, service};
+use world::{BenchZone, instance, mix, service};
 
 struct Counting;
 
@@ -73,7 +73,7 @@ fn main() {
 fn answers_allocate_nothing() {
     const SERVICES: u32 = 1000;
     const QUERIES: u64 = 400_000;
-    let mut world = World::of(SERVICES, 3);
+    let mut world = BenchZone::of(SERVICES, 3);
     let zone = world.zone.clone();
     let queries = mix(SERVICES, &mut fastrand::Rng::with_seed(1));
     let (stop, published) = (AtomicBool::new(false), AtomicU64::new(0));
@@ -112,7 +112,7 @@ fn answers_allocate_nothing() {
 
 fn instances_are_small() {
     for (services, instances) in [(200_000u32, 1u32), (20_000, 10), (2, 10_000)] {
-        let mut world = World::new();
+        let mut world = BenchZone::new();
         // The registry's own values are made before and held throughout: the zone shares them.
         let all: Vec<_> = (0..services)
             .map(|number| {

@@ -9,12 +9,12 @@ use std::hint::black_box;
 use criterion::{Criterion, criterion_group, criterion_main};
 use gangplank::dns::{Context, MAX_UDP, Transport, answer};
 
-use world::{World, instance, mix, service};
+use world::{BenchZone, instance, mix, service};
 
 fn answers(c: &mut Criterion) {
     let mut group = c.benchmark_group("answer");
     for (services, instances) in [(1_000, 3), (100_000, 3), (1_000_000, 1)] {
-        let world = World::of(services, instances);
+        let world = BenchZone::of(services, instances);
         let mut rng = fastrand::Rng::with_seed(1);
         let queries = mix(services, &mut rng);
         let context = Context { transport: Transport::Udp, nsid: b"bench" };
@@ -33,7 +33,7 @@ fn answers(c: &mut Criterion) {
 fn changes(c: &mut Criterion) {
     let mut group = c.benchmark_group("publish one change");
     for (services, instances) in [(1, 1), (1, 32), (1, 10_000), (1_000, 1), (100_000, 1), (1_000_000, 1)] {
-        let mut world = World::of(services, instances);
+        let mut world = BenchZone::of(services, instances);
         // As many as there are, but not more than the caches mind: spread over all services.
         let spread = (0..(services * instances).min(20_000)).map(|n| (n.wrapping_mul(7919)) % (services * instances));
         let made: Vec<_> = spread

@@ -10,7 +10,7 @@ use gangplank::{
 const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
 /// A zone and who changes it.
-pub(crate) struct World {
+pub(crate) struct BenchZone {
     pub(crate) zone: Arc<Zone>,
     publisher: Publisher,
     services: HashMap<ServiceKey, Service>,
@@ -33,7 +33,7 @@ pub(crate) fn instance(service: &ServiceKey, number: u32, weight: f32) -> Arc<In
     Arc::new(VALIDATOR.instance(service, &spec, UnixMillis(0)).expect("valid"))
 }
 
-impl World {
+impl BenchZone {
     pub(crate) fn new() -> Self {
         let (zone, publisher) = Zone::new(ZoneConfig {
             origin: DnsName::parse("cluster.local").expect("valid"),

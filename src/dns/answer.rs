@@ -6,10 +6,10 @@
 
 use super::{
     question::{CD, DO, Edns, HEADER, NSID, OPCODE, OPT, QR, Question, RD},
-    render::{Render, Sections},
-    writer::{Writer, Written},
+    render::{ResponseRenderer, SectionCounts},
+    wire::{WireWriter, WriteResult},
 };
-use crate::zone::{Bailiwick, Lookup, RecordType, View};
+use crate::zone::{Bailiwick, Lookup, RecordType, ZoneReader};
 
 /// Largest answer over UDP without EDNS, in octets (RFC 1035 §2.3.4).
 const MIN_UDP: u16 = 512;
@@ -97,7 +97,7 @@ impl Rcode {
 
 /// An answer that was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Reply {
+pub struct Response {
     /// Its octets.
     pub len: usize,
     /// How it turned out.
@@ -111,12 +111,12 @@ pub struct Reply {
 /// Answers `packet` into `out`; `None` where silence is the answer. Over UDP `out` should have
 /// [`MAX_UDP`] octets, over TCP [`MAX_TCP`]; with less the answer is cut shorter.
 pub fn answer(
-    view: &View<'_>,
+    zone: &ZoneReader<'_>,
     context: &Context<'_>,
     rng: &mut fastrand::Rng,
     packet: &[u8],
     out: &mut [u8],
-) -> Option<Reply> {
+) -> Option<Response> {
     // Without a whole header there is no telling whom to answer what.
     if packet.len() < HEADER || packet[2] & QR != 0 || out.len() < HEADER {
         return None;
@@ -134,18 +134,18 @@ pub fn answer(
         (Transport::Udp, None) => MIN_UDP.into(),
     };
     let limit = limit.min(out.len());
-    Message { view, context, packet, question: &question }.write(rng, &mut out[..limit])
+    Request { zone, context, packet, question: &question }.write(rng, &mut out[..limit])
 }
 
 /// RFC 1035 §4.1.1: an error that comes before the question has its header and nothing else.
-fn header_only(packet: &[u8], rcode: Rcode, out: &mut [u8]) -> Reply {
-    out[..HEADER].copy_from_slice(&header(packet, rcode, false, Sections::default(), 0));
-    Reply { len: HEADER, rcode, qtype: None, in_zone: false }
+fn header_only(packet: &[u8], rcode: Rcode, out: &mut [u8]) -> Response {
+    out[..HEADER].copy_from_slice(&header(packet, rcode, false, SectionCounts::default(), 0));
+    Response { len: HEADER, rcode, qtype: None, in_zone: false }
 }
 
 /// The header of the answer to `packet`: RD and CD are copied, RA, Z and AD are clear (RFC 6840
 /// §5.7, §5.9).
-fn header(packet: &[u8], rcode: Rcode, questions: bool, sections: Sections, extra: u16) -> [u8; HEADER] {
+fn header(packet: &[u8], rcode: Rcode, questions: bool, sections: SectionCounts, extra: u16) -> [u8; HEADER] {
     let authoritative = matches!(rcode, Rcode::NoError | Rcode::NxDomain);
     let mut flags = QR | packet[2] & (OPCODE | RD);
     flags |= if authoritative { AA } else { 0 } | if sections.truncated { TC } else { 0 };
@@ -158,23 +158,23 @@ fn header(packet: &[u8], rcode: Rcode, questions: bool, sections: Sections, extr
 }
 
 /// One well-formed question on its way to its answer.
-struct Message<'m, 'z> {
-    view: &'m View<'z>,
+struct Request<'m, 'z> {
+    zone: &'m ZoneReader<'z>,
     context: &'m Context<'m>,
     packet: &'m [u8],
     question: &'m Question,
 }
 
-impl Message<'_, '_> {
-    fn write(&self, rng: &mut fastrand::Rng, out: &mut [u8]) -> Option<Reply> {
+impl Request<'_, '_> {
+    fn write(&self, rng: &mut fastrand::Rng, out: &mut [u8]) -> Option<Response> {
         let Question { name, qtype, qclass, end, edns } = self.question;
-        let place = self.view.locate(name);
+        let place = self.zone.locate(name);
         let refused = !CLASSES.contains(qclass) || TRANSFERS.contains(qtype);
         let lookup = match edns {
             // RFC 6891 §6.1.3: a version that is not spoken here.
             Some(edns) if edns.version > 0 => Err(Rcode::BadVers),
             _ if refused => Err(Rcode::Refused),
-            _ => match self.view.lookup(place, name, RecordType::from(*qtype)) {
+            _ => match self.zone.lookup(place, name, RecordType::from(*qtype)) {
                 Lookup::OutOfZone => Err(Rcode::Refused),
                 Lookup::NotReady => Err(Rcode::ServFail),
                 found => Ok(found),
@@ -185,9 +185,9 @@ impl Message<'_, '_> {
             nsid: self.nsid(&edns, out.len()),
             rcode: lookup.as_ref().err().copied(),
         });
-        let mut w = Writer::new(out, opt.as_ref().map_or(0, Opt::len));
+        let mut w = WireWriter::new(out, opt.as_ref().map_or(0, Opt::len));
         w.put(&[0; HEADER]).and_then(|()| w.put(&self.packet[HEADER..*end])).ok()?;
-        let mut render = Render { w, view: self.view, name, rng, sections: Sections::default() };
+        let mut render = ResponseRenderer { w, zone: self.zone, name, rng, sections: SectionCounts::default() };
         let rcode = match lookup {
             Ok(Lookup::Hit(hit)) => {
                 render.hit(&hit);
@@ -205,7 +205,7 @@ impl Message<'_, '_> {
             Ok(Lookup::NotReady) => Rcode::ServFail,
             Err(rcode) => rcode,
         };
-        let Render { mut w, sections, .. } = render;
+        let ResponseRenderer { mut w, sections, .. } = render;
         w.release();
         if let Some(opt) = &opt {
             opt.write(&mut w).ok()?;
@@ -213,7 +213,7 @@ impl Message<'_, '_> {
         let header = header(self.packet, rcode, true, sections, opt.is_some().into());
         w.written()[..HEADER].copy_from_slice(&header);
         let in_zone = matches!(place, Bailiwick::Zone(_));
-        Some(Reply { len: w.len(), rcode, qtype: Some(*qtype), in_zone })
+        Some(Response { len: w.len(), rcode, qtype: Some(*qtype), in_zone })
     }
 
     /// What NSID says, if it was asked for. It is left out where it and the question alone would
@@ -241,7 +241,7 @@ impl Opt<'_> {
         OPT_FIXED + self.nsid.map_or(0, |nsid| 4 + nsid.len()) + error
     }
 
-    fn write(&self, w: &mut Writer<'_>) -> Written {
+    fn write(&self, w: &mut WireWriter<'_>) -> WriteResult {
         let [upper, _] = (self.rcode.map_or(0, Rcode::number) << 4).to_be_bytes();
         w.put(&[0])?;
         w.u16(OPT)?;

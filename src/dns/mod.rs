@@ -16,14 +16,14 @@ mod tcp;
 #[cfg(test)]
 mod tests;
 mod udp;
-mod writer;
+mod wire;
 
 use std::{io, net::SocketAddr, num::NonZeroUsize, sync::Arc, thread, time::Duration};
 
 use tokio::{net::TcpListener, sync::oneshot, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-pub use answer::{Context, MAX_TCP, MAX_UDP, Rcode, Reply, Transport, answer};
+pub use answer::{Context, MAX_TCP, MAX_UDP, Rcode, Response, Transport, answer};
 
 use crate::{
     metrics::{Metrics, dns::Listener},

@@ -56,7 +56,7 @@ pub(super) struct Edns {
 pub(super) struct Malformed;
 
 /// A place in a packet.
-struct Reader<'p> {
+struct PacketReader<'p> {
     packet: &'p [u8],
     at: usize,
 }
@@ -65,7 +65,7 @@ impl Question {
     /// Takes apart a query whose header was looked at already. What follows the last record that
     /// the header counts is ignored.
     pub(super) fn parse(packet: &[u8]) -> Result<Self, Malformed> {
-        let mut reader = Reader { packet, at: 4 };
+        let mut reader = PacketReader { packet, at: 4 };
         // RFC 9619 §4: a query has one question.
         if reader.u16()? != 1 {
             return Err(Malformed);
@@ -92,7 +92,7 @@ impl Question {
     }
 }
 
-impl Reader<'_> {
+impl PacketReader<'_> {
     fn take(&mut self, len: usize) -> Result<&[u8], Malformed> {
         let taken = self.packet.get(self.at..self.at + len).ok_or(Malformed)?;
         self.at += len;
@@ -132,7 +132,7 @@ impl Reader<'_> {
         if !root {
             return Err(Malformed);
         }
-        let mut options = Reader { packet: self.take(len)?, at: 0 };
+        let mut options = PacketReader { packet: self.take(len)?, at: 0 };
         let mut nsid = false;
         while options.at < options.packet.len() {
             let (code, len) = (options.u16()?, usize::from(options.u16()?));

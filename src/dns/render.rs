@@ -7,11 +7,11 @@ use std::net::IpAddr;
 
 use super::{
     question::HEADER,
-    writer::{Full, HostOf, Owner, Writer, Written},
+    wire::{HostName, NoSpace, OwnerName, WireWriter, WriteResult},
 };
 use crate::{
     model::cow_tree::Row,
-    zone::{AddressRow, Addresses, Apex, Hit, HostName, QName, Rrset, ServiceRecords, SrvRow, View},
+    zone::{AddressRecord, Addresses, Apex, Hit, PtrRecord, QName, Rrset, ServiceRecords, SrvRecord, ZoneReader},
 };
 
 const A: u16 = 1;
@@ -46,32 +46,32 @@ const FIXED: usize = 12;
 const SRV_FIXED: usize = 6;
 
 /// What the records of an answer take from.
-pub(super) struct Render<'r, 'z, 'o> {
-    pub(super) w: Writer<'o>,
-    pub(super) view: &'r View<'z>,
+pub(super) struct ResponseRenderer<'r, 'z, 'o> {
+    pub(super) w: WireWriter<'o>,
+    pub(super) zone: &'r ZoneReader<'z>,
     pub(super) name: &'r QName,
     pub(super) rng: &'r mut fastrand::Rng,
-    pub(super) sections: Sections,
+    pub(super) sections: SectionCounts,
 }
 
 /// Records per section, and whether one that had to be there is not.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Sections {
+pub(super) struct SectionCounts {
     pub(super) answers: u16,
     pub(super) authority: u16,
     pub(super) additional: u16,
     pub(super) truncated: bool,
 }
 
-impl<'r> Render<'r, '_, '_> {
+impl<'r> ResponseRenderer<'r, '_, '_> {
     /// The answer, and what helps with it.
     pub(super) fn hit(&mut self, hit: &Hit<'r>) {
-        let ttl = self.view.ttl();
+        let ttl = self.zone.ttl();
         let owner = self.asked();
         match *hit {
             Hit::A(set) => self.addresses(owner, A, set),
             Hit::Aaaa(set) => self.addresses(owner, AAAA, set),
-            Hit::Srv(set, facts) => self.srv(set, facts),
+            Hit::Srv(set, records) => self.srv(set, records),
             Hit::Ptr(set, ip) => self.ptr(set, ip),
             Hit::Version => {
                 let written = self.w.record(owner, TXT, VERSION_TTL, |w| w.label(VERSION));
@@ -84,11 +84,11 @@ impl<'r> Render<'r, '_, '_> {
             Hit::Ns(found) => {
                 let host_at = self.w.len() + FIXED;
                 let zone_at = self.zone_in_question();
-                let view = self.view;
-                let written = self.w.record(owner, NS, ttl, |w| name_server(w, view, zone_at));
+                let zone = self.zone;
+                let written = self.w.record(owner, NS, ttl, |w| name_server(w, zone, zone_at));
                 if self.answered(written).is_ok() {
-                    let name = HostOf { target: None, service: &[] };
-                    let _ = self.additional(Owner { at: host_at, name }, found);
+                    let name = HostName { target: None, service: &[] };
+                    let _ = self.additional(OwnerName { at: host_at, name }, found);
                 }
             }
         }
@@ -99,62 +99,62 @@ impl<'r> Render<'r, '_, '_> {
     pub(super) fn negative(&mut self, apex: Apex) {
         match self.write_soa(apex) {
             Ok(()) => self.sections.authority += 1,
-            Err(Full) => self.sections.truncated = true,
+            Err(NoSpace) => self.sections.truncated = true,
         }
     }
 
     /// The name that was asked.
-    fn asked(&self) -> Owner<'r> {
-        Owner { at: HEADER, name: HostOf { target: None, service: self.name.suffix(0) } }
+    fn asked(&self) -> OwnerName<'r> {
+        OwnerName { at: HEADER, name: HostName { target: None, service: self.name.suffix(0) } }
     }
 
     /// Counts a record of the answer, or that it is missing.
-    fn answered(&mut self, written: Written) -> Written {
+    fn answered(&mut self, written: WriteResult) -> WriteResult {
         match written {
             Ok(()) => self.sections.answers += 1,
             // RFC 2181 §9: TC is for data that had to be there.
-            Err(Full) => self.sections.truncated = true,
+            Err(NoSpace) => self.sections.truncated = true,
         }
         written
     }
 
     /// Where the zone's name stands in the question, if it was asked in the zone.
     fn zone_in_question(&self) -> Option<usize> {
-        let below = self.name.labels().checked_sub(self.view.origin_labels())?;
-        (self.name.suffix(below) == self.view.origin()).then(|| HEADER + self.name.offset(below))
+        let below = self.name.labels().checked_sub(self.zone.origin_labels())?;
+        (self.name.suffix(below) == self.zone.origin()).then(|| HEADER + self.name.offset(below))
     }
 
-    fn write_soa(&mut self, apex: Apex) -> Written {
-        let view = self.view;
+    fn write_soa(&mut self, apex: Apex) -> WriteResult {
+        let zone = self.zone;
         // RFC 2308 §5: a negative answer is cached for the smaller of the SOA's TTL and MINIMUM.
-        let (ttl, minimum) = (view.ttl().min(MAX_SOA_TTL), view.ttl());
+        let (ttl, minimum) = (zone.ttl().min(MAX_SOA_TTL), zone.ttl());
         let at = HEADER + self.name.offset(apex.0);
-        let owner = Owner { at, name: HostOf { target: None, service: self.name.suffix(apex.0) } };
+        let owner = OwnerName { at, name: HostName { target: None, service: self.name.suffix(apex.0) } };
         let zone_at = self.zone_in_question();
         self.w.record(owner, SOA, ttl, |w| {
-            name_server(w, view, zone_at)?;
-            let zone_at = zone_at.unwrap_or_else(|| w.len() - view.origin().len());
+            name_server(w, zone, zone_at)?;
+            let zone_at = zone_at.unwrap_or_else(|| w.len() - zone.origin().len());
             w.label(b"hostmaster")?;
-            w.pointer_or(zone_at, |w| w.put(view.origin()))?;
-            w.u32(view.serial())?;
+            w.pointer_or(zone_at, |w| w.put(zone.origin()))?;
+            w.u32(zone.serial())?;
             REFRESH_RETRY_EXPIRE.iter().try_for_each(|seconds| w.u32(*seconds))?;
             w.u32(minimum)
         })
     }
 
-    fn addresses<I: Ip>(&mut self, owner: Owner<'_>, rtype: u16, set: Rrset<'_, AddressRow<I>>)
+    fn addresses<I: Ip>(&mut self, owner: OwnerName<'_>, rtype: u16, set: Rrset<'_, AddressRecord<I>>)
     where
-        AddressRow<I>: Row,
+        AddressRecord<I>: Row,
     {
-        let ttl = self.view.ttl();
+        let ttl = self.zone.ttl();
         let _ = set.visit_from(set.draw(self.rng), |row| {
             let written = row.ip.with_octets(|octets| self.w.record(owner, rtype, ttl, |w| w.put(octets)));
             self.answered(written)
         });
     }
 
-    fn srv(&mut self, set: Rrset<'r, SrvRow>, facts: &'r ServiceRecords) {
-        let ttl = self.view.ttl();
+    fn srv(&mut self, set: Rrset<'r, SrvRecord>, records: &'r ServiceRecords) {
+        let ttl = self.zone.ttl();
         let owner = self.asked();
         // `_port._proto` stand before the service.
         let service = self.name.suffix(2);
@@ -166,7 +166,7 @@ impl<'r> Render<'r, '_, '_> {
                 w.u16(row.srv_weight())?;
                 w.u16(row.port)?;
                 // RFC 2782: the target is not compressed.
-                w.host(HostOf { target: Some(&row.target), service })
+                w.host(HostName { target: Some(&row.target), service })
             });
             self.answered(written)
         });
@@ -176,20 +176,20 @@ impl<'r> Render<'r, '_, '_> {
         // Rows are in order of their targets: the same ones stand together, but for those that
         // the window's beginning has cut off.
         let (mut seen, mut opening) = (None, None);
-        let _ = set.visit_from(first, |SrvRow { target, .. }| {
-            let name = Owner { at: at + FIXED + SRV_FIXED, name: HostOf { target: Some(target), service } };
+        let _ = set.visit_from(first, |SrvRecord { target, .. }| {
+            let name = OwnerName { at: at + FIXED + SRV_FIXED, name: HostName { target: Some(target), service } };
             at += FIXED + usize::from(self.w.u16_at(at + FIXED - 2));
             if seen == Some(target) || opening == Some(target) {
                 return Ok(());
             }
             seen = Some(target);
             opening.get_or_insert(target);
-            facts.target(target).map_or(Ok(()), |found| self.additional(name, found))
+            records.target(target).map_or(Ok(()), |found| self.additional(name, found))
         });
     }
 
     /// RFC 2181 §9: what merely helps is left out by whole RRsets, without TC.
-    fn additional(&mut self, owner: Owner<'_>, found: Addresses<'_>) -> Written {
+    fn additional(&mut self, owner: OwnerName<'_>, found: Addresses<'_>) -> WriteResult {
         if let Some(v4) = found.v4 {
             self.additional_rrset(owner, A, v4)?;
         }
@@ -199,15 +199,20 @@ impl<'r> Render<'r, '_, '_> {
         Ok(())
     }
 
-    fn additional_rrset<I: Ip>(&mut self, owner: Owner<'_>, rtype: u16, set: Rrset<'_, AddressRow<I>>) -> Written
+    fn additional_rrset<I: Ip>(
+        &mut self,
+        owner: OwnerName<'_>,
+        rtype: u16,
+        set: Rrset<'_, AddressRecord<I>>,
+    ) -> WriteResult
     where
-        AddressRow<I>: Row,
+        AddressRecord<I>: Row,
     {
         // Known before a thousand records are written and taken back.
         if set.len() * (FIXED + size_of::<I>()) > self.w.room() {
-            return Err(Full);
+            return Err(NoSpace);
         }
-        let ttl = self.view.ttl();
+        let ttl = self.zone.ttl();
         let first = set.draw(self.rng);
         let count = self.w.whole(|w| {
             let mut count = 0;
@@ -221,12 +226,12 @@ impl<'r> Render<'r, '_, '_> {
         Ok(())
     }
 
-    fn ptr(&mut self, set: Rrset<'_, HostName>, ip: IpAddr) {
-        let (ttl, view) = (self.view.ttl(), self.view);
+    fn ptr(&mut self, set: Rrset<'_, PtrRecord>, ip: IpAddr) {
+        let (ttl, zone) = (self.zone.ttl(), self.zone);
         let owner = self.asked();
         // Where `svc.<zone>` was spelled out.
         let mut spelled = None;
-        for HostName { service, host } in set.wrap_from(set.draw(self.rng)).take(MAX_PTR) {
+        for PtrRecord { service, host } in set.wrap_from(set.draw(self.rng)).take(MAX_PTR) {
             let mut suffix_at = 0;
             let written = self.w.record(owner, PTR, ttl, |w| {
                 match host {
@@ -236,9 +241,9 @@ impl<'r> Render<'r, '_, '_> {
                 w.label(service.name().as_bytes())?;
                 w.label(service.namespace().as_bytes())?;
                 suffix_at = w.len();
-                let suffix = |w: &mut Writer<'_>| {
+                let suffix = |w: &mut WireWriter<'_>| {
                     w.label(b"svc")?;
-                    w.put(view.origin())
+                    w.put(zone.origin())
                 };
                 match spelled {
                     Some(at) => w.pointer_or(at, suffix),
@@ -254,12 +259,12 @@ impl<'r> Render<'r, '_, '_> {
 }
 
 /// `ns.dns.<zone>`.
-fn name_server(w: &mut Writer<'_>, view: &View<'_>, zone_at: Option<usize>) -> Written {
+fn name_server(w: &mut WireWriter<'_>, zone: &ZoneReader<'_>, zone_at: Option<usize>) -> WriteResult {
     w.label(b"ns")?;
     w.label(b"dns")?;
     match zone_at {
-        Some(at) => w.pointer_or(at, |w| w.put(view.origin())),
-        None => w.put(view.origin()),
+        Some(at) => w.pointer_or(at, |w| w.put(zone.origin())),
+        None => w.put(zone.origin()),
     }
 }
 

@@ -3,11 +3,11 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{
-    Settings, View,
+    Settings, ZoneReader,
     qname::QName,
-    reverse::HostName,
-    rows::Rrset,
-    service::{AddressRow, Addresses, ServiceRecords, SrvRow},
+    reverse::PtrRecord,
+    rrset::Rrset,
+    service::{AddressRecord, Addresses, ServiceRecords, SrvRecord},
 };
 use crate::model::Protocol;
 
@@ -76,13 +76,13 @@ pub enum Lookup<'v> {
 #[derive(Debug)]
 pub enum Hit<'v> {
     /// IPv4 addresses.
-    A(Rrset<'v, AddressRow<Ipv4Addr>>),
+    A(Rrset<'v, AddressRecord<Ipv4Addr>>),
     /// IPv6 addresses.
-    Aaaa(Rrset<'v, AddressRow<Ipv6Addr>>),
+    Aaaa(Rrset<'v, AddressRecord<Ipv6Addr>>),
     /// Ports, and the service where their targets' addresses are.
-    Srv(Rrset<'v, SrvRow>, &'v ServiceRecords),
+    Srv(Rrset<'v, SrvRecord>, &'v ServiceRecords),
     /// Host names of the address.
-    Ptr(Rrset<'v, HostName>, IpAddr),
+    Ptr(Rrset<'v, PtrRecord>, IpAddr),
     /// The version of the Kubernetes DNS specification.
     Version,
     /// The zone's own record.
@@ -109,7 +109,7 @@ pub enum Bailiwick {
 /// A name under `in-addr.arpa` (RFC 1035 §3.5) or `ip6.arpa` (RFC 3596 §2.5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReverseName {
-    family: Family,
+    family: ReverseFamily,
     /// The address as far as it is spelled, from the highest bit on.
     bits: u128,
     /// Well-formed labels below the suffix, from right to left.
@@ -120,12 +120,12 @@ pub struct ReverseName {
 
 /// How a family spells an address in the reverse tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Family {
+enum ReverseFamily {
     V4,
     V6,
 }
 
-impl Family {
+impl ReverseFamily {
     /// Bits that one label stands for.
     fn label_bits(self) -> usize {
         match self {
@@ -161,8 +161,8 @@ impl ReverseName {
     fn parse(name: &QName) -> Option<Self> {
         let below = name.labels().checked_sub(2)?;
         let family = match name.suffix(below) {
-            b"\x07in-addr\x04arpa\0" => Family::V4,
-            b"\x03ip6\x04arpa\0" => Family::V6,
+            b"\x07in-addr\x04arpa\0" => ReverseFamily::V4,
+            b"\x03ip6\x04arpa\0" => ReverseFamily::V6,
             _ => return None,
         };
         let (mut bits, mut good) = (0, 0);
@@ -179,8 +179,8 @@ impl ReverseName {
         let whole = self.good == self.family.labels() && self.below == self.good;
         whole.then(|| match self.family {
             // 32 bits are left.
-            Family::V4 => Ipv4Addr::from_bits((self.bits >> 96) as u32).into(),
-            Family::V6 => Ipv6Addr::from_bits(self.bits).into(),
+            ReverseFamily::V4 => Ipv4Addr::from_bits((self.bits >> 96) as u32).into(),
+            ReverseFamily::V6 => Ipv6Addr::from_bits(self.bits).into(),
         })
     }
 
@@ -189,8 +189,8 @@ impl ReverseName {
     fn apex(&self, networks: &[(IpAddr, u8)]) -> Option<usize> {
         let inside = |(network, prefix): &(IpAddr, u8)| {
             let (family, network) = match network {
-                IpAddr::V4(ip) => (Family::V4, u128::from(ip.to_bits()) << 96),
-                IpAddr::V6(ip) => (Family::V6, ip.to_bits()),
+                IpAddr::V4(ip) => (ReverseFamily::V4, u128::from(ip.to_bits()) << 96),
+                IpAddr::V6(ip) => (ReverseFamily::V6, ip.to_bits()),
             };
             let prefix = usize::from(*prefix);
             let labels = prefix.div_ceil(family.label_bits());
@@ -212,48 +212,54 @@ pub(super) fn locate(settings: &Settings, name: &QName) -> Bailiwick {
 }
 
 /// What `name`, which is at `place`, has of `rtype`.
-pub(super) fn lookup<'v>(view: &'v View<'_>, place: Bailiwick, name: &QName, rtype: RecordType) -> Lookup<'v> {
+pub(super) fn lookup<'v>(zone: &'v ZoneReader<'_>, place: Bailiwick, name: &QName, rtype: RecordType) -> Lookup<'v> {
     match place {
-        Bailiwick::Zone(_) if !view.is_ready() => Lookup::NotReady,
-        Bailiwick::Zone(below) => in_zone(view, name, below, rtype),
-        Bailiwick::Reverse(reverse) => in_reverse(view, name, reverse, rtype),
+        Bailiwick::Zone(_) if !zone.is_ready() => Lookup::NotReady,
+        Bailiwick::Zone(below) => in_zone(zone, name, below, rtype),
+        Bailiwick::Reverse(reverse) => in_reverse(zone, name, reverse, rtype),
         Bailiwick::Outside => Lookup::OutOfZone,
     }
 }
 
-fn in_zone<'v>(view: &'v View<'_>, name: &QName, below: usize, rtype: RecordType) -> Lookup<'v> {
+fn in_zone<'v>(zone: &'v ZoneReader<'_>, name: &QName, below: usize, rtype: RecordType) -> Lookup<'v> {
     let apex = Apex(below);
-    let Some(first) = below.checked_sub(1) else { return at_apex(view, apex, rtype) };
+    let Some(first) = below.checked_sub(1) else { return at_apex(zone, apex, rtype) };
     match (name.label(first), below) {
         // RFC 8020: a name above one that exists does exist.
         (b"svc" | b"dns", 1) => Lookup::NoData(apex),
-        (b"svc", 2) if view.has_namespace(name.label(0)) => Lookup::NoData(apex),
-        (b"svc", 3..=5) => match view.service(name.label(below - 3), name.label(below - 2)) {
-            Some(facts) => in_service(facts, apex, name, below - 3, rtype),
+        (b"svc", 2) if zone.has_namespace(name.label(0)) => Lookup::NoData(apex),
+        (b"svc", 3..=5) => match zone.service(name.label(below - 3), name.label(below - 2)) {
+            Some(records) => in_service(records, apex, name, below - 3, rtype),
             None => Lookup::NxDomain(apex),
         },
-        (b"dns", 2) if name.label(0) == b"ns" => addresses(view.name_server(), apex, rtype),
+        (b"dns", 2) if name.label(0) == b"ns" => addresses(zone.name_server(), apex, rtype),
         (b"dns-version", 1) if rtype.takes(RecordType::Txt) => Lookup::Hit(Hit::Version),
         (b"dns-version", 1) => Lookup::NoData(apex),
         _ => Lookup::NxDomain(apex),
     }
 }
 
-/// A name of `facts`' service, or one with `below` labels before it.
-fn in_service<'v>(facts: &'v ServiceRecords, apex: Apex, name: &QName, below: usize, rtype: RecordType) -> Lookup<'v> {
+/// A name of `records`' service, or one with `below` labels before it.
+fn in_service<'v>(
+    records: &'v ServiceRecords,
+    apex: Apex,
+    name: &QName,
+    below: usize,
+    rtype: RecordType,
+) -> Lookup<'v> {
     let protocol = |index| Protocol::ALL.into_iter().find(|p| p.srv_label().as_bytes() == name.label(index));
     match below {
-        0 => addresses(facts.addresses(), apex, rtype),
-        1 => match (facts.host(name.label(0)), protocol(0)) {
+        0 => addresses(records.addresses(), apex, rtype),
+        1 => match (records.host(name.label(0)), protocol(0)) {
             (Some(found), _) => addresses(found, apex, rtype),
             // RFC 8020: `_tcp` stands above the SRV names.
-            (None, Some(protocol)) if facts.has_srv(protocol) => Lookup::NoData(apex),
+            (None, Some(protocol)) if records.has_srv(protocol) => Lookup::NoData(apex),
             _ => Lookup::NxDomain(apex),
         },
         _ => {
             let port_name = name.label(0).strip_prefix(b"_");
-            match port_name.zip(protocol(1)).and_then(|(port_name, protocol)| facts.srv(protocol, port_name)) {
-                Some(records) if rtype.takes(RecordType::Srv) => Lookup::Hit(Hit::Srv(records, facts)),
+            match port_name.zip(protocol(1)).and_then(|(port_name, protocol)| records.srv(protocol, port_name)) {
+                Some(rrset) if rtype.takes(RecordType::Srv) => Lookup::Hit(Hit::Srv(rrset, records)),
                 Some(_) => Lookup::NoData(apex),
                 None => Lookup::NxDomain(apex),
             }
@@ -270,25 +276,25 @@ fn addresses(found: Addresses<'_>, apex: Apex, rtype: RecordType) -> Lookup<'_> 
 }
 
 /// The apex of the zone, or of a reverse zone, has an SOA and an NS.
-fn at_apex<'v>(view: &'v View<'_>, apex: Apex, rtype: RecordType) -> Lookup<'v> {
+fn at_apex<'v>(zone: &'v ZoneReader<'_>, apex: Apex, rtype: RecordType) -> Lookup<'v> {
     match rtype {
         RecordType::Soa | RecordType::Any => Lookup::Hit(Hit::Soa(apex)),
-        RecordType::Ns => Lookup::Hit(Hit::Ns(view.name_server())),
+        RecordType::Ns => Lookup::Hit(Hit::Ns(zone.name_server())),
         _ => Lookup::NoData(apex),
     }
 }
 
-fn in_reverse<'v>(view: &'v View<'_>, name: &QName, reverse: ReverseName, rtype: RecordType) -> Lookup<'v> {
-    let zone = reverse.apex(view.reverse_zones());
+fn in_reverse<'v>(zone: &'v ZoneReader<'_>, name: &QName, reverse: ReverseName, rtype: RecordType) -> Lookup<'v> {
+    let apex_labels = reverse.apex(zone.reverse_zones());
     let address = reverse.address();
-    if !view.is_ready() {
+    if !zone.is_ready() {
         // Any address could turn out to be an instance's.
-        return if zone.is_some() || address.is_some() { Lookup::NotReady } else { Lookup::OutOfZone };
+        return if apex_labels.is_some() || address.is_some() { Lookup::NotReady } else { Lookup::OutOfZone };
     }
-    let found = address.and_then(|ip| Some((view.names_of(ip)?, ip)));
+    let found = address.and_then(|ip| Some((zone.ptr_records(ip)?, ip)));
     // Outside of the reverse zones only the addresses of instances are ours: the SOA of what they
     // have not stands at their own name.
-    let Some(labels) = zone else {
+    let Some(labels) = apex_labels else {
         return match found {
             Some((names, ip)) if rtype.takes(RecordType::Ptr) => Lookup::Hit(Hit::Ptr(names, ip)),
             Some(_) => Lookup::NoData(Apex(0)),
@@ -299,7 +305,7 @@ fn in_reverse<'v>(view: &'v View<'_>, name: &QName, reverse: ReverseName, rtype:
     let apex = Apex(reverse.below - labels);
     match found {
         Some((names, ip)) if rtype.takes(RecordType::Ptr) => Lookup::Hit(Hit::Ptr(names, ip)),
-        _ if reverse.below == labels => at_apex(view, apex, rtype),
+        _ if reverse.below == labels => at_apex(zone, apex, rtype),
         Some(_) => Lookup::NoData(apex),
         None if address.is_none() && reverse.good == reverse.below => Lookup::NoData(apex),
         None => Lookup::NxDomain(apex),

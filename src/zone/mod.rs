@@ -9,12 +9,12 @@
 //!    serial of the SOA comes last, so that whoever sees it sees what it stands for.
 //! 4. Until it is ready a miss means nothing, and every lookup in the zone says so.
 //!
-//! No packets here: records are facts, and `dns` writes them down.
+//! No packets here: records are records, and `dns` writes them down.
 
 mod lookup;
 mod qname;
 mod reverse;
-mod rows;
+mod rrset;
 mod service;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -35,14 +35,14 @@ use foldhash::fast::RandomState;
 use papaya::{Equivalent, HashMap, HashMapRef, LocalGuard};
 
 pub use lookup::{Apex, Bailiwick, Hit, Lookup, RecordType, ReverseName};
-pub use qname::{BadName, QName};
-pub use reverse::HostName;
-pub use rows::Rrset;
-pub use service::{AddressRow, Addresses, ServiceRecords, SrvRow, Target, TargetRef};
+pub use qname::{InvalidName, QName};
+pub use reverse::PtrRecord;
+pub use rrset::Rrset;
+pub use service::{AddressRecord, Addresses, HostLabel, HostLabelRef, ServiceRecords, SrvRecord};
 
 use crate::model::{CowTree, DnsName, Instance, InstanceChange, Service, ServiceKey};
-use reverse::{Reverse, ReverseView};
-use service::{Contribution, Edit};
+use reverse::{Reverse, ReverseReader};
+use service::{RecordsUpdate, ServedInstance};
 
 /// How the zone presents itself.
 #[derive(Debug, Clone)]
@@ -160,28 +160,28 @@ impl Zone {
     /// Holds the zone for a few lookups. Values that are replaced meanwhile are not freed before
     /// it is let go, so that it must not be held while waiting for anything.
     #[must_use]
-    pub fn pin(&self) -> View<'_> {
-        View { zone: self, services: self.services.pin(), reverse: OnceCell::new() }
+    pub fn pin(&self) -> ZoneReader<'_> {
+        ZoneReader { zone: self, services: self.services.pin(), reverse: OnceCell::new() }
     }
 }
 
 /// The zone, held for lookups.
 #[derive(Debug)]
-pub struct View<'z> {
+pub struct ZoneReader<'z> {
     zone: &'z Zone,
     services: HashMapRef<'z, ServiceKey, ServiceRecords, RandomState, LocalGuard<'z>>,
     /// Held from the first lookup of an address on; by family.
-    reverse: OnceCell<ReverseView<'z>>,
+    reverse: OnceCell<ReverseReader<'z>>,
 }
 
-impl View<'_> {
+impl ZoneReader<'_> {
     /// To what part of the tree `name` belongs.
     #[must_use]
     pub fn locate(&self, name: &QName) -> Bailiwick {
         lookup::locate(&self.zone.settings, name)
     }
 
-    /// What `name` has of `rtype`; `place` is where [`View::locate`] found it.
+    /// What `name` has of `rtype`; `place` is where [`ZoneReader::locate`] found it.
     #[must_use]
     pub fn lookup(&self, place: Bailiwick, name: &QName, rtype: RecordType) -> Lookup<'_> {
         lookup::lookup(self, place, name, rtype)
@@ -230,23 +230,23 @@ impl View<'_> {
         key[name.len()] = b'.';
         let len = name.len() + 1 + namespace.len();
         key[name.len() + 1..len].copy_from_slice(namespace);
-        self.services.get(&KeyOctets(&key[..len]))
+        self.services.get(&ServiceKeyBytes(&key[..len]))
     }
 
     fn has_namespace(&self, name: &[u8]) -> bool {
         std::str::from_utf8(name).is_ok_and(|name| self.zone.namespaces.pin().contains_key(name))
     }
 
-    fn names_of(&self, ip: IpAddr) -> Option<Rrset<'_, HostName>> {
+    fn ptr_records(&self, ip: IpAddr) -> Option<Rrset<'_, PtrRecord>> {
         self.reverse.get_or_init(|| self.zone.reverse.pin(ip)).get(ip)
     }
 }
 
 /// A [`ServiceKey`] as borrowed octets. It hashes as one does: as its bytes.
 #[derive(Hash)]
-struct KeyOctets<'a>(&'a [u8]);
+struct ServiceKeyBytes<'a>(&'a [u8]);
 
-impl Equivalent<ServiceKey> for KeyOctets<'_> {
+impl Equivalent<ServiceKey> for ServiceKeyBytes<'_> {
     fn equivalent(&self, key: &ServiceKey) -> bool {
         self.0 == key.as_str().as_bytes()
     }
@@ -285,18 +285,18 @@ impl Publisher {
     fn publish_service(&self, change: &ServiceChange<'_>) {
         let ServiceChange { service, changes, after, foreign } = *change;
         let zone = &*self.zone;
-        let not_ready_too = zone.settings.publish_not_ready;
+        let publish_not_ready = zone.settings.publish_not_ready;
         let services = zone.services.pin();
         let old = services.get(service);
 
-        let mut edit = Edit::new(old.cloned().unwrap_or_default(), not_ready_too);
-        let mut touched: Vec<(IpAddr, Target)> = Vec::with_capacity(changes.len());
+        let mut edit = RecordsUpdate::new(old.cloned().unwrap_or_default(), publish_not_ready);
+        let mut touched: Vec<(IpAddr, HostLabel)> = Vec::with_capacity(changes.len());
         for InstanceChange { before, after } in changes {
-            let of = |instance| Contribution::of(instance, not_ready_too);
+            let of = |instance| ServedInstance::of(instance, publish_not_ready);
             let (before, after) = (before.as_deref().and_then(of), after.as_deref().and_then(of));
             // In before out, so that rows that stay are changed in place.
-            after.iter().for_each(|contribution| edit.add(contribution));
-            before.iter().for_each(|contribution| edit.subtract(contribution));
+            after.iter().for_each(|served| edit.add(served));
+            before.iter().for_each(|served| edit.subtract(served));
             touched.extend([before, after].into_iter().flatten().map(|c| (c.ip, c.target)));
         }
         touched.sort_unstable();
@@ -304,13 +304,13 @@ impl Publisher {
         let tables: Vec<&CowTree<Arc<Instance>>> = iter::once(&after.instances).chain(foreign).collect();
         let new = edit.finish(&tables);
 
-        let had = |(ip, target): &(IpAddr, Target)| old.is_some_and(|old| old.names(*ip, target));
+        let had = |(ip, target): &(IpAddr, HostLabel)| old.is_some_and(|old| old.names(*ip, target));
         let (come, gone): (Vec<_>, Vec<_>) =
             touched.into_iter().filter(|name| had(name) != new.names(name.0, &name.1)).partition(|name| !had(name));
 
         // 1. Addresses lead to names before the service has them.
         for (ip, target) in come {
-            zone.reverse.add(ip, HostName::new(service, &target));
+            zone.reverse.add(ip, PtrRecord::new(service, &target));
         }
         // 2. The service, as one value, and its namespace.
         match (old.is_some(), new.is_empty()) {
@@ -329,7 +329,7 @@ impl Publisher {
         }
         // 3. What the service no longer has.
         for (ip, target) in gone {
-            zone.reverse.remove(ip, &HostName::new(service, &target));
+            zone.reverse.remove(ip, &PtrRecord::new(service, &target));
         }
     }
 

@@ -11,7 +11,7 @@ const MAX_LABEL: u8 = 63;
 
 /// The octets are not a name as a question carries it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BadName;
+pub struct InvalidName;
 
 /// A name from a question, in wire form and lower case.
 #[derive(Clone)]
@@ -30,25 +30,25 @@ impl QName {
     /// When it does not end, is longer than 255 octets, or holds anything but plain labels. A
     /// compression pointer there could only point at the header or at the name itself (RFC 1035
     /// §4.1.4 wants a *prior* name), so that it is a fault too.
-    pub fn parse(octets: &[u8]) -> Result<Self, BadName> {
+    pub fn parse(octets: &[u8]) -> Result<Self, InvalidName> {
         let mut name = Self { octets: [0; MAX_NAME], len: 0, starts: [0; MAX_LABELS], labels: 0 };
         let mut at = 0;
         loop {
-            let len = *octets.get(at).ok_or(BadName)?;
+            let len = *octets.get(at).ok_or(InvalidName)?;
             if len == 0 {
                 break;
             }
             if len > MAX_LABEL {
-                return Err(BadName);
+                return Err(InvalidName);
             }
             // 127 labels of one octet fill 254 octets; what is longer is refused before it counts.
-            *name.starts.get_mut(name.labels).ok_or(BadName)? = u8::try_from(at).map_err(|_| BadName)?;
+            *name.starts.get_mut(name.labels).ok_or(InvalidName)? = u8::try_from(at).map_err(|_| InvalidName)?;
             name.labels += 1;
             at += 1 + usize::from(len);
         }
         name.len = at + 1;
-        let copy = name.octets.get_mut(..name.len).ok_or(BadName)?;
-        copy.copy_from_slice(octets.get(..name.len).ok_or(BadName)?);
+        let copy = name.octets.get_mut(..name.len).ok_or(InvalidName)?;
+        copy.copy_from_slice(octets.get(..name.len).ok_or(InvalidName)?);
         // RFC 4343: only A–Z have a case. Length octets are below 'A', so that the name is
         // lower-cased as a whole.
         copy.make_ascii_lowercase();
@@ -60,13 +60,13 @@ impl QName {
     ///
     /// # Errors
     /// When a label or the name is too long, or a label is empty.
-    pub fn from_text(text: &str) -> Result<Self, BadName> {
+    pub fn from_text(text: &str) -> Result<Self, InvalidName> {
         let mut wire = Vec::with_capacity(text.len() + 2);
         for label in text.strip_suffix('.').unwrap_or(text).split('.').filter(|_| !matches!(text, "" | ".")) {
             if label.is_empty() {
-                return Err(BadName);
+                return Err(InvalidName);
             }
-            wire.push(u8::try_from(label.len()).map_err(|_| BadName)?);
+            wire.push(u8::try_from(label.len()).map_err(|_| InvalidName)?);
             wire.extend_from_slice(label.as_bytes());
         }
         wire.push(0);
@@ -143,7 +143,7 @@ mod tests {
         assert_eq!(QName::parse(&longest).expect("255 octets").labels(), 127);
         let mut longer = b"\x01a".repeat(126);
         longer.extend_from_slice(b"\x02aa\0");
-        assert_eq!(QName::parse(&longer).expect_err("256 octets"), BadName);
+        assert_eq!(QName::parse(&longer).expect_err("256 octets"), InvalidName);
         assert!(QName::parse(&b"\x01a".repeat(300)).is_err());
         for bad in [&b""[..], b"\x03ab", b"\x01a", b"\x40", b"\x80a", b"\xc0\x0c", b"\x01a\xc0\x0c"] {
             assert!(QName::parse(bad).is_err(), "{bad:?}");

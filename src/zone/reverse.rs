@@ -12,33 +12,33 @@ use foldhash::fast::RandomState;
 use papaya::{HashMap, HashMapRef, LocalGuard};
 
 use super::{
-    rows::{Rows, Rrset},
-    service::Target,
+    rrset::{Rrset, SmallTree},
+    service::HostLabel,
 };
 use crate::model::{Label, ServiceKey, cow_tree::Row};
 
 /// One host name of an address: `<host>.<service>.svc.<zone>`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HostName {
+pub struct PtrRecord {
     /// Under this service.
     pub service: ServiceKey,
-    /// The host label as registered; `None` for the address with dashes. Boxed because it is rare,
+    /// The host label as registered; `None` for the address with dashes. Boxed because it is extra,
     /// and there is one of these for nearly every instance.
     pub host: Option<Box<Label>>,
 }
 
-impl HostName {
+impl PtrRecord {
     /// The name of `target` under `service`.
-    pub(super) fn new(service: &ServiceKey, target: &Target) -> Self {
+    pub(super) fn new(service: &ServiceKey, target: &HostLabel) -> Self {
         let host = match target {
-            Target::Dashed(_) => None,
-            Target::Host(label) => Some(Box::new(label.clone())),
+            HostLabel::Dashed(_) => None,
+            HostLabel::Host(label) => Some(Box::new(label.clone())),
         };
         Self { service: service.clone(), host }
     }
 }
 
-impl Row for HostName {
+impl Row for PtrRecord {
     type Key<'a> = (&'a str, Option<&'a str>);
 
     fn key(&self) -> Self::Key<'_> {
@@ -50,8 +50,8 @@ impl Row for HostName {
     }
 }
 
-type Map<I> = HashMap<I, Rows<HostName>, RandomState>;
-type Pinned<'z, I> = HashMapRef<'z, I, Rows<HostName>, RandomState, LocalGuard<'z>>;
+type Map<I> = HashMap<I, SmallTree<PtrRecord>, RandomState>;
+type PinnedMap<'z, I> = HashMapRef<'z, I, SmallTree<PtrRecord>, RandomState, LocalGuard<'z>>;
 
 /// The index itself.
 #[derive(Debug, Default)]
@@ -62,17 +62,17 @@ pub(super) struct Reverse {
 
 /// The index of one family, held for reading.
 #[derive(Debug)]
-pub(super) enum ReverseView<'z> {
-    V4(Pinned<'z, Ipv4Addr>),
-    V6(Pinned<'z, Ipv6Addr>),
+pub(super) enum ReverseReader<'z> {
+    V4(PinnedMap<'z, Ipv4Addr>),
+    V6(PinnedMap<'z, Ipv6Addr>),
 }
 
 impl Reverse {
     /// Holds the index of the family of `ip` for reading.
-    pub(super) fn pin(&self, ip: IpAddr) -> ReverseView<'_> {
+    pub(super) fn pin(&self, ip: IpAddr) -> ReverseReader<'_> {
         match ip {
-            IpAddr::V4(_) => ReverseView::V4(self.v4.pin()),
-            IpAddr::V6(_) => ReverseView::V6(self.v6.pin()),
+            IpAddr::V4(_) => ReverseReader::V4(self.v4.pin()),
+            IpAddr::V6(_) => ReverseReader::V6(self.v6.pin()),
         }
     }
 
@@ -84,16 +84,16 @@ impl Reverse {
     }
 
     /// Adds a name. Only the publisher may.
-    pub(super) fn add(&self, ip: IpAddr, name: HostName) {
+    pub(super) fn add(&self, ip: IpAddr, name: PtrRecord) {
         self.edit(ip, |names| names.put(name));
     }
 
     /// Removes a name. Only the publisher may.
-    pub(super) fn remove(&self, ip: IpAddr, name: &HostName) {
+    pub(super) fn remove(&self, ip: IpAddr, name: &PtrRecord) {
         self.edit(ip, |names| names.remove(&name.key()));
     }
 
-    fn edit(&self, ip: IpAddr, change: impl FnOnce(&mut Rows<HostName>)) {
+    fn edit(&self, ip: IpAddr, change: impl FnOnce(&mut SmallTree<PtrRecord>)) {
         match ip {
             IpAddr::V4(ip) => edit(&self.v4, ip, change),
             IpAddr::V6(ip) => edit(&self.v6, ip, change),
@@ -101,7 +101,7 @@ impl Reverse {
     }
 }
 
-fn edit<I: std::hash::Hash + Eq + Copy>(map: &Map<I>, ip: I, change: impl FnOnce(&mut Rows<HostName>)) {
+fn edit<I: std::hash::Hash + Eq + Copy>(map: &Map<I>, ip: I, change: impl FnOnce(&mut SmallTree<PtrRecord>)) {
     let map = map.pin();
     let mut names = map.get(&ip).cloned().unwrap_or_default();
     change(&mut names);
@@ -112,9 +112,9 @@ fn edit<I: std::hash::Hash + Eq + Copy>(map: &Map<I>, ip: I, change: impl FnOnce
     }
 }
 
-impl ReverseView<'_> {
+impl ReverseReader<'_> {
     /// The host names of `ip`.
-    pub(super) fn get(&self, ip: IpAddr) -> Option<Rrset<'_, HostName>> {
+    pub(super) fn get(&self, ip: IpAddr) -> Option<Rrset<'_, PtrRecord>> {
         let names = match (self, ip) {
             (Self::V4(map), IpAddr::V4(ip)) => map.get(&ip),
             (Self::V6(map), IpAddr::V6(ip)) => map.get(&ip),
@@ -127,7 +127,7 @@ impl ReverseView<'_> {
 #[cfg(test)]
 impl Reverse {
     /// Every address that has names.
-    pub(super) fn visit(&self, mut each: impl FnMut(IpAddr, &Rows<HostName>)) {
+    pub(super) fn visit(&self, mut each: impl FnMut(IpAddr, &SmallTree<PtrRecord>)) {
         self.v4.pin().iter().for_each(|(ip, names)| each((*ip).into(), names));
         self.v6.pin().iter().for_each(|(ip, names)| each((*ip).into(), names));
     }

@@ -12,7 +12,7 @@ use std::{
     sync::Arc,
 };
 
-use super::rows::{Rows, Rrset};
+use super::rrset::{Rrset, SmallTree};
 use crate::model::{
     Address, CowTree, DashedLabel, Instance, InstanceKey, Label, Port, Protocol, Weight, cow_tree::Row,
     parse_dashed_label,
@@ -20,7 +20,7 @@ use crate::model::{
 
 /// One address record.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AddressRow<I> {
+pub struct AddressRecord<I> {
     /// The address.
     pub ip: I,
     /// Instances that have it and no host label of their own: they are found under its dashes.
@@ -31,7 +31,7 @@ pub struct AddressRow<I> {
     units: u64,
 }
 
-impl<I: Copy> AddressRow<I> {
+impl<I: Copy> AddressRecord<I> {
     /// A record for an address that no instance stands for, as likely to come first as any other.
     pub(super) fn plain(ip: I) -> Self {
         Self { ip, unnamed: 0, instances: 1, units: 1 }
@@ -42,17 +42,17 @@ impl<I: Copy> AddressRow<I> {
     }
 
     /// Counts an instance in or out; says whether any is left.
-    fn count(&mut self, way: Way, units: u64, unnamed: bool) -> bool {
-        way.count(&mut self.instances);
-        way.sum(&mut self.units, units);
+    fn count(&mut self, op: CountOp, units: u64, unnamed: bool) -> bool {
+        op.count(&mut self.instances);
+        op.sum(&mut self.units, units);
         if unnamed {
-            way.count(&mut self.unnamed);
+            op.count(&mut self.unnamed);
         }
         self.instances > 0
     }
 }
 
-impl<I: Copy + Ord> Row for AddressRow<I> {
+impl<I: Copy + Ord> Row for AddressRecord<I> {
     type Key<'a>
         = I
     where
@@ -73,23 +73,23 @@ impl<I: Copy + Ord> Row for AddressRow<I> {
 
 /// The first label of a host's name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Target {
+pub enum HostLabel {
     /// The address with dashes, spelled out when it is rendered.
     Dashed(IpAddr),
     /// The registered host label.
     Host(Label),
 }
 
-/// [`Target`] borrowed.
+/// [`HostLabel`] borrowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum TargetRef<'a> {
+pub enum HostLabelRef<'a> {
     /// The address with dashes.
     Dashed(IpAddr),
     /// The registered host label.
     Host(&'a str),
 }
 
-impl Target {
+impl HostLabel {
     fn of(instance: &Instance, ip: IpAddr) -> Self {
         match instance.host_name() {
             // A label that spells the instance's own address is the one it has anyway.
@@ -100,19 +100,19 @@ impl Target {
 
     /// The same, borrowed.
     #[must_use]
-    pub fn as_ref(&self) -> TargetRef<'_> {
+    pub fn as_ref(&self) -> HostLabelRef<'_> {
         match self {
-            Self::Dashed(ip) => TargetRef::Dashed(*ip),
-            Self::Host(label) => TargetRef::Host(label.as_str()),
+            Self::Dashed(ip) => HostLabelRef::Dashed(*ip),
+            Self::Host(label) => HostLabelRef::Host(label.as_str()),
         }
     }
 }
 
 /// One SRV record of a port name.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SrvRow {
+pub struct SrvRecord {
     /// The host.
-    pub target: Target,
+    pub target: HostLabel,
     /// The port number.
     pub port: u16,
     /// The lowest of its instances' priorities.
@@ -125,7 +125,7 @@ pub struct SrvRow {
     units: u64,
 }
 
-impl SrvRow {
+impl SrvRecord {
     /// The weight of the record: the weights of its instances at two decimals, 0 only when every
     /// one of them is 0 (RFC 2782: 0 means hardly ever).
     #[must_use]
@@ -147,8 +147,8 @@ impl SrvRow {
     }
 }
 
-impl Row for SrvRow {
-    type Key<'a> = (TargetRef<'a>, u16);
+impl Row for SrvRecord {
+    type Key<'a> = (HostLabelRef<'a>, u16);
 
     fn key(&self) -> Self::Key<'_> {
         (self.target.as_ref(), self.port)
@@ -165,13 +165,13 @@ impl Row for SrvRow {
 
 /// The SRV records of one port name.
 #[derive(Debug, Clone, PartialEq)]
-struct PortRow {
+struct PortRecords {
     name: Label,
     protocol: Protocol,
-    records: Rows<SrvRow>,
+    records: SmallTree<SrvRecord>,
 }
 
-impl Row for PortRow {
+impl Row for PortRecords {
     type Key<'a> = (Protocol, &'a [u8]);
 
     fn key(&self) -> Self::Key<'_> {
@@ -185,13 +185,13 @@ impl Row for PortRow {
 
 /// The addresses under one registered host label.
 #[derive(Debug, Clone, PartialEq)]
-struct HostRow {
+struct HostRecords {
     label: Label,
-    v4: Rows<AddressRow<Ipv4Addr>>,
-    v6: Rows<AddressRow<Ipv6Addr>>,
+    v4: SmallTree<AddressRecord<Ipv4Addr>>,
+    v6: SmallTree<AddressRecord<Ipv6Addr>>,
 }
 
-impl Row for HostRow {
+impl Row for HostRecords {
     type Key<'a> = &'a [u8];
 
     fn key(&self) -> &[u8] {
@@ -206,49 +206,49 @@ impl Row for HostRow {
 /// What one service's ready instances add up to.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ServiceRecords {
-    v4: Rows<AddressRow<Ipv4Addr>>,
-    ports: Rows<PortRow>,
-    rare: Option<Box<Rare>>,
+    v4: SmallTree<AddressRecord<Ipv4Addr>>,
+    ports: SmallTree<PortRecords>,
+    extra: Option<Box<ExtraRecords>>,
 }
 
-/// What few services have, kept out of the way of the others.
+/// What few services have, kept out of the op of the others.
 #[derive(Debug, Clone, Default, PartialEq)]
-struct Rare {
-    v6: Rows<AddressRow<Ipv6Addr>>,
-    hosts: Rows<HostRow>,
+struct ExtraRecords {
+    v6: SmallTree<AddressRecord<Ipv6Addr>>,
+    hosts: SmallTree<HostRecords>,
 }
 
 /// The addresses of one name, at least one of either family.
 #[derive(Debug, Clone, Copy)]
 pub struct Addresses<'v> {
     /// IPv4.
-    pub v4: Option<Rrset<'v, AddressRow<Ipv4Addr>>>,
+    pub v4: Option<Rrset<'v, AddressRecord<Ipv4Addr>>>,
     /// IPv6.
-    pub v6: Option<Rrset<'v, AddressRow<Ipv6Addr>>>,
+    pub v6: Option<Rrset<'v, AddressRecord<Ipv6Addr>>>,
 }
 
 impl ServiceRecords {
     /// Addresses alone, that no instance stands for: those of the name server.
     pub(super) fn of_addresses(ips: &[IpAddr]) -> Self {
-        let mut facts = Self::default();
+        let mut records = Self::default();
         for ip in ips {
             match *ip {
-                IpAddr::V4(ip) => facts.v4.put(AddressRow::plain(ip)),
-                IpAddr::V6(ip) => facts.rare.get_or_insert_default().v6.put(AddressRow::plain(ip)),
+                IpAddr::V4(ip) => records.v4.put(AddressRecord::plain(ip)),
+                IpAddr::V6(ip) => records.extra.get_or_insert_default().v6.put(AddressRecord::plain(ip)),
             }
         }
-        facts
+        records
     }
 
     /// Whether no ready instance is left.
     pub(super) fn is_empty(&self) -> bool {
-        self.v4.is_empty() && self.rare.is_none()
+        self.v4.is_empty() && self.extra.is_none()
     }
 
     /// The addresses of the service's own name.
     #[must_use]
     pub fn addresses(&self) -> Addresses<'_> {
-        Addresses { v4: self.v4.rrset(), v6: self.rare.as_ref().and_then(|rare| rare.v6.rrset()) }
+        Addresses { v4: self.v4.rrset(), v6: self.extra.as_ref().and_then(|extra| extra.v6.rrset()) }
     }
 
     /// The addresses of the host with this label.
@@ -259,10 +259,10 @@ impl ServiceRecords {
 
     /// The addresses of an SRV target of this service.
     #[must_use]
-    pub fn target(&self, target: &Target) -> Option<Addresses<'_>> {
+    pub fn target(&self, target: &HostLabel) -> Option<Addresses<'_>> {
         match target {
-            Target::Dashed(ip) => self.dashed(*ip),
-            Target::Host(label) => self.registered_host(label.as_str().as_bytes()),
+            HostLabel::Dashed(ip) => self.dashed(*ip),
+            HostLabel::Host(label) => self.registered_host(label.as_str().as_bytes()),
         }
     }
 
@@ -273,20 +273,20 @@ impl ServiceRecords {
                 Some(Addresses { v4: Some(Rrset::one(row)), v6: None })
             }
             IpAddr::V6(ip) => {
-                let row = self.rare.as_ref()?.v6.get(&ip).filter(|row| row.unnamed > 0)?;
+                let row = self.extra.as_ref()?.v6.get(&ip).filter(|row| row.unnamed > 0)?;
                 Some(Addresses { v4: None, v6: Some(Rrset::one(row)) })
             }
         }
     }
 
     fn registered_host(&self, label: &[u8]) -> Option<Addresses<'_>> {
-        let host = self.rare.as_ref()?.hosts.get(&label)?;
+        let host = self.extra.as_ref()?.hosts.get(&label)?;
         Some(Addresses { v4: host.v4.rrset(), v6: host.v6.rrset() })
     }
 
     /// The SRV records of a port name.
     #[must_use]
-    pub fn srv(&self, protocol: Protocol, port_name: &[u8]) -> Option<Rrset<'_, SrvRow>> {
+    pub fn srv(&self, protocol: Protocol, port_name: &[u8]) -> Option<Rrset<'_, SrvRecord>> {
         self.ports.get(&(protocol, port_name))?.records.rrset()
     }
 
@@ -297,11 +297,11 @@ impl ServiceRecords {
     }
 
     /// Whether `target` is the name of a host with the address `ip`.
-    pub(super) fn names(&self, ip: IpAddr, target: &Target) -> bool {
+    pub(super) fn names(&self, ip: IpAddr, target: &HostLabel) -> bool {
         match (target, ip) {
-            (Target::Dashed(_), ip) => self.dashed(ip).is_some(),
-            (Target::Host(label), ip) => {
-                let host = self.rare.as_ref().and_then(|rare| rare.hosts.get(&label.as_str().as_bytes()));
+            (HostLabel::Dashed(_), ip) => self.dashed(ip).is_some(),
+            (HostLabel::Host(label), ip) => {
+                let host = self.extra.as_ref().and_then(|extra| extra.hosts.get(&label.as_str().as_bytes()));
                 host.is_some_and(|host| match ip {
                     IpAddr::V4(ip) => host.v4.get(&ip).is_some(),
                     IpAddr::V6(ip) => host.v6.get(&ip).is_some(),
@@ -311,42 +311,42 @@ impl ServiceRecords {
     }
 }
 
-/// Whether a contribution comes or goes.
+/// Whether a served comes or goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    In,
-    Out,
+enum CountOp {
+    Add,
+    Remove,
 }
 
-impl Way {
+impl CountOp {
     fn count(self, count: &mut u32) {
         *count = match self {
-            Self::In => count.saturating_add(1),
-            Self::Out => count.saturating_sub(1),
+            Self::Add => count.saturating_add(1),
+            Self::Remove => count.saturating_sub(1),
         };
     }
 
     fn sum(self, sum: &mut u64, units: u64) {
         *sum = match self {
-            Self::In => sum.saturating_add(units),
-            Self::Out => sum.saturating_sub(units),
+            Self::Add => sum.saturating_add(units),
+            Self::Remove => sum.saturating_sub(units),
         };
     }
 }
 
 /// What one instance contributes. Instances that are DNS names contribute nothing: nobody looks
 /// them up here.
-pub(super) struct Contribution<'i> {
+pub(super) struct ServedInstance<'i> {
     instance: &'i Instance,
     pub(super) ip: IpAddr,
-    pub(super) target: Target,
+    pub(super) target: HostLabel,
 }
 
-impl<'i> Contribution<'i> {
+impl<'i> ServedInstance<'i> {
     /// `None` when the instance is not served.
-    pub(super) fn of(instance: &'i Instance, not_ready_too: bool) -> Option<Self> {
+    pub(super) fn of(instance: &'i Instance, publish_not_ready: bool) -> Option<Self> {
         let Address::Ip(ip) = *instance.address() else { return None };
-        (instance.ready() || not_ready_too).then(|| Self { instance, ip, target: Target::of(instance, ip) })
+        (instance.ready() || publish_not_ready).then(|| Self { instance, ip, target: HostLabel::of(instance, ip) })
     }
 }
 
@@ -354,80 +354,80 @@ impl<'i> Contribution<'i> {
 struct Orphan {
     protocol: Protocol,
     port_name: Label,
-    target: Target,
+    target: HostLabel,
     port: u16,
 }
 
-/// A change of a service's facts, on a copy of them.
-pub(super) struct Edit {
-    facts: ServiceRecords,
+/// A change of a service's records, on a copy of them.
+pub(super) struct RecordsUpdate {
+    records: ServiceRecords,
     orphans: Vec<Orphan>,
-    not_ready_too: bool,
+    publish_not_ready: bool,
 }
 
-impl Edit {
-    pub(super) fn new(facts: ServiceRecords, not_ready_too: bool) -> Self {
-        Self { facts, orphans: Vec::new(), not_ready_too }
+impl RecordsUpdate {
+    pub(super) fn new(records: ServiceRecords, publish_not_ready: bool) -> Self {
+        Self { records, orphans: Vec::new(), publish_not_ready }
     }
 
-    /// Counts a contribution in.
-    pub(super) fn add(&mut self, contribution: &Contribution<'_>) {
-        self.count(Way::In, contribution);
+    /// Counts a served in.
+    pub(super) fn add(&mut self, served: &ServedInstance<'_>) {
+        self.count(CountOp::Add, served);
     }
 
-    /// Counts a contribution out that was counted in before.
-    pub(super) fn subtract(&mut self, contribution: &Contribution<'_>) {
-        self.count(Way::Out, contribution);
+    /// Counts a served out that was counted in before.
+    pub(super) fn subtract(&mut self, served: &ServedInstance<'_>) {
+        self.count(CountOp::Remove, served);
     }
 
-    /// The new facts; `after` is everything that the service has now.
+    /// The new records; `after` is everything that the service has now.
     pub(super) fn finish(mut self, after: &[&CowTree<Arc<Instance>>]) -> ServiceRecords {
         for orphan in std::mem::take(&mut self.orphans) {
             self.find_priority(&orphan, after);
         }
-        self.facts
+        self.records
     }
 
-    fn count(&mut self, way: Way, contribution: &Contribution<'_>) {
-        let Contribution { instance, ip, target } = contribution;
+    fn count(&mut self, op: CountOp, served: &ServedInstance<'_>) {
+        let ServedInstance { instance, ip, target } = served;
         let units = u64::from(instance.weight().units());
-        let unnamed = matches!(target, Target::Dashed(_));
+        let unnamed = matches!(target, HostLabel::Dashed(_));
         match *ip {
-            IpAddr::V4(ip) => count_address(&mut self.facts.v4, ip, way, units, unnamed),
-            IpAddr::V6(ip) => count_address(&mut self.rare().v6, ip, way, units, unnamed),
+            IpAddr::V4(ip) => count_address(&mut self.records.v4, ip, op, units, unnamed),
+            IpAddr::V6(ip) => count_address(&mut self.extra().v6, ip, op, units, unnamed),
         }
-        if let Target::Host(label) = target {
-            let new = || HostRow { label: label.clone(), v4: Rows::None, v6: Rows::None };
-            self.rare().hosts.update(&label.as_str().as_bytes(), new, |host| {
+        if let HostLabel::Host(label) = target {
+            let new = || HostRecords { label: label.clone(), v4: SmallTree::None, v6: SmallTree::None };
+            self.extra().hosts.update(&label.as_str().as_bytes(), new, |host| {
                 match *ip {
-                    IpAddr::V4(ip) => count_address(&mut host.v4, ip, way, units, false),
-                    IpAddr::V6(ip) => count_address(&mut host.v6, ip, way, units, false),
+                    IpAddr::V4(ip) => count_address(&mut host.v4, ip, op, units, false),
+                    IpAddr::V6(ip) => count_address(&mut host.v6, ip, op, units, false),
                 }
                 !(host.v4.is_empty() && host.v6.is_empty())
             });
         }
         for port in instance.ports().as_slice() {
             let Some(name) = &port.name else { continue };
-            self.count_port(way, contribution, (port.protocol, name, port.number), units);
+            self.count_port(op, served, (port.protocol, name, port.number), units);
         }
-        if self.facts.rare.as_ref().is_some_and(|rare| rare.v6.is_empty() && rare.hosts.is_empty()) {
-            self.facts.rare = None;
+        if self.records.extra.as_ref().is_some_and(|extra| extra.v6.is_empty() && extra.hosts.is_empty()) {
+            self.records.extra = None;
         }
     }
 
     fn count_port(
         &mut self,
-        way: Way,
-        contribution: &Contribution<'_>,
+        op: CountOp,
+        served: &ServedInstance<'_>,
         (protocol, name, number): (Protocol, &Label, u16),
         units: u64,
     ) {
-        let Contribution { instance, target, .. } = contribution;
+        let ServedInstance { instance, target, .. } = served;
         let priority = instance.priority();
         let mut orphaned = false;
-        let new = || PortRow { name: name.clone(), protocol, records: Rows::None };
-        self.facts.ports.update(&(protocol, name.as_str().as_bytes()), new, |port| {
-            let new = || SrvRow {
+        let new = || PortRecords { name: name.clone(), protocol, records: SmallTree::None };
+        self.records.ports.update(&(protocol, name.as_str().as_bytes()), new, |port| {
+            let new = || SrvRecord {
                 target: target.clone(),
                 port: number,
                 priority: u16::MAX,
@@ -436,12 +436,12 @@ impl Edit {
                 units: 0,
             };
             port.records.update(&(target.as_ref(), number), new, |record| {
-                way.count(&mut record.instances);
-                way.sum(&mut record.units, units);
-                match way {
-                    Way::In => record.add_priority(priority),
-                    Way::Out if record.priority == priority => record.lowest = record.lowest.saturating_sub(1),
-                    Way::Out => {}
+                op.count(&mut record.instances);
+                op.sum(&mut record.units, units);
+                match op {
+                    CountOp::Add => record.add_priority(priority),
+                    CountOp::Remove if record.priority == priority => record.lowest = record.lowest.saturating_sub(1),
+                    CountOp::Remove => {}
                 }
                 orphaned = record.lowest == 0 && record.instances > 0;
                 record.instances > 0
@@ -458,10 +458,10 @@ impl Edit {
     fn find_priority(&mut self, orphan: &Orphan, after: &[&CowTree<Arc<Instance>>]) {
         let Orphan { protocol, port_name, target, port } = orphan;
         let key = (*protocol, port_name.as_str().as_bytes());
-        let Some(mut row) = self.facts.ports.get(&key).cloned() else { return };
+        let Some(mut row) = self.records.ports.get(&key).cloned() else { return };
         let Some(mut record) = row.records.get(&(target.as_ref(), *port)).cloned() else { return };
         (record.priority, record.lowest) = (u16::MAX, 0);
-        let not_ready_too = self.not_ready_too;
+        let publish_not_ready = self.publish_not_ready;
         let mut look = |ip: IpAddr| {
             let address = Address::Ip(ip);
             let mut add = |instance: &Arc<Instance>| {
@@ -470,8 +470,8 @@ impl Edit {
                 }
                 let is_it = |p: &Port| (p.protocol, p.number, p.name.as_ref()) == (*protocol, *port, Some(port_name));
                 let gives = |instance: &Instance| instance.ports().as_slice().iter().any(is_it);
-                if let Some(contribution) = Contribution::of(instance, not_ready_too)
-                    && contribution.target == *target
+                if let Some(served) = ServedInstance::of(instance, publish_not_ready)
+                    && served.target == *target
                     && gives(instance)
                 {
                     record.add_priority(instance.priority());
@@ -482,19 +482,19 @@ impl Edit {
                 let _ = table.visit_from(&InstanceKey::first_of(&address), &mut add);
             }
         };
-        if let Some(Addresses { v4, v6 }) = self.facts.target(target) {
+        if let Some(Addresses { v4, v6 }) = self.records.target(target) {
             v4.into_iter().flat_map(|set| set.iter()).for_each(|row| look(row.ip.into()));
             v6.into_iter().flat_map(|set| set.iter()).for_each(|row| look(row.ip.into()));
         }
         row.records.put(record);
-        self.facts.ports.put(row);
+        self.records.ports.put(row);
     }
 
-    fn rare(&mut self) -> &mut Rare {
-        self.facts.rare.get_or_insert_default()
+    fn extra(&mut self) -> &mut ExtraRecords {
+        self.records.extra.get_or_insert_default()
     }
 }
 
-fn count_address<I: Copy + Ord>(rows: &mut Rows<AddressRow<I>>, ip: I, way: Way, units: u64, unnamed: bool) {
-    rows.update(&ip, || AddressRow::empty(ip), |row| row.count(way, units, unnamed));
+fn count_address<I: Copy + Ord>(rows: &mut SmallTree<AddressRecord<I>>, ip: I, op: CountOp, units: u64, unnamed: bool) {
+    rows.update(&ip, || AddressRecord::empty(ip), |row| row.count(op, units, unnamed));
 }

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{Publisher, ServiceChange, ServiceRecords, Zone, ZoneConfig, rows::Rows};
+use super::{Publisher, ServiceChange, ServiceRecords, Zone, ZoneConfig, rrset::SmallTree};
 use crate::model::{
     DnsName, Instance, InstanceChange, InstanceKey, InstanceSpec, PortSpec, Protocol, Service, ServiceKey, UnixMillis,
     Validator,
@@ -46,14 +46,14 @@ pub(crate) fn instance(service: &ServiceKey, spec: &InstanceSpec) -> Arc<Instanc
 
 /// A zone and what is registered in it.
 #[derive(Debug)]
-pub(crate) struct World {
+pub(crate) struct TestZone {
     pub(crate) zone: Arc<Zone>,
     publisher: Publisher,
     services: BTreeMap<ServiceKey, Service>,
     generation: u64,
 }
 
-impl World {
+impl TestZone {
     /// Nothing registered, and not ready.
     pub(crate) fn loading(config: ZoneConfig) -> Self {
         let (zone, publisher) = Zone::new(config);
@@ -131,21 +131,21 @@ impl World {
 
 /// All that a zone holds, to compare.
 #[derive(Debug, PartialEq)]
-pub(crate) struct Contents {
+pub(crate) struct ZoneContents {
     services: BTreeMap<ServiceKey, ServiceRecords>,
     namespaces: BTreeMap<String, usize>,
     names: BTreeSet<String>,
 }
 
-impl Contents {
+impl ZoneContents {
     pub(crate) fn of(zone: &Zone) -> Self {
         let mut names = BTreeSet::new();
-        zone.reverse.visit(|ip, rows: &Rows<_>| {
+        zone.reverse.visit(|ip, rows: &SmallTree<_>| {
             assert!(!rows.is_empty(), "{ip} is left without a name");
             names.extend(rows.iter().map(|name| format!("{ip} {name:?}")));
         });
         Self {
-            services: zone.services.pin().iter().map(|(key, facts)| (key.clone(), facts.clone())).collect(),
+            services: zone.services.pin().iter().map(|(key, records)| (key.clone(), records.clone())).collect(),
             namespaces: zone.namespaces.pin().iter().map(|(name, count)| (name.to_string(), *count)).collect(),
             names,
         }

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::{
     Hit, Lookup, QName, RecordType, ZoneConfig,
-    testing::{Contents, World, config, instance, key, spec},
+    testing::{TestZone, ZoneContents, config, instance, key, spec},
 };
 use crate::model::{Instance, InstanceSpec};
 
@@ -38,15 +38,15 @@ fn any_instance() -> impl Strategy<Value = (InstanceSpec, bool)> {
 proptest! {
     #[test]
     fn changing_a_zone_step_by_step_is_building_it_at_once(
-        not_ready_too in any::<bool>(),
+        publish_not_ready in any::<bool>(),
         batches in prop::collection::vec(
             (0usize..3, prop::collection::vec((any_instance(), prop::bool::weighted(0.6)), 1..6)),
             1..40,
         ),
     ) {
         let services = ["web.prod", "db.prod", "web.test"].map(key);
-        let config = ZoneConfig { publish_not_ready: not_ready_too, ..config() };
-        let mut world = World::new(config.clone());
+        let config = ZoneConfig { publish_not_ready, ..config() };
+        let mut world = TestZone::new(config.clone());
         let mut seen = Vec::new();
         for (index, steps) in batches {
             let service = &services[index];
@@ -59,12 +59,12 @@ proptest! {
                 .collect();
             world.change(service, &steps);
             seen.extend(steps.into_iter().map(|(instance, _)| (index, instance)));
-            prop_assert_eq!(Contents::of(&world.zone), Contents::of(&world.rebuilt(config.clone()).zone));
+            prop_assert_eq!(ZoneContents::of(&world.zone), ZoneContents::of(&world.rebuilt(config.clone()).zone));
         }
         for (index, instance) in seen {
             world.change(&services[index], &[(instance, false)]);
         }
-        prop_assert!(Contents::of(&world.zone).is_empty());
+        prop_assert!(ZoneContents::of(&world.zone).is_empty());
     }
 }
 
@@ -72,7 +72,7 @@ proptest! {
 /// come and go. Both are of one value, so that a target that is named must be there.
 #[test]
 fn an_srv_target_never_dangles() {
-    let mut world = World::new(config());
+    let mut world = TestZone::new(config());
     let zone = Arc::clone(&world.zone);
     let stop = AtomicBool::new(false);
     let looked = std::thread::scope(|scope| {
@@ -81,12 +81,12 @@ fn an_srv_target_never_dangles() {
             let mut looked = 0;
             while !stop.load(Ordering::Relaxed) || looked == 0 {
                 let view = zone.pin();
-                let Lookup::Hit(Hit::Srv(records, facts)) = view.lookup(view.locate(&srv), &srv, RecordType::Srv)
+                let Lookup::Hit(Hit::Srv(rrset, records)) = view.lookup(view.locate(&srv), &srv, RecordType::Srv)
                 else {
                     continue;
                 };
-                for record in records.iter() {
-                    let found = facts.target(&record.target).expect("the target exists in the same value");
+                for record in rrset.iter() {
+                    let found = records.target(&record.target).expect("the target exists in the same value");
                     assert!(found.v4.is_some());
                     looked += 1;
                 }
@@ -114,15 +114,15 @@ fn an_srv_target_never_dangles() {
 /// older value are told by their address.
 #[test]
 fn a_change_in_a_large_service_leaves_nearly_all_of_it_alone() {
-    let mut world = World::new(config());
+    let mut world = TestZone::new(config());
     let service = key("web.prod");
     let at = |n: u32| spec(&std::net::Ipv4Addr::from_bits(0x0a00_0001 + n).to_string(), &["http:80"]);
     let all: Vec<_> = (0..10_000).map(|n| (instance(&service, &at(n)), true)).collect();
     world.change(&service, &all);
-    let rows = |world: &World| -> Vec<usize> {
+    let rows = |world: &TestZone| -> Vec<usize> {
         let view = world.zone.pin();
-        let facts = view.service(b"web", b"prod").expect("registered");
-        let v4 = facts.addresses().v4.expect("addresses");
+        let records = view.service(b"web", b"prod").expect("registered");
+        let v4 = records.addresses().v4.expect("addresses");
         v4.iter().map(|row| std::ptr::from_ref(row) as usize).collect()
     };
     let before = rows(&world);
@@ -138,13 +138,13 @@ fn a_change_in_a_large_service_leaves_nearly_all_of_it_alone() {
 
 #[test]
 fn an_address_of_many_services_is_cheap_to_add_and_remove() {
-    let mut world = World::new(config());
+    let mut world = TestZone::new(config());
     let one = spec("10.0.0.1", &[]);
     for n in 0..2000 {
         world.add(&format!("s{n}.prod"), &one);
     }
     let name = QName::from_text("1.0.0.10.in-addr.arpa").expect("valid");
-    let names = |world: &World| {
+    let names = |world: &TestZone| {
         let view = world.zone.pin();
         match view.lookup(view.locate(&name), &name, RecordType::Ptr) {
             Lookup::Hit(Hit::Ptr(names, _)) => names.len(),
@@ -157,5 +157,5 @@ fn an_address_of_many_services_is_cheap_to_add_and_remove() {
     }
     assert_eq!(names(&world), 1);
     world.remove("s1999.prod", &one);
-    assert!(Contents::of(&world.zone).is_empty());
+    assert!(ZoneContents::of(&world.zone).is_empty());
 }

@@ -7,56 +7,56 @@ const ZONE: &str = "cluster.local.";
 
 #[test]
 fn a_service_has_one_address_record_per_ready_instance_and_family() {
-    let world = world();
+    let zone = sample_zone();
     let web = "web.prod.svc.cluster.local.";
-    assert_eq!(answers(&world, web, A), [format!("{web} 5 IN A 10.0.0.1"), format!("{web} 5 IN A 10.0.0.2")]);
-    assert_eq!(answers(&world, web, AAAA), [format!("{web} 5 IN AAAA 2001:db8::")]);
-    assert_no_data(&world, "bare.test.svc.cluster.local.", AAAA, ZONE);
+    assert_eq!(answers(&zone, web, A), [format!("{web} 5 IN A 10.0.0.1"), format!("{web} 5 IN A 10.0.0.2")]);
+    assert_eq!(answers(&zone, web, AAAA), [format!("{web} 5 IN AAAA 2001:db8::")]);
+    assert_no_data(&zone, "bare.test.svc.cluster.local.", AAAA, ZONE);
 }
 
 #[test]
 fn addresses_are_distinct_rfc2181_5() {
-    let mut world = World::new(config());
-    world.add("web.prod", &spec("10.0.0.1", &["http:80"]));
-    world.add("web.prod", &spec("10.0.0.1", &["http:81"]));
-    assert_eq!(answers(&world, "web.prod.svc.cluster.local.", A).len(), 1);
-    world.remove("web.prod", &spec("10.0.0.1", &["http:81"]));
-    assert_eq!(answers(&world, "web.prod.svc.cluster.local.", A).len(), 1);
+    let mut zone = TestZone::new(config());
+    zone.add("web.prod", &spec("10.0.0.1", &["http:80"]));
+    zone.add("web.prod", &spec("10.0.0.1", &["http:81"]));
+    assert_eq!(answers(&zone, "web.prod.svc.cluster.local.", A).len(), 1);
+    zone.remove("web.prod", &spec("10.0.0.1", &["http:81"]));
+    assert_eq!(answers(&zone, "web.prod.svc.cluster.local.", A).len(), 1);
 }
 
 #[test]
 fn a_host_is_its_dashed_address_unless_it_has_a_name() {
-    let world = world();
+    let zone = sample_zone();
     for (name, qtype, answer) in [
         ("10-0-0-1.web.prod.svc.cluster.local.", A, "A 10.0.0.1"),
         ("2001-db8--0.web.prod.svc.cluster.local.", AAAA, "AAAA 2001:db8::"),
         ("main.db.prod.svc.cluster.local.", A, "A 10.1.0.1"),
         ("main.db.prod.svc.cluster.local.", AAAA, "AAAA 2001:db8::1:1"),
     ] {
-        assert_eq!(answers(&world, name, qtype), [format!("{name} 5 IN {answer}")]);
+        assert_eq!(answers(&zone, name, qtype), [format!("{name} 5 IN {answer}")]);
     }
-    assert_no_data(&world, "10-0-0-1.web.prod.svc.cluster.local.", AAAA, ZONE);
+    assert_no_data(&zone, "10-0-0-1.web.prod.svc.cluster.local.", AAAA, ZONE);
     for name in ["10-1-0-1.db.prod", "main.web.prod", "10-0-0-9.web.prod", "010-0-0-1.web.prod"] {
-        assert_no_name(&world, &format!("{name}.svc.cluster.local."), A, ZONE);
+        assert_no_name(&zone, &format!("{name}.svc.cluster.local."), A, ZONE);
     }
 }
 
 #[test]
 fn a_host_name_that_spells_the_own_address_is_the_dashed_label() {
-    let mut world = World::new(config());
-    world.add("web.prod", &InstanceSpec { host_name: "10-0-0-1".into(), ..spec("10.0.0.1", &["http:80"]) });
-    world.add("web.prod", &spec("10.0.0.1", &["http:80", "2"]));
-    let told = tell(&world, &ask("_http._tcp.web.prod.svc.cluster.local.", SRV));
-    assert_eq!(told.answers().len(), 1, "{:?}", told.answers());
-    assert_eq!(answers(&world, "10-0-0-1.web.prod.svc.cluster.local.", A).len(), 1);
+    let mut zone = TestZone::new(config());
+    zone.add("web.prod", &InstanceSpec { host_name: "10-0-0-1".into(), ..spec("10.0.0.1", &["http:80"]) });
+    zone.add("web.prod", &spec("10.0.0.1", &["http:80", "2"]));
+    let response = exchange(&zone, &query_for("_http._tcp.web.prod.svc.cluster.local.", SRV));
+    assert_eq!(response.answers().len(), 1, "{:?}", response.answers());
+    assert_eq!(answers(&zone, "10-0-0-1.web.prod.svc.cluster.local.", A).len(), 1);
 }
 
 #[test]
 fn srv_rfc2782_names_port_host_and_weight_with_addresses_in_additional() {
-    let told = tell(&world(), &ask("_http._tcp.web.prod.svc.cluster.local.", SRV).edns(1232));
+    let response = exchange(&sample_zone(), &query_for("_http._tcp.web.prod.svc.cluster.local.", SRV).edns(1232));
     let owner = "_http._tcp.web.prod.svc.cluster.local.";
     assert_eq!(
-        told.answers(),
+        response.answers(),
         [
             format!("{owner} 5 IN SRV 0 100 80 10-0-0-1.web.prod.svc.cluster.local."),
             format!("{owner} 5 IN SRV 0 100 80 10-0-0-2.web.prod.svc.cluster.local."),
@@ -64,7 +64,7 @@ fn srv_rfc2782_names_port_host_and_weight_with_addresses_in_additional() {
         ]
     );
     assert_eq!(
-        told.additional(),
+        response.additional(),
         [
             "10-0-0-1.web.prod.svc.cluster.local. 5 IN A 10.0.0.1",
             "10-0-0-2.web.prod.svc.cluster.local. 5 IN A 10.0.0.2",
@@ -73,87 +73,90 @@ fn srv_rfc2782_names_port_host_and_weight_with_addresses_in_additional() {
     );
     // RFC 2782: the target is spelled out.
     let spelled = wire("10-0-0-1.web.prod.svc.cluster.local.");
-    assert!(told.octets.windows(spelled.len()).any(|window| window == spelled));
+    assert!(response.octets.windows(spelled.len()).any(|window| window == spelled));
 }
 
 #[test]
 fn srv_of_hosts_that_share_a_name_is_one_record_with_the_sum_of_weights() {
-    let mut world = world();
+    let mut zone = sample_zone();
     let owner = "_pg._tcp.db.prod.svc.cluster.local.";
     let target = "main.db.prod.svc.cluster.local.";
-    let told = tell(&world, &ask(owner, SRV));
-    assert_eq!(told.answers(), [format!("{owner} 5 IN SRV 3 150 5432 {target}")]);
-    assert_eq!(told.additional(), [format!("{target} 5 IN A 10.1.0.1"), format!("{target} 5 IN AAAA 2001:db8::1:1")]);
+    let response = exchange(&zone, &query_for(owner, SRV));
+    assert_eq!(response.answers(), [format!("{owner} 5 IN SRV 3 150 5432 {target}")]);
+    assert_eq!(
+        response.additional(),
+        [format!("{target} 5 IN A 10.1.0.1"), format!("{target} 5 IN AAAA 2001:db8::1:1")]
+    );
 
     let third = InstanceSpec { host_name: "main".into(), priority: 1, ..spec("10.1.0.2", &["pg:5432"]) };
-    world.add("db.prod", &third);
-    assert_eq!(answers(&world, owner, SRV), [format!("{owner} 5 IN SRV 1 250 5432 {target}")]);
-    world.remove("db.prod", &third);
-    assert_eq!(answers(&world, owner, SRV), [format!("{owner} 5 IN SRV 3 150 5432 {target}")]);
+    zone.add("db.prod", &third);
+    assert_eq!(answers(&zone, owner, SRV), [format!("{owner} 5 IN SRV 1 250 5432 {target}")]);
+    zone.remove("db.prod", &third);
+    assert_eq!(answers(&zone, owner, SRV), [format!("{owner} 5 IN SRV 3 150 5432 {target}")]);
 }
 
 #[test]
 fn srv_weights_are_hundredths_and_0_only_for_0() {
-    let mut world = World::new(config());
+    let mut zone = TestZone::new(config());
     for (n, weight) in [0.0, 0.000_01, 0.004, 0.006, 1.0, 2.345, 655.0].into_iter().enumerate() {
-        world.add("web.prod", &InstanceSpec { weight: Some(weight), ..spec(&format!("10.0.0.{n}"), &["http:80"]) });
+        zone.add("web.prod", &InstanceSpec { weight: Some(weight), ..spec(&format!("10.0.0.{n}"), &["http:80"]) });
     }
-    let told = answers(&world, "_http._tcp.web.prod.svc.cluster.local.", SRV);
-    let weights: Vec<&str> = told.iter().filter_map(|record| record.split(' ').nth(5)).collect();
+    let response = answers(&zone, "_http._tcp.web.prod.svc.cluster.local.", SRV);
+    let weights: Vec<&str> = response.iter().filter_map(|record| record.split(' ').nth(5)).collect();
     assert_eq!(weights, ["0", "1", "1", "1", "100", "235", "65500"]);
-    let mut world = World::new(config());
+    let mut zone = TestZone::new(config());
     for port in ["1", "2"] {
-        world.add("web.prod", &InstanceSpec { weight: Some(655.0), ..spec("10.0.0.1", &["http:80", port]) });
+        zone.add("web.prod", &InstanceSpec { weight: Some(655.0), ..spec("10.0.0.1", &["http:80", port]) });
     }
-    let told = answers(&world, "_http._tcp.web.prod.svc.cluster.local.", SRV);
-    assert!(told[0].contains(" SRV 0 65535 80 "), "{told:?}");
+    let response = answers(&zone, "_http._tcp.web.prod.svc.cluster.local.", SRV);
+    assert!(response[0].contains(" SRV 0 65535 80 "), "{response:?}");
 }
 
 #[test]
 fn srv_knows_protocols_apart_and_unnamed_ports_give_none() {
-    let world = world();
+    let zone = sample_zone();
     let owner = "_dns._udp.web.prod.svc.cluster.local.";
     let target = "10-0-0-2.web.prod.svc.cluster.local.";
-    assert_eq!(answers(&world, owner, SRV), [format!("{owner} 5 IN SRV 0 100 53 {target}")]);
+    assert_eq!(answers(&zone, owner, SRV), [format!("{owner} 5 IN SRV 0 100 53 {target}")]);
     for name in ["_dns._tcp.web.prod", "_http._udp.web.prod", "_http._sctp.web.prod", "_._tcp.web.prod"] {
-        assert_no_name(&world, &format!("{name}.svc.cluster.local."), SRV, ZONE);
+        assert_no_name(&zone, &format!("{name}.svc.cluster.local."), SRV, ZONE);
     }
 }
 
 #[test]
 fn the_zone_has_an_soa_and_a_name_server() {
-    let world = world();
+    let zone = sample_zone();
     let soa = "cluster.local. 5 IN SOA ns.dns.cluster.local. hostmaster.cluster.local. 1712 7200 1800 86400 5";
-    assert_eq!(answers(&world, ZONE, SOA), [soa]);
-    let told = tell(&world, &ask(ZONE, NS));
-    assert_eq!(told.answers(), ["cluster.local. 5 IN NS ns.dns.cluster.local."]);
+    assert_eq!(answers(&zone, ZONE, SOA), [soa]);
+    let response = exchange(&zone, &query_for(ZONE, NS));
+    assert_eq!(response.answers(), ["cluster.local. 5 IN NS ns.dns.cluster.local."]);
     let addresses = ["ns.dns.cluster.local. 5 IN A 192.0.2.53", "ns.dns.cluster.local. 5 IN AAAA 2001:db8::53"];
-    assert_eq!(told.additional(), addresses);
-    assert_eq!(answers(&world, "ns.dns.cluster.local.", A), addresses[..1]);
-    assert_eq!(answers(&world, "ns.dns.cluster.local.", AAAA), addresses[1..]);
-    assert_no_data(&world, "ns.dns.cluster.local.", TXT, ZONE);
-    assert_no_data(&World::new(config()), "ns.dns.cluster.local.", A, ZONE);
+    assert_eq!(response.additional(), addresses);
+    assert_eq!(answers(&zone, "ns.dns.cluster.local.", A), addresses[..1]);
+    assert_eq!(answers(&zone, "ns.dns.cluster.local.", AAAA), addresses[1..]);
+    assert_no_data(&zone, "ns.dns.cluster.local.", TXT, ZONE);
+    assert_no_data(&TestZone::new(config()), "ns.dns.cluster.local.", A, ZONE);
 }
 
 #[test]
 fn the_serial_is_the_low_half_of_the_generation_rfc1982() {
-    let mut world = World::new(config());
-    world.generation((7 << 32) + 3);
-    assert!(answers(&world, ZONE, SOA)[0].contains(" 3 7200 "));
+    let mut zone = TestZone::new(config());
+    zone.generation((7 << 32) + 3);
+    assert!(answers(&zone, ZONE, SOA)[0].contains(" 3 7200 "));
 }
 
 #[test]
 fn dns_version_is_that_of_the_kubernetes_specification() {
-    let world = world();
+    let zone = sample_zone();
     let version = "dns-version.cluster.local.";
-    assert_eq!(answers(&world, version, TXT), [format!("{version} 28800 IN TXT 1.1.0")]);
-    assert_no_data(&world, version, A, ZONE);
-    assert_no_name(&world, "x.dns-version.cluster.local.", TXT, ZONE);
+    assert_eq!(answers(&zone, version, TXT), [format!("{version} 28800 IN TXT 1.1.0")]);
+    assert_no_data(&zone, version, A, ZONE);
+    assert_no_name(&zone, "x.dns-version.cluster.local.", TXT, ZONE);
 }
 
 #[test]
 fn rfc8020_names_above_names_that_exist_do_exist() {
-    let world = world();
+    let zone = sample_zone();
     for name in [
         "cluster.local.",
         "svc.cluster.local.",
@@ -162,29 +165,29 @@ fn rfc8020_names_above_names_that_exist_do_exist() {
         "_udp.web.prod.svc.cluster.local.",
         "dns.cluster.local.",
     ] {
-        assert_no_data(&world, name, A, ZONE);
+        assert_no_data(&zone, name, A, ZONE);
     }
     // Only as long as there is something below.
     for name in ["_sctp.web.prod", "_udp.db.prod", "_tcp.bare.test", "ill", "_tcp.sick.ill"] {
-        assert_no_name(&world, &format!("{name}.svc.cluster.local."), A, ZONE);
+        assert_no_name(&zone, &format!("{name}.svc.cluster.local."), A, ZONE);
     }
 }
 
 #[test]
 fn a_namespace_is_gone_with_its_last_service() {
-    let mut world = World::new(config());
+    let mut zone = TestZone::new(config());
     let one = spec("10.0.0.1", &["http:80"]);
-    world.add("web.prod", &one);
-    world.add("db.prod", &one);
-    world.remove("web.prod", &one);
-    assert_no_data(&world, "prod.svc.cluster.local.", A, ZONE);
-    world.remove("db.prod", &one);
-    assert_no_name(&world, "prod.svc.cluster.local.", A, ZONE);
+    zone.add("web.prod", &one);
+    zone.add("db.prod", &one);
+    zone.remove("web.prod", &one);
+    assert_no_data(&zone, "prod.svc.cluster.local.", A, ZONE);
+    zone.remove("db.prod", &one);
+    assert_no_name(&zone, "prod.svc.cluster.local.", A, ZONE);
 }
 
 #[test]
 fn other_types_at_names_that_exist_are_no_data_rfc3597() {
-    let world = world();
+    let zone = sample_zone();
     for (name, qtype) in [
         ("web.prod", SRV),
         ("10-0-0-1.web.prod", SRV),
@@ -195,38 +198,38 @@ fn other_types_at_names_that_exist_are_no_data_rfc3597() {
         ("_http._tcp.web.prod", A),
         ("_http._tcp.web.prod", TXT),
     ] {
-        assert_no_data(&world, &format!("{name}.svc.cluster.local."), qtype, ZONE);
+        assert_no_data(&zone, &format!("{name}.svc.cluster.local."), qtype, ZONE);
     }
 }
 
 #[test]
 fn a_service_without_a_ready_instance_does_not_exist_unless_unready_ones_are_published() {
-    let mut world = world();
+    let mut zone = sample_zone();
     let sick = "sick.ill.svc.cluster.local.";
-    assert_no_name(&world, sick, A, ZONE);
+    assert_no_name(&zone, sick, A, ZONE);
     // One that becomes ready is there, and is gone again.
-    world.add("sick.ill", &spec("10.9.0.1", &["http:80"]));
-    assert_eq!(answers(&world, sick, A).len(), 1);
-    world.add_unready("sick.ill", &spec("10.9.0.1", &["http:80"]));
-    assert_no_name(&world, sick, A, ZONE);
+    zone.add("sick.ill", &spec("10.9.0.1", &["http:80"]));
+    assert_eq!(answers(&zone, sick, A).len(), 1);
+    zone.add_unready("sick.ill", &spec("10.9.0.1", &["http:80"]));
+    assert_no_name(&zone, sick, A, ZONE);
 
-    let mut world = World::new(ZoneConfig { publish_not_ready: true, ..config() });
-    world.add_unready("sick.ill", &spec("10.9.0.1", &["http:80"]));
-    assert_eq!(answers(&world, sick, A), [format!("{sick} 5 IN A 10.9.0.1")]);
-    assert_eq!(answers(&world, &format!("_http._tcp.{sick}"), SRV).len(), 1);
-    assert_no_data(&world, sick, AAAA, ZONE);
+    let mut zone = TestZone::new(ZoneConfig { publish_not_ready: true, ..config() });
+    zone.add_unready("sick.ill", &spec("10.9.0.1", &["http:80"]));
+    assert_eq!(answers(&zone, sick, A), [format!("{sick} 5 IN A 10.9.0.1")]);
+    assert_eq!(answers(&zone, &format!("_http._tcp.{sick}"), SRV).len(), 1);
+    assert_no_data(&zone, sick, AAAA, ZONE);
 }
 
 #[test]
 fn instances_that_are_dns_names_give_no_record_yet() {
-    let mut world = World::new(config());
-    world.add("web.prod", &spec("db.example.com", &["http:80"]));
-    assert_no_name(&world, "web.prod.svc.cluster.local.", A, ZONE);
+    let mut zone = TestZone::new(config());
+    zone.add("web.prod", &spec("db.example.com", &["http:80"]));
+    assert_no_name(&zone, "web.prod.svc.cluster.local.", A, ZONE);
 }
 
 #[test]
 fn what_does_not_exist_is_nxdomain_without_any_wildcard() {
-    let world = world();
+    let zone = sample_zone();
     for name in [
         "other.prod.svc.cluster.local.",
         "web.other.svc.cluster.local.",
@@ -246,60 +249,60 @@ fn what_does_not_exist_is_nxdomain_without_any_wildcard() {
         "web.prod.svc.cluster.local.prod.svc.cluster.local.",
     ] {
         for qtype in [A, AAAA, SRV, SOA, MX, ANY] {
-            assert_no_name(&world, name, qtype, ZONE);
+            assert_no_name(&zone, name, qtype, ZONE);
         }
     }
 }
 
 #[test]
 fn labels_with_dots_or_odd_octets_are_nobodys() {
-    let world = world();
+    let zone = sample_zone();
     for first in [&b"\x08web.prod"[..], b"\x03we\0", b"\x02\xff\xfe"] {
         for rest in ["svc.cluster.local.", "prod.svc.cluster.local."] {
             let name = [first, &wire(rest)].concat();
-            let told = tell(&world, &Ask { name, ..ask(".", A) });
-            assert_eq!(told.rcode(), 3, "{first:?} {rest}");
+            let response = exchange(&zone, &TestQuery { name, ..query_for(".", A) });
+            assert_eq!(response.rcode(), 3, "{first:?} {rest}");
         }
     }
 }
 
 #[test]
 fn outside_of_the_zone_everything_is_refused_and_so_is_the_probe_of_coredns() {
-    let world = world();
+    let zone = sample_zone();
     for name in [".", "local.", "example.com.", "xcluster.local.", "cluster.local.example.", "1.0.0.127.example."] {
-        assert_refused(&world, name, A);
+        assert_refused(&zone, name, A);
     }
-    assert_refused(&world, ".", NS);
-    assert_refused(&World::loading(config()), ".", NS);
+    assert_refused(&zone, ".", NS);
+    assert_refused(&TestZone::loading(config()), ".", NS);
 }
 
 #[test]
 fn rfc8914_what_is_not_loaded_yet_is_servfail_and_says_so() {
-    let mut world =
-        World::loading(ZoneConfig { reverse_zones: vec![("10.0.0.0".parse().expect("valid"), 8)], ..config() });
-    world.add("web.prod", &spec("10.0.0.1", &["http:80"]));
+    let mut zone =
+        TestZone::loading(ZoneConfig { reverse_zones: vec![("10.0.0.0".parse().expect("valid"), 8)], ..config() });
+    zone.add("web.prod", &spec("10.0.0.1", &["http:80"]));
     let names = ["web.prod.svc.cluster.local.", "no.prod.svc.cluster.local.", ZONE, "1.0.0.10.in-addr.arpa."];
     for name in names {
-        let told = tell(&world, &ask(name, A));
-        assert_eq!((told.rcode(), told.octets[2] & 4, told.authority().len()), (2, 0, 0), "{name}");
-        assert!(told.message.edns.is_none());
-        let told = tell(&world, &ask(name, A).edns(1232));
-        assert_eq!(told.rcode(), 2);
+        let response = exchange(&zone, &query_for(name, A));
+        assert_eq!((response.rcode(), response.octets[2] & 4, response.authority().len()), (2, 0, 0), "{name}");
+        assert!(response.message.edns.is_none());
+        let response = exchange(&zone, &query_for(name, A).edns(1232));
+        assert_eq!(response.rcode(), 2);
         // OPTION-CODE 15, length 2, INFO-CODE 14 "Not Ready".
-        assert!(told.octets.ends_with(&[0, 15, 0, 2, 0, 14]), "{:?}", told.octets);
+        assert!(response.octets.ends_with(&[0, 15, 0, 2, 0, 14]), "{:?}", response.octets);
     }
-    assert_refused(&world, "example.com.", A);
+    assert_refused(&zone, "example.com.", A);
     // Any address may turn out to be an instance's, so that nothing is said about it yet.
-    assert_eq!(tell(&world, &ask("1.2.0.192.in-addr.arpa.", PTR)).rcode(), 2);
-    assert_refused(&world, "2.0.192.in-addr.arpa.", PTR);
-    world.zone.set_ready();
-    assert_refused(&world, "1.2.0.192.in-addr.arpa.", PTR);
-    assert_eq!(answers(&world, names[0], A).len(), 1);
+    assert_eq!(exchange(&zone, &query_for("1.2.0.192.in-addr.arpa.", PTR)).rcode(), 2);
+    assert_refused(&zone, "2.0.192.in-addr.arpa.", PTR);
+    zone.zone.set_ready();
+    assert_refused(&zone, "1.2.0.192.in-addr.arpa.", PTR);
+    assert_eq!(answers(&zone, names[0], A).len(), 1);
 }
 
 #[test]
 fn rfc8482_any_is_answered_with_the_first_rrset_there_is() {
-    let world = world();
+    let zone = sample_zone();
     for (name, first) in [
         ("web.prod.svc.cluster.local.", " A 10.0.0."),
         ("2001-db8--0.web.prod.svc.cluster.local.", " AAAA 2001:db8::"),
@@ -309,37 +312,37 @@ fn rfc8482_any_is_answered_with_the_first_rrset_there_is() {
         ("cluster.local.", " SOA "),
         ("ns.dns.cluster.local.", " A 192.0.2.53"),
     ] {
-        let told = answers(&world, name, ANY);
-        assert!(!told.is_empty() && told.iter().all(|record| record.contains(first)), "{name}: {told:?}");
+        let response = answers(&zone, name, ANY);
+        assert!(!response.is_empty() && response.iter().all(|record| record.contains(first)), "{name}: {response:?}");
     }
-    assert_no_data(&world, "svc.cluster.local.", ANY, ZONE);
+    assert_no_data(&zone, "svc.cluster.local.", ANY, ZONE);
 }
 
 #[test]
 fn the_ttl_is_as_configured_and_0_is_one() {
     for (ttl, soa) in [(0, 0), (5, 5), (300, 300), (3600, 300)] {
-        let mut world = World::new(ZoneConfig { ttl, ..config() });
-        world.add("web.prod", &spec("10.0.0.1", &["http:80"]));
+        let mut zone = TestZone::new(ZoneConfig { ttl, ..config() });
+        zone.add("web.prod", &spec("10.0.0.1", &["http:80"]));
         let name = "web.prod.svc.cluster.local.";
-        assert_eq!(answers(&world, name, A), [format!("{name} {ttl} IN A 10.0.0.1")]);
+        assert_eq!(answers(&zone, name, A), [format!("{name} {ttl} IN A 10.0.0.1")]);
         // RFC 2308 §5: TTL = min(SOA TTL, MINIMUM).
-        let told = tell(&world, &ask(name, AAAA)).authority();
-        assert!(told[0].starts_with(&format!("cluster.local. {soa} IN SOA ")), "{told:?}");
-        assert!(told[0].ends_with(&format!(" 86400 {ttl}")), "{told:?}");
+        let response = exchange(&zone, &query_for(name, AAAA)).authority();
+        assert!(response[0].starts_with(&format!("cluster.local. {soa} IN SOA ")), "{response:?}");
+        assert!(response[0].ends_with(&format!(" 86400 {ttl}")), "{response:?}");
     }
 }
 
 #[test]
 fn the_first_address_is_drawn_by_weight_and_the_others_follow_in_turn() {
-    let mut world = World::new(config());
+    let mut zone = TestZone::new(config());
     for (n, weight) in [1.0, 3.0, 0.0, 4.0].into_iter().enumerate() {
-        world.add("web.prod", &InstanceSpec { weight: Some(weight), ..spec(&format!("10.0.0.{n}"), &["http:80"]) });
+        zone.add("web.prod", &InstanceSpec { weight: Some(weight), ..spec(&format!("10.0.0.{n}"), &["http:80"]) });
     }
-    let packet = ask("web.prod.svc.cluster.local.", A).packet();
+    let packet = query_for("web.prod.svc.cluster.local.", A).packet();
     let mut rng = fastrand::Rng::with_seed(1);
     let mut first = [0u32; 4];
     for _ in 0..8000 {
-        let octets = respond_with(&world, Transport::Udp, &packet, &mut rng).expect("an answer");
+        let octets = respond_with(&zone, Transport::Udp, &packet, &mut rng).expect("an answer");
         let records = &octets[packet.len()..];
         let order: Vec<u8> = records.chunks(16).map(|record| record[15]).collect();
         let begin = order[0];
@@ -353,15 +356,15 @@ fn the_first_address_is_drawn_by_weight_and_the_others_follow_in_turn() {
 
 #[test]
 fn instances_without_any_weight_take_turns() {
-    let mut world = World::new(config());
+    let mut zone = TestZone::new(config());
     for n in 0..3 {
-        world.add("web.prod", &InstanceSpec { weight: Some(0.0), ..spec(&format!("10.0.0.{n}"), &[]) });
+        zone.add("web.prod", &InstanceSpec { weight: Some(0.0), ..spec(&format!("10.0.0.{n}"), &[]) });
     }
-    let packet = ask("web.prod.svc.cluster.local.", A).packet();
+    let packet = query_for("web.prod.svc.cluster.local.", A).packet();
     let mut rng = fastrand::Rng::with_seed(1);
     let mut first = [0u32; 3];
     for _ in 0..3000 {
-        let octets = respond_with(&world, Transport::Udp, &packet, &mut rng).expect("an answer");
+        let octets = respond_with(&zone, Transport::Udp, &packet, &mut rng).expect("an answer");
         first[usize::from(octets[packet.len() + 15])] += 1;
     }
     assert!(first.iter().all(|count| (850..1150).contains(count)), "{first:?}");

@@ -15,7 +15,7 @@ use hickory_proto::op::Message;
 use super::{Context, MAX_TCP, MAX_UDP, Transport, answer};
 use crate::zone::{
     ZoneConfig,
-    testing::{World, config, spec},
+    testing::{TestZone, config, spec},
 };
 
 const A: u16 = 1;
@@ -34,7 +34,7 @@ const NSID: &[u8] = b"gp-1";
 
 /// A query, octet by octet.
 #[derive(Debug, Clone)]
-struct Ask {
+struct TestQuery {
     id: u16,
     flags: [u8; 2],
     name: Vec<u8>,
@@ -54,8 +54,8 @@ fn wire(name: &str) -> Vec<u8> {
     wire
 }
 
-fn ask(name: &str, qtype: u16) -> Ask {
-    Ask {
+fn query_for(name: &str, qtype: u16) -> TestQuery {
+    TestQuery {
         id: 0x1234,
         flags: [1, 0],
         name: wire(name),
@@ -67,7 +67,7 @@ fn ask(name: &str, qtype: u16) -> Ask {
     }
 }
 
-impl Ask {
+impl TestQuery {
     /// With an OPT record.
     fn edns(self, size: u16) -> Self {
         self.opt(size, [0, 0, 0, 0], &[])
@@ -101,12 +101,12 @@ impl Ask {
 }
 
 /// What came back.
-struct Told {
+struct TestResponse {
     octets: Vec<u8>,
     message: Message,
 }
 
-impl Told {
+impl TestResponse {
     fn records(section: &[hickory_proto::rr::Record]) -> Vec<String> {
         section.iter().map(ToString::to_string).collect()
     }
@@ -138,11 +138,11 @@ impl Told {
     }
 }
 
-fn respond(world: &World, transport: Transport, packet: &[u8]) -> Option<Vec<u8>> {
-    respond_with(world, transport, packet, &mut fastrand::Rng::with_seed(7))
+fn respond(zone: &TestZone, transport: Transport, packet: &[u8]) -> Option<Vec<u8>> {
+    respond_with(zone, transport, packet, &mut fastrand::Rng::with_seed(7))
 }
 
-fn respond_with(world: &World, transport: Transport, packet: &[u8], rng: &mut fastrand::Rng) -> Option<Vec<u8>> {
+fn respond_with(zone: &TestZone, transport: Transport, packet: &[u8], rng: &mut fastrand::Rng) -> Option<Vec<u8>> {
     let size = match transport {
         Transport::Udp => usize::from(MAX_UDP),
         Transport::Tcp => MAX_TCP,
@@ -150,62 +150,62 @@ fn respond_with(world: &World, transport: Transport, packet: &[u8], rng: &mut fa
     // Not zeroed: what is left of an earlier answer must not show.
     let mut out = vec![0xa5; size];
     let context = Context { transport, nsid: NSID };
-    let reply = answer(&world.zone.pin(), &context, rng, packet, &mut out)?;
+    let reply = answer(&zone.zone.pin(), &context, rng, packet, &mut out)?;
     out.truncate(reply.len);
     Some(out)
 }
 
-fn tell(world: &World, ask: &Ask) -> Told {
-    let octets = respond(world, ask.transport, &ask.packet()).expect("an answer");
+fn exchange(zone: &TestZone, ask: &TestQuery) -> TestResponse {
+    let octets = respond(zone, ask.transport, &ask.packet()).expect("an answer");
     let message = Message::from_vec(&octets).expect("an answer that parses");
-    Told { octets, message }
+    TestResponse { octets, message }
 }
 
 /// Answers of `name` in the order of their text.
-fn answers(world: &World, name: &str, qtype: u16) -> Vec<String> {
-    let told = tell(world, &ask(name, qtype));
-    assert_eq!(told.rcode(), 0, "{name}");
-    told.answers()
+fn answers(zone: &TestZone, name: &str, qtype: u16) -> Vec<String> {
+    let response = exchange(zone, &query_for(name, qtype));
+    assert_eq!(response.rcode(), 0, "{name}");
+    response.answers()
 }
 
 /// `NOERROR` without an answer but with the SOA of `owner`.
-fn assert_no_data(world: &World, name: &str, qtype: u16, owner: &str) {
-    assert_negative(world, name, qtype, owner, 0);
+fn assert_no_data(zone: &TestZone, name: &str, qtype: u16, owner: &str) {
+    assert_negative(zone, name, qtype, owner, 0);
 }
 
 /// `NXDOMAIN` with the SOA of `owner`.
-fn assert_no_name(world: &World, name: &str, qtype: u16, owner: &str) {
-    assert_negative(world, name, qtype, owner, 3);
+fn assert_no_name(zone: &TestZone, name: &str, qtype: u16, owner: &str) {
+    assert_negative(zone, name, qtype, owner, 3);
 }
 
-fn assert_negative(world: &World, name: &str, qtype: u16, owner: &str, rcode: u16) {
-    let told = tell(world, &ask(name, qtype));
-    assert_eq!((told.rcode(), told.answers().len()), (rcode, 0), "{name} {qtype}");
-    assert_eq!(told.octets[2] & 0x04, 0x04, "AA");
-    let [soa] = &*told.authority() else { panic!("{name} {qtype}: no SOA in {:?}", told.authority()) };
+fn assert_negative(zone: &TestZone, name: &str, qtype: u16, owner: &str, rcode: u16) {
+    let response = exchange(zone, &query_for(name, qtype));
+    assert_eq!((response.rcode(), response.answers().len()), (rcode, 0), "{name} {qtype}");
+    assert_eq!(response.octets[2] & 0x04, 0x04, "AA");
+    let [soa] = &*response.authority() else { panic!("{name} {qtype}: no SOA in {:?}", response.authority()) };
     assert!(soa.starts_with(&format!("{owner} 5 IN SOA ")), "{name} {qtype}: {soa}");
 }
 
-fn assert_refused(world: &World, name: &str, qtype: u16) {
-    let told = tell(world, &ask(name, qtype));
-    assert_eq!((told.rcode(), told.octets[2] & 0x04), (5, 0), "{name} {qtype}");
-    assert!(told.answers().is_empty() && told.authority().is_empty(), "{name} {qtype}");
+fn assert_refused(zone: &TestZone, name: &str, qtype: u16) {
+    let response = exchange(zone, &query_for(name, qtype));
+    assert_eq!((response.rcode(), response.octets[2] & 0x04), (5, 0), "{name} {qtype}");
+    assert!(response.answers().is_empty() && response.authority().is_empty(), "{name} {qtype}");
 }
 
 /// Two services in two namespaces, of both families, with host names, shared addresses and ports.
-fn world() -> World {
-    let mut world = World::new(ZoneConfig {
+fn sample_zone() -> TestZone {
+    let mut zone = TestZone::new(ZoneConfig {
         ns_addresses: vec!["192.0.2.53".parse().expect("valid"), "2001:db8::53".parse().expect("valid")],
         ..config()
     });
-    world.add("web.prod", &spec("10.0.0.1", &["http:80", "9"]));
-    world.add("web.prod", &spec("10.0.0.2", &["http:80", "dns:53/udp"]));
-    world.add("web.prod", &spec("2001:db8::", &["http:8080"]));
+    zone.add("web.prod", &spec("10.0.0.1", &["http:80", "9"]));
+    zone.add("web.prod", &spec("10.0.0.2", &["http:80", "dns:53/udp"]));
+    zone.add("web.prod", &spec("2001:db8::", &["http:8080"]));
     let db = crate::model::InstanceSpec { host_name: "main".into(), priority: 3, ..spec("10.1.0.1", &["pg:5432"]) };
-    world.add("db.prod", &db);
-    world.add("db.prod", &crate::model::InstanceSpec { address: "2001:db8::1:1".into(), weight: Some(0.5), ..db });
-    world.add("bare.test", &spec("10.0.0.1", &[]));
-    world.add_unready("sick.ill", &spec("10.9.0.1", &["http:80"]));
-    world.generation(1712);
-    world
+    zone.add("db.prod", &db);
+    zone.add("db.prod", &crate::model::InstanceSpec { address: "2001:db8::1:1".into(), weight: Some(0.5), ..db });
+    zone.add("bare.test", &spec("10.0.0.1", &[]));
+    zone.add_unready("sick.ill", &spec("10.9.0.1", &["http:80"]));
+    zone.generation(1712);
+    zone
 }

@@ -18,7 +18,7 @@ use super::*;
 use crate::{
     dns::render::MAX_PTR,
     model::{DashedLabel, InstanceSpec},
-    zone::{Addresses, Apex, Hit, Lookup, QName, RecordType, Target, View},
+    zone::{Addresses, Apex, Hit, HostLabel, Lookup, QName, RecordType, ZoneReader},
 };
 
 const ORIGIN: &str = "cluster.local.";
@@ -29,7 +29,7 @@ fn name(text: &str) -> Name {
 
 /// The message that hickory-proto is to encode.
 struct Oracle<'v, 'z> {
-    view: &'v View<'z>,
+    view: &'v ZoneReader<'z>,
     asked: Name,
     rng: fastrand::Rng,
     message: Message,
@@ -78,17 +78,17 @@ impl Oracle<'_, '_> {
             Hit::Aaaa(set) => {
                 self.message.answers = self.addresses(&asked, Addresses { v4: None, v6: Some(*set) });
             }
-            Hit::Srv(set, facts) => {
+            Hit::Srv(set, records) => {
                 let service = asked.trim_to(asked.num_labels() as usize - 2).to_lowercase();
                 let rows: Vec<_> = set.wrap_from(set.draw(&mut self.rng)).collect();
-                let mut seen: Vec<&Target> = Vec::new();
+                let mut seen: Vec<&HostLabel> = Vec::new();
                 for row in &rows {
                     let target = name(&format!("{}.{service}", host_label(&row.target)));
                     let data = RdataSrv::new(row.priority, row.srv_weight(), row.port, target.clone());
                     self.message.answers.push(self.record(&asked, ttl, RData::SRV(data)));
                     if !seen.contains(&&row.target) {
                         seen.push(&row.target);
-                        let found = facts.target(&row.target).expect("the target exists");
+                        let found = records.target(&row.target).expect("the target exists");
                         let records = self.addresses(&target, found);
                         self.message.additionals.extend(records);
                     }
@@ -116,16 +116,16 @@ impl Oracle<'_, '_> {
     }
 }
 
-fn host_label(target: &Target) -> String {
+fn host_label(target: &HostLabel) -> String {
     match target {
-        Target::Dashed(ip) => DashedLabel::new(*ip).to_string(),
-        Target::Host(label) => label.to_string(),
+        HostLabel::Dashed(ip) => DashedLabel::new(*ip).to_string(),
+        HostLabel::Host(label) => label.to_string(),
     }
 }
 
 /// What hickory-proto would send.
-fn expected(world: &World, text: &str, qtype: u16, seed: u64, edns: bool) -> Vec<u8> {
-    let view = world.zone.pin();
+fn expected(zone: &TestZone, text: &str, qtype: u16, seed: u64, edns: bool) -> Vec<u8> {
+    let view = zone.zone.pin();
     let asked = name(text);
     let mut message = Message::response(0x1234, OpCode::Query);
     message.metadata.message_type = MessageType::Response;
@@ -164,7 +164,7 @@ fn expected(world: &World, text: &str, qtype: u16, seed: u64, edns: bool) -> Vec
     message.to_vec().expect("hickory-proto encodes it")
 }
 
-fn any_world() -> impl Strategy<Value = World> {
+fn any_zone() -> impl Strategy<Value = TestZone> {
     let address = prop_oneof![
         3 => (1u8..8).prop_map(|n| format!("10.20.0.{n}")),
         1 => (1u8..4).prop_map(|n| format!("2001:db8:0:{n}::")),
@@ -177,7 +177,7 @@ fn any_world() -> impl Strategy<Value = World> {
     (prop::collection::vec(registration, 0..20), prop::sample::select(vec![0, 5, 3600]), any::<bool>()).prop_map(
         |(registrations, ttl, reverse)| {
             let network = ("10.20.0.0".parse().expect("valid"), 21);
-            let mut world = World::new(ZoneConfig {
+            let mut zone = TestZone::new(ZoneConfig {
                 ttl,
                 reverse_zones: if reverse { vec![network] } else { Vec::new() },
                 ns_addresses: vec!["192.0.2.53".parse::<IpAddr>().expect("valid")],
@@ -186,9 +186,9 @@ fn any_world() -> impl Strategy<Value = World> {
             for (service, address, host, ports, weight, priority) in registrations {
                 let spec =
                     InstanceSpec { host_name: host.into(), weight: Some(weight), priority, ..spec(&address, &ports) };
-                world.add(service, &spec);
+                zone.add(service, &spec);
             }
-            world
+            zone
         },
     )
 }
@@ -215,7 +215,7 @@ proptest! {
 
     #[test]
     fn two_encoders_say_the_same(
-        world in any_world(),
+        zone in any_zone(),
         names in prop::collection::vec((any_name(), any::<u64>()), 1..12),
         qtype in prop::sample::select(vec![A, AAAA, SRV, PTR, TXT, SOA, NS, ANY, MX]),
         edns in any::<bool>(),
@@ -227,11 +227,11 @@ proptest! {
                 .enumerate()
                 .map(|(index, c)| if seed >> (index % 64) & 1 == 1 { c.to_ascii_uppercase() } else { c })
                 .collect();
-            let query = ask(&odd, qtype).tcp();
+            let query = query_for(&odd, qtype).tcp();
             let query = if edns { query.edns(1232) } else { query };
             let mut rng = fastrand::Rng::with_seed(seed);
-            let ours = respond_with(&world, Transport::Tcp, &query.packet(), &mut rng).expect("an answer");
-            let theirs = expected(&world, &odd, qtype, seed, edns);
+            let ours = respond_with(&zone, Transport::Tcp, &query.packet(), &mut rng).expect("an answer");
+            let theirs = expected(&zone, &odd, qtype, seed, edns);
             let (ours, theirs) = (Message::from_vec(&ours), Message::from_vec(&theirs));
             prop_assert_eq!(ours.expect("ours parses"), theirs.expect("theirs parses"), "{} {}", odd, qtype);
         }

@@ -123,23 +123,23 @@ proptest! {
         rtype in prop::sample::select(vec![A, AAAA, SRV, PTR, TXT, SOA, NS, MX]),
     ) {
         let ns_addresses = vec!["192.0.2.53".parse().expect("valid")];
-        let mut world = World::new(ZoneConfig { ns_addresses, ..config() });
+        let mut zone = TestZone::new(ZoneConfig { ns_addresses, ..config() });
         for (service, spec, ready) in &registrations {
             let service = key(service);
             let one = std::sync::Arc::unwrap_or_clone(instance(&service, spec)).with_ready(*ready);
-            world.put(&service, one.into());
+            zone.put(&service, one.into());
         }
         let list = List::of(&registrations);
         for name in names {
-            let told = tell(&world, &ask(&name, rtype).tcp());
+            let response = exchange(&zone, &query_for(&name, rtype).tcp());
             let (rcode, expected) = list.search(&name, rtype);
-            let mut found: Vec<String> = told.message.answers.iter().map(|record| record.data.to_string()).collect();
+            let mut found: Vec<String> = response.message.answers.iter().map(|record| record.data.to_string()).collect();
             found.sort();
             if rtype == SOA {
                 // Its numbers are tested elsewhere.
                 found.iter_mut().for_each(String::clear);
             }
-            prop_assert_eq!((told.rcode(), found), (rcode, expected), "{} {}", name, rtype);
+            prop_assert_eq!((response.rcode(), found), (rcode, expected), "{} {}", name, rtype);
         }
     }
 }

@@ -44,7 +44,7 @@ struct Running {
 }
 
 impl Running {
-    fn start(world: &World, config: &DnsConfig) -> Self {
+    fn start(world: &TestZone, config: &DnsConfig) -> Self {
         let bound = bind(config).expect("binds");
         let (metrics, stop) = (Arc::new(Metrics::new()), CancellationToken::new());
         let (zone, m, stopped, addresses) = (Arc::clone(&world.zone), metrics.clone(), stop.clone(), bound.addresses());
@@ -126,18 +126,18 @@ fn ask_udp(from: &UdpSocket, to: SocketAddr, packet: &[u8]) -> (Vec<u8>, SocketA
 
 #[test]
 fn udp_and_tcp_answer_on_one_port_over_ipv4_and_ipv6() {
-    let world = world();
+    let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0", "[::1]:0"], limits()));
     assert_eq!(server.addresses.len(), 2);
     for address in &server.addresses {
         assert_ne!(address.port(), 0);
         let any: IpAddr = if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
         let client = UdpSocket::bind((any, 0)).expect("binds");
-        let (octets, peer) = ask_udp(&client, *address, &ask(WEB, A).packet());
+        let (octets, peer) = ask_udp(&client, *address, &query_for(WEB, A).packet());
         assert_eq!(peer, *address);
         assert_eq!(Message::from_vec(&octets).expect("parses").answers.len(), 2);
         let mut stream = TcpStream::connect(address).expect("connects");
-        send(&mut stream, &ask(WEB, A).packet());
+        send(&mut stream, &query_for(WEB, A).packet());
         let octets = receive(&mut stream).expect("an answer");
         assert_eq!(Message::from_vec(&octets).expect("parses").answers.len(), 2);
     }
@@ -154,14 +154,14 @@ fn udp_and_tcp_answer_on_one_port_over_ipv4_and_ipv6() {
 
 #[test]
 fn what_deserves_silence_gets_it_over_udp_and_the_next_one_is_answered() {
-    let world = world();
+    let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], limits()));
     let client = UdpSocket::bind("127.0.0.1:0").expect("binds");
-    let mut response = ask(WEB, A).packet();
+    let mut response = query_for(WEB, A).packet();
     response[2] |= 0x80;
     client.send_to(&response, server.address()).expect("sent");
     client.send_to(b"short", server.address()).expect("sent");
-    let asked = Ask { id: 77, ..ask(WEB, A) };
+    let asked = TestQuery { id: 77, ..query_for(WEB, A) };
     let (octets, _) = ask_udp(&client, server.address(), &asked.packet());
     assert_eq!(octets[..2], [0, 77]);
     server.end().expect("ends well");
@@ -169,18 +169,18 @@ fn what_deserves_silence_gets_it_over_udp_and_the_next_one_is_answered() {
 
 #[test]
 fn a_wildcard_is_every_address_of_the_machine() {
-    let world = world();
+    let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["0.0.0.0:0"], limits()));
     assert!(server.addresses.iter().all(|address| !address.ip().is_unspecified()));
     let own = server.addresses.iter().find(|address| address.ip() == Ipv4Addr::LOCALHOST).expect("127.0.0.1");
     let client = UdpSocket::bind("127.0.0.1:0").expect("binds");
-    assert_eq!(ask_udp(&client, *own, &ask(WEB, A).packet()).1, *own);
+    assert_eq!(ask_udp(&client, *own, &query_for(WEB, A).packet()).1, *own);
     server.end().expect("ends well");
 }
 
 #[test]
 fn a_second_process_is_refused_with_the_address_and_what_to_do() {
-    let world = world();
+    let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], limits()));
     let address = server.address().to_string();
     let error = bind(&dns_config(&[&address], limits())).expect_err("taken").to_string();
@@ -200,12 +200,12 @@ fn a_second_process_is_refused_with_the_address_and_what_to_do() {
 
 #[test]
 fn a_thousand_pipelined_questions_are_answered_in_order() {
-    let world = world();
+    let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], TcpLimits { pipelined: 16, ..limits() }));
     let mut stream = server.connect();
     let mut writer = stream.try_clone().expect("clones");
     let asking = std::thread::spawn(move || {
-        let all: Vec<u8> = (0..1000).flat_map(|id| framed(&Ask { id, ..ask(WEB, A) }.packet())).collect();
+        let all: Vec<u8> = (0..1000).flat_map(|id| framed(&TestQuery { id, ..query_for(WEB, A) }.packet())).collect();
         writer.write_all(&all).expect("sent");
         writer.shutdown(Shutdown::Write).expect("half closed");
     });
@@ -219,15 +219,15 @@ fn a_thousand_pipelined_questions_are_answered_in_order() {
 
 #[test]
 fn a_message_may_come_in_pieces_and_silence_does_not_end_a_connection() {
-    let world = world();
+    let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], limits()));
     let mut stream = server.connect();
     stream.set_nodelay(true).expect("sets");
-    let mut response = ask(WEB, A).packet();
+    let mut response = query_for(WEB, A).packet();
     response[2] |= 0x80;
     send(&mut stream, &response);
     send(&mut stream, b"");
-    for octet in framed(&ask(WEB, A).packet()) {
+    for octet in framed(&query_for(WEB, A).packet()) {
         stream.write_all(&[octet]).expect("sent");
     }
     let octets = receive(&mut stream).expect("an answer");
@@ -237,13 +237,13 @@ fn a_message_may_come_in_pieces_and_silence_does_not_end_a_connection() {
 
 #[test]
 fn connections_are_limited_in_all_and_per_peer_and_room_is_given_back() {
-    let world = world();
+    let world = sample_zone();
     for (tcp, limit) in [
         (TcpLimits { connections: 2, ..limits() }, "connections"),
         (TcpLimits { per_peer: Some(2), ..limits() }, "connections_per_peer"),
     ] {
         let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], tcp));
-        let packet = ask(WEB, A).packet();
+        let packet = query_for(WEB, A).packet();
         let mut kept: Vec<TcpStream> = (0..2).map(|_| server.connect()).collect();
         for stream in &mut kept {
             send(stream, &packet);
@@ -268,11 +268,11 @@ fn connections_are_limited_in_all_and_per_peer_and_room_is_given_back() {
 
 #[test]
 fn a_connection_without_a_question_is_closed() {
-    let world = world();
+    let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], TcpLimits { idle: SHORT, ..limits() }));
     let mut fresh = server.connect();
     let mut used = server.connect();
-    send(&mut used, &ask(WEB, A).packet());
+    send(&mut used, &query_for(WEB, A).packet());
     receive(&mut used).expect("an answer");
     assert!(drained(&mut fresh).is_empty());
     assert!(drained(&mut used).is_empty());
@@ -283,7 +283,7 @@ fn a_connection_without_a_question_is_closed() {
 /// One octet at a time keeps no connection open: the clock is the message's, not the octet's.
 #[test]
 fn a_message_that_trickles_in_is_cut_off() {
-    let world = world();
+    let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], TcpLimits { message: SHORT, ..limits() }));
     let mut stream = server.connect();
     stream.set_nodelay(true).expect("sets");
@@ -309,13 +309,13 @@ fn a_message_that_trickles_in_is_cut_off() {
 /// A peer that asks and never reads: its answers do not pile up, and it loses its connection.
 #[test]
 fn a_peer_that_does_not_take_its_answers_is_cut_off() {
-    let mut world = World::new(config());
+    let mut world = TestZone::new(config());
     for n in 0..1000u32 {
         world.add("web.prod", &spec(&Ipv4Addr::from_bits(0x0a00_0000 + n).to_string(), &[]));
     }
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], TcpLimits { message: SHORT, ..limits() }));
     let mut stream = server.connect();
-    let question = framed(&ask(WEB, A).packet());
+    let question = framed(&query_for(WEB, A).packet());
     // 16 KB each: far more than the buffers of both sides hold.
     let questions = question.repeat(64);
     while stream.write_all(&questions).is_ok() {}
@@ -325,16 +325,16 @@ fn a_peer_that_does_not_take_its_answers_is_cut_off() {
 
 #[test]
 fn what_was_asked_before_the_end_is_answered_before_the_end() {
-    let world = world();
+    let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], limits()));
     let mut idle = server.connect();
     let mut stream = server.connect();
     for stream in [&mut idle, &mut stream] {
-        send(stream, &ask(WEB, A).packet());
+        send(stream, &query_for(WEB, A).packet());
         receive(stream).expect("an answer");
     }
     // Loopback delivers before the call returns, so that this is there when the server stops.
-    send(&mut stream, &Ask { id: 99, ..ask(WEB, A) }.packet());
+    send(&mut stream, &TestQuery { id: 99, ..query_for(WEB, A) }.packet());
     let address = server.address();
     server.end().expect("ends well");
     assert_eq!(receive(&mut stream).expect("an answer")[..2], [0, 99]);

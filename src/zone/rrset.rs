@@ -9,7 +9,7 @@ use crate::model::cow_tree::{CowTree, Row};
 
 /// No row, one in place, or a table of them.
 #[derive(Clone, Default)]
-pub(super) enum Rows<R> {
+pub(super) enum SmallTree<R> {
     /// Nothing.
     #[default]
     None,
@@ -19,7 +19,7 @@ pub(super) enum Rows<R> {
     Many(CowTree<R>),
 }
 
-impl<R: Row> Rows<R> {
+impl<R: Row> SmallTree<R> {
     /// Whether there is no row.
     pub(super) fn is_empty(&self) -> bool {
         matches!(self, Self::None)
@@ -99,13 +99,13 @@ impl<R: Row> Rows<R> {
     }
 }
 
-impl<R: Row + PartialEq> PartialEq for Rows<R> {
+impl<R: Row + PartialEq> PartialEq for SmallTree<R> {
     fn eq(&self, other: &Self) -> bool {
         self.iter().eq(other.iter())
     }
 }
 
-impl<R: Row + fmt::Debug> fmt::Debug for Rows<R> {
+impl<R: Row + fmt::Debug> fmt::Debug for SmallTree<R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(self.iter()).finish()
     }

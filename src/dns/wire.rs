@@ -4,7 +4,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use crate::{model::DashedLabel, zone::Target};
+use crate::{model::DashedLabel, zone::HostLabel};
 
 /// Class IN.
 const IN: u16 = 1;
@@ -14,14 +14,14 @@ const MAX_POINTER: usize = 0x3fff;
 
 /// There is no room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Full;
+pub(super) struct NoSpace;
 
 /// Whether it was written, whole.
-pub(super) type Written = Result<(), Full>;
+pub(super) type WriteResult = Result<(), NoSpace>;
 
 /// Writes a message into a buffer, as far as that goes.
 #[derive(Debug)]
-pub(super) struct Writer<'o> {
+pub(super) struct WireWriter<'o> {
     out: &'o mut [u8],
     at: usize,
     /// Where records must end.
@@ -30,23 +30,23 @@ pub(super) struct Writer<'o> {
 
 /// A name that is pointed at where a pointer reaches, and else spelled out.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Owner<'a> {
+pub(super) struct OwnerName<'a> {
     /// Where it stands in the message.
     pub(super) at: usize,
     /// What it is.
-    pub(super) name: HostOf<'a>,
+    pub(super) name: HostName<'a>,
 }
 
 /// The name of a host: its label before the name of its service.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct HostOf<'a> {
+pub(super) struct HostName<'a> {
     /// The label; `None` for the name of the service itself.
-    pub(super) target: Option<&'a Target>,
+    pub(super) target: Option<&'a HostLabel>,
     /// The service's name in wire form.
     pub(super) service: &'a [u8],
 }
 
-impl<'o> Writer<'o> {
+impl<'o> WireWriter<'o> {
     /// A message in all of `out`, the last `reserved` octets of which are kept for the OPT record.
     pub(super) fn new(out: &'o mut [u8], reserved: usize) -> Self {
         let end = out.len().saturating_sub(reserved);
@@ -78,9 +78,9 @@ impl<'o> Writer<'o> {
         self.out[..self.at].get(at..at + 2).map_or(0, |octets| u16::from_be_bytes([octets[0], octets[1]]))
     }
 
-    pub(super) fn put(&mut self, octets: &[u8]) -> Written {
+    pub(super) fn put(&mut self, octets: &[u8]) -> WriteResult {
         if octets.len() > self.room() {
-            return Err(Full);
+            return Err(NoSpace);
         }
         let end = self.at + octets.len();
         self.out[self.at..end].copy_from_slice(octets);
@@ -88,16 +88,16 @@ impl<'o> Writer<'o> {
         Ok(())
     }
 
-    pub(super) fn u16(&mut self, number: u16) -> Written {
+    pub(super) fn u16(&mut self, number: u16) -> WriteResult {
         self.put(&number.to_be_bytes())
     }
 
-    pub(super) fn u32(&mut self, number: u32) -> Written {
+    pub(super) fn u32(&mut self, number: u32) -> WriteResult {
         self.put(&number.to_be_bytes())
     }
 
     /// Writes what `part` writes, all of it or nothing.
-    pub(super) fn whole<T>(&mut self, part: impl FnOnce(&mut Self) -> Result<T, Full>) -> Result<T, Full> {
+    pub(super) fn whole<T>(&mut self, part: impl FnOnce(&mut Self) -> Result<T, NoSpace>) -> Result<T, NoSpace> {
         let mark = self.at;
         let written = part(self);
         if written.is_err() {
@@ -107,13 +107,13 @@ impl<'o> Writer<'o> {
     }
 
     /// One label, of at most 63 octets.
-    pub(super) fn label(&mut self, label: &[u8]) -> Written {
-        self.put(&[u8::try_from(label.len()).map_err(|_| Full)?])?;
+    pub(super) fn label(&mut self, label: &[u8]) -> WriteResult {
+        self.put(&[u8::try_from(label.len()).map_err(|_| NoSpace)?])?;
         self.put(label)
     }
 
     /// A pointer to `at`, or `name` where a pointer does not reach.
-    pub(super) fn pointer_or(&mut self, at: usize, name: impl FnOnce(&mut Self) -> Written) -> Written {
+    pub(super) fn pointer_or(&mut self, at: usize, name: impl FnOnce(&mut Self) -> WriteResult) -> WriteResult {
         match u16::try_from(at) {
             Ok(offset) if at <= MAX_POINTER => self.u16(0xc000 | offset),
             _ => name(self),
@@ -121,10 +121,10 @@ impl<'o> Writer<'o> {
     }
 
     /// The name of a host, spelled out.
-    pub(super) fn host(&mut self, host: HostOf<'_>) -> Written {
+    pub(super) fn host(&mut self, host: HostName<'_>) -> WriteResult {
         match host.target {
-            Some(Target::Dashed(ip)) => self.dashed(*ip)?,
-            Some(Target::Host(label)) => self.label(label.as_str().as_bytes())?,
+            Some(HostLabel::Dashed(ip)) => self.dashed(*ip)?,
+            Some(HostLabel::Host(label)) => self.label(label.as_str().as_bytes())?,
             None => {}
         }
         self.put(host.service)
@@ -132,7 +132,7 @@ impl<'o> Writer<'o> {
 
     /// The label of an address with dashes. That of an IPv4 address is in most SRV records, so
     /// that it does without the formatting machinery.
-    pub(super) fn dashed(&mut self, ip: IpAddr) -> Written {
+    pub(super) fn dashed(&mut self, ip: IpAddr) -> WriteResult {
         match ip {
             IpAddr::V4(ip) => {
                 let (text, len) = dashed_v4(ip);
@@ -145,11 +145,11 @@ impl<'o> Writer<'o> {
     /// A record: what comes before the RDATA, the RDATA as `rdata` writes it, and its length.
     pub(super) fn record(
         &mut self,
-        owner: Owner<'_>,
+        owner: OwnerName<'_>,
         rtype: u16,
         ttl: u32,
-        rdata: impl FnOnce(&mut Self) -> Written,
-    ) -> Written {
+        rdata: impl FnOnce(&mut Self) -> WriteResult,
+    ) -> WriteResult {
         self.whole(|w| {
             w.pointer_or(owner.at, |w| w.host(owner.name))?;
             let [t0, t1] = rtype.to_be_bytes();
@@ -158,7 +158,7 @@ impl<'o> Writer<'o> {
             w.put(&[t0, t1, c0, c1, s0, s1, s2, s3, 0, 0])?;
             let begin = w.at;
             rdata(w)?;
-            let len = u16::try_from(w.at - begin).map_err(|_| Full)?;
+            let len = u16::try_from(w.at - begin).map_err(|_| NoSpace)?;
             w.out[begin - 2..begin].copy_from_slice(&len.to_be_bytes());
             Ok(())
         })
@@ -199,14 +199,14 @@ mod tests {
     #[test]
     fn what_does_not_fit_leaves_nothing_behind() {
         let mut out = [0; 30];
-        let mut w = Writer::new(&mut out, 2);
-        let owner = Owner { at: 12, name: HostOf { target: None, service: b"\0" } };
+        let mut w = WireWriter::new(&mut out, 2);
+        let owner = OwnerName { at: 12, name: HostName { target: None, service: b"\0" } };
         assert_eq!(w.record(owner, 1, 5, |w| w.put(&[1, 2, 3, 4])), Ok(()));
         assert_eq!((w.len(), w.room()), (16, 12));
-        assert_eq!(w.record(owner, 1, 5, |w| w.put(&[1, 2, 3, 4])), Err(Full));
+        assert_eq!(w.record(owner, 1, 5, |w| w.put(&[1, 2, 3, 4])), Err(NoSpace));
         assert_eq!(w.len(), 16);
         w.release();
-        assert_eq!((w.room(), w.put(&[0; 15])), (14, Err(Full)));
+        assert_eq!((w.room(), w.put(&[0; 15])), (14, Err(NoSpace)));
         assert_eq!(w.u16_at(0), 0xc00c);
     }
 }
