@@ -14,14 +14,14 @@ pub struct Catalog {
 }
 
 impl Catalog {
-    /// The service, as it stands now.
+    /// The service as it is now. The clone is cheap and does not change any more.
     #[must_use]
     pub fn get(&self, key: &ServiceKey) -> Option<Service> {
         self.services.pin().get(key).cloned()
     }
 
-    /// Every service, in no order. Not one moment's picture: what changes meanwhile may or may
-    /// not be seen, and each service carries the generation of its last change.
+    /// Every service, in no order. Not a snapshot: what changes meanwhile may or may not be seen,
+    /// and each service carries the generation of its last change.
     #[must_use]
     pub fn services(&self) -> Vec<(ServiceKey, Service)> {
         self.services.pin().iter().map(|(key, service)| (key.clone(), service.clone())).collect()
@@ -45,7 +45,7 @@ impl Catalog {
         self.instances.load(Ordering::Relaxed)
     }
 
-    /// The generation that was published last. What it contains can be read.
+    /// The generation that was applied last. All of it can be read.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
@@ -56,7 +56,7 @@ impl Catalog {
         self.services.pin().reserve(services);
     }
 
-    /// Replaces one service; one without instances is gone.
+    /// Replaces one service; one without instances is removed.
     pub(super) fn set(&self, key: ServiceKey, service: Service) {
         let map = self.services.pin();
         let after = service.instances.len();
@@ -65,11 +65,11 @@ impl Catalog {
         } else {
             map.insert(key, service).map_or(0, |old| old.instances.len())
         };
-        // The writer is the only one who stores, so that this cannot run below zero.
+        // Only the writer's thread stores, so nothing is lost between the load and the store.
         self.instances.store(self.instances() + after - before, Ordering::Relaxed);
     }
 
-    /// Says that everything up to `generation` can be read.
+    /// Tells readers that everything up to `generation` can be read.
     pub(super) fn set_generation(&self, generation: u64) {
         self.generation.store(generation, Ordering::Release);
     }

@@ -1,12 +1,9 @@
 //! What Kubernetes says that a registration is checked against. It comes through the handle like
 //! everything else, so that a check never waits for the API server; it is kept in memory only.
 
-use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
-};
+use std::{collections::HashSet, sync::Arc};
 
-use crate::model::{CowTree, Instance, InstanceChange, ServiceKey};
+use crate::model::{Instance, ServiceKey};
 
 /// One thing that Kubernetes says.
 #[derive(Debug, Clone)]
@@ -44,7 +41,7 @@ pub struct NamespacePolicy {
     pub create_namespaces: bool,
 }
 
-/// Why Kubernetes has no place for a registration.
+/// Why a registration is refused that could not be mirrored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KubernetesRefusal {
     /// `kube-system`, or `default/kubernetes`: never ours.
@@ -55,29 +52,28 @@ pub enum KubernetesRefusal {
     ForeignService,
 }
 
-/// The facts so far.
+/// What is known of the cluster so far.
 #[derive(Debug)]
 pub(super) struct ClusterFacts {
     /// `None` without a Kubernetes: then nothing is refused.
-    rules: Option<NamespacePolicy>,
+    policy: Option<NamespacePolicy>,
     complete: bool,
     namespaces: HashSet<Box<str>>,
     foreign: HashSet<ServiceKey>,
-    endpoints: HashMap<ServiceKey, CowTree<Arc<Instance>>>,
 }
 
 impl ClusterFacts {
-    pub(super) fn new(rules: Option<NamespacePolicy>) -> Self {
-        Self { rules, complete: false, namespaces: HashSet::new(), foreign: HashSet::new(), endpoints: HashMap::new() }
+    pub(super) fn new(policy: Option<NamespacePolicy>) -> Self {
+        Self { policy, complete: false, namespaces: HashSet::new(), foreign: HashSet::new() }
     }
 
     /// Why nothing may be registered under `service`, if so. What is not known yet is no reason:
     /// while the API server is away registrations go on.
     pub(super) fn refuse(&self, service: &ServiceKey) -> Option<KubernetesRefusal> {
-        let rules = self.rules?;
+        let policy = self.policy?;
         if service.namespace() == "kube-system" || (service.namespace(), service.name()) == ("default", "kubernetes") {
             Some(KubernetesRefusal::Reserved)
-        } else if self.complete && !rules.create_namespaces && !self.namespaces.contains(service.namespace()) {
+        } else if self.complete && !policy.create_namespaces && !self.namespaces.contains(service.namespace()) {
             Some(KubernetesRefusal::NamespaceAbsent)
         } else if self.foreign.contains(service) {
             Some(KubernetesRefusal::ForeignService)
@@ -86,7 +82,7 @@ impl ClusterFacts {
         }
     }
 
-    /// Gives back whether that is news.
+    /// Returns whether that changes anything.
     pub(super) fn set_namespace(&mut self, name: Box<str>, exists: bool) -> bool {
         if exists { self.namespaces.insert(name) } else { self.namespaces.remove(&name) }
     }
@@ -102,29 +98,6 @@ impl ClusterFacts {
             self.foreign.remove(&service);
         }
     }
-
-    /// What others have under `service`.
-    pub(super) fn endpoints(&self, service: &ServiceKey) -> Option<&CowTree<Arc<Instance>>> {
-        self.endpoints.get(service)
-    }
-
-    /// Replaces what others have under `service`, and gives back what leads there.
-    pub(super) fn set_endpoints(&mut self, service: ServiceKey, instances: Vec<Arc<Instance>>) -> Vec<InstanceChange> {
-        let mut now = CowTree::default();
-        instances.into_iter().for_each(|instance| drop(now.put(instance)));
-        let before = self.endpoints.remove(&service).unwrap_or_default();
-        let gone = before.iter().filter(|old| now.get(&old.key()).is_none());
-        let gone = gone.map(|old| InstanceChange { before: Some(Arc::clone(old)), after: None });
-        let news = now.iter().filter_map(|new| {
-            let old = before.get(&new.key()).cloned();
-            (old.as_ref() != Some(new)).then(|| InstanceChange { before: old, after: Some(Arc::clone(new)) })
-        });
-        let changes = gone.chain(news).collect();
-        if !now.is_empty() {
-            self.endpoints.insert(service, now);
-        }
-        changes
-    }
 }
 
 #[cfg(test)]
@@ -137,12 +110,12 @@ mod tests {
     }
 
     #[test]
-    fn without_kubernetes_nothing_is_refused() {
+    fn nothing_is_refused_without_kubernetes() {
         assert_eq!(ClusterFacts::new(None).refuse(&key("kube-system", "kube-dns")), None);
     }
 
     #[test]
-    fn what_is_not_known_is_no_reason() {
+    fn nothing_is_refused_for_what_is_not_known_yet() {
         let mut facts = ClusterFacts::new(Some(NamespacePolicy { create_namespaces: false }));
         assert_eq!(facts.refuse(&key("prod", "web")), None);
         assert!(facts.set_namespace("prod".into(), true));
@@ -157,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn the_clusters_own_services_are_never_ours() {
+    fn reserved_services_are_refused() {
         let facts = ClusterFacts::new(Some(NamespacePolicy { create_namespaces: true }));
         assert_eq!(facts.refuse(&key("kube-system", "web")), Some(KubernetesRefusal::Reserved));
         assert_eq!(facts.refuse(&key("default", "kubernetes")), Some(KubernetesRefusal::Reserved));

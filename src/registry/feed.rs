@@ -1,7 +1,7 @@
-//! The change feed: every change in order of generation, held for a while in a ring.
+//! The change feed: every change in order of generation, kept for a while in a ring.
 //!
-//! The writer appends and never waits; whoever reads takes what it has not seen yet, and is told
-//! when the ring has moved past it.
+//! The writer appends and never waits. A reader takes what it has not seen yet; one that falls
+//! behind further than the ring reaches gets an error and begins again from the catalog.
 
 use std::{
     collections::VecDeque,
@@ -12,8 +12,8 @@ use tokio::sync::watch;
 
 use crate::model::{InstanceChange, ServiceKey, Timeline, UnixMillis};
 
-/// Changes that are held for readers that come back or fall behind.
-const RING: usize = 65_536;
+/// Changes that are kept for readers that come back or fall behind.
+const MAX_KEPT_EVENTS: usize = 65_536;
 
 /// One change.
 #[derive(Debug, Clone)]
@@ -39,7 +39,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// When `event`, of this batch, reached each station.
+    /// The times of `event`, which must be one of this batch.
     #[must_use]
     pub fn timeline(&self, event: &Event) -> Timeline {
         Timeline {
@@ -51,7 +51,7 @@ impl Batch {
     }
 }
 
-/// The ring has moved past the reader: what it missed is no longer held.
+/// The reader missed changes that the ring no longer keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("more changes happened than are kept")]
 pub struct Lagged;
@@ -68,7 +68,7 @@ pub struct Feed {
 struct Ring {
     batches: VecDeque<Arc<Batch>>,
     /// Changes in all batches.
-    held: usize,
+    events: usize,
     /// The generation just before the oldest batch: a reader that has seen it has missed nothing.
     before: u64,
 }
@@ -76,7 +76,7 @@ struct Ring {
 impl Feed {
     pub(super) fn new() -> Self {
         Self {
-            ring: Mutex::new(Ring { batches: VecDeque::new(), held: 0, before: 0 }),
+            ring: Mutex::new(Ring { batches: VecDeque::new(), events: 0, before: 0 }),
             newest: watch::Sender::new(0),
             epoch: fastrand::u64(1..),
         }
@@ -95,7 +95,7 @@ impl Feed {
     }
 
     /// The feed begins after `generation`: what came before was recovered, not changed.
-    pub(super) fn begin(&self, generation: u64) {
+    pub(super) fn start_after(&self, generation: u64) {
         self.lock().before = generation;
         self.newest.send_replace(generation);
     }
@@ -104,12 +104,12 @@ impl Feed {
         let generation = batch.generation;
         {
             let mut ring = self.lock();
-            ring.held += batch.events.len();
+            ring.events += batch.events.len();
             ring.batches.push_back(Arc::new(batch));
             // The newest batch stays, however large.
-            while ring.held > RING && ring.batches.len() > 1 {
+            while ring.events > MAX_KEPT_EVENTS && ring.batches.len() > 1 {
                 let Some(oldest) = ring.batches.pop_front() else { break };
-                ring.held -= oldest.events.len();
+                ring.events -= oldest.events.len();
                 ring.before = oldest.generation;
             }
         }
@@ -117,12 +117,12 @@ impl Feed {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Ring> {
-        // Nothing panics while it holds the lock, and what it guards is whole at every step.
+        // Nothing panics while it holds the lock, so a poisoned one guards a consistent ring.
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// One reader of the feed. It holds no more than its place.
+/// One reader of the feed. It holds its position only, no changes.
 #[derive(Debug)]
 pub struct Subscription {
     feed: Arc<Feed>,
@@ -140,7 +140,7 @@ impl Subscription {
     /// The next batch; waits until there is one. Cancelling loses nothing.
     ///
     /// # Errors
-    /// When what comes next is no longer held; the reader must begin again.
+    /// When what comes next is no longer kept; the reader must begin again from the catalog.
     pub async fn next(&mut self) -> Result<Arc<Batch>, Lagged> {
         loop {
             if let Some(batch) = self.try_next()? {

@@ -1,8 +1,8 @@
 //! What Kubernetes does not have yet, service by service, and who waits until it has.
 //!
-//! The writer notes a service before it answers for it; the mirror takes what is new, writes it
-//! down and confirms the generation that it wrote. Only services that are behind are held. Without
-//! a mirror nothing is ever behind.
+//! The writer marks a service as dirty before it answers for it; the mirror takes the dirty
+//! services, writes them and confirms the generation that it wrote. Only services that are behind
+//! are held. Without a mirror nothing is ever behind.
 
 use std::{
     collections::HashMap,
@@ -19,27 +19,28 @@ use crate::model::{ServiceKey, UnixMillis};
 pub struct MirrorProgress {
     /// Whether there is a mirror.
     mirrored: bool,
-    behind: Mutex<Behind>,
+    unmirrored: Mutex<Unmirrored>,
     changed: Notify,
 }
 
 #[derive(Debug, Default)]
-struct Behind {
-    services: HashMap<ServiceKey, Lag, foldhash::fast::RandomState>,
-    /// Noted since the mirror last asked.
+struct Unmirrored {
+    services: HashMap<ServiceKey, ServiceProgress, foldhash::fast::RandomState>,
+    /// Marked since the mirror last asked, each once.
     dirty: Vec<ServiceKey>,
 }
 
-/// How far behind one service is.
+/// One service that is behind.
 #[derive(Debug)]
-struct Lag {
+struct ServiceProgress {
     /// Its last change.
     generation: u64,
     /// When the oldest change that is not mirrored was received.
     since: UnixMillis,
-    /// Stands in the dirty.
+    /// Whether it is among the dirty.
     queued: bool,
-    waiting: Vec<(u64, oneshot::Sender<()>)>,
+    /// Who waits for which generation.
+    waiters: Vec<(u64, oneshot::Sender<()>)>,
 }
 
 /// How far behind the mirror is as a whole.
@@ -53,48 +54,48 @@ pub struct MirrorLag {
 
 impl MirrorProgress {
     pub(super) fn new(mirrored: bool) -> Self {
-        Self { mirrored, behind: Mutex::default(), changed: Notify::new() }
+        Self { mirrored, unmirrored: Mutex::default(), changed: Notify::new() }
     }
 
-    /// Whether there is a mirror to wait for.
+    /// Whether there is a mirror to wait for: without one nothing is ever behind.
     #[must_use]
-    pub fn are_awaited(&self) -> bool {
+    pub fn is_mirrored(&self) -> bool {
         self.mirrored
     }
 
-    /// Notes that services changed, with the generation and the time of receipt.
-    pub(super) fn note(&self, changed: impl IntoIterator<Item = (ServiceKey, u64, UnixMillis)>) {
+    /// Marks services as changed, with the generation and the time of receipt.
+    pub(super) fn mark_dirty(&self, changed: impl IntoIterator<Item = (ServiceKey, u64, UnixMillis)>) {
         if !self.mirrored {
             return;
         }
-        let mut behind = self.lock();
-        let Behind { services, dirty } = &mut *behind;
+        let mut unmirrored = self.lock();
+        let Unmirrored { services, dirty } = &mut *unmirrored;
         for (service, generation, received) in changed {
-            let lag = services.entry(service.clone()).or_insert_with(|| Lag {
+            let progress = services.entry(service.clone()).or_insert_with(|| ServiceProgress {
                 generation,
                 since: received,
                 queued: false,
-                waiting: Vec::new(),
+                waiters: Vec::new(),
             });
-            lag.generation = lag.generation.max(generation);
-            if !mem::replace(&mut lag.queued, true) {
+            progress.generation = progress.generation.max(generation);
+            if !mem::replace(&mut progress.queued, true) {
                 dirty.push(service);
             }
         }
-        drop(behind);
+        drop(unmirrored);
         self.changed.notify_one();
     }
 
-    /// Services that changed since the last call; waits until there is one. For the one mirror.
+    /// Services that changed since the last call; waits until there is one. For one mirror only.
     /// Cancelling loses nothing.
     pub async fn take_dirty(&self) -> Vec<ServiceKey> {
         loop {
             let dirty = {
-                let mut behind = self.lock();
-                let Behind { services, dirty } = &mut *behind;
+                let mut unmirrored = self.lock();
+                let Unmirrored { services, dirty } = &mut *unmirrored;
                 let dirty = mem::take(dirty);
                 for service in &dirty {
-                    services.entry(service.clone()).and_modify(|lag| lag.queued = false);
+                    services.entry(service.clone()).and_modify(|progress| progress.queued = false);
                 }
                 dirty
             };
@@ -105,40 +106,40 @@ impl MirrorProgress {
         }
     }
 
-    /// Kubernetes has everything of `service` up to `generation`. Gives back whether it was behind.
+    /// Kubernetes has everything of `service` up to `generation`. Returns whether it was behind.
     pub(super) fn confirm(&self, service: &ServiceKey, generation: u64) -> bool {
-        let mut behind = self.lock();
-        let Some(lag) = behind.services.get_mut(service) else { return false };
-        let (has, waits): (Vec<_>, Vec<_>) =
-            mem::take(&mut lag.waiting).into_iter().partition(|(wanted, _)| *wanted <= generation);
-        if lag.generation <= generation {
-            behind.services.remove(service);
+        let mut unmirrored = self.lock();
+        let Some(progress) = unmirrored.services.get_mut(service) else { return false };
+        let (reached, waiters): (Vec<_>, Vec<_>) =
+            mem::take(&mut progress.waiters).into_iter().partition(|(wanted, _)| *wanted <= generation);
+        if progress.generation <= generation {
+            unmirrored.services.remove(service);
         } else {
-            lag.waiting = waits;
-            lag.since = UnixMillis::now();
+            progress.waiters = waiters;
+            progress.since = UnixMillis::now();
         }
-        drop(behind);
-        // Whoever does not wait any more is of no interest.
-        for (_, waiter) in has {
+        drop(unmirrored);
+        // One that gave up has dropped its receiver.
+        for (_, waiter) in reached {
             let _ = waiter.send(());
         }
         true
     }
 
-    /// Comes to an end when Kubernetes has `generation` of `service`: at once where nothing is
-    /// behind. How long to wait is the caller's business.
+    /// Completes when Kubernetes has `generation` of `service`: at once where nothing is behind.
+    /// There is no timeout; dropping the future ends the wait.
     pub fn confirmed(&self, service: &ServiceKey, generation: u64) -> impl Future<Output = ()> + Send + use<> {
         let receiver = {
-            let mut behind = self.lock();
-            behind.services.get_mut(service).map(|lag| {
-                if lag.waiting.len() == lag.waiting.capacity() {
-                    // Those who gave up make room; not again before as many have come as are left,
-                    // because thousands may wait for one service while the API server is away.
-                    lag.waiting.retain(|(_, waiter)| !waiter.is_closed());
-                    lag.waiting.reserve(lag.waiting.len());
+            let mut unmirrored = self.lock();
+            unmirrored.services.get_mut(service).map(|progress| {
+                if progress.waiters.len() == progress.waiters.capacity() {
+                    // Drop cancelled waiters only when the list is full, then let it double before the
+                    // next sweep: amortised O(1), though thousands may wait for one service.
+                    progress.waiters.retain(|(_, waiter)| !waiter.is_closed());
+                    progress.waiters.reserve(progress.waiters.len());
                 }
                 let (sender, receiver) = oneshot::channel();
-                lag.waiting.push((generation, sender));
+                progress.waiters.push((generation, sender));
                 receiver
             })
         };
@@ -150,16 +151,19 @@ impl MirrorProgress {
         }
     }
 
-    /// How far behind the mirror is. Walks through all that is behind.
+    /// How far behind the mirror is. O(services that are behind), under the lock.
     #[must_use]
     pub fn lag(&self) -> MirrorLag {
-        let behind = self.lock();
-        MirrorLag { services: behind.services.len(), since: behind.services.values().map(|lag| lag.since).min() }
+        let unmirrored = self.lock();
+        MirrorLag {
+            services: unmirrored.services.len(),
+            since: unmirrored.services.values().map(|progress| progress.since).min(),
+        }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Behind> {
-        // Nothing panics while it holds the lock, and what it guards is whole at every step.
-        self.behind.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Unmirrored> {
+        // Nothing panics while it holds the lock, so a poisoned one guards a consistent state.
+        self.unmirrored.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -175,10 +179,10 @@ mod tests {
     }
 
     #[test]
-    fn whoever_waits_hears_of_the_generation_that_was_written() {
+    fn waiters_complete_when_their_generation_is_confirmed() {
         let mirror_progress = MirrorProgress::new(true);
-        mirror_progress.note([(key("web"), 7, UnixMillis(1)), (key("db"), 7, UnixMillis(2))]);
-        mirror_progress.note([(key("web"), 8, UnixMillis(3))]);
+        mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1)), (key("db"), 7, UnixMillis(2))]);
+        mirror_progress.mark_dirty([(key("web"), 8, UnixMillis(3))]);
         assert_eq!(mirror_progress.take_dirty().now_or_never(), Some(vec![key("web"), key("db")]));
         assert_eq!(mirror_progress.take_dirty().now_or_never(), None);
         assert_eq!(mirror_progress.lag(), MirrorLag { services: 2, since: Some(UnixMillis(1)) });
@@ -187,7 +191,7 @@ mod tests {
         let mut eight = Box::pin(mirror_progress.confirmed(&key("web"), 8));
         assert!(mirror_progress.confirm(&key("web"), 7));
         assert_eq!((seven.as_mut().now_or_never(), eight.as_mut().now_or_never()), (Some(()), None));
-        mirror_progress.note([(key("web"), 9, UnixMillis(4))]);
+        mirror_progress.mark_dirty([(key("web"), 9, UnixMillis(4))]);
         assert_eq!(mirror_progress.take_dirty().now_or_never(), Some(vec![key("web")]));
         assert!(mirror_progress.confirm(&key("web"), 9));
         assert_eq!(eight.now_or_never(), Some(()));
@@ -197,9 +201,9 @@ mod tests {
     }
 
     #[test]
-    fn whoever_gave_up_is_forgotten_and_whoever_waits_is_not() {
+    fn cancelled_waiters_are_dropped_and_others_stay() {
         let mirror_progress = MirrorProgress::new(true);
-        mirror_progress.note([(key("web"), 7, UnixMillis(1))]);
+        mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1))]);
         let mut patient = Vec::new();
         for n in 0..10_000 {
             let waits = Box::pin(mirror_progress.confirmed(&key("web"), 7));
@@ -207,16 +211,16 @@ mod tests {
                 patient.push(waits);
             }
         }
-        let held = mirror_progress.lock().services[&key("web")].waiting.len();
+        let held = mirror_progress.lock().services[&key("web")].waiters.len();
         assert!((100..1_000).contains(&held), "{held} are held for {} who wait", patient.len());
         assert!(mirror_progress.confirm(&key("web"), 7));
         assert!(patient.into_iter().all(|waits| waits.now_or_never() == Some(())));
     }
 
     #[test]
-    fn without_a_mirror_nothing_is_behind() {
+    fn nothing_is_behind_without_a_mirror() {
         let mirror_progress = MirrorProgress::new(false);
-        mirror_progress.note([(key("web"), 7, UnixMillis(1))]);
+        mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1))]);
         assert_eq!(mirror_progress.confirmed(&key("web"), 7).now_or_never(), Some(()));
         assert_eq!(mirror_progress.lag(), MirrorLag::default());
     }

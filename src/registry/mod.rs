@@ -1,19 +1,35 @@
 //! The registry: the one place where anything changes.
 //!
-//! Everyone who wants a change hands [`Command`]s to the [`RegistryHandle`]; one writer takes all
-//! that wait as one batch and makes it durable, then visible, then acknowledged, in this order.
-//! Readers use the [`Catalog`] and the [`Feed`] and never wait for the writer.
+//! Whoever wants a change submits [`Command`]s to the [`RegistryHandle`]. One writer takes all that
+//! wait as one batch and makes it durable, then visible, then acknowledged, in this order. Readers
+//! use the [`Catalog`] and never wait for the writer.
 //!
-//! A mirror, where there is one, tells the registry what Kubernetes says ([`ClusterFact`]), gives it what
-//! the EndpointSlices held at the start ([`Restored`]), learns from [`MirrorProgress`] what it has to
-//! write, and reports what is written. The registry knows no more of Kubernetes than that.
+//! Those who follow changes have two ways to, because they need different things:
+//!
+//! - The change feed ([`Feed`]) has every change, in order of generation. It is bounded: a reader
+//!   that falls behind gets an error and begins again. gRPC's watches read it.
+//! - The mirror's dirty set ([`MirrorProgress`]) has the services that Kubernetes is behind with,
+//!   each once however often it changed, like a work queue of client-go. It never overflows, knows
+//!   no order, and says nothing of what changed: the mirror reads that from the catalog. It also
+//!   knows who waits until Kubernetes has a change, so the writer marks a service before it answers.
+//!
+//! Only the [`Applier`](apply::Applier) tells either of a change, after the catalog has it.
+//!
+//! A mirror, where there is one, tells the registry what Kubernetes says ([`ClusterFact`]) and what
+//! the EndpointSlices held at the start ([`KubernetesState`]), and reports what it has written. The
+//! registry knows no more of Kubernetes than that.
 
+mod apply;
 mod catalog;
 mod cluster_facts;
+mod commit;
+mod decide;
 mod feed;
 mod mirror_progress;
+mod mirror_records;
+mod recover;
 mod restore;
-mod state;
+mod staged;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -27,56 +43,57 @@ pub use catalog::Catalog;
 pub use cluster_facts::{ClusterFact, KubernetesRefusal, NamespacePolicy};
 pub use feed::{Batch, Event, Feed, Lagged, Subscription};
 pub use mirror_progress::{MirrorLag, MirrorProgress};
-pub use restore::Restored;
+pub use recover::{Options, Unrecovered, new};
+pub use restore::KubernetesState;
 pub use status::{Phase, Status};
-pub use writer::{Options, Unrecovered, Writer, new};
+pub use writer::Writer;
 
 use crate::model::{Address, Instance, InstanceId, PortSet, ServiceKey, UnixMillis};
 
 /// Most commands in one submission.
 pub const MAX_COMMANDS: usize = 1024;
 
-/// Submissions that may wait for the writer; a sender beyond that waits for a place.
-const QUEUE: usize = 1024;
+/// Messages that may wait for the writer; further senders wait.
+const QUEUE_LEN: usize = 1024;
 
 /// Something to change.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Command {
     /// Adds the instance, or replaces the attributes of the one with the same identity.
     Register {
-        /// Under this service.
+        /// The service that it is, or will be, an instance of.
         service: ServiceKey,
-        /// The instance as it should be.
+        /// With all attributes; none is merged with those of an earlier registration.
         instance: Arc<Instance>,
     },
     /// Removes an instance.
     Unregister {
-        /// Under this service.
+        /// The service of the instance.
         service: ServiceKey,
-        /// At this address.
+        /// The address of the instance.
         address: Address,
-        /// With these ports; without any, every instance of the address.
+        /// The ports of the instance; empty for every instance of the address.
         ports: PortSet,
     },
     /// Sets whether an instance is served. Not journaled: after a restart it is ready.
     SetReady {
-        /// Under this service.
+        /// The service of the instance.
         service: ServiceKey,
-        /// Which one.
+        /// The instance.
         id: InstanceId,
-        /// Whether it is served.
+        /// Whether DNS serves it.
         ready: bool,
     },
 }
 
-/// What became of one command.
+/// The result of one command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     /// A new instance.
     Created,
-    /// It was there; its attributes were replaced.
+    /// The instance was registered already; its attributes were replaced.
     Updated,
-    /// It was there just so.
+    /// The instance was registered already with the same attributes.
     Unchanged,
     /// This many instances were removed.
     Removed(usize),
@@ -84,10 +101,10 @@ pub enum Outcome {
     NotFound,
     /// The server holds as many instances as it may.
     Full {
-        /// How many that is.
+        /// [`Options::max_instances`].
         limit: usize,
     },
-    /// Kubernetes has no place for it.
+    /// It could not be mirrored.
     Refused(KubernetesRefusal),
 }
 
@@ -100,13 +117,13 @@ pub struct Ack {
     pub outcomes: Vec<Outcome>,
 }
 
-/// Why the registry takes nothing now. A client may try again.
+/// Why the registry accepts nothing now. A client may try again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Unavailable {
-    /// Not recovered yet, or what Kubernetes holds is not read yet.
+    /// The store, or what Kubernetes holds, is not read yet.
     #[error("not ready: the server is still loading; try again")]
     NotReady,
-    /// On its way out.
+    /// The process is about to end.
     #[error("the server is shutting down; try again")]
     ShuttingDown,
     /// A write or sync failed. Nothing is acknowledged until a restart.
@@ -116,25 +133,28 @@ pub enum Unavailable {
 
 /// What waits for the writer.
 #[derive(Debug)]
-enum Work {
-    Commands(Submission),
-    ClusterFacts(Vec<ClusterFact>),
-    Restore(Restored, oneshot::Sender<u64>),
+enum WriterMessage {
+    Submit(Submission),
+    Learn(Vec<ClusterFact>),
+    Restore(KubernetesState, oneshot::Sender<u64>),
     Mirrored(Vec<(ServiceKey, u64)>),
 }
 
-/// Commands, and who waits for what becomes of them.
+/// Where the answer to a submission goes.
+type Reply = oneshot::Sender<Result<Ack, Unavailable>>;
+
+/// Commands, and who waits for their outcomes.
 #[derive(Debug)]
 struct Submission {
     commands: Vec<Command>,
     received: UnixMillis,
-    reply: oneshot::Sender<Result<Ack, Unavailable>>,
+    reply: Reply,
 }
 
 /// The only way to change anything. Clones are cheap and share one bounded queue.
 #[derive(Debug, Clone)]
 pub struct RegistryHandle {
-    queue: mpsc::Sender<Work>,
+    queue: mpsc::Sender<WriterMessage>,
     catalog: Arc<Catalog>,
     feed: Arc<Feed>,
     status: Status,
@@ -142,72 +162,72 @@ pub struct RegistryHandle {
 }
 
 impl RegistryHandle {
-    /// Hands in at most [`MAX_COMMANDS`] commands, waiting for a place in the queue. The answer
-    /// is a future of its own, so that more can be handed in meanwhile. Once handed in, the
-    /// commands are carried out even if nobody waits any more.
+    /// Submits at most [`MAX_COMMANDS`] commands; waits while the queue is full. Returns a second
+    /// future for the answer, so that more can be submitted meanwhile. Once submitted, the commands
+    /// are carried out even if that future is dropped.
     ///
     /// # Errors
-    /// When the registry takes nothing now; nothing changes then.
+    /// When the registry accepts nothing now; nothing changes then.
     pub async fn submit(
         &self,
         commands: Vec<Command>,
     ) -> Result<impl Future<Output = Result<Ack, Unavailable>> + Send + use<>, Unavailable> {
-        debug_assert!(commands.len() <= MAX_COMMANDS, "the caller cuts submissions");
+        debug_assert!(commands.len() <= MAX_COMMANDS, "the caller splits submissions");
         self.status.accepting()?;
         let (reply, answer) = oneshot::channel();
         let submission = Submission { commands, received: UnixMillis::now(), reply };
         let status = self.status.clone();
-        self.queue.send(Work::Commands(submission)).await.map_err(|_| status.refusal())?;
+        self.queue.send(WriterMessage::Submit(submission)).await.map_err(|_| status.refusal())?;
         Ok(async move { answer.await.unwrap_or_else(|_| Err(status.refusal())) })
     }
 
-    /// Tells what Kubernetes says. What is told in one call holds for everything that is
-    /// submitted afterwards.
+    /// Tells the registry what Kubernetes says. When the call returns, the facts hold for
+    /// everything that is submitted afterwards.
     ///
     /// # Errors
-    /// When the registry is gone.
+    /// When the writer has ended.
     pub async fn learn(&self, facts: Vec<ClusterFact>) -> Result<(), Unavailable> {
-        self.queue.send(Work::ClusterFacts(facts)).await.map_err(|_| self.status.refusal())
+        self.queue.send(WriterMessage::Learn(facts)).await.map_err(|_| self.status.refusal())
     }
 
-    /// Gives what all EndpointSlices of ours hold, once after each start; until then, or until it
-    /// was waited for long enough, nothing is accepted. Gives back the term under which slices are
-    /// written from now on, after the registry holds what it should.
+    /// Tells the registry what all EndpointSlices of ours hold, once after each start; until then,
+    /// or until a timeout where the store has been compared before, nothing is accepted. Returns
+    /// once the comparison is applied, with the term under which slices are written from now on.
     ///
     /// # Errors
-    /// When the registry is gone, or cannot write its journal.
-    pub async fn restore(&self, restored: Restored) -> Result<u64, Unavailable> {
+    /// When the writer has ended, or cannot write its journal.
+    pub async fn restore(&self, restored: KubernetesState) -> Result<u64, Unavailable> {
         let (reply, term) = oneshot::channel();
-        self.queue.send(Work::Restore(restored, reply)).await.map_err(|_| self.status.refusal())?;
+        self.queue.send(WriterMessage::Restore(restored, reply)).await.map_err(|_| self.status.refusal())?;
         term.await.map_err(|_| self.status.refusal())
     }
 
-    /// Kubernetes has everything of each service up to its generation: whoever waits for it is
-    /// told at once, and the store some time later.
+    /// Kubernetes has everything of each service up to its generation. Whoever waits for that is
+    /// told at once; the journal has it about a second later.
     ///
     /// # Errors
-    /// When the registry is gone.
+    /// When the writer has ended.
     pub async fn mirrored(&self, mut services: Vec<(ServiceKey, u64)>) -> Result<(), Unavailable> {
         services.retain(|(service, generation)| self.mirror_progress.confirm(service, *generation));
         if services.is_empty() {
             return Ok(());
         }
-        self.queue.send(Work::Mirrored(services)).await.map_err(|_| self.status.refusal())
+        self.queue.send(WriterMessage::Mirrored(services)).await.map_err(|_| self.status.refusal())
     }
 
-    /// What Kubernetes does not have yet.
+    /// What Kubernetes does not have yet, and who waits for it.
     #[must_use]
     pub fn mirror_progress(&self) -> &Arc<MirrorProgress> {
         &self.mirror_progress
     }
 
-    /// What is registered.
+    /// What is registered, for readers.
     #[must_use]
     pub fn catalog(&self) -> &Arc<Catalog> {
         &self.catalog
     }
 
-    /// What changes.
+    /// Every change, for readers that follow.
     #[must_use]
     pub fn feed(&self) -> &Arc<Feed> {
         &self.feed

@@ -1,11 +1,11 @@
-//! What stands after a start with Kubernetes: the store's word, the EndpointSlices' word, and which
-//! of them is newer.
+//! What is registered after a start with Kubernetes: the state of the store, that of the
+//! EndpointSlices, and which of them is newer.
 //!
 //! Every data directory writes to Kubernetes under a term of its own, one above every term that it
 //! found there. So a directory whose term no slice exceeds has seen everything that the slices
-//! have, and more: its word stands, and the mirror puts the slices right. Otherwise somebody else
-//! wrote since (or the directory is new): then the slices stand, with the outbox laid over them,
-//! which is what this directory has acknowledged and Kubernetes was never seen to have.
+//! have, and more: the stored state counts, and the mirror corrects the slices. Otherwise somebody
+//! else wrote since (or the directory is new): then the slices count, with the outbox laid over
+//! them, which is what this directory has acknowledged and Kubernetes was never seen to have.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -20,14 +20,14 @@ use crate::{
 
 /// What the slices hold, from one complete list.
 #[derive(Debug, Default)]
-pub struct Restored {
+pub struct KubernetesState {
     /// The highest term on any slice; 0 without slices.
     pub term: u64,
-    /// What passed the door, by service.
+    /// The valid instances, by service.
     pub services: Vec<(ServiceKey, Vec<Arc<Instance>>)>,
 }
 
-/// What the store knows that matters for it.
+/// What the store holds beside the instances.
 #[derive(Debug, Default)]
 pub(super) struct LocalState {
     /// The term of the data directory; 0 when it never wrote to Kubernetes.
@@ -43,7 +43,7 @@ impl LocalState {
         all.into_iter().map(|(service, _)| service).chain(self.outbox.iter().filter_map(service_of))
     }
 
-    /// Adds what is acknowledged meanwhile; gives back the services that it is about.
+    /// Adds what a batch journals before the comparison. Returns the services that it is about.
     pub(super) fn add(&mut self, records: &[Record]) -> HashSet<ServiceKey> {
         self.outbox.extend_from_slice(records);
         records.iter().filter_map(service_of).collect()
@@ -57,41 +57,41 @@ fn service_of(record: &Record) -> Option<ServiceKey> {
     }
 }
 
-/// What becomes of it.
+/// What a comparison comes to.
 #[derive(Debug, Default)]
-pub(super) struct Verdict {
-    /// Under which the slices are written from now on.
+pub(super) struct Comparison {
+    /// The term under which the slices are written from now on.
     pub(super) term: u64,
-    /// What the store has to learn, the term among it.
+    /// What has to change here, and the term where it is a new one.
     pub(super) records: Vec<Record>,
 }
 
-/// Decides; `catalog` is everything that the registry holds now.
-pub(super) fn decide(origin: &LocalState, restored: Restored, catalog: &[(ServiceKey, Service)]) -> Verdict {
-    if origin.term != 0 && origin.term >= restored.term {
-        return Verdict { term: origin.term, records: Vec::new() };
+/// Decides which state counts; `catalog` is everything that is registered now.
+pub(super) fn compare(local: &LocalState, held: KubernetesState, catalog: &[(ServiceKey, Service)]) -> Comparison {
+    if local.term != 0 && local.term >= held.term {
+        return Comparison { term: local.term, records: Vec::new() };
     }
-    let term = restored.term.saturating_add(1);
+    let term = held.term.saturating_add(1);
     let mut wanted: HashMap<ServiceKey, CowTree<Arc<Instance>>> = HashMap::new();
-    for (service, instances) in restored.services {
-        let table = wanted.entry(service).or_default();
-        instances.into_iter().for_each(|instance| drop(table.put(instance)));
+    for (service, instances) in held.services {
+        let tree = wanted.entry(service).or_default();
+        instances.into_iter().for_each(|instance| drop(tree.put(instance)));
     }
-    if origin.term == 0 {
-        // It never wrote to Kubernetes: whatever it holds is not there.
-        for (service, held) in catalog {
-            let table = wanted.entry(service.clone()).or_default();
-            held.instances.iter().for_each(|instance| drop(table.put(Arc::clone(instance))));
+    if local.term == 0 {
+        // The directory never wrote to Kubernetes, so what it holds is not there.
+        for (service, registered) in catalog {
+            let tree = wanted.entry(service.clone()).or_default();
+            registered.instances.iter().for_each(|instance| drop(tree.put(Arc::clone(instance))));
         }
     }
-    for record in &origin.outbox {
+    for record in &local.outbox {
         match record {
             Record::Put { service, instance } => {
                 wanted.entry(service.clone()).or_default().put(Arc::clone(instance));
             }
             Record::Remove { service, id } => {
-                if let Some(table) = wanted.get_mut(service) {
-                    table.remove(&InstanceKey::from(id));
+                if let Some(tree) = wanted.get_mut(service) {
+                    tree.remove(&InstanceKey::from(id));
                 }
             }
             Record::Mirrored { .. } | Record::Term { .. } => {}
@@ -99,7 +99,7 @@ pub(super) fn decide(origin: &LocalState, restored: Restored, catalog: &[(Servic
     }
     let mut records = differences(&wanted, catalog);
     records.push(Record::Term { term });
-    Verdict { term, records }
+    Comparison { term, records }
 }
 
 /// What leads from `catalog` to `wanted`.
@@ -134,8 +134,8 @@ mod tests {
     }
 
     fn instance(address: &str, weight: f32) -> Arc<Instance> {
-        let spec = InstanceSpec { address: address.into(), weight: Some(weight), ..InstanceSpec::default() };
-        Arc::new(VALIDATOR.instance(&web(), &spec, UnixMillis(1)).expect("valid"))
+        let draft = InstanceSpec { address: address.into(), weight: Some(weight), ..InstanceSpec::default() };
+        Arc::new(VALIDATOR.instance(&web(), &draft, UnixMillis(1)).expect("valid"))
     }
 
     fn put(address: &str, weight: f32) -> Record {
@@ -147,9 +147,9 @@ mod tests {
         Record::Remove { service: web(), id: InstanceId { address, ports } }
     }
 
-    fn slices(term: u64, held: &[(&str, f32)]) -> Restored {
+    fn slices(term: u64, held: &[(&str, f32)]) -> KubernetesState {
         let instances = held.iter().map(|(address, weight)| instance(address, *weight)).collect();
-        Restored { term, services: vec![(web(), instances)] }
+        KubernetesState { term, services: vec![(web(), instances)] }
     }
 
     fn catalog(held: &[(&str, f32)]) -> Vec<(ServiceKey, Service)> {
@@ -158,43 +158,43 @@ mod tests {
         vec![(web(), service)]
     }
 
-    fn origin(term: u64, outbox: Vec<Record>) -> LocalState {
+    fn local(term: u64, outbox: Vec<Record>) -> LocalState {
         LocalState { term, outbox }
     }
 
     #[test]
-    fn a_directory_that_wrote_last_is_believed() {
+    fn stored_state_counts_when_this_directory_wrote_last() {
         // Somebody took 10.0.0.2 out of the slice by hand, and a removal was not written yet.
         let held = slices(3, &[("10.0.0.1", 1.0), ("10.0.0.9", 1.0)]);
-        let origin = origin(3, vec![remove("10.0.0.9")]);
-        let verdict = decide(&origin, held, &catalog(&[("10.0.0.1", 1.0), ("10.0.0.2", 1.0)]));
-        assert_eq!((verdict.term, verdict.records), (3, vec![]));
+        let local = local(3, vec![remove("10.0.0.9")]);
+        let comparison = compare(&local, held, &catalog(&[("10.0.0.1", 1.0), ("10.0.0.2", 1.0)]));
+        assert_eq!((comparison.term, comparison.records), (3, vec![]));
     }
 
     #[test]
-    fn an_empty_directory_takes_what_the_slices_hold_under_a_term_of_its_own() {
-        let verdict = decide(&origin(0, vec![]), slices(3, &[("10.0.0.1", 2.0)]), &[]);
-        assert_eq!(verdict.term, 4);
-        assert_eq!(verdict.records, [put("10.0.0.1", 2.0), Record::Term { term: 4 }]);
+    fn empty_directory_takes_what_the_slices_hold_under_a_new_term() {
+        let comparison = compare(&local(0, vec![]), slices(3, &[("10.0.0.1", 2.0)]), &[]);
+        assert_eq!(comparison.term, 4);
+        assert_eq!(comparison.records, [put("10.0.0.1", 2.0), Record::Term { term: 4 }]);
     }
 
     #[test]
-    fn a_directory_that_never_wrote_lays_all_it_holds_over_the_slices() {
+    fn directory_without_a_term_lays_all_it_holds_over_the_slices() {
         let held = slices(0, &[("10.0.0.1", 2.0), ("10.0.0.2", 1.0)]);
-        let verdict = decide(&origin(0, vec![]), held, &catalog(&[("10.0.0.1", 5.0), ("10.0.0.3", 1.0)]));
-        assert_eq!(verdict.records, [put("10.0.0.2", 1.0), Record::Term { term: 1 }]);
+        let comparison = compare(&local(0, vec![]), held, &catalog(&[("10.0.0.1", 5.0), ("10.0.0.3", 1.0)]));
+        assert_eq!(comparison.records, [put("10.0.0.2", 1.0), Record::Term { term: 1 }]);
     }
 
     #[test]
-    fn an_old_directory_yields_to_the_slices_but_for_its_outbox() {
-        // Since then somebody else removed .2, added .3 and changed .1; never written were the
-        // change of .4, the removal of .5 and the registration of .6.
+    fn slices_count_over_an_older_directory_except_for_its_outbox() {
+        // Since then somebody else removed .2, added .3 and changed .1; the outbox still has
+        // the change of .4, the removal of .5 and the registration of .6.
         let held = slices(7, &[("10.0.0.1", 9.0), ("10.0.0.3", 1.0), ("10.0.0.4", 1.0), ("10.0.0.5", 1.0)]);
-        let origin = origin(3, vec![put("10.0.0.4", 4.0), remove("10.0.0.5"), put("10.0.0.6", 1.0)]);
+        let local = local(3, vec![put("10.0.0.4", 4.0), remove("10.0.0.5"), put("10.0.0.6", 1.0)]);
         let had = [("10.0.0.1", 1.0), ("10.0.0.2", 1.0), ("10.0.0.4", 4.0), ("10.0.0.6", 1.0)];
-        let verdict = decide(&origin, held, &catalog(&had));
-        assert_eq!(verdict.term, 8);
+        let comparison = compare(&local, held, &catalog(&had));
+        assert_eq!(comparison.term, 8);
         let wanted = [remove("10.0.0.2"), put("10.0.0.1", 9.0), put("10.0.0.3", 1.0), Record::Term { term: 8 }];
-        assert_eq!(verdict.records, wanted);
+        assert_eq!(comparison.records, wanted);
     }
 }

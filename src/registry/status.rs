@@ -1,4 +1,4 @@
-//! Whether registrations are accepted, and why not: what readiness, gRPC health and refusals go by.
+//! Whether registrations are accepted, and why not. Readiness, gRPC health and refusals follow it.
 
 use std::sync::Arc;
 
@@ -6,16 +6,16 @@ use tokio::sync::watch;
 
 use super::Unavailable;
 
-/// Where the registry stands.
+/// The phases of a registry's life.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Phase {
     /// What is stored is being read; DNS does not answer from it yet.
     Recovering,
     /// What is stored is served; what Kubernetes holds is being read.
     Restoring,
-    /// All is well.
+    /// Registrations are accepted.
     Ready,
-    /// A write or sync failed, as said here. DNS goes on with what it has.
+    /// A write or sync failed with this error. DNS goes on with what it has.
     StorageFailed(Arc<str>),
     /// The process is about to end; DNS answers until the drain time is over.
     Draining,
@@ -30,7 +30,7 @@ impl Status {
         Self(watch::Sender::new(Phase::Recovering))
     }
 
-    /// Where the registry stands now.
+    /// The current phase.
     #[must_use]
     pub fn phase(&self) -> Phase {
         self.0.borrow().clone()
@@ -49,31 +49,31 @@ impl Status {
 
     pub(super) fn ready(&self) {
         self.0.send_if_modified(|phase| {
-            let recovered = matches!(phase, Phase::Recovering | Phase::Restoring);
-            if recovered {
+            let loading = matches!(phase, Phase::Recovering | Phase::Restoring);
+            if loading {
                 *phase = Phase::Ready;
             }
-            recovered
+            loading
         });
     }
 
     pub(super) fn restoring(&self) {
         self.0.send_if_modified(|phase| {
-            let recovered = *phase == Phase::Recovering;
-            if recovered {
+            let recovering = *phase == Phase::Recovering;
+            if recovering {
                 *phase = Phase::Restoring;
             }
-            recovered
+            recovering
         });
     }
 
     pub(super) fn storage_failed(&self, err: &str) {
         self.0.send_if_modified(|phase| {
-            let news = matches!(phase, Phase::Recovering | Phase::Restoring | Phase::Ready);
-            if news {
+            let working = matches!(phase, Phase::Recovering | Phase::Restoring | Phase::Ready);
+            if working {
                 *phase = Phase::StorageFailed(err.into());
             }
-            news
+            working
         });
     }
 
@@ -86,7 +86,7 @@ impl Status {
         }
     }
 
-    /// Why the writer gave no answer: it is gone, so the phase cannot be [`Phase::Ready`] for long.
+    /// Why the writer did not answer. The writer is gone, so [`Phase::Ready`] is about to end.
     pub(super) fn refusal(&self) -> Unavailable {
         self.accepting().err().unwrap_or(Unavailable::ShuttingDown)
     }
@@ -94,7 +94,7 @@ impl Status {
 
 #[cfg(test)]
 impl Status {
-    /// A registry that stands at `phase`, for tests of those who read it.
+    /// A registry in `phase`, for tests of those who read it.
     pub(crate) fn at(phase: Phase) -> Self {
         Self(watch::Sender::new(phase))
     }

@@ -1,5 +1,4 @@
-//! The registry from its handle to its journal: what waits is one batch, and whatever is asked of
-//! it in whatever batches, a plain map says the same.
+//! The registry from its handle to its journal, compared with a model that is a plain map.
 
 use std::collections::BTreeMap;
 
@@ -18,15 +17,15 @@ use crate::{
 
 const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
-/// A registry on a directory, whose writer works only when it is told to.
-struct World {
+/// A registry on a directory, whose writer runs only when a test calls it.
+struct TestRegistry {
     handle: RegistryHandle,
     writer: Writer,
     metrics: Arc<Metrics>,
     runtime: Runtime,
 }
 
-impl World {
+impl TestRegistry {
     fn on(dir: &TempDir, max_instances: usize) -> Self {
         let metrics = Arc::new(Metrics::new());
         let (handle, unrecovered) = new(super::Options { max_instances, kubernetes: None }, Arc::clone(&metrics));
@@ -41,8 +40,9 @@ impl World {
         Self { handle, writer, metrics, runtime }
     }
 
-    /// Hands all of them in, lets the writer work them off, and gives what it answered. It is over then.
-    fn carry_out(self, submissions: Vec<Vec<Command>>) -> (Vec<Ack>, Arc<Catalog>, Arc<Metrics>) {
+    /// Submits all of them, runs the writer until it has answered, and returns the answers. The
+    /// writer has ended then.
+    fn run_with(self, submissions: Vec<Vec<Command>>) -> (Vec<Ack>, Arc<Catalog>, Arc<Metrics>) {
         let Self { handle, writer, metrics, runtime } = self;
         let acked = runtime.block_on(async {
             let mut acked = Vec::new();
@@ -53,7 +53,7 @@ impl World {
         });
         let stop = CancellationToken::new();
         stop.cancel();
-        // What waits is carried out before it ends.
+        // The writer answers what waits before it ends.
         writer.run(runtime.handle(), &stop);
         let acks = runtime.block_on(futures::future::join_all(acked));
         let acks = acks.into_iter().map(|ack| ack.expect("carried out")).collect();
@@ -86,13 +86,13 @@ fn syncs(metrics: &Metrics) -> u64 {
 }
 
 #[test]
-fn what_waits_is_one_batch_with_one_sync_and_one_generation() {
+fn waiting_submissions_are_one_batch_with_one_sync_and_one_generation() {
     let dir = tempfile::tempdir().expect("a directory");
-    let world = World::on(&dir, 1_000_000);
-    let before = world.writer.generation();
-    let synced = syncs(&world.metrics);
+    let registry = TestRegistry::on(&dir, 1_000_000);
+    let before = registry.writer.generation();
+    let synced = syncs(&registry.metrics);
     let submissions = (0..100).map(|n| vec![register("web", &format!("10.0.0.{n}"), 80, 1.0)]).collect();
-    let (acks, catalog, metrics) = world.carry_out(submissions);
+    let (acks, catalog, metrics) = registry.run_with(submissions);
     assert!(acks.iter().all(|ack| *ack == Ack { generation: before + 1, outcomes: vec![Outcome::Created] }));
     assert_eq!(catalog.instances(), 100);
     let text = scrape(&metrics);
@@ -103,13 +103,13 @@ fn what_waits_is_one_batch_with_one_sync_and_one_generation() {
 }
 
 #[test]
-fn the_same_again_writes_nothing_and_makes_no_generation() {
+fn unchanged_registration_writes_nothing_and_makes_no_generation() {
     let dir = tempfile::tempdir().expect("a directory");
     let same = || vec![register("web", "10.0.0.1", 80, 1.0)];
-    World::on(&dir, 10).carry_out(vec![same()]);
-    let world = World::on(&dir, 10);
-    let (before, synced) = (world.writer.generation(), syncs(&world.metrics));
-    let (acks, _, metrics) = world.carry_out(vec![same(), same()]);
+    TestRegistry::on(&dir, 10).run_with(vec![same()]);
+    let registry = TestRegistry::on(&dir, 10);
+    let (before, synced) = (registry.writer.generation(), syncs(&registry.metrics));
+    let (acks, _, metrics) = registry.run_with(vec![same(), same()]);
     assert!(acks.iter().all(|ack| *ack == Ack { generation: before, outcomes: vec![Outcome::Unchanged] }));
     assert_eq!(syncs(&metrics), synced + AT_THE_END, "there is nothing to sync");
 }
@@ -159,7 +159,7 @@ fn held(catalog: &Catalog) -> Model {
 }
 
 #[test]
-fn whatever_is_asked_a_plain_map_says_the_same_and_so_does_a_restart() {
+fn random_commands_and_restarts_match_the_model() {
     const MOST: usize = 10;
     for seed in 0..40 {
         let mut rng = Rng::with_seed(seed);
@@ -167,9 +167,9 @@ fn whatever_is_asked_a_plain_map_says_the_same_and_so_does_a_restart() {
         let (mut model, mut generation) = (Model::new(), 0);
         // Each round is another process on the same directory.
         for round in 0..4 {
-            let world = World::on(&dir, MOST);
-            assert_eq!(held(&world.handle.catalog), model, "recovered, seed {seed} round {round}");
-            assert!(world.writer.generation() >= generation, "never back");
+            let registry = TestRegistry::on(&dir, MOST);
+            assert_eq!(held(&registry.handle.catalog), model, "recovered, seed {seed} round {round}");
+            assert!(registry.writer.generation() >= generation, "never back");
             let (mut submissions, mut expected) = (Vec::new(), Vec::new());
             for _ in 0..rng.usize(1..8) {
                 let steps: Vec<_> = (0..rng.usize(1..8)).map(|_| any_command(&mut rng, &mut model, MOST)).collect();
@@ -177,7 +177,7 @@ fn whatever_is_asked_a_plain_map_says_the_same_and_so_does_a_restart() {
                 submissions.push(commands);
                 expected.push(outcomes);
             }
-            let (acks, catalog, metrics) = world.carry_out(submissions);
+            let (acks, catalog, metrics) = registry.run_with(submissions);
             let outcomes: Vec<_> = acks.iter().map(|ack| ack.outcomes.clone()).collect();
             assert_eq!(outcomes, expected, "seed {seed} round {round}");
             assert_eq!(held(&catalog), model, "seed {seed} round {round}");
@@ -189,7 +189,7 @@ fn whatever_is_asked_a_plain_map_says_the_same_and_so_does_a_restart() {
 }
 
 /// A registry with a Kubernetes, whose writer waits for it.
-fn with_kubernetes(dir: &TempDir) -> (World, Arc<Zone>) {
+fn with_kubernetes(dir: &TempDir) -> (TestRegistry, Arc<Zone>) {
     let metrics = Arc::new(Metrics::new());
     let options =
         super::Options { max_instances: 1000, kubernetes: Some(NamespacePolicy { create_namespaces: false }) };
@@ -204,67 +204,67 @@ fn with_kubernetes(dir: &TempDir) -> (World, Arc<Zone>) {
     // One that drives its own timers: the writer only borrows it.
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().expect("a runtime");
-    (World { handle, writer, metrics, runtime }, zone)
+    (TestRegistry { handle, writer, metrics, runtime }, zone)
 }
 
 #[test]
-fn nothing_is_accepted_before_kubernetes_was_read_and_its_facts_count_from_then_on() {
+fn nothing_is_accepted_before_kubernetes_is_read_and_then_its_facts_count() {
     let dir = tempfile::tempdir().expect("a directory");
-    let (mut world, _) = with_kubernetes(&dir);
-    let submitted = world.runtime.block_on(world.handle.submit(vec![register("web", "10.0.0.1", 80, 1.0)]));
+    let (mut registry, _) = with_kubernetes(&dir);
+    let submitted = registry.runtime.block_on(registry.handle.submit(vec![register("web", "10.0.0.1", 80, 1.0)]));
     assert_eq!(submitted.err(), Some(Unavailable::NotReady));
 
     let facts = vec![ClusterFact::Namespace { name: "prod".into(), exists: true }, ClusterFact::NamespacesComplete];
-    world.runtime.block_on(world.handle.learn(facts)).expect("the registry is there");
+    registry.runtime.block_on(registry.handle.learn(facts)).expect("the registry is there");
     let Command::Register { service, instance } = register("web", "10.0.0.7", 80, 2.0) else { panic!("it registers") };
-    let restored = Restored { term: 41, services: vec![(service, vec![instance])] };
-    let handle = world.handle.clone();
+    let in_kubernetes = KubernetesState { term: 41, services: vec![(service, vec![instance])] };
+    let handle = registry.handle.clone();
     let restoring = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        runtime.block_on(handle.restore(restored))
+        runtime.block_on(handle.restore(in_kubernetes))
     });
     let stop = CancellationToken::new();
-    assert!(world.writer.await_restore(world.runtime.handle(), &stop), "it was not stopped");
+    assert!(registry.writer.await_restore(registry.runtime.handle(), &stop), "it was not stopped");
     assert_eq!(restoring.join().expect("no panic"), Ok(42));
-    assert_eq!(world.handle.catalog().instances(), 1);
-    assert_eq!(world.handle.mirror_progress().lag().services, 1, "the mirror has to look at it");
+    assert_eq!(registry.handle.catalog().instances(), 1);
+    assert_eq!(registry.handle.mirror_progress().lag().services, 1, "the mirror has to look at it");
 
     let elsewhere = VALIDATOR.service("stage", "web").expect("valid");
     let Command::Register { instance, .. } = register("web", "10.0.0.8", 80, 1.0) else { panic!("it registers") };
     let absent = Command::Register { service: elsewhere, instance };
-    let (acks, catalog, _) = world.carry_out(vec![vec![register("web", "10.0.0.8", 80, 1.0), absent]]);
+    let (acks, catalog, _) = registry.run_with(vec![vec![register("web", "10.0.0.8", 80, 1.0), absent]]);
     assert_eq!(acks[0].outcomes, [Outcome::Created, Outcome::Refused(KubernetesRefusal::NamespaceAbsent)]);
     assert_eq!(catalog.instances(), 2);
 
     // The same directory again has a term, and goes on alone where nobody answers.
-    let (mut world, _) = with_kubernetes(&dir);
-    assert_eq!(world.handle.status().phase(), Phase::Restoring);
-    assert!(world.writer.await_restore(world.runtime.handle(), &stop), "it was not stopped");
-    assert_eq!((world.handle.status().phase(), world.handle.catalog().instances()), (Phase::Ready, 2));
+    let (mut registry, _) = with_kubernetes(&dir);
+    assert_eq!(registry.handle.status().phase(), Phase::Restoring);
+    assert!(registry.writer.await_restore(registry.runtime.handle(), &stop), "it was not stopped");
+    assert_eq!((registry.handle.status().phase(), registry.handle.catalog().instances()), (Phase::Ready, 2));
 }
 
 /// Restores from `restored`, from another thread, while the writer waits for it.
-fn restore(world: &mut World, restored: Restored) -> u64 {
-    let handle = world.handle.clone();
+fn restore(registry: &mut TestRegistry, in_kubernetes: KubernetesState) -> u64 {
+    let handle = registry.handle.clone();
     let restoring = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        runtime.block_on(handle.restore(restored))
+        runtime.block_on(handle.restore(in_kubernetes))
     });
-    assert!(world.writer.await_restore(world.runtime.handle(), &CancellationToken::new()), "it was not stopped");
+    assert!(registry.writer.await_restore(registry.runtime.handle(), &CancellationToken::new()), "it was not stopped");
     restoring.join().expect("no panic").expect("the journal takes it")
 }
 
 #[test]
-fn what_others_have_is_served_beside_ours_and_is_nobodys_record() {
+fn foreign_endpoints_are_served_and_neither_journaled_nor_mirrored() {
     let dir = tempfile::tempdir().expect("a directory");
-    let (mut world, zone) = with_kubernetes(&dir);
-    assert_eq!(restore(&mut world, Restored::default()), 1);
-    let (generation, synced) = (world.writer.generation(), syncs(&world.metrics));
+    let (mut registry, zone) = with_kubernetes(&dir);
+    assert_eq!(restore(&mut registry, KubernetesState::default()), 1);
+    let (generation, synced) = (registry.writer.generation(), syncs(&registry.metrics));
     let Command::Register { service, instance } = register("web", "10.0.0.7", 80, 1.0) else { panic!("it registers") };
     let endpoints = ClusterFact::Endpoints { service, instances: vec![instance] };
-    world.runtime.block_on(world.handle.learn(vec![endpoints])).expect("the registry is there");
-    let (handle, metrics) = (world.handle.clone(), Arc::clone(&world.metrics));
-    world.carry_out(Vec::new());
+    registry.runtime.block_on(registry.handle.learn(vec![endpoints])).expect("the registry is there");
+    let (handle, metrics) = (registry.handle.clone(), Arc::clone(&registry.metrics));
+    registry.run_with(Vec::new());
     assert_eq!((zone.services(), handle.catalog().instances()), (1, 0));
     assert_eq!(handle.mirror_progress().lag().services, 0, "nothing to mirror");
     // So it does not matter to it whether the journal can be written.
@@ -272,29 +272,29 @@ fn what_others_have_is_served_beside_ours_and_is_nobodys_record() {
 }
 
 #[test]
-fn an_acknowledgement_holds_even_if_what_it_rests_on_gives_way() {
+fn unchanged_registration_survives_a_comparison_that_drops_the_stored_instance() {
     let dir = tempfile::tempdir().expect("a directory");
-    let (mut world, _) = with_kubernetes(&dir);
-    restore(&mut world, Restored::default());
+    let (mut registry, _) = with_kubernetes(&dir);
+    restore(&mut registry, KubernetesState::default());
     let (known, gone) = (register("web", "10.0.0.1", 80, 1.0), register("web", "10.0.0.2", 80, 1.0));
-    let (handle, service) = (world.handle.clone(), VALIDATOR.service("prod", "web").expect("valid"));
+    let (handle, service) = (registry.handle.clone(), VALIDATOR.service("prod", "web").expect("valid"));
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-    let mirrored = Work::Mirrored(vec![(service, world.writer.generation() + 1)]);
+    let mirrored = WriterMessage::Mirrored(vec![(service, registry.writer.generation() + 1)]);
     runtime.block_on(handle.queue.send(mirrored)).expect("it is there");
-    world.carry_out(vec![vec![known.clone(), gone]]);
+    registry.run_with(vec![vec![known.clone(), gone]]);
 
     // Nobody answers: it goes on alone, and the same is registered again. Meanwhile another
     // directory has written to Kubernetes.
-    let (mut world, _) = with_kubernetes(&dir);
-    assert!(world.writer.await_restore(world.runtime.handle(), &CancellationToken::new()));
-    let handle = world.handle.clone();
+    let (mut registry, _) = with_kubernetes(&dir);
+    assert!(registry.writer.await_restore(registry.runtime.handle(), &CancellationToken::new()));
+    let handle = registry.handle.clone();
     let Command::Register { service, instance } = register("db", "10.0.0.3", 80, 1.0) else { panic!("it registers") };
     let answer = runtime.block_on(handle.submit(vec![known])).expect("it is ready");
-    let restored = Restored { term: 7, services: vec![(service, vec![instance])] };
-    std::thread::spawn(move || world.writer.run(world.runtime.handle(), &CancellationToken::new()));
+    let in_kubernetes = KubernetesState { term: 7, services: vec![(service, vec![instance])] };
+    std::thread::spawn(move || registry.writer.run(registry.runtime.handle(), &CancellationToken::new()));
     assert_eq!(runtime.block_on(answer).map(|ack| ack.outcomes), Ok(vec![Outcome::Unchanged]));
     assert_eq!(handle.mirror_progress().lag().services, 1, "it is not in Kubernetes yet");
-    assert_eq!(runtime.block_on(handle.restore(restored)), Ok(8));
+    assert_eq!(runtime.block_on(handle.restore(in_kubernetes)), Ok(8));
     let held: Vec<_> = held(handle.catalog()).into_keys().map(|(service, address, _)| (service, address)).collect();
     assert_eq!(held, [("db".into(), "10.0.0.3".into()), ("web".into(), "10.0.0.1".into())]);
 }

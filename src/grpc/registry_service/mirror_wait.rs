@@ -30,7 +30,7 @@ pub(super) struct MirrorWait {
 impl MirrorWait {
     /// What `command`, which was read just now, will have to wait for.
     pub(super) fn of(command: &Command, registry: &RegistryHandle) -> Self {
-        if !registry.mirror_progress().are_awaited() {
+        if !registry.mirror_progress().is_mirrored() {
             return Self { wanted: None };
         }
         let service = match command {

@@ -91,7 +91,7 @@ impl Registry {
         let mut registry = Self::with(registry::Options { max_instances: 1_000_000, kubernetes: Some(rules) });
         registry.recover();
         registry.write();
-        let restored = registry.context.registry.restore(registry::Restored::default());
+        let restored = registry.context.registry.restore(registry::KubernetesState::default());
         assert_eq!(soon("the start", restored).await, Ok(1));
         registry
     }

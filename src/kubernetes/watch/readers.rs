@@ -21,7 +21,7 @@ use crate::{
     },
     metrics::KubernetesMetrics,
     model::{Instance, ServiceKey, Validator},
-    registry::{ClusterFact, RegistryHandle, Restored, Unavailable},
+    registry::{ClusterFact, KubernetesState, RegistryHandle, Unavailable},
 };
 
 /// Most lines in the log about endpoints that were skipped.
@@ -178,13 +178,13 @@ impl Found {
     }
 
     /// Each instance once, as the newest slice tells it.
-    fn restored(self) -> Restored {
+    fn restored(self) -> KubernetesState {
         let once = |(service, mut held): (ServiceKey, Vec<Stamped>)| {
             held.sort_by(|(one, a), (other, b)| a.key().cmp(&b.key()).then(other.cmp(one)));
             held.dedup_by(|(_, later), (_, first)| later.key() == first.key());
             (service, held.into_iter().map(|(_, instance)| instance).collect())
         };
-        Restored { term: self.term, services: self.services.into_iter().map(once).collect() }
+        KubernetesState { term: self.term, services: self.services.into_iter().map(once).collect() }
     }
 }
 
@@ -314,7 +314,7 @@ mod tests {
         add(Seen::Listed(gone));
         add(Seen::ListEnds("9".into()));
         assert_eq!((found.skipped, metrics.skipped_endpoints.get()), (1, 1));
-        let Restored { term, services } = found.restored();
+        let KubernetesState { term, services } = found.restored();
         assert_eq!(term, 3);
         let [(service, instances)] = &services[..] else { panic!("{services:?}") };
         assert_eq!(service.to_string(), "prod/web");

@@ -1,0 +1,160 @@
+//! Makes durable changes visible: in DNS, in the catalog, in the change feed, in this order.
+//!
+//! The applier knows nothing of where changes come from or of a journal. The writer drives it
+//! with batches that it has journaled; a follower will drive it with what it sees in a watch.
+//!
+//! Readers of the catalog and of the zone never see a generation of which a part is missing: the
+//! zone has a service before the catalog has it, and the catalog has all services of a generation
+//! before it says so. The feed and the mirror's dirty set come last, because whoever hears of a
+//! change reads the catalog at once.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use indexmap::IndexMap;
+
+use super::{Batch, Catalog, Event, Feed, MirrorProgress, staged::StagedChanges};
+use crate::{
+    metrics::Metrics,
+    model::{CowTree, Instance, InstanceChange, Service, ServiceKey, UnixMillis},
+    zone::{Publisher, ServiceChange},
+};
+
+/// The one who changes what readers see.
+#[derive(Debug)]
+pub(super) struct Applier {
+    publisher: Publisher,
+    catalog: Arc<Catalog>,
+    feed: Arc<Feed>,
+    mirror_progress: Arc<MirrorProgress>,
+    metrics: Arc<Metrics>,
+    /// What others have under Services that ours join. Served in DNS only.
+    foreign: HashMap<ServiceKey, CowTree<Arc<Instance>>>,
+}
+
+/// A generation that is visible, and that the feed does not have yet.
+#[derive(Debug)]
+#[must_use = "the feed has to be told"]
+pub(super) struct AppliedBatch {
+    generation: u64,
+    events: Vec<Event>,
+    durable: UnixMillis,
+    visible: UnixMillis,
+}
+
+impl AppliedBatch {
+    /// Instances that were added, changed or removed.
+    pub(super) fn changes(&self) -> usize {
+        self.events.len()
+    }
+}
+
+impl Applier {
+    pub(super) fn new(
+        publisher: Publisher,
+        catalog: Arc<Catalog>,
+        feed: Arc<Feed>,
+        mirror_progress: Arc<MirrorProgress>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self { publisher, catalog, feed, mirror_progress, metrics, foreign: HashMap::new() }
+    }
+
+    /// Fills an empty registry with what was stored, as `generation`. The feed begins after it:
+    /// none of this is a change.
+    pub(super) fn load<S>(&mut self, generation: u64, services: IndexMap<ServiceKey, Service, S>) {
+        self.catalog.reserve(services.len());
+        self.publisher.reserve(services.len(), services.values().flat_map(|service| &service.instances));
+        for (service, mut after) in services {
+            after.generation = generation;
+            let added = |instance: &Arc<_>| InstanceChange { before: None, after: Some(Arc::clone(instance)) };
+            let changes: Vec<InstanceChange> = after.instances.iter().map(added).collect();
+            let change = ServiceChange { service: &service, changes: &changes, after: &after, foreign: None };
+            self.publisher.publish(generation, &[change]);
+            self.catalog.set(service, after);
+        }
+        self.publisher.publish(generation, &[]);
+        self.catalog.set_generation(generation);
+        self.feed.start_after(generation);
+        self.metrics.registry.set_registered(self.catalog.len(), self.catalog.instances(), generation);
+    }
+
+    /// Makes the changes visible as `generation`. Must not be called before they are durable, at
+    /// `durable`. The caller passes the result to [`Applier::announce`].
+    pub(super) fn apply(&mut self, generation: u64, changes: StagedChanges, durable: UnixMillis) -> AppliedBatch {
+        let begun = Instant::now();
+        let StagedChanges { mut services, events, .. } = changes;
+        for staged in services.values_mut() {
+            staged.after.generation = generation;
+        }
+        let published: Vec<ServiceChange<'_>> = services
+            .iter()
+            .map(|(service, staged)| ServiceChange {
+                service,
+                changes: &staged.changes,
+                after: &staged.after,
+                foreign: self.foreign.get(service),
+            })
+            .collect();
+        self.publisher.publish(generation, &published);
+        for (service, staged) in services {
+            self.catalog.set(service, staged.after);
+        }
+        self.catalog.set_generation(generation);
+        // After the catalog: the mirror reads it as soon as it hears of the change.
+        self.mirror_progress.mark_dirty(events.iter().map(|event| (event.service.clone(), generation, event.received)));
+        let visible = UnixMillis::now();
+        self.metrics.registry.observe_publish(begun.elapsed());
+        for event in &events {
+            let took = Duration::from_millis(visible.0.saturating_sub(event.received.0));
+            self.metrics.registry.observe_programming(took);
+        }
+        AppliedBatch { generation, events, durable, visible }
+    }
+
+    /// Tells the feed of an applied batch whose registrants had their answers at `acknowledged`.
+    pub(super) fn announce(&self, applied: AppliedBatch, acknowledged: UnixMillis) {
+        let AppliedBatch { generation, events, durable, visible } = applied;
+        if !events.is_empty() {
+            self.feed.push(Batch { generation, events, durable, visible, acknowledged });
+        }
+    }
+
+    /// Serves `instances` of others beside what is registered under `service`, instead of those
+    /// served before. They are not registered: no generation, no journal, no mirror, and they go
+    /// on changing when the journal cannot be written.
+    pub(super) fn set_foreign_endpoints(&mut self, service: ServiceKey, instances: Vec<Arc<Instance>>) {
+        let mut tree = CowTree::default();
+        instances.into_iter().for_each(|instance| drop(tree.put(instance)));
+        let before = self.foreign.remove(&service).unwrap_or_default();
+        let changes = difference(&before, &tree);
+        if !changes.is_empty() {
+            // The catalog's state, not that of a batch that is being decided: that is published later.
+            let after = self.catalog.get(&service).unwrap_or_default();
+            let change = ServiceChange { service: &service, changes: &changes, after: &after, foreign: Some(&tree) };
+            self.publisher.publish(self.catalog.generation(), &[change]);
+        }
+        if !tree.is_empty() {
+            self.foreign.insert(service, tree);
+        }
+    }
+
+    /// Has DNS know that a namespace exists, or no longer. Must not be called twice with the same.
+    pub(super) fn set_namespace(&mut self, name: &str, exists: bool) {
+        self.publisher.set_namespace(name, exists);
+    }
+}
+
+/// The changes that lead from `before` to `after`.
+fn difference(before: &CowTree<Arc<Instance>>, after: &CowTree<Arc<Instance>>) -> Vec<InstanceChange> {
+    let removed = before.iter().filter(|old| after.get(&old.key()).is_none());
+    let removed = removed.map(|old| InstanceChange { before: Some(Arc::clone(old)), after: None });
+    let put = after.iter().filter_map(|new| {
+        let old = before.get(&new.key()).cloned();
+        (old.as_ref() != Some(new)).then(|| InstanceChange { before: old, after: Some(Arc::clone(new)) })
+    });
+    removed.chain(put).collect()
+}

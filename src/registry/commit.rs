@@ -1,0 +1,60 @@
+//! The journal's side of a batch: its records are durable before anything of it is applied.
+//!
+//! After one failure nothing is committed any more: what reached the disk is unknown, and a later
+//! sync that succeeds proves nothing. DNS goes on with what it has.
+
+use tracing::error;
+
+use super::{Status, Unavailable};
+use crate::store::{Journal, Record, StoreError};
+
+/// The one who writes the journal.
+#[derive(Debug)]
+pub(super) struct Committer {
+    journal: Journal,
+    status: Status,
+    /// The generation of the last batch.
+    generation: u64,
+}
+
+impl Committer {
+    /// `generation` is the one that is served.
+    pub(super) fn new(journal: Journal, status: Status, generation: u64) -> Self {
+        if let Err(err) = journal.usable() {
+            fail(&status, &err);
+        }
+        Self { journal, status, generation }
+    }
+
+    /// The generation of the last batch.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Refuses what could not be committed. Not even an answer that changes nothing is right then:
+    /// the catalog may be behind what the disk holds.
+    pub(super) fn usable(&self) -> Result<(), Unavailable> {
+        match self.status.accepting() {
+            Err(Unavailable::StorageFailed) => Err(Unavailable::StorageFailed),
+            _ => Ok(()),
+        }
+    }
+
+    /// Appends the records of a batch and syncs. With `changes` the batch is a new generation.
+    ///
+    /// # Errors
+    /// When the journal cannot be written, now or since before.
+    pub(super) fn commit(&mut self, records: &[Record], changes: bool) -> Result<(), Unavailable> {
+        let generation = self.generation + u64::from(changes);
+        self.journal.append(generation, records).map_err(|err| fail(&self.status, &err))?;
+        self.generation = generation;
+        Ok(())
+    }
+}
+
+fn fail(status: &Status, err: &StoreError) -> Unavailable {
+    let error = err as &dyn std::error::Error;
+    error!(error, "the journal cannot be written: registrations are refused, DNS goes on; fix the disk, then restart");
+    status.storage_failed(&err.to_string());
+    Unavailable::StorageFailed
+}

@@ -1,0 +1,270 @@
+//! The state machine: what a command changes and what its outcome is. Pure: no clock, no I/O, and
+//! nothing that a reader sees.
+//!
+//! Commands are checked against the catalog with the changes of the batch laid over it. The batch
+//! is then made durable and applied as a whole, or dropped as a whole; the catalog itself is
+//! never ahead of the journal.
+
+use std::{collections::HashSet, sync::Arc};
+
+use super::{Catalog, Command, NamespacePolicy, Outcome, cluster_facts::ClusterFacts, staged::StagedChanges};
+use crate::{
+    model::{Address, Instance, InstanceChange, InstanceId, InstanceKey, PortSet, Service, ServiceKey, UnixMillis},
+    store::Record,
+};
+
+/// All that the commands of one batch come to.
+#[derive(Debug, Default)]
+pub(super) struct DecidedBatch {
+    /// What the journal has to keep, in order. May be empty although something changes: readiness
+    /// is not journaled. May also be more than what changes, see [`Decider::comparison_is_over`].
+    pub(super) records: Vec<Record>,
+    pub(super) changes: StagedChanges,
+}
+
+impl DecidedBatch {
+    /// Whether there is nothing to journal and nothing to apply.
+    pub(super) fn is_empty(&self) -> bool {
+        self.changes.is_empty() && self.records.is_empty()
+    }
+}
+
+/// Decides commands of one batch after the other.
+#[derive(Debug)]
+pub(super) struct Decider {
+    catalog: Arc<Catalog>,
+    max_instances: usize,
+    facts: ClusterFacts,
+    /// Instances that were registered again, unchanged, and journaled for that. `None` once the
+    /// comparison with Kubernetes is over, or where there is none.
+    reregistered: Option<HashSet<(ServiceKey, InstanceId), foldhash::fast::RandomState>>,
+    batch: DecidedBatch,
+}
+
+impl Decider {
+    pub(super) fn new(catalog: Arc<Catalog>, max_instances: usize, policy: Option<NamespacePolicy>) -> Self {
+        let reregistered = policy.is_some().then(HashSet::default);
+        let facts = ClusterFacts::new(policy);
+        Self { catalog, max_instances, facts, reregistered, batch: DecidedBatch::default() }
+    }
+
+    /// What is registered will not give way to what Kubernetes holds any more: registering it again
+    /// needs no record from now on.
+    pub(super) fn comparison_is_over(&mut self) {
+        self.reregistered = None;
+    }
+
+    /// What registrations are checked against.
+    pub(super) fn facts(&mut self) -> &mut ClusterFacts {
+        &mut self.facts
+    }
+
+    /// Stages what the comparison at the start has decided, whatever the limit says: it was
+    /// accepted once.
+    pub(super) fn replay(&mut self, records: Vec<Record>, now: UnixMillis) {
+        for record in records {
+            match &record {
+                Record::Put { service, instance } => {
+                    let held = self.service(service);
+                    let before = held.as_ref().and_then(|held| held.instances.get(&instance.key()).cloned());
+                    let change = InstanceChange { before, after: Some(Arc::clone(instance)) };
+                    self.batch.changes.stage(service.clone(), held, change, now);
+                }
+                Record::Remove { service, id } => {
+                    let held = self.service(service);
+                    let before = held.as_ref().and_then(|held| held.instances.get(&InstanceKey::from(id)).cloned());
+                    self.batch.changes.stage(service.clone(), held, InstanceChange { before, after: None }, now);
+                }
+                Record::Mirrored { .. } | Record::Term { .. } => {}
+            }
+            self.batch.records.push(record);
+        }
+    }
+
+    /// Returns what was decided since the last call; the next batch begins.
+    pub(super) fn take(&mut self) -> DecidedBatch {
+        let DecidedBatch { records, changes } = &self.batch;
+        let next = DecidedBatch { records: Vec::with_capacity(records.len()), changes: changes.empty_alike() };
+        std::mem::replace(&mut self.batch, next)
+    }
+
+    /// Decides one command and stages what it changes.
+    pub(super) fn decide(&mut self, command: Command, received: UnixMillis) -> Outcome {
+        match command {
+            Command::Register { service, instance } => self.register(service, instance, received),
+            Command::Unregister { service, address, ports } => self.unregister(&service, address, ports, received),
+            Command::SetReady { service, id, ready } => self.set_ready(service, &id, ready, received),
+        }
+    }
+
+    fn register(&mut self, key: ServiceKey, instance: Arc<Instance>, received: UnixMillis) -> Outcome {
+        if let Some(err) = self.facts.refuse(&key) {
+            return Outcome::Refused(err);
+        }
+        let service = self.service(&key);
+        let before = service.as_ref().and_then(|service| service.instances.get(&instance.key()).cloned());
+        let (outcome, instance) = match &before {
+            None => {
+                if self.batch.changes.instances(&self.catalog) >= self.max_instances {
+                    return Outcome::Full { limit: self.max_instances };
+                }
+                (Outcome::Created, instance)
+            }
+            Some(before) if before.same_attributes(&instance) => {
+                // Before the comparison with Kubernetes the stored instance may still be removed, and
+                // this acknowledgement would go with it. A record keeps it. One is enough: a later
+                // change of the instance is journaled anyway.
+                if self.reregistered.as_mut().is_some_and(|seen| seen.insert((key.clone(), before.id()))) {
+                    self.batch.records.push(Record::Put { service: key, instance: Arc::clone(before) });
+                }
+                return Outcome::Unchanged;
+            }
+            Some(before) => {
+                // Readiness and the time of the first registration are the server's, not the registrant's.
+                let instance = Arc::unwrap_or_clone(instance);
+                let instance = instance.with_ready(before.ready()).with_registered(before.registered());
+                (Outcome::Updated, Arc::new(instance))
+            }
+        };
+        self.batch.records.push(Record::Put { service: key.clone(), instance: Arc::clone(&instance) });
+        self.batch.changes.stage(key, service, InstanceChange { before, after: Some(instance) }, received);
+        outcome
+    }
+
+    fn unregister(&mut self, key: &ServiceKey, address: Address, ports: PortSet, received: UnixMillis) -> Outcome {
+        let Some(service) = self.service(key) else { return Outcome::NotFound };
+        let found = if ports.as_slice().is_empty() {
+            service.at(&address)
+        } else {
+            let id = InstanceId { address, ports };
+            service.instances.get(&InstanceKey::from(&id)).cloned().into_iter().collect()
+        };
+        if found.is_empty() {
+            return Outcome::NotFound;
+        }
+        let removed = found.len();
+        for instance in found {
+            self.batch.records.push(Record::Remove { service: key.clone(), id: instance.id() });
+            self.batch.changes.stage(
+                key.clone(),
+                Some(service.clone()),
+                InstanceChange { before: Some(instance), after: None },
+                received,
+            );
+        }
+        Outcome::Removed(removed)
+    }
+
+    fn set_ready(&mut self, key: ServiceKey, id: &InstanceId, ready: bool, received: UnixMillis) -> Outcome {
+        let service = self.service(&key);
+        let found = service.as_ref().and_then(|service| service.instances.get(&InstanceKey::from(id)).cloned());
+        match found {
+            None => Outcome::NotFound,
+            Some(before) if before.ready() == ready => Outcome::Unchanged,
+            Some(before) => {
+                let after = Arc::new(Instance::clone(&before).with_ready(ready));
+                self.batch.changes.stage(
+                    key,
+                    service,
+                    InstanceChange { before: Some(before), after: Some(after) },
+                    received,
+                );
+                Outcome::Updated
+            }
+        }
+    }
+
+    /// The service as the batch leaves it so far.
+    fn service(&self, key: &ServiceKey) -> Option<Service> {
+        self.batch.changes.service(&self.catalog, key)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{InstanceSpec, PortSpec, Validator};
+
+    const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
+
+    fn key(name: &str) -> ServiceKey {
+        VALIDATOR.service("prod", name).expect("valid")
+    }
+
+    fn instance(address: &str, port: i64, weight: f32) -> Arc<Instance> {
+        let draft = InstanceSpec {
+            address: address.into(),
+            ports: vec![PortSpec { number: port, ..PortSpec::default() }],
+            weight: Some(weight),
+            ..InstanceSpec::default()
+        };
+        Arc::new(VALIDATOR.instance(&key("web"), &draft, UnixMillis(1)).expect("valid"))
+    }
+
+    fn register(decider: &mut Decider, instance: &Arc<Instance>) -> Outcome {
+        let command = Command::Register { service: key("web"), instance: Arc::clone(instance) };
+        decider.decide(command, UnixMillis(2))
+    }
+
+    fn unregister(decider: &mut Decider, address: &str, ports: PortSet) -> Outcome {
+        let address = VALIDATOR.address(address).expect("valid");
+        decider.decide(Command::Unregister { service: key("web"), address, ports }, UnixMillis(2))
+    }
+
+    fn empty(max_instances: usize) -> Decider {
+        Decider::new(Arc::new(Catalog::default()), max_instances, None)
+    }
+
+    #[test]
+    fn batch_sees_its_own_changes() {
+        let mut decider = empty(10);
+        let web = instance("10.0.0.1", 80, 1.0);
+        assert_eq!(register(&mut decider, &web), Outcome::Created);
+        assert_eq!(register(&mut decider, &web), Outcome::Unchanged);
+        assert_eq!(register(&mut decider, &instance("10.0.0.1", 80, 2.0)), Outcome::Updated);
+        assert_eq!(unregister(&mut decider, "10.0.0.1", web.ports().set()), Outcome::Removed(1));
+        assert_eq!(unregister(&mut decider, "10.0.0.1", web.ports().set()), Outcome::NotFound);
+        let batch = decider.take();
+        assert_eq!((batch.records.len(), batch.changes.events.len()), (3, 3));
+        assert!(batch.changes.services[&key("web")].after.instances.is_empty());
+        assert!(decider.take().is_empty());
+    }
+
+    #[test]
+    fn unregister_without_ports_removes_every_instance_of_the_address() {
+        let mut decider = empty(10);
+        for (address, port) in [("10.0.0.1", 80), ("10.0.0.1", 81), ("10.0.0.2", 80)] {
+            assert_eq!(register(&mut decider, &instance(address, port, 1.0)), Outcome::Created);
+        }
+        assert_eq!(unregister(&mut decider, "10.0.0.1", PortSet::default()), Outcome::Removed(2));
+        assert_eq!(unregister(&mut decider, "10.0.0.1", PortSet::default()), Outcome::NotFound);
+        assert_eq!(decider.take().changes.services[&key("web")].after.instances.len(), 1);
+    }
+
+    #[test]
+    fn instance_limit_counts_what_the_batch_adds_and_removes() {
+        let mut decider = empty(1);
+        assert_eq!(register(&mut decider, &instance("10.0.0.1", 80, 1.0)), Outcome::Created);
+        assert_eq!(register(&mut decider, &instance("10.0.0.2", 80, 1.0)), Outcome::Full { limit: 1 });
+        assert_eq!(register(&mut decider, &instance("10.0.0.1", 80, 3.0)), Outcome::Updated);
+        assert_eq!(unregister(&mut decider, "10.0.0.1", PortSet::default()), Outcome::Removed(1));
+        assert_eq!(register(&mut decider, &instance("10.0.0.2", 80, 1.0)), Outcome::Created);
+    }
+
+    #[test]
+    fn readiness_is_not_journaled_and_survives_an_update() {
+        let mut decider = empty(10);
+        let web = instance("10.0.0.1", 80, 1.0);
+        assert_eq!(register(&mut decider, &web), Outcome::Created);
+        let set = |ready| Command::SetReady { service: key("web"), id: web.id(), ready };
+        assert_eq!(decider.decide(set(false), UnixMillis(3)), Outcome::Updated);
+        assert_eq!(decider.decide(set(false), UnixMillis(3)), Outcome::Unchanged);
+        assert_eq!(register(&mut decider, &instance("10.0.0.1", 80, 2.0)), Outcome::Updated);
+        let batch = decider.take();
+        assert_eq!(batch.records.len(), 2);
+        let after = &batch.changes.services[&key("web")].after.instances;
+        let held = after.iter().next().expect("one instance");
+        assert!(!held.ready());
+        assert_eq!((held.weight().get(), held.registered()), (2.0, UnixMillis(1)));
+    }
+}

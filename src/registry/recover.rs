@@ -1,0 +1,142 @@
+//! The start: what the store holds becomes the registry, and only then a writer.
+
+use std::{sync::Arc, time::SystemTime};
+
+use indexmap::IndexMap;
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use super::{
+    Catalog, Feed, MirrorProgress, NamespacePolicy, QUEUE_LEN, RegistryHandle, Status, Writer, WriterMessage,
+    apply::Applier, commit::Committer, decide::Decider, mirror_records::MirrorRecords, restore::LocalState,
+};
+use crate::{
+    metrics::Metrics,
+    model::{InstanceKey, Service, ServiceKey, UnixMillis},
+    store::{self, DataDir, Progress, Record, StoreError},
+    zone::Publisher,
+};
+
+/// How a registry is set up.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Instances that may be registered; more get [`Outcome::Full`](super::Outcome::Full).
+    pub max_instances: usize,
+    /// How registrations are checked where there is a Kubernetes; `None` where there is none.
+    pub kubernetes: Option<NamespacePolicy>,
+}
+
+/// A registry that has not read its store yet. It refuses every submission as not ready.
+#[derive(Debug)]
+pub struct Unrecovered {
+    queue: mpsc::Receiver<WriterMessage>,
+    catalog: Arc<Catalog>,
+    feed: Arc<Feed>,
+    status: Status,
+    mirror_progress: Arc<MirrorProgress>,
+    metrics: Arc<Metrics>,
+    options: Options,
+}
+
+/// A registry: the handle for everyone, and what becomes its writer.
+#[must_use]
+pub fn new(options: Options, metrics: Arc<Metrics>) -> (RegistryHandle, Unrecovered) {
+    let (sender, queue) = mpsc::channel(QUEUE_LEN);
+    let catalog = Arc::new(Catalog::default());
+    let feed = Arc::new(Feed::new());
+    let status = Status::new();
+    let mirror_progress = Arc::new(MirrorProgress::new(options.kubernetes.is_some()));
+    let handle = RegistryHandle {
+        queue: sender,
+        catalog: Arc::clone(&catalog),
+        feed: Arc::clone(&feed),
+        status: status.clone(),
+        mirror_progress: Arc::clone(&mirror_progress),
+    };
+    (handle, Unrecovered { queue, catalog, feed, status, mirror_progress, metrics, options })
+}
+
+/// Services in the order of their first record. With a million of them a start is a matter of
+/// cache misses: they are published in the order in which they lie in memory, and not hashed
+/// again as they grow.
+type Stored = IndexMap<ServiceKey, Service, foldhash::fast::RandomState>;
+
+impl Unrecovered {
+    /// Reads what `data_dir` holds, publishes it, and only then accepts submissions; with a
+    /// Kubernetes not before [`Writer::await_restore`]. Blocks.
+    ///
+    /// # Errors
+    /// When the store cannot be read; the registry stays not ready.
+    pub fn recover(
+        self,
+        data_dir: DataDir,
+        options: &store::Options,
+        publisher: Publisher,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Writer, StoreError> {
+        let Self {
+            queue,
+            catalog,
+            feed,
+            status,
+            mirror_progress,
+            metrics,
+            options: Options { max_instances, kubernetes },
+        } = self;
+        let mut services = Stored::default();
+        let mut take = |record| replay(&mut services, record);
+        let (journal, recovery) = data_dir.recover(options, Arc::clone(&metrics), &mut take, progress)?;
+        for repair in &recovery.repairs {
+            warn!("{repair}");
+        }
+        // Never back for one data directory, and ahead of what a lost directory had handed out.
+        let generation = recovery.generation.saturating_add(1).max(unix_seconds());
+
+        let mut applier =
+            Applier::new(publisher, Arc::clone(&catalog), feed, Arc::clone(&mirror_progress), Arc::clone(&metrics));
+        applier.load(generation, services);
+        let local = kubernetes.is_some().then_some(LocalState { term: recovery.term, outbox: recovery.outbox });
+        if let Some(local) = &local {
+            status.restoring();
+            let unmirrored = local.unmirrored(&catalog);
+            mirror_progress.mark_dirty(unmirrored.map(|service| (service, generation, UnixMillis::now())));
+        } else {
+            status.ready();
+        }
+        let committer = Committer::new(journal, status.clone(), generation);
+        info!(services = catalog.len(), instances = catalog.instances(), generation, "recovered");
+        Ok(Writer {
+            queue,
+            decider: Decider::new(Arc::clone(&catalog), max_instances, kubernetes),
+            committer,
+            applier,
+            mirror_records: MirrorRecords::new(local),
+            catalog,
+            status,
+            mirror_progress,
+            metrics,
+        })
+    }
+}
+
+fn replay(services: &mut Stored, record: Record) {
+    match record {
+        Record::Put { service, instance } => {
+            services.entry(service).or_default().instances.put(instance);
+        }
+        Record::Remove { service, id } => {
+            if let Some(stored) = services.get_mut(&service) {
+                stored.instances.remove(&InstanceKey::from(&id));
+                if stored.instances.is_empty() {
+                    services.swap_remove(&service);
+                }
+            }
+        }
+        // Not seen here: the store sums these up in its `Recovery`.
+        Record::Mirrored { .. } | Record::Term { .. } => {}
+    }
+}
+
+fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
