@@ -7,9 +7,9 @@
 use std::{collections::HashSet, env, sync::Arc};
 
 use gangplank::{
-    kubernetes::{
+    kubernetes::objects::{
         endpoints, services,
-        slices::{Request, Stamps, Write, plan},
+        slices::{PlanOptions, SliceStamps, SliceWrite, plan},
     },
     model::{CowTree, Instance, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis, Validator},
 };
@@ -181,8 +181,8 @@ fn objects(services: &[(ServiceKey, CowTree<Arc<Instance>>)]) -> Vec<Value> {
     for (key, instances) in services {
         objects.push(serde_json::to_value(services::desired(key, instances)));
         let uid = "7d5ab9a5-0c3b-4d44-a9a6-7f3f3a2c9d10";
-        let stamps = Stamps { term: u64::MAX, generation: u64::MAX, updated: UnixMillis(1), writer: "host" };
-        let request = Request {
+        let stamps = SliceStamps { term: u64::MAX, generation: u64::MAX, updated: UnixMillis(1), writer: "host" };
+        let request = PlanOptions {
             service: key,
             service_uid: uid,
             max_endpoints: 100,
@@ -191,7 +191,7 @@ fn objects(services: &[(ServiceKey, CowTree<Arc<Instance>>)]) -> Vec<Value> {
             occupied: &occupied,
         };
         for write in plan(&request, instances, []) {
-            let Write::Create(slice) = write else { panic!("nothing stands: {write:?}") };
+            let SliceWrite::Create(slice) = write else { panic!("nothing stands: {write:?}") };
             objects.push(serde_json::to_value(slice));
         }
         objects.push(serde_json::to_value(endpoints::desired(key, uid, instances, false)));

@@ -27,6 +27,15 @@ const DOWN: &[(&str, &[&str])] = &[
     ("model", &[]),
 ];
 
+/// The rooms of `kubernetes`, and what each may import of the others. Its `mod.rs` joins them.
+const KUBERNETES_ROOMS: &[(&str, &[&str])] = &[
+    ("objects", &[]),
+    ("api", &["objects"]),
+    ("cache", &["objects"]),
+    ("watch", &["objects", "api", "cache"]),
+    ("mirror", &["objects", "api", "cache"]),
+];
+
 /// Crates that stay in one place, with all whose names begin so and go on after `_`, and where that is.
 const PLACES: &[(&str, &[&str])] = &[
     ("anyhow", &["main", "app", "cli", "config", "telemetry"]),
@@ -70,6 +79,18 @@ fn imports_point_down() {
     assert_eq!(bad("src/cli/ls.rs", "use crate::grpc::{client::Client, proto};").len(), 1, "only the client");
     assert_eq!(bad("src/cli/ls.rs", "use crate::{cli::table, grpc::client::Client};").len(), 0);
     assert_eq!(bad("src/unheard_of.rs", "").len(), 1, "a module without a place in the table");
+}
+
+#[test]
+fn rooms_of_kubernetes_point_down() {
+    holds(&["src/kubernetes"], upward_rooms);
+    let bad = |path, text: &str| upward_rooms(&Source::new(path, text));
+    assert_eq!(bad("src/kubernetes/cache/mod.rs", "use crate::{kubernetes::{api::X, objects::Y}, model};").len(), 1);
+    assert_eq!(bad("src/kubernetes/watch/mod.rs", "use super::mirror::Mirror;").len(), 1);
+    assert_eq!(bad("src/kubernetes/mirror/reconcile/mod.rs", "use super::super::watch;").len(), 1);
+    assert_eq!(bad("src/kubernetes/mirror/reconcile/mod.rs", "use super::Options;").len(), 0);
+    assert_eq!(bad("src/kubernetes/attic.rs", "").len(), 1, "a room without a place in the table");
+    assert_eq!(bad("src/kubernetes/mod.rs", "use self::{mirror::Mirror, watch::Watch};").len(), 0);
 }
 
 #[test]
@@ -128,7 +149,7 @@ fn every_source_is_declared() {
 /// Runs a rule over the repository's sources.
 fn holds(folders: &[&str], rule: fn(&Source) -> Vec<String>) {
     let sources = Source::all(Path::new(ROOT), folders);
-    assert!(sources.iter().any(|source| source.path == "src/lib.rs"), "the sources are found");
+    assert!(sources.iter().any(|source| source.path.starts_with("src/")), "the sources are found");
     let faults: Vec<String> = sources.iter().flat_map(rule).collect();
     assert!(faults.is_empty(), "\n{}\n", faults.join("\n"));
 }
@@ -145,6 +166,20 @@ fn upward_imports(source: &Source) -> Vec<String> {
     };
     let paths = source.crate_paths().into_iter().filter(|path| !allowed(path));
     paths.map(|path| format!("{}: `{top}` may not import `{path}`", source.path)).collect()
+}
+
+fn upward_rooms(source: &Source) -> Vec<String> {
+    let module = source.module();
+    let [_, room, ..] = module[..] else { return Vec::new() };
+    let Some((_, below)) = KUBERNETES_ROOMS.iter().find(|(name, _)| *name == room) else {
+        return vec![format!("{}: room `{room}` has no place in the table of rooms", source.path)];
+    };
+    let paths = source.paths_below("kubernetes", 1).into_iter();
+    let upward = paths.filter(|path| {
+        let first = path.split("::").next().unwrap_or(path);
+        first != room && !below.contains(&first)
+    });
+    upward.map(|path| format!("{}: `{room}` may not import `{path}`", source.path)).collect()
 }
 
 fn strayed_crates(source: &Source) -> Vec<String> {

@@ -78,6 +78,21 @@ impl Source {
         }
         found
     }
+
+    /// What the shipped code names below the module `parent`, which is `depth` steps below the root.
+    pub(super) fn paths_below(&self, parent: &str, depth: usize) -> Vec<String> {
+        let code = self.shipped();
+        let up = "super::".repeat(self.module().len() - depth); // as many steps up as lead to the parent
+        let mut found = Vec::new();
+        for at in words(code, &up).filter(|&at| !code[..at].ends_with("::")) {
+            branches(&code[at + up.len()..], &mut found);
+        }
+        let down = format!("{parent}::");
+        words(code, &down).for_each(|at| branches(&code[at + down.len()..], &mut found));
+        // Further steps up from the parent are the business of `crate_paths`.
+        found.retain(|path| !path.starts_with("super"));
+        found
+    }
 }
 
 /// Where `word`, not as the end of a longer word, stands in `code`.

@@ -1,4 +1,4 @@
-//! Watches what stands in Kubernetes, and tells the [`Cluster`] and the registry.
+//! Watches what stands in Kubernetes, and tells the [`ClusterCache`] and the registry.
 //!
 //! Namespaces, Services and the slices of gangplank are watched in the whole cluster, the slices of
 //! others only under Services that external instances joined: one watch, and one connection, for
@@ -12,9 +12,9 @@
 //! Nothing here writes. A watch never gives up: without an API server, or without the right to
 //! watch, it is tried again for as long as the registry is there.
 
+mod handlers;
 mod outage;
-mod readers;
-mod source;
+mod reflector;
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -25,11 +25,13 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use self::{
+    handlers::{
+        ClusterFactHandler, InitialLoadGuard, InitialRestore, JoinedSlicesHandler, OwnSlicesHandler, RestoredSlices,
+    },
     outage::Outages,
-    readers::{FactReader, Found, Loading, OthersSlices, OurSlices, Restoring},
-    source::Source,
+    reflector::Reflector,
 };
-use super::{cluster::Cluster, names};
+use super::{cache::ClusterCache, objects::names};
 use crate::{
     metrics::{Metrics, Watched},
     model::{ServiceKey, Validator},
@@ -38,11 +40,11 @@ use crate::{
 
 /// What is needed to watch.
 pub(super) struct Watch {
-    /// Requests of its own have no deadline: it is set here.
+    /// ApiClient of its own have no deadline: it is set here.
     pub(super) client: Client,
     /// URL of the API server, for messages.
     pub(super) server: String,
-    pub(super) cluster: Arc<Cluster>,
+    pub(super) cache: Arc<ClusterCache>,
     pub(super) registry: RegistryHandle,
     /// What slices have to pass.
     pub(super) validator: Validator,
@@ -60,20 +62,20 @@ impl Watch {
         let (namespaces_known, namespaces) = oneshot::channel();
         let (services_known, services) = oneshot::channel();
         let (loading, joined) = mpsc::channel(1);
-        let restoring = Restoring {
+        let restore = InitialRestore {
             registry: &self.registry,
             validator: self.validator,
             metrics: &self.metrics.kubernetes,
             namespaces,
             joined,
             started,
-            found: Found::default(),
+            found: RestoredSlices::default(),
         };
         let all = async {
             tokio::select! {
                 gone = self.namespaces(&outages, namespaces_known) => gone,
                 gone = self.services(&outages, services_known) => gone,
-                gone = self.slices(&outages, restoring) => gone,
+                gone = self.slices(&outages, restore) => gone,
                 gone = self.joined(&outages, services, loading) => gone,
             }
         };
@@ -81,31 +83,36 @@ impl Watch {
     }
 
     async fn namespaces(&self, outages: &Outages, complete: oneshot::Sender<()>) -> Unavailable {
-        let see = Box::new(|seen| self.cluster.see_namespaces(seen));
-        let mut reader = FactReader { registry: &self.registry, see, complete: Some(complete) };
+        let apply = Box::new(|events| self.cache.apply_namespaces(events));
+        let mut handler = ClusterFactHandler { registry: &self.registry, apply, complete: Some(complete) };
         let api = Api::all(self.client.clone());
-        self.source(api, Watched::Namespaces, String::new(), outages).follow(&mut reader).await
+        self.reflector(api, Watched::Namespaces, String::new(), outages).run(&mut handler).await
     }
 
     async fn services(&self, outages: &Outages, complete: oneshot::Sender<()>) -> Unavailable {
-        let see = Box::new(|seen| self.cluster.see_services(seen));
-        let mut reader = FactReader { registry: &self.registry, see, complete: Some(complete) };
+        let apply = Box::new(|events| self.cache.apply_services(events));
+        let mut handler = ClusterFactHandler { registry: &self.registry, apply, complete: Some(complete) };
         let api = Api::all(self.client.clone());
-        self.source(api, Watched::Services, String::new(), outages).follow(&mut reader).await
+        self.reflector(api, Watched::Services, String::new(), outages).run(&mut handler).await
     }
 
-    async fn slices(&self, outages: &Outages, restoring: Restoring<'_>) -> Unavailable {
-        let mut reader = OurSlices { cluster: &self.cluster, restoring: Some(restoring) };
+    async fn slices(&self, outages: &Outages, restore: InitialRestore<'_>) -> Unavailable {
+        let mut handler = OwnSlicesHandler { cache: &self.cache, restore: Some(restore) };
         let labels = format!("{}={}", names::MANAGED_BY, names::MANAGER);
         let api = Api::all(self.client.clone());
-        self.source(api, Watched::Slices, labels, outages).follow(&mut reader).await
+        self.reflector(api, Watched::Slices, labels, outages).run(&mut handler).await
     }
 
     /// One watch per joined Service, begun and ended as they come and go. `loading` is held until
     /// every Service that is joined when the Services are `known` was read once.
-    async fn joined(&self, outages: &Outages, mut known: oneshot::Receiver<()>, loading: Loading) -> Unavailable {
+    async fn joined(
+        &self,
+        outages: &Outages,
+        mut known: oneshot::Receiver<()>,
+        loading: InitialLoadGuard,
+    ) -> Unavailable {
         let mut loading = Some(loading);
-        let mut wanted = self.cluster.joined();
+        let mut wanted = self.cache.joined();
         let mut watches = FuturesUnordered::new();
         // An entry goes when its watch has ended, so that no two of one Service overlap.
         let mut running: HashMap<ServiceKey, CancellationToken> = HashMap::new();
@@ -117,7 +124,7 @@ impl Watch {
                 if !running.contains_key(&service) {
                     let stop = CancellationToken::new();
                     running.insert(service.clone(), stop.clone());
-                    watches.push(self.others(outages, service, stop, loading.clone()));
+                    watches.push(self.joined_service(outages, service, stop, loading.clone()));
                 }
             }
             if complete {
@@ -135,18 +142,18 @@ impl Watch {
     }
 
     /// What others have under a joined Service, until it is not joined any more.
-    async fn others(
+    async fn joined_service(
         &self,
         outages: &Outages,
         service: ServiceKey,
         stop: CancellationToken,
-        loading: Option<Loading>,
+        loading: Option<InitialLoadGuard>,
     ) -> (ServiceKey, Result<(), Unavailable>) {
         let labels = format!("{}={},{}!={}", names::SERVICE_NAME, service.name(), names::MANAGED_BY, names::MANAGER);
         let api: Api<DeserializeGuard<EndpointSlice>> = Api::namespaced(self.client.clone(), service.namespace());
-        let source = self.source(api, Watched::Joined, labels, outages);
-        let mut reader = OthersSlices::new(&self.registry, self.validator, service.clone(), loading);
-        let ended = match stop.run_until_cancelled(source.follow(&mut reader)).await {
+        let reflector = self.reflector(api, Watched::Joined, labels, outages);
+        let mut handler = JoinedSlicesHandler::new(&self.registry, self.validator, service.clone(), loading);
+        let ended = match stop.run_until_cancelled(reflector.run(&mut handler)).await {
             Some(gone) => Err(gone),
             // The watch is dropped: nothing of it comes after this.
             None => {
@@ -158,13 +165,13 @@ impl Watch {
         (service, ended)
     }
 
-    fn source<'a, K>(
+    fn reflector<'a, K>(
         &'a self,
         api: Api<DeserializeGuard<K>>,
         watched: Watched,
         labels: String,
         outages: &'a Outages,
-    ) -> Source<'a, K> {
-        Source { api, watched, labels, metrics: &self.metrics.kubernetes, outages }
+    ) -> Reflector<'a, K> {
+        Reflector { api, watched, labels, metrics: &self.metrics.kubernetes, outages }
     }
 }

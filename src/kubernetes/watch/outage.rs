@@ -7,7 +7,7 @@ use crate::metrics::RestartReason;
 
 /// Failures in a row after which a watch that stood counts as lost. Connections break now and
 /// then, and the next attempt succeeds.
-const TOLERATED: u32 = 2;
+const FAILURES_BEFORE_OUTAGE: u32 = 2;
 
 /// The watches of one API server.
 #[derive(Debug)]
@@ -24,8 +24,8 @@ impl Outages {
     }
 
     /// A watch more, which does not stand yet.
-    pub(super) fn watch(&self) -> Lost<'_> {
-        Lost { outages: self, failures: 0, stood: false, lost: false, forbidden: false }
+    pub(super) fn watch(&self) -> WatchHealth<'_> {
+        WatchHealth { outages: self, failures: 0, stood: false, lost: false, forbidden: false }
     }
 
     fn lock(&self) -> MutexGuard<'_, usize> {
@@ -35,7 +35,7 @@ impl Outages {
 
 /// How one watch does.
 #[derive(Debug)]
-pub(super) struct Lost<'a> {
+pub(super) struct WatchHealth<'a> {
     outages: &'a Outages,
     /// In a row.
     failures: u32,
@@ -44,7 +44,7 @@ pub(super) struct Lost<'a> {
     forbidden: bool,
 }
 
-impl Lost<'_> {
+impl WatchHealth<'_> {
     /// It failed, because of `err`. `right` is what has to be listed and watched for it.
     pub(super) fn failed(&mut self, reason: RestartReason, err: &str, right: &str) {
         let server = &self.outages.server;
@@ -59,7 +59,7 @@ impl Lost<'_> {
             }
             return;
         }
-        if self.lost || (self.stood && self.failures < TOLERATED) {
+        if self.lost || (self.stood && self.failures < FAILURES_BEFORE_OUTAGE) {
             return;
         }
         self.lost = true;
@@ -95,7 +95,7 @@ impl Lost<'_> {
     }
 }
 
-impl Drop for Lost<'_> {
+impl Drop for WatchHealth<'_> {
     fn drop(&mut self) {
         self.no_more_lost();
     }

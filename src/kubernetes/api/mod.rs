@@ -1,0 +1,342 @@
+//! One request to the API server and what came of it, in words that say what to do next.
+//!
+//! kube's own repetition is off: a write is repeated by whoever knows whether it is still wanted.
+//! Every request has ten seconds. `Retry-After` is kept, whoever the answer comes from.
+
+mod rate_limiter;
+
+use std::{future::Future, path::Path, sync::Arc, time::Duration};
+
+use http::{Request, header::RETRY_AFTER};
+use k8s_openapi::{NamespaceResourceScope, Resource, apimachinery::pkg::apis::meta::v1::ObjectMeta};
+use kube::{
+    Client, Config,
+    client::Body,
+    config::{KubeConfigOptions, Kubeconfig},
+    core::{
+        Request as Builder, Status,
+        params::{self, DeleteParams, GetParams, ListParams, PostParams},
+    },
+};
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::time::{Instant, timeout};
+
+use self::rate_limiter::RateLimiter;
+use crate::metrics::{Metrics, RequestOutcome, Verb};
+
+/// How long one request may take.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a connection may take to come about.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How the answer of a server that does not say how long to wait is taken.
+pub(super) const DEFAULT_RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// Why there is no way to the API server. It says which way was tried.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The file of `--kubeconfig`.
+    #[error("--kubeconfig {path}: cannot be used: {err}")]
+    Kubeconfig {
+        /// Which file.
+        path: String,
+        /// Why, and what led to it.
+        err: String,
+    },
+    /// What a pod finds of its ServiceAccount.
+    #[error("--kubernetes: not in a pod with a ServiceAccount; outside of a cluster give --kubeconfig FILE")]
+    InCluster(#[source] kube::config::InClusterError),
+    /// What was found does not make a client.
+    #[error("the API server's address or certificates cannot be used")]
+    Client(#[source] Box<kube::Error>),
+}
+
+/// A client as the mirror needs it, and the server's address for messages.
+pub(super) async fn connect(kubeconfig: Option<&Path>) -> Result<(Client, String), ConnectError> {
+    let mut config = match kubeconfig {
+        Some(path) => {
+            // kube's errors name their causes and give them again: each is said once.
+            let unusable = |err: kube::config::KubeconfigError| ConnectError::Kubeconfig {
+                path: path.display().to_string(),
+                err: chain(&err),
+            };
+            let file = Kubeconfig::read_from(path).map_err(unusable)?;
+            Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(unusable)?
+        }
+        None => Config::incluster().map_err(ConnectError::InCluster)?,
+    };
+    config.default_retry = false;
+    config.connect_timeout = Some(CONNECT_TIMEOUT);
+    // Watches are quiet for long; every other request has a timeout of its own.
+    config.read_timeout = None;
+    let server = config.cluster_url.to_string();
+    let client = Client::try_from(config).map_err(|err| ConnectError::Client(Box::new(err)))?;
+    Ok((client, server))
+}
+
+/// Why a request did not do what was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum ApiError {
+    /// There is no such object, or no such namespace.
+    #[error("not found")]
+    NotFound,
+    /// The object is not the one, or not in the version, that was meant.
+    #[error("changed meanwhile")]
+    Conflict,
+    /// An object of this name stands already.
+    #[error("exists already")]
+    AlreadyExists,
+    /// The namespace is being deleted.
+    #[error("its namespace is being deleted")]
+    NamespaceTerminating,
+    /// The account may not.
+    #[error("not allowed: {0}")]
+    Forbidden(String),
+    /// The server does not take such an object: its rules, or an admission policy.
+    #[error("refused: {0}")]
+    Invalid(String),
+    /// The server wants to be left alone for a while.
+    #[error("the API server is busy; it asks to wait {}", humantime::format_duration(*.0))]
+    Busy(Duration),
+    /// The server cannot do it now.
+    #[error("the API server failed: {0}")]
+    Server(String),
+    /// Nobody knows whether it was done.
+    #[error("no answer from the API server: {0}")]
+    Unknown(String),
+}
+
+impl ApiError {
+    /// What a status other than success means.
+    fn of(status: &Status, retry_after: Option<Duration>) -> Self {
+        let message = || status.message.clone();
+        let cause = |wanted: &str| {
+            status.details.iter().flat_map(|details| &details.causes).any(|cause| cause.reason == wanted)
+        };
+        let asked = retry_after.or_else(|| {
+            let seconds = status.details.as_ref()?.retry_after_seconds;
+            (seconds > 0).then(|| Duration::from_secs(seconds.into()))
+        });
+        match status.code {
+            404 => Self::NotFound,
+            409 if status.reason == "AlreadyExists" => Self::AlreadyExists,
+            409 | 410 => Self::Conflict,
+            403 if cause("NamespaceTerminating") => Self::NamespaceTerminating,
+            401 | 403 => Self::Forbidden(message()),
+            429 => Self::Busy(asked.unwrap_or(DEFAULT_RETRY_AFTER)),
+            400..=499 => Self::Invalid(message()),
+            _ if asked.is_some() => Self::Busy(asked.unwrap_or(DEFAULT_RETRY_AFTER)),
+            _ => Self::Server(message()),
+        }
+    }
+
+    fn outcome(&self) -> RequestOutcome {
+        match self {
+            Self::NotFound => RequestOutcome::NotFound,
+            Self::Conflict | Self::AlreadyExists => RequestOutcome::Conflict,
+            Self::NamespaceTerminating | Self::Forbidden(_) => RequestOutcome::Forbidden,
+            Self::Invalid(_) => RequestOutcome::Invalid,
+            Self::Busy(_) => RequestOutcome::Busy,
+            Self::Server(_) => RequestOutcome::ServerError,
+            Self::Unknown(_) => RequestOutcome::Unknown,
+        }
+    }
+}
+
+/// Makes requests at a bounded rate_limiter and counts them.
+pub(super) struct ApiClient {
+    client: Client,
+    rate_limiter: RateLimiter,
+    metrics: Arc<Metrics>,
+}
+
+impl std::fmt::Debug for ApiClient {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ApiClient").field("rate_limiter", &self.rate_limiter).finish_non_exhaustive()
+    }
+}
+
+/// Which object, in which version: what a deletion is bound to.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Preconditions<'a> {
+    pub(super) name: &'a str,
+    pub(super) uid: &'a str,
+    pub(super) resource_version: &'a str,
+}
+
+impl<'a> Preconditions<'a> {
+    /// Those of an object as it was read.
+    pub(super) fn of(meta: &'a ObjectMeta) -> Self {
+        let text = |text: &'a Option<String>| text.as_deref().unwrap_or_default();
+        Self { name: text(&meta.name), uid: text(&meta.uid), resource_version: text(&meta.resource_version) }
+    }
+}
+
+impl ApiClient {
+    pub(super) fn new(client: Client, per_second: u32, metrics: Arc<Metrics>) -> Self {
+        Self { client, rate_limiter: RateLimiter::new(per_second), metrics }
+    }
+
+    pub(super) async fn get<K: NamespacedObject>(&self, namespace: &str, name: &str) -> Result<K, ApiError> {
+        self.call(Verb::Get, path::<K>(namespace).get(name, &GetParams::default())).await
+    }
+
+    pub(super) async fn list<K: NamespacedObject>(&self, namespace: &str, labels: &str) -> Result<Vec<K>, ApiError> {
+        let list: kube::core::ObjectList<K> =
+            self.call(Verb::List, path::<K>(namespace).list(&ListParams::default().labels(labels))).await?;
+        Ok(list.items)
+    }
+
+    pub(super) async fn create<K: NamespacedObject>(&self, namespace: &str, object: &K) -> Result<K, ApiError> {
+        self.call(Verb::Create, path::<K>(namespace).create(&PostParams::default(), encode(object))).await
+    }
+
+    /// Creates an object of no namespace.
+    pub(super) async fn create_namespace<K>(&self, object: &K) -> Result<K, ApiError>
+    where
+        K: Resource + Serialize + DeserializeOwned,
+    {
+        let request = Builder::new(format!("/{}/{}", api::<K>(), K::URL_PATH_SEGMENT));
+        self.call(Verb::Create, request.create(&PostParams::default(), encode(object))).await
+    }
+
+    /// Replaces an object; its uid and resourceVersion say which one in which version.
+    pub(super) async fn replace<K: NamespacedObject>(
+        &self,
+        namespace: &str,
+        name: &str,
+        object: &K,
+    ) -> Result<K, ApiError> {
+        self.call(Verb::Update, path::<K>(namespace).replace(name, &PostParams::default(), encode(object))).await
+    }
+
+    pub(super) async fn delete<K: NamespacedObject>(
+        &self,
+        namespace: &str,
+        version: Preconditions<'_>,
+    ) -> Result<(), ApiError> {
+        let Preconditions { name, uid, resource_version } = version;
+        let preconditions =
+            params::Preconditions { uid: Some(uid.into()), resource_version: Some(resource_version.into()) };
+        let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
+        // The answer is a Status or the object, as it pleases the server.
+        self.call::<serde_json::Value>(Verb::Delete, path::<K>(namespace).delete(name, &params)).await.map(drop)
+    }
+
+    async fn call<T: DeserializeOwned>(
+        &self,
+        verb: Verb,
+        request: Result<Request<Vec<u8>>, kube::core::request::Error>,
+    ) -> Result<T, ApiError> {
+        let request = request.map_err(|err| ApiError::Invalid(err.to_string()))?;
+        self.rate_limiter.acquire().await;
+        let result = self.send(verb, request).await;
+        match &result {
+            Err(ApiError::Busy(retry_after)) => self.rate_limiter.failed(Some(*retry_after)),
+            Err(ApiError::Server(_) | ApiError::Unknown(_)) => self.rate_limiter.failed(None),
+            _ => self.rate_limiter.answered(),
+        }
+        result
+    }
+
+    async fn send<T: DeserializeOwned>(&self, verb: Verb, request: Request<Vec<u8>>) -> Result<T, ApiError> {
+        let mirror = &self.metrics.mirror;
+        let begun = Instant::now();
+        let answered = within(async {
+            let response = self.client.send(request.map(Body::from)).await?;
+            let (head, body) = response.into_parts();
+            Ok((head, body.collect_bytes().await?))
+        });
+        let result = match answered.await {
+            Err(err) => Err(ApiError::Unknown(err)),
+            Ok((head, body)) if head.status.is_success() => serde_json::from_slice(&body)
+                .map_err(|err| ApiError::Unknown(format!("its answer cannot be read: {err}"))),
+            Ok((head, body)) => {
+                let said = head.headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+                let mut status: Status = serde_json::from_slice(&body).unwrap_or_else(|_| Status {
+                    message: String::from_utf8_lossy(&body).trim().to_owned(),
+                    ..Status::default()
+                });
+                status.code = head.status.as_u16();
+                Err(ApiError::of(&status, said.map(Duration::from_secs)))
+            }
+        };
+        mirror.request(verb, result.as_ref().err().map_or(RequestOutcome::Ok, ApiError::outcome), begun.elapsed());
+        result
+    }
+}
+
+/// An object that lives in a namespace.
+pub(super) trait NamespacedObject:
+    Resource<Scope = NamespaceResourceScope> + Clone + Serialize + DeserializeOwned
+{
+}
+
+impl<K: Resource<Scope = NamespaceResourceScope> + Clone + Serialize + DeserializeOwned> NamespacedObject for K {}
+
+fn api<K: Resource>() -> String {
+    if K::GROUP.is_empty() { format!("api/{}", K::VERSION) } else { format!("apis/{}", K::API_VERSION) }
+}
+
+fn path<K: NamespacedObject>(namespace: &str) -> Builder {
+    Builder::new(format!("/{}/namespaces/{namespace}/{}", api::<K>(), K::URL_PATH_SEGMENT))
+}
+
+fn encode(object: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(object).expect("Kubernetes objects are JSON")
+}
+
+/// The answer in time, or why there is none.
+async fn within<T>(answer: impl Future<Output = Result<T, kube::Error>>) -> Result<T, String> {
+    match timeout(REQUEST_TIMEOUT, answer).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(err)) => Err(chain(&err)),
+        Err(_) => Err(format!("not within {}", humantime::format_duration(REQUEST_TIMEOUT))),
+    }
+}
+
+/// An error and what led to it.
+pub(super) fn chain(err: &dyn std::error::Error) -> String {
+    let mut text = err.to_string();
+    let mut source = err.source();
+    while let Some(err) = source {
+        let more = err.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        source = err.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_kubeconfig_that_is_not_there_is_named_and_its_reason_said_once() {
+        let err = connect(Some(Path::new("/no/such/file"))).await.err().expect("there is none").to_string();
+        assert!(err.starts_with("--kubeconfig /no/such/file: cannot be used"), "{err}");
+        assert_eq!(err.matches("No such file").count(), 1, "{err}");
+    }
+
+    fn fault(code: u16, reason: &str, retry_after: Option<u64>) -> ApiError {
+        let status = Status { code, reason: reason.into(), message: "so".into(), ..Status::default() };
+        ApiError::of(&status, retry_after.map(Duration::from_secs))
+    }
+
+    #[test]
+    fn answers_say_what_to_do_next() {
+        assert_eq!(fault(404, "NotFound", None), ApiError::NotFound);
+        assert_eq!(fault(409, "AlreadyExists", None), ApiError::AlreadyExists);
+        assert_eq!(fault(409, "Conflict", None), ApiError::Conflict);
+        assert_eq!(fault(410, "Expired", None), ApiError::Conflict);
+        assert_eq!(fault(403, "Forbidden", None), ApiError::Forbidden("so".into()));
+        assert_eq!(fault(422, "Invalid", None), ApiError::Invalid("so".into()));
+        assert_eq!(fault(429, "TooManyRequests", Some(7)), ApiError::Busy(Duration::from_secs(7)));
+        assert_eq!(fault(429, "", None), ApiError::Busy(DEFAULT_RETRY_AFTER));
+        assert_eq!(fault(503, "", Some(3)), ApiError::Busy(Duration::from_secs(3)));
+        assert_eq!(fault(500, "InternalError", None), ApiError::Server("so".into()));
+    }
+}

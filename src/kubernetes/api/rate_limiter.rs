@@ -1,0 +1,151 @@
+//! How fast the API server is asked, and when it is left alone.
+//!
+//! A token bucket bounds the rate of all requests. When the server says how long to wait
+//! (`Retry-After`, RFC 9110 §10.2.3), or does not answer at all, everybody waits together: a
+//! server in trouble is not helped by being asked for each service in turn.
+
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::time::{Instant, sleep_until};
+
+/// After the first failure in a row everybody waits so long, after each further one twice as long.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+
+/// But never longer than this, unless the server asks for it.
+const MAX_PAUSE: Duration = Duration::from_secs(5);
+
+/// However long the server asks to be left alone.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
+
+/// Lets requests through at a bounded rate.
+#[derive(Debug)]
+pub(super) struct RateLimiter {
+    /// Between two requests, once the bucket is empty.
+    interval: Duration,
+    /// ApiClient that may be made at once after a rest.
+    burst: u32,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// When the bucket would be full; each request moves it on by the interval.
+    full_at: Instant,
+    paused_until: Instant,
+    failures: u32,
+}
+
+impl RateLimiter {
+    /// So many requests a second, and twice as many at once.
+    pub(super) fn new(per_second: u32) -> Self {
+        let now = Instant::now();
+        Self {
+            interval: Duration::from_secs(1) / per_second,
+            burst: per_second.saturating_mul(2),
+            state: Mutex::new(State { full_at: now, paused_until: now, failures: 0 }),
+        }
+    }
+
+    /// Waits until a request may be made.
+    pub(super) async fn acquire(&self) {
+        loop {
+            let wait = self.take(Instant::now());
+            match wait {
+                None => return,
+                Some(until) => sleep_until(until).await,
+            }
+        }
+    }
+
+    /// Takes a token, or says when to come again.
+    fn take(&self, now: Instant) -> Option<Instant> {
+        let mut state = self.lock();
+        if state.paused_until > now {
+            return Some(state.paused_until);
+        }
+        let full_at = state.full_at.max(now) + self.interval;
+        let room = self.interval * self.burst;
+        if full_at > now + room {
+            return Some(full_at - room);
+        }
+        state.full_at = full_at;
+        None
+    }
+
+    /// The server answered.
+    pub(super) fn answered(&self) {
+        self.lock().failures = 0;
+    }
+
+    /// The server did not answer, or cannot now; `retry_after` is what it said itself.
+    pub(super) fn failed(&self, retry_after: Option<Duration>) {
+        self.pause(Instant::now(), retry_after);
+    }
+
+    fn pause(&self, now: Instant, retry_after: Option<Duration>) {
+        let mut state = self.lock();
+        let pause = match retry_after {
+            Some(asked) => asked.min(MAX_RETRY_AFTER),
+            // What fails while everybody waits already was under way before.
+            None if state.paused_until > now => return,
+            None => {
+                let doublings = state.failures.min(16);
+                state.failures += 1;
+                FIRST_PAUSE.saturating_mul(1 << doublings).min(MAX_PAUSE)
+            }
+        };
+        state.paused_until = state.paused_until.max(now + pause);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing panics while it holds the lock.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_passes_and_then_the_rate_holds() {
+        let rate_limiter = RateLimiter::new(10);
+        let now = Instant::now();
+        let passed = (0..100).filter(|_| rate_limiter.take(now).is_none()).count();
+        assert_eq!(passed, 20);
+        let later = now + Duration::from_secs(1);
+        assert_eq!((0..100).filter(|_| rate_limiter.take(later).is_none()).count(), 10);
+        assert_eq!(rate_limiter.take(later), Some(later + Duration::from_millis(100)));
+    }
+
+    #[test]
+    fn the_server_is_left_alone_as_long_as_it_asks() {
+        let rate_limiter = RateLimiter::new(10);
+        let now = Instant::now();
+        rate_limiter.pause(now, Some(Duration::from_secs(7)));
+        rate_limiter.pause(now, Some(Duration::from_secs(2)));
+        assert_eq!(rate_limiter.take(now), Some(now + Duration::from_secs(7)));
+        assert_eq!(rate_limiter.take(now + Duration::from_secs(7)), None);
+    }
+
+    #[test]
+    fn pauses_grow_with_failures_in_a_row_and_end_with_an_answer() {
+        let rate_limiter = RateLimiter::new(10);
+        let mut now = Instant::now();
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            rate_limiter.pause(now, None);
+            rate_limiter.pause(now, None); // under way already: counts once
+            let until = rate_limiter.take(now).expect("everybody waits");
+            pauses.push((until - now).as_millis());
+            now = until;
+        }
+        assert_eq!(pauses, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
+        rate_limiter.answered();
+        rate_limiter.pause(now, None);
+        assert_eq!(rate_limiter.take(now), Some(now + FIRST_PAUSE));
+    }
+}

@@ -1,0 +1,139 @@
+//! What the cache keeps of each object.
+
+use std::sync::Arc;
+
+use k8s_openapi::{
+    api::{core::v1::Service, discovery::v1::EndpointSlice},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+
+use super::object_store::CachedObject;
+use crate::{
+    kubernetes::objects::{services::Ownership, slices::ObservedSlice},
+    model::{self, ServiceKey, ServiceName},
+};
+
+/// Namespace and name of an object.
+pub(super) type ObjectKey = (Box<str>, Box<str>);
+
+/// An EndpointSlice that is, or was, ours.
+#[derive(Debug, Clone, PartialEq)]
+pub(in crate::kubernetes) struct CachedSlice {
+    pub(super) key: ObjectKey,
+    pub(super) uid: Box<str>,
+    pub(super) resource_version: Box<str>,
+    /// `None` when its labels do not name a service of ours any more.
+    pub(in crate::kubernetes) observed: Option<ObservedSlice>,
+}
+
+impl CachedSlice {
+    /// Reads a slice. `None` without a name, uid or resourceVersion, which the API server always sets.
+    pub(in crate::kubernetes) fn read(slice: &EndpointSlice) -> Option<Self> {
+        let meta = &slice.metadata;
+        Some(Self {
+            key: (meta.namespace.as_deref()?.into(), meta.name.as_deref()?.into()),
+            uid: meta.uid.as_deref()?.into(),
+            resource_version: meta.resource_version.as_deref()?.into(),
+            observed: ObservedSlice::read(slice),
+        })
+    }
+}
+
+/// A namespace.
+#[derive(Debug, PartialEq)]
+pub(super) struct CachedNamespace {
+    pub(super) uid: Box<str>,
+    pub(super) resource_version: Box<str>,
+    pub(super) terminating: bool,
+}
+
+/// A Service and its owner.
+#[derive(Debug, PartialEq)]
+pub(super) struct CachedService {
+    pub(super) uid: Box<str>,
+    pub(super) resource_version: Box<str>,
+    pub(super) ownership: Ownership,
+    /// `Some` for [`Ownership::Ours`] only, without its managed fields.
+    pub(super) object: Option<Arc<Service>>,
+}
+
+impl CachedNamespace {
+    pub(super) fn read(meta: &ObjectMeta) -> Option<(Box<str>, Self)> {
+        let cached = Self {
+            uid: meta.uid.as_deref()?.into(),
+            resource_version: meta.resource_version.as_deref()?.into(),
+            terminating: meta.deletion_timestamp.is_some(),
+        };
+        Some((meta.name.as_deref()?.into(), cached))
+    }
+}
+
+impl CachedObject for CachedNamespace {
+    fn uid(&self) -> &str {
+        &self.uid
+    }
+
+    fn resource_version(&self) -> &str {
+        &self.resource_version
+    }
+
+    fn same_content(&self, later: &Self) -> bool {
+        self.terminating == later.terminating
+    }
+}
+
+impl CachedService {
+    pub(super) fn read(mut service: Service) -> Option<Self> {
+        service.metadata.managed_fields = None;
+        let meta = &service.metadata;
+        let ownership = Ownership::of(meta);
+        Some(Self {
+            uid: meta.uid.as_deref()?.into(),
+            resource_version: meta.resource_version.as_deref()?.into(),
+            ownership,
+            object: (ownership == Ownership::Ours).then(|| Arc::new(service)),
+        })
+    }
+}
+
+impl CachedObject for CachedService {
+    fn uid(&self) -> &str {
+        &self.uid
+    }
+
+    fn resource_version(&self) -> &str {
+        &self.resource_version
+    }
+
+    fn same_content(&self, later: &Self) -> bool {
+        let content = |one: &Self| {
+            one.object.as_deref().map(|object| {
+                let mut object = object.clone();
+                object.metadata.resource_version = None;
+                object
+            })
+        };
+        self.ownership == later.ownership && content(self) == content(later)
+    }
+}
+
+impl CachedObject for ObservedSlice {
+    fn uid(&self) -> &str {
+        &self.uid
+    }
+
+    fn resource_version(&self) -> &str {
+        &self.resource_version
+    }
+
+    fn same_content(&self, later: &Self) -> bool {
+        // Without a digest the content is not known: another writer changed it.
+        later.digest.is_some() && *self == Self { resource_version: self.resource_version.clone(), ..later.clone() }
+    }
+}
+
+/// The service of a Service; `None` when its name is not valid for a service of ours.
+pub(super) fn service_key(meta: &ObjectMeta) -> Option<ServiceKey> {
+    let namespace = model::Namespace::parse(meta.namespace.as_deref()?).ok()?;
+    Some(ServiceKey::new(namespace, ServiceName::parse(meta.name.as_deref()?).ok()?))
+}

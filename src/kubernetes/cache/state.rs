@@ -1,0 +1,226 @@
+//! The stores of the cache, and what follows from each event.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+
+use k8s_openapi::api::core::v1::{Namespace, Service};
+
+use super::{
+    ChangedKey,
+    entries::{CachedNamespace, CachedService, CachedSlice, ObjectKey, service_key},
+    event::ObjectEvent,
+    object_store::{Applied, ObjectStore},
+};
+use crate::{
+    kubernetes::objects::{services::Ownership, slices::ObservedSlice},
+    model::ServiceKey,
+    registry::ClusterFact,
+};
+
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) namespaces: ObjectStore<Box<str>, CachedNamespace>,
+    pub(super) services: ObjectStore<ServiceKey, CachedService>,
+    pub(super) slices: ObjectStore<ObjectKey, ObservedSlice>,
+    /// Names of the slices of each service.
+    pub(super) slice_names: BTreeMap<ServiceKey, BTreeSet<Box<str>>>,
+    pub(super) occupied: HashMap<ServiceKey, HashSet<String>>,
+    /// Keys that the mirror has not taken yet.
+    pub(super) changed: BTreeSet<ChangedKey>,
+}
+
+impl State {
+    pub(super) fn new() -> Self {
+        Self {
+            namespaces: ObjectStore::new(),
+            services: ObjectStore::new(),
+            slices: ObjectStore::new(),
+            slice_names: BTreeMap::new(),
+            occupied: HashMap::new(),
+            changed: BTreeSet::new(),
+        }
+    }
+
+    /// The slices of `service`, in order of their names.
+    pub(super) fn slices_of(&self, service: &ServiceKey) -> impl Iterator<Item = &ObservedSlice> {
+        let names = self.slice_names.get(service).into_iter().flatten();
+        names.filter_map(|name| self.slices.get(&(service.namespace().into(), name.clone())))
+    }
+
+    pub(super) fn apply_namespaces(&mut self, events: Vec<ObjectEvent<Namespace>>) -> Vec<ClusterFact> {
+        let mut facts = Vec::new();
+        let mut changed: HashSet<Box<str>> = HashSet::new();
+        // `Some(true)`: terminating; `None`: absent.
+        let mut note = |name: Box<str>, before: Option<bool>, now: Option<bool>| {
+            let (existed, exists) = (before == Some(false), now == Some(false));
+            if existed != exists {
+                facts.push(ClusterFact::Namespace { name: name.clone(), exists });
+            }
+            if before != now {
+                changed.insert(name);
+            }
+        };
+        let mut complete = false;
+        for event in events {
+            match event {
+                ObjectEvent::Init => self.namespaces.init(),
+                ObjectEvent::InitDone(version) => {
+                    complete |= !self.namespaces.is_complete();
+                    for (name, gone) in self.namespaces.init_done(&version) {
+                        note(name, Some(gone.terminating), None);
+                    }
+                }
+                ObjectEvent::InitApply(ref namespace) | ObjectEvent::Apply(ref namespace) => {
+                    let Some((name, cached)) = CachedNamespace::read(&namespace.metadata) else { continue };
+                    let now = Some(cached.terminating);
+                    let applied = if matches!(event, ObjectEvent::InitApply(_)) {
+                        self.namespaces.init_apply(name.clone(), cached)
+                    } else {
+                        self.namespaces.apply(name.clone(), cached)
+                    };
+                    if let Applied::Changed(before) = applied {
+                        note(name, before.map(|one| one.terminating), now);
+                    }
+                }
+                ObjectEvent::Delete(namespace) => {
+                    let Some((name, gone)) = CachedNamespace::read(&namespace.metadata) else { continue };
+                    if let Some(before) = self.namespaces.delete(&name, &gone.uid, &gone.resource_version) {
+                        note(name, Some(before.terminating), None);
+                    }
+                }
+            }
+        }
+        facts.extend(complete.then_some(ClusterFact::NamespacesComplete));
+        if changed.is_empty() {
+            return facts;
+        }
+        let within = |key: &&ServiceKey| changed.contains(key.namespace());
+        self.changed.extend(self.slice_names.keys().filter(within).cloned().map(ChangedKey::Service));
+        self.changed.extend(self.services.keys().filter(within).cloned().map(ChangedKey::Service));
+        self.changed.extend(changed.into_iter().map(ChangedKey::Namespace));
+        facts
+    }
+
+    pub(super) fn apply_services(
+        &mut self,
+        events: Vec<ObjectEvent<Service>>,
+        joined: &mut Vec<(ServiceKey, bool)>,
+    ) -> Vec<ClusterFact> {
+        let mut facts = Vec::new();
+        let changed = &mut self.changed;
+        let mut note = |key: ServiceKey, before: Option<Ownership>, now: Option<Ownership>| {
+            let is = |which: Ownership| (before == Some(which), now == Some(which));
+            let ((was_foreign, foreign), (was_joined, is_joined)) = (is(Ownership::Foreign), is(Ownership::Joined));
+            if was_foreign != foreign {
+                facts.push(ClusterFact::Service { service: key.clone(), foreign });
+            }
+            if was_joined != is_joined {
+                joined.push((key.clone(), is_joined));
+            }
+            changed.insert(ChangedKey::Service(key));
+        };
+        for event in events {
+            match event {
+                ObjectEvent::Init => self.services.init(),
+                ObjectEvent::InitDone(version) => {
+                    for (key, gone) in self.services.init_done(&version) {
+                        note(key, Some(gone.ownership), None);
+                    }
+                }
+                ObjectEvent::InitApply(service) => {
+                    let Some((key, cached)) = service_key(&service.metadata).zip(CachedService::read(service)) else {
+                        continue;
+                    };
+                    let now = cached.ownership;
+                    if let Applied::Changed(before) = self.services.init_apply(key.clone(), cached) {
+                        note(key, before.map(|one| one.ownership), Some(now));
+                    }
+                }
+                ObjectEvent::Apply(service) => {
+                    let Some((key, cached)) = service_key(&service.metadata).zip(CachedService::read(service)) else {
+                        continue;
+                    };
+                    let now = cached.ownership;
+                    if let Applied::Changed(before) = self.services.apply(key.clone(), cached) {
+                        note(key, before.map(|one| one.ownership), Some(now));
+                    }
+                }
+                ObjectEvent::Delete(service) => {
+                    let Some((key, gone)) = service_key(&service.metadata).zip(CachedService::read(service)) else {
+                        continue;
+                    };
+                    if let Some(before) = self.services.delete(&key, &gone.uid, &gone.resource_version) {
+                        note(key, Some(before.ownership), None);
+                    }
+                }
+            }
+        }
+        facts
+    }
+
+    pub(super) fn apply_slices(&mut self, events: Vec<ObjectEvent<CachedSlice>>) {
+        for event in events {
+            let listed = matches!(event, ObjectEvent::InitApply(_));
+            match event {
+                ObjectEvent::Init => self.slices.init(),
+                ObjectEvent::InitDone(version) => {
+                    for ((_, name), gone) in self.slices.init_done(&version) {
+                        self.slice_gone(&gone.service, &name);
+                    }
+                    // The other writers may have deleted theirs; the next write shows it.
+                    self.occupied.clear();
+                }
+                ObjectEvent::InitApply(CachedSlice { key, observed: Some(observed), .. })
+                | ObjectEvent::Apply(CachedSlice { key, observed: Some(observed), .. }) => {
+                    let service = observed.service.clone();
+                    if let Applied::Changed(before) = self.apply_slice(key, observed, listed) {
+                        self.changed.extend(before.into_iter().map(|before| ChangedKey::Service(before.service)));
+                        self.changed.insert(ChangedKey::Service(service));
+                    }
+                }
+                // A slice that is not ours any more is gone for us.
+                ObjectEvent::InitApply(slice) | ObjectEvent::Apply(slice) | ObjectEvent::Delete(slice) => {
+                    if let Some(gone) = self.slices.delete(&slice.key, &slice.uid, &slice.resource_version) {
+                        self.slice_gone(&gone.service, &slice.key.1);
+                    }
+                }
+            }
+        }
+    }
+
+    fn slice_gone(&mut self, service: &ServiceKey, name: &str) {
+        self.forget_slice(service, name);
+        self.changed.insert(ChangedKey::Service(service.clone()));
+    }
+
+    /// Stores a slice, unless a newer version is known.
+    pub(super) fn apply_slice(
+        &mut self,
+        key: ObjectKey,
+        observed: ObservedSlice,
+        listed: bool,
+    ) -> Applied<ObservedSlice> {
+        let (service, name) = (observed.service.clone(), key.1.clone());
+        let applied = if listed { self.slices.init_apply(key, observed) } else { self.slices.apply(key, observed) };
+        if let Applied::Changed(before) = &applied {
+            if let Some(before) = before.as_ref().filter(|before| before.service != service) {
+                self.forget_slice(&before.service, &name);
+            }
+            if let Some(occupied) = self.occupied.get_mut(&service) {
+                occupied.remove(&*name);
+            }
+            self.slice_names.entry(service).or_default().insert(name);
+        }
+        applied
+    }
+
+    /// The slice `name` does not belong to `service` any more.
+    pub(super) fn forget_slice(&mut self, service: &ServiceKey, name: &str) {
+        if let Some(names) = self.slice_names.get_mut(service) {
+            names.remove(name);
+            if names.is_empty() {
+                self.slice_names.remove(service);
+                self.occupied.remove(service);
+            }
+        }
+    }
+}

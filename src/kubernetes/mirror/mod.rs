@@ -1,0 +1,261 @@
+//! Writes what is registered into Kubernetes: a controller with a [`WorkQueue`] of services and a
+//! bounded number of concurrent reconciles.
+
+mod reconcile;
+mod work_queue;
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::runtime::events::{Event, EventType, Recorder};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+pub(super) use self::reconcile::Reconciler;
+use self::{reconcile::ReconcileOutcome, work_queue::WorkQueue};
+use crate::{
+    kubernetes::{api::ApiError, cache::ChangedKey},
+    metrics::Blocked,
+    model::{ServiceKey, UnixMillis},
+};
+
+/// Services that are reconciled at once.
+const MAX_CONCURRENT_RECONCILES: usize = 16;
+
+/// When a blocked service is retried: a right may be granted, a policy changed.
+const BLOCKED_BACKOFF: Duration = Duration::from_secs(30);
+
+/// The same the first time: an API server that has just started knows nobody's rights for a moment.
+const FIRST_BLOCKED_BACKOFF: Duration = Duration::from_secs(1);
+
+/// Shortest wait before a refused service is retried, though it changes.
+const MIN_REFUSED_BACKOFF: Duration = Duration::from_secs(2);
+
+const GAUGE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Longest note of an Event, in characters (events.k8s.io allows 1024 bytes).
+const MAX_NOTE_CHARS: usize = 250;
+
+/// How long publishing an Event may take. Nothing waits for Events.
+const EVENT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Events that are being published at once; further ones are dropped.
+const MAX_PENDING_EVENTS: usize = 64;
+
+/// What the mirror writes, and how. See the flags of `serve`.
+#[derive(Debug, Clone)]
+pub(super) struct Options {
+    pub(super) create_namespaces: bool,
+    /// 1..=1000
+    pub(super) max_endpoints: usize,
+    pub(super) endpoints_object: bool,
+    pub(super) linger: Duration,
+    pub(super) publish_not_ready: bool,
+}
+
+/// The controller.
+pub(super) struct Mirror {
+    reconciler: Arc<Reconciler>,
+    events: Recorder,
+    publishing: FuturesUnordered<BoxFuture<'static, ()>>,
+    queue: WorkQueue,
+    /// Services that Kubernetes cannot show, and why.
+    blocked: HashMap<ServiceKey, Blocked>,
+    /// Services with a write that may or may not have been carried out.
+    outcome_unknown: HashSet<ServiceKey>,
+}
+
+impl std::fmt::Debug for Mirror {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mirror").field("queue", &self.queue.len()).field("blocked", &self.blocked.len()).finish()
+    }
+}
+
+impl Mirror {
+    pub(super) fn new(reconciler: Reconciler, events: Recorder) -> Self {
+        Self {
+            reconciler: Arc::new(reconciler),
+            events,
+            publishing: FuturesUnordered::new(),
+            queue: WorkQueue::default(),
+            blocked: HashMap::new(),
+            outcome_unknown: HashSet::new(),
+        }
+    }
+
+    /// Runs until `stop`. Begins with every service that is registered or has objects of ours.
+    pub(super) async fn run(mut self, stop: CancellationToken) {
+        let registered = self.reconciler.registry.catalog().services().into_iter().map(|(service, _)| service);
+        let services: HashSet<ServiceKey> = registered.chain(self.reconciler.cache.managed_services()).collect();
+        self.add(services);
+
+        let mirror_progress = Arc::clone(self.reconciler.registry.mirror_progress());
+        let cluster = Arc::clone(&self.reconciler.cache);
+        let mut gauges = interval(GAUGE_INTERVAL);
+        gauges.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut running = FuturesUnordered::new();
+        loop {
+            while running.len() < MAX_CONCURRENT_RECONCILES
+                && let Some(service) = self.queue.next(Instant::now())
+            {
+                let (reconciler, outcome_unknown) =
+                    (Arc::clone(&self.reconciler), self.outcome_unknown.remove(&service));
+                running.push(async move {
+                    let outcome = reconciler.reconcile(&service, outcome_unknown).await;
+                    (service, outcome)
+                });
+            }
+            let due = self.queue.next_due().filter(|_| running.len() < MAX_CONCURRENT_RECONCILES);
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                Some((service, outcome)) = running.next(), if !running.is_empty() => {
+                    self.handle_outcome(service, outcome).await;
+                }
+                Some(()) = self.publishing.next(), if !self.publishing.is_empty() => {}
+                dirty = mirror_progress.take_dirty() => self.add(dirty),
+                changed = cluster.changed() => self.changed(changed),
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
+                _ = gauges.tick() => self.set_gauges(),
+            }
+        }
+    }
+
+    fn add(&mut self, services: impl IntoIterator<Item = ServiceKey>) {
+        let now = Instant::now();
+        services.into_iter().for_each(|service| self.queue.add(service, now));
+    }
+
+    /// Queues the services that changed in the cluster; for a namespace, those registered in it.
+    fn changed(&mut self, changed: Vec<ChangedKey>) {
+        let mut namespaces = HashSet::new();
+        for changed in changed {
+            match changed {
+                ChangedKey::Service(service) => self.add([service]),
+                ChangedKey::Namespace(namespace) => drop(namespaces.insert(namespace)),
+            }
+        }
+        if !namespaces.is_empty() {
+            let services = self.reconciler.registry.catalog().services().into_iter().map(|(service, _)| service);
+            let inside: Vec<_> = services.filter(|service| namespaces.contains(service.namespace())).collect();
+            self.add(inside);
+        }
+    }
+
+    async fn handle_outcome(&mut self, service: ServiceKey, outcome: ReconcileOutcome) {
+        let now = Instant::now();
+        match outcome {
+            ReconcileOutcome::Done(generation) => {
+                self.unblock(&service);
+                self.queue.done(service.clone(), now);
+                report(&self.reconciler, service, generation).await;
+            }
+            ReconcileOutcome::RequeueAfter(generation, wait) => {
+                self.unblock(&service);
+                self.queue.requeue_after(service.clone(), wait, now);
+                report(&self.reconciler, service, generation).await;
+            }
+            ReconcileOutcome::Blocked(reason, err) => {
+                let again = self.blocked.contains_key(&service);
+                let wait = if again { BLOCKED_BACKOFF } else { FIRST_BLOCKED_BACKOFF };
+                match reason {
+                    // The watch reports when that changes.
+                    Blocked::Namespace | Blocked::ForeignService => {
+                        self.queue.requeue_after(service.clone(), wait, now);
+                    }
+                    Blocked::Forbidden | Blocked::Invalid => {
+                        self.queue.refused(service.clone(), wait, MIN_REFUSED_BACKOFF.min(wait), now);
+                    }
+                }
+                self.block(service, reason, &err);
+            }
+            ReconcileOutcome::Failed(err) => {
+                debug!(%service, %err, "not mirrored yet; will be retried");
+                if matches!(err, ApiError::Unknown(_) | ApiError::Server(_)) {
+                    self.outcome_unknown.insert(service.clone());
+                }
+                self.queue.failed(service, now);
+            }
+        }
+    }
+
+    fn block(&mut self, service: ServiceKey, reason: Blocked, err: &str) {
+        let before = self.blocked.insert(service.clone(), reason);
+        if before == Some(reason) {
+            return;
+        }
+        warn!(%service, "cannot be mirrored: {err}; DNS answers, and the mirror retries");
+        let metrics = &self.reconciler.metrics.mirror;
+        before.into_iter().for_each(|before| metrics.blocked(before, false));
+        metrics.blocked(reason, true);
+        // There can be no Event in a namespace that does not exist.
+        if reason != Blocked::Namespace {
+            self.publish(&service, reason, err);
+        }
+    }
+
+    fn unblock(&mut self, service: &ServiceKey) {
+        if let Some(reason) = self.blocked.remove(service) {
+            self.reconciler.metrics.mirror.blocked(reason, false);
+            tracing::info!(%service, "is mirrored again");
+        }
+    }
+
+    /// Publishes an Event about the Service.
+    fn publish(&mut self, service: &ServiceKey, reason: Blocked, err: &str) {
+        let reason = match reason {
+            Blocked::Namespace => "NamespaceAbsent",
+            Blocked::ForeignService => "ForeignService",
+            Blocked::Forbidden => "Forbidden",
+            Blocked::Invalid => "Refused",
+        };
+        let event = Event {
+            type_: EventType::Warning,
+            reason: reason.into(),
+            note: Some(format!("external instances are not mirrored: {err}").chars().take(MAX_NOTE_CHARS).collect()),
+            action: "Mirror".into(),
+            secondary: None,
+        };
+        let regarding = ObjectReference {
+            api_version: Some("v1".into()),
+            kind: Some("Service".into()),
+            namespace: Some(service.namespace().into()),
+            name: Some(service.name().into()),
+            // `kubectl describe` selects Events by uid.
+            uid: self.reconciler.cache.service_uid(service),
+            ..ObjectReference::default()
+        };
+        if self.publishing.len() >= MAX_PENDING_EVENTS {
+            return;
+        }
+        let (events, service) = (self.events.clone(), service.clone());
+        self.publishing.push(Box::pin(async move {
+            match timeout(EVENT_TIMEOUT, events.publish(&event, &regarding)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(err)) => debug!(%service, %err, "the Event was not published"),
+                Err(_) => debug!(%service, "the Event was not published in time"),
+            }
+        }));
+    }
+
+    fn set_gauges(&self) {
+        let lag = self.reconciler.registry.mirror_progress().lag();
+        let metrics = &self.reconciler.metrics.mirror;
+        metrics.behind.set(lag.services as u64);
+        let age = lag.since.map_or(0, |since| UnixMillis::now().0.saturating_sub(since.0));
+        metrics.lag_seconds.set(age as f64 / 1000.0);
+        metrics.queue.set(self.queue.len() as u64);
+    }
+}
+
+/// Reports the mirrored generation to the registry. At the end of a drain the registry ends before
+/// the mirror, which finishes its writes; the next start compares again.
+async fn report(reconciler: &Reconciler, service: ServiceKey, generation: u64) {
+    let _ = reconciler.registry.mirrored(vec![(service, generation)]).await;
+}

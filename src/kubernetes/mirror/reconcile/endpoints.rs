@@ -1,0 +1,62 @@
+//! Writes of the older Endpoints object, which is not watched: it is read whenever its service is
+//! reconciled.
+
+use k8s_openapi::api::core::v1::Endpoints;
+
+use super::{DesiredState, Reconciler, is_ours, refused_writes::is_refusal};
+use crate::{
+    kubernetes::{
+        api::{ApiError, Preconditions},
+        cache::ObservedState,
+        objects::endpoints,
+    },
+    model::ServiceKey,
+};
+
+impl Reconciler {
+    pub(super) async fn write_endpoints(&self, desired: &DesiredState<'_>, uid: &str) -> Result<(), ApiError> {
+        let (namespace, name) = (desired.service.namespace(), desired.service.name());
+        let ours = endpoints::desired(desired.service, uid, desired.instances, self.options.publish_not_ready);
+        match self.api.get::<Endpoints>(namespace, name).await {
+            Ok(existing) if !is_ours(&existing.metadata) => Ok(()),
+            Ok(existing) => match endpoints::amend(&existing, &ours) {
+                Some(amended) => self.api.replace(namespace, name, &amended).await.map(drop),
+                None => Ok(()),
+            },
+            Err(ApiError::NotFound) if desired.instances.is_empty() => Ok(()),
+            Err(ApiError::NotFound) => self.api.create(namespace, &ours).await.map(drop),
+            Err(err) => Err(err),
+        }
+    }
+
+    /// Deletes our Endpoints object under a Service that is not ours any more. The inner result is
+    /// a refusal, to be returned when everything else is done. Most Services of a cluster never
+    /// were ours: nothing is requested for those.
+    pub(super) async fn withdraw_endpoints(
+        &self,
+        desired: &DesiredState<'_>,
+        observed: &ObservedState,
+    ) -> Result<Result<(), ApiError>, ApiError> {
+        let lingers = self.empty_since().contains_key(desired.service);
+        let may_exist = lingers || !observed.slices.is_empty() || !desired.instances.is_empty();
+        if !self.options.endpoints_object || !may_exist {
+            return Ok(Ok(()));
+        }
+        match self.delete_endpoints(desired.service).await {
+            Err(err) if !is_refusal(&err) => Err(err),
+            done => Ok(done),
+        }
+    }
+
+    async fn delete_endpoints(&self, service: &ServiceKey) -> Result<(), ApiError> {
+        let existing = match self.api.get::<Endpoints>(service.namespace(), service.name()).await {
+            Ok(existing) if is_ours(&existing.metadata) => existing,
+            Ok(_) | Err(ApiError::NotFound) => return Ok(()),
+            Err(err) => return Err(err),
+        };
+        match self.api.delete::<Endpoints>(service.namespace(), Preconditions::of(&existing.metadata)).await {
+            Err(ApiError::NotFound) => Ok(()),
+            done => done,
+        }
+    }
+}

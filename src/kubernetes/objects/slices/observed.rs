@@ -1,0 +1,215 @@
+//! A slice of ours as it stands in the cluster, in the few octets that the mirror keeps of it.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use k8s_openapi::{
+    api::discovery::v1::{Endpoint, EndpointPort, EndpointSlice},
+    apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
+};
+
+use super::{
+    group::{Family, SliceGroup, is_slice_name, port_specs},
+    record::{InstancesAnnotation, read_ports},
+    render::{ContentDigest, SliceEndpoint, digest, is_owner, labels, render},
+};
+use crate::{
+    kubernetes::objects::names,
+    model::{Namespace, Ports, ServiceKey, ServiceName},
+};
+
+/// The highest term that is believed. Terms grow by one for each data directory; whoever writes a
+/// higher one on a slice by hand must not use up the numbers.
+const MAX_TERM: u64 = 1 << 62;
+
+/// A slice of ours as it stands.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ObservedSlice {
+    /// Its name, unique in its namespace.
+    pub name: String,
+    /// What tells it from another of the same name.
+    pub uid: String,
+    /// The version that was read.
+    pub resource_version: String,
+    /// The service that it belongs to.
+    pub service: ServiceKey,
+    /// The term in which it was written; 0 where it does not say.
+    pub term: u64,
+    /// The generation that it shows; 0 where it does not say.
+    pub generation: u64,
+    /// It is being deleted and waits for a finalizer: nothing in it counts.
+    pub deleting: bool,
+    /// Which instances can stand in it; `None` when no slice of ours has such ports or such a
+    /// name.
+    pub group: Option<SliceGroup>,
+    /// The addresses in it, in order, each once.
+    pub addresses: Box<[IpAddr]>,
+    /// Of its content, when that is what gangplank would write; `None` when another hand was at
+    /// it, in whatever field of ours.
+    pub digest: Option<ContentDigest>,
+    /// What others wrote on it, to be carried over.
+    pub foreign: Option<Box<ForeignMetadata>>,
+}
+
+/// Metadata on a slice of ours that is not ours.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct ForeignMetadata {
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// Annotations.
+    pub annotations: BTreeMap<String, String>,
+    /// Finalizers.
+    pub finalizers: Vec<String>,
+    /// References to owners other than the Service.
+    pub owners: Vec<OwnerReference>,
+}
+
+impl ObservedSlice {
+    /// Reads a slice. `None` when it is not one of ours (the label
+    /// `endpointslice.kubernetes.io/managed-by` decides), or does not say whose it is.
+    #[must_use]
+    pub fn read(slice: &EndpointSlice) -> Option<Self> {
+        let meta = &slice.metadata;
+        if label(meta, names::MANAGED_BY) != Some(names::MANAGER) {
+            return None;
+        }
+        let service = service_of(meta)?;
+        let name = meta.name.clone()?;
+        let family = Family::parse(&slice.address_type);
+        let group = family.filter(|_| is_slice_name(&service, &name)).and_then(|family| group_of(slice, family));
+        let mut addresses: Vec<IpAddr> =
+            slice.endpoints.iter().flat_map(|one| &one.addresses).filter_map(|text| text.parse().ok()).collect();
+        addresses.sort_unstable();
+        addresses.dedup();
+        let foreign = ForeignMetadata::read(meta, &service);
+        let digest = group.as_ref().and_then(|group| untouched(slice, &service, &name, group));
+        Some(Self {
+            uid: meta.uid.clone()?,
+            resource_version: meta.resource_version.clone()?,
+            term: stamp(meta, names::TERM).filter(|term| *term <= MAX_TERM).unwrap_or(0),
+            generation: stamp(meta, names::GENERATION).unwrap_or(0),
+            deleting: meta.deletion_timestamp.is_some(),
+            name,
+            service,
+            group,
+            addresses: addresses.into(),
+            digest,
+            foreign: (foreign != ForeignMetadata::default()).then(|| Box::new(foreign)),
+        })
+    }
+}
+
+impl ForeignMetadata {
+    fn read(meta: &ObjectMeta, service: &ServiceKey) -> Self {
+        let others = |map: &Option<BTreeMap<String, String>>, ours: &dyn Fn(&str) -> bool| {
+            let others = map.iter().flatten().filter(|(key, _)| !ours(key));
+            others.map(|(key, value)| (key.clone(), value.clone())).collect()
+        };
+        let our_labels = labels(service).map(|(key, _)| key);
+        let owners = meta.owner_references.iter().flatten().filter(|reference| !is_owner(reference, service));
+        Self {
+            labels: others(&meta.labels, &|key| our_labels.contains(&key)),
+            annotations: others(&meta.annotations, &|key| OUR_ANNOTATIONS.contains(&key)),
+            finalizers: meta.finalizers.clone().unwrap_or_default(),
+            owners: owners.cloned().collect(),
+        }
+    }
+
+    /// Octets of its annotations, as Kubernetes counts them.
+    pub(super) fn annotation_octets(&self) -> usize {
+        self.annotations.iter().map(|(key, value)| key.len() + value.len()).sum()
+    }
+
+    /// Puts it beside what is ours.
+    pub(super) fn carry_over(&self, meta: &mut ObjectMeta) {
+        let Self { labels, annotations, finalizers, owners } = self;
+        meta.labels.get_or_insert_default().extend(labels.clone());
+        meta.annotations.get_or_insert_default().extend(annotations.clone());
+        meta.finalizers = Some(finalizers.clone()).filter(|finalizers| !finalizers.is_empty());
+        meta.owner_references.get_or_insert_default().extend(owners.iter().cloned());
+    }
+}
+
+/// Annotations that only gangplank writes.
+const OUR_ANNOTATIONS: [&str; 6] =
+    [names::INSTANCES, names::PORTS, names::TERM, names::GENERATION, names::UPDATED, names::WRITER];
+
+/// The service of a slice: as its label says, or where that is gone as its owner is called.
+fn service_of(meta: &ObjectMeta) -> Option<ServiceKey> {
+    let owner = || {
+        let owners = meta.owner_references.iter().flatten();
+        owners.filter(|one| (&*one.api_version, &*one.kind) == ("v1", "Service")).map(|one| &*one.name).next()
+    };
+    let name = label(meta, names::SERVICE_NAME).or_else(owner)?;
+    let namespace = Namespace::parse(meta.namespace.as_deref()?).ok()?;
+    Some(ServiceKey::new(namespace, ServiceName::parse(name).ok()?))
+}
+
+fn group_of(slice: &EndpointSlice, family: Family) -> Option<SliceGroup> {
+    let ports = Ports::parse(&port_specs(slice.ports.as_deref().unwrap_or_default()).ok()?).ok()?;
+    let whole = match annotation(&slice.metadata, names::PORTS) {
+        None => None,
+        Some(text) => Some(read_ports(text).ok()?),
+    };
+    SliceGroup::of_slice(family, ports, whole)
+}
+
+/// The digest of a slice in which every field of ours is as it would be written again from what
+/// can be read in it; `None` for any other.
+fn untouched(slice: &EndpointSlice, service: &ServiceKey, name: &str, group: &SliceGroup) -> Option<ContentDigest> {
+    let meta = &slice.metadata;
+    let records = InstancesAnnotation::read(annotation(meta, names::INSTANCES)).ok()?;
+    let rows = slice.endpoints.iter().map(|endpoint| row(endpoint, &records)).collect::<Option<Vec<_>>>()?;
+    if !rows.is_sorted_by(|a, b| a.ip < b.ip) || rows.iter().any(|row| Family::of(row.ip) != group.family) {
+        return None;
+    }
+    let mut owners = meta.owner_references.iter().flatten().filter(|reference| is_owner(reference, service));
+    let owner = owners.next()?;
+    let again = render(service, &owner.uid, name, group, &rows);
+    let again_annotation = |key| annotation(&again.metadata, key);
+    let same = owners.next().is_none()
+        && again.metadata.owner_references.as_deref() == Some(std::slice::from_ref(owner))
+        && labels(service).into_iter().all(|(key, value)| label(meta, key) == Some(value))
+        && [names::INSTANCES, names::PORTS].into_iter().all(|key| annotation(meta, key) == again_annotation(key))
+        && [names::TERM, names::GENERATION].into_iter().all(|key| stamp(meta, key).is_some())
+        && [names::UPDATED, names::WRITER].into_iter().all(|key| annotation(meta, key).is_some())
+        && slice.endpoints == again.endpoints
+        && same_ports(slice.ports.as_deref(), again.ports.as_deref());
+    same.then(|| digest(&owner.uid, group, &rows))
+}
+
+/// What an endpoint says; `None` when it says what no row of ours does.
+fn row<'a>(endpoint: &'a Endpoint, records: &InstancesAnnotation) -> Option<SliceEndpoint<'a>> {
+    let [address] = &endpoint.addresses[..] else { return None };
+    Some(SliceEndpoint {
+        ip: address.parse().ok()?,
+        ready: endpoint.conditions.as_ref()?.ready?,
+        hostname: endpoint.hostname.as_deref().map(Into::into),
+        node: endpoint.node_name.as_deref(),
+        record: records.get(address).ok()?,
+    })
+}
+
+/// Whether two lists of ports are one to the API server, which writes an empty name for none and
+/// leaves an empty list out.
+fn same_ports(standing: Option<&[EndpointPort]>, ours: Option<&[EndpointPort]>) -> bool {
+    let same = |(standing, ours): (&EndpointPort, &EndpointPort)| {
+        let EndpointPort { app_protocol, name, port, protocol } = standing;
+        (app_protocol, name.as_deref().unwrap_or(""), port, protocol)
+            == (&ours.app_protocol, ours.name.as_deref().unwrap_or(""), &ours.port, &ours.protocol)
+    };
+    let (standing, ours) = (standing.unwrap_or_default(), ours.unwrap_or_default());
+    standing.len() == ours.len() && standing.iter().zip(ours).all(same)
+}
+
+pub(super) fn label<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {
+    meta.labels.as_ref()?.get(key).map(String::as_str)
+}
+
+pub(super) fn annotation<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {
+    meta.annotations.as_ref()?.get(key).map(String::as_str)
+}
+
+/// A stamp that is a number.
+pub(super) fn stamp(meta: &ObjectMeta, key: &str) -> Option<u64> {
+    annotation(meta, key)?.parse().ok()
+}

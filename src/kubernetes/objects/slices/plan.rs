@@ -1,0 +1,298 @@
+//! What has to be written so that the slices of a service show its instances.
+//!
+//! Placement is stable. An endpoint that stands in a slice stays there; a new one goes into the
+//! fullest slice with room, and where none has any into a new slice with the lowest free index;
+//! a slice left without endpoints is deleted. So one change rewrites one slice, with these
+//! exceptions: an instance whose ports change moves to the slices of another [`SliceGroup`], one of a
+//! split group stands in a slice for each of its protocols, and a smaller
+//! [`max_endpoints`](PlanOptions::max_endpoints) moves what no longer fits.
+//!
+//! The order of the writes is such that an instance that moves is not missing in between: slices
+//! that take endpoints in come before those that give some up. Only two instances that take each
+//! other's ports in one batch may be: their slices give and take at once.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+
+use super::{
+    group::{Family, PortList, SliceGroup},
+    observed::ObservedSlice,
+    record::{MAX_ENTRY_BYTES, MAX_PORT_LIST_BYTES},
+    render::{SliceEndpoint, SliceStamps, digest, render},
+};
+use crate::model::{CowTree, Instance, ServiceKey};
+
+/// Endpoints in a slice unless told otherwise, as Kubernetes' own controller has it.
+pub const DEFAULT_MAX_ENDPOINTS: usize = 100;
+
+/// Most endpoints in a slice that Kubernetes takes.
+pub const MAX_ENDPOINTS: usize = 1000;
+
+/// Most octets of annotations on a slice. Kubernetes refuses more than 256 KiB; what others add
+/// later has the rest.
+const MAX_ANNOTATION_BYTES: usize = 240 * 1024;
+
+/// Octets of it for the stamps, the keys and the list of ports.
+const FIXED_ANNOTATIONS: usize = MAX_PORT_LIST_BYTES + 2048;
+
+/// Which slices are planned, and how they are to be.
+#[derive(Debug, Clone, Copy)]
+pub struct PlanOptions<'a> {
+    /// The service.
+    pub service: &'a ServiceKey,
+    /// The uid of its Service, which owns the slices.
+    pub service_uid: &'a str,
+    /// Most endpoints in a slice, taken as 1..=1000. Default 100.
+    pub max_endpoints: usize,
+    /// Instances that are not ready are shown as ready: CoreDNS passes over
+    /// `publishNotReadyAddresses`.
+    pub publish_not_ready: bool,
+    /// What is noted on every slice that is written.
+    pub stamps: SliceStamps<'a>,
+    /// Names in the namespace that are taken by slices of others.
+    pub occupied: &'a HashSet<String>,
+}
+
+/// One change to the slices of a service.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SliceWrite {
+    /// POST
+    Create(EndpointSlice),
+    /// PUT; uid and resourceVersion are set.
+    Replace(EndpointSlice),
+    /// DELETE, with uid and resourceVersion as preconditions.
+    Delete {
+        /// Its name.
+        name: String,
+        /// Which object of that name.
+        uid: String,
+        /// In which version.
+        resource_version: String,
+    },
+}
+
+impl SliceWrite {
+    /// Of the slice.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Create(slice) | Self::Replace(slice) => slice.metadata.name.as_deref().unwrap_or_default(),
+            Self::Delete { name, .. } => name,
+        }
+    }
+
+    /// What stands in the slice afterwards.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let endpoints = match self {
+            Self::Create(slice) | Self::Replace(slice) => &slice.endpoints[..],
+            Self::Delete { .. } => &[],
+        };
+        endpoints.iter().flat_map(|one| &one.addresses).filter_map(|text| text.parse().ok())
+    }
+}
+
+/// The writes after which the slices of a service show exactly `instances`, in the order in which
+/// they should be made. Nothing for a service that is as it should be.
+///
+/// `standing` are all slices of ours that belong to the service.
+#[must_use]
+pub fn plan<'a>(
+    request: &PlanOptions<'_>,
+    instances: &CowTree<Arc<Instance>>,
+    standing: impl IntoIterator<Item = &'a ObservedSlice>,
+) -> Vec<SliceWrite> {
+    let standing: Vec<&ObservedSlice> = standing.into_iter().collect();
+    let mut taken: HashSet<&str> = request.occupied.iter().map(String::as_str).collect();
+    taken.extend(standing.iter().map(|slice| &*slice.name));
+    let mut writes = SliceWrites::default();
+
+    let mut by_group: HashMap<&SliceGroup, Vec<&ObservedSlice>> = HashMap::new();
+    for &slice in standing.iter().filter(|slice| !slice.deleting) {
+        match &slice.group {
+            Some(group) => by_group.entry(group).or_default().push(slice),
+            None => writes.delete(slice),
+        }
+    }
+    let mut new_names = HashSet::new();
+    for (group, members) in grouped(instances) {
+        let slices = by_group.remove(&group).unwrap_or_default();
+        let mut names = (0..).map(|index| group.slice_name(request.service, index));
+        for placed in place(request, &members, slices) {
+            let rows = placed.members.iter().map(|&at| {
+                let (ip, instance) = members[at];
+                SliceEndpoint::of(instance, ip, request.publish_not_ready)
+            });
+            let rows: Vec<SliceEndpoint<'_>> = rows.collect();
+            if let Some(slice) = placed.slice {
+                writes.update(request, slice, &placed, &group, &rows);
+            } else {
+                let name = names
+                    .find(|name| !taken.contains(&**name) && !new_names.contains(name))
+                    .expect("there are more indexes than slices");
+                writes.create(request, &name, &group, &rows);
+                new_names.insert(name);
+            }
+        }
+    }
+    // What is left has the ports of no instance.
+    by_group.into_values().flatten().for_each(|slice| writes.delete(slice));
+    writes.in_order()
+}
+
+/// The writes, by when they may be made.
+#[derive(Default)]
+struct SliceWrites {
+    creates: Vec<SliceWrite>,
+    /// Slices that give nothing up, those that give and take, and the others.
+    replaces: [Vec<SliceWrite>; 3],
+    deletes: Vec<SliceWrite>,
+}
+
+impl SliceWrites {
+    fn create(&mut self, request: &PlanOptions<'_>, name: &str, group: &SliceGroup, rows: &[SliceEndpoint<'_>]) {
+        let mut slice = render(request.service, request.service_uid, name, group, rows);
+        stamp(&mut slice, request.stamps);
+        self.creates.push(SliceWrite::Create(slice));
+    }
+
+    /// SliceWrites a slice that stands, if it is not as it should be.
+    fn update(
+        &mut self,
+        request: &PlanOptions<'_>,
+        slice: &ObservedSlice,
+        placed: &Assignment<'_>,
+        group: &SliceGroup,
+        rows: &[SliceEndpoint<'_>],
+    ) {
+        if rows.is_empty() {
+            return self.delete(slice);
+        }
+        // A new term is put on every slice, so that no other directory can take it for its own.
+        let ours = slice.term == request.stamps.term;
+        if ours && slice.digest == Some(digest(request.service_uid, group, rows)) {
+            return;
+        }
+        let mut write = render(request.service, request.service_uid, &slice.name, group, rows);
+        stamp(&mut write, request.stamps);
+        write.metadata.uid = Some(slice.uid.clone());
+        write.metadata.resource_version = Some(slice.resource_version.clone());
+        if let Some(foreign) = &slice.foreign {
+            foreign.carry_over(&mut write.metadata);
+        }
+        let turn = if placed.loses { if placed.gains { 1 } else { 2 } } else { 0 };
+        self.replaces[turn].push(SliceWrite::Replace(write));
+    }
+
+    fn delete(&mut self, slice: &ObservedSlice) {
+        let ObservedSlice { name, uid, resource_version, .. } = slice;
+        let (name, uid, resource_version) = (name.clone(), uid.clone(), resource_version.clone());
+        self.deletes.push(SliceWrite::Delete { name, uid, resource_version });
+    }
+
+    fn in_order(mut self) -> Vec<SliceWrite> {
+        // They come out of a map.
+        self.deletes.sort_by(|a, b| a.name().cmp(b.name()));
+        let replaces = self.replaces.into_iter().flatten();
+        self.creates.into_iter().chain(replaces).chain(self.deletes).collect()
+    }
+}
+
+fn stamp(slice: &mut EndpointSlice, stamps: SliceStamps<'_>) {
+    let annotations = slice.metadata.annotations.get_or_insert_default();
+    annotations.extend(stamps.annotations().map(|(key, value)| (key.to_owned(), value)));
+}
+
+/// An instance with its address.
+type GroupMember<'a> = (IpAddr, &'a Instance);
+
+/// The instances by group, each in order of address. An instance with split ports is in several.
+fn grouped(instances: &CowTree<Arc<Instance>>) -> Vec<(SliceGroup, Vec<GroupMember<'_>>)> {
+    let mut groups: Vec<(SliceGroup, Vec<GroupMember<'_>>)> = Vec::new();
+    // Most instances of a service have the same ports, so groups are made once for each list.
+    let mut known: HashMap<(Family, PortList<'_>), std::ops::Range<usize>, foldhash::fast::RandomState> =
+        HashMap::default();
+    for instance in instances {
+        let Some(ip) = instance.address().ip() else { continue };
+        let family = Family::of(ip);
+        let range = known.entry((family, PortList(instance.ports()))).or_insert_with(|| {
+            let first = groups.len();
+            groups.extend(SliceGroup::all(family, instance.ports()).into_iter().map(|group| (group, Vec::new())));
+            first..groups.len()
+        });
+        for (_, members) in &mut groups[range.clone()] {
+            members.push((ip, &**instance));
+        }
+    }
+    groups
+}
+
+/// A slice and the members of its group that are in it, by index, in order.
+struct Assignment<'a> {
+    /// As it stands; `None` for a new one.
+    slice: Option<&'a ObservedSlice>,
+    members: Vec<usize>,
+    capacity: usize,
+    /// Some were not in it before.
+    gains: bool,
+    /// Some that were in it are not any more.
+    loses: bool,
+}
+
+/// Gives every member of a group its slice. `members` are in order of address.
+fn place<'a>(
+    request: &PlanOptions<'_>,
+    members: &[GroupMember<'_>],
+    mut slices: Vec<&'a ObservedSlice>,
+) -> Vec<Assignment<'a>> {
+    // An endpoint that two slices have stays in the larger.
+    slices.sort_unstable_by(|a, b| b.addresses.len().cmp(&a.addresses.len()).then_with(|| a.name.cmp(&b.name)));
+    let mut seated = vec![false; members.len()];
+    let stays = slices.into_iter().map(|slice| {
+        let capacity = capacity(request, slice);
+        let mut stay = Vec::new();
+        for ip in &slice.addresses {
+            if stay.len() < capacity
+                && let Ok(at) = members.binary_search_by_key(ip, |member| member.0)
+                && !std::mem::replace(&mut seated[at], true)
+            {
+                stay.push(at);
+            }
+        }
+        let loses = stay.len() < slice.addresses.len();
+        Assignment { slice: Some(slice), members: stay, capacity, gains: false, loses }
+    });
+    let mut placed: Vec<Assignment<'a>> = stays.collect();
+
+    // The fullest first; a slice that nobody stays in is not filled again but deleted, unless
+    // there is no other with room: then it saves a creation.
+    placed.sort_by_key(|placed| std::cmp::Reverse(placed.members.len()));
+    let mut open = 0;
+    for at in seated.iter().enumerate().filter(|(_, seated)| !**seated).map(|(at, _)| at) {
+        while placed.get(open).is_some_and(|placed| placed.members.len() >= placed.capacity) {
+            open += 1;
+        }
+        if open == placed.len() {
+            let capacity = request.max_endpoints.clamp(1, MAX_ENDPOINTS);
+            placed.push(Assignment { slice: None, members: Vec::new(), capacity, gains: true, loses: false });
+        }
+        placed[open].members.push(at);
+        placed[open].gains = true;
+    }
+    for placed in placed.iter_mut().filter(|placed| placed.gains) {
+        placed.members.sort_unstable();
+    }
+    placed
+}
+
+/// How many endpoints may stand in a slice: fewer than usual when others left little of the
+/// octets that Kubernetes allows for annotations.
+fn capacity(request: &PlanOptions<'_>, slice: &ObservedSlice) -> usize {
+    let foreign = slice.foreign.as_ref().map_or(0, |foreign| foreign.annotation_octets());
+    let octets = MAX_ANNOTATION_BYTES.saturating_sub(FIXED_ANNOTATIONS + foreign);
+    request.max_endpoints.clamp(1, MAX_ENDPOINTS).min(octets / MAX_ENTRY_BYTES)
+}

@@ -1,0 +1,279 @@
+//! Instances out of slices: of our own, to come back from them, and of others, to answer with
+//! them.
+//!
+//! What stands in a slice passes the same door as a registration before it is believed: the API
+//! server accepts addresses and ports that gangplank does not.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    sync::Arc,
+};
+
+use k8s_openapi::api::discovery::v1::{Endpoint, EndpointPort, EndpointSlice};
+
+use super::{
+    group::{Family, SliceGroup, port_spec, port_specs},
+    observed::{annotation, stamp},
+    record::{InstanceAnnotation, InstancesAnnotation, read_ports},
+};
+use crate::{
+    kubernetes::objects::names,
+    model::{
+        Address, Instance, InstanceId, InstanceSpec, Label, MAX_INSTANCE_BYTES, PortSpec, Ports, Protocol, ServiceKey,
+        UnixMillis, Validator, parse_dashed_label,
+    },
+};
+
+/// Something in a slice of ours that could not be taken as it stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SkippedEndpoint {
+    /// The slice.
+    pub slice: String,
+    /// The endpoint's address as it stands there; `None` when it is about the whole slice.
+    pub address: Option<String>,
+    /// What is wrong, and what was taken instead, if anything was.
+    pub reason: String,
+}
+
+impl fmt::Display for SkippedEndpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { slice, address, reason } = self;
+        write!(f, "slice {slice}: ")?;
+        if let Some(address) = address {
+            write!(f, "{address}: ")?;
+        }
+        f.write_str(reason)
+    }
+}
+
+/// The instances that the slices of one service of ours hold, in no order, each identity once,
+/// and what in the slices could not be taken.
+///
+/// All come back as ready: readiness is not part of the record. The halves of an instance with
+/// split ports are one instance again. An endpoint with several addresses, which is not ours, is
+/// an instance for each of them. Where two slices tell one instance differently, the one with the
+/// higher term and generation is believed. An instance whose entry in the annotation is missing
+/// or broken gets the defaults, and the creation of its slice as its first registration. A slice
+/// that is being deleted tells nothing: what was in it was removed, or stands in another.
+#[must_use]
+pub fn read<'a>(
+    service: &ServiceKey,
+    slices: impl IntoIterator<Item = &'a EndpointSlice>,
+    validator: &Validator,
+) -> (Vec<Arc<Instance>>, Vec<SkippedEndpoint>) {
+    let stays = |slice: &&EndpointSlice| slice.metadata.deletion_timestamp.is_none();
+    let mut slices: Vec<&EndpointSlice> = slices.into_iter().filter(stays).collect();
+    slices.sort_by_cached_key(|slice| {
+        let stamp = |key| std::cmp::Reverse(stamp(&slice.metadata, key).unwrap_or(0));
+        (stamp(names::TERM), stamp(names::GENERATION), slice.metadata.name.clone())
+    });
+    let mut reader = SliceReader { service, validator, found: HashMap::new(), skipped: Vec::new() };
+    for slice in slices {
+        reader.slice(slice);
+    }
+    (reader.found.into_values().collect(), reader.skipped)
+}
+
+struct SliceReader<'a> {
+    service: &'a ServiceKey,
+    validator: &'a Validator,
+    found: HashMap<InstanceId, Arc<Instance>>,
+    skipped: Vec<SkippedEndpoint>,
+}
+
+impl SliceReader<'_> {
+    fn slice(&mut self, slice: &EndpointSlice) {
+        let meta = &slice.metadata;
+        let name = meta.name.as_deref().unwrap_or_default();
+        let mut skip = |address: Option<&str>, reason: String| {
+            self.skipped.push(SkippedEndpoint { slice: name.into(), address: address.map(Into::into), reason });
+        };
+        let ports = match ports_of(slice, self.validator) {
+            Ok((ports, doubt)) => {
+                if let Some(doubt) = doubt {
+                    skip(None, doubt);
+                }
+                ports
+            }
+            Err(reason) => {
+                for address in slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses) {
+                    skip(Some(address), reason.clone());
+                }
+                return;
+            }
+        };
+        let records = InstancesAnnotation::read(annotation(meta, names::INSTANCES)).unwrap_or_else(|err| {
+            skip(None, format!("annotation {} {err}: weights and priorities are lost", names::INSTANCES));
+            InstancesAnnotation::none()
+        });
+        let created = created(slice);
+        for endpoint in &slice.endpoints {
+            for address in &endpoint.addresses {
+                let record = records.get(address).unwrap_or_else(|err| {
+                    skip(Some(address), format!("annotation {}: {err}: the defaults are taken", names::INSTANCES));
+                    InstanceAnnotation::default()
+                });
+                match instance(self.service, self.validator, endpoint, address, &ports, record, created) {
+                    Ok(instance) => {
+                        self.found.entry(instance.id()).or_insert_with(|| Arc::new(instance));
+                    }
+                    Err(err) => skip(Some(address), err),
+                }
+            }
+        }
+    }
+}
+
+/// The ports of a slice's instances, and what is doubtful about them.
+///
+/// # Errors
+/// When they cannot stand; then none of the slice's endpoints can.
+fn ports_of(slice: &EndpointSlice, validator: &Validator) -> Result<(Vec<PortSpec>, Option<String>), String> {
+    let standing = port_specs(slice.ports.as_deref().unwrap_or_default())?;
+    let ports = validator.ports(&standing).map_err(|err| err.to_string())?;
+    let Some(whole) = annotation(&slice.metadata, names::PORTS) else { return Ok((standing, None)) };
+    match read_ports(whole) {
+        Ok(whole) => {
+            // The family does not matter here.
+            if SliceGroup::of_slice(Family::V4, ports, Some(whole.clone())).is_some() {
+                return Ok((specs(&whole), None));
+            }
+            let doubt = format!("annotation {} is about other ports than the slice's: those are taken", names::PORTS);
+            Ok((standing, Some(doubt)))
+        }
+        Err(err) => Ok((standing, Some(format!("annotation {}: {err}: the slice's ports are taken", names::PORTS)))),
+    }
+}
+
+fn specs(ports: &Ports) -> Vec<PortSpec> {
+    let specs = ports.as_slice().iter().map(|port| PortSpec {
+        number: port.number.into(),
+        protocol: port.protocol,
+        name: port.name.as_ref().map(ToString::to_string).unwrap_or_default(),
+    });
+    specs.collect()
+}
+
+fn instance(
+    service: &ServiceKey,
+    validator: &Validator,
+    endpoint: &Endpoint,
+    address: &str,
+    ports: &[PortSpec],
+    record: InstanceAnnotation,
+    created: UnixMillis,
+) -> Result<Instance, String> {
+    let InstanceAnnotation { weight, priority, registered } = record;
+    let hostname = endpoint.hostname.as_deref().unwrap_or_default();
+    // The label of its own address is what an instance without a host name is called.
+    let ip = Address::parse(address).ok().and_then(|address| address.ip());
+    let own = ip.is_some() && parse_dashed_label(hostname.as_bytes()) == ip;
+    let spec = InstanceSpec {
+        address: address.into(),
+        ports: ports.to_vec(),
+        host_name: if own { String::new() } else { hostname.into() },
+        node_name: endpoint.node_name.clone().unwrap_or_default(),
+        weight: Some(weight.get()),
+        priority,
+    };
+    let registered = if registered == UnixMillis(0) { created } else { registered };
+    validator.instance(service, &spec, registered).map_err(|err| err.to_string())
+}
+
+/// When the slice was created; the beginning of 1970 where it does not say.
+fn created(slice: &EndpointSlice) -> UnixMillis {
+    let created = slice.metadata.creation_timestamp.as_ref().map(|time| time.0.as_millisecond());
+    UnixMillis(created.and_then(|millis| u64::try_from(millis).ok()).unwrap_or(0))
+}
+
+/// The instances that a slice of somebody else holds, for answering with them: pods of a Service
+/// that external instances joined.
+///
+/// As much is taken as can be answered. An endpoint is ready unless it says otherwise (CoreDNS
+/// takes it so); ports without a number, or with one or a name that cannot be, are left out, and
+/// so are those that no longer fit an instance's 2 KiB; a hostname or node name that the door
+/// would refuse is dropped; addresses that it refuses are left out. An endpoint with several
+/// addresses is an instance for each of them.
+#[must_use]
+pub fn foreign(service: &ServiceKey, slice: &EndpointSlice, validator: &Validator) -> Vec<Arc<Instance>> {
+    let ports = usable_ports(slice.ports.as_deref().unwrap_or_default());
+    let registered = created(slice);
+    let mut found: HashMap<Address, Arc<Instance>> = HashMap::new();
+    for endpoint in &slice.endpoints {
+        let ready = endpoint.conditions.as_ref().and_then(|conditions| conditions.ready).unwrap_or(true);
+        for text in &endpoint.addresses {
+            let Ok(address) = validator.address(text) else { continue };
+            let spec = InstanceSpec {
+                address: text.clone(),
+                ports: ports.clone(),
+                host_name: usable_hostname(endpoint, &address).unwrap_or_default().into(),
+                node_name: usable_node(endpoint).unwrap_or_default().into(),
+                ..InstanceSpec::default()
+            };
+            if let Ok(instance) = validator.instance(service, &spec, registered) {
+                let instance = Arc::new(instance.with_ready(ready));
+                let known = found.entry(address).or_insert_with(|| Arc::clone(&instance));
+                if ready && !known.ready() {
+                    *known = instance;
+                }
+            }
+        }
+    }
+    let mut found: Vec<Arc<Instance>> = found.into_values().collect();
+    found.sort_unstable_by(|a, b| a.address().cmp(b.address()));
+    found
+}
+
+/// The ports that one instance can have, in order.
+fn usable_ports(ports: &[EndpointPort]) -> Vec<PortSpec> {
+    /// Octets that the other fields of an instance take at most: host, node and the numbers.
+    const OTHER_FIELDS_BYTES: usize = 400;
+    let mut seen = UsedPorts::default();
+    let mut octets = OTHER_FIELDS_BYTES;
+    let mut usable = Vec::new();
+    for port in ports {
+        let Ok(spec) = port_spec(port) else { continue };
+        let cost = spec.name.len() + 12;
+        if octets + cost <= MAX_INSTANCE_BYTES && Ports::parse(std::slice::from_ref(&spec)).is_ok() && seen.take(&spec)
+        {
+            octets += cost;
+            usable.push(spec);
+        }
+    }
+    usable
+}
+
+/// Ports so far, so that none clashes with another.
+#[derive(Default)]
+struct UsedPorts {
+    numbers: HashSet<(Protocol, i64)>,
+    names: HashSet<(Protocol, String)>,
+    unnamed: bool,
+}
+
+impl UsedPorts {
+    /// Whether `port` can stand beside the others; then it is one of them.
+    fn take(&mut self, port: &PortSpec) -> bool {
+        let name = (port.protocol, port.name.clone());
+        let unnamed = port.name.is_empty();
+        if (unnamed && self.unnamed) || self.names.contains(&name) || !self.numbers.insert((port.protocol, port.number))
+        {
+            return false;
+        }
+        self.unnamed |= unnamed;
+        self.names.insert(name);
+        true
+    }
+}
+
+fn usable_hostname<'a>(endpoint: &'a Endpoint, address: &Address) -> Option<&'a str> {
+    let hostname = endpoint.hostname.as_deref()?;
+    let spelled = parse_dashed_label(hostname.as_bytes());
+    let other = spelled.is_some() && spelled != address.ip();
+    (Label::parse(hostname).is_ok() && !other).then_some(hostname)
+}
+
+fn usable_node(endpoint: &Endpoint) -> Option<&str> {
+    endpoint.node_name.as_deref().filter(|name| crate::model::DnsName::parse(name).is_ok())
+}

@@ -1,0 +1,241 @@
+//! The annotations that hold what an endpoint has no field for.
+//!
+//! `gangplank.dev/instances` is compact JSON, an object by address in order of address, with what
+//! is not the default:
+//!
+//! ```json
+//! {"10.0.0.1":{"weight":0.5,"priority":3,"registered":1700000000123}}
+//! ```
+//!
+//! `registered` is in milliseconds since 1970. `gangplank.dev/ports` stands on the slices of a
+//! part only (see [`SliceGroup`](super::SliceGroup)):
+//! `[{"port":53,"protocol":"TCP","name":"dns"},{"port":53,"protocol":"UDP","name":"dns"}]`.
+//!
+//! Unknown fields are passed over, so that a later version may add some.
+
+use std::{collections::HashMap, net::IpAddr};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::group::MAX_PORTS;
+use crate::model::{PortSpec, Ports, Protocol, UnixMillis, Weight};
+
+/// Most octets of one entry with its comma: 41 of the address in quotes and 80 of the rest.
+pub(super) const MAX_ENTRY_BYTES: usize = 128;
+
+/// Most octets of the list of ports: no instance within its 2 KiB comes near.
+pub(super) const MAX_PORT_LIST_BYTES: usize = 16 * 1024;
+
+/// What the endpoint of an instance has no field for.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(super) struct InstanceAnnotation {
+    pub(super) weight: Weight,
+    pub(super) priority: u16,
+    pub(super) registered: UnixMillis,
+}
+
+#[derive(Serialize)]
+struct Entry {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weight: Option<f32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    priority: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    registered: Option<u64>,
+}
+
+/// The annotation for these instances; those of which nothing is to be said are left out.
+pub(super) fn instances_json(records: impl Iterator<Item = (IpAddr, InstanceAnnotation)>) -> String {
+    let said = records.filter(|(_, record)| *record != InstanceAnnotation::default());
+    let entries = said.map(|(ip, record)| {
+        let InstanceAnnotation { weight, priority, registered } = record;
+        let weight = Some(weight).filter(|weight| *weight != Weight::default());
+        let entry = Entry {
+            weight: weight.map(Weight::get),
+            priority: Some(priority).filter(|priority| *priority != 0),
+            registered: Some(registered.0).filter(|registered| *registered != 0),
+        };
+        (ip, entry)
+    });
+    let mut text = Vec::new();
+    let mut serializer = serde_json::Serializer::new(&mut text);
+    serde::Serializer::collect_map(&mut serializer, entries).expect("numbers under addresses are JSON");
+    String::from_utf8(text).expect("JSON is UTF-8")
+}
+
+/// What a slice's annotation says of its instances.
+pub(super) struct InstancesAnnotation(HashMap<String, Value>);
+
+impl InstancesAnnotation {
+    /// Reads the annotation of a slice.
+    ///
+    /// # Errors
+    /// When there is none, or it is no JSON object; then nothing is known of any instance.
+    pub(super) fn read(text: Option<&str>) -> Result<Self, String> {
+        let text = text.ok_or("is missing")?;
+        serde_json::from_str(text).map(Self).map_err(|err| format!("is not what gangplank writes: {err}"))
+    }
+
+    /// Of which nothing is known.
+    pub(super) fn none() -> Self {
+        Self(HashMap::new())
+    }
+
+    /// What it says of the instance at `address`, the default where it says nothing.
+    ///
+    /// # Errors
+    /// Which part of it cannot be so.
+    pub(super) fn get(&self, address: &str) -> Result<InstanceAnnotation, String> {
+        #[derive(Deserialize)]
+        struct Entry {
+            weight: Option<f64>,
+            priority: Option<u16>,
+            registered: Option<u64>,
+        }
+        let Some(entry) = self.0.get(address) else { return Ok(InstanceAnnotation::default()) };
+        let Entry { weight, priority, registered } = Entry::deserialize(entry).map_err(|err| err.to_string())?;
+        let weight = match weight {
+            None => Weight::default(),
+            Some(weight) => exact(weight)
+                .and_then(|weight| Weight::new(weight).ok())
+                .ok_or_else(|| format!("weight: must be a finite number in 0..=655, got {weight}"))?,
+        };
+        let registered = UnixMillis(registered.unwrap_or(0));
+        Ok(InstanceAnnotation { weight, priority: priority.unwrap_or(0), registered })
+    }
+}
+
+/// The `f32` that was written. By way of its digits: rounding what was read as `f64` once more
+/// could give a neighbour, and a slice that reads as another is written again for ever.
+fn exact(weight: f64) -> Option<f32> {
+    weight.to_string().parse().ok()
+}
+
+#[derive(Serialize, Deserialize)]
+struct PortEntry {
+    port: i64,
+    protocol: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    name: String,
+}
+
+/// The annotation for a list of ports.
+pub(super) fn ports_json(ports: &Ports) -> String {
+    let entries = ports.as_slice().iter().map(|port| PortEntry {
+        port: port.number.into(),
+        protocol: port.protocol.as_str().into(),
+        name: port.name.as_ref().map(ToString::to_string).unwrap_or_default(),
+    });
+    serde_json::to_string(&entries.collect::<Vec<_>>()).expect("texts and numbers are JSON")
+}
+
+/// The ports that an annotation lists.
+///
+/// # Errors
+/// Why they cannot stand.
+pub(super) fn read_ports(text: &str) -> Result<Ports, String> {
+    let entries: Vec<PortEntry> = serde_json::from_str(text).map_err(|err| err.to_string())?;
+    if entries.len() > MAX_PORTS {
+        return Err(format!("{} ports, at most {MAX_PORTS} are looked at", entries.len()));
+    }
+    let spec = |entry: PortEntry| {
+        let known = Protocol::ALL.into_iter().find(|known| known.as_str() == entry.protocol);
+        let protocol = known.ok_or_else(|| format!("protocol: must be TCP, UDP or SCTP, got {:?}", entry.protocol))?;
+        Ok(PortSpec { number: entry.port, protocol, name: entry.name })
+    };
+    let specs = entries.into_iter().map(spec).collect::<Result<Vec<_>, String>>()?;
+    Ports::parse(&specs).map_err(|(index, err)| format!("[{index}]: {err}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn record(weight: f32, priority: u16, registered: u64) -> InstanceAnnotation {
+        InstanceAnnotation { weight: Weight::new(weight).expect("valid"), priority, registered: UnixMillis(registered) }
+    }
+
+    /// These texts stand in clusters: later versions must read them.
+    #[test]
+    fn the_json_is_stable() {
+        let ip = |text: &str| text.parse::<IpAddr>().expect("an address");
+        let records = [
+            (ip("10.0.0.1"), record(0.5, 3, 1_700_000_000_123)),
+            (ip("10.0.0.2"), InstanceAnnotation::default()),
+            (ip("10.0.0.3"), record(0.1, 0, 7)),
+            (ip("10.0.0.4"), record(0.0, 65_535, 0)),
+        ];
+        let text = instances_json(records.into_iter());
+        assert_eq!(
+            text,
+            r#"{"10.0.0.1":{"weight":0.5,"priority":3,"registered":1700000000123},"10.0.0.3":{"weight":0.1,"registered":7},"10.0.0.4":{"weight":0.0,"priority":65535}}"#
+        );
+        let read = InstancesAnnotation::read(Some(&text)).expect("an object");
+        for (ip, record) in records {
+            assert_eq!(read.get(&ip.to_string()), Ok(record));
+        }
+        assert_eq!(instances_json([(ip("10.0.0.1"), InstanceAnnotation::default())].into_iter()), "{}");
+        let later =
+            InstancesAnnotation::read(Some(r#"{"10.0.0.1":{"priority":4,"colour":"red"}}"#)).expect("an object");
+        assert_eq!(later.get("10.0.0.1"), Ok(record(1.0, 4, 0)));
+
+        let dns = [(53, Protocol::Udp, "dns"), (53, Protocol::Tcp, "dns"), (80, Protocol::Tcp, "")];
+        let specs = dns.map(|(number, protocol, name)| PortSpec { number, protocol, name: name.into() });
+        let ports = Ports::parse(&specs).expect("valid");
+        let text = ports_json(&ports);
+        assert_eq!(
+            text,
+            r#"[{"port":53,"protocol":"TCP","name":"dns"},{"port":80,"protocol":"TCP"},{"port":53,"protocol":"UDP","name":"dns"}]"#
+        );
+        assert_eq!(read_ports(&text), Ok(ports));
+    }
+
+    #[test]
+    fn what_others_wrote_is_refused_in_words() {
+        for bad in [None, Some(""), Some("[]"), Some("{"), Some("null"), Some("7")] {
+            assert!(InstancesAnnotation::read(bad).is_err(), "{bad:?}");
+        }
+        for bad in [
+            r#"{"a":7}"#,
+            r#"{"a":{"weight":-1}}"#,
+            r#"{"a":{"weight":656}}"#,
+            r#"{"a":{"weight":"1"}}"#,
+            r#"{"a":{"priority":65536}}"#,
+            r#"{"a":{"registered":-1}}"#,
+        ] {
+            assert!(InstancesAnnotation::read(Some(bad)).expect("an object").get("a").is_err(), "{bad}");
+        }
+        for bad in [
+            "",
+            "{}",
+            r#"[{"port":0,"protocol":"TCP"}]"#,
+            r#"[{"port":1,"protocol":"tcp"}]"#,
+            r#"[{"port":1,"protocol":"TCP"},{"port":2,"protocol":"TCP"}]"#,
+        ] {
+            assert!(read_ports(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_largest_entry_is_within_its_bound() {
+        let longest: IpAddr = "2001:1db8:1234:5678:9abc:def0:1234:5678".parse().expect("an address");
+        for weight in [1.234_567_9e-38, 654.999_94, 1e-45, f32::MIN_POSITIVE] {
+            let text = instances_json([(longest, record(weight, u16::MAX, u64::MAX))].into_iter());
+            assert!(text.len() <= MAX_ENTRY_BYTES, "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_weight_reads_back_to_the_bit(bits in 0u32..=655f32.to_bits()) {
+            let ip: IpAddr = "10.0.0.1".parse().expect("an address");
+            let record = record(f32::from_bits(bits), 0, 0);
+            let text = instances_json([(ip, record)].into_iter());
+            let read = InstancesAnnotation::read(Some(&text)).expect("an object").get("10.0.0.1").expect("valid");
+            prop_assert_eq!(read.weight.get().to_bits(), bits);
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! How a slice of ours looks, to the last field that gangplank sets.
+
+use std::{borrow::Cow, collections::BTreeMap, net::IpAddr};
+
+use k8s_openapi::{
+    api::discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice},
+    apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
+};
+use sha2::Sha256;
+
+use super::{
+    group::SliceGroup,
+    record::{InstanceAnnotation, instances_json, ports_json},
+};
+use crate::{
+    kubernetes::objects::names,
+    model::{DashedLabel, Instance, ServiceKey, UnixMillis, view::Rfc3339},
+};
+
+/// What is noted on a slice when it is written, and is no reason to write it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SliceStamps<'a> {
+    /// The term of the writer.
+    pub term: u64,
+    /// The generation that the slices show once written.
+    pub generation: u64,
+    /// The moment.
+    pub updated: UnixMillis,
+    /// Who writes.
+    pub writer: &'a str,
+}
+
+impl SliceStamps<'_> {
+    /// As annotations.
+    pub(super) fn annotations(&self) -> [(&'static str, String); 4] {
+        let Self { term, generation, updated, writer } = self;
+        [
+            (names::TERM, term.to_string()),
+            (names::GENERATION, generation.to_string()),
+            (names::UPDATED, Rfc3339(*updated).to_string()),
+            (names::WRITER, (*writer).to_owned()),
+        ]
+    }
+}
+
+/// What of a slice's content is compared: SHA-256, half of it. It is kept in memory only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ContentDigest([u8; 16]);
+
+/// One endpoint.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct SliceEndpoint<'a> {
+    pub(super) ip: IpAddr,
+    pub(super) ready: bool,
+    pub(super) hostname: Option<Cow<'a, str>>,
+    pub(super) node: Option<&'a str>,
+    pub(super) record: InstanceAnnotation,
+}
+
+impl<'a> SliceEndpoint<'a> {
+    /// The endpoint of an instance at `ip`.
+    pub(super) fn of(instance: &'a Instance, ip: IpAddr, publish_not_ready: bool) -> Self {
+        Self {
+            ip,
+            ready: instance.ready() || publish_not_ready,
+            hostname: hostname(instance, ip),
+            node: instance.node_name().map(|name| name.as_str()),
+            record: InstanceAnnotation {
+                weight: instance.weight(),
+                priority: instance.priority(),
+                registered: instance.registered(),
+            },
+        }
+    }
+
+    fn endpoint(&self) -> Endpoint {
+        Endpoint {
+            addresses: vec![self.ip.to_string()],
+            conditions: Some(EndpointConditions { ready: Some(self.ready), ..EndpointConditions::default() }),
+            hostname: self.hostname.as_deref().map(Into::into),
+            node_name: self.node.map(Into::into),
+            ..Endpoint::default()
+        }
+    }
+}
+
+/// The host label that an endpoint states.
+///
+/// Without one CoreDNS makes it from the address, as gangplank's own DNS does, with one
+/// difference: an address that begins or ends in `::` gets a label that begins or ends with a
+/// dash, which glibc and Go refuse to look up. There the label is stated.
+pub(in crate::kubernetes) fn hostname(instance: &Instance, ip: IpAddr) -> Option<Cow<'_, str>> {
+    if let Some(label) = instance.host_name() {
+        return Some(Cow::Borrowed(label.as_str()));
+    }
+    let IpAddr::V6(v6) = ip else { return None };
+    let (first, last) = (v6.segments()[0], v6.segments()[7]);
+    if first != 0 && last != 0 {
+        return None; // `::` can stand at neither end
+    }
+    let label = DashedLabel::new(ip);
+    (label.as_str() != ip.to_string().replace([':', '.'], "-")).then(|| Cow::Owned(label.as_str().to_owned()))
+}
+
+/// The reference to its Service, by which the garbage collector removes an object with it.
+pub(in crate::kubernetes) fn owner(service: &ServiceKey, uid: &str) -> OwnerReference {
+    OwnerReference {
+        api_version: "v1".into(),
+        kind: "Service".into(),
+        name: service.name().into(),
+        uid: uid.into(),
+        ..OwnerReference::default()
+    }
+}
+
+/// Whether a reference is one that [`owner`] gives, whatever it says otherwise.
+pub(super) fn is_owner(reference: &OwnerReference, service: &ServiceKey) -> bool {
+    (&*reference.api_version, &*reference.kind, &*reference.name) == ("v1", "Service", service.name())
+}
+
+/// The labels of our slices.
+pub(super) fn labels(service: &ServiceKey) -> [(&'static str, &str); 3] {
+    [(names::SERVICE_NAME, service.name()), (names::MANAGED_BY, names::MANAGER), (names::HEADLESS, "")]
+}
+
+/// The slice `name` of `service` with these rows, which are in order of address. The stamps are
+/// not on it yet.
+pub(super) fn render(
+    service: &ServiceKey,
+    uid: &str,
+    name: &str,
+    group: &SliceGroup,
+    rows: &[SliceEndpoint<'_>],
+) -> EndpointSlice {
+    let records = rows.iter().map(|row| (row.ip, row.record));
+    let mut annotations = BTreeMap::from([(names::INSTANCES.to_owned(), instances_json(records))]);
+    if group.part.is_some() {
+        annotations.insert(names::PORTS.to_owned(), ports_json(&group.ports));
+    }
+    let ports: Vec<EndpointPort> = group
+        .slice_ports()
+        .map(|port| EndpointPort {
+            app_protocol: None,
+            // The API server makes an empty name of an absent one.
+            name: Some(port.name.as_ref().map(ToString::to_string).unwrap_or_default()),
+            port: Some(port.number.into()),
+            protocol: Some(port.protocol.as_str().into()),
+        })
+        .collect();
+    EndpointSlice {
+        metadata: ObjectMeta {
+            name: Some(name.into()),
+            namespace: Some(service.namespace().into()),
+            labels: Some(labels(service).map(|(key, value)| (key.into(), value.into())).into()),
+            annotations: Some(annotations),
+            owner_references: Some(vec![owner(service, uid)]),
+            ..ObjectMeta::default()
+        },
+        address_type: group.family.as_str().into(),
+        endpoints: rows.iter().map(SliceEndpoint::endpoint).collect(),
+        ports: Some(ports).filter(|ports| !ports.is_empty()),
+    }
+}
+
+/// The digest of what [`render`] writes for the same arguments.
+pub(super) fn digest(uid: &str, group: &SliceGroup, rows: &[SliceEndpoint<'_>]) -> ContentDigest {
+    let mut content = Vec::with_capacity(512 + rows.len() * 64);
+    // Each text with its length, so that no two contents have the same octets.
+    let text = |content: &mut Vec<u8>, text: Option<&str>| {
+        let len = text.map_or(u32::MAX, |text| u32::try_from(text.len()).unwrap_or(u32::MAX - 1));
+        content.extend(len.to_le_bytes());
+        content.extend(text.unwrap_or_default().as_bytes());
+    };
+    text(&mut content, Some(uid));
+    content.extend([group.family as u8, group.part.map_or(0, |part| 1 + part as u8)]);
+    content.extend(u32::try_from(group.ports.as_slice().len()).unwrap_or(u32::MAX).to_le_bytes());
+    for port in group.ports.as_slice() {
+        content.push(port.protocol as u8);
+        content.extend(port.number.to_le_bytes());
+        text(&mut content, port.name.as_ref().map(|name| name.as_str()));
+    }
+    for SliceEndpoint { ip, ready, hostname, node, record } in rows {
+        match ip {
+            IpAddr::V4(v4) => content.extend(v4.octets()),
+            IpAddr::V6(v6) => content.extend(v6.octets()),
+        }
+        content.push(u8::from(*ready));
+        text(&mut content, hostname.as_deref());
+        text(&mut content, *node);
+        let InstanceAnnotation { weight, priority, registered } = record;
+        content.extend(weight.get().to_bits().to_le_bytes());
+        content.extend(priority.to_le_bytes());
+        content.extend(registered.0.to_le_bytes());
+    }
+    let hash = <Sha256 as sha2::Digest>::digest(&content);
+    ContentDigest(hash[..16].try_into().expect("half of 32 octets"))
+}

@@ -1,0 +1,81 @@
+//! What the tests of slices share: instances, requests, and a [`Cluster`] to write to.
+
+mod cases;
+mod cluster;
+mod generated;
+
+use std::sync::Arc;
+
+use cluster::Cluster;
+
+use super::*;
+use crate::model::{CowTree, Instance, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis, Validator};
+
+pub(in crate::kubernetes) const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
+
+const UID: &str = "0d3cf0a4-0000-4000-8000-000000000001";
+
+pub(in crate::kubernetes) fn web() -> ServiceKey {
+    VALIDATOR.service("prod", "web").expect("valid")
+}
+
+/// `(number, protocol, name)`.
+pub(in crate::kubernetes) type PortTuple = (i64, Protocol, &'static str);
+
+pub(in crate::kubernetes) fn spec(address: &str, ports: &[PortTuple]) -> InstanceSpec {
+    let ports =
+        ports.iter().map(|&(number, protocol, name)| PortSpec { number, protocol, name: name.into() }).collect();
+    InstanceSpec { address: address.into(), ports, ..InstanceSpec::default() }
+}
+
+pub(in crate::kubernetes) fn instance(spec: &InstanceSpec) -> Arc<Instance> {
+    Arc::new(VALIDATOR.instance(&web(), spec, UnixMillis(1_700_000_000_000)).expect("valid"))
+}
+
+pub(in crate::kubernetes) fn table(specs: &[InstanceSpec]) -> CowTree<Arc<Instance>> {
+    let mut table = CowTree::default();
+    for spec in specs {
+        table.put(instance(spec));
+    }
+    table
+}
+
+pub(in crate::kubernetes) const TCP: Protocol = Protocol::Tcp;
+pub(in crate::kubernetes) const UDP: Protocol = Protocol::Udp;
+
+const HTTP: &[PortTuple] = &[(8080, TCP, "http")];
+const DNS: &[PortTuple] = &[(53, TCP, "dns"), (53, UDP, "dns"), (9153, TCP, "")];
+
+fn stamps(generation: u64) -> SliceStamps<'static> {
+    SliceStamps { term: 7, generation, updated: UnixMillis(1_700_000_000_123), writer: "gangplank-0" }
+}
+
+/// Calls `test` with a request for [`web`].
+fn with_request<T>(max_endpoints: usize, occupied: &[&str], test: impl FnOnce(&PlanOptions<'_>) -> T) -> T {
+    let service = web();
+    let occupied = occupied.iter().map(ToString::to_string).collect();
+    test(&PlanOptions {
+        service: &service,
+        service_uid: UID,
+        max_endpoints,
+        publish_not_ready: false,
+        stamps: stamps(1),
+        occupied: &occupied,
+    })
+}
+
+/// What comes back from slices: ready, and without a host name that only spells the address.
+fn as_recorded(instances: &CowTree<Arc<Instance>>) -> Vec<Instance> {
+    let all = instances.iter().filter(|one| one.address().ip().is_some());
+    let mut all: Vec<Instance> = all.map(|one| (**one).clone().with_ready(true)).collect();
+    all.sort_by(|a, b| a.key().cmp(&b.key()));
+    all
+}
+
+fn read_back(cluster: &Cluster) -> Vec<Instance> {
+    let (read, skipped) = read(&web(), cluster.slices.values(), &VALIDATOR);
+    assert_eq!(skipped, []);
+    let mut read: Vec<Instance> = read.iter().map(|one| (**one).clone()).collect();
+    read.sort_by(|a, b| a.key().cmp(&b.key()));
+    read
+}
