@@ -36,13 +36,13 @@ enum Command {
         log: LogArgs,
     },
     #[command(flatten)]
-    Client(cli::Command),
+    Client(cli::Subcommand),
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
     match Gangplank::parse().command {
-        Command::Client(command) => cli::run(command).await,
+        Command::Client(subcommand) => cli::run(subcommand).await,
         Command::Serve { serve, log } => match run(*serve, &log).await {
             Ok(()) => ExitCode::SUCCESS,
             Err(err) => {

@@ -79,6 +79,20 @@ fn ready_server_answers_its_probes() {
     assert_eq!(get(server.admin, "/no-such-page").0, 404);
 }
 
+/// A start script registers at every start, and must not fail because the registration is there.
+#[test]
+fn registering_again_exits_0_and_removing_again_exits_3() {
+    let server = Server::start();
+    let exit = |words: &[&str]| server.run(words).status.code();
+    for command in [["register", "prod/web", "10.0.0.1:8080"], ["deregister", "prod/web", "10.0.0.1:8080"]] {
+        let again = if command[0] == "register" { 0 } else { 3 };
+        for format in ["wide", "json", "yaml", "name"] {
+            let _ = exit(&command);
+            assert_eq!(exit(&[&command[..], &["-o", format]].concat()), Some(again), "{command:?} -o {format}");
+        }
+    }
+}
+
 #[test]
 fn invalid_namespace_is_a_usage_error() {
     let server = Server::start();

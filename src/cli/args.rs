@@ -1,12 +1,12 @@
-//! Arguments that several subcommands share, and what their texts mean.
+//! Arguments that several subcommands share, and how their texts are parsed.
 
-use super::failure::{Exit, Failure};
+use super::error::{CommandError, ErrorKind};
 use crate::model::{PortSpec, Protocol, ServiceKey, Validator};
 
-/// The namespace where none is given.
+/// The namespace without `-n` and `GANGPLANK_NAMESPACE`.
 const DEFAULT_NAMESPACE: &str = "default";
 
-/// Which server.
+/// `--server`.
 #[derive(Debug, clap::Args)]
 pub(super) struct ServerArgs {
     /// The server's gRPC address
@@ -14,7 +14,7 @@ pub(super) struct ServerArgs {
     pub(super) server: String,
 }
 
-/// Which namespace, where there is one.
+/// `-n`, for commands about one namespace.
 #[derive(Debug, clap::Args)]
 pub(super) struct NamespaceArgs {
     /// The namespace [default: default]
@@ -23,7 +23,7 @@ pub(super) struct NamespaceArgs {
 }
 
 impl NamespaceArgs {
-    /// The namespace of `service`: the one that it names itself, or that of `-n`.
+    /// The namespace of `service`: that of `NAMESPACE/NAME`, or that of `-n`.
     pub(super) fn of<'a>(&'a self, service: &'a ServiceName) -> &'a str {
         service.namespace.as_deref().unwrap_or_else(|| self.get())
     }
@@ -33,7 +33,7 @@ impl NamespaceArgs {
     }
 }
 
-/// Which namespaces, where all of them are one answer.
+/// `-n` or `-A`, for commands about one namespace or all.
 #[derive(Debug, clap::Args)]
 pub(super) struct ScopeArgs {
     #[command(flatten)]
@@ -44,14 +44,14 @@ pub(super) struct ScopeArgs {
 }
 
 impl ScopeArgs {
-    /// The namespace to ask for; `None` for all.
+    /// The namespace to ask the server for; `None` for all.
     pub(super) fn of<'a>(&'a self, service: Option<&'a ServiceName>) -> Option<&'a str> {
         let named = service.and_then(|service| service.namespace.as_deref());
         if self.all_namespaces { named } else { named.or_else(|| Some(self.namespace.get())) }
     }
 }
 
-/// A service as it is typed: `web`, or `prod/web`.
+/// A service as a person types it: `web`, or `prod/web`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ServiceName {
     pub(super) namespace: Option<String>,
@@ -61,7 +61,7 @@ pub(super) struct ServiceName {
 impl std::str::FromStr for ServiceName {
     type Err = String;
 
-    /// Splits; whether the parts can be names is the server's word.
+    /// Splits the text. The server checks whether the parts are valid names.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (namespace, name) = match text.split_once('/') {
             Some((namespace, name)) => (Some(namespace.to_owned()), name.to_owned()),
@@ -74,18 +74,18 @@ impl std::str::FromStr for ServiceName {
     }
 }
 
-/// The key of a service to be read; a name that can never be registered is wrong usage.
-pub(super) fn key(namespace: &str, name: &str) -> Result<ServiceKey, Failure> {
-    ANY_DOOR.service(namespace, name).map_err(|err| Failure::new(Exit::Usage, err.to_string()))
+/// The key of a service to read. A name that no server accepts is a usage error.
+pub(super) fn key(namespace: &str, name: &str) -> Result<ServiceKey, CommandError> {
+    PERMISSIVE_VALIDATOR.service(namespace, name).map_err(|err| CommandError::new(ErrorKind::Usage, err.to_string()))
 }
 
-/// A namespace to be read as a whole; one that can never hold anything is wrong usage.
-pub(super) fn check_namespace(namespace: &str) -> Result<(), Failure> {
+/// Checks a namespace to read. A name that no server accepts is a usage error.
+pub(super) fn check_namespace(namespace: &str) -> Result<(), CommandError> {
     key(namespace, "any").map(drop)
 }
 
-/// A door that lets through whatever some server might.
-pub(super) const ANY_DOOR: Validator = Validator { zone_wire_len: 1, names_allowed: true };
+/// Accepts whatever some server might accept: the client does not know the server's `--zone`.
+pub(super) const PERMISSIVE_VALIDATOR: Validator = Validator { zone_wire_len: 1, names_allowed: true };
 
 /// One `--port`: `8080`, `http=8080`, `dns=53/udp`.
 pub(super) fn port(text: &str) -> Result<PortSpec, String> {
@@ -104,26 +104,29 @@ pub(super) fn port(text: &str) -> Result<PortSpec, String> {
             Protocol::ALL.into_iter().find(|protocol| protocol.as_str().eq_ignore_ascii_case(text)).ok_or_else(usage)?
         }
     };
-    // Whether the number is in range is the server's word; on the wire it is an int32.
+    // The server checks the range; on the wire the number is an int32.
     let number = i64::from(number.parse::<i32>().map_err(|_| usage())?);
     Ok(PortSpec { number, protocol, name: name.to_owned() })
 }
 
-/// An address as it is typed, with ports or without: `10.0.0.1`, `10.0.0.1:8080,53/udp`,
-/// `[2001:db8::1]:80`. It is how instances are printed, so that what was printed can be typed.
+/// An address with ports or without: `10.0.0.1`, `10.0.0.1:8080,53/udp`, `[2001:db8::1]:80`.
+/// Instances are printed in the same form, so that a printed instance can be pasted.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct AddressArg {
     pub(super) address: String,
     pub(super) ports: Vec<PortSpec>,
 }
 
-impl std::str::FromStr for Place {
+impl std::str::FromStr for AddressArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (address, ports) = if let Some(rest) = text.strip_prefix('[') {
-            let (address, rest) = rest.split_once(']').ok_or("there is no ']' to the '['")?;
-            (address, rest.strip_prefix(':').or_else(|| rest.is_empty().then_some("")).ok_or("a ':' follows the ']'")?)
+            let (address, rest) = rest.split_once(']').ok_or("the '[' has no ']'")?;
+            (
+                address,
+                rest.strip_prefix(':').or_else(|| rest.is_empty().then_some("")).ok_or("expected ':' after the ']'")?,
+            )
         } else {
             match text.split_once(':') {
                 // More than one colon without brackets: an IPv6 address.
@@ -147,19 +150,19 @@ mod tests {
     }
 
     #[test]
-    fn ports_are_read() {
+    fn ports_are_parsed() {
         assert_eq!(port("8080"), Ok(spec("", 8080, Protocol::Tcp)));
         assert_eq!(port("http=8080"), Ok(spec("http", 8080, Protocol::Tcp)));
         assert_eq!(port("dns=53/udp"), Ok(spec("dns", 53, Protocol::Udp)));
         assert_eq!(port("5060/SCTP"), Ok(spec("", 5060, Protocol::Sctp)));
-        assert_eq!(port("70000"), Ok(spec("", 70_000, Protocol::Tcp)), "the server refuses it, with its reason");
+        assert_eq!(port("70000"), Ok(spec("", 70_000, Protocol::Tcp)), "the server refuses it and says why");
         for bad in ["", "http", "http=", "=", "80/", "80/icmp", "8080=http", "3000000000", "80 "] {
             assert!(port(bad).is_err(), "{bad:?}");
         }
     }
 
     #[test]
-    fn what_is_printed_of_an_instance_can_be_typed() {
+    fn printed_instances_parse() {
         for text in [
             "10.0.0.1",
             "10.0.0.1:8080",
@@ -168,19 +171,19 @@ mod tests {
             "2001:db8::1",
             "db.example.com:5432",
         ] {
-            let place: Place = text.parse().expect(text);
-            let address = ANY_DOOR.address(&place.address).expect(text);
-            let ports = place.ports.iter().map(|port| (port.protocol, u16::try_from(port.number).expect(text)));
+            let arg: AddressArg = text.parse().expect(text);
+            let address = PERMISSIVE_VALIDATOR.address(&arg.address).expect(text);
+            let ports = arg.ports.iter().map(|port| (port.protocol, u16::try_from(port.number).expect(text)));
             let ports = PortSet::new(ports.collect());
             assert_eq!(InstanceId { address, ports }.to_string(), text);
         }
         for bad in ["[::1", "[::1]80", "10.0.0.1:http"] {
-            assert!(bad.parse::<Place>().is_err(), "{bad:?}");
+            assert!(bad.parse::<AddressArg>().is_err(), "{bad:?}");
         }
     }
 
     #[test]
-    fn a_service_may_name_its_namespace() {
+    fn namespace_of_the_service_name_wins() {
         let args = NamespaceArgs { namespace: Some("test".into()) };
         assert_eq!(args.of(&"prod/web".parse().expect("valid")), "prod");
         assert_eq!(args.of(&"web".parse().expect("valid")), "test");

@@ -1,8 +1,8 @@
-//! `gangplank deregister`: takes an instance out.
+//! `gangplank deregister`: removes an instance.
 
 use super::{
-    args::{NamespaceArgs, Place, ServerArgs, ServiceName, port},
-    failure::Failure,
+    args::{AddressArg, NamespaceArgs, ServerArgs, ServiceName, port},
+    error::CommandError,
     mutation::Mutation,
     output::OutputArgs,
 };
@@ -12,7 +12,7 @@ use crate::{
 };
 
 pub(super) const EXAMPLES: &str = "\
-With ports it removes the instance that has exactly these ports; without any,
+With ports, the instance that has exactly these ports is removed; without,
 all instances of the address in this service.
 
 Examples:
@@ -21,14 +21,14 @@ Examples:
   gangplank deregister dns 10.0.0.3 -n prod --port 53/udp --port 53/tcp
   gangplank ls web -o name | xargs -L1 gangplank deregister
 
-Exit codes: 0 done, 1 failed or refused, 2 wrong usage, 3 it was not there";
+Exit codes: 0 done, 1 failed or refused, 2 wrong usage, 3 not registered";
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The service: NAME, or NAMESPACE/NAME
     service: ServiceName,
     /// The address, with ports or without: 10.0.0.1, 10.0.0.1:8080, [2001:db8::1]:80
-    address: Place,
+    address: AddressArg,
     /// A port of the instance; repeatable. Its name does not matter
     #[arg(long = "port", short = 'p', value_name = "[NAME=]PORT[/PROTO]", value_parser = port)]
     ports: Vec<PortSpec>,
@@ -40,10 +40,10 @@ pub struct Args {
     server: ServerArgs,
 }
 
-pub(super) async fn run(args: Args) -> Result<(), Failure> {
-    let Args { service, address: place, ports, namespace, output, server } = args;
-    let ports = place.ports.into_iter().chain(ports).collect();
-    let spec = InstanceSpec { address: place.address, ports, ..InstanceSpec::default() };
+pub(super) async fn run(args: Args) -> Result<(), CommandError> {
+    let Args { service, address: address_arg, ports, namespace, output, server } = args;
+    let ports = address_arg.ports.into_iter().chain(ports).collect();
+    let spec = InstanceSpec { address: address_arg.address, ports, ..InstanceSpec::default() };
     let namespace = namespace.of(&service);
     let answer = Client::connect(&server.server).await?.unregister(namespace, &service.name, &spec).await?;
     Mutation { namespace, name: &service.name, spec: &spec, answer }.report(output.output)

@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     args::{ScopeArgs, ServerArgs, ServiceName, check_namespace, key},
-    failure::{Exit, Failure},
+    error::{CommandError, ErrorKind},
     output::{Format, NONE, OutputArgs, Table, age, percent, print, print_json, print_yaml},
 };
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
 
 pub(super) const EXAMPLES: &str = "\
 Ports are written as --port takes them. SHARE is the part of traffic that an
-instance should get: its weight over that of all that are ready.
+instance should get: its weight over the sum of all ready instances.
 -o json and -o yaml give one service as an object, and several as
 {\"services\": [...]}, in the shape of the server's /api/v1.
 
@@ -30,8 +30,8 @@ Examples:
   gangplank ls prod/web
   gangplank ls web -n prod -o json
 
-Exit codes: 0 done, also when there is none; 1 failed, 2 wrong usage,
-3 the service that was named is not there";
+Exit codes: 0 done, also if there are no services; 1 failed, 2 wrong usage,
+3 the named service does not exist";
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -45,7 +45,7 @@ pub struct Args {
     server: ServerArgs,
 }
 
-pub(super) async fn run(args: Args) -> Result<(), Failure> {
+pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     let Args { service, scope, output, server } = args;
     let namespace = scope.of(service.as_ref());
     let format = output.output;
@@ -55,8 +55,8 @@ pub(super) async fn run(args: Args) -> Result<(), Failure> {
             namespace.map_or(Ok(()), check_namespace)?;
             let services = client.services(namespace).await?;
             if services.is_empty() {
-                // The exit code says it too, where stderr cannot be written.
-                let _ = writeln!(io::stderr(), "{}", nothing(namespace));
+                // Not `eprintln!`, which panics if stderr cannot be written. An empty list is no error: exit 0.
+                let _ = writeln!(io::stderr(), "{}", no_services(namespace));
             }
             show_services(&services, format)
         }
@@ -64,34 +64,35 @@ pub(super) async fn run(args: Args) -> Result<(), Failure> {
             let key = key(namespace, &service.name)?;
             match client.service(&key).await? {
                 Some(found) => show_service(&key, &found, format),
-                None => Err(absent(&key.to_string())),
+                None => Err(not_found(&key.to_string())),
             }
         }
         (Some(service), None) => {
-            // The name is checked with any namespace.
+            // Only the name matters; any valid namespace does.
             key("default", &service.name)?;
             let mut services = client.services(None).await?;
             services.retain(|(key, _)| key.name() == service.name);
             if services.is_empty() {
-                return Err(absent(&format!("{} in any namespace", service.name)));
+                return Err(not_found(&format!("{} in any namespace", service.name)));
             }
             show_instances(&services, format)
         }
     }
 }
 
-fn nothing(namespace: Option<&str>) -> String {
+fn no_services(namespace: Option<&str>) -> String {
     match namespace {
         Some(namespace) => format!("no services in namespace {namespace}; all namespaces: gangplank ls -A"),
         None => "no services; register one: gangplank register web 10.0.0.1 --port http=8080".into(),
     }
 }
 
-fn absent(service: &str) -> Failure {
-    Failure::new(Exit::Absent, format!("there is no service {service}")).next("what there is:  gangplank ls -A")
+fn not_found(service: &str) -> CommandError {
+    CommandError::new(ErrorKind::NotFound, format!("there is no service {service}"))
+        .hint("what there is:  gangplank ls -A")
 }
 
-fn show_services(services: &[(ServiceKey, Service)], format: Option<Format>) -> Result<(), Failure> {
+fn show_services(services: &[(ServiceKey, Service)], format: Option<Format>) -> Result<(), CommandError> {
     match format {
         None | Some(Format::Wide) if services.is_empty() => Ok(()),
         None | Some(Format::Wide) => print(&services_table(services, format, SystemTime::now())),
@@ -101,7 +102,7 @@ fn show_services(services: &[(ServiceKey, Service)], format: Option<Format>) -> 
     }
 }
 
-fn show_service(key: &ServiceKey, service: &Service, format: Option<Format>) -> Result<(), Failure> {
+fn show_service(key: &ServiceKey, service: &Service, format: Option<Format>) -> Result<(), CommandError> {
     let view = ServiceView { key, service };
     match format {
         Some(Format::Json) => print_json(&view),
@@ -110,7 +111,7 @@ fn show_service(key: &ServiceKey, service: &Service, format: Option<Format>) -> 
     }
 }
 
-fn show_instances(services: &[(ServiceKey, Service)], format: Option<Format>) -> Result<(), Failure> {
+fn show_instances(services: &[(ServiceKey, Service)], format: Option<Format>) -> Result<(), CommandError> {
     match format {
         None | Some(Format::Wide) => print(&instances_table(services, format, SystemTime::now())),
         Some(Format::Json) => print_json(&ServicesView(services)),
@@ -184,7 +185,7 @@ fn instances_table(services: &[(ServiceKey, Service)], format: Option<Format>, n
     table.render()
 }
 
-/// As `--port` takes them, joined by commas.
+/// Ports as `--port` takes them, joined by commas.
 fn ports(ports: &[&Port]) -> String {
     if ports.is_empty() {
         return NONE.to_owned();
@@ -221,7 +222,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        cli::args::{ANY_DOOR, port},
+        cli::args::{PERMISSIVE_VALIDATOR, port},
         model::{InstanceSpec, UnixMillis},
     };
 
@@ -235,7 +236,7 @@ mod tests {
                 weight: Some(*weight),
                 ..InstanceSpec::default()
             };
-            let instance = ANY_DOOR.instance(&key, &spec, UnixMillis(1_000_000)).expect("valid");
+            let instance = PERMISSIVE_VALIDATOR.instance(&key, &spec, UnixMillis(1_000_000)).expect("valid");
             Arc::new(instance.with_ready(*ready))
         });
         (key.clone(), Service { instances: instances.collect(), generation: 1712 })

@@ -1,12 +1,15 @@
-//! What a person types: one file per subcommand.
+//! The command line: one file per subcommand. All of them are clients of a running server.
 //!
-//! Results go to standard output, errors alone to standard error. The exit codes are the same
-//! whatever `-o` says: 0 done, 1 failed or refused, 2 usage, 3 not found or nothing changed;
-//! 4 is kept for commands that wait and whose wait expires.
+//! Results go to standard output, errors alone to standard error. The exit codes do not depend on
+//! `-o`: 0 done, 1 failed or refused, 2 usage, 3 not found; 4 is reserved for commands that wait
+//! and whose wait expires.
+//!
+//! Registering what is already registered is 0, not an error: start scripts and `ExecStartPost=`
+//! register at every start, and a unit must not fail because the registration outlived it.
 
 mod args;
 mod deregister;
-mod failure;
+mod error;
 mod ls;
 mod mutation;
 mod output;
@@ -18,7 +21,7 @@ use std::process::ExitCode;
 
 /// The subcommands that are clients of a running server.
 #[derive(Debug, clap::Subcommand)]
-pub enum Command {
+pub enum Subcommand {
     /// Register an instance of a service, or replace its attributes
     #[command(after_help = register::EXAMPLES)]
     Register(register::Args),
@@ -36,19 +39,18 @@ pub enum Command {
     Resolve(resolve::Args),
 }
 
-/// Runs one, prints what it has to say, and gives the exit code: 0 done, 1 failed or refused,
-/// 2 usage, 3 not found or nothing changed, 4 a wait expired.
-pub async fn run(command: Command) -> ExitCode {
-    let done = match command {
-        Command::Register(args) => register::run(args).await,
-        Command::Deregister(args) => deregister::run(args).await,
-        Command::Ls(args) => ls::run(args).await,
-        Command::Watch(args) => watch::run(args).await,
-        Command::Resolve(args) => resolve::run(args).await,
+/// Runs a subcommand, prints its result or its error, and returns the exit code.
+pub async fn run(subcommand: Subcommand) -> ExitCode {
+    let result = match subcommand {
+        Subcommand::Register(args) => register::run(args).await,
+        Subcommand::Deregister(args) => deregister::run(args).await,
+        Subcommand::Ls(args) => ls::run(args).await,
+        Subcommand::Watch(args) => watch::run(args).await,
+        Subcommand::Resolve(args) => resolve::run(args).await,
     };
-    match done {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => failure.report(),
+        Err(err) => err.report(),
     }
 }
 
@@ -59,23 +61,23 @@ mod tests {
     use super::*;
 
     #[derive(Debug, Parser)]
-    struct Line {
+    struct TestCli {
         #[command(subcommand)]
-        command: Command,
+        command: Subcommand,
     }
 
     fn exit_of(line: &str) -> i32 {
-        Line::try_parse_from(line.split(' ')).expect_err("wrong usage").exit_code()
+        TestCli::try_parse_from(line.split(' ')).expect_err("wrong usage").exit_code()
     }
 
     #[test]
-    fn the_commands_are_sound() {
-        Line::command().debug_assert();
+    fn commands_have_no_conflicting_arguments() {
+        TestCli::command().debug_assert();
     }
 
     #[test]
     fn every_help_has_an_example_and_the_exit_codes() {
-        for command in Line::command().get_subcommands() {
+        for command in TestCli::command().get_subcommands() {
             let help = command.get_after_help().expect("an after_help").to_string();
             assert!(help.contains(&format!("gangplank {}", command.get_name())), "{help}");
             assert!(help.contains("Exit codes:"), "{help}");
@@ -85,11 +87,11 @@ mod tests {
 
     #[test]
     fn examples_of_the_help_parse() {
-        for command in Line::command().get_subcommands() {
+        for command in TestCli::command().get_subcommands() {
             let help = command.get_after_help().expect("an after_help").to_string();
             let examples = help.lines().map(str::trim).filter(|line| line.starts_with("gangplank "));
             for example in examples.filter(|line| !line.contains('|')) {
-                if let Err(err) = Line::try_parse_from(example.split_whitespace()) {
+                if let Err(err) = TestCli::try_parse_from(example.split_whitespace()) {
                     panic!("{example}: {err}");
                 }
             }

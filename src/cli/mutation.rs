@@ -1,10 +1,10 @@
-//! What a change has to say: one line, or its JSON; and what each status means for the exit code.
+//! The result of `register` and `deregister`: one line or JSON, and the exit code of each status.
 
 use serde::Serialize;
 
 use super::{
-    args::ANY_DOOR,
-    failure::{Exit, Failure},
+    args::PERMISSIVE_VALIDATOR,
+    error::{CommandError, ErrorKind},
     output::{Format, print, print_json, print_yaml},
 };
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
     model::{InstanceId, InstanceSpec, PortSet},
 };
 
-/// A change that was asked for, and the server's answer.
+/// A change that was requested, and the server's answer.
 #[derive(Debug)]
 pub(super) struct Mutation<'a> {
     pub(super) namespace: &'a str,
@@ -21,9 +21,9 @@ pub(super) struct Mutation<'a> {
     pub(super) answer: Answer,
 }
 
-/// How a change that was made looks as JSON and YAML.
+/// A change as JSON and YAML. Fields are added, never renamed.
 #[derive(Debug, Serialize)]
-struct View<'a> {
+struct MutationView<'a> {
     namespace: &'a str,
     name: &'a str,
     instance: &'a str,
@@ -34,14 +34,21 @@ struct View<'a> {
 }
 
 impl Mutation<'_> {
-    /// Prints what happened, or says why it did not.
-    pub(super) fn report(&self, format: Option<Format>) -> Result<(), Failure> {
+    /// Prints the outcome, or returns why the server refused.
+    pub(super) fn report(&self, format: Option<Format>) -> Result<(), CommandError> {
         let instance = self.instance();
         let outcome = self.outcome(&instance)?;
         let Self { namespace, name, answer, .. } = self;
         let Answer { status, details, generation } = answer;
-        let view =
-            View { namespace, name, instance: &instance, status: *status, outcome, details, generation: *generation };
+        let view = MutationView {
+            namespace,
+            name,
+            instance: &instance,
+            status: *status,
+            outcome,
+            details,
+            generation: *generation,
+        };
         match format {
             None | Some(Format::Wide) => print(&self.line(&instance, outcome)),
             Some(Format::Json) => print_json(&view),
@@ -50,11 +57,11 @@ impl Mutation<'_> {
         }
     }
 
-    /// The instance as it is printed everywhere; what does not parse stays as it was typed.
+    /// The instance as every command prints it; an address that does not parse stays as it was typed.
     fn instance(&self) -> String {
         let ports = self.spec.ports.iter();
         let ports = ports.filter_map(|port| Some((port.protocol, u16::try_from(port.number).ok()?))).collect();
-        match ANY_DOOR.address(&self.spec.address) {
+        match PERMISSIVE_VALIDATOR.address(&self.spec.address) {
             Ok(address) => InstanceId { address, ports: PortSet::new(ports) }.to_string(),
             Err(_) => self.spec.address.clone(),
         }
@@ -65,37 +72,37 @@ impl Mutation<'_> {
         format!("instance {namespace}/{name} {instance} {outcome}, generation {}\n", answer.generation)
     }
 
-    /// What a status means, in a word; an error for those that are none of what was asked.
-    fn outcome(&self, instance: &str) -> Result<&'static str, Failure> {
+    /// The outcome in a word; an error if the server did not do what was requested.
+    fn outcome(&self, instance: &str) -> Result<&'static str, CommandError> {
         let Self { namespace, name, answer: Answer { status, details, .. }, .. } = self;
         let subject = format!("instance {namespace}/{name} {instance}");
         let because = if details.is_empty() { String::new() } else { format!(": {details}") };
-        let refused = |exit| Failure::new(exit, format!("{subject} refused{because}"));
+        let refused = |kind| CommandError::new(kind, format!("{subject} refused{because}"));
         match status {
             201 => Ok("registered"),
-            // The server does not say whether an attribute changed; either way it stands as asked.
+            // The server does not say whether an attribute changed; either way it is registered as requested.
             200 => Ok("up to date"),
             202 => Ok("accepted, not in Kubernetes yet"),
             204 => Ok("deregistered"),
-            // Of the two things that may be absent, the details name this one.
+            // 404 is also "no such instance"; only the details tell them apart.
             404 if details.starts_with("namespace:") => {
-                Err(refused(Exit::Absent).next(format!("create it:  kubectl create namespace {namespace}")))
+                Err(refused(ErrorKind::NotFound).hint(format!("create it:  kubectl create namespace {namespace}")))
             }
-            409 => Err(refused(Exit::Failed)
-                .next(format!("whose it is:  kubectl get service {name} -n {namespace} -o yaml"))
-                .next(format!("let external instances join:  kubectl label service {name} -n {namespace} gangplank.dev/service=joined"))),
-            403 => Err(refused(Exit::Failed)),
-            404 => Err(Failure::new(Exit::Absent, format!("{subject} not found{because}"))
-                .next(format!("what is there:  gangplank ls {namespace}/{name}"))),
+            409 => Err(refused(ErrorKind::Failed)
+                .hint(format!("whose it is:  kubectl get service {name} -n {namespace} -o yaml"))
+                .hint(format!("let external instances join:  kubectl label service {name} -n {namespace} gangplank.dev/service=joined"))),
+            403 => Err(refused(ErrorKind::Failed)),
+            404 => Err(CommandError::new(ErrorKind::NotFound, format!("{subject} not found{because}"))
+                .hint(format!("what is there:  gangplank ls {namespace}/{name}"))),
             400 => {
-                Err(refused(Exit::Failed).next("mend the field that is named; the flags: gangplank register --help"))
+                Err(refused(ErrorKind::Failed).hint("fix the field that is named; the flags: gangplank register --help"))
             }
-            429 | 507 => Err(refused(Exit::Failed)
-                .next("make room:  gangplank deregister SERVICE ADDRESS")
-                .next("or start the server with a higher limit:  gangplank serve --help")),
-            503 => Err(refused(Exit::Failed)
-                .next("why, and whether to wait:  curl http://127.0.0.1:9153/readyz/registrations")),
-            _ => Err(Failure::new(Exit::Failed, format!("{subject} refused with status {status}{because}"))),
+            429 | 507 => Err(refused(ErrorKind::Failed)
+                .hint("make room:  gangplank deregister SERVICE ADDRESS")
+                .hint("or start the server with a higher limit:  gangplank serve --help")),
+            503 => Err(refused(ErrorKind::Failed)
+                .hint("why, and whether to wait:  curl http://127.0.0.1:9153/readyz/registrations")),
+            _ => Err(CommandError::new(ErrorKind::Failed, format!("{subject} refused with status {status}{because}"))),
         }
     }
 }
@@ -105,7 +112,7 @@ mod tests {
     use super::*;
     use crate::model::{PortSpec, Protocol};
 
-    fn outcome(status: u32, details: &str) -> Result<String, Failure> {
+    fn outcome(status: u32, details: &str) -> Result<String, CommandError> {
         let port = |number, protocol, name: &str| PortSpec { number, protocol, name: name.into() };
         let spec = InstanceSpec {
             address: "2001:DB8::1".into(),
@@ -119,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn one_line_says_what_happened() {
+    fn outcome_is_one_line() {
         for (status, line) in [
             (201, "instance prod/web [2001:db8::1]:8080,53/UDP registered, generation 1712\n"),
             (200, "instance prod/web [2001:db8::1]:8080,53/UDP up to date, generation 1712\n"),
@@ -130,18 +137,18 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_names_the_field_and_the_next_step() {
+    fn refusal_names_the_field_and_the_next_step() {
         let refused = outcome(400, "weight: must be a finite number in 0..=655, got -1").expect_err("refused");
-        assert_eq!(refused.exit, Exit::Failed);
+        assert_eq!(refused.kind, ErrorKind::Failed);
         let text = refused.to_string();
         assert!(text.contains("refused: weight: must be a finite number"), "{text}");
         assert!(text.contains("gangplank register --help"), "{text}");
     }
 
     #[test]
-    fn what_kubernetes_lacks_is_named_with_the_command_that_makes_it() {
+    fn missing_kubernetes_objects_come_with_the_command_that_creates_them() {
         let absent = outcome(404, "namespace: prod does not exist in Kubernetes").expect_err("refused");
-        assert_eq!(absent.exit, Exit::Absent);
+        assert_eq!(absent.kind, ErrorKind::NotFound);
         assert!(absent.to_string().contains("kubectl create namespace prod"), "{absent}");
         let foreign = outcome(409, "service_name: somebody else's").expect_err("refused");
         assert!(foreign.to_string().contains("gangplank.dev/service=joined"), "{foreign}");
@@ -152,16 +159,16 @@ mod tests {
     #[test]
     fn statuses_have_their_exit_codes() {
         for (status, exit) in [
-            (400, Exit::Failed),
-            (403, Exit::Failed),
-            (404, Exit::Absent),
-            (409, Exit::Failed),
-            (503, Exit::Failed),
-            (507, Exit::Failed),
-            (999, Exit::Failed),
+            (400, ErrorKind::Failed),
+            (403, ErrorKind::Failed),
+            (404, ErrorKind::NotFound),
+            (409, ErrorKind::Failed),
+            (503, ErrorKind::Failed),
+            (507, ErrorKind::Failed),
+            (999, ErrorKind::Failed),
         ] {
             let failure = outcome(status, "why").expect_err("no success");
-            assert_eq!(failure.exit, exit, "{status}");
+            assert_eq!(failure.kind, exit, "{status}");
             assert!(failure.to_string().contains("why"), "{failure}");
         }
     }

@@ -9,22 +9,22 @@ use std::{
 
 use serde::Serialize;
 
-use super::failure::{Exit, Failure};
+use super::error::{CommandError, ErrorKind};
 use crate::model::UnixMillis;
 
-/// What stands where there is nothing.
+/// An empty cell.
 pub(super) const NONE: &str = "<none>";
 
-/// Columns of a terminal that every table of short names fits.
-const WIDTH: usize = 80;
+/// Columns of a terminal that tables fit into unless `-o wide` is given.
+const MAX_WIDTH: usize = 80;
 
-/// Blanks between columns, as `kubectl` has them.
-const GAP: usize = 3;
+/// Spaces between columns, as in `kubectl`.
+const COLUMN_GAP: usize = 3;
 
-/// A column that may be cut is never cut below this.
-const NARROWEST: usize = 8;
+/// A column is never cut below this many characters.
+const MIN_COLUMN_WIDTH: usize = 8;
 
-/// `-o`.
+/// Values of `-o`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum Format {
     /// More columns, nothing cut
@@ -45,15 +45,15 @@ pub(super) struct OutputArgs {
     pub(super) output: Option<Format>,
 }
 
-/// Prints to standard output, at once.
-pub(super) fn print(text: &str) -> Result<(), Failure> {
+/// Prints to standard output and flushes it.
+pub(super) fn print(text: &str) -> Result<(), CommandError> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;
     Ok(out.flush()?)
 }
 
 /// Prints `value` as indented JSON.
-pub(super) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
+pub(super) fn print_json(value: &impl Serialize) -> Result<(), CommandError> {
     let mut out = io::BufWriter::new(io::stdout().lock());
     serde_json::to_writer_pretty(&mut out, value).map_err(io::Error::from)?;
     out.write_all(b"\n")?;
@@ -61,15 +61,15 @@ pub(super) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
 }
 
 /// Prints `value` as one YAML document.
-pub(super) fn print_yaml(value: &impl Serialize) -> Result<(), Failure> {
+pub(super) fn print_yaml(value: &impl Serialize) -> Result<(), CommandError> {
     let text = serde_yaml_ng::to_string(value).map_err(|err| {
-        Failure::new(Exit::Failed, format!("this cannot be written as YAML: {err}")).next("use -o json")
+        CommandError::new(ErrorKind::Failed, format!("the result cannot be written as YAML: {err}")).hint("use -o json")
     })?;
     print(&text)
 }
 
-/// Whether colour may be used on a stream: only on a terminal, and not against the will of
-/// `NO_COLOR` (no-color.org: set and not empty).
+/// Whether a stream may be coloured: only a terminal, and only without `NO_COLOR`
+/// (no-color.org: set and not empty).
 pub(super) fn colour_allowed(terminal: bool) -> bool {
     terminal && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
@@ -78,18 +78,18 @@ pub(super) fn colour_allowed(terminal: bool) -> bool {
 #[derive(Debug)]
 pub(super) struct Table {
     titles: Vec<&'static str>,
-    /// Columns that may be cut so that a row fits, the first of them first.
+    /// Columns that may be cut so that a row fits, in this order.
     cut: Vec<usize>,
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    /// A table with these titles. Those named in `cut` are cut where a row would not fit;
-    /// with `-o wide` nothing is.
+    /// A table with these titles. The columns in `cut` are cut if a row would not fit, except with
+    /// `-o wide`.
     pub(super) fn new(titles: &[&'static str], cut: &[&str], format: Option<Format>) -> Self {
         let cut = if format == Some(Format::Wide) { &[] } else { cut };
-        let place = |name: &&str| titles.iter().position(|title| title == name).expect("one of the titles");
-        Self { titles: titles.to_vec(), cut: cut.iter().map(place).collect(), rows: Vec::new() }
+        let index = |name: &&str| titles.iter().position(|title| title == name).expect("one of the titles");
+        Self { titles: titles.to_vec(), cut: cut.iter().map(index).collect(), rows: Vec::new() }
     }
 
     pub(super) fn row(&mut self, cells: Vec<String>) {
@@ -97,7 +97,7 @@ impl Table {
         self.rows.push(cells);
     }
 
-    /// The table as text, a line feed after each line.
+    /// The table as text; each line ends in a line feed.
     pub(super) fn render(&self) -> String {
         let length = |text: &str| text.chars().count();
         let mut widths: Vec<usize> = self.titles.iter().map(|title| length(title)).collect();
@@ -107,9 +107,9 @@ impl Table {
             }
         }
         for at in &self.cut {
-            let all = widths.iter().sum::<usize>() + GAP * (widths.len() - 1);
-            let floor = NARROWEST.max(length(self.titles[*at]));
-            widths[*at] = widths[*at].saturating_sub(all.saturating_sub(WIDTH)).max(floor.min(widths[*at]));
+            let all = widths.iter().sum::<usize>() + COLUMN_GAP * (widths.len() - 1);
+            let floor = MIN_COLUMN_WIDTH.max(length(self.titles[*at]));
+            widths[*at] = widths[*at].saturating_sub(all.saturating_sub(MAX_WIDTH)).max(floor.min(widths[*at]));
         }
         let mut text = String::new();
         let titles = self.titles.iter().map(|title| (*title).to_owned()).collect();
@@ -117,7 +117,8 @@ impl Table {
             let mut line = String::new();
             for (cell, width) in row.iter().zip(&widths) {
                 let width = *width;
-                write!(line, "{:<width$}{:GAP$}", shortened(cell, width), "").expect("a String takes everything");
+                write!(line, "{:<width$}{:COLUMN_GAP$}", shortened(cell, width), "")
+                    .expect("a String takes everything");
             }
             text.push_str(line.trim_end());
             text.push('\n');
@@ -126,7 +127,7 @@ impl Table {
     }
 }
 
-/// `text` in at most `width` characters, the last of which says that something is missing.
+/// `text` in at most `width` characters; the last one is `…` if text is missing.
 fn shortened(text: &str, width: usize) -> String {
     if text.chars().count() <= width {
         return text.to_owned();
@@ -140,7 +141,7 @@ fn shortened(text: &str, width: usize) -> String {
 pub(super) fn age(since: UnixMillis, now: SystemTime) -> String {
     match now.duration_since(since.to_system_time()) {
         Ok(age) => duration(age),
-        // The server's clock is ahead of ours.
+        // The server's clock is ahead of this machine's.
         Err(_) => duration(Duration::ZERO),
     }
 }
@@ -210,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_is_aligned_and_has_no_trailing_blanks() {
+    fn table_is_aligned_without_trailing_spaces() {
         let mut table = Table::new(&["NAMESPACE", "NAME", "AGE"], &[], None);
         table.row(vec!["prod".into(), "a-longer-name".into(), "5m".into()]);
         table.row(vec!["prod".into(), "w".into(), NONE.into()]);
@@ -223,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_be_cut_is_cut_to_80_columns() {
+    fn tables_are_cut_to_80_columns() {
         let cells = || vec!["prod".to_owned(), "web".into(), "http=8080,".repeat(9), "50%,".repeat(20), "5m".into()];
         let titles = ["NAMESPACE", "NAME", "PORTS", "SHARES", "AGE"];
         let mut table = Table::new(&titles, &["SHARES", "PORTS"], None);

@@ -1,8 +1,8 @@
-//! `gangplank register`: one instance, once.
+//! `gangplank register`: registers one instance.
 
 use super::{
-    args::{NamespaceArgs, Place, ServerArgs, ServiceName, port},
-    failure::Failure,
+    args::{AddressArg, NamespaceArgs, ServerArgs, ServiceName, port},
+    error::CommandError,
     mutation::Mutation,
     output::OutputArgs,
 };
@@ -12,8 +12,8 @@ use crate::{
 };
 
 pub(super) const EXAMPLES: &str = "\
-Registering again replaces the attributes; the same again changes nothing and
-is no error, so that a start script may do it every time.
+Registering again replaces the attributes. Registering the same again changes
+nothing and exits 0, so that a start script can do it at every start.
 
 Examples:
   gangplank register web 10.0.0.1 --port http=8080
@@ -21,7 +21,8 @@ Examples:
   gangplank register dns 10.0.0.3 -n prod --port dns=53/udp --port dns=53/tcp
   gangplank register db 2001:db8::7 --port 5432 --host-name db-1
 
-Exit codes: 0 done, 1 failed or refused, 2 wrong usage";
+Exit codes: 0 registered, also if it already was; 1 failed or refused, 2 wrong
+usage, 3 no such namespace in Kubernetes";
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -29,19 +30,19 @@ pub struct Args {
     service: ServiceName,
     /// IPv4 or IPv6 address, with ports or without: 10.0.0.1, 10.0.0.1:8080,
     /// [2001:db8::1]:80
-    address: Place,
-    /// A port it serves; repeatable. With a name it has an SRV record. TCP, unless
-    /// /udp or /sctp follows
+    address: AddressArg,
+    /// A port of the instance; repeatable. A named port has an SRV record. TCP,
+    /// unless /udp or /sctp follows
     #[arg(long = "port", short = 'p', value_name = "[NAME=]PORT[/PROTO]", value_parser = port)]
     ports: Vec<PortSpec>,
-    /// The label of its own name, HOST.SERVICE.NAMESPACE.svc.ZONE; without it the
-    /// address with dashes
+    /// The first label of the instance's own name, HOST.SERVICE.NAMESPACE.svc.ZONE;
+    /// the address with dashes if not given
     #[arg(long, value_name = "HOST", default_value = "", hide_default_value = true)]
     host_name: String,
-    /// The machine it runs on
+    /// The machine that the instance runs on
     #[arg(long, value_name = "NODE", default_value = "", hide_default_value = true)]
     node_name: String,
-    /// Its share of traffic beside its siblings, 0 to 655 [default: 1]
+    /// Share of traffic relative to the service's other instances, 0 to 655 [default: 1]
     #[arg(long, allow_negative_numbers = true)]
     weight: Option<f32>,
     /// SRV priority; the lowest is used first
@@ -55,11 +56,21 @@ pub struct Args {
     server: ServerArgs,
 }
 
-pub(super) async fn run(args: Args) -> Result<(), Failure> {
-    let Args { service, address: place, ports, host_name, node_name, weight, priority, namespace, output, server } =
-        args;
-    let ports = place.ports.into_iter().chain(ports).collect();
-    let spec = InstanceSpec { address: place.address, ports, host_name, node_name, weight, priority };
+pub(super) async fn run(args: Args) -> Result<(), CommandError> {
+    let Args {
+        service,
+        address: address_arg,
+        ports,
+        host_name,
+        node_name,
+        weight,
+        priority,
+        namespace,
+        output,
+        server,
+    } = args;
+    let ports = address_arg.ports.into_iter().chain(ports).collect();
+    let spec = InstanceSpec { address: address_arg.address, ports, host_name, node_name, weight, priority };
     let namespace = namespace.of(&service);
     let answer = Client::connect(&server.server).await?.register(namespace, &service.name, &spec).await?;
     Mutation { namespace, name: &service.name, spec: &spec, answer }.report(output.output)

@@ -1,4 +1,4 @@
-//! `gangplank watch`: what is there, then every change, one line each.
+//! `gangplank watch`: the instances that are registered, then every change, one line each.
 
 use std::{
     fmt::Write as _,
@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::{
     args::{ScopeArgs, ServerArgs, ServiceName, check_namespace, key},
-    failure::{Exit, Failure},
+    error::{CommandError, ErrorKind},
     output::{Format, OutputArgs, age, colour_allowed, print, print_yaml},
 };
 use crate::{
@@ -23,7 +23,7 @@ use crate::{
 };
 
 pub(super) const EXAMPLES: &str = "\
-First comes what is there (CHANGE says present), then every change. -o json
+First comes every registered instance (CHANGE is present), then every change. -o json
 prints one object a line, by its \"type\": \"snapshot\" and \"synced\", then
 \"added\", \"updated\" or \"removed\" with a cursor and the times at which the
 change was received, durable, visible and acknowledged. --from CURSOR goes on
@@ -47,18 +47,18 @@ pub struct Args {
     scope: ScopeArgs,
     /// Go on after the change that carried this cursor, without a snapshot
     #[arg(long, value_name = "CURSOR")]
-    from: Option<Cursor>,
+    from: Option<CursorArg>,
     #[command(flatten)]
     output: OutputArgs,
     #[command(flatten)]
     server: ServerArgs,
 }
 
-/// An opaque place in the feed, in hexadecimal.
+/// A position in the change feed, in hexadecimal. Only the server knows what is in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Cursor(Vec<u8>);
+struct CursorArg(Vec<u8>);
 
-impl FromStr for Cursor {
+impl FromStr for CursorArg {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -72,13 +72,13 @@ impl FromStr for Cursor {
 }
 
 fn hex(cursor: &[u8]) -> String {
-    cursor.iter().fold(String::new(), |mut text, octet| {
-        write!(text, "{octet:02x}").expect("a String takes everything");
+    cursor.iter().fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("a String takes everything");
         text
     })
 }
 
-pub(super) async fn run(args: Args) -> Result<(), Failure> {
+pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     let Args { service, scope, from, output, server } = args;
     let namespace = scope.of(service.as_ref());
     match &service {
@@ -86,7 +86,7 @@ pub(super) async fn run(args: Args) -> Result<(), Failure> {
         None => namespace.map_or(Ok(()), check_namespace)?,
     }
     let name = service.as_ref().map(|service| service.name.as_str());
-    let watching = follow(&server.server, namespace, name, from.map(|Cursor(octets)| octets), output.output);
+    let watching = follow(&server.server, namespace, name, from.map(|CursorArg(bytes)| bytes), output.output);
     tokio::select! {
         ended = watching => ended,
         interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),
@@ -99,65 +99,67 @@ async fn follow(
     service: Option<&str>,
     from: Option<Vec<u8>>,
     format: Option<Format>,
-) -> Result<(), Failure> {
+) -> Result<(), CommandError> {
     let mut watch = Client::connect(url).await?.watch(namespace, service, from).await?;
-    let mut lines = Lines { format, colour: colour_allowed(io::stdout().is_terminal()), titled: false };
-    // The last cursor seen: where a watch that breaks can go on.
-    let mut seen = None;
+    let mut printer = EventPrinter { format, colour: colour_allowed(io::stdout().is_terminal()), titled: false };
+    // Where a new watch can resume if this one breaks.
+    let mut last_cursor = None;
     loop {
         let event = match watch.next().await {
             Ok(Some(event)) => event,
-            Ok(None) => return Err(ended("the server ended the watch", seen.as_deref())),
-            Err(err) => return Err(ended(&err.to_string(), seen.as_deref())),
+            Ok(None) => return Err(ended("the server ended the watch", last_cursor.as_deref())),
+            Err(err) => return Err(ended(&err.to_string(), last_cursor.as_deref())),
         };
         if let WatchEvent::Restart { reason, message } = event {
-            let what = format!("the watch is over ({reason}): {message}");
-            return Err(Failure::new(Exit::Failed, what).next("start again, without --from:  gangplank watch"));
+            let what = format!("the server ended the watch ({reason}): {message}");
+            return Err(
+                CommandError::new(ErrorKind::Failed, what).hint("start again, without --from:  gangplank watch")
+            );
         }
         if let WatchEvent::Synced { cursor, .. } | WatchEvent::Change { cursor, .. } = &event {
-            seen = Some(cursor.clone());
+            last_cursor = Some(cursor.clone());
         }
-        lines.print(&event)?;
+        printer.print(&event)?;
     }
 }
 
-fn ended(what: &str, seen: Option<&[u8]>) -> Failure {
-    let failure = Failure::new(Exit::Failed, what);
-    match seen {
-        Some(cursor) => failure.next(format!("go on where it ended:  gangplank watch --from {}", hex(cursor))),
-        None => failure.next("start again:  gangplank watch"),
+fn ended(message: &str, last_cursor: Option<&[u8]>) -> CommandError {
+    let failure = CommandError::new(ErrorKind::Failed, message);
+    match last_cursor {
+        Some(cursor) => failure.hint(format!("go on where it ended:  gangplank watch --from {}", hex(cursor))),
+        None => failure.hint("start again:  gangplank watch"),
     }
 }
 
 /// One line of `-o json`, one document of `-o yaml`.
 #[derive(Serialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
-enum Line<'a> {
+enum EventRecord<'a> {
     Snapshot { service: ServiceView<'a> },
     Synced { generation: u64, cursor: String },
-    Added(Changed<'a>),
-    Updated(Changed<'a>),
-    Removed(Changed<'a>),
+    Added(ChangeRecord<'a>),
+    Updated(ChangeRecord<'a>),
+    Removed(ChangeRecord<'a>),
 }
 
 #[derive(Serialize)]
-struct Changed<'a> {
+struct ChangeRecord<'a> {
     namespace: &'a str,
     name: &'a str,
-    /// Without a share: its siblings are not known here.
+    /// Without a share: a change does not carry the service's other instances.
     instance: InstanceView<'a>,
     generation: u64,
     cursor: String,
     timeline: TimelineView,
 }
 
-impl<'a> Line<'a> {
+impl<'a> EventRecord<'a> {
     fn of(event: &'a WatchEvent) -> Option<Self> {
         Some(match event {
             WatchEvent::Snapshot(key, service) => Self::Snapshot { service: ServiceView { key, service } },
             WatchEvent::Synced { generation, cursor } => Self::Synced { generation: *generation, cursor: hex(cursor) },
             WatchEvent::Change { kind, service, instance, generation, timeline, cursor } => {
-                let changed = Changed {
+                let changed = ChangeRecord {
                     namespace: service.namespace(),
                     name: service.name(),
                     instance: InstanceView { instance, share: None },
@@ -171,22 +173,22 @@ impl<'a> Line<'a> {
                     ChangeKind::Removed => Self::Removed(changed),
                 }
             }
-            // It ends the watch and is told on standard error.
+            // Ends the watch, and is printed to standard error.
             WatchEvent::Restart { .. } => return None,
         })
     }
 }
 
-/// Prints events as they come.
-struct Lines {
+/// Prints events as they arrive.
+struct EventPrinter {
     format: Option<Format>,
     colour: bool,
     titled: bool,
 }
 
-impl Lines {
-    fn print(&mut self, event: &WatchEvent) -> Result<(), Failure> {
-        let Some(line) = Line::of(event) else { return Ok(()) };
+impl EventPrinter {
+    fn print(&mut self, event: &WatchEvent) -> Result<(), CommandError> {
+        let Some(line) = EventRecord::of(event) else { return Ok(()) };
         match self.format {
             None | Some(Format::Wide) => print(&self.rows(event, SystemTime::now())),
             Some(Format::Json) => {
@@ -201,7 +203,7 @@ impl Lines {
         }
     }
 
-    /// The rows of a table that has no end: columns as wide as most need.
+    /// The rows of a table without an end. Later rows are not known, so the widths are fixed.
     fn rows(&mut self, event: &WatchEvent, now: SystemTime) -> String {
         let mut text = String::new();
         if !self.titled {
@@ -249,7 +251,7 @@ impl Lines {
         let mut row =
             format!("{namespace:<10}   {name:<16}   {colour}{change:<7}{off}   {id:<20}   {:<5}", instance.ready());
         if self.wide() {
-            // How long the registrant's word took to be answered over DNS.
+            // From receiving the change to answering DNS with it.
             let visible = timeline.map_or_else(
                 || "<none>".to_owned(),
                 |timeline| format!("{}ms", timeline.visible.0.saturating_sub(timeline.received.0)),
@@ -282,7 +284,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        cli::args::ANY_DOOR,
+        cli::args::PERMISSIVE_VALIDATOR,
         model::{InstanceSpec, Service, UnixMillis},
     };
 
@@ -293,7 +295,7 @@ mod tests {
             ..InstanceSpec::default()
         };
         let key = key("prod", "web").expect("valid");
-        Arc::new(ANY_DOOR.instance(&key, &spec, UnixMillis(1_000_000)).expect("valid"))
+        Arc::new(PERMISSIVE_VALIDATOR.instance(&key, &spec, UnixMillis(1_000_000)).expect("valid"))
     }
 
     fn change() -> WatchEvent {
@@ -318,24 +320,24 @@ mod tests {
     }
 
     fn json_of(event: &WatchEvent) -> Value {
-        serde_json::to_value(Line::of(event).expect("a line")).expect("JSON")
+        serde_json::to_value(EventRecord::of(event).expect("a line")).expect("JSON")
     }
 
     #[test]
-    fn a_cursor_survives_being_printed() {
-        assert_eq!(hex(&[0x00, 0x0a, 0xff]).parse(), Ok(Cursor(vec![0x00, 0x0a, 0xff])));
+    fn printed_cursor_parses() {
+        assert_eq!(hex(&[0x00, 0x0a, 0xff]).parse(), Ok(CursorArg(vec![0x00, 0x0a, 0xff])));
         for bad in ["", "a", "xy", "0a1", "äé", "+1"] {
-            assert!(bad.parse::<Cursor>().is_err(), "{bad:?}");
+            assert!(bad.parse::<CursorArg>().is_err(), "{bad:?}");
         }
     }
 
     #[test]
-    fn a_line_of_json_has_a_type_a_cursor_and_the_timeline() {
+    fn json_has_a_type_a_cursor_and_the_timeline() {
         let line = json_of(&change());
         assert_eq!(line["type"], "added");
         assert_eq!((&line["namespace"], &line["name"]), (&json!("prod"), &json!("web")));
         assert_eq!(line["instance"]["address"], "10.0.0.1");
-        assert_eq!(line["instance"]["share"], Value::Null, "its siblings are not known");
+        assert_eq!(line["instance"]["share"], Value::Null, "the other instances are not known");
         assert_eq!((&line["generation"], &line["cursor"]), (&json!(1712), &json!("0aff")));
         assert_eq!(line["timeline"]["visible"], "1970-01-01T00:16:40.002Z");
         let line = json_of(&snapshot());
@@ -345,10 +347,10 @@ mod tests {
     }
 
     #[test]
-    fn rows_stand_under_their_titles_within_80_columns() {
-        let mut lines = Lines { format: None, colour: false, titled: false };
+    fn rows_are_aligned_with_their_titles_within_80_columns() {
+        let mut printer = EventPrinter { format: None, colour: false, titled: false };
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1300);
-        let text = lines.rows(&snapshot(), now) + &lines.rows(&change(), now);
+        let text = printer.rows(&snapshot(), now) + &printer.rows(&change(), now);
         let rows: Vec<&str> = text.lines().collect();
         assert_eq!(rows.len(), 3, "{text}");
         let ends = |title: &str, cell: &str, row: usize| {
@@ -364,8 +366,8 @@ mod tests {
     }
 
     #[test]
-    fn a_watch_that_breaks_says_where_to_go_on() {
+    fn broken_watch_hints_at_its_last_cursor() {
         assert!(ended("gone", Some(&[0x0a])).to_string().contains("--from 0a"));
-        assert_eq!(ended("gone", None).exit, Exit::Failed);
+        assert_eq!(ended("gone", None).kind, ErrorKind::Failed);
     }
 }

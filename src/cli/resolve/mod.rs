@@ -1,7 +1,7 @@
-//! `gangplank resolve`: what clients would get from a DNS server.
+//! `gangplank resolve`: shows what clients get from a DNS server.
 
-mod ask;
 mod name;
+mod query;
 mod report;
 
 use std::{
@@ -14,22 +14,22 @@ use tokio::time::timeout;
 
 use super::{
     args::{NamespaceArgs, ServerArgs, port},
-    failure::{Exit, Failure},
+    error::{CommandError, ErrorKind},
     output::OutputArgs,
 };
 use crate::{
     grpc::client::Client,
     model::{PortSpec, Protocol, ServiceKey},
 };
-use ask::AskError;
-use name::Target;
-use report::{Asked, Report};
+use name::QueryTarget;
+use query::QueryError;
+use report::{AnsweredQuestion, ResolveReport};
 
 pub(super) const EXAMPLES: &str = "\
 Short names are completed: web, prod/web and web.prod mean
 web.NAMESPACE.svc.ZONE; an IP address asks for its PTR. A service is asked for
-A, AAAA and the SRV of its named ports: those of --port-name, or what the
-server at --server says, if it runs.
+A, AAAA and the SRV of its named ports: those of --port-name, or those that
+the server at --server knows, if it runs.
 
 Examples:
   gangplank resolve web
@@ -41,8 +41,8 @@ Examples:
 Exit codes: 0 there are records; 1 no answer, SERVFAIL or REFUSED; 2 wrong
 usage; 3 no such name, or no such record";
 
-/// How long the registry may take to say which ports a service has: it is only a help.
-const LEARN: Duration = Duration::from_secs(1);
+/// How long to wait for the registry's list of ports; without it SRV records are not asked for.
+const NAMED_PORTS_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -71,7 +71,7 @@ pub struct Args {
     server: ServerArgs,
 }
 
-/// A port as SRV names it.
+/// A port as an SRV owner name contains it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct PortName {
     name: String,
@@ -96,46 +96,50 @@ fn port_name(text: &str) -> Result<PortName, String> {
     Ok(PortName { name: name.to_owned(), protocol })
 }
 
-pub(super) async fn run(args: Args) -> Result<(), Failure> {
+pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     let Args { name, dns, types, ports, tcp, zone, namespace, output, server } = args;
-    let target = Target::complete(&name, namespace.get(), &zone)?;
+    let target = QueryTarget::complete(&name, namespace.get(), &zone)?;
     let ports = match &target {
-        Target::Service(_, key) if types.is_empty() && ports.is_empty() => learn(&server.server, key).await,
+        QueryTarget::Service(_, key) if types.is_empty() && ports.is_empty() => named_ports(&server.server, key).await,
         _ => ports,
     };
     let mut asked = Vec::new();
     for (name, kind) in questions(&target, &types, &ports)? {
-        let reply = ask::ask(dns, &name, kind, tcp).await.map_err(|err| unanswered(dns, &name, kind, &err))?;
-        asked.push(Asked { name, kind, reply });
+        let reply = query::query(dns, &name, kind, tcp).await.map_err(|err| query_failed(dns, &name, kind, &err))?;
+        asked.push(AnsweredQuestion { name, kind, reply });
     }
-    let report = Report { server: dns, asked };
+    let report = ResolveReport { server: dns, asked };
     report.print(output.output)?;
-    report.verdict()
+    report.result()
 }
 
-/// What to ask for: what was named, or what suits the name.
-fn questions(target: &Target, types: &[RecordType], ports: &[PortName]) -> Result<Vec<(Name, RecordType)>, Failure> {
+/// The queries: the types that were given, or those that suit the name.
+fn questions(
+    target: &QueryTarget,
+    types: &[RecordType],
+    ports: &[PortName],
+) -> Result<Vec<(Name, RecordType)>, CommandError> {
     let name = target.name();
     let kinds: &[RecordType] = match target {
         _ if !types.is_empty() => types,
-        Target::Address(_) => &[RecordType::PTR],
-        Target::Port(_) => &[RecordType::SRV],
-        Target::Service(..) | Target::Other(_) => &[RecordType::A, RecordType::AAAA],
+        QueryTarget::Address(_) => &[RecordType::PTR],
+        QueryTarget::Port(_) => &[RecordType::SRV],
+        QueryTarget::Service(..) | QueryTarget::Other(_) => &[RecordType::A, RecordType::AAAA],
     };
     let mut questions: Vec<_> = kinds.iter().map(|kind| (name.clone(), *kind)).collect();
     for PortName { name: port, protocol } in ports {
         let full = format!("_{port}.{}.{name}", protocol.srv_label());
         let full = Name::from_ascii(&full)
-            .map_err(|err| Failure::new(Exit::Usage, format!("{full:?} is not a DNS name: {err}")))?;
+            .map_err(|err| CommandError::new(ErrorKind::Usage, format!("{full:?} is not a DNS name: {err}")))?;
         questions.push((full, RecordType::SRV));
     }
     Ok(questions)
 }
 
-/// The named ports of a service, if the registry runs and knows it. Without it there is no SRV,
-/// and that is no fault: what is asked here is DNS.
-async fn learn(url: &str, key: &ServiceKey) -> Vec<PortName> {
-    let service = timeout(LEARN, async { Client::connect(url).await?.service(key).await }).await;
+/// The named ports of a service, as the registry knows them. None if it does not answer: this
+/// command is about DNS and works without the registry.
+async fn named_ports(url: &str, key: &ServiceKey) -> Vec<PortName> {
+    let service = timeout(NAMED_PORTS_TIMEOUT, async { Client::connect(url).await?.service(key).await }).await;
     let Ok(Ok(Some(service))) = service else { return Vec::new() };
     let ports = service.instances.iter().flat_map(|instance| instance.ports().as_slice());
     let mut names: Vec<_> = ports.filter_map(|port| Some((port.name.as_ref()?.as_str(), port.protocol))).collect();
@@ -144,10 +148,10 @@ async fn learn(url: &str, key: &ServiceKey) -> Vec<PortName> {
     names.into_iter().map(|(name, protocol)| PortName { name: name.to_owned(), protocol }).collect()
 }
 
-fn unanswered(dns: SocketAddr, name: &Name, kind: RecordType, err: &AskError) -> Failure {
-    Failure::new(Exit::Failed, format!("no answer from {dns} to {name} {kind}: {err}"))
-        .next("start the server:  gangplank serve")
-        .next("or name another:   --dns ADDRESS:PORT, or GANGPLANK_DNS")
+fn query_failed(dns: SocketAddr, name: &Name, kind: RecordType, err: &QueryError) -> CommandError {
+    CommandError::new(ErrorKind::Failed, format!("no answer from {dns} to {name} {kind}: {err}"))
+        .hint("start the server:  gangplank serve")
+        .hint("or name another:   --dns ADDRESS:PORT, or GANGPLANK_DNS")
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What a typed name asks for: short names are completed as a pod's resolver would.
+//! Completes short names as the resolver of a pod would.
 
 use std::net::IpAddr;
 
@@ -7,17 +7,17 @@ use hickory_proto::rr::Name;
 use crate::{
     cli::{
         args::{self, ServiceName},
-        failure::{Exit, Failure},
+        error::{CommandError, ErrorKind},
     },
     model::ServiceKey,
 };
 
-/// What a name is, as far as its spelling says.
+/// What a name refers to, as far as its spelling shows.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Target {
-    /// An address: its reverse name.
+pub(super) enum QueryTarget {
+    /// The reverse name of an address.
     Address(Name),
-    /// A service: its name in DNS.
+    /// The DNS name of a service.
     Service(Name, ServiceKey),
     /// `_port._protocol.…`.
     Port(Name),
@@ -25,7 +25,7 @@ pub(super) enum Target {
     Other(Name),
 }
 
-impl Target {
+impl QueryTarget {
     pub(super) fn name(&self) -> &Name {
         match self {
             Self::Address(name) | Self::Service(name, _) | Self::Port(name) | Self::Other(name) => name,
@@ -40,17 +40,17 @@ impl Target {
     /// | `web`, `prod/web`, `web.prod`, `web.prod.svc` | `web.<namespace>.svc.<zone>` |
     /// | `_http._tcp.web`, and the same endings | `_http._tcp.web.<namespace>.svc.<zone>` |
     /// | a name that ends in a dot or in the zone, or has three labels or more | as it is |
-    pub(super) fn complete(text: &str, namespace: &str, zone: &str) -> Result<Self, Failure> {
+    pub(super) fn complete(text: &str, namespace: &str, zone: &str) -> Result<Self, CommandError> {
         if let Ok(address) = text.parse::<IpAddr>() {
             return Ok(Self::Address(Name::from(address)));
         }
         let zone = zone.trim_end_matches('.').to_ascii_lowercase();
         if text.contains('/') {
-            let service: ServiceName = text.parse().map_err(|err: String| Failure::new(Exit::Usage, err))?;
+            let service: ServiceName = text.parse().map_err(|err: String| CommandError::new(ErrorKind::Usage, err))?;
             let namespace = service.namespace.as_deref().unwrap_or(namespace);
             return Self::of(&format!("{}.{namespace}.svc.{zone}", service.name), &zone);
         }
-        // Only what stands behind `_port._protocol` counts as labels of the service.
+        // `_port._protocol` is not part of the service's name.
         let labels: Vec<&str> = text.split('.').skip_while(|label| label.starts_with('_')).collect();
         let lower = text.to_ascii_lowercase();
         let full = match labels.as_slice() {
@@ -63,8 +63,10 @@ impl Target {
         Self::of(&full, &zone)
     }
 
-    fn of(full: &str, zone: &str) -> Result<Self, Failure> {
-        let bad = |err: &dyn std::fmt::Display| Failure::new(Exit::Usage, format!("{full:?} is not a DNS name: {err}"));
+    fn of(full: &str, zone: &str) -> Result<Self, CommandError> {
+        let bad = |err: &dyn std::fmt::Display| {
+            CommandError::new(ErrorKind::Usage, format!("{full:?} is not a DNS name: {err}"))
+        };
         let mut name = Name::from_ascii(full).map_err(|err| bad(&err))?;
         name.set_fqdn(true);
         if full.starts_with('_') {
@@ -84,7 +86,7 @@ mod tests {
     use super::*;
 
     fn asked(text: &str) -> String {
-        Target::complete(text, "prod", "Cluster.local.").expect(text).name().to_string()
+        QueryTarget::complete(text, "prod", "Cluster.local.").expect(text).name().to_string()
     }
 
     #[test]
@@ -111,21 +113,23 @@ mod tests {
     }
 
     #[test]
-    fn what_it_is_decides_what_is_asked() {
-        let of = |text| Target::complete(text, "prod", "cluster.local").expect(text);
-        assert!(matches!(of("web"), Target::Service(_, key) if key.to_string() == "prod/web"));
-        assert!(matches!(of("web.test.svc.cluster.local."), Target::Service(_, key) if key.to_string() == "test/web"));
-        assert!(matches!(of("_http._tcp.web"), Target::Port(_)));
-        assert!(matches!(of("10.0.0.1"), Target::Address(_)));
+    fn spelling_decides_the_kind_of_target() {
+        let of = |text| QueryTarget::complete(text, "prod", "cluster.local").expect(text);
+        assert!(matches!(of("web"), QueryTarget::Service(_, key) if key.to_string() == "prod/web"));
+        assert!(
+            matches!(of("web.test.svc.cluster.local."), QueryTarget::Service(_, key) if key.to_string() == "test/web")
+        );
+        assert!(matches!(of("_http._tcp.web"), QueryTarget::Port(_)));
+        assert!(matches!(of("10.0.0.1"), QueryTarget::Address(_)));
         for other in ["10-0-0-1.web.prod.svc.cluster.local", "www.example.com", "cluster.local"] {
-            assert!(matches!(of(other), Target::Other(_)), "{other}");
+            assert!(matches!(of(other), QueryTarget::Other(_)), "{other}");
         }
     }
 
     #[test]
-    fn what_cannot_be_a_name_is_wrong_usage() {
+    fn invalid_names_are_usage_errors() {
         for bad in ["", "a..b", &"x".repeat(64)] {
-            assert_eq!(Target::complete(bad, "prod", "cluster.local").expect_err(bad).exit, Exit::Usage);
+            assert_eq!(QueryTarget::complete(bad, "prod", "cluster.local").expect_err(bad).kind, ErrorKind::Usage);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What the answers say, as a table, JSON or YAML, and what that means for the exit code.
+//! The answers as a table, JSON or YAML, and the exit code they mean.
 
 use std::{
     collections::BTreeSet,
@@ -11,30 +11,30 @@ use hickory_proto::{
 };
 use serde::Serialize;
 
-use super::ask::Reply;
+use super::query::Reply;
 use crate::cli::{
-    failure::{Exit, Failure},
+    error::{CommandError, ErrorKind},
     output::{Format, NONE, Table, percent, print, print_json, print_yaml},
 };
 
-/// A question that was answered.
+/// A query and its answer.
 #[derive(Debug)]
-pub(super) struct Asked {
+pub(super) struct AnsweredQuestion {
     pub(super) name: Name,
     pub(super) kind: RecordType,
     pub(super) reply: Reply,
 }
 
-/// Everything that was asked of one server.
+/// All queries to one server, and their answers.
 #[derive(Debug)]
-pub(super) struct Report {
+pub(super) struct ResolveReport {
     pub(super) server: SocketAddr,
-    pub(super) asked: Vec<Asked>,
+    pub(super) asked: Vec<AnsweredQuestion>,
 }
 
-/// How a report looks as JSON and YAML. Fields are added, never renamed.
+/// The report as JSON and YAML. Fields are added, never renamed.
 #[derive(Debug, Serialize)]
-pub(super) struct View {
+pub(super) struct ResolveView {
     server: SocketAddr,
     questions: Vec<QuestionView>,
 }
@@ -69,12 +69,12 @@ struct SrvView {
     target: String,
     /// From the additional section.
     addresses: Vec<IpAddr>,
-    /// The part of clients that take this record (RFC 2782); 0 behind a lower priority.
+    /// The part of clients that use this record (RFC 2782); 0 if another has a lower priority.
     share: f64,
 }
 
-impl Report {
-    pub(super) fn print(&self, format: Option<Format>) -> Result<(), Failure> {
+impl ResolveReport {
+    pub(super) fn print(&self, format: Option<Format>) -> Result<(), CommandError> {
         let view = self.view();
         match format {
             None | Some(Format::Wide) => print(&view.tables(format)),
@@ -84,28 +84,28 @@ impl Report {
         }
     }
 
-    pub(super) fn view(&self) -> View {
-        View { server: self.server, questions: self.asked.iter().map(question_view).collect() }
+    pub(super) fn view(&self) -> ResolveView {
+        ResolveView { server: self.server, questions: self.asked.iter().map(question_view).collect() }
     }
 
-    /// The worst that was answered, unless something was found.
-    pub(super) fn verdict(&self) -> Result<(), Failure> {
+    /// An error if no query found a record: the first failure, else "not found".
+    pub(super) fn result(&self) -> Result<(), CommandError> {
         let server = self.server;
-        for Asked { name, kind, reply } in &self.asked {
+        for AnsweredQuestion { name, kind, reply } in &self.asked {
             let what = format!("{server} answered {} to {name} {kind}", rcode(reply.rcode()));
-            let failure = Failure::new(Exit::Failed, what);
+            let failure = CommandError::new(ErrorKind::Failed, what);
             match reply.rcode() {
                 ResponseCode::NoError | ResponseCode::NXDomain => {}
                 ResponseCode::ServFail => {
-                    return Err(failure.next("it may still be loading:  curl http://127.0.0.1:9153/readyz"));
+                    return Err(failure.hint("it may still be loading:  curl http://127.0.0.1:9153/readyz"));
                 }
                 ResponseCode::Refused if *kind == RecordType::PTR => {
                     return Err(failure
-                        .next("no ready instance has this address, and no reverse zone holds it; to serve one:")
-                        .next("gangplank serve --reverse-zone CIDR"));
+                        .hint("no ready instance has this address, and no reverse zone holds it; to serve one:")
+                        .hint("gangplank serve --reverse-zone CIDR"));
                 }
                 ResponseCode::Refused => {
-                    return Err(failure.next("the name is outside the server's zone; name the zone:  --zone ZONE"));
+                    return Err(failure.hint("the name is outside the server's zone; name the zone:  --zone ZONE"));
                 }
                 _ => return Err(failure),
             }
@@ -113,19 +113,19 @@ impl Report {
         if self.asked.iter().any(|asked| !asked.reply.message.answers.is_empty()) {
             return Ok(());
         }
-        let Some(Asked { name, .. }) = self.asked.first() else { return Ok(()) };
+        let Some(AnsweredQuestion { name, .. }) = self.asked.first() else { return Ok(()) };
         let what = if self.asked.iter().all(|asked| asked.reply.rcode() == ResponseCode::NXDomain) {
             format!("{name} does not exist, says {server}")
         } else {
             let kinds = self.asked.iter().map(|asked| asked.kind.to_string()).collect::<BTreeSet<_>>();
             format!("{name} has no {} record, says {server}", kinds.into_iter().collect::<Vec<_>>().join(" or "))
         };
-        Err(Failure::new(Exit::Absent, what).next("what is registered, and ready:  gangplank ls -A"))
+        Err(CommandError::new(ErrorKind::NotFound, what).hint("what is registered, and ready:  gangplank ls -A"))
     }
 }
 
-fn question_view(asked: &Asked) -> QuestionView {
-    let Asked { name, kind, reply } = asked;
+fn question_view(asked: &AnsweredQuestion) -> QuestionView {
+    let AnsweredQuestion { name, kind, reply } = asked;
     QuestionView {
         name: name.to_string(),
         r#type: kind.to_string(),
@@ -152,7 +152,7 @@ fn srv_view(record: &Record, reply: &Reply) -> Option<SrvView> {
     let RData::SRV(srv) = &record.data else { return None };
     let glue = reply.message.additionals.iter().filter(|glue| glue.name == srv.target);
     let addresses = glue.filter_map(|glue| glue.data.ip_addr()).collect();
-    // RFC 2782: clients use the lowest priority, and in it each record as its weight says.
+    // RFC 2782: clients use the records of the lowest priority, in proportion to their weights.
     let all = reply.message.answers.iter();
     let all = all.filter_map(|record| if let RData::SRV(srv) = &record.data { Some(srv) } else { None });
     let first: Vec<_> = match all.clone().map(|srv| srv.priority).min() {
@@ -175,8 +175,8 @@ fn srv_view(record: &Record, reply: &Reply) -> Option<SrvView> {
     })
 }
 
-impl View {
-    /// Two tables: what clients get, and who said so.
+impl ResolveView {
+    /// Two tables: the records, and which server answered which query.
     pub(super) fn tables(&self, format: Option<Format>) -> String {
         let wide = format == Some(Format::Wide);
         let titles: &[&str] = if wide {
@@ -205,7 +205,7 @@ impl View {
         answers + &questions.render()
     }
 
-    /// What the answers point at, each once, in the order of the answers.
+    /// The addresses and targets in the answers, each once, in the order of the answers.
     fn names(&self) -> String {
         let mut seen = BTreeSet::new();
         let answers = self.questions.iter().flat_map(|question| &question.answers);

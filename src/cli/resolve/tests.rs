@@ -1,4 +1,4 @@
-//! The real exchange with a server on a free port that says what the test wants.
+//! Real queries to a server on a free port whose answers each test defines.
 
 use std::str::FromStr as _;
 
@@ -24,23 +24,23 @@ fn name(text: &str) -> Name {
     Name::from_str(text).expect("a name")
 }
 
-/// What a server says to a question; `tcp` is how it came.
-type Script = fn(question: Message, tcp: bool) -> Message;
+/// Returns the answer to a query, which came over TCP or UDP.
+type AnswerFn = fn(question: Message, tcp: bool) -> Message;
 
 /// A server that answers over UDP and TCP until it is dropped.
-struct Server {
+struct FakeDnsServer {
     address: SocketAddr,
     _tasks: JoinSet<()>,
 }
 
-impl Server {
-    async fn start(script: Script) -> Self {
+impl FakeDnsServer {
+    async fn start(answer_fn: AnswerFn) -> Self {
         let tcp = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = tcp.local_addr().expect("bound");
         let udp = UdpSocket::bind(address).await.expect("the same port for UDP");
         let mut tasks = JoinSet::new();
         let answer = move |octets: &[u8], tcp| {
-            script(Message::from_vec(octets).expect("a question"), tcp).to_vec().expect("an answer")
+            answer_fn(Message::from_vec(octets).expect("a question"), tcp).to_vec().expect("an answer")
         };
         tasks.spawn(async move {
             let mut datagram = [0; 4096];
@@ -60,14 +60,14 @@ impl Server {
         Self { address, _tasks: tasks }
     }
 
-    async fn report(&self, questions: &[(&str, RecordType)]) -> Report {
+    async fn report(&self, questions: &[(&str, RecordType)]) -> ResolveReport {
         let mut asked = Vec::new();
         for (text, kind) in questions {
             let name = name(text);
-            let reply = ask::ask(self.address, &name, *kind, false).await.expect("an answer");
-            asked.push(Asked { name, kind: *kind, reply });
+            let reply = query::query(self.address, &name, *kind, false).await.expect("an answer");
+            asked.push(AnsweredQuestion { name, kind: *kind, reply });
         }
-        Report { server: self.address, asked }
+        ResolveReport { server: self.address, asked }
     }
 }
 
@@ -99,8 +99,8 @@ fn of_ports(question: Message, _tcp: bool) -> Message {
 }
 
 #[tokio::test]
-async fn srv_says_share_port_and_address() {
-    let server = Server::start(of_ports).await;
+async fn srv_shows_share_port_and_address() {
+    let server = FakeDnsServer::start(of_ports).await;
     let report = server.report(&[("_http._tcp.web.prod.svc.cluster.local.", RecordType::SRV)]).await;
     let text = report.view().tables(None);
     let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
@@ -110,12 +110,12 @@ async fn srv_says_share_port_and_address() {
     assert_eq!(rows[3], ["SRV", "5", "0%", "8080", "c.web.prod.svc.cluster.local."]);
     assert_eq!(rows[6][1..5], ["SRV", "NOERROR", "udp", "node-1"]);
     assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
-    assert_eq!(report.verdict(), Ok(()));
+    assert_eq!(report.result(), Ok(()));
 }
 
 #[tokio::test]
-async fn what_is_cut_off_is_asked_again_over_tcp() {
-    let server = Server::start(|question, tcp| {
+async fn truncated_answer_is_asked_for_again_over_tcp() {
+    let server = FakeDnsServer::start(|question, tcp| {
         let mut message = answer(&question, ResponseCode::NoError);
         message.metadata.truncation = !tcp;
         if tcp {
@@ -131,59 +131,59 @@ async fn what_is_cut_off_is_asked_again_over_tcp() {
 }
 
 #[tokio::test]
-async fn an_answer_to_another_question_is_not_taken() {
-    let server = Server::start(|question, _| {
+async fn answer_to_another_query_is_ignored() {
+    let server = FakeDnsServer::start(|question, _| {
         let mut message = answer(&question, ResponseCode::NoError);
         message.metadata.id = question.metadata.id.wrapping_add(1);
         message
     })
     .await;
-    let asked = ask::ask(server.address, &name("web."), RecordType::A, true).await;
-    assert!(matches!(asked, Err(AskError::Garbage(_))), "{asked:?}");
-    let server = Server::start(|question, _| {
+    let asked = query::query(server.address, &name("web."), RecordType::A, true).await;
+    assert!(matches!(asked, Err(QueryError::InvalidAnswer(_))), "{asked:?}");
+    let server = FakeDnsServer::start(|question, _| {
         let mut message = answer(&question, ResponseCode::NoError);
         message.metadata.message_type = MessageType::Query;
         message
     })
     .await;
-    let asked = ask::ask(server.address, &name("web."), RecordType::A, true).await;
-    assert!(matches!(asked, Err(AskError::Garbage(_))), "{asked:?}");
+    let asked = query::query(server.address, &name("web."), RecordType::A, true).await;
+    assert!(matches!(asked, Err(QueryError::InvalidAnswer(_))), "{asked:?}");
 }
 
 #[tokio::test]
 async fn rcodes_have_their_exit_codes() {
-    for (script, exit, word) in [
-        ((|question, _| answer(&question, ResponseCode::NXDomain)) as Script, Exit::Absent, "does not exist"),
-        (|question, _| answer(&question, ResponseCode::NoError), Exit::Absent, "has no A or AAAA record"),
-        (|question, _| answer(&question, ResponseCode::ServFail), Exit::Failed, "SERVFAIL"),
-        (|question, _| answer(&question, ResponseCode::Refused), Exit::Failed, "REFUSED"),
-        (|question, _| answer(&question, ResponseCode::NotImp), Exit::Failed, "NOTIMP"),
+    for (answer_fn, kind, word) in [
+        ((|question, _| answer(&question, ResponseCode::NXDomain)) as AnswerFn, ErrorKind::NotFound, "does not exist"),
+        (|question, _| answer(&question, ResponseCode::NoError), ErrorKind::NotFound, "has no A or AAAA record"),
+        (|question, _| answer(&question, ResponseCode::ServFail), ErrorKind::Failed, "SERVFAIL"),
+        (|question, _| answer(&question, ResponseCode::Refused), ErrorKind::Failed, "REFUSED"),
+        (|question, _| answer(&question, ResponseCode::NotImp), ErrorKind::Failed, "NOTIMP"),
     ] {
-        let server = Server::start(script).await;
+        let server = FakeDnsServer::start(answer_fn).await;
         let questions =
             [("web.prod.svc.cluster.local.", RecordType::A), ("web.prod.svc.cluster.local.", RecordType::AAAA)];
-        let failure = server.report(&questions).await.verdict().expect_err("nothing was found");
-        assert_eq!(failure.exit, exit, "{failure}");
+        let failure = server.report(&questions).await.result().expect_err("nothing was found");
+        assert_eq!(failure.kind, kind, "{failure}");
         assert!(failure.to_string().contains(word), "{failure}");
     }
 }
 
 #[tokio::test]
-async fn a_server_that_is_away_is_said_at_once() {
+async fn unreachable_server_fails_at_once() {
     let socket = UdpSocket::bind("127.0.0.1:0").await.expect("a free port");
     let nobody = socket.local_addr().expect("bound");
     drop(socket);
-    let err = ask::ask(nobody, &name("web."), RecordType::A, false).await.expect_err("nobody listens");
-    let failure = unanswered(nobody, &name("web."), RecordType::A, &err);
-    assert_eq!(failure.exit, Exit::Failed);
+    let err = query::query(nobody, &name("web."), RecordType::A, false).await.expect_err("nobody listens");
+    let failure = query_failed(nobody, &name("web."), RecordType::A, &err);
+    assert_eq!(failure.kind, ErrorKind::Failed);
     assert!(failure.to_string().contains("Connection refused"), "{failure}");
     assert!(failure.to_string().contains("gangplank serve"), "{failure}");
 }
 
 #[test]
-fn the_name_decides_what_is_asked() {
+fn target_decides_the_queried_types() {
     let kinds = |text, types: &[RecordType], ports: &[PortName]| {
-        let target = Target::complete(text, "prod", "cluster.local").expect(text);
+        let target = QueryTarget::complete(text, "prod", "cluster.local").expect(text);
         let all = questions(&target, types, ports).expect("questions");
         all.into_iter().map(|(name, kind)| format!("{name} {kind}")).collect::<Vec<_>>()
     };
@@ -198,7 +198,7 @@ fn the_name_decides_what_is_asked() {
 }
 
 #[test]
-fn arguments_are_read() {
+fn arguments_are_parsed() {
     assert_eq!(dns_server("10.96.0.10"), Ok("10.96.0.10:53".parse().expect("an address")));
     assert_eq!(dns_server("[::1]:1053"), Ok("[::1]:1053".parse().expect("an address")));
     assert!(dns_server("localhost").is_err());

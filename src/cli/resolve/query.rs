@@ -1,6 +1,6 @@
-//! One question to one server, over UDP and, where the answer is cut off, over TCP again.
+//! One query to one server, over UDP and, if the answer is truncated, again over TCP.
 //!
-//! No resolver stands between: what is printed is what the server said.
+//! No resolver is in between: what is printed is what the server answered.
 
 use std::{
     io,
@@ -22,19 +22,19 @@ use tokio::{
 };
 
 /// How long one attempt waits for its answer.
-const PATIENCE: Duration = Duration::from_secs(2);
+const QUERY_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Attempts over UDP; a datagram may be lost.
-const ATTEMPTS: usize = 2;
+const MAX_UDP_ATTEMPTS: usize = 2;
 
-/// The largest answer over UDP that is asked for (DNS flag day 2020).
-const UDP_ANSWER: u16 = 1232;
+/// Octets of the largest UDP answer, as EDNS announces it (DNS flag day 2020).
+const MAX_UDP_ANSWER: u16 = 1232;
 
-/// What a server said.
+/// A server's answer.
 #[derive(Debug)]
 pub(super) struct Reply {
     pub(super) message: Message,
-    /// From the question to its answer, of the attempt that succeeded.
+    /// From sending the query to receiving the answer, of the attempt that succeeded.
     pub(super) took: Duration,
     pub(super) tcp: bool,
 }
@@ -49,7 +49,7 @@ impl Reply {
             .map_or_else(|| ResponseCode::from_low(low), |edns| ResponseCode::from(edns.rcode_high(), low))
     }
 
-    /// Who answered (RFC 5001), if the server says.
+    /// Which server instance answered (RFC 5001), if it says so.
     pub(super) fn nsid(&self) -> Option<String> {
         match self.message.edns.as_ref()?.option(EdnsCode::NSID)? {
             EdnsOption::NSID(who) if !who.as_ref().is_empty() => {
@@ -62,41 +62,41 @@ impl Reply {
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum AskError {
-    /// Nothing came.
+pub(super) enum QueryError {
+    /// No answer within the given time.
     #[error("no answer within {} s", .0.as_secs())]
-    Silence(Duration),
-    /// The socket failed; on UDP too, where the machine says that nobody listens.
+    Timeout(Duration),
+    /// The socket failed; over UDP also because an ICMP error says that nobody listens.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// What came is not an answer to this question.
-    #[error("the answer cannot be read: {0}")]
-    Garbage(String),
+    /// The message is malformed, or not an answer to this query.
+    #[error("invalid answer: {0}")]
+    InvalidAnswer(String),
 }
 
-/// Asks `server`; over UDP first unless `tcp`.
-pub(super) async fn ask(server: SocketAddr, name: &Name, kind: RecordType, tcp: bool) -> Result<Reply, AskError> {
+/// Sends a query to `server`, over UDP first unless `tcp`.
+pub(super) async fn query(server: SocketAddr, name: &Name, kind: RecordType, tcp: bool) -> Result<Reply, QueryError> {
     if tcp {
         return over_tcp(server, name, kind).await;
     }
-    let mut last = AskError::Silence(PATIENCE);
-    for _ in 0..ATTEMPTS {
+    let mut last = QueryError::Timeout(QUERY_TIMEOUT);
+    for _ in 0..MAX_UDP_ATTEMPTS {
         match over_udp(server, name, kind).await {
-            // RFC 7766 §5: what was cut off is asked again over TCP.
+            // RFC 7766 §5: a truncated answer is asked for again over TCP.
             Ok(reply) if reply.message.metadata.truncation => return over_tcp(server, name, kind).await,
             Ok(reply) => return Ok(reply),
-            Err(silence @ AskError::Silence(_)) => last = silence,
+            Err(err @ QueryError::Timeout(_)) => last = err,
             Err(err) => return Err(err),
         }
     }
     Err(last)
 }
 
-async fn over_udp(server: SocketAddr, name: &Name, kind: RecordType) -> Result<Reply, AskError> {
+async fn over_udp(server: SocketAddr, name: &Name, kind: RecordType) -> Result<Reply, QueryError> {
     let (question, id) = question(name, kind)?;
     let any: IpAddr = if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0)).await?;
-    // Connected, so that only this server can answer, and a refusal by its machine is seen.
+    // Connected: the kernel drops datagrams of other senders, and reports ICMP errors.
     socket.connect(server).await?;
     let asked = Instant::now();
     socket.send(&question).await?;
@@ -110,46 +110,46 @@ async fn over_udp(server: SocketAddr, name: &Name, kind: RecordType) -> Result<R
             }
         }
     };
-    timeout(PATIENCE, answer).await.unwrap_or(Err(AskError::Silence(PATIENCE)))
+    timeout(QUERY_TIMEOUT, answer).await.unwrap_or(Err(QueryError::Timeout(QUERY_TIMEOUT)))
 }
 
-async fn over_tcp(server: SocketAddr, name: &Name, kind: RecordType) -> Result<Reply, AskError> {
+async fn over_tcp(server: SocketAddr, name: &Name, kind: RecordType) -> Result<Reply, QueryError> {
     let (question, id) = question(name, kind)?;
     let answer = async {
         let asked = Instant::now();
         let mut stream = TcpStream::connect(server).await?;
         // RFC 1035 §4.2.2: two octets of length; RFC 7766 §8: in one write.
-        let length = u16::try_from(question.len()).map_err(|err| AskError::Garbage(err.to_string()))?;
+        let length = u16::try_from(question.len()).map_err(|err| QueryError::InvalidAnswer(err.to_string()))?;
         stream.write_all(&[&length.to_be_bytes(), question.as_slice()].concat()).await?;
         let mut octets = vec![0; usize::from(stream.read_u16().await?)];
         stream.read_exact(&mut octets).await?;
         let message = read(&octets, id, name, kind)?;
         Ok(Reply { message, took: asked.elapsed(), tcp: true })
     };
-    timeout(PATIENCE, answer).await.unwrap_or(Err(AskError::Silence(PATIENCE)))
+    timeout(QUERY_TIMEOUT, answer).await.unwrap_or(Err(QueryError::Timeout(QUERY_TIMEOUT)))
 }
 
-/// The question as octets, and its id.
-fn question(name: &Name, kind: RecordType) -> Result<(Vec<u8>, u16), AskError> {
+/// The query as octets, and its id.
+fn question(name: &Name, kind: RecordType) -> Result<(Vec<u8>, u16), QueryError> {
     let mut message = Message::query();
     message.metadata.id = fastrand::u16(..);
-    // Nothing recurses here, and pods' resolvers set it too.
+    // gangplank does not recurse, but stub resolvers of pods set RD, so this client does too.
     message.metadata.recursion_desired = true;
     message.add_query(Query::query(name.clone(), kind));
     let mut edns = Edns::new();
-    edns.set_max_payload(UDP_ANSWER);
-    let nobody = NSIDPayload::new(Vec::new()).map_err(|err| AskError::Garbage(err.to_string()))?;
-    edns.options_mut().insert(EdnsOption::NSID(nobody));
+    edns.set_max_payload(MAX_UDP_ANSWER);
+    let empty = NSIDPayload::new(Vec::new()).map_err(|err| QueryError::InvalidAnswer(err.to_string()))?;
+    edns.options_mut().insert(EdnsOption::NSID(empty));
     message.set_edns(edns);
-    let octets = message.to_vec().map_err(|err| AskError::Garbage(err.to_string()))?;
+    let octets = message.to_vec().map_err(|err| QueryError::InvalidAnswer(err.to_string()))?;
     Ok((octets, message.metadata.id))
 }
 
-/// Takes `octets` as the answer to this question (RFC 5452 §4).
-fn read(octets: &[u8], id: u16, name: &Name, kind: RecordType) -> Result<Message, AskError> {
-    let message = Message::from_vec(octets).map_err(|err| AskError::Garbage(err.to_string()))?;
+/// Parses `octets` as the answer to this query (RFC 5452 §4).
+fn read(octets: &[u8], id: u16, name: &Name, kind: RecordType) -> Result<Message, QueryError> {
+    let message = Message::from_vec(octets).map_err(|err| QueryError::InvalidAnswer(err.to_string()))?;
     let ours = message.metadata.message_type == MessageType::Response && message.metadata.id == id;
-    // A server that could not read the question may send none back.
+    // A server that could not parse the query may return no question section.
     let echoed = message.queries.iter().all(|query| query.name() == name && query.query_type() == kind);
-    if ours && echoed { Ok(message) } else { Err(AskError::Garbage("it answers something else".into())) }
+    if ours && echoed { Ok(message) } else { Err(QueryError::InvalidAnswer("it answers another query".into())) }
 }

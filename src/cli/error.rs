@@ -1,0 +1,124 @@
+//! The error of a command: what happened, why, and what to type next.
+
+use std::{
+    error::Error,
+    fmt::{self, Write as _},
+    io::{self, IsTerminal as _, Write as _},
+    process::ExitCode,
+};
+
+use super::output::colour_allowed;
+use crate::grpc::client::ClientError;
+
+/// What went wrong, as the exit code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ErrorKind {
+    /// Failed or refused.
+    Failed = 1,
+    /// Wrong usage that clap cannot detect.
+    Usage = 2,
+    /// The service, instance or record does not exist.
+    NotFound = 3,
+}
+
+/// Ends a command with an exit code other than 0.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct CommandError {
+    pub(super) kind: ErrorKind,
+    /// What happened and why, without a final dot.
+    message: String,
+    /// What to do or type next, one line each.
+    hints: Vec<String>,
+    /// Standard output is closed (`gangplank ls | head`): the reader has left, not an error.
+    silent: bool,
+}
+
+impl CommandError {
+    pub(super) fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), hints: Vec::new(), silent: false }
+    }
+
+    /// Adds a line that says what to do or type next.
+    pub(super) fn hint(mut self, line: impl Into<String>) -> Self {
+        self.hints.push(line.into());
+        self
+    }
+
+    /// Prints the error to standard error and returns the exit code.
+    pub(super) fn report(&self) -> ExitCode {
+        if !self.silent {
+            let colour = colour_allowed(io::stderr().is_terminal());
+            let (on, off) = if colour { ("\x1b[1;31m", "\x1b[0m") } else { ("", "") };
+            // Not `eprintln!`, whose panic would replace the exit code where stderr cannot be written.
+            let _ = writeln!(io::stderr(), "{on}error:{off} {self}");
+        }
+        ExitCode::from(self.kind as u8)
+    }
+}
+
+impl fmt::Display for CommandError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        self.hints.iter().try_for_each(|line| write!(f, "\n  {line}"))
+    }
+}
+
+impl From<ClientError> for CommandError {
+    fn from(error: ClientError) -> Self {
+        match &error {
+            ClientError::Unreachable { .. } => {
+                let mut message = error.to_string();
+                // hyper and tonic wrap the cause several times; only the innermost is short: `Connection refused`.
+                let innermost = std::iter::successors(error.source(), |cause: &&dyn Error| (*cause).source()).last();
+                if let Some(cause) = innermost {
+                    write!(message, ": {cause}").expect("a String takes everything");
+                }
+                Self::new(ErrorKind::Failed, message)
+                    .hint("start one:     gangplank serve")
+                    .hint("name another:  --server URL, or GANGPLANK_SERVER")
+            }
+            ClientError::Url { .. } => Self::new(ErrorKind::Usage, error.to_string()).hint("give one: --server URL"),
+            ClientError::Status { .. } => Self::new(ErrorKind::Failed, error.to_string())
+                .hint("check that it is a gangplank server and ready:")
+                .hint("curl http://127.0.0.1:9153/readyz/registrations"),
+            ClientError::Answer(_) => Self::new(ErrorKind::Failed, error.to_string())
+                .hint("client and server may be of different versions: gangplank --version"),
+        }
+    }
+}
+
+impl From<io::Error> for CommandError {
+    /// Standard output could not be written.
+    fn from(err: io::Error) -> Self {
+        let silent = err.kind() == io::ErrorKind::BrokenPipe;
+        Self { silent, ..Self::new(ErrorKind::Failed, format!("cannot print: {err}")) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unreachable_server_hints_at_serve() {
+        let source = io::Error::other(io::Error::from(io::ErrorKind::ConnectionRefused));
+        let failure =
+            CommandError::from(ClientError::Unreachable { url: "http://[::1]:1".into(), source: source.into() });
+        assert_eq!(failure.kind, ErrorKind::Failed);
+        let text = failure.to_string();
+        assert!(text.starts_with("no gangplank server at http://[::1]:1: connection refused\n"), "{text}");
+        assert!(text.contains("gangplank serve"), "{text}");
+        assert!(text.contains("--server"), "{text}");
+    }
+
+    #[test]
+    fn invalid_url_is_a_usage_error() {
+        assert_eq!(CommandError::from(ClientError::Url { url: "nope".into() }).kind, ErrorKind::Usage);
+    }
+
+    #[test]
+    fn closed_pipe_is_silent() {
+        assert!(CommandError::from(io::Error::from(io::ErrorKind::BrokenPipe)).silent);
+        assert!(!CommandError::from(io::Error::from(io::ErrorKind::StorageFull)).silent);
+    }
+}
