@@ -10,10 +10,10 @@ tools := target/tools/bin
 
 .PHONY: help
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# The development profile: it compiles in half the time of a release build and answers a person
-# just as fast. `make release` builds what one would install or measure.
+# The development profile compiles in half the time of a release build. `make release` builds what
+# one would install or measure.
 .PHONY: run
 run: ## start the server with its defaults: gRPC 9080, DNS 1053, admin 9153, all on 127.0.0.1
 	cargo run -- serve
@@ -22,14 +22,18 @@ run: ## start the server with its defaults: gRPC 9080, DNS 1053, admin 9153, all
 release: ## build target/release/gangplank, optimised
 	cargo build --release --locked
 
-# Against Kubernetes 1.36; GANGPLANK_TEST_KUBERNETES=1.35 takes that release instead, `make older` for
-# the tests that need one.
+# Runs against Kubernetes 1.36, or against 1.35 with GANGPLANK_TEST_KUBERNETES=1.35; `make older`
+# runs only the tests that need Kubernetes, against 1.35.
 .PHONY: test
 test: lint doc deny ## everything that CI runs: lints, docs, licences, benches compile, all tests
 	tests/tools/install.sh dns python go coredns kubernetes
 	cargo test --locked --benches --no-run
 	cargo test --locked --bench allocations
 	cargo test --locked --no-fail-fast
+
+.PHONY: check
+check: lint ## formatting, lints and unit tests: about a minute once the dependencies are built
+	cargo test --locked --lib
 
 .PHONY: lint
 lint: ## formatting, clippy with warnings as errors, and that every source file is compiled
@@ -84,7 +88,7 @@ mirror-figures: ## our DNS beside CoreDNS on our slices, a restore from 1 000 sl
 	GANGPLANK_MIRROR_FIGURES=200 cargo test --locked --test integration mirror::figures -- --nocapture --test-threads 1
 
 .PHONY: older
-older: ## everything about Kubernetes on the release before, 1.35 (built the first time: about ten minutes)
+older: ## the Kubernetes tests on the previous release, 1.35 (built the first time: about ten minutes)
 	GANGPLANK_TEST_KUBERNETES=1.35 tests/tools/install.sh dns coredns kubernetes
 	GANGPLANK_TEST_KUBERNETES=1.35 cargo test --locked --test integration -- cluster mirror:: kubernetes
 
