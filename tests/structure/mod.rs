@@ -1,5 +1,5 @@
-//! The shape of the sources: who may import whom, what stays in one place, what may not stand
-//! anywhere. Each rule is a function from a source to its faults, and is shown a bad source too.
+//! The structure of the sources: which module may import which, which crates stay in one module, what
+//! is banned. Each rule is a function from a source to its faults, and is shown a bad source too.
 
 mod source;
 
@@ -66,8 +66,11 @@ const BANNED: &[(&str, &str, &str)] = &[
     ("time::sleep", "tests/", "wait for a state"),
 ];
 
+/// Beginnings of constants' names, which are `MAX_…` instead.
+const BANNED_PREFIXES: &[&str] = &["MOST_", "LONGEST_", "LARGEST_"];
+
 /// Lines that a file may have before its tests; one that needs more is two.
-const MOST_LINES: usize = 500;
+const MAX_LINES: usize = 500;
 
 #[test]
 fn imports_point_down() {
@@ -127,9 +130,24 @@ fn code_contains_nothing_banned() {
 #[test]
 fn files_have_at_most_500_lines() {
     holds(&["src", "tests", "benches"], too_long);
-    assert_eq!(too_long(&Source::new("src/a.rs", &"x();\n".repeat(MOST_LINES + 1))).len(), 1);
-    let tests = format!("x();\n#[cfg(test)]\nmod tests {{\n{}}}", "x();\n".repeat(MOST_LINES));
+    assert_eq!(too_long(&Source::new("src/a.rs", &"x();\n".repeat(MAX_LINES + 1))).len(), 1);
+    let tests = format!("x();\n#[cfg(test)]\nmod tests {{\n{}}}", "x();\n".repeat(MAX_LINES));
     assert_eq!(too_long(&Source::new("src/a.rs", &tests)).len(), 0);
+}
+
+#[test]
+fn limits_are_named_max() {
+    holds(&["src", "tests", "benches"], superlatives);
+    assert_eq!(superlatives(&Source::new("src/a.rs", "const MOST_PORTS: usize = 1; // MOST_X")).len(), 1);
+    assert_eq!(superlatives(&Source::new("src/a.rs", "const MAX_PORTS: usize = ALMOST_ALL;")).len(), 0);
+}
+
+#[test]
+fn modules_with_submodules_are_folders() {
+    let sources = Source::all(Path::new(ROOT), &["src", "tests", "benches"]);
+    assert_eq!(beside_their_folder(&sources), Vec::<&str>::new());
+    let mixed = [Source::new("src/a.rs", "mod b;"), Source::new("src/a/b.rs", ""), Source::new("src/ab.rs", "")];
+    assert_eq!(beside_their_folder(&mixed), ["src/a.rs"]);
 }
 
 #[test]
@@ -225,7 +243,22 @@ fn banned(source: &Source) -> Vec<String> {
 
 fn too_long(source: &Source) -> Vec<String> {
     let lines = source.shipped().lines().count();
-    if lines > MOST_LINES { vec![format!("{}: {lines} lines before its tests", source.path)] } else { Vec::new() }
+    if lines > MAX_LINES { vec![format!("{}: {lines} lines before its tests", source.path)] } else { Vec::new() }
+}
+
+fn superlatives(source: &Source) -> Vec<String> {
+    let starts = BANNED_PREFIXES.iter().flat_map(|&prefix| source.code.match_indices(prefix));
+    let starts = starts.filter(|(at, _)| !source.code[..*at].ends_with(|c: char| c.is_alphanumeric() || c == '_'));
+    starts.map(|(at, prefix)| format!("{}:{}: {prefix}…", source.path, line(&source.code, at))).collect()
+}
+
+/// Files `a.rs` beside a folder `a`.
+fn beside_their_folder(sources: &[Source]) -> Vec<&str> {
+    let has_folder = |path: &str| {
+        let folder = path.strip_suffix(".rs").map(|stem| format!("{stem}/"));
+        folder.is_some_and(|folder| sources.iter().any(|source| source.path.starts_with(&folder)))
+    };
+    sources.iter().map(|source| source.path.as_str()).filter(|path| has_folder(path)).collect()
 }
 
 /// Files that their parent does not declare with `mod`.
