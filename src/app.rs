@@ -1,5 +1,5 @@
-//! The composition root: [`bind`] takes everything that can be refused, [`Bound::run`] does the
-//! rest. The only file that sees every module; `main` and the tests share it.
+//! The composition root: [`bind`] acquires what another process may hold, [`Bound::run`] does the
+//! rest. The only module that imports every other; `main` and the tests share it.
 
 use std::{
     io,
@@ -26,13 +26,13 @@ use crate::{
     zone::{Publisher, Zone, ZoneConfig},
 };
 
-/// Once everything was told to stop, it has this long.
-const STOP_GRACE: Duration = Duration::from_secs(10);
+/// How long everything may take to end after it was told to stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A recovery that takes longer than this says how far it is, again and again.
-const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+/// How often a recovery logs its progress; one that is shorter logs nothing.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A process that holds its data directory and its addresses but does not serve yet.
+/// A process that holds its data directory and its addresses, and does not serve yet.
 #[derive(Debug)]
 pub struct Bound {
     config: Config,
@@ -42,11 +42,11 @@ pub struct Bound {
     admin: Vec<StdTcpListener>,
 }
 
-/// Takes the data directory, then the addresses: what another process holds is found out before
+/// Locks the data directory, then binds the addresses: a conflict with another process shows before
 /// anything is served.
 ///
 /// # Errors
-/// What is held or cannot be had, by name.
+/// What another process holds, or what cannot be bound, by name.
 pub fn bind(config: Config) -> anyhow::Result<Bound> {
     raise_open_files();
     let data_dir = DataDir::lock(&config.data_dir)?;
@@ -112,7 +112,7 @@ impl Bound {
         ready: impl FnOnce(u64) + Send + 'static,
     ) -> anyhow::Result<()> {
         let Self { config, data_dir, dns, grpc, admin } = self;
-        // Without `..`: what nobody uses does not compile. The others went into `bind`.
+        // Without `..`: an unused setting does not compile. `bind` used the others.
         let Config {
             zone,
             validator,
@@ -179,7 +179,7 @@ impl Bound {
         }
         stop_writer.cancel();
         stop_answers.cancel();
-        if timeout(STOP_GRACE, parts.rest()).await.is_err() {
+        if timeout(STOP_TIMEOUT, parts.rest()).await.is_err() {
             warn!("not everything stopped in time; what was acknowledged is safe");
         }
         failed.map_or(Ok(()), Err)
@@ -222,7 +222,7 @@ impl Parts {
     }
 }
 
-/// What the writer's thread begins with.
+/// What the registry's thread needs to start.
 #[derive(Debug)]
 struct Recovery {
     unrecovered: Unrecovered,
@@ -232,7 +232,8 @@ struct Recovery {
     zone: Arc<Zone>,
 }
 
-/// Recovers, then writes, on a thread of its own: both block. The receiver hears how it ended.
+/// Recovers, then runs the writer, on a thread of its own, because both block. The receiver gets the
+/// result.
 fn spawn_writer(
     recovery: Recovery,
     ready: impl FnOnce(u64) + Send + 'static,
@@ -242,7 +243,7 @@ fn spawn_writer(
     let runtime = Handle::current();
     let work = move || -> anyhow::Result<()> {
         let Recovery { unrecovered, data_dir, store, publisher, zone } = recovery;
-        let mut reporter = ProgressReporter { said: Instant::now() };
+        let mut reporter = ProgressReporter { last: Instant::now() };
         let mut progress = |progress| {
             if let Some(line) = reporter.report(Instant::now(), progress) {
                 info!("{line}");
@@ -267,18 +268,18 @@ fn spawn_writer(
     Ok(end)
 }
 
-/// Says how far a long recovery is, and nothing of a short one.
+/// Reports the progress of a long recovery once per interval.
 #[derive(Debug)]
 struct ProgressReporter {
-    said: Instant,
+    last: Instant,
 }
 
 impl ProgressReporter {
     fn report(&mut self, now: Instant, Progress { read, total }: Progress) -> Option<String> {
-        if now.duration_since(self.said) < PROGRESS_EVERY {
+        if now.duration_since(self.last) < PROGRESS_INTERVAL {
             return None;
         }
-        self.said = now;
+        self.last = now;
         let percent = (read * 100).checked_div(total).unwrap_or(100);
         Some(format!("recovering: {percent} % ({} of {} MiB)", read >> 20, total >> 20))
     }
@@ -306,9 +307,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_recovery_of_more_than_a_second_says_how_far_it_is() {
+    fn long_recovery_reports_its_progress() {
         let begun = Instant::now();
-        let mut reporter = ProgressReporter { said: begun };
+        let mut reporter = ProgressReporter { last: begun };
         let mut after = |millis, read| {
             let progress = Progress { read, total: 300 << 20 };
             reporter.report(begun + Duration::from_millis(millis), progress)
@@ -320,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn the_name_servers_addresses_are_the_given_ones_or_the_bound_ones_that_others_reach() {
+    fn name_server_addresses_default_to_the_reachable_bound_ones() {
         let zone = |ns: &[&str]| ZoneConfig {
             origin: crate::model::DnsName::parse("cluster.local").expect("a name"),
             ttl: 5,

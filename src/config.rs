@@ -1,4 +1,4 @@
-//! What `gangplank serve` is told: flags, environment variables, defaults, and what cannot stand.
+//! Configuration of `gangplank serve`: flags, environment variables, defaults, and their checks.
 
 use std::{
     env,
@@ -23,10 +23,10 @@ use crate::{
 /// Longest TTL that may be set, in seconds: an hour without a change is long for a service.
 const MAX_TTL: u32 = 3600;
 
-/// Longest that a TCP connection may be left waiting: a deadline has to fit the clock.
-const MAX_PATIENCE: Duration = Duration::from_secs(24 * 60 * 60);
+/// Longest duration that may be set: a deadline must fit the clock.
+const MAX_DURATION: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Smallest journal segment, in octets: below that, closing segments is most of the work.
+/// Smallest journal segment in bytes: below that, closing segments is most of the work.
 const MIN_SEGMENT: u64 = 4096;
 
 /// The flags of `gangplank serve`. Every flag is an environment variable too, lists with commas.
@@ -70,9 +70,13 @@ pub struct ServeArgs {
     #[arg(long, env = "GANGPLANK_ACCEPT_LOSS", value_parser = FalseyValueParser::new())]
     accept_loss: bool,
 
-    /// Octets after which a journal segment is closed and merged into the snapshot
-    #[arg(long, env = "GANGPLANK_SEGMENT_OCTETS", value_name = "N", default_value_t = store::Options::default().segment_octets)]
-    segment_octets: u64,
+    /// Bytes after which a journal segment is closed and merged into the snapshot [default: 67108864]
+    #[arg(long, env = "GANGPLANK_SEGMENT_BYTES", value_name = "N")]
+    segment_bytes: Option<u64>,
+
+    // The former name of --segment-bytes.
+    #[arg(long, env = "GANGPLANK_SEGMENT_OCTETS", hide = true, conflicts_with = "segment_bytes")]
+    segment_octets: Option<u64>,
 
     /// The cluster's zone
     #[arg(long, env = "GANGPLANK_ZONE", value_name = "NAME", default_value = "cluster.local")]
@@ -163,7 +167,7 @@ pub struct ServeArgs {
     drain: Duration,
 }
 
-/// The same, checked, in the types of those who use it.
+/// The checked flags, in the types of the modules that use them.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// Where registrants connect.
@@ -189,10 +193,10 @@ pub struct Config {
 }
 
 impl ServeArgs {
-    /// Checks what was given.
+    /// Checks the flags.
     ///
     /// # Errors
-    /// The flag that cannot stand, why, and what to do.
+    /// The first flag that is invalid, the reason, and what to do.
     pub fn check(self) -> anyhow::Result<Config> {
         // Without `..`: a flag that nobody uses does not compile.
         let Self {
@@ -201,6 +205,7 @@ impl ServeArgs {
             admin_listen,
             data_dir,
             accept_loss,
+            segment_bytes,
             segment_octets,
             zone,
             ttl,
@@ -238,9 +243,9 @@ impl ServeArgs {
         let most = kubernetes::MAX_ENDPOINTS;
         ensure!((1..=most).contains(&slice_endpoints), "--slice-endpoints {slice_endpoints}: must be 1..={most}");
         ensure!(
-            service_linger <= MAX_PATIENCE,
+            service_linger <= MAX_DURATION,
             "--service-linger: must be at most {}",
-            humantime::format_duration(MAX_PATIENCE)
+            humantime::format_duration(MAX_DURATION)
         );
         let kubernetes = kubernetes || kubeconfig.is_some();
         for (flag, given) in [("--create-namespaces", create_namespaces), ("--endpoints-object", endpoints_object)] {
@@ -258,15 +263,17 @@ impl ServeArgs {
             ensure!(value > 0, "{flag}: must be at least 1");
         }
         for (flag, value) in [("--tcp-idle", tcp_idle), ("--tcp-message", tcp_message)] {
-            ensure!(!value.is_zero(), "{flag}: must be longer than nothing");
-            ensure!(value <= MAX_PATIENCE, "{flag}: must be at most {}", humantime::format_duration(MAX_PATIENCE));
+            ensure!(!value.is_zero(), "{flag}: must be longer than 0s");
+            ensure!(value <= MAX_DURATION, "{flag}: must be at most {}", humantime::format_duration(MAX_DURATION));
         }
-        ensure!(segment_octets >= MIN_SEGMENT, "--segment-octets {segment_octets}: must be at least {MIN_SEGMENT}");
+        let segment_bytes =
+            segment_bytes.or(segment_octets).unwrap_or_else(|| store::Options::default().segment_octets);
+        ensure!(segment_bytes >= MIN_SEGMENT, "--segment-bytes {segment_bytes}: must be at least {MIN_SEGMENT}");
         let reverse_zones = reverse_zone.iter().map(|cidr| parse_cidr(cidr)).collect::<Result<_, _>>()?;
         let threads = dns_threads.or_else(|| thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
 
         let validator = Validator { zone_wire_len: origin.wire_len(), names_allowed: false };
-        let rules = registry::NamespacePolicy { create_namespaces };
+        let policy = registry::NamespacePolicy { create_namespaces };
 
         Ok(Config {
             grpc_listen,
@@ -286,8 +293,8 @@ impl ServeArgs {
             validator,
             zone: ZoneConfig { origin, ttl, reverse_zones, ns_addresses: ns_address, publish_not_ready },
             data_dir: data_dir.map_or_else(default_data_dir, Ok)?,
-            store: store::Options { accept_loss, segment_octets, outbox: kubernetes },
-            registry: registry::Options { max_instances, kubernetes: kubernetes.then_some(rules) },
+            store: store::Options { accept_loss, segment_octets: segment_bytes, outbox: kubernetes },
+            registry: registry::Options { max_instances, kubernetes: kubernetes.then_some(policy) },
             kubernetes: kubernetes.then_some(kubernetes::Options {
                 kubeconfig,
                 create_namespaces,
@@ -303,12 +310,12 @@ impl ServeArgs {
     }
 }
 
-/// `10.1.0.0/16` or `2001:db8::/32`.
+/// Parses `10.1.0.0/16` or `2001:db8::/32`.
 fn parse_cidr(text: &str) -> anyhow::Result<(IpAddr, u8)> {
     let parse = || {
         let (address, length) = text.split_once('/').context("an address, a slash and a length are needed")?;
-        let address: IpAddr = address.parse().context("the address is none")?;
-        let length: u8 = length.parse().context("the length is no number")?;
+        let address: IpAddr = address.parse().context("the address is invalid")?;
+        let length: u8 = length.parse().context("the length is not a number")?;
         let (bits, width) = match address {
             IpAddr::V4(v4) => (u128::from(v4.to_bits()), 32),
             IpAddr::V6(v6) => (v6.to_bits(), 128),
@@ -338,26 +345,26 @@ mod tests {
     use super::*;
 
     #[derive(Debug, Parser)]
-    struct Line {
+    struct TestArgs {
         #[command(flatten)]
         serve: ServeArgs,
     }
 
     fn check(flags: &[&str]) -> Result<Config, String> {
-        let line = ["gangplank", "--data-dir", "/nowhere"].iter().chain(flags);
-        Line::try_parse_from(line).expect("clap takes it").serve.check().map_err(|err| format!("{err:#}"))
+        let args = ["gangplank", "--data-dir", "/nowhere"].iter().chain(flags);
+        TestArgs::try_parse_from(args).expect("clap accepts the flags").serve.check().map_err(|err| format!("{err:#}"))
     }
 
     #[test]
-    fn beyond_loopback_grpc_needs_to_be_told_so() {
-        let said = check(&["--grpc-listen", "0.0.0.0:9080"]).expect_err("refused");
-        assert!(said.contains("--grpc-listen 0.0.0.0:9080") && said.contains("--insecure"), "{said}");
+    fn grpc_beyond_loopback_needs_insecure() {
+        let err = check(&["--grpc-listen", "0.0.0.0:9080"]).expect_err("refused");
+        assert!(err.contains("--grpc-listen 0.0.0.0:9080") && err.contains("--insecure"), "{err}");
         assert!(check(&["--grpc-listen", "0.0.0.0:9080", "--insecure"]).is_ok());
         assert!(check(&["--grpc-listen", "[::1]:9080"]).is_ok());
     }
 
     #[test]
-    fn what_cannot_stand_names_its_flag() {
+    fn errors_name_the_invalid_flag() {
         for (flags, says) in [
             (["--ttl", "3601"], "--ttl 3601"),
             (["--zone", "a..b"], "--zone \"a..b\""),
@@ -369,13 +376,20 @@ mod tests {
             (["--tcp-idle", "500000000000y"], "--tcp-idle: must be at most 1day"),
             (["--tcp-message", "25h"], "--tcp-message: must be at most 1day"),
         ] {
-            let said = check(&flags).expect_err("refused");
-            assert!(said.contains(says), "{said:?} should contain {says:?}");
+            let err = check(&flags).expect_err("refused");
+            assert!(err.contains(says), "{err:?} should contain {says:?}");
         }
     }
 
     #[test]
-    fn networks_of_every_length_are_read() {
+    fn former_name_of_segment_bytes_is_accepted() {
+        for flag in ["--segment-bytes", "--segment-octets"] {
+            assert_eq!(check(&[flag, "8192"]).expect("valid").store.segment_octets, 8192);
+        }
+    }
+
+    #[test]
+    fn networks_of_every_prefix_length_are_parsed() {
         for (text, length) in
             [("0.0.0.0/0", 0), ("10.0.0.0/8", 8), ("10.1.2.3/32", 32), ("::/0", 0), ("2001:db8::/33", 33)]
         {

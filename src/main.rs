@@ -76,8 +76,8 @@ async fn run(serve: ServeArgs, log: &LogArgs) -> anyhow::Result<()> {
     }
 }
 
-/// Says it on stdout. A server serves on when whoever listened there has gone, or their disk is
-/// full; `println!` would panic.
+/// Prints a line on stdout. Unlike `println!` it does not panic when stdout is closed or its disk is
+/// full: the server goes on.
 fn announce(line: fmt::Arguments<'_>) {
     let _ = writeln!(io::stdout(), "{line}");
 }

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
-/// What is logged, and how.
+/// The flags of logging.
 #[derive(Debug, Args)]
 pub struct LogArgs {
     /// What is logged: error, warn, info, debug, trace, or a list such as info,gangplank::store=debug
@@ -21,7 +21,7 @@ pub struct LogArgs {
     log_format: LogFormat,
 }
 
-/// How a log line looks.
+/// The format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
     /// For people
@@ -30,14 +30,14 @@ pub enum LogFormat {
     Json,
 }
 
-/// Sends the process' logs to stderr from now on.
+/// Installs the process-wide subscriber, which logs to stderr.
 ///
 /// # Errors
-/// When the filter is none, or logs already go somewhere.
+/// When the filter is invalid, or a subscriber is installed already.
 pub fn init(args: &LogArgs) -> anyhow::Result<()> {
     let LogArgs { log, log_format } = args;
     let filter = EnvFilter::try_new(log).with_context(|| format!("--log {log:?} is not a filter such as info"))?;
-    // A line that cannot be written is lost. To complain about it on the same stderr would panic.
+    // A line that cannot be written is lost: to report that on the same stderr would panic.
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).log_internal_errors(false);
     let colour = io::stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     match log_format {

@@ -17,7 +17,7 @@ fn acknowledged_registrations_survive_kill_9() {
     let cycles = env::var("GANGPLANK_CRASH_CYCLES").map_or(CYCLES, |text| text.parse().expect("a number of cycles"));
     let clients = Clients::new("crash", false);
     // Small segments, so that the kill also meets rotations and compactions.
-    let mut server = Server::start_with(&["--segment-octets", "65536"]);
+    let mut server = Server::start_with(&["--segment-bytes", "65536"]);
     let mut acknowledged = 0;
     for cycle in 0..cycles {
         let load = clients.run(server.grpc);

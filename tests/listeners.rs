@@ -35,7 +35,7 @@ fn every_address_answers_over_udp_and_tcp() {
 }
 
 #[test]
-fn a_wildcard_means_every_address_of_the_machine() {
+fn wildcard_answers_on_every_address() {
     let server = Server::start_with(&["--dns-listen", "0.0.0.0:0"]);
     server.register("prod", "web", "10.0.0.1", "http=8080");
     let addresses = dns_addresses(&server);

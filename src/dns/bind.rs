@@ -8,14 +8,14 @@ use std::{
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-/// How often a free port is looked for that both transports can have.
-const TRIES: usize = 16;
+/// Attempts to find a port that is free for both transports.
+const MAX_BIND_ATTEMPTS: usize = 16;
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 1024;
 
-/// Octets of each UDP socket's receive buffer that are asked for: a burst of a few thousand
-/// queries. The system may give less.
+/// Requested receive buffer of each UDP socket in bytes: a burst of a few thousand queries. The
+/// kernel may grant less (net.core.rmem_max).
 const RECEIVE_BUFFER: usize = 4 << 20;
 
 /// What is bound to one address.
@@ -30,17 +30,17 @@ pub(super) struct Sockets {
 impl Sockets {
     /// Binds `address` for TCP, then for UDP once per thread.
     pub(super) fn bind(address: SocketAddr, threads: NonZeroUsize) -> io::Result<Self> {
-        let mut tries = if address.port() == 0 { TRIES } else { 1 };
+        let mut attempts = if address.port() == 0 { MAX_BIND_ATTEMPTS } else { 1 };
         loop {
-            tries -= 1;
+            attempts -= 1;
             // 1. TCP, which no second process can have as well.
-            let tcp = bind_tcp(address).map_err(|error| cannot(address, "TCP", &error))?;
+            let tcp = bind_tcp(address).map_err(|err| bind_error(address, "TCP", &err))?;
             let bound = tcp.local_addr()?;
             // 2. UDP on the same port.
             match bind_udp(bound, threads) {
                 Ok(udp) => return Ok(Self { address: bound, tcp, udp }),
-                Err(error) if tries > 0 && error.kind() == io::ErrorKind::AddrInUse => {}
-                Err(error) => return Err(cannot(bound, "UDP", &error)),
+                Err(err) if attempts > 0 && err.kind() == io::ErrorKind::AddrInUse => {}
+                Err(err) => return Err(bind_error(bound, "UDP", &err)),
             }
         }
     }
@@ -57,13 +57,13 @@ fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 fn bind_udp(address: SocketAddr, threads: NonZeroUsize) -> io::Result<Vec<UdpSocket>> {
-    // SO_REUSEPORT would share the port with another process of the same user: a socket without
-    // it finds out.
+    // With SO_REUSEPORT a second process of the same user would share the port in silence: a
+    // socket without it fails if anybody has the port.
     socket(address, Type::DGRAM, Protocol::UDP)?.bind(&address.into())?;
     let one = |_| {
         let socket = socket(address, Type::DGRAM, Protocol::UDP)?;
         socket.set_reuse_port(true)?;
-        // The system gives what it allows.
+        // The kernel grants what net.core.rmem_max allows.
         let _ = socket.set_recv_buffer_size(RECEIVE_BUFFER);
         socket.bind(&address.into())?;
         Ok(socket.into())
@@ -79,20 +79,20 @@ fn socket(address: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Soc
     Ok(socket)
 }
 
-fn cannot(address: SocketAddr, transport: &str, error: &io::Error) -> io::Error {
-    let hint = match error.kind() {
+fn bind_error(address: SocketAddr, transport: &str, err: &io::Error) -> io::Error {
+    let hint = match err.kind() {
         io::ErrorKind::AddrInUse => "; another process has it: stop that one, or listen elsewhere",
         io::ErrorKind::PermissionDenied => "; ports below 1024 need the capability CAP_NET_BIND_SERVICE",
         io::ErrorKind::AddrNotAvailable => "; it is not an address of this machine",
         _ => "",
     };
-    io::Error::new(error.kind(), format!("cannot listen for DNS over {transport} on {address}: {error}{hint}"))
+    io::Error::new(err.kind(), format!("cannot listen for DNS over {transport} on {address}: {err}{hint}"))
 }
 
 /// Replaces wildcards by the addresses of this machine's interfaces, so that every socket has one
-/// address and answers from it. Link-local addresses are left out: they need a scope, and pods
+/// address and answers from that address. Link-local addresses are left out: they need a scope, and pods
 /// do not use them.
-pub(super) fn expand(listen: &[SocketAddr]) -> io::Result<Vec<SocketAddr>> {
+pub(super) fn expand_wildcards(listen: &[SocketAddr]) -> io::Result<Vec<SocketAddr>> {
     let mut expanded = Vec::new();
     for address in listen {
         if !address.ip().is_unspecified() {
@@ -100,7 +100,7 @@ pub(super) fn expand(listen: &[SocketAddr]) -> io::Result<Vec<SocketAddr>> {
             continue;
         }
         let interfaces = if_addrs::get_if_addrs()
-            .map_err(|error| io::Error::new(error.kind(), format!("cannot list this machine's addresses: {error}")))?;
+            .map_err(|err| io::Error::new(err.kind(), format!("cannot list this machine's addresses: {err}")))?;
         let mut own: Vec<IpAddr> = interfaces
             .iter()
             .filter(|interface| !interface.is_link_local())

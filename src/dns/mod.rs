@@ -1,17 +1,18 @@
 //! The DNS listeners: UDP and TCP in front of one pure function, packet in, packet out.
 //!
-//! 1. [`answer()`] decides everything; the fronts move octets and keep limits.
+//! 1. [`answer()`] decides everything; UDP and TCP move octets and enforce limits.
 //! 2. UDP threads are those of the operating system, each with a socket of its own. TCP runs on
 //!    the runtime, within caps.
-//! 3. Every socket is bound to one address, so that an answer leaves from where it was asked.
-//! 4. Everything that runs is joined, and the first to fail stops the rest.
+//! 3. Every socket is bound to one address, so an answer leaves from the address that was asked.
+//! 4. Every thread and task is joined, and the first that fails stops the rest.
 //!
-//! Nothing here changes the zone, and no answer writes a log line.
+//! Nothing here changes the zone, and no answer is logged.
 
 mod answer;
 mod bind;
 mod question;
 mod render;
+mod responder;
 mod tcp;
 #[cfg(test)]
 mod tests;
@@ -30,19 +31,19 @@ use crate::{
     zone::Zone,
 };
 use bind::Sockets;
-use udp::Responder;
+use responder::Responder;
 
-/// Most octets that NSID may say: it has to leave room for the answer (RFC 5001 sets no limit).
+/// Longest NSID payload in octets: it must leave room for the answer (RFC 5001 sets no limit).
 pub const MAX_NSID: usize = 255;
 
-/// What the listeners are given.
+/// Settings of the DNS listeners.
 #[derive(Debug, Clone)]
 pub struct DnsConfig {
     /// Where to listen, UDP and TCP both; port 0 takes a free port that is the same for both.
     pub listen: Vec<SocketAddr>,
     /// UDP threads on each address, each with a socket of its own.
     pub threads: NonZeroUsize,
-    /// What NSID (RFC 5001) says, at most [`MAX_NSID`] octets.
+    /// The payload of the NSID option (RFC 5001), at most [`MAX_NSID`] octets.
     pub nsid: Vec<u8>,
     /// Limits on TCP.
     pub tcp: TcpLimits,
@@ -55,7 +56,7 @@ pub struct TcpLimits {
     pub connections: usize,
     /// Connections of one peer address; `None` for no limit, because CoreDNS is one peer.
     pub per_peer: Option<usize>,
-    /// A connection without a question is closed after this long.
+    /// A connection that asks nothing for this long is closed.
     pub idle: Duration,
     /// A message must arrive whole, and its answer be taken, within this long.
     pub message: Duration,
@@ -63,7 +64,7 @@ pub struct TcpLimits {
     pub pipelined: usize,
 }
 
-/// Listeners that are bound but do not answer yet.
+/// Sockets that are bound and do not answer yet.
 #[derive(Debug)]
 pub struct Bound {
     sockets: Vec<Sockets>,
@@ -77,7 +78,7 @@ pub struct Bound {
 /// When an address cannot be bound; the error names it.
 pub fn bind(config: &DnsConfig) -> io::Result<Bound> {
     let DnsConfig { listen, threads, nsid, tcp } = config;
-    let addresses = bind::expand(listen)?;
+    let addresses = bind::expand_wildcards(listen)?;
     let sockets = addresses.into_iter().map(|address| Sockets::bind(address, *threads)).collect::<io::Result<_>>()?;
     let nsid = nsid[..nsid.len().min(MAX_NSID)].into();
     Ok(Bound { sockets, nsid, tcp: tcp.clone() })
@@ -98,7 +99,7 @@ impl Bound {
         let Self { sockets, nsid, tcp } = self;
         // Stops these listeners alone, when one of them fails.
         let stop = stop.child_token();
-        let door = tcp::Door::new(tcp);
+        let limiter = tcp::ConnectionLimiter::new(tcp);
         let mut running: JoinSet<io::Result<()>> = JoinSet::new();
         let mut started = Ok(());
         for Sockets { address, tcp, udp } in sockets {
@@ -114,15 +115,15 @@ impl Bound {
                 let stopped = stop.clone();
                 let serve = move || udp::serve(&socket, &responder, &stopped);
                 match in_thread(format!("dns-udp-{index}"), serve) {
-                    Ok(ended) => drop(running.spawn(async move { named(address, "UDP", ended.await) })),
-                    Err(error) => started = Err(error),
+                    Ok(ended) => drop(running.spawn(async move { with_listener(address, "UDP", ended.await) })),
+                    Err(err) => started = Err(err),
                 }
             }
             let responder = responder(metrics.dns.shared(&listener("tcp")));
-            let (door, stopped) = (Arc::clone(&door), stop.clone());
+            let (limiter, stopped) = (Arc::clone(&limiter), stop.clone());
             running.spawn(async move {
-                let served = async { tcp::serve(TcpListener::from_std(tcp)?, responder, door, stopped).await };
-                named(address, "TCP", served.await)
+                let served = async { tcp::serve(TcpListener::from_std(tcp)?, responder, limiter, stopped).await };
+                with_listener(address, "TCP", served.await)
             });
         }
         let mut result = started;
@@ -157,7 +158,7 @@ fn in_thread(
     })
 }
 
-/// An error says which listener it is of.
-fn named(address: SocketAddr, transport: &str, result: io::Result<()>) -> io::Result<()> {
-    result.map_err(|error| io::Error::new(error.kind(), format!("DNS over {transport} on {address}: {error}")))
+/// Adds the listener to an error.
+fn with_listener(address: SocketAddr, transport: &str, result: io::Result<()>) -> io::Result<()> {
+    result.map_err(|err| io::Error::new(err.kind(), format!("DNS over {transport} on {address}: {err}")))
 }

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     TcpLimits,
     answer::{MAX_TCP, Transport},
-    udp::Responder,
+    responder::Responder,
 };
 use crate::metrics::dns::Closed;
 
@@ -34,14 +34,14 @@ use crate::metrics::dns::Closed;
 const PREFIX: usize = 2;
 
 /// Octets that are read at a time: several questions, or a piece of a long one.
-const READ: usize = 4096;
+const READ_SIZE: usize = 4096;
 
-/// Answers that wait to be written are written when they reach this many octets.
-const WRITE: usize = 65_536;
+/// Answers are collected and written together; this many octets are enough to write.
+const WRITE_THRESHOLD: usize = 65_536;
 
-/// How long the listener rests when a connection cannot be accepted: without descriptors or
-/// memory the next try would fail as well, and the connection stays in the backlog.
-const REST: Duration = Duration::from_millis(50);
+/// Pause after a failed accept: without descriptors or memory the next try would fail as well, and
+/// the connection stays in the backlog.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 
 thread_local! {
     /// Where an answer is written before its length is known.
@@ -50,26 +50,26 @@ thread_local! {
 
 /// Connections that are open, in all listeners together.
 #[derive(Debug)]
-pub(super) struct Door {
+pub(super) struct ConnectionLimiter {
     limits: TcpLimits,
-    open: Mutex<Open>,
+    open: Mutex<OpenConnections>,
 }
 
 #[derive(Debug, Default)]
-struct Open {
-    all: usize,
+struct OpenConnections {
+    total: usize,
     peers: HashMap<IpAddr, usize>,
 }
 
-impl Door {
+impl ConnectionLimiter {
     pub(super) fn new(limits: TcpLimits) -> Arc<Self> {
         Arc::new(Self { limits, open: Mutex::default() })
     }
 
-    /// Lets a connection in, until the value is dropped.
-    fn enter(self: &Arc<Self>, peer: IpAddr) -> Result<Seat, Closed> {
+    /// Counts a connection in until the permit is dropped.
+    fn acquire(self: &Arc<Self>, peer: IpAddr) -> Result<Permit, Closed> {
         let mut open = self.lock();
-        if open.all >= self.limits.connections {
+        if open.total >= self.limits.connections {
             return Err(Closed::Full);
         }
         let of_peer = open.peers.entry(peer).or_default();
@@ -80,26 +80,26 @@ impl Door {
             return Err(Closed::PeerFull);
         }
         *of_peer += 1;
-        open.all += 1;
-        Ok(Seat { door: Arc::clone(self), peer })
+        open.total += 1;
+        Ok(Permit { limiter: Arc::clone(self), peer })
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Open> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, OpenConnections> {
         // Nothing panics while it holds the lock.
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A connection's place among those that are open.
-struct Seat {
-    door: Arc<Door>,
+/// The right of one connection to be open.
+struct Permit {
+    limiter: Arc<ConnectionLimiter>,
     peer: IpAddr,
 }
 
-impl Drop for Seat {
+impl Drop for Permit {
     fn drop(&mut self) {
-        let mut open = self.door.lock();
-        open.all -= 1;
+        let mut open = self.limiter.lock();
+        open.total -= 1;
         if let Entry::Occupied(mut of_peer) = open.peers.entry(self.peer) {
             *of_peer.get_mut() -= 1;
             if *of_peer.get() == 0 {
@@ -113,7 +113,7 @@ impl Drop for Seat {
 pub(super) async fn serve(
     listener: TcpListener,
     responder: Responder,
-    door: Arc<Door>,
+    limiter: Arc<ConnectionLimiter>,
     stop: CancellationToken,
 ) -> io::Result<()> {
     let mut connections = JoinSet::new();
@@ -129,33 +129,33 @@ pub(super) async fn serve(
                 failing = false;
                 accepted
             }
-            Err(error) => {
-                // Said once, however long it lasts.
+            Err(err) => {
+                // Logged once, however long it lasts.
                 if !std::mem::replace(&mut failing, true) {
-                    tracing::warn!(%error, "TCP connections for DNS cannot be accepted; UDP is not affected");
+                    tracing::warn!(error = %err, "TCP connections for DNS cannot be accepted; UDP is not affected");
                 }
                 tokio::select! {
                     () = stop.cancelled() => break,
-                    () = sleep(REST) => continue,
+                    () = sleep(ACCEPT_BACKOFF) => continue,
                 }
             }
         };
-        match door.enter(canonical(peer)) {
-            Ok(seat) => {
-                let (responder, door, stop) = (responder.clone(), Arc::clone(&door), stop.clone());
+        match limiter.acquire(canonical(peer)) {
+            Ok(permit) => {
+                let (responder, limiter, stop) = (responder.clone(), Arc::clone(&limiter), stop.clone());
                 connections.spawn(async move {
                     responder.tally.connected();
-                    let mut connection = Connection { stream, responder: &responder, limits: &door.limits };
+                    let mut connection = Connection { stream, responder: &responder, limits: &limiter.limits };
                     if let Err(Some(err)) = connection.serve(&stop).await {
                         responder.tally.closed(err);
                     }
-                    // Counted out and its place given back before the peer can know of its end.
+                    // Counted out before the peer can see its end: a peer that reconnects at once finds room.
                     responder.tally.disconnected();
-                    drop(seat);
+                    drop(permit);
                     drop(connection);
                 });
             }
-            // Closed at once: a peer that waits for nothing is worse off than one that knows.
+            // Closed at once: a peer that knows can go elsewhere.
             Err(err) => {
                 responder.tally.closed(err);
                 drop(stream);
@@ -179,35 +179,35 @@ struct Connection<'c> {
 }
 
 /// Why a connection ends early: a limit, or the peer went away.
-type Ended = Option<Closed>;
+type EarlyEnd = Option<Closed>;
 
-/// Until when something is waited for, and what it means if it does not come.
-type Patience = (Instant, Closed);
+/// When to stop waiting, and the reason to close the connection then.
+type Deadline = (Instant, Closed);
 
 impl Connection<'_> {
-    async fn serve(&mut self, stop: &CancellationToken) -> Result<(), Ended> {
+    async fn serve(&mut self, stop: &CancellationToken) -> Result<(), EarlyEnd> {
         let mut rng = fastrand::Rng::new();
         let mut received = Vec::new();
         // Answers that are written are on their way, not held back for more.
         let _ = self.stream.set_nodelay(true);
-        let mut patience = self.idle();
-        while self.read(&mut received, patience, stop).await?.is_continue() {
+        let mut deadline = self.idle();
+        while self.read(&mut received, deadline, stop).await?.is_continue() {
             let whole = self.answer_all(&mut rng, &mut received).await?;
-            patience = match patience {
+            deadline = match deadline {
                 _ if received.is_empty() => self.idle(),
                 // The clock runs from a message's first octet, however slowly the others come.
-                (_, Closed::SlowMessage) if !whole => patience,
+                (_, Closed::SlowMessage) if !whole => deadline,
                 _ => (Instant::now() + self.limits.message, Closed::SlowMessage),
             };
         }
         // The peer has said all, or the server stops: what came is answered before the end.
-        while received.len() < WRITE && self.read_now(&mut received)? > 0 {}
+        while received.len() < WRITE_THRESHOLD && self.read_now(&mut received)? > 0 {}
         self.answer_all(&mut rng, &mut received).await?;
         self.stream.shutdown().await.map_err(|_| None)
     }
 
     /// Until when a connection without a question is kept.
-    fn idle(&self) -> Patience {
+    fn idle(&self) -> Deadline {
         (Instant::now() + self.limits.idle, Closed::Idle)
     }
 
@@ -215,37 +215,37 @@ impl Connection<'_> {
     async fn read(
         &self,
         received: &mut Vec<u8>,
-        (until, otherwise): Patience,
+        (until, reason): Deadline,
         stop: &CancellationToken,
-    ) -> Result<ControlFlow<()>, Ended> {
+    ) -> Result<ControlFlow<()>, EarlyEnd> {
         loop {
             let ready = tokio::select! {
                 () = stop.cancelled() => return Ok(ControlFlow::Break(())),
                 ready = timeout_at(until, self.stream.readable()) => ready,
             };
-            ready.map_err(|_| Some(otherwise))?.map_err(|_| None)?;
-            received.reserve(READ);
+            ready.map_err(|_| Some(reason))?.map_err(|_| None)?;
+            received.reserve(READ_SIZE);
             match self.stream.try_read_buf(received) {
                 Ok(0) => return Ok(ControlFlow::Break(())),
                 Ok(_) => return Ok(ControlFlow::Continue(())),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(err) if err.kind() == io::ErrorKind::WouldBlock => {}
                 Err(_) => return Err(None),
             }
         }
     }
 
     /// Reads what is there already.
-    fn read_now(&self, received: &mut Vec<u8>) -> Result<usize, Ended> {
-        received.reserve(READ);
+    fn read_now(&self, received: &mut Vec<u8>) -> Result<usize, EarlyEnd> {
+        received.reserve(READ_SIZE);
         match self.stream.try_read_buf(received) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+            Err(err) if err.kind() == io::ErrorKind::WouldBlock => Ok(0),
             read => read.map_err(|_| None),
         }
     }
 
     /// Answers every whole message and leaves the beginning of the next one; says whether there
     /// was one.
-    async fn answer_all(&mut self, rng: &mut fastrand::Rng, received: &mut Vec<u8>) -> Result<bool, Ended> {
+    async fn answer_all(&mut self, rng: &mut fastrand::Rng, received: &mut Vec<u8>) -> Result<bool, EarlyEnd> {
         let (mut taken, mut answers) = (0, Vec::new());
         loop {
             let more = self.answer_some(rng, &received[taken..], &mut answers);
@@ -280,7 +280,7 @@ impl Connection<'_> {
                     answers.extend_from_slice(&prefix);
                     answers.extend_from_slice(&scratch[..len]);
                 }
-                if answers.len() >= WRITE {
+                if answers.len() >= WRITE_THRESHOLD {
                     break;
                 }
             }

@@ -24,9 +24,9 @@ use tracing::{info, warn};
 
 use crate::metrics::Metrics;
 
-/// How long accepting rests after an error that will not go away by trying again at once, such
-/// as no descriptors left (EMFILE): the loop must neither spin nor end.
-const REST: Duration = Duration::from_millis(50);
+/// Pause after an accept that failed for a reason that lasts, such as no descriptors left (EMFILE):
+/// the loop must neither spin nor end.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 
 /// Octets that every HTTP/2 client sends first (RFC 9113 §3.4).
 const PREFACE: usize = 24;
@@ -59,7 +59,7 @@ async fn accept(listener: &TcpListener, metrics: &Metrics) -> TcpStream {
                 return stream;
             }
             // The peer went away before it was its turn: nothing is wrong here.
-            Err(err) if gone(err.kind()) => {}
+            Err(err) if is_peer_gone(err.kind()) => {}
             Err(err) => {
                 metrics.grpc.accept_errors.inc();
                 if !failing {
@@ -67,13 +67,13 @@ async fn accept(listener: &TcpListener, metrics: &Metrics) -> TcpStream {
                     let error: &dyn std::error::Error = &err;
                     warn!(error, "gRPC connections cannot be accepted; trying again");
                 }
-                tokio::time::sleep(REST).await;
+                tokio::time::sleep(ACCEPT_BACKOFF).await;
             }
         }
     }
 }
 
-fn gone(kind: io::ErrorKind) -> bool {
+fn is_peer_gone(kind: io::ErrorKind) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     matches!(kind, ConnectionAborted | ConnectionRefused | ConnectionReset)
 }

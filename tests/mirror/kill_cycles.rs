@@ -10,7 +10,7 @@ use super::{every_address, make_namespace, private_cluster_lock, serve};
 use crate::support::{cluster::Cluster, ledger::Clients, stream::Stream, wait_until};
 
 /// Few endpoints in a slice, so that services have several.
-const FLAGS: &[&str] = &["--slice-endpoints", "4", "--segment-octets", "65536"];
+const FLAGS: &[&str] = &["--slice-endpoints", "4", "--segment-bytes", "65536"];
 
 /// Cycles where nothing else is said: enough for CI.
 const KILLS: usize = 6;

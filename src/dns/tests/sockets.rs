@@ -1,5 +1,5 @@
-//! The front ends over real sockets on loopback: what is bound, what is answered, what is limited,
-//! and how it all ends. Nothing here waits for a time to pass, but for something to happen.
+//! UDP and TCP over real sockets on loopback: binding, answers, limits, and the end. Tests wait for
+//! an event, never for a time to pass.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
@@ -153,7 +153,7 @@ fn udp_and_tcp_answer_on_one_port_over_ipv4_and_ipv6() {
 }
 
 #[test]
-fn what_deserves_silence_gets_it_over_udp_and_the_next_one_is_answered() {
+fn udp_ignores_responses_and_short_packets() {
     let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], limits()));
     let client = UdpSocket::bind("127.0.0.1:0").expect("binds");
@@ -168,7 +168,7 @@ fn what_deserves_silence_gets_it_over_udp_and_the_next_one_is_answered() {
 }
 
 #[test]
-fn a_wildcard_is_every_address_of_the_machine() {
+fn wildcard_answers_from_the_address_that_was_asked() {
     let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["0.0.0.0:0"], limits()));
     assert!(server.addresses.iter().all(|address| !address.ip().is_unspecified()));
@@ -179,7 +179,7 @@ fn a_wildcard_is_every_address_of_the_machine() {
 }
 
 #[test]
-fn a_second_process_is_refused_with_the_address_and_what_to_do() {
+fn address_in_use_is_refused_and_named() {
     let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], limits()));
     let address = server.address().to_string();
@@ -199,7 +199,7 @@ fn a_second_process_is_refused_with_the_address_and_what_to_do() {
 }
 
 #[test]
-fn a_thousand_pipelined_questions_are_answered_in_order() {
+fn pipelined_questions_are_answered_in_order() {
     let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], TcpLimits { pipelined: 16, ..limits() }));
     let mut stream = server.connect();
@@ -218,7 +218,7 @@ fn a_thousand_pipelined_questions_are_answered_in_order() {
 }
 
 #[test]
-fn a_message_may_come_in_pieces_and_silence_does_not_end_a_connection() {
+fn fragmented_message_is_answered() {
     let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], limits()));
     let mut stream = server.connect();
@@ -267,7 +267,7 @@ fn connections_are_limited_in_all_and_per_peer_and_room_is_given_back() {
 }
 
 #[test]
-fn a_connection_without_a_question_is_closed() {
+fn tcp_idle_connection_is_closed() {
     let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], TcpLimits { idle: SHORT, ..limits() }));
     let mut fresh = server.connect();
@@ -282,7 +282,7 @@ fn a_connection_without_a_question_is_closed() {
 
 /// One octet at a time keeps no connection open: the clock is the message's, not the octet's.
 #[test]
-fn a_message_that_trickles_in_is_cut_off() {
+fn slowly_sent_message_closes_the_connection() {
     let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], TcpLimits { message: SHORT, ..limits() }));
     let mut stream = server.connect();
@@ -308,7 +308,7 @@ fn a_message_that_trickles_in_is_cut_off() {
 
 /// A peer that asks and never reads: its answers do not pile up, and it loses its connection.
 #[test]
-fn a_peer_that_does_not_take_its_answers_is_cut_off() {
+fn peer_that_reads_no_answers_is_closed() {
     let mut world = TestZone::new(config());
     for n in 0..1000u32 {
         world.add("web.prod", &spec(&Ipv4Addr::from_bits(0x0a00_0000 + n).to_string(), &[]));
@@ -324,7 +324,7 @@ fn a_peer_that_does_not_take_its_answers_is_cut_off() {
 }
 
 #[test]
-fn what_was_asked_before_the_end_is_answered_before_the_end() {
+fn questions_before_the_stop_are_answered() {
     let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], limits()));
     let mut idle = server.connect();
