@@ -143,7 +143,7 @@ impl Bound {
 
         let pages = Admin {
             zone: Arc::clone(&zone),
-            catalog: Arc::clone(registry.catalog()),
+            snapshots: Arc::clone(registry.snapshots()),
             status: status.clone(),
             metrics: Arc::clone(&metrics),
         };

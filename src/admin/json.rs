@@ -1,10 +1,13 @@
-//! JSON answers of any length, written piece by piece.
+//! JSON responses of any length, rendered a page at a time as the peer takes them.
 //!
-//! A list of a million services takes seconds to write and hundreds of megabytes to hold. It is
-//! made on a thread for blocking work, at most [`MAX_CHUNKS`] pieces ahead of what the peer has read;
-//! when the peer goes away the next piece has nowhere to go, and the thread ends.
+//! A list of a million services takes hundreds of megabytes of JSON. No more than one page of it
+//! exists at once, and when the peer goes away nothing is rendered any more.
 
-use std::{io, mem};
+use std::{
+    convert::Infallible,
+    io::{self, Write as _},
+    ops::{Deref, Range},
+};
 
 use axum::{
     body::{Body, Bytes},
@@ -13,74 +16,111 @@ use axum::{
 };
 use futures::stream;
 use serde::Serialize;
-use tokio::{
-    sync::mpsc,
-    task::{JoinHandle, spawn_blocking},
+
+use crate::{
+    model::view::{InstanceView, ServiceHead, Shares},
+    registry::Snapshot,
 };
 
-/// Bytes in one piece.
-const CHUNK_BYTES: usize = 64 * 1024;
+/// Bytes of one page. A page ends with the instance that reaches this size.
+const PAGE_BYTES: usize = 64 * 1024;
 
-/// ChunkWriter that wait for the peer.
-const MAX_CHUNKS: usize = 4;
-
-/// Answers with what `make` returns, 200. `make` may block.
-pub(super) fn respond<T: Serialize>(make: impl FnOnce() -> T + Send + 'static) -> Response {
-    let (pieces, ready) = mpsc::channel(MAX_CHUNKS);
-    let writing = spawn_blocking(move || -> io::Result<()> {
-        let mut writer = ChunkWriter { pieces, piece: Vec::new() };
-        serde_json::to_writer(&mut writer, &make())?;
-        io::Write::write_all(&mut writer, b"\n")?;
-        writer.send()
-    });
-    let body = Body::from_stream(stream::unfold(Some((ready, writing)), next_piece));
-    ([(header::CONTENT_TYPE, "application/json")], body).into_response()
+/// Responds with `{"services": […]}`, 200: the services of `range`.
+pub(super) fn services<S>(snapshot: S, range: Range<usize>) -> Response
+where
+    S: Deref<Target = Snapshot> + Send + 'static,
+{
+    respond(Pages::new(snapshot, range, "{\"services\":[", "]}\n"))
 }
 
-/// Answers that something is wrong: `{"error": "…"}`.
+/// Responds with the one service of `snapshot`, 200.
+pub(super) fn service(snapshot: Snapshot) -> Response {
+    respond(Pages::new(Box::new(snapshot), 0..1, "", "\n"))
+}
+
+/// Responds that something is wrong: `{"error": "…"}`.
 pub(super) fn error(status: StatusCode, err: &str) -> Response {
     (status, axum::Json(serde_json::json!({ "error": err }))).into_response()
 }
 
-type Source = (mpsc::Receiver<Bytes>, JoinHandle<io::Result<()>>);
+fn respond<S: Deref<Target = Snapshot> + Send + 'static>(pages: Pages<S>) -> Response {
+    let pages = stream::unfold(pages, async |mut pages| {
+        // One page is some 100 µs of work; a peer that reads quickly must not keep others waiting.
+        tokio::task::consume_budget().await;
+        let page = pages.next_page()?;
+        Some((Ok::<_, Infallible>(page), pages))
+    });
+    ([(header::CONTENT_TYPE, "application/json")], Body::from_stream(pages)).into_response()
+}
 
-/// The next piece, or at the end what kept the writer from finishing: half an answer must not
-/// look like a whole one.
-async fn next_piece(source: Option<Source>) -> Option<(io::Result<Bytes>, Option<Source>)> {
-    let (mut pieces, writing) = source?;
-    if let Some(piece) = pieces.recv().await {
-        return Some((Ok(piece), Some((pieces, writing))));
+/// Renders services, page by page.
+struct Pages<S> {
+    snapshot: S,
+    remaining: Range<usize>,
+    /// The first remaining service, when a part of it is rendered: its next instance.
+    partly_rendered: Option<(usize, Shares)>,
+    /// What comes before the next service.
+    separator: &'static str,
+    /// What comes after the last one; `None` when the response is complete.
+    end: Option<&'static str>,
+}
+
+impl<S: Deref<Target = Snapshot>> Pages<S> {
+    fn new(snapshot: S, range: Range<usize>, start: &'static str, end: &'static str) -> Self {
+        Self { snapshot, remaining: range, partly_rendered: None, separator: start, end: Some(end) }
     }
-    let outcome = writing.await.map_err(io::Error::other).flatten();
-    outcome.err().map(|err| (Err(err), None))
-}
 
-/// Collects what is written into pieces and sends each on.
-struct ChunkWriter {
-    pieces: mpsc::Sender<Bytes>,
-    piece: Vec<u8>,
-}
-
-impl ChunkWriter {
-    fn send(&mut self) -> io::Result<()> {
-        let piece = mem::take(&mut self.piece);
-        self.pieces.blocking_send(piece.into()).map_err(|_| io::ErrorKind::BrokenPipe.into())
+    fn next_page(&mut self) -> Option<Bytes> {
+        self.end?;
+        let mut page = Vec::with_capacity(PAGE_BYTES + PAGE_BYTES / 8);
+        self.render(&mut page).expect("a Vec takes everything, and these values are JSON");
+        Some(page.into())
     }
-}
 
-impl io::Write for ChunkWriter {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.piece.capacity() == 0 {
-            self.piece.reserve(CHUNK_BYTES);
+    fn render(&mut self, page: &mut Vec<u8>) -> io::Result<()> {
+        while page.len() < PAGE_BYTES {
+            let services = self.snapshot.services();
+            let Some((key, service)) = services.get(self.remaining.clone()).and_then(|rest| rest.first()) else {
+                // An empty list has its start here.
+                if self.separator != "," {
+                    page.write_all(self.separator.as_bytes())?;
+                }
+                page.write_all(self.end.take().unwrap_or_default().as_bytes())?;
+                break;
+            };
+            let (rank, shares) = match self.partly_rendered.take() {
+                Some(partly) => partly,
+                None => {
+                    page.write_all(std::mem::replace(&mut self.separator, ",").as_bytes())?;
+                    write_json(page, &ServiceHead { key, service })?;
+                    // The object stays open for its instances.
+                    page.pop();
+                    page.write_all(b",\"instances\":[")?;
+                    (0, Shares::of(service))
+                }
+            };
+            let mut next = rank;
+            for instance in service.instances.iter_from(rank) {
+                if page.len() >= PAGE_BYTES {
+                    break;
+                }
+                if next > 0 {
+                    page.push(b',');
+                }
+                write_json(page, &InstanceView { instance, share: Some(shares.share(instance)) })?;
+                next += 1;
+            }
+            if next < service.instances.len() {
+                self.partly_rendered = Some((next, shares));
+            } else {
+                page.write_all(b"]}")?;
+                self.remaining.start += 1;
+            }
         }
-        self.piece.extend_from_slice(bytes);
-        if self.piece.len() >= CHUNK_BYTES {
-            self.send()?;
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+fn write_json(page: &mut Vec<u8>, value: &impl Serialize) -> io::Result<()> {
+    serde_json::to_writer(page, value).map_err(io::Error::from)
 }

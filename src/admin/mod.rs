@@ -28,7 +28,7 @@ use tracing::{debug, warn};
 
 use crate::{
     metrics::Metrics,
-    registry::{Catalog, Status},
+    registry::{Snapshots, Status},
     zone::Zone,
 };
 
@@ -38,7 +38,7 @@ pub struct Admin {
     /// Whether DNS can answer.
     pub zone: Arc<Zone>,
     /// What is registered.
-    pub catalog: Arc<Catalog>,
+    pub snapshots: Arc<Snapshots>,
     /// Whether registrations are accepted.
     pub status: Status,
     /// What was counted.

@@ -7,12 +7,12 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use serde::{Deserialize, Serialize, Serializer};
+use serde::Deserialize;
 
 use super::{Admin, json, readiness::Readiness};
-use crate::model::{
-    Namespace, Service, ServiceKey, ServiceName,
-    view::{ServiceView, ServicesView},
+use crate::{
+    model::{Namespace, ServiceKey, ServiceName},
+    registry::{ListError, Phase, Unavailable},
 };
 
 /// What `GET /` and every unknown path show. A test asks for each of them.
@@ -75,22 +75,47 @@ fn show(readiness: &Readiness, uri: &Uri, headers: &HeaderMap) -> Response {
     (status, readiness.to_text()).into_response()
 }
 
-/// The list takes nothing; a filter that is misspelt must not look like a list of everything.
+/// The list takes no parameters; a filter that is misspelt must not look like a list of everything.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct NoParameters {}
 
 async fn services(State(admin): State<Admin>, query: Result<Query<NoParameters>, QueryRejection>) -> Response {
     match query {
-        Ok(Query(NoParameters {})) => json::respond(move || List::of(&admin, None)),
+        Ok(Query(NoParameters {})) => list(&admin, None).await,
         Err(err) => json::error(StatusCode::BAD_REQUEST, &err.body_text()),
     }
 }
 
 async fn services_of_namespace(State(admin): State<Admin>, Path(namespace): Path<String>) -> Response {
     match Namespace::parse(&namespace) {
-        Ok(_) => json::respond(move || List::of(&admin, Some(&namespace))),
+        Ok(_) => list(&admin, Some(&namespace)).await,
         Err(err) => json::error(StatusCode::BAD_REQUEST, &format!("namespace: {err}")),
+    }
+}
+
+/// Before the store is read there is no list: a part of it would look like all of it.
+fn recovering(admin: &Admin) -> Option<Response> {
+    let recovering = admin.status.phase() == Phase::Recovering;
+    recovering.then(|| json::error(StatusCode::SERVICE_UNAVAILABLE, &Unavailable::NotReady.to_string()))
+}
+
+async fn list(admin: &Admin, namespace: Option<&str>) -> Response {
+    if let Some(response) = recovering(admin) {
+        return response;
+    }
+    match admin.snapshots.list().await {
+        Ok(list) => {
+            let range = namespace.map_or_else(|| 0..list.services().len(), |namespace| list.namespace(namespace));
+            json::services(list, range)
+        }
+        Err(err) => {
+            let status = match err {
+                ListError::Overloaded | ListError::Lagged(_) => StatusCode::SERVICE_UNAVAILABLE,
+                ListError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            };
+            json::error(status, &err.to_string())
+        }
     }
 }
 
@@ -100,34 +125,14 @@ async fn service(State(admin): State<Admin>, Path((namespace, name)): Path<(Stri
         (Err(err), _) => return json::error(StatusCode::BAD_REQUEST, &format!("namespace: {err}")),
         (_, Err(err)) => return json::error(StatusCode::BAD_REQUEST, &format!("service_name: {err}")),
     };
-    match admin.catalog.get(&key) {
-        Some(service) => json::respond(move || One(key, service)),
-        None => json::error(StatusCode::NOT_FOUND, &format!("there is no service {key}")),
+    if let Some(response) = recovering(&admin) {
+        return response;
     }
-}
-
-/// Services in order of namespace and name.
-struct List(Vec<(ServiceKey, Service)>);
-
-impl List {
-    fn of(admin: &Admin, namespace: Option<&str>) -> Self {
-        let mut services = admin.catalog.services();
-        services.retain(|(key, _)| namespace.is_none_or(|namespace| key.namespace() == namespace));
-        services.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
-        Self(services)
-    }
-}
-
-impl Serialize for List {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        ServicesView(&self.0).serialize(serializer)
-    }
-}
-
-struct One(ServiceKey, Service);
-
-impl Serialize for One {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        ServiceView { key: &self.0, service: &self.1 }.serialize(serializer)
+    match admin.snapshots.service(&key).await {
+        Ok(snapshot) if snapshot.services().is_empty() => {
+            json::error(StatusCode::NOT_FOUND, &format!("there is no service {key}"))
+        }
+        Ok(snapshot) => json::service(snapshot),
+        Err(err) => json::error(StatusCode::SERVICE_UNAVAILABLE, &err.to_string()),
     }
 }

@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use super::*;
 use crate::{
     model::{DnsName, InstanceSpec, Service, ServiceKey, UnixMillis, Validator},
-    registry::Phase,
+    registry::{Catalog, Phase},
     zone::ZoneConfig,
 };
 
@@ -44,12 +44,9 @@ impl Running {
             publish_not_ready: false,
         };
         let (zone, _publisher) = Zone::new(config);
-        let admin = Admin {
-            zone,
-            catalog: Arc::new(Catalog::of(services)),
-            status: Status::at(phase),
-            metrics: Arc::new(Metrics::new()),
-        };
+        let metrics = Arc::new(Metrics::new());
+        let snapshots = Snapshots::of(Arc::new(Catalog::of(services)), Arc::clone(&metrics));
+        let admin = Admin { zone, snapshots: Arc::new(snapshots), status: Status::at(phase), metrics };
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
         let stop = CancellationToken::new();
@@ -172,6 +169,11 @@ async fn readiness_follows_the_zone_and_the_registry() {
     assert!(loading.body.starts_with("not ready: dns: what is stored is still being loaded"), "{}", loading.body);
     let both = running.get("/readyz/registrations").await;
     assert_eq!((both.status, both.body.lines().count()), (503, 2), "{}", both.body);
+    for path in ["/api/v1/services", "/api/v1/namespaces/prod/services", "/api/v1/namespaces/prod/services/web"] {
+        let list = running.get(path).await;
+        assert_eq!(list.status, 503, "{path}");
+        assert!(list.json()["error"].as_str().is_some_and(|err| err.starts_with("not ready")), "{path}");
+    }
     running.stop().await;
 
     let running = Running::with(vec![]).await;

@@ -7,6 +7,7 @@ pub mod dns;
 mod grpc;
 mod kubernetes;
 mod labels;
+mod lists;
 mod mirror;
 mod process;
 mod registry;
@@ -18,6 +19,7 @@ pub use dns::DnsMetrics;
 pub use grpc::{GrpcMetrics, Method, RegistrationKind, RegistrationStatus, WatchEnd};
 pub use kubernetes::{KubernetesMetrics, RestartReason, StandingWatch, Watched};
 pub use labels::{EnumCounter, EnumFamily, EnumGauge, LabelEnum, LabelValues};
+pub use lists::ListMetrics;
 pub use mirror::{Blocked, MirrorMetrics, RequestOutcome, Verb};
 pub use registry::{CommandOutcome, RefusalReason, RegistryMetrics};
 pub use store::StoreMetrics;
@@ -29,6 +31,8 @@ pub struct Metrics {
     pub dns: DnsMetrics,
     /// The gRPC listeners.
     pub grpc: GrpcMetrics,
+    /// Lists of everything, over gRPC and HTTP.
+    pub lists: ListMetrics,
     /// The registry: registrations, instances, batches.
     pub registry: RegistryMetrics,
     /// The journal and its snapshots.
@@ -49,6 +53,7 @@ impl Metrics {
         Self {
             dns: DnsMetrics::register(&mut all),
             grpc: GrpcMetrics::register(&mut all),
+            lists: ListMetrics::register(&mut all),
             registry: RegistryMetrics::register(&mut all),
             store: StoreMetrics::register(&mut all),
             kubernetes: KubernetesMetrics::register(&mut all),

@@ -44,6 +44,27 @@ impl Serialize for ServiceView<'_> {
     }
 }
 
+/// A service without its instances: the fields that come before them.
+#[derive(Debug, Clone, Copy)]
+pub struct ServiceHead<'a> {
+    /// Which one.
+    pub key: &'a ServiceKey,
+    /// Its value.
+    pub service: &'a Service,
+}
+
+impl Serialize for ServiceHead<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Self { key, service } = self;
+        let mut fields = serializer.serialize_struct("Service", 4)?;
+        fields.serialize_field("namespace", key.namespace())?;
+        fields.serialize_field("name", key.name())?;
+        fields.serialize_field("generation", &service.generation)?;
+        fields.serialize_field("created", &service.created().map(Rfc3339))?;
+        fields.end()
+    }
+}
+
 /// `{"services": […]}`.
 #[derive(Debug, Clone, Copy)]
 pub struct ServicesView<'a>(pub &'a [(ServiceKey, Service)]);

@@ -27,6 +27,23 @@ impl Catalog {
         self.services.pin().iter().map(|(key, service)| (key.clone(), service.clone())).collect()
     }
 
+    /// Every service, as [`Catalog::services`] returns them, in order. Blocks, for a second where a
+    /// million services are registered; stops early, with a part of them, once `cancelled` says so.
+    pub(super) fn sorted(&self, cancelled: &dyn Fn() -> bool) -> Vec<(ServiceKey, Service)> {
+        /// Services between two looks at `cancelled`.
+        const CANCEL_INTERVAL: usize = 1_024;
+        let map = self.services.pin();
+        let mut services = Vec::with_capacity(map.len());
+        for (key, service) in &map {
+            if services.len() % CANCEL_INTERVAL == 0 && cancelled() {
+                return services;
+            }
+            services.push((key.clone(), service.clone()));
+        }
+        services.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+        services
+    }
+
     /// Services that have an instance.
     #[must_use]
     pub fn len(&self) -> usize {

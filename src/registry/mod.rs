@@ -29,6 +29,7 @@ mod mirror_progress;
 mod mirror_records;
 mod recover;
 mod restore;
+mod snapshot;
 mod staged;
 mod status;
 #[cfg(test)]
@@ -45,6 +46,7 @@ pub use feed::{Batch, Event, Feed, Lagged, Subscription};
 pub use mirror_progress::{MirrorLag, MirrorProgress};
 pub use recover::{Options, Unrecovered, new};
 pub use restore::KubernetesState;
+pub use snapshot::{List, ListError, Snapshot, Snapshots};
 pub use status::{Phase, Status};
 pub use writer::Writer;
 
@@ -157,6 +159,7 @@ pub struct RegistryHandle {
     queue: mpsc::Sender<WriterMessage>,
     catalog: Arc<Catalog>,
     feed: Arc<Feed>,
+    snapshots: Arc<Snapshots>,
     status: Status,
     mirror_progress: Arc<MirrorProgress>,
 }
@@ -225,6 +228,12 @@ impl RegistryHandle {
     #[must_use]
     pub fn catalog(&self) -> &Arc<Catalog> {
         &self.catalog
+    }
+
+    /// Everything that is registered, for those who list it.
+    #[must_use]
+    pub fn snapshots(&self) -> &Arc<Snapshots> {
+        &self.snapshots
     }
 
     /// Every change, for readers that follow.

@@ -7,8 +7,9 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use super::{
-    Catalog, Feed, MirrorProgress, NamespacePolicy, QUEUE_LEN, RegistryHandle, Status, Writer, WriterMessage,
-    apply::Applier, commit::Committer, decide::Decider, mirror_records::MirrorRecords, restore::LocalState,
+    Catalog, Feed, MirrorProgress, NamespacePolicy, QUEUE_LEN, RegistryHandle, Snapshots, Status, Writer,
+    WriterMessage, apply::Applier, commit::Committer, decide::Decider, mirror_records::MirrorRecords,
+    restore::LocalState,
 };
 use crate::{
     metrics::Metrics,
@@ -50,6 +51,7 @@ pub fn new(options: Options, metrics: Arc<Metrics>) -> (RegistryHandle, Unrecove
         queue: sender,
         catalog: Arc::clone(&catalog),
         feed: Arc::clone(&feed),
+        snapshots: Arc::new(Snapshots::new(Arc::clone(&catalog), Arc::clone(&feed), Arc::clone(&metrics))),
         status: status.clone(),
         mirror_progress: Arc::clone(&mirror_progress),
     };

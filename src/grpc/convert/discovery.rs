@@ -1,4 +1,4 @@
-//! What readers get: services, instances and changes, in both directions.
+//! The messages of the readers' service: services, instances and changes, in both directions.
 
 use std::sync::Arc;
 
@@ -16,13 +16,13 @@ use crate::{
     },
 };
 
-/// Most instances in one message of a list or of a watch's snapshot: some 100 KB.
-const MAX_INSTANCES_PER_MESSAGE: usize = 1_000;
+/// Instances in one message of a list or of a watch's snapshot: some 25 KB, so that what waits for a
+/// slow client is small. 2 KiB each at most, which stays below the 4 MiB that gRPC clients accept.
+pub(in crate::grpc) const MAX_INSTANCES_PER_MESSAGE: usize = 250;
 
-/// What a client holds an answer against: the server has checked more than this already.
+/// Checks what a server sent: less than the server checked, so that a newer server may allow more.
 const LENIENT: Validator = Validator { zone_wire_len: 1, names_allowed: true };
 
-/// The moment as protobuf writes it.
 fn timestamp(at: UnixMillis) -> Timestamp {
     Timestamp {
         seconds: i64::try_from(at.0 / 1_000).unwrap_or(i64::MAX),
@@ -64,29 +64,31 @@ fn instance_to_proto(instance: &Instance) -> v1::Instance {
 
 /// The service as one message, however large.
 pub(in crate::grpc) fn service_to_proto(key: &ServiceKey, service: &Service) -> v1::Service {
-    part_to_proto(key, service, service.created(), 0, service.instances.len())
+    instances_to_proto(key, service, service.created(), 0, service.instances.len())
 }
 
-/// The service as messages of at most [`MAX_INSTANCES_PER_MESSAGE`] instances, one after the other.
-pub(in crate::grpc) fn service_parts(key: ServiceKey, service: Service) -> impl Iterator<Item = v1::Service> + Send {
-    let created = service.created();
-    let parts = service.instances.len().div_ceil(MAX_INSTANCES_PER_MESSAGE);
-    (0..parts).map(move |index| {
-        part_to_proto(&key, &service, created, index * MAX_INSTANCES_PER_MESSAGE, MAX_INSTANCES_PER_MESSAGE)
-    })
-}
-
-fn part_to_proto(
+/// At most [`MAX_INSTANCES_PER_MESSAGE`] instances of the service, from the one at `rank` on.
+pub(in crate::grpc) fn service_part(
     key: &ServiceKey,
     service: &Service,
     created: Option<UnixMillis>,
-    from: usize,
-    most: usize,
+    rank: usize,
 ) -> v1::Service {
+    instances_to_proto(key, service, created, rank, MAX_INSTANCES_PER_MESSAGE)
+}
+
+fn instances_to_proto(
+    key: &ServiceKey,
+    service: &Service,
+    created: Option<UnixMillis>,
+    rank: usize,
+    limit: usize,
+) -> v1::Service {
+    let instances = service.instances.iter_from(rank).take(limit);
     v1::Service {
         namespace: key.namespace().to_owned(),
         name: key.name().to_owned(),
-        instances: service.instances.iter_from(from).take(most).map(|instance| instance_to_proto(instance)).collect(),
+        instances: instances.map(|instance| instance_to_proto(instance)).collect(),
         generation: service.generation,
         created: created.map(timestamp),
     }

@@ -11,7 +11,8 @@ mod discovery;
 use std::sync::Arc;
 
 pub(super) use discovery::{
-    change_from_proto, change_to_proto, protocol_from_proto, service_from_proto, service_parts, service_to_proto,
+    MAX_INSTANCES_PER_MESSAGE, change_from_proto, change_to_proto, protocol_from_proto, service_from_proto,
+    service_part, service_to_proto,
 };
 
 use super::proto::registry::{

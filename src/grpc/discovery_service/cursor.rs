@@ -28,7 +28,7 @@ impl Cursor {
     }
 
     /// The generation up to which everything was seen, and how many changes of the next one.
-    pub(super) fn place(self) -> (u64, usize) {
+    pub(super) fn position(self) -> (u64, usize) {
         match self.seen {
             ALL => (self.generation, 0),
             // decode() lets no generation 0 pass.
@@ -71,8 +71,8 @@ mod tests {
             assert_eq!(Cursor::decode(&bytes[1..], 7, 100), None, "too short");
             assert_eq!(Cursor::decode(&[&bytes[..], &[0]].concat(), 7, 100), None, "too long");
         }
-        assert_eq!(whole.place(), (100, 0));
-        assert_eq!(part.place(), (99, 3));
+        assert_eq!(whole.position(), (100, 0));
+        assert_eq!(part.position(), (99, 3));
         assert_eq!(Cursor::within(7, 100, 9, 9), whole);
         assert_eq!(Cursor::decode(&Cursor::after(7, 0).encode(), 7, 100), None);
     }

@@ -3,16 +3,20 @@
 //! It reads immutable values and a ring of changes. NoParameters here can hold up the writer.
 
 mod cursor;
-mod snapshot;
+mod selection;
 mod watch;
 
-use std::{pin::Pin, sync::Arc};
+use std::pin::Pin;
 
 use futures::{Stream, StreamExt as _, stream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
-use self::{cursor::Cursor, snapshot::Filter, watch::Watch};
+use self::{
+    cursor::Cursor,
+    selection::{Filter, Messages},
+    watch::Watch,
+};
 use super::{
     ServerContext, convert,
     proto::gangplank::v1::{
@@ -23,7 +27,7 @@ use super::{
 };
 use crate::{
     model::{Field, InvalidInstance, Namespace, ServiceKey},
-    registry::{Phase, Unavailable},
+    registry::{ListError, Phase, Unavailable},
 };
 
 type ResponseStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -68,6 +72,15 @@ impl DiscoveryService {
     }
 }
 
+/// A list that cannot be sent now: the client may try again.
+fn list_error(err: ListError) -> Status {
+    match err {
+        ListError::Overloaded => Status::resource_exhausted(err.to_string()),
+        ListError::Lagged(_) => Status::aborted(err.to_string()),
+        ListError::Failed(_) => Status::internal(err.to_string()),
+    }
+}
+
 #[tonic::async_trait]
 impl Discovery for DiscoveryService {
     async fn get_service(&self, request: Request<GetServiceRequest>) -> Result<Response<GetServiceResponse>, Status> {
@@ -98,11 +111,10 @@ impl Discovery for DiscoveryService {
     ) -> Result<Response<Self::ListServicesStream>, Status> {
         self.ready()?;
         let filter = self.filter(request.into_inner().namespace, "")?;
-        let catalog = self.context.registry.catalog();
-        let generation = catalog.generation();
-        let services = snapshot::read(Arc::clone(catalog), filter).await?;
-        let parts = services.into_iter().flat_map(|(key, service)| convert::service_parts(key, service));
-        let messages = parts.map(move |part| Ok(ListServicesResponse { service: Some(part), generation }));
+        let list = self.context.registry.snapshots().list().await.map_err(list_error)?;
+        let generation = list.generation();
+        let messages = Messages::new(list, &filter);
+        let messages = messages.map(move |part| Ok(ListServicesResponse { service: Some(part), generation }));
         Ok(Response::new(stream::iter(messages).boxed()))
     }
 
@@ -118,7 +130,7 @@ impl Discovery for DiscoveryService {
         } else {
             match Cursor::decode(&cursor, registry.feed().epoch(), registry.catalog().generation()) {
                 Some(cursor) => Watch::resume(&self.context, filter, cursor, self.stop.clone()),
-                None => Watch::over(
+                None => Watch::ended(
                     &self.context,
                     Reason::UnknownCursor,
                     "the cursor is not of this run of the server; watch again without one",

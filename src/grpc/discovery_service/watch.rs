@@ -1,7 +1,7 @@
 //! One watch: a snapshot if it begins without a cursor, then every change, until it must end.
 //!
-//! It pulls from the feed when its client takes messages, and so never holds up anyone. A client
-//! that is too slow finds that the feed has moved on; it is told, and its watch ends.
+//! A watch reads from the feed when its client takes messages, and so never holds up anyone. When the
+//! feed has moved past a slow client, the client is told so and its watch ends.
 
 use std::sync::Arc;
 
@@ -11,7 +11,8 @@ use tonic::Status;
 
 use super::{
     cursor::Cursor,
-    snapshot::{self, Filter},
+    list_error,
+    selection::{Filter, Messages},
 };
 use crate::{
     grpc::{
@@ -19,11 +20,11 @@ use crate::{
         proto::gangplank::v1::{self, Restart, Synced, WatchResponse, restart::Reason, watch_response::Event},
     },
     metrics::{Metrics, WatchEnd},
-    registry::{Batch, Lagged, Subscription},
+    registry::{Batch, Lagged, ListError, Subscription},
 };
 
-/// After this many changes that the filter kept back, the client gets a new cursor: one that only
-/// grew older would be of no use when it is needed.
+/// After this many changes that the filter dropped, the client gets a new cursor. Otherwise its cursor
+/// would grow so old that the feed no longer holds what follows it.
 const CURSOR_AGE: usize = 8_192;
 
 /// A watch.
@@ -32,25 +33,25 @@ pub(super) struct Watch {
     epoch: u64,
     filter: Filter,
     stop: CancellationToken,
-    /// What is left of the snapshot.
+    /// What is left of the snapshot. It holds a turn among the lists until the last message.
     snapshot: Box<dyn Iterator<Item = v1::Service> + Send>,
-    /// Said when the snapshot is through.
-    synced: Option<u64>,
-    /// The batch that is being given out, and its next change.
+    /// The generation of the snapshot, until the client has all of it.
+    snapshot_generation: Option<u64>,
+    /// The batch that is being sent, and the index of its next change.
     batch: Option<(Arc<Batch>, usize)>,
-    /// Changes of the first batch that the client has seen.
+    /// Changes of the first batch that the client has, when it resumes within a batch.
     seen: usize,
-    /// Changes kept back since the client last got a cursor.
-    kept_back: usize,
+    /// Changes that the filter dropped since the client last got a cursor.
+    dropped: usize,
     metrics: Arc<Metrics>,
-    state: State,
+    state: WatchState,
 }
 
-enum State {
+enum WatchState {
     Open,
-    /// To be said as the last thing.
+    /// The restart message is the next one, and the last.
     Ending(Reason, &'static str),
-    Over,
+    Ended,
 }
 
 impl Watch {
@@ -61,45 +62,66 @@ impl Watch {
             filter,
             stop,
             snapshot: Box::new(std::iter::empty()),
-            synced: None,
+            snapshot_generation: None,
             batch: None,
             seen: 0,
-            kept_back: 0,
+            dropped: 0,
             metrics: Arc::clone(&context.metrics),
-            state: State::Open,
+            state: WatchState::Open,
         }
     }
 
-    /// Begins with what stands.
+    /// Starts with everything that is registered now.
+    ///
+    /// # Errors
+    /// When too many lists are being sent already.
     pub(super) async fn from_snapshot(
         context: &ServerContext,
         filter: Filter,
         stop: CancellationToken,
     ) -> Result<Self, Status> {
+        let snapshots = context.registry.snapshots();
+        type Source = Box<dyn Iterator<Item = v1::Service> + Send>;
+        let taking = async {
+            Ok::<(u64, Source), ListError>(match &filter {
+                // One service is not worth a copy of all of them.
+                Filter::Service(key) => {
+                    let snapshot = Box::new(snapshots.service(key).await?);
+                    (snapshot.generation(), Box::new(Messages::new(snapshot, &filter)))
+                }
+                Filter::All | Filter::Namespace(_) => {
+                    let list = snapshots.list().await?;
+                    (list.generation(), Box::new(Messages::new(list, &filter)))
+                }
+            })
+        };
         let taken = tokio::select! {
-            taken = snapshot::take(&context.registry, &filter) => taken?,
-            () = stop.cancelled() => return Ok(Self::over(context, Reason::ShuttingDown, SHUTTING_DOWN)),
+            taken = taking => taken,
+            () = stop.cancelled() => return Ok(Self::ended(context, Reason::ShuttingDown, SHUTTING_DOWN)),
         };
-        let Ok((standing, feed)) = taken else {
-            return Ok(Self::over(context, Reason::SlowReader, SLOW_READER));
-        };
-        let synced = feed.seen();
-        let parts = standing.into_iter().flat_map(|(key, service)| convert::service_parts(key, service));
-        Ok(Self { snapshot: Box::new(parts), synced: Some(synced), ..Self::new(context, feed, filter, stop) })
+        match taken {
+            Ok((generation, snapshot)) => {
+                let feed = context.registry.feed().subscribe(generation);
+                let watch = Self::new(context, feed, filter, stop);
+                Ok(Self { snapshot, snapshot_generation: Some(generation), ..watch })
+            }
+            Err(ListError::Lagged(_)) => Ok(Self::ended(context, Reason::SlowReader, SLOW_READER)),
+            Err(err) => Err(list_error(err)),
+        }
     }
 
-    /// Goes on behind `cursor`.
+    /// Continues after `cursor`.
     pub(super) fn resume(context: &ServerContext, filter: Filter, cursor: Cursor, stop: CancellationToken) -> Self {
-        let (generation, seen) = cursor.place();
+        let (generation, seen) = cursor.position();
         let feed = context.registry.feed().subscribe(generation);
         Self { seen, ..Self::new(context, feed, filter, stop) }
     }
 
-    /// Has nothing to say but why it must begin again.
-    pub(super) fn over(context: &ServerContext, reason: Reason, message: &'static str) -> Self {
+    /// Sends nothing but the restart message.
+    pub(super) fn ended(context: &ServerContext, reason: Reason, message: &'static str) -> Self {
         let registry = &context.registry;
         let feed = registry.feed().subscribe(registry.catalog().generation());
-        let state = State::Ending(reason, message);
+        let state = WatchState::Ending(reason, message);
         Self { state, ..Self::new(context, feed, Filter::All, CancellationToken::new()) }
     }
 
@@ -114,22 +136,22 @@ impl Watch {
     async fn next(&mut self) -> Option<WatchResponse> {
         loop {
             match self.state {
-                State::Open if self.stop.is_cancelled() => {
-                    self.state = State::Ending(Reason::ShuttingDown, SHUTTING_DOWN);
+                WatchState::Open if self.stop.is_cancelled() => {
+                    self.state = WatchState::Ending(Reason::ShuttingDown, SHUTTING_DOWN);
                 }
-                State::Open => {
+                WatchState::Open => {
                     if let Some(message) = self.ready() {
                         return Some(message);
                     }
                     self.wait().await;
                 }
-                State::Ending(reason, message) => {
-                    self.state = State::Over;
+                WatchState::Ending(reason, message) => {
+                    self.state = WatchState::Ended;
                     self.metrics.grpc.watch_restarted(counted(reason));
                     let restart = Restart { reason: reason.into(), message: message.into() };
                     return Some(WatchResponse { event: Some(Event::Restart(restart)), cursor: Vec::new() });
                 }
-                State::Over => return None,
+                WatchState::Ended => return None,
             }
         }
     }
@@ -139,28 +161,30 @@ impl Watch {
         if let Some(part) = self.snapshot.next() {
             return Some(WatchResponse { event: Some(Event::Snapshot(part)), cursor: Vec::new() });
         }
-        if let Some(generation) = self.synced.take() {
+        if let Some(generation) = self.snapshot_generation.take() {
+            // Ends its turn: the next list may begin.
+            self.snapshot = Box::new(std::iter::empty());
             return Some(self.synced(generation));
         }
         let (batch, at) = self.batch.as_mut()?;
         while let Some(event) = batch.events.get(*at) {
             *at += 1;
-            if self.filter.wants(&event.service) {
-                self.kept_back = 0;
+            if self.filter.matches(&event.service) {
+                self.dropped = 0;
                 let cursor = Cursor::within(self.epoch, batch.generation, *at, batch.events.len());
                 let timeline = batch.timeline(event);
                 let change = convert::change_to_proto(&event.service, &event.change, batch.generation, timeline);
                 return Some(WatchResponse { event: Some(Event::Change(change)), cursor: cursor.encode() });
             }
-            self.kept_back += 1;
+            self.dropped += 1;
         }
         let generation = batch.generation;
         self.batch = None;
-        (self.kept_back >= CURSOR_AGE).then(|| self.synced(generation))
+        (self.dropped >= CURSOR_AGE).then(|| self.synced(generation))
     }
 
     fn synced(&mut self, generation: u64) -> WatchResponse {
-        self.kept_back = 0;
+        self.dropped = 0;
         let cursor = Cursor::after(self.epoch, generation).encode();
         WatchResponse { event: Some(Event::Synced(Synced { generation })), cursor }
     }
@@ -172,7 +196,7 @@ impl Watch {
             () = self.stop.cancelled() => {}
             batch = self.feed.next() => match batch {
                 Ok(batch) => self.batch = Some((batch, std::mem::take(&mut self.seen))),
-                Err(Lagged) => self.state = State::Ending(Reason::SlowReader, SLOW_READER),
+                Err(Lagged) => self.state = WatchState::Ending(Reason::SlowReader, SLOW_READER),
             },
         }
     }

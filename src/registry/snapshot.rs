@@ -1,0 +1,428 @@
+//! Everything that is registered, in order and exactly as of one generation, for readers that list it.
+//!
+//! A snapshot of a million services takes a second to copy and sort and some 50 MB to hold. So lists
+//! share: one snapshot is built at a time, whoever waits meanwhile takes the next one together, and
+//! only a few lists are sent at once. A list whose client goes away stops the build.
+//!
+//! The catalog changes while it is read: it returns every service as it was at some moment of the
+//! reading, no two at the same moment, and nothing for a service that is gone. So the feed is read
+//! from *before* the catalog is, to *behind* everything that the reading can have seen, and the last
+//! change of every instance is put over what was read. An instance that did not change meanwhile was
+//! the same at every moment of the reading. The result is the state as of the generation to which the
+//! feed was read; what the feed returns next follows it.
+
+use std::{
+    collections::HashMap,
+    ops::Deref,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    runtime::Handle,
+    sync::{Mutex, OwnedSemaphorePermit, Semaphore},
+    task::spawn_blocking,
+    time::{Instant, sleep_until, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{Batch, Catalog, Feed, Lagged};
+use crate::{
+    metrics::Metrics,
+    model::{InstanceChange, Service, ServiceKey},
+};
+
+/// How many lists there may be.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    /// Lists that are sent at once, over gRPC and HTTP together. While everything changes each may
+    /// hold a snapshot of its own: about 50 bytes per service.
+    lists: usize,
+    /// Lists that wait for their turn; the next one is refused.
+    queued: usize,
+    /// How long a list waits for its turn before it is refused.
+    queue_timeout: Duration,
+}
+
+const LIMITS: Limits = Limits { lists: 8, queued: 64, queue_timeout: Duration::from_secs(10) };
+
+/// From this size on a snapshot is freed on a thread for blocking work: freeing takes some 0.1 µs per
+/// service, and the last reader is a connection's task.
+const MAX_INLINE_DROP: usize = 10_000;
+
+/// Services in order of namespace and name.
+type Services = Vec<(ServiceKey, Service)>;
+
+/// What was registered as of one generation.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    services: Services,
+    generation: u64,
+}
+
+impl Snapshot {
+    /// The generation as of which it is exact.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// All services, in order of namespace and name.
+    #[must_use]
+    pub fn services(&self) -> &[(ServiceKey, Service)] {
+        &self.services
+    }
+
+    /// The services of one namespace, in order.
+    #[must_use]
+    pub fn namespace(&self, namespace: &str) -> std::ops::Range<usize> {
+        let below = |(key, _): &(ServiceKey, Service)| key.namespace() < namespace;
+        let start = self.services.partition_point(below);
+        let len = self.services[start..].partition_point(|(key, _)| key.namespace() == namespace);
+        start..start + len
+    }
+}
+
+impl Drop for Snapshot {
+    fn drop(&mut self) {
+        if self.services.len() > MAX_INLINE_DROP
+            && let Ok(runtime) = Handle::try_current()
+        {
+            let services = std::mem::take(&mut self.services);
+            drop(runtime.spawn_blocking(move || drop(services)));
+        }
+    }
+}
+
+/// A snapshot and the turn to send it: other lists wait until this value is dropped.
+#[derive(Debug)]
+pub struct List {
+    snapshot: Arc<Snapshot>,
+    _turn: Turn,
+}
+
+impl Deref for List {
+    type Target = Snapshot;
+
+    fn deref(&self) -> &Snapshot {
+        &self.snapshot
+    }
+}
+
+/// Why there is no list.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ListError {
+    /// Too many lists are being sent and wait already.
+    #[error("too many lists are being sent and wait already; try again later")]
+    Overloaded,
+    /// While the catalog was read, more changed than the feed holds.
+    #[error(transparent)]
+    Lagged(#[from] Lagged),
+    /// The copy was not made.
+    #[error("the catalog could not be read: {0}")]
+    Failed(String),
+}
+
+/// Where lists come from.
+#[derive(Debug)]
+pub struct Snapshots {
+    catalog: Arc<Catalog>,
+    feed: Arc<Feed>,
+    metrics: Arc<Metrics>,
+    lists: Arc<Semaphore>,
+    queue: Semaphore,
+    queue_timeout: Duration,
+    latest: Mutex<Latest>,
+    /// Builds that have begun.
+    begun: AtomicU64,
+}
+
+/// The snapshot that was built last.
+#[derive(Debug)]
+struct Latest {
+    snapshot: Weak<Snapshot>,
+    build: u64,
+    /// The next build waits until here, so that builds take half of one core at most.
+    not_before: Instant,
+}
+
+impl Snapshots {
+    pub(super) fn new(catalog: Arc<Catalog>, feed: Arc<Feed>, metrics: Arc<Metrics>) -> Self {
+        Self::within(LIMITS, catalog, feed, metrics)
+    }
+
+    fn within(limits: Limits, catalog: Arc<Catalog>, feed: Arc<Feed>, metrics: Arc<Metrics>) -> Self {
+        Self {
+            catalog,
+            feed,
+            metrics,
+            lists: Arc::new(Semaphore::new(limits.lists)),
+            queue: Semaphore::new(limits.queued),
+            queue_timeout: limits.queue_timeout,
+            latest: Mutex::new(Latest { snapshot: Weak::new(), build: 0, not_before: Instant::now() }),
+            begun: AtomicU64::new(0),
+        }
+    }
+
+    /// Waits for a turn and returns everything that is registered, not older than this call.
+    /// Cancelling stops the work.
+    ///
+    /// # Errors
+    /// When too many others wait, for longer than 10 s, or the catalog cannot be read.
+    pub async fn list(&self) -> Result<List, ListError> {
+        let turn = self.turn().await.inspect_err(|_| {
+            self.metrics.lists.rejected.inc();
+        })?;
+        Ok(List { snapshot: self.latest().await?, _turn: turn })
+    }
+
+    /// One service, or nothing, as a snapshot of its own. It costs no turn: it is only a reference.
+    ///
+    /// # Errors
+    /// When more changed meanwhile than the feed holds.
+    pub async fn service(&self, key: &ServiceKey) -> Result<Snapshot, Lagged> {
+        let mut feed = self.feed.subscribe(self.catalog.generation());
+        let found = self.catalog.get(key).map(|service| (key.clone(), service));
+        let mut services: Services = found.into_iter().collect();
+        // The catalog has a generation before the feed does, and a service before the catalog's generation.
+        let newest = services.first().map_or(0, |(_, service)| service.generation);
+        let until = newest.max(self.catalog.generation());
+        let mut missed = Vec::new();
+        while feed.seen() < until {
+            missed.push(feed.next().await?);
+        }
+        settle(&mut services, &missed, |changed| changed == key);
+        Ok(Snapshot { services, generation: feed.seen() })
+    }
+
+    async fn turn(&self) -> Result<Turn, ListError> {
+        if let Ok(permit) = Arc::clone(&self.lists).try_acquire_owned() {
+            return Ok(Turn::new(permit, &self.metrics));
+        }
+        let Ok(_queued) = self.queue.try_acquire() else { return Err(ListError::Overloaded) };
+        let _gauge = GaugeGuard::new(&self.metrics.lists.queued);
+        match timeout(self.queue_timeout, Arc::clone(&self.lists).acquire_owned()).await {
+            Ok(Ok(permit)) => Ok(Turn::new(permit, &self.metrics)),
+            Ok(Err(_)) | Err(_) => Err(ListError::Overloaded),
+        }
+    }
+
+    /// A snapshot that is not older than this call.
+    async fn latest(&self) -> Result<Arc<Snapshot>, ListError> {
+        let begun = self.begun.load(Ordering::Acquire);
+        let mut latest = self.latest.lock().await;
+        if let Some(snapshot) = latest.snapshot.upgrade() {
+            // A build that began after this call, or nothing that changed since.
+            let current = snapshot.generation == self.catalog.generation();
+            if current || latest.build > begun {
+                return Ok(snapshot);
+            }
+        }
+        sleep_until(latest.not_before).await;
+        let build = self.begun.fetch_add(1, Ordering::AcqRel) + 1;
+        let started = Instant::now();
+        self.metrics.lists.snapshots.inc();
+        let built = self.build().await;
+        latest.not_before = Instant::now() + started.elapsed();
+        let snapshot = Arc::new(built?);
+        latest.snapshot = Arc::downgrade(&snapshot);
+        latest.build = build;
+        Ok(snapshot)
+    }
+
+    async fn build(&self) -> Result<Snapshot, ListError> {
+        let failed = |err: tokio::task::JoinError| ListError::Failed(err.to_string());
+        let mut feed = self.feed.subscribe(self.catalog.generation());
+        let mut missed = Vec::new();
+        let mut services = {
+            let cancelled = CancellationToken::new();
+            // Dropped with this future: the thread stops at the next thousand services.
+            let _cancel = cancelled.clone().drop_guard();
+            let catalog = Arc::clone(&self.catalog);
+            let reading = spawn_blocking(move || catalog.sorted(&|| cancelled.is_cancelled()));
+            let mut reading = std::pin::pin!(reading);
+            loop {
+                tokio::select! {
+                    services = &mut reading => break services.map_err(failed)?,
+                    batch = feed.next() => missed.push(batch?),
+                }
+            }
+        };
+        // The catalog has a generation before the feed does, and a service before the catalog's generation.
+        let newest = services.iter().map(|(_, service)| service.generation).max().unwrap_or(0);
+        let until = newest.max(self.catalog.generation());
+        while feed.seen() < until {
+            missed.push(feed.next().await?);
+        }
+        if !missed.is_empty() {
+            let settled = spawn_blocking(move || {
+                settle(&mut services, &missed, |_| true);
+                services
+            });
+            services = settled.await.map_err(failed)?;
+        }
+        Ok(Snapshot { services, generation: feed.seen() })
+    }
+}
+
+#[cfg(test)]
+impl Snapshots {
+    /// Lists of `catalog`, which does not change, for tests of those who send them.
+    pub(crate) fn of(catalog: Arc<Catalog>, metrics: Arc<Metrics>) -> Self {
+        let newest = catalog.services().into_iter().map(|(_, service)| service.generation).max().unwrap_or(0);
+        let feed = Arc::new(Feed::new());
+        feed.start_after(newest);
+        catalog.set_generation(newest);
+        Self::new(catalog, feed, metrics)
+    }
+}
+
+/// A list that is being sent, counted.
+#[derive(Debug)]
+struct Turn {
+    _permit: OwnedSemaphorePermit,
+    metrics: Arc<Metrics>,
+}
+
+impl Turn {
+    fn new(permit: OwnedSemaphorePermit, metrics: &Arc<Metrics>) -> Self {
+        metrics.lists.open.inc();
+        Self { _permit: permit, metrics: Arc::clone(metrics) }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.metrics.lists.open.dec();
+    }
+}
+
+/// Counts a future that waits, also when it is cancelled.
+struct GaugeGuard<'a>(&'a prometheus_client::metrics::gauge::Gauge);
+
+impl<'a> GaugeGuard<'a> {
+    fn new(gauge: &'a prometheus_client::metrics::gauge::Gauge) -> Self {
+        gauge.inc();
+        Self(gauge)
+    }
+}
+
+impl Drop for GaugeGuard<'_> {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// Puts the last change of every instance in `missed` over what was read. `services` is sorted, before
+/// and after.
+fn settle(services: &mut Services, missed: &[Arc<Batch>], wanted: impl Fn(&ServiceKey) -> bool) {
+    let mut changed: HashMap<&ServiceKey, Vec<(&InstanceChange, u64)>> = HashMap::new();
+    for batch in missed {
+        for event in batch.events.iter().filter(|event| wanted(&event.service)) {
+            changed.entry(&event.service).or_default().push((&event.change, batch.generation));
+        }
+    }
+    let (mut added, mut emptied) = (Services::new(), false);
+    for (key, changes) in changed {
+        if let Ok(index) = services.binary_search_by(|(found, _)| found.cmp(key)) {
+            let (_, service) = &mut services[index];
+            apply(service, &changes);
+            emptied |= service.instances.is_empty();
+        } else {
+            let mut service = Service::default();
+            apply(&mut service, &changes);
+            if !service.instances.is_empty() {
+                added.push((key.clone(), service));
+            }
+        }
+    }
+    if emptied {
+        services.retain(|(_, service)| !service.instances.is_empty());
+    }
+    if !added.is_empty() {
+        services.append(&mut added);
+        // The stable sort merges two sorted runs in one pass.
+        services.sort_by(|(a, _), (b, _)| a.cmp(b));
+    }
+}
+
+fn apply(service: &mut Service, changes: &[(&InstanceChange, u64)]) {
+    for (InstanceChange { before, after }, generation) in changes {
+        match (before, after) {
+            (_, Some(after)) => drop(service.instances.put(Arc::clone(after))),
+            (Some(before), None) => drop(service.instances.remove(&before.key())),
+            (None, None) => {}
+        }
+        service.generation = service.generation.max(*generation);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{InstanceSpec, UnixMillis, Validator};
+
+    const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
+
+    fn snapshots(limits: Limits, services: usize) -> Snapshots {
+        let services = (0..services).map(|n| {
+            let key = VALIDATOR.service(["a", "b"][n % 2], &format!("s{n}")).expect("valid");
+            let spec = InstanceSpec { address: "10.0.0.1".into(), ..InstanceSpec::default() };
+            let instance = VALIDATOR.instance(&key, &spec, UnixMillis(1)).expect("valid");
+            (key, Service { instances: [Arc::new(instance)].into_iter().collect(), generation: 0 })
+        });
+        let catalog = Arc::new(Catalog::of(services));
+        Snapshots::within(limits, catalog, Arc::new(Feed::new()), Arc::new(Metrics::new()))
+    }
+
+    #[tokio::test]
+    async fn lists_of_one_generation_share_one_snapshot() {
+        let snapshots = snapshots(LIMITS, 100);
+        let lists = futures::future::join_all((0..LIMITS.lists).map(|_| snapshots.list())).await;
+        let lists: Vec<List> = lists.into_iter().collect::<Result<_, _>>().expect("a turn for each");
+        assert!(lists.iter().all(|list| Arc::ptr_eq(&list.snapshot, &lists[0].snapshot)));
+        assert_eq!(snapshots.metrics.lists.snapshots.get(), 1);
+        assert!(lists[0].services().is_sorted_by(|(a, _), (b, _)| a < b));
+        let b = lists[0].namespace("b");
+        assert_eq!(b, 50..100);
+        assert!(lists[0].services()[b].iter().all(|(key, _)| key.namespace() == "b"));
+        assert_eq!(lists[0].namespace("c"), 100..100);
+    }
+
+    #[tokio::test]
+    async fn lists_beyond_the_limit_wait_and_beyond_the_queue_are_refused() {
+        let limits = Limits { lists: 2, queued: 3, queue_timeout: Duration::from_secs(60) };
+        let snapshots = snapshots(limits, 1);
+        let first = snapshots.list().await.expect("a turn");
+        let _second = snapshots.list().await.expect("a turn");
+        let mut queued: Vec<_> = (0..3).map(|_| Box::pin(snapshots.list())).collect();
+        for list in &mut queued {
+            assert!(futures::poll!(list).is_pending());
+        }
+        assert_eq!(snapshots.metrics.lists.queued.get(), 3);
+        assert_eq!(snapshots.list().await.expect_err("the queue is full"), ListError::Overloaded);
+        assert_eq!(snapshots.metrics.lists.rejected.get(), 1);
+
+        // The turn of a list that ends goes to the next one; a cancelled wait makes room in the queue.
+        drop(first);
+        let third = queued.remove(0).await.expect("its turn has come");
+        assert_eq!(snapshots.metrics.lists.open.get(), 2);
+        drop(queued.pop());
+        assert_eq!(snapshots.metrics.lists.queued.get(), 1);
+        drop((queued, third));
+        assert_eq!(snapshots.metrics.lists.queued.get(), 0);
+        assert_eq!(snapshots.metrics.lists.open.get(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_list_that_waits_too_long_is_refused() {
+        let limits = Limits { lists: 1, queued: 1, queue_timeout: Duration::from_millis(10) };
+        let snapshots = snapshots(limits, 1);
+        let _open = snapshots.list().await.expect("a turn");
+        assert_eq!(snapshots.list().await.expect_err("nobody ends"), ListError::Overloaded);
+        assert_eq!(snapshots.metrics.lists.queued.get(), 0);
+    }
+}
