@@ -22,7 +22,7 @@ use crate::{
     kubernetes::Kubernetes,
     metrics::Metrics,
     registry::{self, Unrecovered},
-    store::{self, DataDir, Progress},
+    store::{self, DataDir, RecoveryProgress},
     zone::{Publisher, Zone, ZoneConfig},
 };
 
@@ -275,7 +275,7 @@ struct ProgressReporter {
 }
 
 impl ProgressReporter {
-    fn report(&mut self, now: Instant, Progress { read, total }: Progress) -> Option<String> {
+    fn report(&mut self, now: Instant, RecoveryProgress { read, total }: RecoveryProgress) -> Option<String> {
         if now.duration_since(self.last) < PROGRESS_INTERVAL {
             return None;
         }
@@ -311,7 +311,7 @@ mod tests {
         let begun = Instant::now();
         let mut reporter = ProgressReporter { last: begun };
         let mut after = |millis, read| {
-            let progress = Progress { read, total: 300 << 20 };
+            let progress = RecoveryProgress { read, total: 300 << 20 };
             reporter.report(begun + Duration::from_millis(millis), progress)
         };
         assert_eq!(after(999, 10 << 20), None);

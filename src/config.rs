@@ -266,8 +266,7 @@ impl ServeArgs {
             ensure!(!value.is_zero(), "{flag}: must be longer than 0s");
             ensure!(value <= MAX_DURATION, "{flag}: must be at most {}", humantime::format_duration(MAX_DURATION));
         }
-        let segment_bytes =
-            segment_bytes.or(segment_octets).unwrap_or_else(|| store::Options::default().segment_octets);
+        let segment_bytes = segment_bytes.or(segment_octets).unwrap_or_else(|| store::Options::default().segment_bytes);
         ensure!(segment_bytes >= MIN_SEGMENT, "--segment-bytes {segment_bytes}: must be at least {MIN_SEGMENT}");
         let reverse_zones = reverse_zone.iter().map(|cidr| parse_cidr(cidr)).collect::<Result<_, _>>()?;
         let threads = dns_threads.or_else(|| thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
@@ -293,7 +292,7 @@ impl ServeArgs {
             validator,
             zone: ZoneConfig { origin, ttl, reverse_zones, ns_addresses: ns_address, publish_not_ready },
             data_dir: data_dir.map_or_else(default_data_dir, Ok)?,
-            store: store::Options { accept_loss, segment_octets: segment_bytes, outbox: kubernetes },
+            store: store::Options { accept_loss, segment_bytes, outbox: kubernetes },
             registry: registry::Options { max_instances, kubernetes: kubernetes.then_some(policy) },
             kubernetes: kubernetes.then_some(kubernetes::Options {
                 kubeconfig,
@@ -384,7 +383,7 @@ mod tests {
     #[test]
     fn former_name_of_segment_bytes_is_accepted() {
         for flag in ["--segment-bytes", "--segment-octets"] {
-            assert_eq!(check(&[flag, "8192"]).expect("valid").store.segment_octets, 8192);
+            assert_eq!(check(&[flag, "8192"]).expect("valid").store.segment_bytes, 8192);
         }
     }
 

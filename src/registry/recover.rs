@@ -14,7 +14,7 @@ use super::{
 use crate::{
     metrics::Metrics,
     model::{InstanceKey, Service, ServiceKey, UnixMillis},
-    store::{self, DataDir, Progress, Record, StoreError},
+    store::{self, DataDir, Record, RecoveryProgress, StoreError},
     zone::Publisher,
 };
 
@@ -74,7 +74,7 @@ impl Unrecovered {
         data_dir: DataDir,
         options: &store::Options,
         publisher: Publisher,
-        progress: &mut dyn FnMut(Progress),
+        progress: &mut dyn FnMut(RecoveryProgress),
     ) -> Result<Writer, StoreError> {
         let Self {
             queue,

@@ -1,86 +1,86 @@
-//! Why the store cannot go on, in words that say what to do.
+//! Errors of the store. Each message says what the operator can do.
 
 use std::{fmt, io, ops::Range, path::PathBuf, sync::Arc};
 
-/// Why the store cannot go on.
+/// An error of the store.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StoreError {
-    /// Another process has the data directory.
+    /// Another process uses the data directory.
     #[error("the data directory {} is in use by {holder}: stop that process, or give this one a --data-dir of its own",
         dir.display())]
     Locked {
         /// The data directory.
         dir: PathBuf,
-        /// The process that has it.
+        /// That process: pid and time, as far as they are known.
         holder: String,
     },
-    /// Something in the data directory cannot be read or made at the start.
-    #[error("cannot {doing} {}: {}", path.display(), advice(source))]
+    /// A file operation failed during the start.
+    #[error("cannot {operation} {}: {}", path.display(), advice(source))]
     Io {
-        /// What was tried.
-        doing: &'static str,
-        /// On this file or directory.
+        /// The operation, as a verb.
+        operation: &'static str,
+        /// The file or directory.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: Arc<io::Error>,
     },
-    /// What is stored is not what was written, and going on would lose some of it.
-    #[error("{}", Damages(dir, damages))]
-    Damaged {
+    /// Stored records are corrupt; a start would lose them.
+    #[error("{}", CorruptionList(dir, corruptions))]
+    Corrupt {
         /// The data directory.
         dir: PathBuf,
-        /// Each place.
-        damages: Vec<Damage>,
+        /// Every corrupt range that was found.
+        corruptions: Vec<Corruption>,
     },
-    /// A later version wrote this.
+    /// A later version wrote the file.
     #[error("{} was written by a newer gangplank ({what}): start that version again, this one would lose what it \
         does not know", path.display())]
     Newer {
         /// The file.
         path: PathBuf,
-        /// What is not known here.
+        /// What this version does not know.
         what: String,
     },
-    /// A write or sync of the journal failed, now or earlier.
-    #[error("cannot {doing} {}: nothing is accepted until gangplank is restarted, because only a restart can tell \
+    /// A write or sync of the journal failed, in this call or an earlier one. Only a restart clears it.
+    #[error("cannot {operation} {}: nothing is accepted until gangplank is restarted, because only a restart can tell \
         what reached the disk; {}", path.display(), advice(source))]
-    Failed {
-        /// What was tried.
-        doing: &'static str,
-        /// On this file or directory.
+    JournalFailed {
+        /// The operation, as a verb.
+        operation: &'static str,
+        /// The file or directory.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: Arc<io::Error>,
     },
 }
 
-/// One damaged place.
+/// A corrupt range of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Damage {
+pub struct Corruption {
     /// The file.
     pub path: PathBuf,
-    /// Its octets that cannot be used; `None` for all of it.
-    pub octets: Option<Range<u64>>,
-    /// What is wrong with them.
+    /// Offsets of its first byte and past its last; `None` for the whole file.
+    pub bytes: Option<Range<u64>>,
+    /// What is wrong.
     pub what: String,
-    /// What they held, as far as their neighbours tell.
+    /// What is lost, as far as the records around it tell.
     pub loss: String,
 }
 
-impl fmt::Display for Damage {
+impl fmt::Display for Corruption {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.path.display())?;
-        if let Some(Range { start, end }) = self.octets {
-            write!(f, " at offset {start} ({} octets)", end - start)?;
+        if let Some(Range { start, end }) = self.bytes {
+            write!(f, " at offset {start} ({} bytes)", end - start)?;
         }
         write!(f, ": {}; lost with it: {}", self.what, self.loss)
     }
 }
 
-/// The whole message about damage.
-struct Damages<'a>(&'a PathBuf, &'a [Damage]);
+/// The message of [`StoreError::Corrupt`].
+struct CorruptionList<'a>(&'a PathBuf, &'a [Corruption]);
 
-impl fmt::Display for Damages<'_> {
+impl fmt::Display for CorruptionList<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "acknowledged registrations in {} cannot be read:", self.0.display())?;
         for damage in self.1 {
@@ -89,12 +89,12 @@ impl fmt::Display for Damages<'_> {
         write!(
             f,
             "\nRestore the directory from a copy, or start with --accept-loss to go on with everything else; the \
-             damaged files are then kept under names that end in .damaged"
+             corrupt files are then kept under names that end in .corrupt"
         )
     }
 }
 
-/// What a person can do about it.
+/// What the operator can do about an error of the system.
 fn advice(err: &io::Error) -> &'static str {
     match err.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "the disk is full, free some space first",
@@ -104,14 +104,14 @@ fn advice(err: &io::Error) -> &'static str {
     }
 }
 
-/// Says what was tried, and on what, beside an error of the system.
-pub(super) trait Trying<T> {
-    /// At the start.
-    fn trying(self, doing: &'static str, path: impl Into<PathBuf>) -> Result<T, StoreError>;
+/// Adds operation and path to an error of the system.
+pub(super) trait IoContext<T> {
+    /// Turns it into [`StoreError::Io`].
+    fn io_context(self, operation: &'static str, path: impl Into<PathBuf>) -> Result<T, StoreError>;
 }
 
-impl<T> Trying<T> for io::Result<T> {
-    fn trying(self, doing: &'static str, path: impl Into<PathBuf>) -> Result<T, StoreError> {
-        self.map_err(|source| StoreError::Io { doing, path: path.into(), source: Arc::new(source) })
+impl<T> IoContext<T> for io::Result<T> {
+    fn io_context(self, operation: &'static str, path: impl Into<PathBuf>) -> Result<T, StoreError> {
+        self.map_err(|source| StoreError::Io { operation, path: path.into(), source: Arc::new(source) })
     }
 }

@@ -1,10 +1,9 @@
-//! What the frames carry: the records as protobuf, version 1, and how they become the model's.
+//! The payload of a frame: records as protobuf, version 1, and their conversion to the model.
 //!
-//! These types are apart from the model's, and stay as they are when the model moves on. What is
-//! read goes through the model's door again, so that nothing stored can be what nothing could
-//! register. A field or a kind of record that is not known here was written by a later version;
-//! protobuf would skip it, and a compaction would then lose it, so it is refused. A later version
-//! that adds one raises no number for it: its records tell.
+//! These types are separate from the model's and do not change with it. What is read passes the
+//! model's [`Validator`] again. A field or a kind of record that is not known here was written by a
+//! later version; protobuf would skip it and a compaction would then lose it, so it is refused. A
+//! later version that adds one does not increase the version number: its records tell.
 
 use std::sync::Arc;
 
@@ -23,13 +22,13 @@ pub(super) struct Payload {
 }
 
 impl Payload {
-    /// Reads a payload whose checksum was right.
-    pub(super) fn read(bytes: &[u8]) -> Result<Self, Unreadable> {
-        let payload = Self::decode(bytes).map_err(|err| Unreadable::Invalid(err.to_string()))?;
-        // protobuf skips fields that it does not know. We write every known one in one way only,
-        // so what was skipped is missing in the length.
+    /// Reads a payload whose checksum matches.
+    pub(super) fn read(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let payload = Self::decode(bytes).map_err(|err| DecodeError::Invalid(err.to_string()))?;
+        // protobuf skips unknown fields. Every known one is encoded in one way only, so the length
+        // shows whether something was skipped.
         if payload.encoded_len() != bytes.len() {
-            return Err(Unreadable::Newer("a record of a kind, or with a field, that is not known here".into()));
+            return Err(DecodeError::Newer("a record of a kind, or with a field, that is not known here".into()));
         }
         Ok(payload)
     }
@@ -38,40 +37,40 @@ impl Payload {
 /// One record.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Entry {
-    #[prost(oneof = "Change", tags = "1, 2, 3, 4")]
-    change: Option<Change>,
+    #[prost(oneof = "EntryBody", tags = "1, 2, 3, 4")]
+    body: Option<EntryBody>,
 }
 
 #[derive(Clone, PartialEq, prost::Oneof)]
-enum Change {
+enum EntryBody {
     #[prost(message, tag = "1")]
-    Put(Put),
+    Put(PutEntry),
     #[prost(message, tag = "2")]
-    Remove(Remove),
+    Remove(RemoveEntry),
     #[prost(message, tag = "3")]
-    Mirrored(Mirrored),
+    Mirrored(MirroredEntry),
     #[prost(message, tag = "4")]
-    Term(Term),
+    Term(TermEntry),
 }
 
-/// An instance stands so.
+/// An instance as it is from here on.
 #[derive(Clone, PartialEq, Message)]
-struct Put {
+struct PutEntry {
     #[prost(string, tag = "1")]
     namespace: String,
     #[prost(string, tag = "2")]
     service: String,
-    /// An IP address or a DNS name, as the model writes it.
+    /// An IP address or a DNS name, in the model's canonical form.
     #[prost(string, tag = "3")]
     address: String,
     /// In the model's order.
     #[prost(message, repeated, tag = "4")]
-    ports: Vec<Port>,
+    ports: Vec<StoredPort>,
     #[prost(string, tag = "5")]
     host_name: String,
     #[prost(string, tag = "6")]
     node_name: String,
-    /// Always what it is: absent means 0, not 1.
+    /// Never left out for a default: absent means 0, not 1.
     #[prost(float, tag = "7")]
     weight: f32,
     #[prost(uint32, tag = "8")]
@@ -79,16 +78,15 @@ struct Put {
     /// Milliseconds since 1970-01-01 UTC.
     #[prost(uint64, tag = "9")]
     registered: u64,
-    /// The generation since which Kubernetes lacks it; 0 when Kubernetes has it. Absent means
-    /// since the generation of the frame: so it is in a segment, and in a snapshot that was made
-    /// without the outbox.
+    /// The generation since which it is unmirrored; 0 when Kubernetes has it. Absent means the
+    /// generation of the frame: in segments, and in snapshots that were made without the outbox.
     #[prost(uint64, optional, tag = "10")]
     since: Option<u64>,
 }
 
-/// An instance is gone.
+/// The removal of an instance.
 #[derive(Clone, PartialEq, Message)]
-struct Remove {
+struct RemoveEntry {
     #[prost(string, tag = "1")]
     namespace: String,
     #[prost(string, tag = "2")]
@@ -97,16 +95,16 @@ struct Remove {
     address: String,
     /// In the model's order, without names.
     #[prost(message, repeated, tag = "4")]
-    ports: Vec<Port>,
-    /// As in `Put`. A snapshot holds it only as long as Kubernetes lacks it.
+    ports: Vec<StoredPort>,
+    /// As in `PutEntry`. A snapshot holds a removal only while it is unmirrored.
     #[prost(uint64, optional, tag = "5")]
     since: Option<u64>,
 }
 
-/// Kubernetes has everything of a service up to a generation. Only in segments: a snapshot has
-/// drawn the consequences.
+/// Kubernetes has every change of a service up to a generation. Only in segments: a snapshot says
+/// it in the entries of the instances.
 #[derive(Clone, PartialEq, Message)]
-struct Mirrored {
+struct MirroredEntry {
     #[prost(string, tag = "1")]
     namespace: String,
     #[prost(string, tag = "2")]
@@ -115,15 +113,15 @@ struct Mirrored {
     generation: u64,
 }
 
-/// The term from here on.
+/// The term under which Kubernetes is written to from here on.
 #[derive(Clone, PartialEq, Message)]
-struct Term {
+struct TermEntry {
     #[prost(uint64, tag = "1")]
     term: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct Port {
+struct StoredPort {
     #[prost(uint32, tag = "1")]
     number: u32,
     /// 0 TCP, 1 UDP, 2 SCTP.
@@ -133,10 +131,10 @@ struct Port {
     name: String,
 }
 
-/// Why a payload or an entry with a right checksum was not taken.
+/// Why a payload or an entry cannot be used although its checksum matches.
 #[derive(Debug, PartialEq)]
-pub(super) enum Unreadable {
-    /// It is nothing this program would write.
+pub(super) enum DecodeError {
+    /// This program would not write it.
     Invalid(String),
     /// A later version wrote it.
     Newer(String),
@@ -144,30 +142,35 @@ pub(super) enum Unreadable {
 
 impl From<&Record> for Entry {
     fn from(record: &Record) -> Self {
-        let change = match record {
-            Record::Put { service, instance } => Change::Put(Put::new(service, instance)),
-            Record::Remove { service, id } => Change::Remove(Remove {
+        let body = match record {
+            Record::Put { service, instance } => EntryBody::Put(PutEntry::new(service, instance)),
+            Record::Remove { service, id } => EntryBody::Remove(RemoveEntry {
                 namespace: service.namespace().into(),
                 service: service.name().into(),
                 address: id.address.to_string(),
-                ports: id.ports.as_slice().iter().map(|&(protocol, number)| Port::new(protocol, number, "")).collect(),
+                ports: id
+                    .ports
+                    .as_slice()
+                    .iter()
+                    .map(|&(protocol, number)| StoredPort::new(protocol, number, ""))
+                    .collect(),
                 since: None,
             }),
-            Record::Mirrored { service, generation } => Change::Mirrored(Mirrored {
+            Record::Mirrored { service, generation } => EntryBody::Mirrored(MirroredEntry {
                 namespace: service.namespace().into(),
                 service: service.name().into(),
                 generation: *generation,
             }),
-            Record::Term { term } => Change::Term(Term { term: *term }),
+            Record::Term { term } => EntryBody::Term(TermEntry { term: *term }),
         };
-        Self { change: Some(change) }
+        Self { body: Some(body) }
     }
 }
 
-impl Put {
+impl PutEntry {
     fn new(service: &ServiceKey, instance: &Instance) -> Self {
         let port = |port: &crate::model::Port| {
-            Port::new(port.protocol, port.number, port.name.as_ref().map_or("", |name| name.as_str()))
+            StoredPort::new(port.protocol, port.number, port.name.as_ref().map_or("", |name| name.as_str()))
         };
         Self {
             namespace: service.namespace().into(),
@@ -184,7 +187,7 @@ impl Put {
     }
 }
 
-impl Port {
+impl StoredPort {
     fn new(protocol: Protocol, number: u16, name: &str) -> Self {
         let protocol = match protocol {
             Protocol::Tcp => 0,
@@ -194,45 +197,43 @@ impl Port {
         Self { number: number.into(), protocol, name: name.into() }
     }
 
-    fn protocol(&self) -> Result<Protocol, Unreadable> {
+    fn protocol(&self) -> Result<Protocol, DecodeError> {
         match self.protocol {
             0 => Ok(Protocol::Tcp),
             1 => Ok(Protocol::Udp),
             2 => Ok(Protocol::Sctp),
-            other => Err(Unreadable::Newer(format!("protocol {other} of a port"))),
+            other => Err(DecodeError::Newer(format!("protocol {other} of a port"))),
         }
     }
 }
 
 impl Entry {
-    /// Adds it to a payload that is being written.
+    /// Appends the entry to a payload.
     pub(super) fn append_to(&self, payload: &mut Vec<u8>) {
-        // Field 1 of `Payload`, length-delimited: written one by one, so that a batch needs no
-        // list of all its entries.
+        // Field 1 of `Payload`, length-delimited: entries are encoded one by one, so that a batch
+        // needs no list of them.
         payload.push(1 << 3 | 2);
         self.encode_length_delimited(payload).expect("a Vec grows");
     }
 
-    /// What it is about.
-    pub(super) fn subject(&self) -> Subject {
-        match &self.change {
-            Some(Change::Put(_) | Change::Remove(_)) => Subject::Instance,
-            Some(Change::Mirrored(mirrored)) => Subject::Mirrored { generation: mirrored.generation },
-            Some(Change::Term(term)) => Subject::Term { term: term.term },
-            None => Subject::Nothing,
+    pub(super) fn kind(&self) -> EntryKind {
+        match &self.body {
+            Some(EntryBody::Put(_) | EntryBody::Remove(_)) => EntryKind::Instance,
+            Some(EntryBody::Mirrored(mirrored)) => EntryKind::Mirrored { generation: mirrored.generation },
+            Some(EntryBody::Term(term)) => EntryKind::Term { term: term.term },
+            None => EntryKind::Empty,
         }
     }
 
-    /// The same for every entry about one instance, and different for any other. Snapshots are in
-    /// the order of these octets. That of a `Mirrored` is what the keys of its service's
-    /// instances, and no others, begin with.
+    /// Identifies an instance; a snapshot is sorted by key. The key of a `Mirrored` is the prefix of
+    /// the keys of its service's instances, and of no others.
     pub(super) fn key(&self) -> Vec<u8> {
-        let (namespace, service, address, ports) = match &self.change {
-            Some(Change::Put(put)) => (&put.namespace, &put.service, &put.address, &put.ports),
-            Some(Change::Remove(remove)) => (&remove.namespace, &remove.service, &remove.address, &remove.ports),
-            Some(Change::Mirrored(mirrored)) => return key_of_service(&mirrored.namespace, &mirrored.service),
-            // Behind every name.
-            Some(Change::Term(_)) => return vec![0xFF],
+        let (namespace, service, address, ports) = match &self.body {
+            Some(EntryBody::Put(put)) => (&put.namespace, &put.service, &put.address, &put.ports),
+            Some(EntryBody::Remove(remove)) => (&remove.namespace, &remove.service, &remove.address, &remove.ports),
+            Some(EntryBody::Mirrored(mirrored)) => return key_of_service(&mirrored.namespace, &mirrored.service),
+            // After every name.
+            Some(EntryBody::Term(_)) => return vec![0xFF],
             None => return Vec::new(),
         };
         let mut key = key_of_service(namespace, service);
@@ -246,29 +247,32 @@ impl Entry {
         key
     }
 
-    /// Whether it says that an instance is gone.
-    pub(super) fn removes(&self) -> bool {
-        matches!(self.change, Some(Change::Remove(_)))
+    pub(super) fn is_removal(&self) -> bool {
+        matches!(self.body, Some(EntryBody::Remove(_)))
     }
 
-    /// Since which generation Kubernetes lacks what it says, in a frame of `generation`; 0 when it
-    /// lacks nothing.
+    /// The generation since which an entry from a frame of `generation` is unmirrored; 0 if
+    /// Kubernetes has it.
     pub(super) fn since(&self, generation: u64) -> u64 {
-        match &self.change {
-            Some(Change::Put(Put { since, .. }) | Change::Remove(Remove { since, .. })) => since.unwrap_or(generation),
+        match &self.body {
+            Some(EntryBody::Put(PutEntry { since, .. }) | EntryBody::Remove(RemoveEntry { since, .. })) => {
+                since.unwrap_or(generation)
+            }
             _ => 0,
         }
     }
 
-    /// Notes that generation, or with `None` that nobody wants to know.
+    /// Sets that generation; `None` leaves it out.
     pub(super) fn set_since(&mut self, generation: Option<u64>) {
-        if let Some(Change::Put(Put { since, .. }) | Change::Remove(Remove { since, .. })) = &mut self.change {
+        if let Some(EntryBody::Put(PutEntry { since, .. }) | EntryBody::Remove(RemoveEntry { since, .. })) =
+            &mut self.body
+        {
             *since = generation;
         }
     }
 }
 
-/// What the key of every instance of a service begins with.
+/// The prefix of the keys of a service's instances.
 fn key_of_service(namespace: &str, service: &str) -> Vec<u8> {
     let mut key = Vec::with_capacity(namespace.len() + service.len() + 2);
     for text in [namespace, service] {
@@ -278,34 +282,34 @@ fn key_of_service(namespace: &str, service: &str) -> Vec<u8> {
     key
 }
 
-/// What an entry is about.
+/// The kind of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Subject {
-    /// An instance, which stands or is gone.
+pub(super) enum EntryKind {
+    /// About an instance: added, replaced or removed.
     Instance,
-    /// A service, of which Kubernetes has everything up to this generation.
+    /// Kubernetes has every change of a service up to this generation.
     Mirrored { generation: u64 },
-    /// The term.
+    /// A term.
     Term { term: u64 },
-    /// Nothing that this program would write.
-    Nothing,
+    /// Not written by this program.
+    Empty,
 }
 
-/// Turns entries into records of the model.
+/// Converts entries to records.
 #[derive(Debug, Default)]
-pub(super) struct Reader {
-    /// The last service met: neighbours in a snapshot share it.
+pub(super) struct RecordDecoder {
+    /// The last service: neighbours in a snapshot share one allocation.
     service: Option<ServiceKey>,
 }
 
-impl Reader {
-    /// What was once let in at the door, whatever zone and options that was with.
+impl RecordDecoder {
+    /// Accepts what was valid under any zone and any options.
     const VALIDATOR: Validator = Validator { zone_wire_len: 1, names_allowed: true };
 
-    pub(super) fn record(&mut self, entry: Entry) -> Result<Record, Unreadable> {
-        let invalid = |err: &dyn std::fmt::Display| Unreadable::Invalid(err.to_string());
-        match entry.change {
-            Some(Change::Put(put)) => {
+    pub(super) fn record(&mut self, entry: Entry) -> Result<Record, DecodeError> {
+        let invalid = |err: &dyn std::fmt::Display| DecodeError::Invalid(err.to_string());
+        match entry.body {
+            Some(EntryBody::Put(put)) => {
                 let service = self.service(&put.namespace, &put.service)?;
                 let mut ports = Vec::with_capacity(put.ports.len());
                 for port in put.ports {
@@ -324,7 +328,7 @@ impl Reader {
                 let instance = Self::VALIDATOR.instance(&service, &spec, UnixMillis(put.registered));
                 Ok(Record::Put { service, instance: Arc::new(instance.map_err(|err| invalid(&err))?) })
             }
-            Some(Change::Remove(remove)) => {
+            Some(EntryBody::Remove(remove)) => {
                 let service = self.service(&remove.namespace, &remove.service)?;
                 let address = Self::VALIDATOR.address(&remove.address).map_err(|err| invalid(&err))?;
                 let mut ports = Vec::with_capacity(remove.ports.len());
@@ -336,22 +340,22 @@ impl Reader {
                 }
                 Ok(Record::Remove { service, id: InstanceId { address, ports: PortSet::new(ports) } })
             }
-            Some(Change::Mirrored(Mirrored { namespace, service, generation })) => {
+            Some(EntryBody::Mirrored(MirroredEntry { namespace, service, generation })) => {
                 Ok(Record::Mirrored { service: self.service(&namespace, &service)?, generation })
             }
-            Some(Change::Term(Term { term })) => Ok(Record::Term { term }),
+            Some(EntryBody::Term(TermEntry { term })) => Ok(Record::Term { term }),
             None => Err(invalid(&"an empty record")),
         }
     }
 
-    fn service(&mut self, namespace: &str, name: &str) -> Result<ServiceKey, Unreadable> {
+    fn service(&mut self, namespace: &str, name: &str) -> Result<ServiceKey, DecodeError> {
         if let Some(last) = &self.service
             && last.name() == name
             && last.namespace() == namespace
         {
             return Ok(last.clone());
         }
-        let key = Self::VALIDATOR.service(namespace, name).map_err(|err| Unreadable::Invalid(err.to_string()))?;
+        let key = Self::VALIDATOR.service(namespace, name).map_err(|err| DecodeError::Invalid(err.to_string()))?;
         self.service = Some(key.clone());
         Ok(key)
     }
@@ -362,7 +366,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::store::frame::{FRAME_LEN, Frame, FrameBuffer, Kind, Place};
+    use crate::store::frame::{FRAME_LEN, FileId, FileKind, Frame, FrameBuffer};
 
     fn label() -> impl Strategy<Value = String> {
         "[a-z]([a-z0-9-]{0,20}[a-z0-9])?"
@@ -405,8 +409,8 @@ mod tests {
             registered in any::<u64>(),
             kind in 0..6u8,
         ) -> Option<Record> {
-            let service = Reader::VALIDATOR.service(&namespace, &name).expect("labels");
-            let instance = Reader::VALIDATOR.instance(&service, &spec, UnixMillis(registered)).ok()?;
+            let service = RecordDecoder::VALIDATOR.service(&namespace, &name).expect("labels");
+            let instance = RecordDecoder::VALIDATOR.instance(&service, &spec, UnixMillis(registered)).ok()?;
             Some(match kind {
                 0 => Record::Term { term: registered },
                 1 => Record::Mirrored { service, generation: registered },
@@ -416,11 +420,11 @@ mod tests {
         }
     }
 
-    const PLACE: Place = Place { kind: Kind::Journal, number: 3 };
+    const FILE: FileId = FileId { kind: FileKind::Journal, number: 3 };
 
     proptest! {
         #[test]
-        fn records_are_read_back_as_they_were(
+        fn decoded_records_equal_the_encoded_ones(
             records in prop::collection::vec(record(), 0..20),
             generation in any::<u64>(),
             offset in any::<u64>(),
@@ -430,29 +434,29 @@ mod tests {
             let mut buffer = FrameBuffer::new();
             for record in &records {
                 let mut entry = Entry::from(record);
-                prop_assert_eq!(entry.subject() == Subject::Instance, entry.since(7) == 7);
+                prop_assert_eq!(entry.kind() == EntryKind::Instance, entry.since(7) == 7);
                 entry.set_since(since);
                 buffer.push(&entry);
             }
             let frame = Frame { more: true, end: false, unknown_flags: 0, generation, synced: 7 };
-            let bytes = buffer.seal(&frame, PLACE, offset).to_vec();
-            prop_assert_eq!(Frame::claimed(&bytes), Some(bytes.len() - FRAME_LEN));
-            prop_assert_eq!(Frame::decode(&bytes, PLACE, offset), Some(frame));
-            prop_assert_eq!(Frame::decode(&bytes, PLACE, offset ^ 1), None);
-            prop_assert_eq!(Frame::decode(&bytes, Place::journal(4), offset), None);
-            prop_assert_eq!(Frame::decode(&bytes, Place::snapshot(3), offset), None);
+            let bytes = buffer.finish(&frame, FILE, offset).to_vec();
+            prop_assert_eq!(Frame::claimed_payload_len(&bytes), Some(bytes.len() - FRAME_LEN));
+            prop_assert_eq!(Frame::decode(&bytes, FILE, offset), Some(frame));
+            prop_assert_eq!(Frame::decode(&bytes, FILE, offset ^ 1), None);
+            prop_assert_eq!(Frame::decode(&bytes, FileId::journal(4), offset), None);
+            prop_assert_eq!(Frame::decode(&bytes, FileId::snapshot(3), offset), None);
             let payload = Payload::read(&bytes[FRAME_LEN..]).expect("just written");
-            for entry in payload.entries.iter().filter(|entry| entry.subject() == Subject::Instance) {
+            for entry in payload.entries.iter().filter(|entry| entry.kind() == EntryKind::Instance) {
                 prop_assert_eq!(entry.since(generation), since.unwrap_or(generation));
             }
-            let mut reader = Reader::default();
-            let read: Result<Vec<Record>, Unreadable> =
+            let mut reader = RecordDecoder::default();
+            let read: Result<Vec<Record>, DecodeError> =
                 payload.entries.into_iter().map(|entry| reader.record(entry)).collect();
             prop_assert_eq!(read, Ok(records));
         }
 
         #[test]
-        fn a_key_is_that_of_the_instance(one in record(), other in record()) {
+        fn keys_are_equal_for_the_same_instance_only(one in record(), other in record()) {
             let id = |record: &Record| match record {
                 Record::Put { service, instance } => Some((service.clone(), instance.id())),
                 Record::Remove { service, id } => Some((service.clone(), id.clone())),
@@ -476,9 +480,9 @@ mod tests {
         }
 
         #[test]
-        fn any_octets_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn any_bytes_are_decoded_or_refused_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             if let Ok(payload) = Payload::read(&bytes) {
-                let mut reader = Reader::default();
+                let mut reader = RecordDecoder::default();
                 payload.entries.into_iter().for_each(|entry| drop(reader.record(entry)));
             }
         }

@@ -1,11 +1,11 @@
-//! The open journal: batches become frames at the end of the newest segment.
+//! The open journal: appends batches as frames to the active segment.
 //!
-//! - At most one batch is not known to be synced, and it is the last. Each frame says from where.
-//! - After a failed write or sync nothing is written any more. The system may have dropped the
-//!   octets and call the next sync a success, so only a start, which reads what is there and
-//!   writes the last batch again, can go on.
-//! - A *mark* is a frame without records. It vouches for everything before it: one is written
-//!   when a journal is opened and one when it is closed.
+//! - Only the last batch may not be durable. Each frame says up to where the file was durable.
+//! - After a failed write or sync the journal writes nothing more. The system may have dropped
+//!   the dirty pages and report the next sync as a success, so only a restart, which reads the
+//!   file and writes the last batch again, can continue.
+//! - A *sync marker* is a frame without records. Everything before it is durable, which its
+//!   `synced` offset says. One is written when a journal is opened and one when it is closed.
 
 use std::{fs, io, sync::Arc, time::Instant};
 
@@ -13,153 +13,151 @@ use tracing::warn;
 
 use super::{
     Record, StoreError,
-    files::{File, no_descriptor, publish},
+    compaction::{ClosedFile, CompactionPlan, CompactionTask, StoreContext},
+    disk::{File, is_out_of_descriptors, write_atomically},
     format::Entry,
-    frame::{Frame, FrameBuffer, HEADER_LEN, Header, Place},
-    snapshot::{Closed, Plan, Running, Shared},
-    walk::read_exact,
+    frame::{FileId, Frame, FrameBuffer, HEADER_LEN, Header},
+    reader::read_exact,
 };
 
-/// A frame is closed when its payload has this many octets, well below what a reader takes.
-const FRAME_OCTETS: usize = 1 << 20;
+/// Payload size in bytes at which a frame is finished, far below what a reader accepts.
+const JOURNAL_FRAME_BYTES: usize = 1 << 20;
 
 /// The open journal. Dropping it closes it.
 #[derive(Debug)]
 pub struct Journal {
-    shared: Shared,
+    context: StoreContext,
     segment: Segment,
-    /// The segments before it that no snapshot has yet, in order.
-    closed: Vec<Closed>,
-    snapshot: Option<Closed>,
-    compaction: Option<Running>,
-    segment_octets: u64,
-    pub(super) frame_octets: usize,
+    /// Closed segments that are in no snapshot yet, in order.
+    closed: Vec<ClosedFile>,
+    snapshot: Option<ClosedFile>,
+    compaction: Option<CompactionTask>,
+    segment_bytes: u64,
+    pub(super) frame_bytes: usize,
     frame: FrameBuffer,
     generation: u64,
-    /// The next segment could not be begun for want of a descriptor, and that was said.
-    crowded: bool,
-    /// What ended the journal's use.
+    /// The next segment could not be created for want of a descriptor, and that was logged.
+    rotation_delayed: bool,
+    /// The first failure. It is final.
     failed: Option<StoreError>,
-    /// Held until everything above is at rest.
+    /// Dropped last: nothing may be written without the lock.
     _lock: Option<fs::File>,
 }
 
-/// The segment that is written to.
+/// The active segment.
 #[derive(Debug)]
 pub(super) struct Segment {
-    place: Place,
+    file_id: FileId,
     file: Box<dyn File>,
-    /// Its length. All of it is synced, except within [`Journal::append`].
+    /// Its length in bytes. All of it is durable, except within [`Journal::append`].
     end: u64,
 }
 
-/// Something was tried and the system said no.
-struct Tried(&'static str, io::Error);
+/// A failed operation and the system's error.
+struct WriteError(&'static str, io::Error);
 
 impl Segment {
-    /// Makes a new segment behind one of `previous_len` octets.
-    pub(super) fn create(shared: &Shared, number: u64, previous_len: u64) -> io::Result<Self> {
-        let place = Place::journal(number);
-        let header = Header { id: shared.id, place, previous_len };
-        let file = publish(&*shared.files, &place.name(), |file| file.write_at(0, &header.encode()))?;
-        Ok(Self { place, file, end: HEADER_LEN as u64 })
+    /// Creates the segment that follows one of `previous_len` bytes.
+    pub(super) fn create(context: &StoreContext, number: u64, previous_len: u64) -> io::Result<Self> {
+        let file_id = FileId::journal(number);
+        let header = Header { id: context.id, file_id, previous_len };
+        let file = write_atomically(&*context.files, &file_id.file_name(), |file| file.write_at(0, &header.encode()))?;
+        Ok(Self { file_id, file, end: HEADER_LEN as u64 })
     }
 
-    /// Goes on in a segment that stands: `keep` octets of it are good, of which the first
-    /// `proven` are known to be on the disk.
-    pub(super) fn resume(place: Place, mut file: Box<dyn File>, proven: u64, keep: u64) -> (Self, io::Result<()>) {
-        let done = Self::settle(&mut *file, proven, keep);
-        (Self { place, file, end: keep }, done)
+    /// Opens an existing segment, whose first `keep` bytes are valid and first `synced` bytes durable.
+    pub(super) fn resume(file_id: FileId, mut file: Box<dyn File>, synced: u64, keep: u64) -> (Self, io::Result<()>) {
+        let done = Self::repair(&mut *file, synced, keep);
+        (Self { file_id, file, end: keep }, done)
     }
 
-    /// A segment that stands, and that nothing can be done with.
-    pub(super) fn unsettled(place: Place, file: Box<dyn File>, end: u64) -> Self {
-        Self { place, file, end }
+    /// An existing segment that cannot be written.
+    pub(super) fn unwritable(file_id: FileId, file: Box<dyn File>, end: u64) -> Self {
+        Self { file_id, file, end }
     }
 
-    fn settle(file: &mut dyn File, proven: u64, keep: u64) -> io::Result<()> {
-        // 1. Cut what is torn.
+    fn repair(file: &mut dyn File, synced: u64, keep: u64) -> io::Result<()> {
+        // 1. Cut the torn write off.
         if file.len()? > keep {
             file.truncate(keep)?;
         }
-        // 2. Write the last batch again, just as it reads. If its sync had failed, it is in
-        //    memory but perhaps not on the disk, and a sync alone would not bring it there.
+        // 2. Write the last batch again, unchanged. If its sync had failed, its pages may be clean
+        //    in the page cache but not on the disk, and a sync alone would not write them.
         let mut chunk = Vec::new();
-        let mut at = proven;
+        let mut at = synced;
         while at < keep {
             chunk.resize(usize::try_from((keep - at).min(1 << 20)).expect("at most 1 MiB"), 0);
             read_exact(file, at, &mut chunk)?;
             file.write_at(at, &chunk)?;
             at += chunk.len() as u64;
         }
-        // 3. From here on everything that was read is durable. Only now may a mark say so.
+        // 3. Everything that was read is durable from here on. Only now may a sync marker say so.
         file.sync()
     }
 }
 
-/// What a start has found, for the journal that goes on from there.
+/// The files and the generation that a start has found.
 #[derive(Debug)]
-pub(super) struct Found {
-    pub(super) closed: Vec<Closed>,
-    pub(super) snapshot: Option<Closed>,
+pub(super) struct LiveFiles {
+    pub(super) closed: Vec<ClosedFile>,
+    pub(super) snapshot: Option<ClosedFile>,
     pub(super) generation: u64,
 }
 
 impl Journal {
     pub(super) fn open(
-        shared: Shared,
+        context: StoreContext,
         segment: Segment,
-        found: Found,
-        segment_octets: u64,
+        found: LiveFiles,
+        segment_bytes: u64,
         lock: Option<fs::File>,
     ) -> Self {
-        let Found { closed, snapshot, generation } = found;
-        let metrics = &shared.metrics.store;
+        let LiveFiles { closed, snapshot, generation } = found;
+        let metrics = &context.metrics.store;
         metrics.failed.set(0);
         metrics.snapshot_bytes.set(snapshot.map_or(0, |snapshot| gauge(snapshot.len)));
         let mut journal = Self {
-            shared,
+            context,
             segment,
             closed,
             snapshot,
             compaction: None,
-            segment_octets,
-            frame_octets: FRAME_OCTETS,
+            segment_bytes,
+            frame_bytes: JOURNAL_FRAME_BYTES,
             frame: FrameBuffer::new(),
             generation,
-            crowded: false,
+            rotation_delayed: false,
             failed: None,
             _lock: lock,
         };
-        journal.show_octets();
+        journal.update_size_metrics();
         journal
     }
 
-    /// Appends one batch; when it returns, the batch is durable. A full segment is closed first,
-    /// which may start a compaction in the background; it is never waited for.
+    /// Appends one batch, which is durable when this returns. A full segment is closed first, which
+    /// may start a compaction in the background; no call waits for it.
     ///
-    /// A batch without records makes its generation durable. One that says that Kubernetes has a
-    /// generation makes that one durable too.
+    /// A batch without records makes its generation durable, and a [`Record::Mirrored`] the one it names.
     ///
     /// # Errors
-    /// After the first error every later call fails too: what reached the disk is unknown until
-    /// a restart reads it.
+    /// After the first error every later call fails too: only a restart can tell what reached the
+    /// disk.
     pub fn append(&mut self, generation: u64, records: &[Record]) -> Result<(), StoreError> {
         self.usable()?;
-        if self.segment.end >= self.segment_octets {
-            match self.begin_segment() {
+        if self.segment.end >= self.segment_bytes {
+            match self.create_next_segment() {
                 Ok(()) => {
-                    self.crowded = false;
+                    self.rotation_delayed = false;
                     self.compact();
                 }
-                // Nothing was made, so nothing is in doubt. Whoever holds the descriptors must not
-                // end registrations: the segment grows, and the next batch tries again.
-                Err((_, err)) if no_descriptor(&err) => {
-                    if !std::mem::replace(&mut self.crowded, true) {
-                        warn!(%err, "the next journal segment cannot be begun; this one grows until it can");
+                // Nothing was written, so nothing is in doubt. A want of descriptors must not stop
+                // registrations: the segment grows, and the next batch tries again.
+                Err((_, err)) if is_out_of_descriptors(&err) => {
+                    if !std::mem::replace(&mut self.rotation_delayed, true) {
+                        warn!(%err, "cannot create the next journal segment; this one grows until that succeeds");
                     }
                 }
-                Err((place, err)) => return Err(self.fail("create", place, err)),
+                Err((file_id, err)) => return Err(self.fail("create", file_id, err)),
             }
         }
         let named = records.iter().filter_map(|record| match record {
@@ -167,132 +165,133 @@ impl Journal {
             _ => None,
         });
         self.generation = named.fold(self.generation.max(generation), u64::max);
-        self.write(records).map_err(|Tried(doing, err)| self.fail(doing, self.segment.place, err))?;
-        self.show_octets();
+        self.write(records).map_err(|WriteError(operation, err)| self.fail(operation, self.segment.file_id, err))?;
+        self.update_size_metrics();
         Ok(())
     }
 
-    /// Whether appending can succeed: not after a failure, be it of an append or of the start,
-    /// which reads what it can even when the disk is full.
+    /// Whether a batch can be appended: not after a failed append, nor after a start that could read
+    /// the store but not write to it.
     ///
     /// # Errors
-    /// The failure.
+    /// The first failure.
     pub fn usable(&self) -> Result<(), StoreError> {
         self.failed.clone().map_or(Ok(()), Err)
     }
 
-    fn write(&mut self, records: &[Record]) -> Result<(), Tried> {
+    fn write(&mut self, records: &[Record]) -> Result<(), WriteError> {
         let synced = self.segment.end;
         let mut at = synced;
-        // 1. The octets, behind everything that is known to be on the disk.
+        // 1. The bytes, after everything that is durable.
         self.frame.clear();
         for record in records {
-            if self.frame.payload_len() >= self.frame_octets {
+            if self.frame.payload_len() >= self.frame_bytes {
                 at = self.write_frame(at, synced, true)?;
             }
             self.frame.push(&Entry::from(record));
         }
         at = self.write_frame(at, synced, false)?;
-        // 2. The sync. If it fails, the octets may or may not be there.
+        // 2. The sync. If it fails, the bytes may or may not be on the disk.
         let began = Instant::now();
-        self.segment.file.sync().map_err(|err| Tried("sync", err))?;
-        self.shared.metrics.store.sync_seconds.observe(began.elapsed().as_secs_f64());
-        // 3. Only now are they known to be on the disk.
+        self.segment.file.sync().map_err(|err| WriteError("sync", err))?;
+        self.context.metrics.store.sync_seconds.observe(began.elapsed().as_secs_f64());
+        // 3. Only now are they durable.
         self.segment.end = at;
         Ok(())
     }
 
-    fn write_frame(&mut self, at: u64, synced: u64, more: bool) -> Result<u64, Tried> {
+    fn write_frame(&mut self, at: u64, synced: u64, more: bool) -> Result<u64, WriteError> {
         let frame = Frame { more, end: false, unknown_flags: 0, generation: self.generation, synced };
-        let bytes = self.frame.seal(&frame, self.segment.place, at);
-        self.segment.file.write_at(at, bytes).map_err(|err| Tried("write", err))?;
+        let bytes = self.frame.finish(&frame, self.segment.file_id, at);
+        self.segment.file.write_at(at, bytes).map_err(|err| WriteError("write", err))?;
         let written = bytes.len() as u64;
-        self.shared.metrics.store.journal_written_bytes.inc_by(written);
+        self.context.metrics.store.journal_written_bytes.inc_by(written);
         self.frame.clear();
         Ok(at + written)
     }
 
-    /// The newest segment could not be put in order at the start.
-    pub(super) fn unsettled(&mut self, err: io::Error) -> StoreError {
-        self.fail("repair", self.segment.place, err)
+    /// Notes that the start could not repair the active segment.
+    pub(super) fn fail_repair(&mut self, err: io::Error) -> StoreError {
+        self.fail("repair", self.segment.file_id, err)
     }
 
-    /// Vouches for everything before: from now on, damage there is not taken for a torn tail.
-    pub(super) fn mark(&mut self) -> Result<(), StoreError> {
+    /// Writes a sync marker: corruption before it is not taken for a torn write any more.
+    pub(super) fn append_sync_marker(&mut self) -> Result<(), StoreError> {
         self.usable()?;
-        self.write(&[]).map_err(|Tried(doing, err)| self.fail(doing, self.segment.place, err))
+        self.write(&[]).map_err(|WriteError(operation, err)| self.fail(operation, self.segment.file_id, err))
     }
 
-    /// Closes the segment and begins the next, whose header vouches for the closed one.
+    /// Closes the segment and creates the next one, whose header has the closed one's length.
     pub(super) fn rotate(&mut self) -> Result<(), StoreError> {
         self.usable()?;
-        self.begin_segment().map_err(|(place, err)| self.fail("create", place, err))
+        self.create_next_segment().map_err(|(file_id, err)| self.fail("create", file_id, err))
     }
 
-    /// The error says which segment could not be made.
-    fn begin_segment(&mut self) -> Result<(), (Place, io::Error)> {
-        let Segment { place, end, .. } = self.segment;
-        let next = place.number + 1;
-        self.segment = Segment::create(&self.shared, next, end).map_err(|err| (Place::journal(next), err))?;
-        self.closed.push(Closed { number: place.number, len: end });
+    /// The error names the segment that could not be created.
+    fn create_next_segment(&mut self) -> Result<(), (FileId, io::Error)> {
+        let Segment { file_id, end, .. } = self.segment;
+        let next = file_id.number + 1;
+        self.segment = Segment::create(&self.context, next, end).map_err(|err| (FileId::journal(next), err))?;
+        self.closed.push(ClosedFile { number: file_id.number, len: end });
         Ok(())
     }
 
-    /// Starts a compaction if one is worth its writing and none runs. Never waits.
+    /// Starts a compaction if none runs and there is enough to compact. Never waits.
     pub(super) fn compact(&mut self) {
         if self.compaction.as_ref().is_some_and(|running| !running.is_finished()) {
             return;
         }
         self.reap();
-        // Each octet of the journal makes at most three be written to snapshots, and a start
-        // reads at most half as much again as the snapshot and a segment.
+        // Bounds the write amplification of snapshots at three, and what a start reads at 1.5 times
+        // the snapshot and one segment.
         let closed: u64 = self.closed.iter().map(|segment| segment.len).sum();
         if closed == 0 || closed < self.snapshot.map_or(0, |snapshot| snapshot.len) / 2 {
             return;
         }
-        let plan = Plan { snapshot: self.snapshot, segments: self.closed.clone(), lossy: false, keep: Vec::new() };
-        match Running::start(self.shared.clone(), plan) {
+        let plan =
+            CompactionPlan { snapshot: self.snapshot, segments: self.closed.clone(), lossy: false, keep: Vec::new() };
+        match CompactionTask::start(self.context.clone(), plan) {
             Ok(running) => self.compaction = Some(running),
-            Err(err) => warn!(%err, "no thread for the compaction of the journal; tried again at the next segment"),
+            Err(err) => warn!(%err, "cannot start the thread of the compaction; tried again at the next segment"),
         }
     }
 
-    /// Takes in what a finished compaction has done; waits for one that still runs.
+    /// Waits for the compaction, if there is one, and applies its result.
     pub(super) fn reap(&mut self) {
-        let finished = self.compaction.take().and_then(|running| running.finish(&self.shared.metrics));
+        let finished = self.compaction.take().and_then(|running| running.finish(&self.context.metrics));
         if let Some(snapshot) = finished {
-            self.replaced_by(snapshot);
+            self.install_snapshot(snapshot);
         }
     }
 
-    /// A snapshot stands in place of the segments that it has.
-    pub(super) fn replaced_by(&mut self, snapshot: Closed) {
+    /// Replaces the closed segments that the snapshot contains.
+    pub(super) fn install_snapshot(&mut self, snapshot: ClosedFile) {
         self.closed.retain(|segment| segment.number > snapshot.number);
         self.snapshot = Some(snapshot);
-        self.show_octets();
+        self.update_size_metrics();
     }
 
-    /// What a compaction of everything closed would merge.
-    pub(super) fn closed(&self) -> (Option<Closed>, Vec<Closed>) {
+    /// The input of a compaction of all closed segments.
+    pub(super) fn compaction_input(&self) -> (Option<ClosedFile>, Vec<ClosedFile>) {
         (self.snapshot, self.closed.clone())
     }
 
-    /// Notes that nothing can be written any more, and gives the error for it.
-    fn fail(&mut self, doing: &'static str, place: Place, err: io::Error) -> StoreError {
-        self.shared.metrics.store.failed.set(1);
-        let path = self.shared.dir.join(place.name());
-        let failure = StoreError::Failed { doing, path, source: Arc::new(err) };
+    /// Stops the journal and returns the error.
+    fn fail(&mut self, operation: &'static str, file_id: FileId, err: io::Error) -> StoreError {
+        self.context.metrics.store.failed.set(1);
+        let path = self.context.dir.join(file_id.file_name());
+        let failure = StoreError::JournalFailed { operation, path, source: Arc::new(err) };
         self.failed = Some(failure.clone());
         failure
     }
 
-    fn show_octets(&mut self) {
+    fn update_size_metrics(&mut self) {
         let closed: u64 = self.closed.iter().map(|segment| segment.len).sum();
-        self.shared.metrics.store.journal_bytes.set(gauge(closed + self.segment.end));
+        self.context.metrics.store.journal_bytes.set(gauge(closed + self.segment.end));
     }
 }
 
-/// A clean end: no thread is left behind, and damage to the last batch will be told from a torn one.
+/// A clean stop: joins the compaction, and writes a sync marker after the last batch.
 impl Drop for Journal {
     fn drop(&mut self) {
         if let Some(running) = &self.compaction {
@@ -300,14 +299,13 @@ impl Drop for Journal {
         }
         self.reap();
         if self.failed.is_none()
-            && let Err(err) = self.mark()
+            && let Err(err) = self.append_sync_marker()
         {
-            warn!(%err, "the journal was not closed cleanly; nothing acknowledged is lost");
+            warn!(%err, "the journal was not closed cleanly; no acknowledged record is lost");
         }
     }
 }
 
-/// Octets as a gauge has them.
-fn gauge(octets: u64) -> i64 {
-    i64::try_from(octets).unwrap_or(i64::MAX)
+fn gauge(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
 }

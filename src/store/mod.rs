@@ -1,44 +1,43 @@
-//! State that lasts: a journal and snapshots in one data directory.
+//! Durable state: a journal and snapshots in one data directory.
 //!
 //! ```text
-//! LOCK                  held by the process that has the directory; its pid
-//! snapshot-0000000007   every instance as it stood at the end of segment 7
-//! journal-0000000008    a closed segment: what changed since
-//! journal-0000000009    the newest segment, to which batches are appended
-//! *.tmp                 not finished; removed at the next start
-//! *.damaged             set aside when somebody accepted a loss; never read again
+//! LOCK                  locked by the process that uses the directory; holds its pid
+//! snapshot-0000000007   every instance at the end of segment 7
+//! journal-0000000008    a closed segment: the changes after the snapshot
+//! journal-0000000009    the active segment, to which batches are appended
+//! *.tmp                 unfinished; removed by the next start
+//! *.corrupt             set aside when somebody accepted a loss; never read again
 //! ```
 //!
-//! What holds, and where it is seen to:
+//! Invariants, and where they are kept:
 //!
-//! 1. A batch that was acknowledged is on the disk, whole; one that was not is there whole or not
-//!    at all (`journal.rs`).
-//! 2. What is read back is what was written, or a start says where it is not (`frame.rs`,
-//!    `recover.rs`). A start never goes on without acknowledged records unless told to.
+//! 1. An acknowledged batch is durable, whole. Any other batch is stored whole or not at all
+//!    (`journal.rs`).
+//! 2. What is read is what was written, or the start reports where it is not (`frame.rs`,
+//!    `recover.rs`). A start never drops acknowledged records unless told to.
 //! 3. After a failed write or sync nothing is acknowledged until a restart (`journal.rs`).
-//! 4. Compaction never makes a registration wait and never loses anything (`snapshot.rs`).
-//! 5. The stored generation never goes back, and one process at a time has the directory.
-//! 6. With [`Options::outbox`], what Kubernetes does not have is remembered until it has it,
-//!    removals too; nothing is remembered of what it has (`outbox.rs`).
+//! 4. Compaction never delays a registration and never loses anything (`compaction.rs`).
+//! 5. The stored generation never decreases, and one process at a time uses the directory.
+//! 6. With [`Options::outbox`], every change that Kubernetes lacks is kept until Kubernetes has
+//!    it, removals included (`outbox.rs`).
 //!
-//! What cannot be known: whether the last batch, damaged while gangplank was not running after
-//! it was killed, had been acknowledged. Nothing on the disk vouches for it then, so it is taken
-//! for torn, cut, and reported. After a clean stop, or one more start, a mark vouches for it.
-//! Neither can it be known that somebody took the newest segment away, or cut it at the end of a
-//! batch. Cut or damaged further up, or behind a mark, it is found.
+//! Limits. If the last batch is damaged after a crash and before the next start, nothing on the
+//! disk says whether it was acknowledged: it is taken for a torn write, cut off and reported. After
+//! a clean stop, or one more start, a sync marker covers it. Nor can a start notice that the active
+//! segment was removed, or cut at the end of a batch.
 //!
-//! This is one directory of one process. There is no replication here, and no cache: the
-//! registry holds the state, the store only remembers it.
+//! The store is one directory of one process: no replication, no cache. The registry holds the
+//! state in memory.
 
+mod compaction;
+mod disk;
 mod error;
-mod files;
 mod format;
 mod frame;
 mod journal;
 mod outbox;
+mod reader;
 mod recover;
-mod snapshot;
-mod walk;
 
 #[cfg(test)]
 mod tests;
@@ -51,115 +50,111 @@ use std::{
     sync::Arc,
 };
 
-pub use error::{Damage, StoreError};
+pub use error::{Corruption, StoreError};
 pub use journal::Journal;
 
 use crate::{
     metrics::Metrics,
     model::{Instance, InstanceId, ServiceKey, UnixMillis},
 };
-use error::Trying;
+use error::IoContext;
 
 /// The file that is locked.
 const LOCK: &str = "LOCK";
 
-/// One thing to remember.
+/// A journal record.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Record {
-    /// The instance stands as it is here.
+    /// Adds an instance, or replaces the one with the same identity.
     Put {
-        /// Under this service.
+        /// Its service.
         service: ServiceKey,
-        /// With these attributes.
+        /// Identity and attributes.
         instance: Arc<Instance>,
     },
-    /// The instance is gone.
+    /// Removes an instance.
     Remove {
-        /// Under this service.
+        /// Its service.
         service: ServiceKey,
-        /// Which one.
+        /// Its identity.
         id: InstanceId,
     },
-    /// Kubernetes has everything of a service up to a generation. Only for a store that keeps the
-    /// outbox.
+    /// Kubernetes has every change of a service up to a generation. Only with [`Options::outbox`].
     Mirrored {
-        /// Which service.
+        /// The service.
         service: ServiceKey,
-        /// The highest generation of which it has everything.
+        /// The highest such generation.
         generation: u64,
     },
-    /// The term under which this directory's process writes to Kubernetes; the last one counts.
-    /// Only for a store that keeps the outbox.
+    /// The term under which this process writes to Kubernetes; the last one counts. Only with
+    /// [`Options::outbox`].
     Term {
         /// 0 for none.
         term: u64,
     },
 }
 
-/// How the store is opened.
+/// Settings of the store.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Go on although damage loses acknowledged records (`--accept-loss`).
+    /// Start although acknowledged records are lost to corruption (`--accept-loss`). Default false.
     pub accept_loss: bool,
-    /// A segment that has grown to this many octets is closed and compacted in the background.
-    /// Default 64 MiB.
-    pub segment_octets: u64,
-    /// Keep what Kubernetes does not have yet (with `--kubernetes`). Default false.
+    /// Size in bytes at which a segment is closed and compacted in the background. Default 64 MiB.
+    pub segment_bytes: u64,
+    /// Keep the changes that Kubernetes lacks (with `--kubernetes`). Default false.
     pub outbox: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { accept_loss: false, segment_octets: 64 << 20, outbox: false }
+        Self { accept_loss: false, segment_bytes: 64 << 20, outbox: false }
     }
 }
 
-/// A data directory that no other process can open while this value lives.
+/// A locked data directory: no other process can open it while this value lives.
 #[derive(Debug)]
 pub struct DataDir {
     path: PathBuf,
     lock: fs::File,
 }
 
-/// How far a recovery is.
+/// Progress of a recovery, in bytes.
 #[derive(Debug, Clone, Copy)]
-pub struct Progress {
-    /// Octets read so far.
+pub struct RecoveryProgress {
+    /// Read so far.
     pub read: u64,
-    /// Octets to read in all.
+    /// To read in total.
     pub total: u64,
 }
 
-/// What a recovery found.
+/// The result of a recovery, besides the records.
 #[derive(Debug)]
-pub struct Recovery {
+pub struct RecoveryReport {
     /// The highest generation stored; 0 for a new directory.
     pub generation: u64,
-    /// What was cut or given up, in words for the log; empty when all was well.
+    /// Log messages about torn writes that were cut off and losses that were accepted.
     pub repairs: Vec<String>,
-    /// The last term stored. 0 when there was none, or when the directory was opened without the
-    /// outbox since: what is in Kubernetes is then not known to be ours in any way, and every
-    /// instance that was read is one that Kubernetes may lack, whatever the outbox says.
+    /// The last term stored. 0 when there was none, or when the directory was used without the
+    /// outbox since: then Kubernetes may lack any instance that was read, whatever the outbox says.
     pub term: u64,
-    /// What Kubernetes lacks, in order of generation: of each instance the last `Put` or `Remove`,
-    /// where no [`Record::Mirrored`] of its service has come that covers it. It may name services
-    /// of which nothing stands; those too must be reported as mirrored one day. After a crash, or
-    /// an accepted loss, it may hold what Kubernetes has already. Empty without
-    /// [`Options::outbox`].
+    /// The changes that Kubernetes lacks, by generation: the last `Put` or `Remove` of each instance
+    /// that no later [`Record::Mirrored`] of its service covers. It may name services without
+    /// instances; the mirror has to confirm those too. After a crash or an accepted loss it may
+    /// include changes that Kubernetes has. Empty without [`Options::outbox`].
     pub outbox: Vec<Record>,
 }
 
 impl DataDir {
-    /// Creates `path` where it is absent, for this user only, and locks it.
+    /// Creates the directory `path` if it is absent, for this user only, and locks it.
     ///
     /// # Errors
-    /// When another process holds it (which one is said), or the directory cannot be used.
+    /// [`StoreError::Locked`] names the process that has it; [`StoreError::Io`] otherwise.
     pub fn lock(path: &Path) -> Result<Self, StoreError> {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(path).trying("create", path)?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(path).io_context("create", path)?;
         let file = path.join(LOCK);
         let mut options = fs::OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let mut lock = options.open(&file).trying("open", &file)?;
+        let mut lock = options.open(&file).io_context("open", &file)?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(fs::TryLockError::WouldBlock) => {
@@ -171,39 +166,40 @@ impl DataDir {
                 };
                 return Err(StoreError::Locked { dir: path.into(), holder });
             }
-            Err(fs::TryLockError::Error(err)) => return Err(err).trying("lock", &file),
+            Err(fs::TryLockError::Error(err)) => return Err(err).io_context("lock", &file),
         }
-        // The lock is what counts. On a full disk the next one is told less, and that is all.
+        // Only the lock counts. On a full disk the next process is told less about its holder.
         if let Err(err) = write_holder(&mut lock) {
             tracing::warn!(file = %file.display(), %err, "cannot note the pid in the lock file");
         }
         Ok(Self { path: path.into(), lock })
     }
 
-    /// Reads everything that is stored, in an order in which later records win, and opens the
-    /// journal behind it. What was already given to `record` when an error comes must not be used.
+    /// Passes every stored record to `record`, later ones after earlier ones, and opens the journal.
+    /// After an error, records that were already passed must not be used.
     ///
-    /// On a disk that cannot be written to, what is stored is read all the same; the journal then
-    /// refuses every batch, and [`Journal::usable`] and the repairs say why.
+    /// When the disk cannot be written, everything is read all the same; the journal then refuses
+    /// every batch, and [`Journal::usable`] and the repairs say why.
     ///
     /// # Errors
-    /// When something stored cannot be read, unless the loss is accepted.
+    /// [`StoreError::Corrupt`], unless the loss is accepted; [`StoreError::Newer`]; [`StoreError::Io`].
     pub fn recover(
         self,
         options: &Options,
         metrics: Arc<Metrics>,
         record: &mut dyn FnMut(Record),
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<(Journal, Recovery), StoreError> {
-        let disk = Arc::new(files::Disk::open(self.path.clone()).trying("open", &self.path)?);
-        recover::Start { files: disk, dir: self.path, lock: Some(self.lock), options, metrics }.run(record, progress)
+        progress: &mut dyn FnMut(RecoveryProgress),
+    ) -> Result<(Journal, RecoveryReport), StoreError> {
+        let disk = Arc::new(disk::OsDirectory::open(self.path.clone()).io_context("open", &self.path)?);
+        recover::StoreOpener { files: disk, dir: self.path, lock: Some(self.lock), options, metrics }
+            .run(record, progress)
     }
 }
 
-/// Puts who we are into the lock file.
+/// Writes pid and time into the lock file, for the error of a second process.
 fn write_holder(lock: &mut fs::File) -> io::Result<()> {
     lock.set_len(0)?;
     lock.rewind()?;
     let since = humantime::format_rfc3339_seconds(UnixMillis::now().to_system_time());
-    writeln!(lock, "process {} (pid), which took it at {since}", std::process::id())
+    writeln!(lock, "process {} (pid) since {since}", std::process::id())
 }

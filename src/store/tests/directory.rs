@@ -6,10 +6,10 @@ use super::{Ledger, Model, VALIDATOR, apply, instance_of, random_batch, service}
 use crate::{
     metrics::Metrics,
     model::{InstanceSpec, PortSpec, Protocol, UnixMillis},
-    store::{DataDir, Journal, Options, Record, Recovery, StoreError},
+    store::{DataDir, Journal, Options, Record, RecoveryReport, StoreError},
 };
 
-fn start(path: &Path, options: &Options) -> (Journal, Recovery, Model) {
+fn start(path: &Path, options: &Options) -> (Journal, RecoveryReport, Model) {
     let mut model = Model::new();
     let dir = DataDir::lock(path).expect("nobody else has it");
     let (journal, recovery) = dir
@@ -19,10 +19,10 @@ fn start(path: &Path, options: &Options) -> (Journal, Recovery, Model) {
 }
 
 #[test]
-fn a_second_process_is_refused_and_told_who_holds_the_directory() {
+fn second_process_is_refused_with_the_pid_of_the_first() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let path = dir.path().join("state/data");
-    let (mut journal, ..) = start(&path, &Options { segment_octets: 300, ..Options::default() });
+    let (mut journal, ..) = start(&path, &Options { segment_bytes: 300, ..Options::default() });
     let mode = fs::metadata(&path).expect("it was made").permissions().mode();
     assert_eq!(mode & 0o777, 0o700);
 
@@ -48,9 +48,9 @@ fn a_second_process_is_refused_and_told_who_holds_the_directory() {
 }
 
 #[test]
-fn what_is_appended_is_read_back_with_progress() {
+fn appended_records_are_replayed_with_progress() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let options = Options { segment_octets: 2000, ..Options::default() };
+    let options = Options { segment_bytes: 2000, ..Options::default() };
     let (mut journal, recovery, read) = start(dir.path(), &options);
     assert_eq!((recovery.generation, read.len(), recovery.repairs), (0, 0, vec![]));
     let rng = &mut fastrand::Rng::with_seed(2);
@@ -149,7 +149,7 @@ fn copied(fixture: &str) -> tempfile::TempDir {
 }
 
 #[test]
-fn the_first_disk_version_is_read() {
+fn format_version_1_is_read() {
     let dir = copied("v1");
     let mut model = Model::new();
     fixture().iter().flatten().for_each(|record| apply(&mut model, record));
@@ -158,7 +158,7 @@ fn the_first_disk_version_is_read() {
 }
 
 #[test]
-fn the_first_disk_version_with_an_outbox_is_read() {
+fn format_version_1_with_outbox_is_read() {
     let dir = copied("v1-outbox");
     let mut ledger = Ledger { outbox: true, ..Ledger::default() };
     for (batch, generation) in outbox_fixture().iter().zip(1_700_000_001..) {
@@ -171,11 +171,11 @@ fn the_first_disk_version_with_an_outbox_is_read() {
 }
 
 /// Writes the fixtures. Only for a new version of the format, into directories of its own:
-/// `GANGPLANK_FIXTURE=tests/fixtures/store/vN cargo test --lib write_the_fixture -- --ignored`
+/// `GANGPLANK_FIXTURE=tests/fixtures/store/vN cargo test --lib write_fixtures -- --ignored`
 /// makes that one and `vN-outbox`.
 #[test]
 #[ignore = "writes a fixture; run by hand for a new version of the format"]
-fn write_the_fixture() {
+fn write_fixtures() {
     let path = std::env::var("GANGPLANK_FIXTURE").expect("where to");
     write_fixture(Path::new(&path), &fixture(), false);
     write_fixture(Path::new(&format!("{path}-outbox")), &outbox_fixture(), true);

@@ -5,13 +5,13 @@ use std::{io::ErrorKind, sync::Arc};
 use rustix::io::Errno;
 
 use super::{
-    Model, apply,
-    machine::{Machine, Operation},
-    open, open_with, random_put, small,
+    Model, apply, open, open_with, random_put,
+    simulated_disk::{Operation, SimulatedDisk},
+    small,
 };
 use crate::{
     metrics::Metrics,
-    store::{Journal, Record, files::Files as _, frame},
+    store::{Journal, Record, disk::Directory as _, frame},
 };
 
 fn batch(seed: u64) -> Vec<Record> {
@@ -29,20 +29,20 @@ fn fill(journal: &mut Journal, model: &mut Model, count: u64) {
 }
 
 #[test]
-fn after_a_failed_write_or_sync_no_append_succeeds_until_a_restart() {
+fn no_append_succeeds_after_a_failed_write_or_sync_until_a_restart() {
     for (operation, kind, says) in [
         (Operation::Write, ErrorKind::StorageFull, "cannot write data/journal-0000000001"),
         (Operation::Write, ErrorKind::Other, "cannot write data/journal-0000000001"),
         (Operation::Sync, ErrorKind::Other, "cannot sync data/journal-0000000001"),
         (Operation::Sync, ErrorKind::StorageFull, "cannot sync data/journal-0000000001"),
     ] {
-        let (machine, metrics) = (Machine::default(), Arc::new(Metrics::default()));
-        let (mut journal, _, mut model) = open_with(&machine, &small(), &metrics).expect("a new directory");
+        let (disk, metrics) = (SimulatedDisk::default(), Arc::new(Metrics::default()));
+        let (mut journal, _, mut model) = open_with(&disk, &small(), &metrics).expect("a new directory");
         fill(&mut journal, &mut model, 2);
         assert_eq!(metrics.store.failed.get(), 0);
 
         // Only once: whoever tries again is told that all is well.
-        machine.fail(operation, kind, 1);
+        disk.fail(operation, kind, 1);
         let said = journal.append(3, &batch(3)).expect_err("the disk failed").to_string();
         assert!(said.starts_with(says) && said.contains("until gangplank is restarted"), "{said}");
         assert_eq!(said.contains("the disk is full"), kind == ErrorKind::StorageFull, "{said}");
@@ -53,7 +53,7 @@ fn after_a_failed_write_or_sync_no_append_succeeds_until_a_restart() {
         assert_eq!(metrics.store.failed.get(), 1);
         drop(journal);
 
-        let (mut journal, _, read) = open_with(&machine, &small(), &metrics).expect("a restart");
+        let (mut journal, _, read) = open_with(&disk, &small(), &metrics).expect("a restart");
         let mut with_third = model.clone();
         batch(3).iter().for_each(|record| apply(&mut with_third, record));
         assert!(read == model || read == with_third, "{operation:?}");
@@ -63,27 +63,27 @@ fn after_a_failed_write_or_sync_no_append_succeeds_until_a_restart() {
 }
 
 #[test]
-fn a_segment_that_cannot_be_made_stops_the_journal_too() {
+fn failed_segment_creation_stops_the_journal() {
     for operation in [Operation::Create, Operation::Write, Operation::Sync, Operation::Rename, Operation::SyncDir] {
-        let machine = Machine::default();
-        let (mut journal, _, mut model) = open(&machine).expect("a new directory");
+        let disk = SimulatedDisk::default();
+        let (mut journal, _, mut model) = open(&disk).expect("a new directory");
         fill(&mut journal, &mut model, 2);
-        machine.fail(operation, ErrorKind::StorageFull, 1);
+        disk.fail(operation, ErrorKind::StorageFull, 1);
         let said = journal.rotate().expect_err("the disk is full").to_string();
         assert!(said.starts_with("cannot create data/journal-0000000002: nothing is accepted"), "{said}");
         assert!(journal.append(3, &batch(3)).is_err());
         drop(journal);
-        machine.mend();
-        let (mut journal, recovery, read) = open(&machine).expect("a restart");
+        disk.clear_faults();
+        let (mut journal, recovery, read) = open(&disk).expect("a restart");
         assert_eq!((read, recovery.repairs), (model, vec![]));
         journal.append(3, &batch(3)).expect("the disk works again");
     }
 }
 
 #[test]
-fn without_descriptors_the_segment_grows_until_the_next_one_can_be_begun() {
-    let machine = Machine::default();
-    let (mut journal, _, mut model) = open_with(&machine, &small(), &Arc::default()).expect("a new directory");
+fn segment_grows_while_descriptors_are_exhausted() {
+    let disk = SimulatedDisk::default();
+    let (mut journal, _, mut model) = open_with(&disk, &small(), &Arc::default()).expect("a new directory");
     let mut generation = 0;
     let mut append = |journal: &mut Journal, batches| {
         for _ in 0..batches {
@@ -93,73 +93,73 @@ fn without_descriptors_the_segment_grows_until_the_next_one_can_be_begun() {
             batch.iter().for_each(|record| apply(&mut model, record));
         }
     };
-    for lacking in [Errno::MFILE, Errno::NFILE] {
+    for missing in [Errno::MFILE, Errno::NFILE] {
         let newest = || {
-            let names = machine.list().expect("no fault").into_iter();
+            let names = disk.list().expect("no fault").into_iter();
             names.filter(|name| name.starts_with("journal") && !name.ends_with(".tmp")).max()
         };
         let before = newest();
-        machine.fail(Operation::Create, lacking, u32::MAX);
+        disk.fail(Operation::Create, missing, u32::MAX);
         append(&mut journal, 100);
         assert_eq!(newest(), before);
-        machine.mend();
+        disk.clear_faults();
         append(&mut journal, 1);
         assert!(newest() > before, "the next segment is begun");
     }
     drop(journal);
-    let (_, recovery, read) = open(&machine).expect("nothing is damaged");
+    let (_, recovery, read) = open(&disk).expect("nothing is damaged");
     assert_eq!((read, recovery.repairs), (model, vec![]));
 }
 
 /// The system drops what it could not write, calls the next sync a success, and still shows it
 /// to whoever reads: nothing may be built on that.
 #[test]
-fn what_a_failed_sync_left_in_memory_only_is_written_again_by_a_restart() {
-    let machine = Machine::default();
-    let (mut journal, _, mut model) = open(&machine).expect("a new directory");
+fn restart_rewrites_the_batch_of_a_failed_sync() {
+    let disk = SimulatedDisk::default();
+    let (mut journal, _, mut model) = open(&disk).expect("a new directory");
     fill(&mut journal, &mut model, 2);
-    machine.fail(Operation::Sync, ErrorKind::Other, 1);
+    disk.fail(Operation::Sync, ErrorKind::Other, 1);
     journal.append(3, &batch(3)).expect_err("the sync failed");
     drop(journal);
 
-    let (mut journal, _, read) = open(&machine).expect("a restart");
+    let (mut journal, _, read) = open(&disk).expect("a restart");
     batch(3).iter().for_each(|record| apply(&mut model, record));
     assert_eq!(read, model, "the batch is served now");
     journal.append(4, &batch(4)).expect("all is well");
     batch(4).iter().for_each(|record| apply(&mut model, record));
-    machine.power_cut(&mut fastrand::Rng::with_seed(1));
+    disk.power_cut(&mut fastrand::Rng::with_seed(1));
     drop(journal);
-    let (_, _, read) = open(&machine).expect("nothing is damaged");
+    let (_, _, read) = open(&disk).expect("nothing is damaged");
     assert_eq!(read, model);
 }
 
 #[test]
-fn a_full_disk_at_the_start_keeps_nothing_from_being_read() {
-    let machine = Machine::default();
-    let (mut journal, _, mut model) = open(&machine).expect("a new directory");
+fn store_is_read_from_a_full_disk() {
+    let disk = SimulatedDisk::default();
+    let (mut journal, _, mut model) = open(&disk).expect("a new directory");
     fill(&mut journal, &mut model, 3);
     drop(journal);
-    machine.fail(Operation::Write, ErrorKind::StorageFull, u32::MAX);
-    let (mut journal, recovery, read) = open(&machine).expect("reading needs no space");
+    disk.fail(Operation::Write, ErrorKind::StorageFull, u32::MAX);
+    let (mut journal, recovery, read) = open(&disk).expect("reading needs no space");
     assert_eq!(read, model);
     assert!(recovery.repairs[0].contains("the disk is full"), "{:?}", recovery.repairs);
     assert!(journal.usable().is_err());
-    machine.mend();
+    disk.clear_faults();
     assert!(journal.append(9, &batch(9)).is_err(), "not until a restart");
 }
 
 #[test]
-fn a_failed_compaction_stops_nothing_and_is_tried_again() {
+fn failed_compaction_is_retried_and_stops_no_append() {
     for operation in [Operation::Create, Operation::Write, Operation::Sync, Operation::Rename, Operation::SyncDir] {
-        let (machine, metrics) = (Machine::default(), Arc::new(Metrics::default()));
-        let (mut journal, _, mut model) = open_with(&machine, &small(), &metrics).expect("a new directory");
+        let (disk, metrics) = (SimulatedDisk::default(), Arc::new(Metrics::default()));
+        let (mut journal, _, mut model) = open_with(&disk, &small(), &metrics).expect("a new directory");
         fill(&mut journal, &mut model, 2);
         journal.rotate().expect("a good disk");
-        machine.fail(operation, ErrorKind::StorageFull, 1);
+        disk.fail(operation, ErrorKind::StorageFull, 1);
         journal.compact();
         journal.reap();
         assert_eq!(metrics.store.compactions_counted(), (0, 1), "{operation:?}");
-        assert!(machine.contents().contains_key("journal-0000000001"), "{operation:?}: nothing was removed");
+        assert!(disk.contents().contains_key("journal-0000000001"), "{operation:?}: nothing was removed");
 
         journal.append(3, &batch(3)).expect("registrations go on");
         batch(3).iter().for_each(|record| apply(&mut model, record));
@@ -168,17 +168,17 @@ fn a_failed_compaction_stops_nothing_and_is_tried_again() {
         journal.reap();
         assert_eq!(metrics.store.compactions_counted(), (1, 1), "{operation:?}");
         drop(journal);
-        let names: Vec<String> = machine.contents().into_keys().collect();
+        let names: Vec<String> = disk.contents().into_keys().collect();
         assert_eq!(names, ["journal-0000000003", "snapshot-0000000002"], "{operation:?}");
-        let (_, recovery, read) = open(&machine).expect("a restart");
+        let (_, recovery, read) = open(&disk).expect("a restart");
         assert_eq!((read, recovery.generation, recovery.repairs), (model, 3, vec![]), "{operation:?}");
     }
 }
 
 #[test]
-fn old_files_that_cannot_be_removed_go_with_the_next_snapshot() {
-    let (machine, metrics) = (Machine::default(), Arc::new(Metrics::default()));
-    let (mut journal, _, mut model) = open_with(&machine, &small(), &metrics).expect("a new directory");
+fn obsolete_files_that_cannot_be_removed_go_with_the_next_snapshot() {
+    let (disk, metrics) = (SimulatedDisk::default(), Arc::new(Metrics::default()));
+    let (mut journal, _, mut model) = open_with(&disk, &small(), &metrics).expect("a new directory");
     fill(&mut journal, &mut model, 2);
     for (generations, times) in [(3..=3, 1), (4..=9, 0)] {
         for generation in generations {
@@ -186,62 +186,62 @@ fn old_files_that_cannot_be_removed_go_with_the_next_snapshot() {
             batch(generation).iter().for_each(|record| apply(&mut model, record));
         }
         journal.rotate().expect("a good disk");
-        machine.fail(Operation::Remove, ErrorKind::PermissionDenied, times);
+        disk.fail(Operation::Remove, ErrorKind::PermissionDenied, times);
         journal.compact();
         journal.reap();
-        assert_eq!(machine.contents().contains_key("journal-0000000001"), times > 0);
+        assert_eq!(disk.contents().contains_key("journal-0000000001"), times > 0);
     }
     assert_eq!(metrics.store.compactions_counted(), (2, 0));
     drop(journal);
-    let names: Vec<String> = machine.contents().into_keys().collect();
+    let names: Vec<String> = disk.contents().into_keys().collect();
     assert_eq!(names, ["journal-0000000003", "snapshot-0000000002"]);
-    let (_, _, read) = open(&machine).expect("a restart");
+    let (_, _, read) = open(&disk).expect("a restart");
     assert_eq!(read, model);
 }
 
 #[test]
-fn compaction_is_not_started_for_little() {
-    let (machine, metrics) = (Machine::default(), Arc::new(Metrics::default()));
-    let (mut journal, ..) = open_with(&machine, &small(), &metrics).expect("a new directory");
+fn write_amplification_of_snapshots_is_below_three() {
+    let (disk, metrics) = (SimulatedDisk::default(), Arc::new(Metrics::default()));
+    let (mut journal, ..) = open_with(&disk, &small(), &metrics).expect("a new directory");
     for generation in 1..=200 {
         journal.append(generation, &batch(generation)).expect("a good disk");
         journal.reap();
     }
-    let journal_octets = metrics.store.journal_written_bytes.get();
-    let snapshot_octets = metrics.store.snapshot_written_bytes.get();
-    assert!(snapshot_octets > 0 && snapshot_octets < 3 * journal_octets, "{snapshot_octets} of {journal_octets}");
+    let journal_bytes = metrics.store.journal_written_bytes.get();
+    let snapshot_bytes = metrics.store.snapshot_written_bytes.get();
+    assert!(snapshot_bytes > 0 && snapshot_bytes < 3 * journal_bytes, "{snapshot_bytes} of {journal_bytes}");
 }
 
 /// The names of a snapshot and of what it replaces are in one directory, which a crash may leave
 /// half written: the old may go only when the new is there.
 #[test]
-fn a_start_removes_nothing_before_the_name_of_its_snapshot_is_on_the_disk() {
+fn start_removes_files_only_after_the_name_of_the_snapshot_is_durable() {
     for seed in 0..50 {
-        let machine = Machine::default();
-        let (mut journal, _, mut model) = open(&machine).expect("a new directory");
+        let disk = SimulatedDisk::default();
+        let (mut journal, _, mut model) = open(&disk).expect("a new directory");
         fill(&mut journal, &mut model, 2);
         journal.rotate().expect("a good disk");
         journal.append(3, &batch(3)).expect("a good disk");
         batch(3).iter().for_each(|record| apply(&mut model, record));
-        machine.fail(Operation::SyncDir, ErrorKind::Other, 1);
+        disk.fail(Operation::SyncDir, ErrorKind::Other, 1);
         journal.compact();
         journal.reap();
-        assert!(machine.contents().contains_key("snapshot-0000000001"), "it has its name, but only in memory");
+        assert!(disk.contents().contains_key("snapshot-0000000001"), "it has its name, but only in memory");
         drop(journal);
-        let (journal, _, read) = open(&machine).expect("a restart");
+        let (journal, _, read) = open(&disk).expect("a restart");
         assert_eq!(read, model);
-        assert!(!machine.contents().contains_key("journal-0000000001"));
-        machine.power_cut(&mut fastrand::Rng::with_seed(seed));
+        assert!(!disk.contents().contains_key("journal-0000000001"));
+        disk.power_cut(&mut fastrand::Rng::with_seed(seed));
         drop(journal);
-        let (_, _, read) = open(&machine).unwrap_or_else(|err| panic!("seed {seed}: {err}"));
+        let (_, _, read) = open(&disk).unwrap_or_else(|err| panic!("seed {seed}: {err}"));
         assert_eq!(read, model, "seed {seed}");
     }
 }
 
 #[test]
-fn a_snapshot_of_nothing_holds_nothing_but_the_generation() {
-    let (machine, metrics) = (Machine::default(), Arc::new(Metrics::default()));
-    let (mut journal, _, mut model) = open_with(&machine, &small(), &metrics).expect("a new directory");
+fn empty_snapshot_holds_the_generation() {
+    let (disk, metrics) = (SimulatedDisk::default(), Arc::new(Metrics::default()));
+    let (mut journal, _, mut model) = open_with(&disk, &small(), &metrics).expect("a new directory");
     fill(&mut journal, &mut model, 2);
     journal.rotate().expect("a good disk");
     journal.compact();
@@ -252,11 +252,11 @@ fn a_snapshot_of_nothing_holds_nothing_but_the_generation() {
     journal.compact();
     journal.reap();
     // As a killed process leaves it, with nothing in the newest segment.
-    let contents = machine.contents();
+    let contents = disk.contents();
     let header_and_end = frame::HEADER_LEN + frame::FRAME_LEN;
     assert_eq!(contents["snapshot-0000000002"].len(), header_and_end);
     assert_eq!(metrics.store.snapshot_bytes.get(), header_and_end as i64);
     assert_eq!(contents["journal-0000000003"].len(), frame::HEADER_LEN);
-    let (_, recovery, read) = open(&Machine::holding(&contents)).expect("a restart");
+    let (_, recovery, read) = open(&SimulatedDisk::holding(&contents)).expect("a restart");
     assert_eq!((recovery.generation, read.len()), (7, 0));
 }

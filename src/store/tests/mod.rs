@@ -1,18 +1,18 @@
 //! Tests of the store as a whole, on disks that forget, fail and rot.
 
+mod corruption;
 mod crash;
-mod damage;
 mod directory;
 mod faults;
-mod machine;
 mod outbox;
+mod simulated_disk;
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use fastrand::Rng;
 
-use self::machine::Machine;
-use super::{Journal, Options, Record, Recovery, StoreError, recover::Start};
+use self::simulated_disk::SimulatedDisk;
+use super::{Journal, Options, Record, RecoveryReport, StoreError, recover::StoreOpener};
 use crate::{
     metrics::Metrics,
     model::{Instance, InstanceId, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis, Validator},
@@ -65,21 +65,22 @@ impl Ledger {
     }
 
     /// What Kubernetes lacks.
-    fn lacking(&self) -> BTreeMap<&(ServiceKey, InstanceId), &Record> {
+    fn unmirrored(&self) -> BTreeMap<&(ServiceKey, InstanceId), &Record> {
         let covered = |service| self.mirrored.get(service).copied().unwrap_or(0);
         let last = self.last.iter().filter(|_| self.outbox);
-        let lacking = last.filter(|((service, _), (generation, _))| *generation > covered(service));
-        lacking.map(|(instance, (_, record))| (instance, record)).collect()
+        let unmirrored = last.filter(|((service, _), (generation, _))| *generation > covered(service));
+        unmirrored.map(|(instance, (_, record))| (instance, record)).collect()
     }
 
     /// Whether a start has found exactly this, in order.
-    fn agrees(&self, recovery: &Recovery, read: &Model) -> bool {
+    fn agrees(&self, recovery: &RecoveryReport, read: &Model) -> bool {
         let found: Vec<_> = recovery.outbox.iter().map(|record| (instance_of(record), record)).collect();
         self.standing == *read
             && self.term == recovery.term
             && found.iter().map(|(instance, _)| self.last.get(instance).map(|(generation, _)| generation)).is_sorted()
-            && found.len() == self.lacking().len()
-            && found.iter().map(|(instance, record)| (instance, *record)).collect::<BTreeMap<_, _>>() == self.lacking()
+            && found.len() == self.unmirrored().len()
+            && found.iter().map(|(instance, record)| (instance, *record)).collect::<BTreeMap<_, _>>()
+                == self.unmirrored()
     }
 }
 
@@ -107,24 +108,24 @@ fn mirror(batch: &mut Vec<Record>, generation: u64, last: &Ledger, rng: &mut Rng
 }
 
 fn small() -> Options {
-    Options { accept_loss: false, segment_octets: 1500, outbox: false }
+    Options { accept_loss: false, segment_bytes: 1500, outbox: false }
 }
 
-/// Starts the store on `machine`; with everything it read.
+/// Starts the store on `disk`; with everything it read.
 fn open_with(
-    machine: &Machine,
+    disk: &SimulatedDisk,
     options: &Options,
     metrics: &Arc<Metrics>,
-) -> Result<(Journal, Recovery, Model), StoreError> {
+) -> Result<(Journal, RecoveryReport, Model), StoreError> {
     let mut model = Model::new();
-    let files = Arc::new(machine.clone());
-    let start = Start { files, dir: PathBuf::from("data"), lock: None, options, metrics: Arc::clone(metrics) };
+    let files = Arc::new(disk.clone());
+    let start = StoreOpener { files, dir: PathBuf::from("data"), lock: None, options, metrics: Arc::clone(metrics) };
     let (journal, recovery) = start.run(&mut |record| apply(&mut model, &record), &mut |_| {})?;
     Ok((journal, recovery, model))
 }
 
-fn open(machine: &Machine) -> Result<(Journal, Recovery, Model), StoreError> {
-    open_with(machine, &small(), &Arc::default())
+fn open(disk: &SimulatedDisk) -> Result<(Journal, RecoveryReport, Model), StoreError> {
+    open_with(disk, &small(), &Arc::default())
 }
 
 fn service(name: &str) -> ServiceKey {

@@ -5,24 +5,23 @@ use std::sync::Arc;
 use fastrand::Rng;
 
 use super::{
-    Ledger, Model, VALIDATOR, instance_of,
-    machine::{Machine, Operation},
-    mirror, open_with, random_batch, service,
+    Ledger, Model, VALIDATOR, instance_of, mirror, open_with, random_batch, service,
+    simulated_disk::{Operation, SimulatedDisk},
 };
 use crate::{
     model::{InstanceSpec, UnixMillis},
     store::{
-        Journal, Options, Record, Recovery,
+        Journal, Options, Record, RecoveryReport,
         frame::{FRAME_LEN, HEADER_LEN},
     },
 };
 
 fn with(outbox: bool) -> Options {
-    Options { outbox, segment_octets: 1 << 30, accept_loss: false }
+    Options { outbox, segment_bytes: 1 << 30, accept_loss: false }
 }
 
-fn start(machine: &Machine, outbox: bool) -> (Journal, Recovery, Model) {
-    open_with(machine, &with(outbox), &Arc::default()).expect("a good disk")
+fn start(disk: &SimulatedDisk, outbox: bool) -> (Journal, RecoveryReport, Model) {
+    open_with(disk, &with(outbox), &Arc::default()).expect("a good disk")
 }
 
 /// The same instance of a service each time, as it was registered at that time.
@@ -47,11 +46,11 @@ fn compact(journal: &mut Journal) {
     journal.rotate().expect("a good disk");
     journal.compact();
     journal.reap();
-    assert_eq!(journal.closed().1, [], "the compaction was done");
+    assert_eq!(journal.compaction_input().1, [], "the compaction was done");
 }
 
-fn snapshot(machine: &Machine) -> Vec<u8> {
-    let contents = machine.contents();
+fn snapshot(disk: &SimulatedDisk) -> Vec<u8> {
+    let contents = disk.contents();
     let (_, bytes) = contents.iter().find(|(name, _)| name.starts_with("snapshot")).expect("one was made");
     bytes.clone()
 }
@@ -61,8 +60,8 @@ fn outbox_of(records: &[&Record]) -> Vec<Record> {
     let mut found = Vec::new();
     // Each bit says whether everything up to a record becomes a snapshot.
     for ends in 0..1 << records.len() {
-        let machine = Machine::default();
-        let (mut journal, ..) = start(&machine, true);
+        let disk = SimulatedDisk::default();
+        let (mut journal, ..) = start(&disk, true);
         for (index, &record) in records.iter().enumerate() {
             journal.append(index as u64 + 1, std::slice::from_ref(record)).expect("a good disk");
             if ends >> index & 1 == 1 {
@@ -70,14 +69,14 @@ fn outbox_of(records: &[&Record]) -> Vec<Record> {
             }
         }
         drop(journal);
-        found.push(start(&machine, true).1.outbox);
+        found.push(start(&disk, true).1.outbox);
     }
     assert!(found.iter().all(|outbox| *outbox == found[0]), "{found:?}");
     found.remove(0)
 }
 
 #[test]
-fn what_is_mirrored_leaves_the_outbox_and_nothing_else_does() {
+fn only_mirrored_changes_leave_the_outbox() {
     let [web, again, gone] = &[put("web", 1), put("web", 2), remove("web")];
     // Their names begin alike.
     let [we, web_1] = &[put("we", 1), put("web-1", 1)];
@@ -106,23 +105,23 @@ fn what_is_mirrored_leaves_the_outbox_and_nothing_else_does() {
 }
 
 #[test]
-fn the_last_term_counts_and_survives_compactions() {
-    let machine = Machine::default();
+fn last_term_survives_compactions() {
+    let disk = SimulatedDisk::default();
     for (term, before) in [(3, 0), (5, 3), (4, 5)] {
-        let (mut journal, recovery, _) = start(&machine, true);
+        let (mut journal, recovery, _) = start(&disk, true);
         assert_eq!(recovery.term, before);
         journal.append(term, &[Record::Term { term: 9 }, Record::Term { term }]).expect("a good disk");
         compact(&mut journal);
         journal.append(term + 1, &[put("web", term)]).expect("a good disk");
         compact(&mut journal);
     }
-    assert_eq!(start(&machine, true).1.term, 4);
+    assert_eq!(start(&disk, true).1.term, 4);
 }
 
 #[test]
-fn nothing_accumulates_of_what_kubernetes_has() {
-    let machine = Machine::default();
-    let (mut journal, ..) = start(&machine, true);
+fn mirrored_changes_take_no_space_in_a_snapshot() {
+    let disk = SimulatedDisk::default();
+    let (mut journal, ..) = start(&disk, true);
     journal.append(1, &[Record::Term { term: 1 }]).expect("a good disk");
     let mut lengths = Vec::new();
     for cycle in 0..40 {
@@ -133,12 +132,12 @@ fn nothing_accumulates_of_what_kubernetes_has() {
         let with_removal = cycle % 2 == 0;
         if with_removal {
             compact(&mut journal);
-            lengths.push(snapshot(&machine).len());
+            lengths.push(snapshot(&disk).len());
         }
         let all = [mirrored(&name, generation + 1), mirrored("web", generation)];
         journal.append(generation + 2, &all).expect("a good disk");
         compact(&mut journal);
-        lengths.push(snapshot(&machine).len());
+        lengths.push(snapshot(&disk).len());
     }
     let (with_removal, without) = (lengths[0], lengths[1]);
     assert!(with_removal > without + 20, "{lengths:?}");
@@ -149,43 +148,43 @@ fn nothing_accumulates_of_what_kubernetes_has() {
     journal.append(1000, &[remove("web"), mirrored("web", 999)]).expect("a good disk");
     journal.append(1001, &[mirrored("web", 1000)]).expect("a good disk");
     compact(&mut journal);
-    assert_eq!(snapshot(&machine).len(), HEADER_LEN + FRAME_LEN + 6);
+    assert_eq!(snapshot(&disk).len(), HEADER_LEN + FRAME_LEN + 6);
 }
 
 #[test]
-fn what_kubernetes_is_said_to_have_is_behind_the_stored_generation() {
-    let machine = Machine::default();
-    let (mut journal, ..) = start(&machine, true);
+fn mirrored_generation_is_stored_as_the_highest() {
+    let disk = SimulatedDisk::default();
+    let (mut journal, ..) = start(&disk, true);
     journal.append(5, &[mirrored("web", 9)]).expect("a good disk");
     compact(&mut journal);
     drop(journal);
-    assert_eq!(start(&machine, true).1.generation, 9);
+    assert_eq!(start(&disk, true).1.generation, 9);
 }
 
 #[test]
-fn without_the_outbox_a_snapshot_is_what_it_always_was() {
+fn snapshot_without_outbox_has_no_trace_of_it() {
     // Two stores with the same history, of which one was written with the outbox.
     let [plain, other] = [false, true].map(|outbox| {
-        let machine = Machine::default();
-        let (mut journal, ..) = start(&machine, outbox);
+        let disk = SimulatedDisk::default();
+        let (mut journal, ..) = start(&disk, outbox);
         journal.append(1, &[put("web", 1), put("db", 1), put("a", 1)]).expect("a good disk");
         let extra = [Record::Term { term: 2 }, mirrored("web", 1)];
         journal.append(2, if outbox { &extra } else { &[] }).expect("a good disk");
         compact(&mut journal);
         journal.append(3, &[remove("db"), put("web", 2)]).expect("a good disk");
         drop(journal);
-        let (mut journal, recovery, _) = start(&machine, false);
+        let (mut journal, recovery, _) = start(&disk, false);
         assert_eq!((recovery.term, recovery.outbox), (0, vec![]));
         compact(&mut journal);
         drop(journal);
-        machine
+        disk
     });
     // The header has the store's id.
     assert_eq!(snapshot(&plain)[HEADER_LEN..], snapshot(&other)[HEADER_LEN..]);
 
     // With the outbox again, nothing is said of Kubernetes but that it may lack everything.
-    for machine in [plain, other] {
-        let (_, recovery, read) = start(&machine, true);
+    for disk in [plain, other] {
+        let (_, recovery, read) = start(&disk, true);
         assert_eq!((recovery.term, recovery.generation), (0, 3));
         assert_eq!(read.len(), 2);
         assert_eq!(recovery.outbox, [put("a", 1), put("web", 2)]);
@@ -195,21 +194,21 @@ fn without_the_outbox_a_snapshot_is_what_it_always_was() {
 /// The term is in a segment that no snapshot has yet, and the removal before it in one that a
 /// snapshot without the outbox has forgotten.
 #[test]
-fn a_start_without_the_outbox_takes_the_term_back() {
+fn start_without_outbox_resets_the_term() {
     for fails in [false, true] {
-        let machine = Machine::default();
-        let (mut journal, ..) = start(&machine, true);
+        let disk = SimulatedDisk::default();
+        let (mut journal, ..) = start(&disk, true);
         journal.append(1, &[put("web", 1), mirrored("web", 0)]).expect("a good disk");
         journal.append(2, &[remove("web")]).expect("a good disk");
         journal.rotate().expect("a good disk");
         journal.append(3, &[Record::Term { term: 2 }]).expect("a good disk");
         drop(journal);
         if fails {
-            machine.fail(Operation::Write, std::io::ErrorKind::StorageFull, 1);
+            disk.fail(Operation::Write, std::io::ErrorKind::StorageFull, 1);
         }
-        start(&machine, false).0.reap();
-        machine.mend();
-        let (_, recovery, _) = start(&machine, true);
+        start(&disk, false).0.reap();
+        disk.clear_faults();
+        let (_, recovery, _) = start(&disk, true);
         let (term, outbox) = if fails { (2, vec![remove("web")]) } else { (0, vec![]) };
         assert_eq!((recovery.term, recovery.outbox), (term, outbox));
     }
@@ -218,14 +217,14 @@ fn a_start_without_the_outbox_takes_the_term_back() {
 /// Lives of a directory that is opened with and without the outbox: as long as there is a term,
 /// nothing that Kubernetes lacks is missing, and nothing in the outbox is out of date.
 #[test]
-fn switched_off_and_on_the_outbox_is_never_too_small() {
-    let (mut lacking, mut forgotten) = (0, 0);
+fn outbox_switched_off_and_on_is_never_too_small() {
+    let (mut unmirrored, mut forgotten) = (0, 0);
     for seed in 0..60 {
         let rng = &mut Rng::with_seed(seed);
-        let (mut machine, mut ledger, mut generation) = (Machine::default(), Ledger::default(), 0);
+        let (mut disk, mut ledger, mut generation) = (SimulatedDisk::default(), Ledger::default(), 0);
         for _ in 0..8 {
-            let options = Options { segment_octets: rng.u64(100..2000), ..with(rng.bool()) };
-            let (mut journal, recovery, read) = open_with(&machine, &options, &Arc::default()).expect("a good disk");
+            let options = Options { segment_bytes: rng.u64(100..2000), ..with(rng.bool()) };
+            let (mut journal, recovery, read) = open_with(&disk, &options, &Arc::default()).expect("a good disk");
             assert_eq!((&read, recovery.generation), (&ledger.standing, generation), "seed {seed}");
             ledger.outbox = options.outbox;
             if options.outbox {
@@ -236,11 +235,11 @@ fn switched_off_and_on_the_outbox_is_never_too_small() {
                     let gone = last.is_none() && matches!(record, Record::Remove { .. });
                     assert!(last == Some(record) || gone, "seed {seed}: {record:?} is out of date");
                 }
-                for (instance, record) in ledger.lacking() {
+                for (instance, record) in ledger.unmirrored() {
                     let there = outbox.contains(instance);
                     let may_be_forgotten = ledger.term == 0 && matches!(record, Record::Remove { .. });
                     assert!(there || may_be_forgotten, "seed {seed}: {record:?} is not there");
-                    lacking += usize::from(there);
+                    unmirrored += usize::from(there);
                     forgotten += usize::from(!there);
                 }
                 // Whoever starts without a term gives up the removals, and begins one.
@@ -266,12 +265,12 @@ fn switched_off_and_on_the_outbox_is_never_too_small() {
                     journal.reap();
                 }
             }
-            let killed = Machine::holding(&machine.contents());
+            let killed = SimulatedDisk::holding(&disk.contents());
             drop(journal);
             if rng.bool() {
-                machine = killed;
+                disk = killed;
             }
         }
     }
-    assert!(lacking > 100 && forgotten > 0, "{lacking} {forgotten}");
+    assert!(unmirrored > 100 && forgotten > 0, "{unmirrored} {forgotten}");
 }

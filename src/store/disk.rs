@@ -1,7 +1,7 @@
-//! The one door to the disk: the few file operations the store needs, so that tests can put a
-//! disk behind it that forgets what was not synced, is full, or fails.
+//! The few file operations that the store needs, behind two traits, so that tests can replace the
+//! disk by one that forgets what was not synced, is full, or fails.
 //!
-//! Names are names within the data directory. Nothing here knows what the files hold.
+//! File names are relative to the data directory. This module does not know what the files hold.
 
 use std::{
     fmt, fs, io,
@@ -11,78 +11,78 @@ use std::{
 
 use rustix::io::Errno;
 
-/// What a name ends in until the file is whole.
-pub(super) const STAGED: &str = ".tmp";
+/// Ending of a file that is still being written.
+pub(super) const TEMP_SUFFIX: &str = ".tmp";
 
-/// A directory.
-pub(super) trait Files: fmt::Debug + Send + Sync {
+/// The data directory.
+pub(super) trait Directory: fmt::Debug + Send + Sync {
     /// The names of all files.
     fn list(&self) -> io::Result<Vec<String>>;
-    /// Makes an empty file, in place of one that has the name.
+    /// Creates an empty file and replaces a file of the same name.
     fn create(&self, name: &str) -> io::Result<Box<dyn File>>;
     /// Opens a file for reading and writing.
     fn open(&self, name: &str) -> io::Result<Box<dyn File>>;
-    /// Gives a file another name, in place of the file that has it.
+    /// Renames a file and replaces the one that has the new name.
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
-    /// Takes a name away.
+    /// Removes a file.
     fn remove(&self, name: &str) -> io::Result<()>;
-    /// When it returns, the names are on the disk.
+    /// Syncs the directory itself: file names are durable when this returns.
     fn sync_dir(&self) -> io::Result<()>;
 }
 
-/// An open file. It stays the same file when its name changes.
+/// An open file. A rename does not affect it.
 pub(super) trait File: fmt::Debug + Send {
-    /// Octets in the file.
+    /// Length in bytes.
     fn len(&self) -> io::Result<u64>;
-    /// Reads from `offset` and says how many octets that gave; 0 at the end.
+    /// Reads from `offset` and returns the number of bytes read; 0 at the end.
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize>;
-    /// Writes all of `bytes` at `offset`. Appending is writing at the end.
+    /// Writes all of `bytes` at `offset`. An append writes at the end.
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()>;
-    /// Cuts the file down to `len` octets.
+    /// Shortens the file to `len` bytes.
     fn truncate(&mut self, len: u64) -> io::Result<()>;
-    /// When it returns, the octets are on the disk.
+    /// Syncs the contents and the length: both are durable when this returns.
     fn sync(&mut self) -> io::Result<()>;
 }
 
-/// Makes the file `name` so that after a crash it is there whole or not at all.
-pub(super) fn publish<E: From<io::Error>>(
-    files: &dyn Files,
+/// Creates the file `name` so that a crash leaves either all of it or nothing.
+pub(super) fn write_atomically<E: From<io::Error>>(
+    files: &dyn Directory,
     name: &str,
     write: impl FnOnce(&mut dyn File) -> Result<(), E>,
 ) -> Result<Box<dyn File>, E> {
-    let staged = format!("{name}{STAGED}");
-    let mut file = files.create(&staged)?;
+    let temporary = format!("{name}{TEMP_SUFFIX}");
+    let mut file = files.create(&temporary)?;
     write(&mut *file)?;
-    file.sync()?; // 1. the octets, before a name points at them
-    files.rename(&staged, name)?; // 2. the name
+    file.sync()?; // 1. the bytes, before a name points at them
+    files.rename(&temporary, name)?; // 2. the name
     files.sync_dir()?; // 3. the directory that holds it
     Ok(file)
 }
 
-/// Whether a file could not be opened because there are too many open ones, here or in the whole
-/// system. Of what was asked nothing was done: no other step of [`publish`] needs a descriptor.
-pub(super) fn no_descriptor(err: &io::Error) -> bool {
+/// Whether a file could not be opened because this process, or the system, has too many open
+/// files. Then [`write_atomically`] has changed nothing: none of its later steps opens a file.
+pub(super) fn is_out_of_descriptors(err: &io::Error) -> bool {
     matches!(Errno::from_io_error(err), Some(Errno::MFILE | Errno::NFILE))
 }
 
-/// A real directory.
+/// A directory of the operating system.
 #[derive(Debug)]
-pub(super) struct Disk {
+pub(super) struct OsDirectory {
     path: PathBuf,
-    /// Open all the time, so that [`Files::sync_dir`] cannot fail for want of a descriptor.
+    /// Kept open for [`Directory::sync_dir`], which must not fail for want of a descriptor.
     dir: fs::File,
 }
 
-impl Disk {
+impl OsDirectory {
     pub(super) fn open(path: PathBuf) -> io::Result<Self> {
         let dir = fs::File::open(&path)?;
         Ok(Self { path, dir })
     }
 }
 
-impl Files for Disk {
+impl Directory for OsDirectory {
     fn list(&self) -> io::Result<Vec<String>> {
-        // A name that is not UTF-8 is none of ours.
+        // The store writes no name that is not UTF-8.
         let names = fs::read_dir(&self.path)?.map(|entry| Ok(entry?.file_name().into_string().ok()));
         names.filter_map(Result::transpose).collect()
     }
@@ -128,7 +128,7 @@ impl File for fs::File {
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        // fdatasync: the octets, and of the metadata the length, which is all that reading needs.
+        // fdatasync: of the metadata only the length, which is all that reading needs.
         self.sync_data()
     }
 }

@@ -1,55 +1,53 @@
-//! Goes through the frames of one file, past what is damaged.
+//! Reads the frames of one file and skips what is corrupt.
 //!
-//! It judges nothing: whether octets that are no frame are a torn tail or damage is decided by
-//! who has seen the whole file. It holds a window of the file and not the file.
+//! Whether bytes that are no frame are a torn write or corruption is decided in
+//! [`recover`](super::recover), which has seen the whole file. Memory: one window of the file.
 
 use std::{io, ops::Range};
 
 use super::{
-    files::File,
-    frame::{BadHeader, FRAME_LEN, Frame, HEADER_LEN, Header, Place},
+    disk::File,
+    frame::{FRAME_LEN, FileId, Frame, HEADER_LEN, Header, HeaderError},
 };
 
-/// Octets read at a time.
+/// Bytes read at a time.
 const WINDOW: usize = 1 << 20;
 
 /// What comes next in a file.
 #[derive(Debug)]
-pub(super) enum Piece<'w> {
+pub(super) enum ScanItem<'w> {
     /// A valid frame.
     Frame {
-        /// Where it begins and ends.
+        /// Offsets of its first byte and past its last.
         at: Range<u64>,
-        /// What it says.
         frame: Frame,
-        /// What it carries.
         payload: &'w [u8],
     },
-    /// Octets that are no frame, up to the next valid one or the end of the file.
-    Bad(Range<u64>),
+    /// Bytes that are no frame, up to the next valid frame or the end of the file.
+    Garbage(Range<u64>),
 }
 
-/// A reader of one file.
+/// Reads one file frame by frame.
 #[derive(Debug)]
-pub(super) struct Walk<'f> {
+pub(super) struct FrameReader<'f> {
     file: &'f dyn File,
-    place: Place,
-    /// The file ends here for this reader.
+    file_id: FileId,
+    /// Nothing is read past this offset.
     len: u64,
-    /// Where the next piece begins.
+    /// Offset of the next item.
     at: u64,
     window: Vec<u8>,
     window_at: u64,
 }
 
-impl<'f> Walk<'f> {
-    /// Begins behind the header and ends at `len`.
-    pub(super) fn new(file: &'f dyn File, place: Place, len: u64) -> Self {
-        Self { file, place, len, at: HEADER_LEN as u64, window: Vec::new(), window_at: 0 }
+impl<'f> FrameReader<'f> {
+    /// Reads from the end of the header to `len`.
+    pub(super) fn new(file: &'f dyn File, file_id: FileId, len: u64) -> Self {
+        Self { file, file_id, len, at: HEADER_LEN as u64, window: Vec::new(), window_at: 0 }
     }
 
-    /// The next piece, or `None` at the end.
-    pub(super) fn next(&mut self) -> io::Result<Option<Piece<'_>>> {
+    /// `None` at the end.
+    pub(super) fn next(&mut self) -> io::Result<Option<ScanItem<'_>>> {
         if self.at >= self.len {
             return Ok(None);
         }
@@ -58,27 +56,27 @@ impl<'f> Walk<'f> {
             self.at = from + length as u64;
             let start = self.in_window(from);
             let payload = &self.window[start + FRAME_LEN..start + length];
-            return Ok(Some(Piece::Frame { at: from..self.at, frame, payload }));
+            return Ok(Some(ScanItem::Frame { at: from..self.at, frame, payload }));
         }
-        // Lengths cannot be trusted here: every later octet may begin a frame, and its checksum
-        // covers its offset, so none is found where it does not belong.
+        // The length of a corrupt frame cannot be trusted, so every later byte may begin a frame.
+        // A checksum covers the offset: a copy of a frame elsewhere is not taken for one.
         self.at += 1;
         while self.at < self.len && self.frame_at(self.at)?.is_none() {
             self.at += 1;
         }
-        Ok(Some(Piece::Bad(from..self.at)))
+        Ok(Some(ScanItem::Garbage(from..self.at)))
     }
 
-    /// The frame that is valid at `at`, with its length in octets.
+    /// The frame that is valid at `at`, with its length in bytes.
     fn frame_at(&mut self, at: u64) -> io::Result<Option<(Frame, usize)>> {
         if !self.fill(at, FRAME_LEN)? {
             return Ok(None);
         }
         let start = self.in_window(at);
-        if !Frame::may_begin(&self.window[start..]) {
+        if !Frame::starts_with_magic(&self.window[start..]) {
             return Ok(None);
         }
-        let Some(payload) = Frame::claimed(&self.window[start..]) else {
+        let Some(payload) = Frame::claimed_payload_len(&self.window[start..]) else {
             return Ok(None);
         };
         let length = FRAME_LEN + payload;
@@ -86,7 +84,7 @@ impl<'f> Walk<'f> {
             return Ok(None);
         }
         let start = self.in_window(at);
-        let frame = Frame::decode(&self.window[start..start + length], self.place, at);
+        let frame = Frame::decode(&self.window[start..start + length], self.file_id, at);
         Ok(frame.map(|frame| (frame, length)))
     }
 
@@ -94,7 +92,7 @@ impl<'f> Walk<'f> {
         usize::try_from(at - self.window_at).expect("fill() put it there")
     }
 
-    /// Has the window hold `length` octets from `at`; false when the file ends before that.
+    /// Moves the window so that it holds `length` bytes from `at`; false when the file ends before that.
     fn fill(&mut self, at: u64, length: usize) -> io::Result<bool> {
         let end = at + length as u64;
         if end > self.len {
@@ -110,17 +108,17 @@ impl<'f> Walk<'f> {
     }
 }
 
-/// Reads the header of the file in `place`; the outer error is the disk's, the inner the file's.
-pub(super) fn read_header(file: &dyn File, place: Place) -> io::Result<Result<Header, BadHeader>> {
+/// Reads a file's header. The outer error is the disk's, the inner one the header's.
+pub(super) fn read_header(file: &dyn File, file_id: FileId) -> io::Result<Result<Header, HeaderError>> {
     let mut bytes = [0; HEADER_LEN];
     if file.len()? < HEADER_LEN as u64 {
-        return Ok(Err(BadHeader::Damaged));
+        return Ok(Err(HeaderError::Corrupt));
     }
     read_exact(file, 0, &mut bytes)?;
-    Ok(Header::decode(&bytes, place))
+    Ok(Header::decode(&bytes, file_id))
 }
 
-/// Fills `into` from `offset`.
+/// Fills `into` from `offset`; [`io::ErrorKind::UnexpectedEof`] when the file is too short.
 pub(super) fn read_exact(file: &dyn File, offset: u64, into: &mut [u8]) -> io::Result<()> {
     let mut done = 0;
     while done < into.len() {

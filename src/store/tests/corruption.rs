@@ -1,12 +1,12 @@
-//! Octets that are not what was written: found wherever they are, never taken for records.
+//! Bytes that are not what was written: found wherever they are, never taken for records.
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use super::{Model, apply, machine::Machine, open, open_with, random_batch, small};
+use super::{Model, apply, open, open_with, random_batch, simulated_disk::SimulatedDisk, small};
 use crate::store::{
     Options, Record, StoreError,
-    files::Files as _,
-    frame::{Frame, FrameBuffer, HEADER_LEN, Header, Place, StoreId},
+    disk::Directory as _,
+    frame::{FileId, Frame, FrameBuffer, HEADER_LEN, Header, StoreId},
 };
 
 type Contents = BTreeMap<String, Vec<u8>>;
@@ -23,9 +23,9 @@ struct Sample {
 /// A snapshot, a closed segment and a newest segment, or one segment only.
 fn sample(with_snapshot: bool) -> Sample {
     let rng = &mut fastrand::Rng::with_seed(7);
-    let machine = Machine::default();
-    let options = Options { segment_octets: 1 << 30, ..small() };
-    let (mut journal, ..) = open_with(&machine, &options, &Arc::default()).expect("a new directory");
+    let disk = SimulatedDisk::default();
+    let options = Options { segment_bytes: 1 << 30, ..small() };
+    let (mut journal, ..) = open_with(&disk, &options, &Arc::default()).expect("a new directory");
     let mut models = vec![Model::new()];
     for generation in 1..=9 {
         let batch = random_batch(rng);
@@ -42,9 +42,9 @@ fn sample(with_snapshot: bool) -> Sample {
             journal.rotate().expect("a good disk");
         }
     }
-    let killed = machine.contents();
+    let killed = disk.contents();
     drop(journal);
-    Sample { killed, closed: machine.contents(), models }
+    Sample { killed, closed: disk.contents(), models }
 }
 
 fn accepting() -> Options {
@@ -54,7 +54,7 @@ fn accepting() -> Options {
 /// The last frame of the newest segment.
 fn last_batch(contents: &Contents) -> (String, std::ops::Range<usize>) {
     let (name, bytes) = contents.iter().rfind(|(name, _)| name.starts_with("journal")).expect("a segment");
-    let starts = bytes.windows(4).enumerate().filter(|(_, four)| Frame::may_begin(four));
+    let starts = bytes.windows(4).enumerate().filter(|(_, four)| Frame::starts_with_magic(four));
     let start = starts.map(|(at, _)| at).next_back().expect("a frame");
     (name.clone(), start..bytes.len())
 }
@@ -69,50 +69,50 @@ fn a_last_record_torn_at_any_octet_is_cut_and_reported() {
             let bytes = torn.get_mut(&name).expect("it is there");
             bytes.truncate(end);
             bytes.extend_from_slice(filler);
-            // A frame whose last octets are those of the filler is whole again.
+            // A frame whose last bytes are those of the filler is whole again.
             if bytes.starts_with(&killed[&name]) {
                 continue;
             }
-            let machine = Machine::holding(&torn);
-            let (journal, recovery, read) = open(&machine).expect("a torn tail is no damage");
+            let disk = SimulatedDisk::holding(&torn);
+            let (journal, recovery, read) = open(&disk).expect("a torn tail is no damage");
             assert_eq!(read, models[8], "torn at {end}");
             assert_eq!(recovery.generation, 8);
-            let expected = format!("cut {} octets from offset {}", end + filler.len() - frame.start, frame.start);
+            let expected = format!("cut {} bytes from offset {}", end + filler.len() - frame.start, frame.start);
             assert!(recovery.repairs[0].contains(&expected), "{:?} lacks {expected}", recovery.repairs);
             assert!(recovery.repairs[0].contains("data/journal-0000000001"), "{:?}", recovery.repairs);
             drop(journal);
-            let (_, recovery, read) = open(&machine).expect("cut once");
+            let (_, recovery, read) = open(&disk).expect("cut once");
             assert_eq!((read, recovery.repairs), (models[8].clone(), vec![]));
         }
     }
 }
 
 #[test]
-fn a_batch_of_several_frames_is_there_whole_or_not_at_all() {
+fn batch_of_several_frames_is_atomic() {
     let rng = &mut fastrand::Rng::with_seed(3);
-    let machine = Machine::default();
-    let (mut journal, ..) = open(&machine).expect("a new directory");
-    journal.frame_octets = 60;
+    let disk = SimulatedDisk::default();
+    let (mut journal, ..) = open(&disk).expect("a new directory");
+    journal.frame_bytes = 60;
     let (first, second): (Vec<Record>, Vec<Record>) =
         ((0..4).flat_map(|_| random_batch(rng)).collect(), (0..4).flat_map(|_| random_batch(rng)).collect());
     journal.append(1, &first).expect("a good disk");
-    let before = machine.contents()["journal-0000000001"].len();
+    let before = disk.contents()["journal-0000000001"].len();
     journal.append(2, &second).expect("a good disk");
-    let whole = machine.contents();
+    let whole = disk.contents();
     let mut expected = Model::new();
     first.iter().for_each(|record| apply(&mut expected, record));
     let len = whole["journal-0000000001"].len();
     for end in before..len {
         let mut torn = whole.clone();
         torn.get_mut("journal-0000000001").expect("it is there").truncate(end);
-        let (_, _, read) = open(&Machine::holding(&torn)).expect("a torn tail");
+        let (_, _, read) = open(&SimulatedDisk::holding(&torn)).expect("a torn tail");
         assert_eq!(read, expected, "torn at {end} of {before}..{len}");
     }
     // Pages reach the disk in any order: a hole in the last batch, its end there, is torn as well.
     for hole in before..len {
         let mut torn = whole.clone();
         torn.get_mut("journal-0000000001").expect("it is there")[hole] ^= 0x55;
-        let (_, recovery, read) = open(&Machine::holding(&torn)).expect("a torn tail");
+        let (_, recovery, read) = open(&SimulatedDisk::holding(&torn)).expect("a torn tail");
         assert_eq!(read, expected, "a hole at {hole}");
         assert_eq!(recovery.repairs.len(), 1);
     }
@@ -128,7 +128,7 @@ fn a_flipped_octet_anywhere_is_found() {
                 for at in 0..bytes.len() {
                     let mut flipped = contents.clone();
                     flipped.get_mut(name).expect("it is there")[at] ^= 1 << (at % 8);
-                    let opened = open(&Machine::holding(&flipped));
+                    let opened = open(&SimulatedDisk::holding(&flipped));
                     if *name == newest && tail.contains(&at) {
                         // Nothing on the disk vouches for the last frame: of a clean end that is
                         // a mark, which holds nothing.
@@ -137,10 +137,10 @@ fn a_flipped_octet_anywhere_is_found() {
                         assert_eq!(recovery.repairs.len(), 1, "{name} at {at}");
                     } else {
                         let err = opened.err().unwrap_or_else(|| panic!("{name} at {at} was not noticed"));
-                        let StoreError::Damaged { damages, .. } = &err else { panic!("{name} at {at}: {err}") };
-                        let octets = damages[0].octets.clone().expect("a place");
-                        assert!(octets.contains(&(at as u64)), "{name} at {at}: {err}");
-                        assert!(damages[0].path.ends_with(name), "{name} at {at}: {err}");
+                        let StoreError::Corrupt { corruptions, .. } = &err else { panic!("{name} at {at}: {err}") };
+                        let bytes = corruptions[0].bytes.clone().expect("a place");
+                        assert!(bytes.contains(&(at as u64)), "{name} at {at}: {err}");
+                        assert!(corruptions[0].path.ends_with(name), "{name} at {at}: {err}");
                     }
                 }
             }
@@ -149,38 +149,41 @@ fn a_flipped_octet_anywhere_is_found() {
 }
 
 #[test]
-fn a_file_cut_short_or_gone_is_found() {
+fn truncated_or_missing_file_is_detected() {
     let sample = sample(true);
     for (name, bytes) in &sample.closed {
         let (newest, _) = last_batch(&sample.closed);
         let mut without = sample.closed.clone();
         without.remove(name);
-        let gone = open(&Machine::holding(&without));
+        let gone = open(&SimulatedDisk::holding(&without));
         // Nobody can tell that the newest segment was there, if another one is before it.
-        assert!(matches!(gone, Err(StoreError::Damaged { .. })) || *name == newest, "{name} gone");
+        assert!(matches!(gone, Err(StoreError::Corrupt { .. })) || *name == newest, "{name} gone");
         for len in (0..bytes.len()).filter(|_| *name != newest) {
             let mut cut = sample.closed.clone();
             cut.get_mut(name).expect("it is there").truncate(len);
-            assert!(matches!(open(&Machine::holding(&cut)), Err(StoreError::Damaged { .. })), "{name} cut at {len}");
+            assert!(
+                matches!(open(&SimulatedDisk::holding(&cut)), Err(StoreError::Corrupt { .. })),
+                "{name} cut at {len}"
+            );
         }
     }
 }
 
 #[test]
-fn accepted_loss_keeps_everything_else_and_sets_the_file_aside() {
+fn accepted_loss_keeps_all_other_records_and_the_corrupt_file() {
     let sample = sample(true);
     for (name, bytes) in &sample.closed {
         for at in (0..bytes.len()).step_by(5) {
             let mut flipped = sample.closed.clone();
             flipped.get_mut(name).expect("it is there")[at] ^= 1;
-            let machine = Machine::holding(&flipped);
-            if open(&machine).is_ok() {
+            let disk = SimulatedDisk::holding(&flipped);
+            if open(&disk).is_ok() {
                 continue; // the last mark
             }
-            let machine = Machine::holding(&flipped);
+            let disk = SimulatedDisk::holding(&flipped);
             let (mut journal, recovery, read) =
-                open_with(&machine, &accepting(), &Arc::default()).expect("the loss is accepted");
-            assert!(recovery.repairs[0].starts_with(&format!("given up: data/{name} at offset ")), "{recovery:?}");
+                open_with(&disk, &accepting(), &Arc::default()).expect("the loss is accepted");
+            assert!(recovery.repairs[0].starts_with(&format!("loss accepted: data/{name} at offset ")), "{recovery:?}");
             assert_eq!(recovery.generation, 9);
             if at < HEADER_LEN {
                 assert_eq!(read, sample.models[9], "{name} at {at}: only the header is damaged");
@@ -191,48 +194,52 @@ fn accepted_loss_keeps_everything_else_and_sets_the_file_aside() {
             journal.append(10, &batch).expect("it goes on");
             batch.iter().for_each(|record| apply(&mut after, record));
             drop(journal);
-            assert!(machine.contents().contains_key(&format!("{name}.damaged")), "{name} at {at}");
-            machine.power_cut(rng);
-            let (_, recovery, read) = open(&machine).expect("mended");
+            assert!(disk.contents().contains_key(&format!("{name}.corrupt")), "{name} at {at}");
+            disk.power_cut(rng);
+            let (_, recovery, read) = open(&disk).expect("mended");
             assert_eq!((read, recovery.repairs), (after, vec![]), "{name} at {at}");
         }
     }
 }
 
 #[test]
-fn a_batch_that_is_lost_takes_no_other_with_it() {
+fn corrupt_batch_loses_no_other_batch() {
     let Sample { closed, models, .. } = sample(false);
     let name = "journal-0000000001";
-    let starts: Vec<usize> =
-        closed[name].windows(4).enumerate().filter(|(_, four)| Frame::may_begin(four)).map(|(at, _)| at).collect();
+    let starts: Vec<usize> = closed[name]
+        .windows(4)
+        .enumerate()
+        .filter(|(_, four)| Frame::starts_with_magic(four))
+        .map(|(at, _)| at)
+        .collect();
     // Frame 0 is the mark of the first start; frame 9 holds the last batch.
     let mut flipped = closed;
     flipped.get_mut(name).expect("it is there")[starts[9] + 40] ^= 1;
-    let said = open(&Machine::holding(&flipped)).expect_err("it was acknowledged").to_string();
-    let place = format!("data/{name} at offset {} ({} octets): the checksum", starts[9], starts[10] - starts[9]);
-    assert!(said.contains(&place) && said.contains("what changed after generation 8 and before 9"), "{said}");
+    let said = open(&SimulatedDisk::holding(&flipped)).expect_err("it was acknowledged").to_string();
+    let file_id = format!("data/{name} at offset {} ({} bytes): the checksum", starts[9], starts[10] - starts[9]);
+    assert!(said.contains(&file_id) && said.contains("what changed after generation 8 and before 9"), "{said}");
     assert!(said.contains("--accept-loss"), "{said}");
-    let (_, _, read) = open_with(&Machine::holding(&flipped), &accepting(), &Arc::default()).expect("accepted");
+    let (_, _, read) = open_with(&SimulatedDisk::holding(&flipped), &accepting(), &Arc::default()).expect("accepted");
     assert_eq!(read, models[8]);
 }
 
 #[test]
-fn a_file_of_another_store_is_refused() {
+fn file_of_another_store_is_refused() {
     let mut contents = sample(true).closed;
-    let place = Place::journal(4);
+    let file_id = FileId::journal(4);
     let (newest, _) = last_batch(&contents);
-    assert_eq!(newest, Place::journal(3).name());
-    let header = Header { id: StoreId::draw(), place, previous_len: contents[&newest].len() as u64 };
-    contents.insert(place.name(), header.encode().to_vec());
-    let said = open(&Machine::holding(&contents)).expect_err("not ours").to_string();
+    assert_eq!(newest, FileId::journal(3).file_name());
+    let header = Header { id: StoreId::random(), file_id, previous_len: contents[&newest].len() as u64 };
+    contents.insert(file_id.file_name(), header.encode().to_vec());
+    let said = open(&SimulatedDisk::holding(&contents)).expect_err("not ours").to_string();
     assert!(said.contains("journal-0000000004: belongs to the data directory of another gangplank"), "{said}");
 }
 
 #[test]
-fn what_a_later_version_wrote_is_refused_whatever_is_accepted() {
+fn newer_format_is_refused_even_with_accept_loss() {
     let closed = sample(false).closed;
     let name = "journal-0000000001";
-    let place = Place::journal(1);
+    let file_id = FileId::journal(1);
     let end = closed[name].len() as u64;
 
     let mut version = closed.clone();
@@ -246,9 +253,9 @@ fn what_a_later_version_wrote_is_refused_whatever_is_accepted() {
         let mut contents = closed.clone();
         let mut buffer = FrameBuffer::new();
         buffer.extend_raw(payload);
-        let mut bytes = buffer.seal(&frame, place, end).to_vec();
+        let mut bytes = buffer.finish(&frame, file_id, end).to_vec();
         bytes[12] |= flags;
-        let crc = crc32c::crc32c_append(place.seed(end), &bytes[8..]);
+        let crc = crc32c::crc32c_append(file_id.seed(end), &bytes[8..]);
         bytes[4..8].copy_from_slice(&crc.to_le_bytes());
         contents.get_mut(name).expect("it is there").extend_from_slice(&bytes);
         contents
@@ -260,7 +267,7 @@ fn what_a_later_version_wrote_is_refused_whatever_is_accepted() {
         (appended(&[0x12, 0], 0), "a record of a kind, or with a field"),          // field 2 of the payload
     ] {
         for options in [small(), accepting()] {
-            let opened = open_with(&Machine::holding(&contents), &options, &Arc::default());
+            let opened = open_with(&SimulatedDisk::holding(&contents), &options, &Arc::default());
             let said = opened.expect_err("unknown").to_string();
             assert!(said.contains("newer gangplank") && said.contains(says), "{said}");
         }
@@ -268,7 +275,7 @@ fn what_a_later_version_wrote_is_refused_whatever_is_accepted() {
 }
 
 #[test]
-fn a_record_that_no_door_lets_in_is_damage_with_its_place() {
+fn invalid_record_is_corruption_with_its_offset() {
     let closed = sample(false).closed;
     let name = "journal-0000000001";
     let end = closed[name].len() as u64;
@@ -276,52 +283,52 @@ fn a_record_that_no_door_lets_in_is_damage_with_its_place() {
     let mut buffer = FrameBuffer::new();
     buffer.extend_raw(&[0x0A, 2, 0x0A, 0]); // a Put of nothing
     let frame = Frame { more: false, end: false, unknown_flags: 0, generation: 10, synced: end };
-    contents.get_mut(name).expect("it is there").extend_from_slice(buffer.seal(&frame, Place::journal(1), end));
-    let said = open(&Machine::holding(&contents)).expect_err("no instance").to_string();
+    contents.get_mut(name).expect("it is there").extend_from_slice(buffer.finish(&frame, FileId::journal(1), end));
+    let said = open(&SimulatedDisk::holding(&contents)).expect_err("no instance").to_string();
     assert!(
         said.contains(&format!("{name} at offset {end}")) && said.contains("namespace: must not be empty"),
         "{said}"
     );
-    let machine = Machine::holding(&contents);
-    open_with(&machine, &accepting(), &Arc::default()).expect("accepted");
-    open(&machine).expect("the next start is clean");
+    let disk = SimulatedDisk::holding(&contents);
+    open_with(&disk, &accepting(), &Arc::default()).expect("accepted");
+    open(&disk).expect("the next start is clean");
 }
 
 #[test]
-fn stale_files_are_removed_at_the_start_and_foreign_ones_stay() {
+fn obsolete_files_are_removed_and_foreign_files_stay() {
     let mut contents = sample(true).closed;
     contents.insert("journal-0000000001".into(), vec![1, 2, 3]);
     contents.insert("snapshot-0000000009.tmp".into(), vec![1]);
     contents.insert("notes.txt".into(), vec![1]);
-    let machine = Machine::holding(&contents);
-    let file = machine.open("notes.txt").expect("it is there");
+    let disk = SimulatedDisk::holding(&contents);
+    let file = disk.open("notes.txt").expect("it is there");
     assert_eq!(file.len().expect("open"), 1);
-    let (journal, recovery, _) = open(&machine).expect("nothing that counts is damaged");
+    let (journal, recovery, _) = open(&disk).expect("nothing that counts is damaged");
     assert_eq!(recovery.repairs, Vec::<String>::new());
     drop(journal);
-    let names: Vec<String> = machine.contents().into_keys().collect();
+    let names: Vec<String> = disk.contents().into_keys().collect();
     assert!(names.contains(&"notes.txt".into()) && !names.iter().any(|name| name.ends_with(".tmp")), "{names:?}");
     assert!(!names.contains(&"journal-0000000001".into()), "{names:?}");
 }
 
 #[test]
-fn a_start_that_sets_files_aside_can_be_cut_anywhere() {
+fn accepting_a_loss_survives_a_crash_at_any_operation() {
     let mut flipped = sample(true).closed;
     flipped.get_mut("journal-0000000002").expect("it is there")[100] ^= 1;
-    let accepted = |machine: &Machine| open_with(machine, &accepting(), &Arc::default());
-    let (_, _, expected) = accepted(&Machine::holding(&flipped)).expect("accepted");
+    let accepted = |disk: &SimulatedDisk| open_with(disk, &accepting(), &Arc::default());
+    let (_, _, expected) = accepted(&SimulatedDisk::holding(&flipped)).expect("accepted");
     for seed in 0..5 {
         let rng = &mut fastrand::Rng::with_seed(seed);
         for operations in 0.. {
-            let machine = Machine::holding(&flipped);
-            machine.cut_after(operations);
-            drop(accepted(&machine));
-            if !machine.is_off() {
+            let disk = SimulatedDisk::holding(&flipped);
+            disk.cut_after(operations);
+            drop(accepted(&disk));
+            if !disk.is_off() {
                 assert!(operations > 15, "the cuts went through all of it");
                 break;
             }
-            machine.power_cut(rng);
-            let (_, _, read) = accepted(&machine).expect("still accepted");
+            disk.power_cut(rng);
+            let (_, _, read) = accepted(&disk).expect("still accepted");
             assert_eq!(read, expected, "cut after {operations}");
         }
     }

@@ -1,4 +1,4 @@
-//! A machine whose power can be cut: files that forget what was not synced, names that forget
+//! A disk whose power can be cut: files that forget what was not synced, names that forget
 //! what their directory was not synced for, and a disk that fails when told to.
 
 use std::{
@@ -10,9 +10,9 @@ use std::{
 use fastrand::Rng;
 use rustix::io::Errno;
 
-use super::super::files::{File, Files};
+use super::super::disk::{Directory, File};
 
-/// What a disk writes at once: a cut tears writes at any of these, or at any octet.
+/// What a disk writes at once: a cut tears writes at any of these, or at any byte.
 const SECTOR: usize = 512;
 
 /// What can be told to fail.
@@ -49,14 +49,14 @@ impl Change {
 }
 
 #[derive(Debug, Clone)]
-enum Naming {
+enum NameChange {
     Link(String, usize),
     Unlink(String),
     /// From, to, and what is meant: the entry itself is what a directory writes.
     Rename(String, String, usize),
 }
 
-impl Naming {
+impl NameChange {
     fn apply(&self, names: &mut BTreeMap<String, usize>) {
         match self {
             Self::Link(name, inode) => {
@@ -87,7 +87,7 @@ struct State {
     inodes: Vec<Inode>,
     names: BTreeMap<String, usize>,
     durable_names: BTreeMap<String, usize>,
-    pending_names: Vec<Naming>,
+    pending_names: Vec<NameChange>,
     /// Operations until the power goes.
     left: Option<u64>,
     off: bool,
@@ -98,13 +98,13 @@ struct State {
 /// What the system says of an operation that fails.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Fault {
-    Kind(io::ErrorKind),
+    FileKind(io::ErrorKind),
     Number(Errno),
 }
 
 impl From<io::ErrorKind> for Fault {
     fn from(kind: io::ErrorKind) -> Self {
-        Self::Kind(kind)
+        Self::FileKind(kind)
     }
 }
 
@@ -117,17 +117,17 @@ impl From<Errno> for Fault {
 impl From<Fault> for io::Error {
     fn from(fault: Fault) -> Self {
         match fault {
-            Fault::Kind(kind) => kind.into(),
+            Fault::FileKind(kind) => kind.into(),
             Fault::Number(number) => number.into(),
         }
     }
 }
 
-/// The machine. Clones are the same one.
+/// The disk. Clones are the same one.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Machine(Arc<Mutex<State>>);
+pub(super) struct SimulatedDisk(Arc<Mutex<State>>);
 
-impl Machine {
+impl SimulatedDisk {
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().expect("no test panics while it holds this")
     }
@@ -146,16 +146,16 @@ impl Machine {
         self.state().fault = Some((operation, fault.into(), times));
     }
 
-    pub(super) fn mend(&self) {
+    pub(super) fn clear_faults(&self) {
         self.state().fault = None;
     }
 
-    /// Cuts the power and starts the machine again: of what was not synced, any part may be left.
+    /// Cuts the power and starts the disk again: of what was not synced, any part may be left.
     pub(super) fn power_cut(&self, rng: &mut Rng) {
         let state = &mut *self.state();
         let in_order = rng.bool();
-        for naming in kept(&std::mem::take(&mut state.pending_names), in_order, rng) {
-            naming.apply(&mut state.durable_names);
+        for name_change in kept(&std::mem::take(&mut state.pending_names), in_order, rng) {
+            name_change.apply(&mut state.durable_names);
         }
         state.names = state.durable_names.clone();
         for inode in &mut state.inodes {
@@ -189,7 +189,7 @@ impl Machine {
         state.names.iter().map(|(name, inode)| (name.clone(), state.inodes[*inode].cached.clone())).collect()
     }
 
-    /// A machine whose disk holds exactly these files.
+    /// A disk whose disk holds exactly these files.
     pub(super) fn holding(contents: &BTreeMap<String, Vec<u8>>) -> Self {
         let mut state = State::default();
         for (name, bytes) in contents {
@@ -202,21 +202,21 @@ impl Machine {
 
     /// Counts an operation; whether it only begins, because the power goes during it, and the
     /// error it ends with.
-    fn operate(state: &mut State, operation: Operation) -> Result<(), Interrupted> {
+    fn operate(state: &mut State, operation: Operation) -> Result<(), OperationError> {
         if state.off {
-            return Err(Interrupted::Never(off()));
+            return Err(OperationError::NoEffect(off()));
         }
         if let Some((failing, fault, times)) = &mut state.fault
             && *failing == operation
             && *times > 0
         {
             *times -= 1;
-            return Err(Interrupted::Halfway(io::Error::from(*fault)));
+            return Err(OperationError::Partial(io::Error::from(*fault)));
         }
         match &mut state.left {
             Some(0) => {
                 state.off = true;
-                Err(Interrupted::Halfway(off()))
+                Err(OperationError::Partial(off()))
             }
             Some(left) => {
                 *left -= 1;
@@ -228,17 +228,17 @@ impl Machine {
 }
 
 /// How an operation ended that did not succeed.
-enum Interrupted {
+enum OperationError {
     /// It had no effect.
-    Never(io::Error),
+    NoEffect(io::Error),
     /// It may have had a part of its effect.
-    Halfway(io::Error),
+    Partial(io::Error),
 }
 
-impl From<Interrupted> for io::Error {
-    fn from(err: Interrupted) -> Self {
+impl From<OperationError> for io::Error {
+    fn from(err: OperationError) -> Self {
         match err {
-            Interrupted::Never(err) | Interrupted::Halfway(err) => err,
+            OperationError::NoEffect(err) | OperationError::Partial(err) => err,
         }
     }
 }
@@ -278,7 +278,7 @@ fn sectors(changes: &[Change]) -> Vec<Change> {
     split
 }
 
-impl Files for Machine {
+impl Directory for SimulatedDisk {
     fn list(&self) -> io::Result<Vec<String>> {
         let state = self.state();
         if state.off { Err(off()) } else { Ok(state.names.keys().cloned().collect()) }
@@ -288,16 +288,16 @@ impl Files for Machine {
         let state = &mut *self.state();
         Self::operate(state, Operation::Create)?;
         if let Some(&inode) = state.names.get(name) {
-            let handle = Handle { machine: self.clone(), inode };
+            let handle = SimulatedFile { disk: self.clone(), inode };
             handle.change(state, Change::Truncate(0));
             return Ok(Box::new(handle));
         }
         let inode = state.inodes.len();
         state.inodes.push(Inode::default());
-        let naming = Naming::Link(name.into(), inode);
-        naming.apply(&mut state.names);
-        state.pending_names.push(naming);
-        Ok(Box::new(Handle { machine: self.clone(), inode }))
+        let name_change = NameChange::Link(name.into(), inode);
+        name_change.apply(&mut state.names);
+        state.pending_names.push(name_change);
+        Ok(Box::new(SimulatedFile { disk: self.clone(), inode }))
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn File>> {
@@ -306,47 +306,47 @@ impl Files for Machine {
             return Err(off());
         }
         let inode = *state.names.get(name).ok_or(io::ErrorKind::NotFound)?;
-        Ok(Box::new(Handle { machine: self.clone(), inode }))
+        Ok(Box::new(SimulatedFile { disk: self.clone(), inode }))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         let inode = *self.state().names.get(from).ok_or(io::ErrorKind::NotFound)?;
-        self.rename_names(Operation::Rename, Naming::Rename(from.into(), to.into(), inode))
+        self.rename_names(Operation::Rename, NameChange::Rename(from.into(), to.into(), inode))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        self.rename_names(Operation::Remove, Naming::Unlink(name.into()))
+        self.rename_names(Operation::Remove, NameChange::Unlink(name.into()))
     }
 
     fn sync_dir(&self) -> io::Result<()> {
         let state = &mut *self.state();
         Self::operate(state, Operation::SyncDir)?;
-        for naming in std::mem::take(&mut state.pending_names) {
-            naming.apply(&mut state.durable_names);
+        for name_change in std::mem::take(&mut state.pending_names) {
+            name_change.apply(&mut state.durable_names);
         }
         Ok(())
     }
 }
 
-impl Machine {
-    fn rename_names(&self, operation: Operation, naming: Naming) -> io::Result<()> {
+impl SimulatedDisk {
+    fn rename_names(&self, operation: Operation, name_change: NameChange) -> io::Result<()> {
         let state = &mut *self.state();
         let done = Self::operate(state, operation);
-        if matches!(done, Ok(()) | Err(Interrupted::Halfway(_))) && (done.is_ok() || state.off) {
-            naming.apply(&mut state.names);
-            state.pending_names.push(naming);
+        if matches!(done, Ok(()) | Err(OperationError::Partial(_))) && (done.is_ok() || state.off) {
+            name_change.apply(&mut state.names);
+            state.pending_names.push(name_change);
         }
         Ok(done?)
     }
 }
 
 #[derive(Debug)]
-struct Handle {
-    machine: Machine,
+struct SimulatedFile {
+    disk: SimulatedDisk,
     inode: usize,
 }
 
-impl Handle {
+impl SimulatedFile {
     fn change(&self, state: &mut State, change: Change) {
         let inode = &mut state.inodes[self.inode];
         change.apply(&mut inode.cached);
@@ -354,13 +354,13 @@ impl Handle {
     }
 }
 
-impl File for Handle {
+impl File for SimulatedFile {
     fn len(&self) -> io::Result<u64> {
-        Ok(self.machine.state().inodes[self.inode].cached.len() as u64)
+        Ok(self.disk.state().inodes[self.inode].cached.len() as u64)
     }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
-        let state = self.machine.state();
+        let state = self.disk.state();
         if state.off {
             return Err(off());
         }
@@ -372,22 +372,22 @@ impl File for Handle {
     }
 
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let state = &mut *self.machine.state();
-        let done = Machine::operate(state, Operation::Write);
+        let state = &mut *self.disk.state();
+        let done = SimulatedDisk::operate(state, Operation::Write);
         match &done {
             Ok(()) => self.change(state, Change::Write(offset, bytes.to_vec())),
             // The disk is full or gone in the middle of it.
-            Err(Interrupted::Halfway(_)) => {
+            Err(OperationError::Partial(_)) => {
                 self.change(state, Change::Write(offset, bytes[..bytes.len() / 2].to_vec()));
             }
-            Err(Interrupted::Never(_)) => {}
+            Err(OperationError::NoEffect(_)) => {}
         }
         Ok(done?)
     }
 
     fn truncate(&mut self, len: u64) -> io::Result<()> {
-        let state = &mut *self.machine.state();
-        let done = Machine::operate(state, Operation::Truncate);
+        let state = &mut *self.disk.state();
+        let done = SimulatedDisk::operate(state, Operation::Truncate);
         if done.is_ok() || state.off {
             self.change(state, Change::Truncate(len));
         }
@@ -395,8 +395,8 @@ impl File for Handle {
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        let state = &mut *self.machine.state();
-        let done = Machine::operate(state, Operation::Sync);
+        let state = &mut *self.disk.state();
+        let done = SimulatedDisk::operate(state, Operation::Sync);
         let off = state.off;
         let inode = &mut state.inodes[self.inode];
         match &done {
@@ -407,7 +407,7 @@ impl File for Handle {
             }
             // As Linux has it: after a failed fsync the pages count as clean. They can still be
             // read, and will never be written unless they are changed again.
-            Err(Interrupted::Halfway(_)) if !off => inode.pending.clear(),
+            Err(OperationError::Partial(_)) if !off => inode.pending.clear(),
             Err(_) => {}
         }
         Ok(done?)

@@ -1,0 +1,382 @@
+//! Compaction: the snapshot and the closed segments after it become one new snapshot.
+//!
+//! A snapshot has the number of a segment and holds the instances at the end of that segment, one
+//! entry each, in the order of their keys, and then the term, if there is one. With the outbox each
+//! entry says since when it is unmirrored, and unmirrored removals have entries too; without it a
+//! compaction drops all that.
+//!
+//! A merge streams the old snapshot and holds in memory what the closed segments changed. It runs
+//! on a thread of its own, reads durable files only, and changes nothing that the journal writes
+//! to: registrations never wait for it. When it fails, the old files stay, and only space is lost.
+
+use std::{
+    io,
+    iter::Peekable,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Instant,
+};
+
+use tracing::{info, warn};
+
+use super::{
+    Record,
+    disk::{Directory, File, TEMP_SUFFIX, write_atomically},
+    format::{DecodeError, Entry, EntryKind, Payload, RecordDecoder},
+    frame::{FileId, FileKind, Frame, FrameBuffer, HEADER_LEN, Header, StoreId},
+    outbox::ClosedChanges,
+    reader::{FrameReader, ScanItem, read_header},
+};
+use crate::metrics::Metrics;
+
+/// Payload size in bytes at which a frame of a snapshot is finished.
+const SNAPSHOT_FRAME_BYTES: usize = 256 << 10;
+
+/// Bytes after which the new snapshot is synced, so that the sync of a batch never waits behind a
+/// whole snapshot in the disk's queue.
+const SYNC_INTERVAL: u64 = 8 << 20;
+
+/// Ending of a corrupt file that was set aside.
+pub(super) const CORRUPT_SUFFIX: &str = ".corrupt";
+
+/// What all parts of an open store use.
+#[derive(Debug, Clone)]
+pub(super) struct StoreContext {
+    pub(super) files: Arc<dyn Directory>,
+    /// The directory's path, for messages only.
+    pub(super) dir: PathBuf,
+    pub(super) id: StoreId,
+    /// Whether snapshots keep the outbox.
+    pub(super) outbox: bool,
+    pub(super) metrics: Arc<Metrics>,
+}
+
+/// A file that is not written to any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct ClosedFile {
+    pub(super) number: u64,
+    pub(super) len: u64,
+}
+
+/// The input of a compaction.
+#[derive(Debug, Clone)]
+pub(super) struct CompactionPlan {
+    pub(super) snapshot: Option<ClosedFile>,
+    /// In order; at least one.
+    pub(super) segments: Vec<ClosedFile>,
+    /// Leave out what is corrupt, instead of failing.
+    pub(super) lossy: bool,
+    /// Files that are renamed afterwards instead of removed, so that an operator can inspect them.
+    pub(super) keep: Vec<FileId>,
+}
+
+/// Why a compaction made no snapshot.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CompactionError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("{0}")]
+    Corrupt(String),
+    #[error("stopped")]
+    Stopped,
+}
+
+/// A compaction on a thread of its own.
+#[derive(Debug)]
+pub(super) struct CompactionTask {
+    thread: thread::JoinHandle<Option<ClosedFile>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl CompactionTask {
+    pub(super) fn start(context: StoreContext, plan: CompactionPlan) -> io::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&stop);
+        let thread = thread::Builder::new().name("compaction".into()).spawn(move || {
+            let began = Instant::now();
+            let result = compact(&context, &plan, &seen);
+            let metrics = &context.metrics.store;
+            match result {
+                Ok(snapshot) => {
+                    metrics.compaction_seconds.observe(began.elapsed().as_secs_f64());
+                    metrics.compacted(true);
+                    info!(snapshot = snapshot.number, bytes = snapshot.len, "journal compacted");
+                    Some(snapshot)
+                }
+                Err(CompactionError::Stopped) => None,
+                Err(err) => {
+                    metrics.compacted(false);
+                    warn!(
+                        dir = %context.dir.display(), %err,
+                        "the journal was not compacted; nothing is lost, it is tried again when the next segment is full"
+                    );
+                    None
+                }
+            }
+        })?;
+        Ok(Self { thread, stop })
+    }
+
+    /// Whether [`finish`](Self::finish) would not wait.
+    pub(super) fn is_finished(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Asks it to stop early.
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits for it and returns the new snapshot, if there is one.
+    pub(super) fn finish(self, metrics: &Metrics) -> Option<ClosedFile> {
+        self.thread.join().unwrap_or_else(|_| {
+            metrics.store.compacted(false);
+            warn!("the compaction of the journal panicked; it is tried again when the next segment is full");
+            None
+        })
+    }
+}
+
+/// Writes the new snapshot, then removes the files that it replaces.
+pub(super) fn compact(
+    context: &StoreContext,
+    plan: &CompactionPlan,
+    stop: &AtomicBool,
+) -> Result<ClosedFile, CompactionError> {
+    let files = &*context.files;
+    let file_id = FileId::snapshot(plan.segments.last().expect("a plan has a segment").number);
+    let name = file_id.file_name();
+    let mut len = 0;
+    let published = write_atomically(files, &name, |file| {
+        len = merge(context, plan, file_id, file, stop)?;
+        Ok(())
+    });
+    if let Err(err) = published {
+        // Best effort: the next start removes it.
+        let _ = files.remove(&format!("{name}{TEMP_SUFFIX}"));
+        return Err(err);
+    }
+    // 4. The old files, only after the new name is durable. What cannot be removed, or comes back
+    //    after a crash, is removed with the next snapshot or by the next start.
+    if let Err(err) = remove_old(files, plan, file_id.number) {
+        warn!(dir = %context.dir.display(), %err, "cannot remove files that a snapshot has replaced; they only take space");
+    }
+    context.metrics.store.snapshot_bytes.set(i64::try_from(len).unwrap_or(i64::MAX));
+    Ok(ClosedFile { number: file_id.number, len })
+}
+
+fn remove_old(files: &dyn Directory, plan: &CompactionPlan, newest: u64) -> io::Result<()> {
+    for name in files.list()? {
+        match FileId::parse(&name) {
+            Some(old) if !superseded(old, newest) => {}
+            Some(old) if plan.keep.contains(&old) => files.rename(&name, &format!("{name}{CORRUPT_SUFFIX}"))?,
+            Some(_) => files.remove(&name)?,
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+/// Whether the snapshot `newest` replaces the file.
+pub(super) fn superseded(file_id: FileId, newest: u64) -> bool {
+    match file_id.kind {
+        FileKind::Journal => file_id.number <= newest,
+        FileKind::Snapshot => file_id.number < newest,
+    }
+}
+
+/// Writes the snapshot into `file` and returns its length.
+fn merge(
+    context: &StoreContext,
+    plan: &CompactionPlan,
+    file_id: FileId,
+    file: &mut dyn File,
+    stop: &AtomicBool,
+) -> Result<u64, CompactionError> {
+    let mut source = MergeInput { context, lossy: plan.lossy, stop, generation: 0 };
+    let mut changes = ClosedChanges::default();
+    for segment in &plan.segments {
+        source.entries(FileId::journal(segment.number), segment.len, &mut |entry, generation| {
+            changes.take(entry, generation);
+            Ok(())
+        })?;
+    }
+    let ClosedChanges { entries, services, mut term } = changes;
+    let mut changes = entries.into_iter().peekable();
+    let mut writer = SnapshotWriter::begin(context, file_id, file, source.generation)?;
+    if let Some(old) = plan.snapshot {
+        let mut last = Vec::new();
+        source.entries(FileId::snapshot(old.number), old.len, &mut |mut entry, generation| {
+            let key = entry.key();
+            if !last.is_empty() && key <= last {
+                return Err(CompactionError::Corrupt(format!(
+                    "{} is not in order",
+                    FileId::snapshot(old.number).file_name()
+                )));
+            }
+            if let EntryKind::Term { term: old } = entry.kind() {
+                term.get_or_insert(old);
+                return Ok(());
+            }
+            writer.generation = writer.generation.max(generation);
+            writer.changes_before(&mut changes, Some(&key))?;
+            if changes.peek().is_none_or(|(changed, _)| *changed != key) {
+                services.settle(&key, &mut entry, generation);
+                writer.instance(entry)?;
+            }
+            last = key;
+            Ok(())
+        })?;
+    }
+    writer.changes_before(&mut changes, None)?;
+    writer.term(term.unwrap_or(0))?;
+    writer.generation = source.generation;
+    writer.end()
+}
+
+/// Reads the files of a merge.
+struct MergeInput<'m> {
+    context: &'m StoreContext,
+    lossy: bool,
+    stop: &'m AtomicBool,
+    /// The highest that was read.
+    generation: u64,
+}
+
+impl MergeInput<'_> {
+    /// Passes every entry of a file to `take`, with the generation of its frame.
+    fn entries(
+        &mut self,
+        file_id: FileId,
+        len: u64,
+        take: &mut dyn FnMut(Entry, u64) -> Result<(), CompactionError>,
+    ) -> Result<(), CompactionError> {
+        let name = file_id.file_name();
+        let damaged = |what: &dyn std::fmt::Display| CompactionError::Corrupt(format!("{name}: {what}"));
+        let file = match self.context.files.open(&name) {
+            Err(err) if self.lossy && err.kind() == io::ErrorKind::NotFound => return Ok(()),
+            file => file?,
+        };
+        let header = read_header(&*file, file_id)?;
+        let ours = header.as_ref().is_ok_and(|header| header.id == self.context.id);
+        if !self.lossy && (!ours || file.len()? != len) {
+            return Err(damaged(&"is not the file that was there"));
+        }
+        if header.is_ok() && !ours {
+            return Ok(()); // a file of another store, which recovery has reported
+        }
+        let mut reader = RecordDecoder::default();
+        let mut ended = false;
+        let mut frames = FrameReader::new(&*file, file_id, len);
+        while let Some(item) = frames.next()? {
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(CompactionError::Stopped);
+            }
+            let (at, frame, payload) = match item {
+                ScanItem::Frame { at, frame, payload } => (at, frame, payload),
+                ScanItem::Garbage(_) if self.lossy => continue,
+                ScanItem::Garbage(at) => return Err(damaged(&format_args!("bytes {at:?} cannot be read"))),
+            };
+            self.generation = self.generation.max(frame.generation);
+            ended = frame.end;
+            let payload = match Payload::read(payload) {
+                Ok(payload) => payload,
+                Err(DecodeError::Invalid(_)) if self.lossy => continue,
+                Err(DecodeError::Invalid(err) | DecodeError::Newer(err)) => {
+                    return Err(damaged(&format_args!("the frame at {}: {err}", at.start)));
+                }
+            };
+            for entry in payload.entries {
+                // Recovery has validated every entry; only what it dropped as corrupt must be dropped
+                // again.
+                if !self.lossy || reader.record(entry.clone()).is_ok() {
+                    take(entry, frame.generation)?;
+                }
+            }
+        }
+        if file_id.kind == FileKind::Snapshot && !ended && !self.lossy {
+            return Err(damaged(&"has no end"));
+        }
+        Ok(())
+    }
+}
+
+/// Writes a snapshot.
+struct SnapshotWriter<'m> {
+    context: &'m StoreContext,
+    file_id: FileId,
+    file: &'m mut dyn File,
+    frame: FrameBuffer,
+    /// The highest generation that was read so far.
+    generation: u64,
+    at: u64,
+    synced: u64,
+}
+
+impl<'m> SnapshotWriter<'m> {
+    fn begin(context: &'m StoreContext, file_id: FileId, file: &'m mut dyn File, generation: u64) -> io::Result<Self> {
+        file.write_at(0, &Header { id: context.id, file_id, previous_len: 0 }.encode())?;
+        Ok(Self { context, file_id, file, frame: FrameBuffer::new(), generation, at: HEADER_LEN as u64, synced: 0 })
+    }
+
+    /// Writes the changes whose keys are before `key`.
+    fn changes_before(
+        &mut self,
+        changes: &mut Peekable<impl Iterator<Item = (Vec<u8>, Entry)>>,
+        key: Option<&Vec<u8>>,
+    ) -> io::Result<()> {
+        while let Some((_, entry)) = changes.next_if(|(changed, _)| key.is_none_or(|key| changed < key)) {
+            self.instance(entry)?;
+        }
+        Ok(())
+    }
+
+    /// Writes an instance's entry, unless it is a removal that need not be kept.
+    fn instance(&mut self, mut entry: Entry) -> io::Result<()> {
+        if !self.context.outbox {
+            entry.set_since(None);
+        }
+        if entry.is_removal() && entry.since(0) == 0 {
+            return Ok(());
+        }
+        self.put(&entry)
+    }
+
+    fn term(&mut self, term: u64) -> io::Result<()> {
+        if !self.context.outbox || term == 0 {
+            return Ok(());
+        }
+        self.put(&Entry::from(&Record::Term { term }))
+    }
+
+    fn put(&mut self, entry: &Entry) -> io::Result<()> {
+        self.frame.push(entry);
+        if self.frame.payload_len() >= SNAPSHOT_FRAME_BYTES {
+            self.flush(false)?;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self, end: bool) -> io::Result<()> {
+        let frame = Frame { more: false, end, unknown_flags: 0, generation: self.generation, synced: self.synced };
+        let bytes = self.frame.finish(&frame, self.file_id, self.at);
+        self.file.write_at(self.at, bytes)?;
+        self.at += bytes.len() as u64;
+        self.context.metrics.store.snapshot_written_bytes.inc_by(bytes.len() as u64);
+        self.frame.clear();
+        if self.at - self.synced >= SYNC_INTERVAL {
+            self.file.sync()?;
+            self.synced = self.at;
+        }
+        Ok(())
+    }
+
+    fn end(mut self) -> Result<u64, CompactionError> {
+        self.flush(true)?;
+        Ok(self.at)
+    }
+}
