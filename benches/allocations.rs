@@ -5,8 +5,8 @@
 
 #![allow(unsafe_code)] // a counting allocator cannot be written without
 
-#[path = "support/world.rs"]
-mod world;
+#[path = "support/bench_zone.rs"]
+mod bench_zone;
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -21,7 +21,7 @@ use gangplank::{
     zone::ServiceChange,
 };
 
-use world::{BenchZone, instance, mix, service};
+use bench_zone::{BenchZone, instance, mix, service};
 
 struct Counting;
 
@@ -36,11 +36,11 @@ fn count(what: &'static thread::LocalKey<Cell<u64>>) {
     let _ = what.try_with(|count| count.set(count.get() + 1));
 }
 
-fn hold(octets: i64) {
-    let _ = HELD.try_with(|held| held.set(held.get() + octets));
+fn hold(bytes: i64) {
+    let _ = HELD.try_with(|held| held.set(held.get() + bytes));
 }
 
-/// Octets that the C library's allocator takes for a request: its own word, in steps of 16.
+/// Bytes that the C library's allocator takes for a request, including its header, in steps of 16.
 fn taken(layout: Layout) -> i64 {
     ((layout.size() + 8).div_ceil(16) * 16).max(32) as i64
 }
@@ -50,14 +50,14 @@ unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(&ALLOCATED);
         hold(taken(layout));
-        // SAFETY: the caller's promise is handed on.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc`, which is passed on.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
         count(&FREED);
         hold(-taken(layout));
-        // SAFETY: the caller's promise is handed on.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc`, which is passed on.
         unsafe { System.dealloc(at, layout) }
     }
 }
@@ -73,8 +73,8 @@ fn main() {
 fn answers_allocate_nothing() {
     const SERVICES: u32 = 1000;
     const QUERIES: u64 = 400_000;
-    let mut world = BenchZone::of(SERVICES, 3);
-    let zone = world.zone.clone();
+    let mut bench_zone = BenchZone::of(SERVICES, 3);
+    let zone = bench_zone.zone.clone();
     let queries = mix(SERVICES, &mut fastrand::Rng::with_seed(1));
     let (stop, published) = (AtomicBool::new(false), AtomicU64::new(0));
     let (allocated, freed) = thread::scope(|scope| {
@@ -98,7 +98,7 @@ fn answers_allocate_nothing() {
         let mut number = 0;
         while !stop.load(Ordering::Relaxed) {
             let key = service(number % SERVICES);
-            world.put(&key, instance(&key, number % SERVICES * 3, (number % 7) as f32));
+            bench_zone.put(&key, instance(&key, number % SERVICES * 3, (number % 7) as f32));
             published.fetch_add(1, Ordering::Relaxed);
             number += 1;
         }
@@ -112,7 +112,7 @@ fn answers_allocate_nothing() {
 
 fn instances_are_small() {
     for (services, instances) in [(200_000u32, 1u32), (20_000, 10), (2, 10_000)] {
-        let mut world = BenchZone::new();
+        let mut bench_zone = BenchZone::new();
         // The registry's own values are made before and held throughout: the zone shares them.
         let all: Vec<_> = (0..services)
             .map(|number| {
@@ -132,10 +132,10 @@ fn instances_are_small() {
             .collect();
         let before = HELD.get();
         for (service, changes, after) in &all {
-            world.publish(&[ServiceChange { service, changes, after, foreign: None }]);
+            bench_zone.publish(&[ServiceChange { service, changes, after, foreign: None }]);
         }
         let each = (HELD.get() - before) / i64::from(services * instances);
-        println!("zone alone, {services} services of {instances}: {each} octets per instance");
-        assert!(each <= 250, "P5: 250 octets per instance");
+        println!("zone alone, {services} services of {instances}: {each} bytes per instance");
+        assert!(each <= 250, "P5: 250 bytes per instance");
     }
 }

@@ -1,20 +1,20 @@
 //! What one answer costs, without sockets: `answer()` over the mix of questions, by size of the
 //! zone; and what one change costs, by size of the service and of the zone (P1d, P6).
 
-#[path = "support/world.rs"]
-mod world;
+#[path = "support/bench_zone.rs"]
+mod bench_zone;
 
 use std::hint::black_box;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use gangplank::dns::{Context, MAX_UDP, Transport, answer};
 
-use world::{BenchZone, instance, mix, service};
+use bench_zone::{BenchZone, instance, mix, service};
 
 fn answers(c: &mut Criterion) {
     let mut group = c.benchmark_group("answer");
     for (services, instances) in [(1_000, 3), (100_000, 3), (1_000_000, 1)] {
-        let world = BenchZone::of(services, instances);
+        let bench_zone = BenchZone::of(services, instances);
         let mut rng = fastrand::Rng::with_seed(1);
         let queries = mix(services, &mut rng);
         let context = Context { transport: Transport::Udp, nsid: b"bench" };
@@ -23,7 +23,7 @@ fn answers(c: &mut Criterion) {
         group.bench_function(format!("mix, {services} services of {instances}"), |b| {
             b.iter(|| {
                 let packet = next.next().expect("it goes round");
-                black_box(answer(&world.zone.pin(), &context, &mut rng, packet, &mut out))
+                black_box(answer(&bench_zone.zone.pin(), &context, &mut rng, packet, &mut out))
             });
         });
     }
@@ -33,7 +33,7 @@ fn answers(c: &mut Criterion) {
 fn changes(c: &mut Criterion) {
     let mut group = c.benchmark_group("publish one change");
     for (services, instances) in [(1, 1), (1, 32), (1, 10_000), (1_000, 1), (100_000, 1), (1_000_000, 1)] {
-        let mut world = BenchZone::of(services, instances);
+        let mut bench_zone = BenchZone::of(services, instances);
         // As many as there are, but not more than the caches mind: spread over all services.
         let spread = (0..(services * instances).min(20_000)).map(|n| (n.wrapping_mul(7919)) % (services * instances));
         let made: Vec<_> = spread
@@ -46,7 +46,7 @@ fn changes(c: &mut Criterion) {
         group.bench_function(format!("{services} services of {instances}"), |b| {
             b.iter(|| {
                 let (key, instance) = next.next().expect("it goes round");
-                world.put(key, instance.clone());
+                bench_zone.put(key, instance.clone());
             });
         });
     }

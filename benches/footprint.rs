@@ -141,6 +141,6 @@ async fn main() {
     println!("µs of CPU per query: echo {:.2}, gangplank {:.2}", spread(echoes).0, spread(costs).0);
     row("CPU per query ÷ bare recv_from/send_to echo", ratios, "≤ 1.3 (P1a ÷ batched echo: later)");
     drop((ours, bare));
-    row("resident octets per instance, 1 a service", vec![grown(1).await], "≤ 550");
-    row("resident octets per instance, 10 a service", vec![grown(10).await], "≤ 300");
+    row("resident bytes per instance, 1 a service", vec![grown(1).await], "≤ 550");
+    row("resident bytes per instance, 10 a service", vec![grown(10).await], "≤ 300");
 }

@@ -132,7 +132,7 @@ async fn seen_soon(what: &str, server: &Peer) {
     percentiles("  sent, then acknowledged", answered);
 }
 
-/// What P3 is beside: the disk alone, with as many octets as a registration takes.
+/// The baseline of P3: the disk alone, with as many bytes as a registration takes.
 fn syncs(parent: &Path) {
     let path = parent.join("sync");
     let mut file = File::create(&path).expect("it can be made");
@@ -144,7 +144,7 @@ fn syncs(parent: &Path) {
         times.push(begun.elapsed());
     }
     fs::remove_file(path).expect("it is there");
-    percentiles("  fdatasync of 100 octets, alone", times);
+    percentiles("  fdatasync of 100 bytes, alone", times);
 }
 
 /// P7: from the start of the process until it is ready, beside Knot DNS with the same records.
@@ -198,7 +198,7 @@ impl Knot {
 
     /// Starts it, and stops it once it serves.
     fn start(&self) -> Duration {
-        // It cannot say which port it took, so it is given one that was free a moment ago.
+        // knotd cannot report a port that the kernel chose, so it gets one that was free a moment ago.
         let free = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a free port");
         let (at, SocketAddr::V4(free)) = (self.dir.path().display(), free) else { panic!("it was bound to IPv4") };
         let config = format!(

@@ -1,5 +1,5 @@
-//! Clients that are not ours: registrants generated from the contract in other languages, and the
-//! resolvers that people use.
+//! Third-party clients: registrants generated from the contract in other languages, and common
+//! resolvers.
 
 use std::{collections::HashMap, path::Path};
 
@@ -58,7 +58,7 @@ fn python_registrant(contract: &str) {
     });
 }
 
-/// What every registrant must meet, whatever it is written in: `call` runs one command.
+/// What every registrant must see, in any language: `call` runs one command.
 fn registrant(call: &dyn Fn(&Server, &[&str]) -> String) {
     let server = Server::start();
     let unary = |command: &[&str]| {

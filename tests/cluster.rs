@@ -1,5 +1,5 @@
-//! The control plane that other tests stand on: it is real, it is the release that was asked for,
-//! gangplank's account has its rights and no others, and what is made to go wrong does.
+//! The control plane of the other tests: it is real and of the configured release, gangplank's account
+//! has its rights and no others, and the proxy injects the faults that it is told to.
 
 use std::{
     fs,
@@ -21,7 +21,7 @@ use kube::{
 use serde_json::{Value, json};
 
 use crate::support::{
-    PATIENCE,
+    WAIT_TIMEOUT,
     cluster::{CONTEXT, Cluster, Who},
     coredns::CoreDns,
     dns::{Over, answers},
@@ -419,7 +419,7 @@ impl Watch {
 
     /// The next event; `None` if the watch ends instead.
     fn next(&self) -> Option<String> {
-        match self.events.recv_timeout(PATIENCE) {
+        match self.events.recv_timeout(WAIT_TIMEOUT) {
             Ok(event) => Some(event),
             Err(RecvTimeoutError::Disconnected) => None,
             Err(RecvTimeoutError::Timeout) => panic!("the watch neither says anything nor ends"),

@@ -1,9 +1,9 @@
-//! CoreDNS in front, with the configurations that are shipped: a real one, asked by a raw client.
+//! A real CoreDNS in front, with the configurations in `coredns/`, queried by a raw client.
 
 use hickory_proto::{op::ResponseCode, rr::RecordType};
 
 use crate::support::{
-    coredns::{CoreDns, shipped},
+    coredns::{CoreDns, corefile},
     dns::{Over, answers, ask},
     server::Server,
     tools,
@@ -21,7 +21,7 @@ fn server_with_web() -> Server {
 fn coredns_forwards_a_stub_domain() {
     let Some(program) = tools::require("coredns") else { return };
     let server = server_with_web();
-    let coredns = CoreDns::start(&program, &shipped("stub-domain.Corefile", server.dns));
+    let coredns = CoreDns::start(&program, &corefile("stub-domain.Corefile", server.dns));
     let through = |name: &str, rtype| answers(coredns.address, Over::Udp, name, rtype);
     assert_eq!(through("web.prod.svc.cluster.local.", RecordType::A), ["10.0.0.1"]);
     assert_eq!(through("_http._tcp.web.prod.svc.cluster.local.", RecordType::SRV).len(), 2);
@@ -30,7 +30,7 @@ fn coredns_forwards_a_stub_domain() {
     for missing in ["nothing.prod.svc.cluster.local.", "web.prod.svc.cluster.local.prod.svc.cluster.local."] {
         assert_eq!(ask(coredns.address, Over::Udp, missing, RecordType::A).response_code, ResponseCode::NXDomain);
     }
-    // What is registered now is there now: nothing in between remembers the miss.
+    // A new instance is answered at once: CoreDNS has not cached the NXDOMAIN.
     server.register("prod", "nothing", "10.0.0.9", "http=8080");
     assert_eq!(through("nothing.prod.svc.cluster.local.", RecordType::A), ["10.0.0.9"]);
 }
@@ -43,7 +43,7 @@ fn coredns_falls_through_to_gangplank() {
     // address, stands for the resolver behind the general `forward`.
     let elsewhere = Server::start();
     elsewhere.register("other", "far", "10.9.9.9", "http=8080");
-    let corefile = shipped("fall-through.Corefile", server.dns);
+    let corefile = corefile("fall-through.Corefile", server.dns);
     let begin = corefile.find("    kubernetes ").expect("the plugin is configured");
     let end = begin + corefile[begin..].find("    }\n").expect("its block ends") + "    }\n".len();
     let corefile = corefile.replace(&corefile[begin..end], "").replace("/etc/resolv.conf", &elsewhere.dns.to_string());

@@ -1,7 +1,7 @@
-//! Acknowledged registrations survive `kill -9`: nothing is lost, nothing comes back.
+//! Acknowledged registrations survive `kill -9`: nothing is lost, nothing removed returns.
 //!
 //! Clients load the server ([`Clients`]). At a random number of acknowledgements it is killed and
-//! started again on the same directory, and what it then serves is compared with what they know.
+//! started again on the same directory, and what it then serves is compared with what they recorded.
 //!
 //! `GANGPLANK_CRASH_CYCLES` sets the number of cycles; `make crash` runs the long form.
 
@@ -9,7 +9,7 @@ use std::env;
 
 use crate::support::{ledger::Clients, server::Server};
 
-/// Cycles where nothing else is said: enough for CI.
+/// Cycles by default: enough for CI.
 const CYCLES: usize = 20;
 
 #[test]

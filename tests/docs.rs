@@ -1,10 +1,10 @@
-//! What the pages show is what happens: every `console` block of the README and of `docs/` is
-//! carried out against the real binary, and what it prints is compared.
+//! Every `console` block of the README and of `docs/` is run against the real binary, and its output
+//! compared.
 //!
 //! A page is one session from top to bottom. `make run` starts the server, on free ports, and
-//! again on the same data; `kill -9 …` and `kill -TERM …` strike that server; every other command
-//! is run by a shell. Ports are exchanged for the real ones on the way in and back on the way
-//! out; generations, times and process ids compare as equal, and so do runs of blanks.
+//! again on the same data; `kill -9 …` and `kill -TERM …` signal that server; every other command
+//! is run by a shell. Default ports in commands are replaced by the real ones, and back in their
+//! output; generations, times and process ids compare as equal, and so do runs of blanks.
 
 use std::{
     fs,
@@ -20,7 +20,7 @@ use crate::{
     },
 };
 
-/// The default drain time would only be waited for.
+/// The default drain time would only slow the tests down.
 const QUICK: [&str; 2] = ["--drain", "100ms"];
 
 #[test]

@@ -1,8 +1,8 @@
-//! Knot DNS, loaded with the records that the registrations must give, says what gangplank says:
-//! an oracle that shares no line with it. Records, response codes, AA, and the SOA of what is not
-//! there are compared; sizes are not, so everything is asked over TCP.
+//! Knot DNS, loaded with the records that the registrations must produce, answers like gangplank: an
+//! oracle that shares no code with it. Records, response codes, AA, and the SOA of negative answers are
+//! compared; sizes are not, so every query goes over TCP.
 //!
-//! Listed differences, which are not asked: ANY (RFC 8482 lets a server choose), and names in a
+//! Known differences, which are not queried: ANY (RFC 8482 lets a server choose), and names in a
 //! reverse zone that are shorter than an address and have no instance below them.
 
 use std::{
@@ -53,7 +53,7 @@ impl Knot {
     fn start(knotd: &std::path::Path, zones: &[(&str, String)]) -> Self {
         let dir = TempDir::new().expect("a temporary directory can be made");
         let at = dir.path().display();
-        // It cannot say which port it took, so it is given one that was free a moment ago.
+        // knotd cannot report a port that the kernel chose, so it gets one that was free a moment ago.
         let free = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = free.local_addr().expect("it is bound");
         drop((UdpSocket::bind(address).expect("it is free for both"), free));

@@ -1,5 +1,5 @@
-//! What stands in Kubernetes is restored at the start and followed from then on, through whatever
-//! happens to the API server and to the watches.
+//! Objects in Kubernetes are restored at the start and watched from then on, through outages of the
+//! API server and faults of the watches.
 
 use hickory_proto::rr::RecordType;
 use serde_json::{Value, json};
@@ -22,7 +22,7 @@ fn create(cluster: &Cluster, path: &str, object: &Value) {
 const SERVICES: &str = "/api/v1/namespaces/prod/services";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/prod/endpointslices";
 
-/// What a registration is told.
+/// The answer to a registration.
 const ABSENT: &str = "does not exist in Kubernetes";
 const FOREIGN: &str = "is not managed by gangplank";
 
@@ -57,7 +57,7 @@ fn wait_addresses(server: &Server, service: &str, wanted: &[&str]) {
     wait_until(&format!("{service} is {wanted:?}"), || (addresses(server, service) == wanted).then_some(()));
 }
 
-/// Tries to register until it is done, where `refusal` is none, or until it is refused so.
+/// Registers until it succeeds, or until it is refused with `refusal`.
 fn wait_registration(server: &Server, namespace: &str, service: &str, refusal: Option<&str>) {
     let mut said = String::new();
     let what = format!("registering {namespace}/{service}: {refusal:?}");
@@ -133,7 +133,7 @@ fn existing_slices_are_restored_and_watched() {
     cluster.kubectl(&["label", "service", "shop", "-n", "prod", "gangplank.dev/service=joined"]);
     wait_addresses(&server, "shop", &["10.1.0.1", "10.1.0.2"]);
 
-    // The API server dies and comes back with something that nobody saw happen.
+    // The API server is killed, and comes back with a change that no watch saw.
     cluster.kill_api_server();
     wait_metric(&server, "gangplank_kubernetes_watches{resource=\"services\"}", 0);
     wait_line(&server, "names are answered as before");
@@ -165,13 +165,13 @@ fn watches_survive_drops_expiry_and_silence() {
     wait_metric(&server, "gangplank_kubernetes_watches{resource=\"services\"}", 1);
     assert_eq!((lists("services"), lists("namespaces")), (1, 1));
 
-    // A broken connection: the watch goes on where it was, nothing is listed again.
+    // A broken connection: the watch resumes, without a new list.
     proxy.drop_connections();
     create(&cluster, SERVICES, &service("one", None));
     wait_registration(&server, "prod", "one", Some(FOREIGN));
     assert_eq!((lists("services"), lists("namespaces")), (1, 1));
 
-    // Expired: one list, whatever way it is said.
+    // Expired: one list, however the API server reports it.
     proxy.inject_first(1, Fault::ErrorEvent(410), |call| call.is("watch", "services"));
     proxy.inject_first(1, Fault::answer(410), |call| call.is("watch", "namespaces"));
     proxy.drop_connections();
@@ -183,7 +183,7 @@ fn watches_survive_drops_expiry_and_silence() {
     wait_registration(&server, "late", "web", None);
     assert_eq!((lists("services"), lists("namespaces")), (2, 2));
 
-    // Taken and never answered.
+    // Accepted and never answered.
     proxy.inject_first(1, Fault::Hang, |call| call.is("watch", "services"));
     proxy.drop_connections();
     wait_metric(&server, &restarts("services", "silent"), 1);
@@ -191,7 +191,7 @@ fn watches_survive_drops_expiry_and_silence() {
     wait_registration(&server, "prod", "three", Some(FOREIGN));
     assert_eq!(lists("services"), 2);
 
-    // A right is gone: a person must act.
+    // A right is missing: a person must act.
     proxy.inject(Fault::answer(403), |call| call.is("watch", "services"));
     proxy.drop_connections();
     wait_line(&server, "does not let this account list and watch services");

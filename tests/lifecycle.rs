@@ -1,4 +1,4 @@
-//! Start, stop, and what a broken disk does: who is refused, what is said, and what goes on.
+//! Start, stop, and disk faults: what is refused, what is reported, and what keeps working.
 
 use std::{
     fs::{self, OpenOptions},
@@ -13,7 +13,7 @@ use hickory_proto::{op::ResponseCode, rr::RecordType};
 use tempfile::TempDir;
 
 use crate::support::{
-    PATIENCE,
+    WAIT_TIMEOUT,
     dns::{Over, answers, ask},
     http,
     server::{BINARY, Process, Server},
@@ -21,12 +21,11 @@ use crate::support::{
 
 const WEB: &str = "web.prod.svc.cluster.local.";
 
-/// Asks again and again until `reached` says yes; each question goes over a socket, so that the
-/// wait gives the processor away.
+/// Polls until `reached` returns true. Each poll goes over a socket, so that the loop yields the CPU.
 fn wait_for(what: &str, mut reached: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !reached() {
-        assert!(begun.elapsed() < PATIENCE, "waited in vain for this: {what}");
+        assert!(begun.elapsed() < WAIT_TIMEOUT, "waited in vain for this: {what}");
     }
 }
 
@@ -107,9 +106,9 @@ fn torn_tail_is_cut_and_earlier_damage_refuses_to_start() {
 
     // One bit of the first record: valid records follow it, so it is no torn tail.
     let data = server.into_data();
-    let place = whole.windows(4).position(|octets| octets == b"prod").expect("the namespace stands in the record");
+    let offset = whole.windows(4).position(|bytes| bytes == b"prod").expect("the namespace stands in the record");
     let mut file = OpenOptions::new().write(true).open(&newest).expect("the segment is there");
-    file.seek(SeekFrom::Start(place as u64)).and_then(|_| file.write_all(b"pROD")).expect("damage");
+    file.seek(SeekFrom::Start(offset as u64)).and_then(|_| file.write_all(b"pROD")).expect("damage");
     let dir = data.path().display().to_string();
     let any = "127.0.0.1:0";
     let flags = ["--data-dir", &dir, "--grpc-listen", any, "--dns-listen", any, "--admin-listen", any];
@@ -168,7 +167,7 @@ fn newest_segment(data: &Path) -> PathBuf {
     segments.pop().expect("a journal has a segment")
 }
 
-/// A file system of half a megabyte, gone on drop.
+/// A file system of half a megabyte, unmounted on drop.
 struct SmallDisk(TempDir);
 
 impl SmallDisk {
@@ -211,7 +210,7 @@ fn a_full_disk_stops_registrations_until_a_restart_and_dns_goes_on() {
     let filler = disk.0.path().join("filler");
     let full = fs::write(&filler, vec![1; 1 << 20]);
     assert!(full.is_err(), "a megabyte does not fit");
-    // What is left of the last page still takes a few records.
+    // The rest of the last page still has room for a few records.
     let mut acknowledged = vec!["10.0.0.1".to_owned()];
     let refusal = (2..=254).find_map(|last| {
         let address = format!("10.0.0.{last}");
@@ -228,7 +227,7 @@ fn a_full_disk_stops_registrations_until_a_restart_and_dns_goes_on() {
     assert_eq!(status, 503, "{body}");
     assert_eq!(http::get(admin, "/readyz").0, 200);
 
-    // A disk with room again proves nothing: only a restart knows what was written.
+    // Free space is not enough: only a restart finds out what was written.
     fs::remove_file(&filler).expect("it was written");
     assert_eq!(register("10.1.0.1").status.code(), Some(1));
     acknowledged.sort();

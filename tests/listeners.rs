@@ -1,4 +1,4 @@
-//! Where DNS is answered: several addresses, both families, and what a wildcard means.
+//! DNS listeners: several addresses, both families, and wildcards.
 
 use std::net::SocketAddr;
 

@@ -1,4 +1,4 @@
-//! All integration tests, in one binary: files are named by what they prove.
+//! All integration tests, in one binary. Files are named by what they test.
 
 mod clients;
 mod cluster;

@@ -1,5 +1,5 @@
-//! The metrics that pages name are those of a real scrape, and every metric of a scrape stands on
-//! the page of operations: names and labels both.
+//! The metrics in the docs are those of a real scrape, and every metric of a scrape is in
+//! `docs/operations.md`, with its labels.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,7 +24,7 @@ const OPERATIONS: &str = "docs/operations.md";
 /// Labels by name, as a scrape has them or as a page has them.
 type Metrics<'t> = BTreeMap<&'t str, BTreeSet<&'t str>>;
 
-/// A server that has seen something of everything.
+/// A server that has had traffic of every kind.
 fn busy_server() -> Server {
     let server = Server::start();
     server.register("prod", "web", "10.0.0.1", "http=8080");

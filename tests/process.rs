@@ -1,4 +1,4 @@
-//! The process as an operator meets it: what survives a kill, how it ends, what it says of itself.
+//! The process as an operator sees it: restarts, exit codes, probes, refusals.
 
 use hickory_proto::{
     op::ResponseCode,

@@ -1,7 +1,7 @@
-//! Visible before acknowledged: the moment an answer arrives, DNS says the same.
+//! Visible before acknowledged: when an answer arrives, DNS already has the change.
 //!
-//! Eight streams register and remove pipelined; whoever gets an answer asks DNS at once, A, SRV
-//! and PTR, over UDP and TCP. `GANGPLANK_VISIBILITY_CHECKS` sets how many answers are checked;
+//! Eight pipelined streams register and remove instances, and query DNS right after each answer, for
+//! A, SRV and PTR, over UDP and TCP. `GANGPLANK_VISIBILITY_CHECKS` sets how many answers are checked;
 //! `make read-your-writes` checks 100 000.
 
 use std::{env, net::SocketAddr};
@@ -18,12 +18,12 @@ use crate::support::{
     server::Server,
 };
 
-/// Answers that are checked where nothing else is said: enough for CI.
+/// Answers that are checked by default: enough for CI.
 const CHECKS: usize = 10_000;
 
 const STREAMS: usize = 8;
 
-/// Messages of one stream that are under way together.
+/// Messages of one stream in flight.
 const WINDOW: usize = 32;
 
 fn message(kind: RegistrationType, stream: usize, n: usize) -> RegistrationMsg {

@@ -1,6 +1,6 @@
-//! RFC 8906 §8: the probes by which others find servers that fail to answer, each over UDP and TCP.
+//! RFC 8906 §8: the probes that detect servers which fail to answer, each over UDP and TCP.
 //!
-//! Packets are made octet by octet, because the libraries refuse to make most of them.
+//! Packets are built octet by octet, because libraries refuse to build most of them.
 
 use std::net::SocketAddr;
 

@@ -1,4 +1,4 @@
-//! Servers in processes of their own, on cores of their own, and what the kernel says of them.
+//! Servers in processes of their own, on cores of their own, and their CPU and memory use.
 
 use std::{
     fs,
@@ -59,7 +59,7 @@ impl Peer {
         fs::read_to_string(format!("/proc/{}/{file}", self.child.id())).expect("it runs")
     }
 
-    /// Octets of memory that it occupies.
+    /// Resident memory in bytes.
     pub(crate) fn resident(&self) -> f64 {
         let status = self.proc("status");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux says it");

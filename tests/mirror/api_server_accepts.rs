@@ -1,5 +1,5 @@
-//! What the door lets in, Kubernetes takes: generated registrations, as Services and slices, in a
-//! dry run of the real API server, as the administrator and as gangplank under its policy.
+//! Registrations that the validator accepts are valid in Kubernetes: generated instances, as Services
+//! and slices, in a dry run of a real API server, as the administrator and as gangplank's account.
 //!
 //! Every run generates anew; a case that fails is printed whole. `GANGPLANK_ACCEPTED_CASES` says how
 //! many instances are tried, and `GANGPLANK_TEST_KUBERNETES=1.35` before which Kubernetes.
@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 
 use crate::support::cluster::Cluster;
 
-/// Instances that are tried where nothing else is said: enough for CI.
+/// Instances that are tried by default: enough for CI.
 const CASES: usize = 300;
 
 /// Most instances of one service.

@@ -1,5 +1,5 @@
-//! The API server is away: dead, or in its tracks. What is registered stays served and can be
-//! changed, also by a gangplank that is killed meanwhile; afterwards the slices hold the same.
+//! The API server is killed or frozen. Registrations stay served and can be changed, also by a
+//! gangplank that is killed during the outage; afterwards the slices hold the same.
 
 use std::time::{Duration, Instant};
 
@@ -21,11 +21,10 @@ use crate::support::{
     wait_until,
 };
 
-/// An answer that does not wait for Kubernetes any more comes after one second; the rest is for a
-/// busy machine.
+/// Without Kubernetes an answer is sent after one second; the rest is for a busy machine.
 const AT_ONCE: Duration = Duration::from_secs(3);
 
-/// Registers, and insists that it is accepted without Kubernetes, and shown.
+/// Registers an instance, which must be accepted without Kubernetes, and answered by DNS.
 fn accepted(server: &Server, stream: &mut Stream, service: &str, address: &str) {
     let (status, took) = stream.register("outage", service, address);
     assert!(status == 202 && took < AT_ONCE, "{status} after {took:?}");
@@ -54,7 +53,7 @@ fn survive(begin: impl Fn(&mut Cluster), end: impl Fn(&mut Cluster)) {
     let (status, took) = stream.remove("outage", "web", "10.0.0.2");
     assert!(status == 202 && took < AT_ONCE, "{status} after {took:?}");
     assert_eq!(resolve(&server, "outage", "web"), ["10.0.0.1", "10.0.0.3", "10.0.0.4"]);
-    // One answer does not wait for the one before it.
+    // An answer does not wait for the previous one.
     let address = |n: usize| format!("10.0.2.{n}");
     let many = (1..=200).map(|n| message(RegistrationType::Register, "outage", "many", &address(n)));
     let (statuses, took) = stream.exchange(many.collect());
@@ -62,7 +61,7 @@ fn survive(begin: impl Fn(&mut Cluster), end: impl Fn(&mut Cluster)) {
     assert!(statuses == [202; 200] && took < AT_ONCE, "{statuses:?} after {took:?}");
     steady.end();
 
-    // Killed as well, and back on its disk.
+    // Gangplank is killed too, and restarted on its data directory.
     let mut server = server;
     server.kill9();
     load.join();
@@ -86,7 +85,7 @@ fn survive(begin: impl Fn(&mut Cluster), end: impl Fn(&mut Cluster)) {
     let steady = DnsProbe::start(server.dns, "outage");
     end(&mut cluster);
     let back = Instant::now();
-    // The slices that stand still hold both addresses that were removed meanwhile.
+    // The slices still hold both addresses that were removed during the outage.
     wait_for_addresses(&cluster, "outage", "web", &["10.0.0.1", "10.0.0.4", "10.0.0.5"]);
     wait_for_addresses(&cluster, "outage", "new", &["10.0.1.1"]);
     wait_until("all 200 are mirrored", || (addresses(&cluster, "outage", "many").len() == 200).then_some(()));

@@ -1,4 +1,4 @@
-//! Registered, seen, removed, and restored from the slices alone.
+//! Instances are mirrored, removed, and restored from slices alone.
 
 use std::mem;
 
@@ -123,14 +123,14 @@ fn old_data_directory_yields_to_newer_slices() {
     let first = term(&harness, "web");
     assert!(harness.server.terminate().success());
 
-    // Another takes over from the slices, and goes on.
+    // Another gangplank takes over from the slices.
     let away = mem::replace(&mut harness.server, super::serve(harness.cluster, &[]));
     wait_until("it writes under a term of its own", || (term(&harness, "web") == first + 1).then_some(()));
     assert_eq!(harness.deregister("terms", "web", "10.4.0.1").0, Some(0));
     assert_eq!(harness.register("terms", "web", "10.4.0.3", "http=80").0, Some(0));
     assert!(harness.server.terminate().success());
 
-    // The first one is behind: what was removed meanwhile does not come back with it.
+    // The first data directory is out of date: removed instances must not return with it.
     harness.server = away.restart();
     let a = || answers(harness.server.dns, Over::Udp, "web.terms.svc.cluster.local.", RecordType::A);
     assert_eq!(a(), ["10.4.0.2", "10.4.0.3"]);
@@ -156,7 +156,7 @@ fn registrations_that_the_cluster_forbids_are_refused() {
         let (code, said) = harness.register("rules", "native", "10.2.0.1", "http=80");
         (code == Some(1) && said.contains("not managed by gangplank")).then_some(())
     });
-    // What came in before it was known is taken out again.
+    // An instance that was registered before the Service was known is removed again.
     wait_for_addresses(cluster, "rules", "native", &[]);
 }
 
@@ -175,7 +175,7 @@ fn pending_writes_are_finished_before_exit() {
     assert!(statuses.contains(&202), "the drain has something to do");
     drop(stream);
     assert!(harness.server.terminate().success());
-    // Nothing but the slices is left.
+    // Only the slices are left.
     harness.server = super::serve(harness.cluster, &[]);
     for n in [0, 75, 149] {
         let name = format!("s{n}.drained.svc.cluster.local.");

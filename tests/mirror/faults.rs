@@ -1,5 +1,5 @@
-//! An API server that refuses, conflicts, loses track, hangs and goes silent, one thing at a time:
-//! what gangplank asks of it then, counted at a proxy in between. DNS is asked all the while.
+//! An API server that refuses, conflicts, expires watches, hangs or goes silent, one fault at a time.
+//! A proxy counts gangplank's requests, and DNS is probed all the time.
 
 use std::{env, time::Duration};
 
@@ -108,7 +108,7 @@ fn conflicting_update_is_reread_and_retried() {
     assert_eq!(on.register("web", "10.0.0.2"), 201);
     let asked: Vec<_> = on.asked().iter().map(|call| (call.verb, call.status)).collect();
     assert_eq!(asked, [("update", Some(409)), ("get", Some(200)), ("update", Some(200))]);
-    // More of them in a row than one attempt bears.
+    // More conflicts in a row than one attempt retries.
     on.proxy.forget_calls();
     on.proxy.inject_first(9, Fault::answer(409), slices_of("conflict", "update"));
     on.register("web", "10.0.0.3");
@@ -129,7 +129,7 @@ fn expired_watch_lists_once() {
         wait_until("the watch stands again", || (gone.hits() == times && on.proxy.count(watch) > times).then_some(()));
         let lists = |resource| on.proxy.count(|call| is_new_list(call, resource));
         assert_eq!((lists("endpointslices"), lists("services"), lists("namespaces")), (times, 0, 0), "{fault:?}");
-        // And it is a watch: what another hand does is seen.
+        // The new watch works: an external change is seen.
         on.harness.cluster.kubectl(&["delete", "endpointslices", "--all", "-n", "gone"]);
         on.wait_for("web", &["10.0.0.1"]);
         on.wait_for("first", &["10.9.9.9"]);
@@ -137,7 +137,7 @@ fn expired_watch_lists_once() {
     let lists = on.proxy.calls().into_iter().filter(|call| is_new_list(call, "endpointslices"));
     let at: Vec<_> = lists.map(|call| call.at).collect();
     let waits: Vec<_> = at.windows(2).map(|pair| pair[1] - pair[0]).collect();
-    // How they grow is a unit test's business: 250 ms at first, half of it at least.
+    // A unit test covers how the waits grow: 250 ms at first, jittered down to half of it.
     assert!(waits.iter().all(|wait| *wait >= Duration::from_millis(125)), "no storm: {waits:?}");
     on.end();
 }
@@ -151,7 +151,7 @@ fn failing_api_server_is_retried_with_backoff() {
     then.wait_hits(4);
     assert_eq!(first.hits(), 4);
     let failed: Vec<_> = on.asked().into_iter().filter(Call::is_write).map(|call| call.at).collect();
-    // A service waits 50 ms at first and twice as long each time, half of it at least.
+    // A service waits 50 ms at first and twice as long each time, jittered down to half of it.
     let (took, least) = (failed[7] - failed[0], Duration::from_millis(25 * 127));
     assert!(took >= least, "8 attempts within {took:?}");
     then.lift();
@@ -178,7 +178,7 @@ fn refused_slice_does_not_delay_the_other_slices() {
 #[test]
 fn write_without_an_answer_is_reread_before_it_is_retried() {
     let Some(mut on) = Faulty::start("hanging") else { return };
-    // Carried out, and nobody says so.
+    // Stored, but the answer is lost.
     let hung = on.proxy.inject_first(1, Fault::HangAfter, slices_of("hanging", "update"));
     assert_eq!(on.register("web", "10.0.0.2"), 202);
     on.wait_behind(1.0);
@@ -186,7 +186,7 @@ fn write_without_an_answer_is_reread_before_it_is_retried() {
     on.wait_behind(0.0);
     assert_eq!((hung.hits(), on.count("update", "endpointslices"), on.slices("web")), (1, 1, 1), "{:?}", on.asked());
     on.wait_for("web", &["10.0.0.1", "10.0.0.2"]);
-    // Never carried out.
+    // Not stored.
     let hung = on.proxy.inject_first(1, Fault::Hang, slices_of("hanging", "update"));
     on.proxy.forget_calls();
     assert_eq!(on.register("web", "10.0.0.3"), 202);
@@ -212,13 +212,13 @@ fn create_without_an_answer_is_not_repeated() {
     on.end();
 }
 
-/// A watch is asked for anew every 50 s, which is when silence is noticed; `GANGPLANK_MIRROR_LONG`
+/// A watch is renewed every 50 s, which is when silence is noticed; `GANGPLANK_MIRROR_LONG`
 /// waits for it.
 #[test]
 fn silent_watch_is_restarted() {
     let Some(mut on) = Faulty::start("silent") else { return };
     let silent = on.proxy.inject_first(1, Fault::Stall, |call| call.is("watch", "endpointslices"));
-    // What gangplank writes itself needs no watch.
+    // Gangplank knows its own writes without the watch.
     assert_eq!(on.register("web", "10.0.0.2"), 201);
     silent.wait_hits(1);
     on.harness.cluster.kubectl(&["delete", "endpointslices", "--all", "-n", "silent"]);

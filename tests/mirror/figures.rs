@@ -1,7 +1,7 @@
-//! How fast the mirror is beside what it feeds: our own DNS beside CoreDNS' kubernetes plugin on
-//! the slices that we write, and a restore from slices alone.
+//! Figures of the mirror: our own DNS beside CoreDNS' kubernetes plugin on the slices that we write,
+//! and a restore from slices alone.
 //!
-//! Figures are printed and never judged: a timed test is flaky by design. What is judged is that
+//! Figures are printed and never asserted: a timed test is flaky by design. The assertion is that
 //! everything arrives. `GANGPLANK_MIRROR_FIGURES` sets the rounds; `make mirror-figures` takes 200
 //! rounds, and 1 000 services of ten instances.
 
@@ -27,13 +27,13 @@ use crate::support::{
     tools, wait_until,
 };
 
-/// Rounds where nothing else is said: enough to see that it works.
+/// Rounds by default: enough to see that it works.
 const ROUNDS: usize = 10;
 
 /// Services in the restore, for each round; ten instances each.
 const SERVICES_PER_ROUND: usize = 5;
 
-/// Services of others, for each round, and octets in each of them.
+/// Services of others, for each round, and bytes in each of them.
 const OTHERS_PER_ROUND: usize = 20;
 const OTHERS_OCTETS: usize = 16 << 10;
 
@@ -46,7 +46,7 @@ fn registration(service: &str, address: &str) -> RegistrationMsg {
 fn seen(dns: SocketAddr, service: &str, wanted: &str, sent: Instant) -> Duration {
     let name = format!("{service}.figures.svc.cluster.local.");
     while !answers(dns, Over::Udp, &name, RecordType::A).iter().any(|address| address == wanted) {
-        assert!(sent.elapsed() < crate::support::PATIENCE, "{service} at {wanted} is not answered by {dns}");
+        assert!(sent.elapsed() < crate::support::WAIT_TIMEOUT, "{service} at {wanted} is not answered by {dns}");
     }
     sent.elapsed()
 }

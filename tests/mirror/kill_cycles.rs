@@ -1,5 +1,5 @@
-//! `kill -9` in the middle of writes, of gangplank and of the API server, again and again: the
-//! slices come to hold what was acknowledged, and what was removed does not come back.
+//! Gangplank or the API server is killed during writes, many times: the slices converge to what was
+//! acknowledged, and removed instances do not return.
 //!
 //! `GANGPLANK_MIRROR_KILLS` and `GANGPLANK_MIRROR_OUTAGES` set how often; `make mirror` runs the
 //! long form.
@@ -12,7 +12,7 @@ use crate::support::{cluster::Cluster, ledger::Clients, stream::Stream, wait_unt
 /// Few endpoints in a slice, so that services have several.
 const FLAGS: &[&str] = &["--slice-endpoints", "4", "--segment-bytes", "65536"];
 
-/// Cycles where nothing else is said: enough for CI.
+/// Cycles by default: enough for CI.
 const KILLS: usize = 6;
 const OUTAGES: usize = 2;
 
@@ -40,13 +40,13 @@ fn slices_converge_after_gangplank_is_killed_during_writes() {
         acknowledged += load.join();
         server = server.restart();
         clients.check(&format!("cycle {cycle}"), &server);
-        // Every second time the next kill meets what is left to do.
+        // Every second kill hits the work that is left from the one before.
         if cycle % 2 == 1 {
             converges(&cluster, &clients);
         }
     }
     converges(&cluster, &clients);
-    // Not only the addresses: what the slices hold is all that there was.
+    // Everything that was registered, not only the addresses, is in the slices.
     server.kill9();
     server = serve(&cluster, FLAGS);
     clients.check("an empty disk", &server);

@@ -47,20 +47,20 @@ pub(crate) struct ClusterLock {
 }
 
 impl ClusterLock {
-    /// Waits for it. `None` without a control plane, which it says.
+    /// Waits for it. `None` without a control plane, which is reported.
     pub(crate) fn take() -> Option<Self> {
         static MUTEX: Mutex<()> = Mutex::new(());
         Some(Self::at(Cluster::shared()?, &MUTEX))
     }
 
     fn at(cluster: &'static Cluster, mutex: &'static Mutex<()>) -> Self {
-        // A test that failed leaves nothing behind that the next one minds.
+        // A test that failed leaves nothing behind that disturbs the next one.
         Self { cluster, _guard: mutex.lock().unwrap_or_else(PoisonError::into_inner) }
     }
 }
 
 impl MirrorHarness {
-    /// With more flags for `serve`. `None` without a control plane, which it says.
+    /// With more flags for `serve`. `None` without a control plane, which is reported.
     fn start(flags: &[&str]) -> Option<Self> {
         let lock = ClusterLock::take()?;
         Some(Self { server: serve(lock.cluster, flags), cluster: lock.cluster, _lock: lock })
@@ -113,7 +113,7 @@ impl MirrorHarness {
         self.server = serve(self.cluster, flags);
     }
 
-    /// Registers through the command line and gives the exit code and what it printed.
+    /// Registers through the command line and returns the exit code and what it printed.
     fn register(&self, namespace: &str, service: &str, address: &str, port: &str) -> (Option<i32>, String) {
         let output = self.server.run(&["register", service, address, "--port", port, "-n", namespace]);
         let said = [output.stdout, output.stderr].concat();

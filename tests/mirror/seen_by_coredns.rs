@@ -1,7 +1,7 @@
-//! What CoreDNS' kubernetes plugin makes of our slices is what gangplank answers itself, question
-//! by question, but for a list of differences, each of which is shown to be one.
+//! CoreDNS' kubernetes plugin answers from our slices what gangplank answers itself, query by query,
+//! except for a list of differences, each of which is shown to exist.
 //!
-//! Left aside: TTLs, the order of records, the weight and priority of SRV (CoreDNS knows neither,
+//! Not compared: TTLs, the order of records, the weight and priority of SRV (CoreDNS knows neither,
 //! which has a test of its own), the serial of the SOA, and the addresses of the name servers.
 
 use std::{
@@ -41,9 +41,9 @@ const TYPES: [RecordType; 8] = [
     RecordType::MX,
 ];
 
-/// What kind of name is asked for.
+/// The kinds of names that are queried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Kind {
+enum NameKind {
     /// A service, or a host in it, with ports or without.
     Host { ports: bool },
     /// `_http._tcp.<service>`
@@ -62,25 +62,25 @@ enum Kind {
     Absent,
 }
 
-/// In what way something is said.
+/// The outcome of a query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Way {
+enum Outcome {
     NxDomain,
     NoData,
     Records,
 }
 
-/// Where CoreDNS says something else: to which questions, what CoreDNS says, and what gangplank.
-const DIFFERENCES: &[(Kind, &[RecordType], Way, Way)] = {
-    use Kind::{Above, Absent, Branch, Host, Port, Reverse, Version, Zone};
+/// Where the answers differ: the queries, the outcome of CoreDNS, and that of gangplank.
+const DIFFERENCES: &[(NameKind, &[RecordType], Outcome, Outcome)] = {
+    use NameKind::{Above, Absent, Branch, Host, Port, Reverse, Version, Zone};
+    use Outcome::{NoData, NxDomain, Records};
     use RecordType::{A, AAAA, ANY, MX, PTR, SOA, SRV, TXT};
-    use Way::{NoData, NxDomain, Records};
     &[
         // A name above a name that exists, or with another type, exists (RFC 8020).
         (Above, &[A, AAAA, SRV, PTR, TXT, ANY, MX], NxDomain, NoData),
         (Version, &[A, AAAA, SRV, PTR, MX], NxDomain, NoData),
         (Reverse, &[A, AAAA, SRV, TXT, MX], NxDomain, NoData),
-        // CoreDNS knows one name with TXT, and denies all others that are no services.
+        // CoreDNS has TXT at one name, and answers NXDOMAIN at all others that are not services.
         (Zone, &[TXT], NxDomain, NoData),
         (Branch, &[TXT], NxDomain, NoData),
         // No address belongs to the name of a port.
@@ -99,14 +99,14 @@ const DIFFERENCES: &[(Kind, &[RecordType], Way, Way)] = {
     ]
 };
 
-/// What a server said.
+/// The comparable part of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Said {
-    way: Way,
+struct ComparedAnswer {
+    outcome: Outcome,
     records: BTreeSet<String>,
 }
 
-fn asked(server: SocketAddr, name: &str, rtype: RecordType) -> Said {
+fn asked(server: SocketAddr, name: &str, rtype: RecordType) -> ComparedAnswer {
     let answer = ask(server, Over::Tcp, name, rtype);
     let text = |data: &RData| match data {
         RData::SRV(srv) => format!("SRV {} {}", srv.port, srv.target.to_ascii().to_lowercase()),
@@ -115,13 +115,13 @@ fn asked(server: SocketAddr, name: &str, rtype: RecordType) -> Said {
     };
     let records: BTreeSet<String> =
         answer.answers.iter().map(|record| format!("{} {}", record.name, text(&record.data))).collect();
-    let way = match answer.response_code {
-        ResponseCode::NXDomain => Way::NxDomain,
-        ResponseCode::NoError if records.is_empty() => Way::NoData,
-        ResponseCode::NoError => Way::Records,
+    let outcome = match answer.response_code {
+        ResponseCode::NXDomain => Outcome::NxDomain,
+        ResponseCode::NoError if records.is_empty() => Outcome::NoData,
+        ResponseCode::NoError => Outcome::Records,
         other => panic!("{name} {rtype}: {other}"),
     };
-    Said { way, records }
+    ComparedAnswer { outcome, records }
 }
 
 /// One instance of a service: address, ports, host name, weight.
@@ -190,7 +190,7 @@ fn register(harness: &MirrorHarness) {
     });
 }
 
-/// The label of an instance, told by hand.
+/// The label of an instance, computed independently of gangplank.
 fn label(spec: &InstanceSpec) -> String {
     if !spec.host_name.is_empty() {
         return spec.host_name.clone();
@@ -217,29 +217,29 @@ fn reverse(ip: IpAddr) -> String {
     }
 }
 
-/// Every name that exists, and neighbours that do not.
-fn names() -> BTreeMap<String, Kind> {
+/// Every name that exists, and similar ones that do not.
+fn names() -> BTreeMap<String, NameKind> {
     const Z: &str = "cluster.local.";
     let mut names = BTreeMap::new();
     for (service, specs) in services() {
         let zone = format!("{service}.{NAMESPACE}.svc.{Z}");
         let ports = specs.iter().any(|spec| !spec.ports.is_empty());
-        names.insert(zone.clone(), Kind::Host { ports });
-        // One of a hundred of the same kind says as much as all.
+        names.insert(zone.clone(), NameKind::Host { ports });
+        // A few of a hundred similar instances are enough.
         for spec in specs.iter().take(5) {
             let host = format!("{}.{zone}", label(spec));
-            names.insert(format!("x.{host}"), Kind::Absent);
-            names.insert(host, Kind::Host { ports });
-            names.insert(reverse(spec.address.parse().expect("an address")), Kind::Reverse);
+            names.insert(format!("x.{host}"), NameKind::Absent);
+            names.insert(host, NameKind::Host { ports });
+            names.insert(reverse(spec.address.parse().expect("an address")), NameKind::Reverse);
             for port in spec.ports.iter().filter(|port| !port.name.is_empty()) {
                 let above = format!("{}.{zone}", port.protocol.srv_label());
-                names.insert(format!("_{}.{above}", port.name), Kind::Port);
-                names.insert(format!("_nosuch.{above}"), Kind::Absent);
-                names.insert(above, Kind::Above);
+                names.insert(format!("_{}.{above}", port.name), NameKind::Port);
+                names.insert(format!("_nosuch.{above}"), NameKind::Absent);
+                names.insert(above, NameKind::Above);
             }
         }
         for neighbour in ["nosuch", "*", "10-60-99-99", "_http", "_http._icmp"] {
-            names.insert(format!("{neighbour}.{zone}"), Kind::Absent);
+            names.insert(format!("{neighbour}.{zone}"), NameKind::Absent);
         }
     }
     for absent in [
@@ -263,18 +263,18 @@ fn names() -> BTreeMap<String, Kind> {
         "10-60-0-1.seen.pod",
         "x.dns-version",
     ] {
-        names.insert(format!("{absent}.{Z}"), Kind::Absent);
+        names.insert(format!("{absent}.{Z}"), NameKind::Absent);
     }
     for absent in ["9.9.60.10.in-addr.arpa.".to_owned(), reverse("2001:db8::9999".parse().expect("an address"))] {
-        names.insert(absent, Kind::Absent);
+        names.insert(absent, NameKind::Absent);
     }
     for (name, kind) in [
-        (Z.to_owned(), Kind::Zone),
-        (format!("svc.{Z}"), Kind::Branch),
-        (format!("{NAMESPACE}.svc.{Z}"), Kind::Branch),
-        (format!("default.svc.{Z}"), Kind::Branch),
-        (format!("dns.{Z}"), Kind::Above),
-        (format!("dns-version.{Z}"), Kind::Version),
+        (Z.to_owned(), NameKind::Zone),
+        (format!("svc.{Z}"), NameKind::Branch),
+        (format!("{NAMESPACE}.svc.{Z}"), NameKind::Branch),
+        (format!("default.svc.{Z}"), NameKind::Branch),
+        (format!("dns.{Z}"), NameKind::Above),
+        (format!("dns-version.{Z}"), NameKind::Version),
     ] {
         names.insert(name, kind);
     }
@@ -309,19 +309,21 @@ fn coredns_answers_from_slices_equal_ours() {
             let known = DIFFERENCES.iter().position(|(which, types, ..)| *which == kind && types.contains(&rtype));
             let right = match known.map(|at| (at, DIFFERENCES[at])) {
                 // A port of the other family has no addresses of this one on either side.
-                Some((_, (Kind::Port, [RecordType::A, RecordType::AAAA], ..))) if theirs.way == Way::NoData => {
+                Some((_, (NameKind::Port, [RecordType::A, RecordType::AAAA], ..)))
+                    if theirs.outcome == Outcome::NoData =>
+                {
                     theirs == ours
                 }
                 Some((at, (_, _, coredns, gangplank))) => {
                     shown.insert(at);
-                    (theirs.way, ours.way) == (coredns, gangplank)
+                    (theirs.outcome, ours.outcome) == (coredns, gangplank)
                 }
                 None => theirs == ours,
             };
             if !right {
                 let seen = format!(
                     "{name}\n   CoreDNS {:?} {:?}\n   gangplank {:?} {:?}",
-                    theirs.way, theirs.records, ours.way, ours.records
+                    theirs.outcome, theirs.records, ours.outcome, ours.records
                 );
                 wrong.entry((kind, rtype.to_string())).or_default().push(seen);
             }

@@ -1,4 +1,4 @@
-//! What a bulk of registrations costs: API writes per instance, counted at a proxy.
+//! API writes per instance of a bulk registration, counted at a proxy.
 //!
 //! `GANGPLANK_MIRROR_BULK` sets the number of instances; `make mirror` takes 10 000.
 
@@ -14,7 +14,7 @@ use crate::support::{
     wait_until,
 };
 
-/// Instances where nothing else is said: enough for CI.
+/// Instances by default: enough for CI.
 const BULK: usize = 2_000;
 
 /// Endpoints in a slice.
@@ -33,13 +33,13 @@ struct Bulk {
 enum Order {
     /// All of a service, then all of the next.
     OneByOne,
-    /// One of each service, then the next of each: whatever is written soon is written again.
+    /// One instance of each service, then the next of each: every slice is written many times.
     InTurn,
 }
 
 impl Bulk {
     /// Registers `instances` under `services` services on one stream, and waits until the slices
-    /// have them, `held` in all. Gives back the number of writes.
+    /// have them, `held` in all. Returns the number of writes.
     fn register(&mut self, prefix: &str, services: usize, order: Order, instances: usize, held: usize) -> usize {
         self.proxy.forget_calls();
         self.network += 1;
@@ -89,8 +89,8 @@ fn bulk_registration_needs_few_api_writes() {
     let services = instances / 10;
     let writes = bulk.register("many", services, Order::OneByOne, instances, instances);
     assert!(writes <= 9 * services / 4, "{writes} writes, {} at least", 2 * services);
-    // In private_cluster_lock, what was written soon is written again; how often is a matter of who is faster, but
-    // never once for each instance. The first time every service is new, the second it exists.
+    // With services in turn a slice is written again soon; how often depends on timing, but never once
+    // for each instance. In the first round every service is new, in the second it exists.
     for held in [instances, 2 * instances] {
         let writes = bulk.register("mixed", services, Order::InTurn, instances, held);
         assert!(writes <= instances * 3 / 4, "{writes} writes of {instances} instances");

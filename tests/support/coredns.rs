@@ -14,7 +14,7 @@ use super::{free_ports, tools::ROOT, wait_until};
 
 /// CoreDNS with one server block, until it is dropped.
 pub(crate) struct CoreDns {
-    /// Where it is asked, UDP and TCP.
+    /// Its address, UDP and TCP.
     pub(crate) address: SocketAddr,
     child: Child,
     _dir: TempDir,
@@ -25,7 +25,7 @@ impl CoreDns {
     /// `program` comes from `tools::require("coredns")`.
     pub(crate) fn start(program: &Path, corefile: &str) -> Self {
         let [port] = free_ports();
-        // CoreDNS takes its port from the block's name, and listens everywhere unless told where.
+        // CoreDNS takes its port from the block's name, and listens on every address without `bind`.
         let fitted = corefile.replace(":53 {\n", &format!(":{port} {{\n    bind 127.0.0.1\n"));
         let dir = TempDir::new().expect("a temporary directory");
         let path = dir.path().join("Corefile");
@@ -33,7 +33,7 @@ impl CoreDns {
         let child = Command::new(program).arg("-conf").arg(&path).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let mut started = Self { child: child.expect("CoreDNS starts"), address, _dir: dir };
-        // It listens as soon as a question is not refused by the kernel.
+        // CoreDNS listens once the kernel no longer refuses a query.
         wait_until("CoreDNS answers", || {
             let ended = started.child.try_wait().expect("a child can be waited for");
             assert!(ended.is_none(), "CoreDNS: {ended:?}, with this Corefile:\n{fitted}");
@@ -42,10 +42,10 @@ impl CoreDns {
         started
     }
 
-    /// With the kubernetes plugin and nothing else, as a cluster has it, but outside of it: what
-    /// that cluster's objects make, for `cluster.local` and the reverse zones.
+    /// Only the kubernetes plugin, outside of the cluster: answers from that cluster's objects, for
+    /// `cluster.local` and the reverse zones.
     ///
-    /// It listens before it has read everything: ask until the answer is there.
+    /// CoreDNS listens before it has read everything: poll until the answer is there.
     pub(crate) fn with_kubernetes(program: &Path, kubeconfig: &Path, context: &str) -> Self {
         let corefile = format!(
             ".:53 {{\n    kubernetes cluster.local in-addr.arpa ip6.arpa {{\n        kubeconfig {} {context}\n    }}\n}}\n",
@@ -57,7 +57,7 @@ impl CoreDns {
     fn listens(&self) -> bool {
         let socket = UdpSocket::bind("127.0.0.1:0").expect("a free port");
         socket.set_read_timeout(Some(Duration::from_millis(100))).expect("a timeout");
-        // `. IN NS`, by hand: any answer will do.
+        // `. IN NS`, as bytes: any answer will do.
         let question = [7, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1];
         socket.connect(self.address).is_ok() && socket.send(&question).is_ok() && socket.recv(&mut [0; 512]).is_ok()
     }
@@ -70,8 +70,8 @@ impl Drop for CoreDns {
     }
 }
 
-/// One of the configurations that are shipped, with the address of this gangplank.
-pub(crate) fn shipped(corefile: &str, gangplank: SocketAddr) -> String {
-    let text = fs::read_to_string(Path::new(ROOT).join("coredns").join(corefile)).expect("it is shipped");
+/// A configuration of `coredns/`, with the address of this gangplank.
+pub(crate) fn corefile(name: &str, gangplank: SocketAddr) -> String {
+    let text = fs::read_to_string(Path::new(ROOT).join("coredns").join(name)).expect("it is shipped");
     text.replace("10.96.0.53:1053", &gangplank.to_string())
 }

@@ -1,4 +1,4 @@
-//! A raw DNS client: one question, one answer, nothing cached, nothing tried again.
+//! A raw DNS client: one query, one answer, no cache, no retries.
 
 use std::{
     io::{Read as _, Write as _},
@@ -10,7 +10,7 @@ use hickory_proto::{
     rr::{Name, RData, RecordType},
 };
 
-use super::PATIENCE;
+use super::WAIT_TIMEOUT;
 
 /// The transport of a question.
 #[derive(Debug, Clone, Copy)]
@@ -21,7 +21,7 @@ pub(crate) enum Over {
     Tcp,
 }
 
-/// Asks and gives the whole answer, whose id and question are checked.
+/// Sends a query and returns the answer, whose id and question are checked.
 pub(crate) fn ask(server: SocketAddr, over: Over, name: &str, rtype: RecordType) -> Message {
     let id = fastrand::u16(..);
     let mut question = Message::new(id, MessageType::Query, OpCode::Query);
@@ -44,11 +44,11 @@ pub(crate) fn answers(server: SocketAddr, over: Over, name: &str, rtype: RecordT
     data
 }
 
-/// Sends one datagram and gives the one that comes back.
+/// Sends one datagram and returns the answer.
 pub(crate) fn exchange_udp(server: SocketAddr, packet: &[u8]) -> Vec<u8> {
     let local = if server.is_ipv4() { IpAddr::from(Ipv4Addr::LOCALHOST) } else { Ipv6Addr::LOCALHOST.into() };
     let socket = UdpSocket::bind((local, 0)).expect("a free port");
-    socket.set_read_timeout(Some(PATIENCE)).expect("a timeout above zero");
+    socket.set_read_timeout(Some(WAIT_TIMEOUT)).expect("a timeout above zero");
     socket.connect(server).expect("loopback is there");
     socket.send(packet).expect("the server's port is open");
     let mut answer = vec![0; 65_536];
@@ -57,10 +57,10 @@ pub(crate) fn exchange_udp(server: SocketAddr, packet: &[u8]) -> Vec<u8> {
     answer
 }
 
-/// Sends one framed message (RFC 1035 §4.2.2) on a new connection and gives the one that comes back.
+/// Sends one framed message (RFC 1035 §4.2.2) on a new connection and returns the answer.
 pub(crate) fn exchange_tcp(server: SocketAddr, packet: &[u8]) -> Vec<u8> {
     let mut stream = TcpStream::connect(server).expect("the server's port is open");
-    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout above zero");
+    stream.set_read_timeout(Some(WAIT_TIMEOUT)).expect("a timeout above zero");
     let length = u16::try_from(packet.len()).expect("a message has at most 65535 octets").to_be_bytes();
     stream.write_all(&[&length, packet].concat()).expect("the server reads");
     let mut length = [0; 2];

@@ -1,9 +1,9 @@
-//! Clients under load that remember what was acknowledged to them.
+//! Clients under load that record what was acknowledged.
 //!
-//! Four streams register, update and remove instances of their own as fast as they can. Each notes
-//! what it sent before it sends it, and what was acknowledged. What the server serves after a crash
-//! must be, for every instance, what was last acknowledged, or what one of the messages that were
-//! still unanswered asked for: nothing else.
+//! Four streams register, update and remove instances of their own as fast as they can. Each records
+//! a message before it sends it, and each acknowledgement. After a crash the server must serve, for
+//! every instance, the state that was last acknowledged, or the state of a message that was still
+//! unanswered, and nothing else.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -42,16 +42,16 @@ const SERVICES: usize = 6;
 /// Messages of one stream that may be unanswered.
 const WINDOW: usize = 256;
 
-/// What an instance is: absent, or registered with this weight.
-type State = Option<f32>;
+/// Absent, or registered with this weight.
+type InstanceState = Option<f32>;
 
-/// What one stream knows of its instances.
+/// The instances of one stream.
 #[derive(Debug)]
 struct Ledger {
     /// As last acknowledged.
-    acknowledged: Vec<State>,
+    acknowledged: Vec<InstanceState>,
     /// Sent, not answered, in order.
-    unanswered: VecDeque<(usize, State)>,
+    unanswered: VecDeque<(usize, InstanceState)>,
 }
 
 impl Ledger {
@@ -60,7 +60,7 @@ impl Ledger {
     }
 
     /// Every state in which `instance` may be found after a crash.
-    fn allowed(&self, instance: usize) -> Vec<State> {
+    fn allowed(&self, instance: usize) -> Vec<InstanceState> {
         let later = self.unanswered.iter().filter(|(which, _)| *which == instance).map(|(_, state)| *state);
         std::iter::once(self.acknowledged[instance]).chain(later).collect()
     }
@@ -86,9 +86,9 @@ impl Clients {
         Self { namespace, mirrored, runtime, ledgers }
     }
 
-    /// Lets all of them loose on a server, until it is gone or they are told to stop.
+    /// Runs all of them against a server, until it is gone or [`Load::stop`] is called.
     pub(crate) fn run(&self, to: SocketAddr) -> Load {
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(LoadCounters::default());
         let (namespace, mirrored, ledgers) = (self.namespace, self.mirrored, self.ledgers.clone());
         let (handle, counted): (Handle, _) = (self.runtime.handle().clone(), Arc::clone(&shared));
         let thread = thread::spawn(move || {
@@ -106,7 +106,7 @@ impl Clients {
         Load { shared, thread }
     }
 
-    /// Compares what is served with what may be, and takes it as the truth from now on.
+    /// Compares what is served with the allowed states, and takes it as acknowledged from now on.
     pub(crate) fn check(&self, when: &str, server: &Server) {
         let found = self.runtime.block_on(registered(server.grpc, self.namespace));
         for (stream, ledger) in self.ledgers.iter().enumerate() {
@@ -151,12 +151,12 @@ impl Clients {
 
 /// Clients at work.
 pub(crate) struct Load {
-    shared: Arc<Shared>,
+    shared: Arc<LoadCounters>,
     thread: JoinHandle<()>,
 }
 
 #[derive(Debug, Default)]
-struct Shared {
+struct LoadCounters {
     acknowledged: AtomicUsize,
     /// Of these, with 202.
     accepted: AtomicUsize,
@@ -177,14 +177,14 @@ impl Load {
         wait_until("an answer 202", || (self.shared.accepted.load(SeqCst) > before).then_some(()));
     }
 
-    /// Stops sending, and waits for the answers to everything that was sent. Gives back how much
+    /// Stops sending, and waits for the answers to everything that was sent. Returns how much
     /// was acknowledged.
     pub(crate) fn stop(self) -> usize {
         self.shared.stop.store(true, SeqCst);
         self.join()
     }
 
-    /// Waits until all are gone because the server is. Gives back how much was acknowledged.
+    /// Waits until every stream has ended because the server has. Returns how much was acknowledged.
     pub(crate) fn join(self) -> usize {
         self.thread.join().expect("no stream panics");
         self.shared.acknowledged.load(SeqCst)
@@ -205,25 +205,25 @@ struct Registrant {
     mirrored: bool,
     number: usize,
     ledger: Arc<Mutex<Ledger>>,
-    shared: Arc<Shared>,
+    shared: Arc<LoadCounters>,
 }
 
 impl Registrant {
     /// Registers and removes at random until the server is gone, or it was told to stop and all is answered.
     async fn run(self, to: SocketAddr) {
-        // Killed by what the other streams had acknowledged.
+        // The server may be killed before this stream connects.
         let Ok(mut client) = ServiceRegistryClient::connect(format!("http://{to}")).await else { return };
         let (sender, messages) = mpsc::channel(WINDOW);
         let Ok(answers) = client.registration_event(ReceiverStream::new(messages)).await else { return };
         let mut answers = answers.into_inner();
         let send = async {
             while !self.shared.stop.load(SeqCst) {
-                // Noted only when it can be sent, and before it is: what is sent may be carried out.
-                let Ok(place) = sender.reserve().await else { return };
+                // Recorded once there is room to send, and before sending: a message that was sent may be committed.
+                let Ok(permit) = sender.reserve().await else { return };
                 let instance = fastrand::usize(..INSTANCES);
                 let state = fastrand::bool().then(|| f32::from(fastrand::u16(1..=655)));
                 lock(&self.ledger).unanswered.push_back((instance, state));
-                place.send(self.message(instance, state));
+                permit.send(self.message(instance, state));
             }
             drop(sender);
         };
@@ -240,7 +240,7 @@ impl Registrant {
                 self.shared.acknowledged.fetch_add(1, SeqCst);
             }
         };
-        // The answers end it, however that comes: a server that is gone, or all of them given.
+        // The end of the answers ends the stream: the server is gone, or has answered everything.
         let send = async {
             send.await;
             std::future::pending::<()>().await;
@@ -248,7 +248,7 @@ impl Registrant {
         tokio::select! { () = send => {} () = receive => {} }
     }
 
-    fn message(&self, instance: usize, state: State) -> RegistrationMsg {
+    fn message(&self, instance: usize, state: InstanceState) -> RegistrationMsg {
         let kind = if state.is_some() { RegistrationType::Register } else { RegistrationType::Unregister };
         RegistrationMsg {
             r#type: kind.into(),

@@ -1,8 +1,8 @@
-//! What the tests share: the real binary as a child process, raw DNS and HTTP clients, and the
-//! programs of others that are asked as well.
+//! What the tests share: the real binary as a child process, raw DNS and HTTP clients, and
+//! third-party programs.
 //!
-//! Nothing here sleeps. Whoever waits, waits for a line, an answer or an exit, with [`PATIENCE`]
-//! as the limit after which a test fails and says what it waited for.
+//! Nothing here sleeps. Tests wait for a line, an answer or an exit; after [`WAIT_TIMEOUT`] they fail
+//! and print what they waited for.
 
 pub(crate) mod cluster;
 pub(crate) mod coredns;
@@ -21,29 +21,29 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long a state may take to come before a test gives up. Long, because a busy machine is no
-/// fault of the code; no test that passes ever waits this long.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a test waits for a state before it fails. Long, because the machine may be busy; a test
+/// that passes never waits this long.
+pub(crate) const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Looks again and again, fifty times a second, until `look` finds something; fails after
-/// [`PATIENCE`] and says what it waited for. For states that nobody announces.
+/// Polls `look` fifty times a second until it returns something; fails after [`WAIT_TIMEOUT`] and
+/// prints what it waited for. For states without a notification.
 pub(crate) fn wait_until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let begun = Instant::now();
     loop {
         if let Some(found) = look() {
             return found;
         }
-        assert!(begun.elapsed() < PATIENCE, "waited in vain for this: {what}");
+        assert!(begun.elapsed() < WAIT_TIMEOUT, "waited in vain for this: {what}");
         thread::park_timeout(Duration::from_millis(20));
     }
 }
 
-/// Ports of 127.0.0.1 that are free over TCP and UDP, for programs that cannot be told to take any.
+/// Ports of 127.0.0.1 that are free over TCP and UDP, for programs that cannot bind to port 0.
 ///
-/// They lie below those that the kernel hands out, so that no connection and no `bind` to port 0
-/// takes one before its program does, or while that program is away.
+/// They are below the kernel's ephemeral range, so that no connection and no `bind` to port 0 takes
+/// one before its program does, or while that program is stopped.
 pub(crate) fn free_ports<const N: usize>() -> [u16; N] {
-    // Held until all are found, so that they differ.
+    // The sockets stay open until all ports are found, so that the ports differ.
     let held: [(u16, UdpSocket, TcpListener); N] = array::from_fn(|_| {
         iter::repeat_with(|| fastrand::u16(10_000..32_000))
             .take(1000)

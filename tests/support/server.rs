@@ -16,31 +16,31 @@ use std::{
 
 use tempfile::TempDir;
 
-use super::PATIENCE;
+use super::WAIT_TIMEOUT;
 
 /// The binary under test.
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_gangplank");
 
 /// A server that runs until it is dropped.
 ///
-/// Ports are learnt from its stdout, where it prints `listening <what> <address>` for each
-/// listener and `ready generation <n>` once it answers.
+/// Its ports are read from stdout, where it prints `listening <what> <address>` for each listener and
+/// `ready generation <n>` once it answers.
 #[derive(Debug)]
 pub(crate) struct Server {
-    /// Where registrations go.
+    /// The gRPC address.
     pub(crate) grpc: SocketAddr,
-    /// Where DNS is asked, UDP and TCP.
+    /// The DNS address, UDP and TCP.
     pub(crate) dns: SocketAddr,
-    /// Where metrics and readiness are.
+    /// The admin address.
     pub(crate) admin: SocketAddr,
-    /// Everything that it has printed on stdout before it was ready, that line included.
+    /// The lines on stdout up to and including `ready`.
     pub(crate) greeting: Vec<String>,
     process: Process,
     data: TempDir,
     flags: Vec<String>,
 }
 
-/// A child that is killed on drop, and what it says.
+/// A child that is killed on drop, and its output.
 #[derive(Debug)]
 pub(crate) struct Process {
     child: Child,
@@ -66,28 +66,28 @@ impl Server {
         Self { grpc, dns, admin, greeting, process, data, flags }
     }
 
-    /// `kill -9`, and waits for the death.
+    /// Sends SIGKILL and waits for the exit.
     pub(crate) fn kill9(&mut self) {
         self.process.child.kill().expect("the server still runs");
         self.process.child.wait().expect("a killed child can be waited for");
     }
 
-    /// SIGTERM, and how it ended.
+    /// Sends SIGTERM and returns the exit status.
     pub(crate) fn terminate(&mut self) -> ExitStatus {
         self.process.terminate()
     }
 
-    /// SIGTERM, without waiting for what follows.
+    /// Sends SIGTERM without waiting.
     pub(crate) fn signal_terminate(&self) {
         self.process.signal_terminate();
     }
 
-    /// How it ended, once it has.
+    /// Waits for the exit and returns its status.
     pub(crate) fn exit(&mut self) -> ExitStatus {
         self.process.exit()
     }
 
-    /// What it has logged so far.
+    /// The log so far.
     pub(crate) fn stderr(&self) -> String {
         self.process.stderr()
     }
@@ -97,7 +97,7 @@ impl Server {
         self.process.child.id()
     }
 
-    /// Its data directory, after its death by `kill -9`.
+    /// Kills the server and returns its data directory.
     pub(crate) fn into_data(mut self) -> TempDir {
         self.kill9();
         self.data
@@ -126,7 +126,7 @@ impl Server {
             .expect("the binary can be run")
     }
 
-    /// Registers through the command line and insists that it succeeds.
+    /// Registers through the command line, which must succeed.
     pub(crate) fn register(&self, namespace: &str, service: &str, address: &str, port: &str) {
         let output = self.run(&["register", service, address, "--port", port, "-n", namespace]);
         assert!(output.status.success(), "register {service} {address}: {output:?}");
@@ -165,7 +165,7 @@ impl Process {
     /// The next line on stdout.
     pub(crate) fn line(&self) -> String {
         self.stdout
-            .recv_timeout(PATIENCE)
+            .recv_timeout(WAIT_TIMEOUT)
             .unwrap_or_else(|error| panic!("no line on stdout ({error}); stderr so far:\n{}", self.stderr()))
     }
 
@@ -203,23 +203,23 @@ impl Process {
         (greeting, addresses)
     }
 
-    /// SIGTERM, and how it ended.
+    /// Sends SIGTERM and returns the exit status.
     pub(crate) fn terminate(&mut self) -> ExitStatus {
         self.signal_terminate();
         self.exit()
     }
 
-    /// SIGTERM, without waiting for what follows.
+    /// Sends SIGTERM without waiting.
     pub(crate) fn signal_terminate(&self) {
-        // The shell's own kill: a machine need not have another, and libc's is unsafe.
+        // The shell's builtin kill: a kill program may be missing, and libc::kill is unsafe.
         let signal = Command::new("sh").args(["-c", "kill -TERM \"$0\"", &self.child.id().to_string()]).status();
         assert!(signal.expect("there is a shell").success(), "the server still runs");
     }
 
-    /// How it ended, once it has.
+    /// Waits for the exit and returns its status.
     pub(crate) fn exit(&mut self) -> ExitStatus {
-        // stdout closes at the end of the process: that wait, unlike `Child::wait`, has a limit.
-        let limit = Instant::now() + PATIENCE;
+        // stdout closes when the process ends; waiting for that, unlike `Child::wait`, can time out.
+        let limit = Instant::now() + WAIT_TIMEOUT;
         loop {
             match self.stdout.recv_timeout(limit.saturating_duration_since(Instant::now())) {
                 Ok(_) => {}
@@ -233,7 +233,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Either may fail because it has ended and was waited for, which is what is wanted.
+        // Both may fail because the process was already reaped.
         let _ = self.child.kill();
         let _ = self.child.wait();
         if thread::panicking() {

@@ -16,9 +16,9 @@ use tokio::{
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tonic::Streaming;
 
-use super::PATIENCE;
+use super::WAIT_TIMEOUT;
 
-/// Messages that the client hands to its transport ahead.
+/// Messages that are queued ahead of the transport.
 const WINDOW: usize = 256;
 
 /// The message that registers an instance with the port http=8080, or removes it.
@@ -43,7 +43,7 @@ pub(crate) struct Stream {
 impl Stream {
     /// Opens one.
     pub(crate) fn open(to: SocketAddr) -> Self {
-        // A thread of its own moves octets while nobody waits here.
+        // A runtime thread drives the connection while the test does something else.
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("threads");
         let (sender, messages) = mpsc::channel(WINDOW);
         let answers = runtime.block_on(async {
@@ -53,8 +53,8 @@ impl Stream {
         Self { runtime, sender, answers }
     }
 
-    /// Sends all of them, without waiting for answers in between, and gives the status of each
-    /// answer, which are in order, and how long all of it took.
+    /// Sends all of them, without waiting for answers in between, and returns the status of
+    /// each answer, in order, and how long all of them took.
     pub(crate) fn exchange(&mut self, messages: Vec<RegistrationMsg>) -> (Vec<u32>, Duration) {
         let begun = Instant::now();
         let expected: Vec<String> = messages.iter().map(|message| message.ipaddress.clone()).collect();
@@ -66,7 +66,7 @@ impl Stream {
         let receive = async {
             let mut statuses = Vec::with_capacity(expected.len());
             for address in &expected {
-                let answer = timeout(PATIENCE, self.answers.next()).await.expect("an answer comes");
+                let answer = timeout(WAIT_TIMEOUT, self.answers.next()).await.expect("an answer comes");
                 let answer = answer.expect("one answer each").expect("the stream goes on");
                 assert_eq!(answer.ipaddress, *address, "answers come in order");
                 statuses.push(answer.status);
@@ -77,12 +77,12 @@ impl Stream {
         (statuses, begun.elapsed())
     }
 
-    /// Registers one instance, and gives the status and how long the answer took.
+    /// Registers one instance, and returns the status and how long the answer took.
     pub(crate) fn register(&mut self, namespace: &str, service: &str, address: &str) -> (u32, Duration) {
         self.one(message(RegistrationType::Register, namespace, service, address))
     }
 
-    /// Removes one instance, and gives the status and how long the answer took.
+    /// Removes one instance, and returns the status and how long the answer took.
     pub(crate) fn remove(&mut self, namespace: &str, service: &str, address: &str) -> (u32, Duration) {
         self.one(message(RegistrationType::Unregister, namespace, service, address))
     }

@@ -1,4 +1,4 @@
-//! Programs that are not ours: `make tools` installs them.
+//! Third-party programs; `make tools` installs them.
 
 use std::{
     env,
@@ -17,7 +17,7 @@ pub(crate) fn bin() -> PathBuf {
     Path::new(ROOT).join("target/tools/bin")
 }
 
-/// The program `name`. Without it a test says so and is over, except in CI, where it fails.
+/// The program `name`. If it is missing, the test reports so and passes; in CI it fails.
 pub(crate) fn require(name: &str) -> Option<PathBuf> {
     require_file(name, bin().join(name))
 }
@@ -35,16 +35,16 @@ fn require_file(name: &str, path: PathBuf) -> Option<PathBuf> {
     None
 }
 
-/// Says which test checks nothing, and why. In CI that is a failure.
+/// Reports which test did not run, and why. In CI that is a failure.
 pub(crate) fn not_run(err: &str) {
     let current = thread::current();
     let said = format!("NOT RUN: {}: {err}", current.name().unwrap_or("a test"));
     assert!(env::var_os("CI").is_none(), "{said}");
-    // To stderr itself: what a test prints is only shown when it fails.
+    // To stderr itself: the harness captures `eprintln!` of tests that pass.
     let _ = writeln!(stderr(), "{said}");
 }
 
-/// What a program prints on stdout; a failure is a failure of the test.
+/// What a program prints to stdout. A failure of the program fails the test.
 pub(crate) fn stdout<S: AsRef<OsStr>>(program: &Path, arguments: impl IntoIterator<Item = S>) -> String {
     let mut command = Command::new(program);
     let Output { status, stdout, stderr } =

@@ -1,6 +1,6 @@
-//! Other hands at what gangplank wrote, with a garbage collector and the controllers of a real
-//! cluster running: what is ours is put right within five seconds, what is not is left alone to
-//! the byte, and a name that was taken over is given up.
+//! External changes to the objects that gangplank wrote, with the controllers of a real cluster
+//! running: changes to our objects are reverted within five seconds, foreign objects stay unchanged to
+//! the byte, and a name that was taken over is released.
 
 mod endpoints;
 mod joined;
@@ -22,22 +22,22 @@ use crate::support::{
     wait_until,
 };
 
-/// What somebody does to an object, in words and as a function.
+/// An external change, as a description and a function.
 type Edit = (&'static str, fn(&mut Value));
 
-/// How long an edit by another hand may stand.
-const SOON: Duration = Duration::from_secs(5);
+/// How long an external edit may last.
+const MAX_REPAIR_TIME: Duration = Duration::from_secs(5);
 
-/// Waits until `look` finds something, which may take five seconds.
+/// Waits until `look` returns something, for at most [`MAX_REPAIR_TIME`].
 fn soon<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
     let begun = Instant::now();
     let found = wait_until(what, look);
     let took = begun.elapsed();
-    assert!(took <= SOON, "{what}: only after {took:?}");
+    assert!(took <= MAX_REPAIR_TIME, "{what}: only after {took:?}");
     found
 }
 
-/// One request of the administrator, which the API server takes.
+/// A request of the administrator, which must succeed.
 fn admin(cluster: &Cluster, method: &str, path: &str, body: Option<&Value>) -> Value {
     let (status, answer) = cluster.request(Who::Admin, method, path, body).expect("the API server runs");
     assert!((200..300).contains(&status), "{method} {path}: {status} {answer}");
@@ -59,7 +59,7 @@ fn edit(cluster: &Cluster, path: &str, change: &dyn Fn(&mut Value)) -> Value {
     })
 }
 
-/// What slices say, whatever they are called and whenever they were written.
+/// The content of slices without their names and timestamps.
 fn content(slices: &[Value]) -> Vec<Value> {
     let ours =
         ["kubernetes.io/service-name", "endpointslice.kubernetes.io/managed-by", "service.kubernetes.io/headless"];
@@ -109,7 +109,7 @@ fn first_name(namespace: &str, service: &str) -> String {
 }
 
 impl MirrorHarness {
-    /// Registers, and insists that Kubernetes has it.
+    /// Registers an instance, which must be in Kubernetes when the answer arrives.
     fn mirrored(&self, namespace: &str, service: &str, address: &str, port: &str) {
         let (code, said) = self.register(namespace, service, address, port);
         assert!(
@@ -204,7 +204,7 @@ fn slice_given_to_another_manager_is_left_alone() {
     harness.mirrored("given-away", "web", "10.4.0.2", "http=8080");
     wait_for_addresses(cluster, "given-away", "web", &["10.4.0.1", "10.4.0.1", "10.4.0.2"]);
     assert_eq!(cluster.get_json(&slice_path("given-away", name(slice))), given);
-    // Given back, there is one too many.
+    // Relabelled as ours again, there is one slice too many.
     edit(cluster, &slice_path("given-away", name(slice)), &|slice| {
         slice["metadata"]["labels"]["endpointslice.kubernetes.io/managed-by"] = "gangplank.dev".into();
     });
@@ -236,7 +236,7 @@ fn deleted_slices_are_recreated() {
     admin(cluster, "DELETE", &slice_path("deleted", ""), None);
     comes_back("all slices", &before.iter().collect::<Vec<_>>());
 
-    // One that waits for a finalizer is no place for an endpoint.
+    // A slice that waits for its finalizer must not hold endpoints.
     let before = slices(cluster, "deleted", "web");
     let before = before.iter().find(|slice| slice["ports"][0]["port"] == 8080).expect("one has that port");
     let held = slice_path("deleted", name(before));

@@ -1,4 +1,4 @@
-//! Namespaces that come and go, and Services that are left without instances.
+//! Namespaces that are deleted and recreated, and Services that are left without instances.
 
 use std::time::{Duration, Instant};
 
@@ -70,7 +70,7 @@ fn namespaces_are_created_if_configured() {
     harness.mirrored("made-here-too", "web", "10.31.0.3", "http=8080");
     assert_eq!(addresses(cluster, "made-here-too", "web"), ["10.31.0.3"]);
 
-    // Deleted by another hand, it is made again once it is gone.
+    // Deleted by somebody else, it is created again once it is gone.
     let before = cluster.get_json("/api/v1/namespaces/made-here-too");
     admin(cluster, "DELETE", "/api/v1/namespaces/made-here-too", None);
     wait_until("it stands again", || {

@@ -1,4 +1,4 @@
-//! An admission policy of the cluster's that refuses what gangplank writes.
+//! An admission policy of the cluster that refuses gangplank's objects.
 
 use std::time::Instant;
 
@@ -64,7 +64,7 @@ fn objects_refused_by_a_policy_are_retried_slowly_and_reported() {
             (said.contains(event) && said.contains("no slices here")).then_some(())
         });
     }
-    // An event that hangs holds nobody else up.
+    // A hanging request for an event does not delay other services.
     cluster.create_namespace("policy-hang");
     refuse(cluster, "policy-hang", "Invalid");
     let hung = proxy.inject(Fault::Hang, |call| call.is("create", "events"));

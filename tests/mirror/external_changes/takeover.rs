@@ -1,4 +1,4 @@
-//! Services that go, and come back as somebody else's.
+//! Services that are deleted, and recreated by somebody else.
 
 use std::process::Command;
 
@@ -42,7 +42,7 @@ fn canary(cluster: &Cluster, namespace: &str, service: &Value) -> String {
     format!("{path}/canary")
 }
 
-/// Stops gangplank in its tracks, or lets it go on.
+/// Freezes gangplank (SIGSTOP), or resumes it.
 fn signal(harness: &MirrorHarness, name: &str) {
     let pid = harness.server.pid().to_string();
     let sent = Command::new("sh").args(["-c", "kill -s \"$0\" \"$1\"", name, &pid]).status();

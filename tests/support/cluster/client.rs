@@ -1,4 +1,4 @@
-//! One HTTPS request to the API server: a hundredth of what a kubectl costs, for tests that look often.
+//! One HTTPS request to the API server: a hundredth of the cost of kubectl, for tests that poll.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -9,9 +9,9 @@ use std::{
 use serde_json::Value;
 use tokio_rustls::rustls::{ClientConfig, ClientConnection, StreamOwned};
 
-use crate::support::PATIENCE;
+use crate::support::WAIT_TIMEOUT;
 
-/// Status code and JSON of the answer; text that is not JSON comes as a JSON string.
+/// Status code and JSON of the answer; a body that is not JSON becomes a JSON string.
 pub(super) fn request(
     port: u16,
     tls: &Arc<ClientConfig>,
@@ -20,7 +20,7 @@ pub(super) fn request(
     body: Option<&Value>,
 ) -> io::Result<(u16, Value)> {
     let socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(WAIT_TIMEOUT))?;
     let name = Ipv4Addr::LOCALHOST.into();
     let session = ClientConnection::new(Arc::clone(tls), name).map_err(io::Error::other)?;
     let mut stream = StreamOwned::new(session, socket);

@@ -1,8 +1,8 @@
-//! Long-running programs that never outlive the tests, and the watchdog that sees to it.
+//! Long-running programs that never outlive the tests, and the watchdog that ends them.
 //!
-//! A test process ends without dropping what its statics hold, and may be killed at any time. So
-//! a small shell waits at a pipe whose other end this process holds: when that end closes, for
-//! whatever reason, it kills what was started and deletes the cluster's folder.
+//! A test process ends without dropping its statics, and may be killed at any time. So a small shell
+//! reads a pipe whose other end this process holds: when that end closes, for whatever reason, the
+//! shell kills the programs and deletes the cluster's folder.
 
 use std::{
     fs::{self, File},
@@ -17,8 +17,8 @@ use tempfile::TempDir;
 use crate::support::wait_until;
 
 /// `+PID` and `-PID`, a line each, until the pipe closes. Signals that a terminal sends to
-/// everybody must not end it before its work is done. What dies may still write for a moment,
-/// which makes `rm` fail on a folder that was empty.
+/// its whole process group must not end the shell first. A killed program may still write for a
+/// moment, so `rm` can fail once on a folder that was empty.
 const WATCHDOG: &str = r#"trap '' INT TERM HUP
 pids=' '
 while read -r line; do
@@ -39,7 +39,7 @@ pub(super) struct Watchdog {
 }
 
 impl Watchdog {
-    /// Makes a folder and watches over it.
+    /// Creates the folder and starts the shell.
     pub(super) fn start() -> Self {
         let folder = TempDir::with_prefix("gangplank-cluster-").expect("a temporary directory can be made").keep();
         let mut command = Command::new("sh");
@@ -49,7 +49,7 @@ impl Watchdog {
         Self { folder, shell: Mutex::new((shell, pipe)) }
     }
 
-    /// The folder that goes with it.
+    /// The cluster's folder.
     pub(super) fn folder(&self) -> &Path {
         &self.folder
     }
@@ -99,8 +99,8 @@ impl Daemon {
         self.child.try_wait().expect("a child can be waited for")
     }
 
-    /// The end of its log.
-    pub(super) fn last_words(&self) -> String {
+    /// The last lines of the log.
+    pub(super) fn log_tail(&self) -> String {
         let log = fs::read(&self.log).unwrap_or_default();
         let tail = String::from_utf8_lossy(&log[log.len().saturating_sub(4000)..]).into_owned();
         format!("the end of {}'s log:\n{tail}", self.name)
@@ -108,19 +108,19 @@ impl Daemon {
 
     /// Sends a signal by its name, without `SIG`.
     pub(super) fn signal(&self, signal: &str) {
-        // The shell's own kill: a machine need not have another, and libc's is unsafe.
+        // The shell's builtin kill: a kill program may be missing, and libc::kill is unsafe.
         let pid = self.child.id().to_string();
         let sent = Command::new("sh").args(["-c", "kill -s \"$0\" \"$1\"", signal, &pid]).status();
         assert!(sent.expect("there is a shell").success(), "{} still runs", self.name);
     }
 
-    /// Ends it at once; it may have ended before.
+    /// Sends SIGKILL; the program may have ended before.
     pub(super) fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 
-    /// Waits for its end, and tells the watchdog that its process id means nothing any more.
+    /// Waits for the exit, and tells the watchdog to forget the process id.
     pub(super) fn wait(mut self, watchdog: &Watchdog) -> ExitStatus {
         let what = format!("the end of {}", self.name);
         let status = wait_until(&what, || self.ended());

@@ -1,15 +1,15 @@
 //! A real Kubernetes control plane: etcd and kube-apiserver, and the controller manager where a
 //! test needs it, as child processes on free ports of loopback.
 //!
-//! RBAC is on, certificates are real, and gangplank's account has what `deploy/` gives it and
-//! nothing more: every cluster here has `rbac.yaml` applied and `admission-policy.yaml` in force.
+//! RBAC is on, certificates are real, and gangplank's account has the rights of `deploy/` and no
+//! others: every cluster here has `rbac.yaml` applied and `admission-policy.yaml` in force.
 //! There is no kubelet, so that pods stay Pending, and no ServiceAccount admission, so that a
 //! namespace can be used as soon as it is made. Without the controller manager nothing collects
 //! garbage and a deleted namespace stays Terminating.
 //!
-//! - [`Cluster::shared`] is one for all tests. A test takes a namespace of its own there, and
-//!   cannot stop anything: what stops and starts needs `&mut`.
-//! - [`Cluster::private`] is for the tests that do. It costs several seconds and 300 MB, a third more with controllers.
+//! - [`Cluster::shared`] is one for all tests. A test uses a namespace of its own, and cannot stop
+//!   anything: stopping needs `&mut`.
+//! - [`Cluster::private`] is for tests that stop programs. It costs several seconds and 300 MB, a third more with controllers.
 //!
 //! Both die with the test process, however that ends (see [`daemon`]).
 
@@ -42,7 +42,7 @@ use super::{
     wait_until,
 };
 
-/// The controllers that have something to do without nodes.
+/// The controllers that work without nodes.
 const CONTROLLERS: &str = "namespace-controller,serviceaccount-controller,endpointslice-controller,\
     endpointslice-mirroring-controller,garbage-collector-controller,cronjob-controller,job-controller";
 
@@ -61,7 +61,7 @@ pub(crate) struct Cluster {
     watchdog: Watchdog,
 }
 
-/// Whose request it is.
+/// The account of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Who {
     /// `system:masters`: may do everything.
@@ -98,15 +98,15 @@ impl Programs {
 }
 
 impl Cluster {
-    /// The one that all tests share, started by the first that asks. `None` where the programs
-    /// are missing; it has been said then that the calling test did not run.
+    /// The cluster that all tests share, started by the first caller. `None` if the programs are
+    /// missing; that the calling test did not run is then reported.
     pub(crate) fn shared() -> Option<&'static Self> {
         static SHARED: OnceLock<Cluster> = OnceLock::new();
         let programs = Programs::require()?;
         Some(SHARED.get_or_init(|| Self::start(programs)))
     }
 
-    /// One for the calling test alone; `None` as with [`Cluster::shared`].
+    /// A cluster for the calling test alone; `None` as with [`Cluster::shared`].
     pub(crate) fn private() -> Option<Self> {
         Programs::require().map(Self::start)
     }
@@ -159,7 +159,7 @@ impl Cluster {
         cluster
     }
 
-    /// What an operator does by hand: applies `deploy/`, and takes a token of the account.
+    /// Does what an operator does: applies `deploy/`, and creates a token of the account.
     fn install_gangplank(&mut self) {
         let deploy = Path::new(ROOT).join("deploy");
         for file in ["rbac.yaml", "admission-policy.yaml"] {
@@ -167,7 +167,7 @@ impl Cluster {
         }
         let token = self.kubectl(&["create", "token", "gangplank", "--namespace=gangplank", "--duration=24h"]);
         self.token = token.trim().to_owned();
-        // The API server compiles the policy some time after it has taken it.
+        // A policy is in force some time after the API server has stored it.
         let foreign = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "foreign"},
             "spec": {"clusterIP": "None"}});
         let path = "/api/v1/namespaces/default/services?dryRun=All";
@@ -192,7 +192,7 @@ impl Cluster {
             .arg(flag("service-account-key-file", &self.pki.accounts_public))
             .arg(flag("service-account-signing-key-file", &self.pki.accounts_key))
             .args(["--bind-address=127.0.0.1", "--authorization-mode=RBAC"])
-            // Loopback cannot stand in the slice of default/kubernetes; this is an address of nobody (RFC 5737).
+            // A loopback address is invalid in the slice of default/kubernetes; this one is for documentation (RFC 5737).
             .arg("--advertise-address=192.0.2.1")
             .args([
                 "--service-account-issuer=https://kubernetes.default.svc",
@@ -203,33 +203,33 @@ impl Cluster {
         let mut daemon = Daemon::start("kube-apiserver", &mut command, &self.watchdog);
         wait_until("the API server is ready", || {
             if let Some(status) = daemon.ended() {
-                panic!("kube-apiserver: {status}; {}\n{}", daemon.last_words(), self.etcd.last_words());
+                panic!("kube-apiserver: {status}; {}\n{}", daemon.log_tail(), self.etcd.log_tail());
             }
             matches!(self.request(Who::Admin, "GET", "/readyz", None), Ok((200, _))).then_some(())
         });
         self.api_server = Some(daemon);
     }
 
-    /// Ends the API server in good order (SIGTERM), and waits for its end.
+    /// Stops the API server (SIGTERM) and waits for its exit.
     pub(crate) fn stop_api_server(&mut self) {
         let daemon = self.api_server.take().expect("it runs");
         daemon.signal("TERM");
         daemon.wait(&self.watchdog);
     }
 
-    /// `kill -9`, and waits for the death.
+    /// Sends SIGKILL and waits for the exit.
     pub(crate) fn kill_api_server(&mut self) {
         let daemon = self.api_server.take().expect("it runs");
         daemon.signal("KILL");
         daemon.wait(&self.watchdog);
     }
 
-    /// Stops the API server in its tracks (SIGSTOP): it accepts connections and says nothing.
+    /// Freezes the API server (SIGSTOP): connections are accepted and never answered.
     pub(crate) fn pause_api_server(&mut self) {
         self.api_server.as_ref().expect("it runs").signal("STOP");
     }
 
-    /// Lets it go on.
+    /// Resumes it (SIGCONT).
     pub(crate) fn resume_api_server(&mut self) {
         self.api_server.as_ref().expect("it runs").signal("CONT");
     }
@@ -288,7 +288,7 @@ impl Cluster {
         path
     }
 
-    /// Makes a namespace, which must not exist yet.
+    /// Creates a namespace, which must not exist yet.
     pub(crate) fn create_namespace(&self, name: &str) {
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
         let created = self.request(Who::Admin, "POST", "/api/v1/namespaces", Some(&namespace));
@@ -296,7 +296,7 @@ impl Cluster {
         assert_eq!(status, 201, "{answer}");
     }
 
-    /// Runs kubectl as the administrator; a failure is a failure of the test.
+    /// Runs kubectl as the administrator; a failure fails the test.
     pub(crate) fn kubectl(&self, arguments: &[&str]) -> String {
         self.kubectl_as(&self.kubeconfig_admin(), arguments, "")
             .unwrap_or_else(|error| panic!("kubectl {arguments:?}: {error}"))
@@ -313,7 +313,7 @@ impl Cluster {
         let mut command = self.kubectl_command(kubeconfig);
         command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("kubectl can be run");
-        // One that does not read it is none the worse.
+        // A kubectl that does not read stdin closes the pipe, which is no error.
         let _ = child.stdin.take().expect("stdin is piped").write_all(stdin.as_bytes());
         let output = child.wait_with_output().expect("kubectl ends");
         let [stdout, stderr] = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
@@ -325,7 +325,7 @@ impl Cluster {
         self.programs.bin.clone()
     }
 
-    /// A kubectl that waits for its arguments.
+    /// A kubectl without arguments.
     pub(crate) fn kubectl_command(&self, kubeconfig: &Path) -> Command {
         let mut command = self.programs.command("kubectl");
         command.env("KUBECONFIG", kubeconfig).env("KUBECACHEDIR", self.watchdog.folder().join("cache"));
@@ -341,7 +341,7 @@ impl Cluster {
         client::request(self.port, tls, token, (method, path), body)
     }
 
-    /// What the administrator reads at a path; anything but 200 is a failure of the test.
+    /// What the administrator reads at a path; anything but 200 fails the test.
     pub(crate) fn get_json(&self, path: &str) -> Value {
         let (status, answer) = self.request(Who::Admin, "GET", path, None).expect("the API server runs");
         assert_eq!(status, 200, "{path}: {answer}");
@@ -351,7 +351,7 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        // The watchdog would do it too, but a child that nobody waits for stays a zombie.
+        // The watchdog kills too, but a child that nobody waits for stays a zombie.
         for daemon in [&mut self.controllers, &mut self.api_server].into_iter().flatten().chain([&mut self.etcd]) {
             daemon.kill();
         }

@@ -1,6 +1,6 @@
 //! The certificates and keys of one control plane, and the kubeconfig files that carry them.
 //!
-//! Everything is made anew for each cluster and lives in its folder: an authority, the server's
+//! Everything is created for each cluster, in its folder: an authority, the server's
 //! certificate for loopback, the administrator's (`O=system:masters`), and the key pair that
 //! signs the tokens of ServiceAccounts.
 
@@ -29,15 +29,15 @@ pub(super) struct Pki {
     pub(super) server: PathBuf,
     /// The key of that certificate.
     pub(super) server_key: PathBuf,
-    /// What signs tokens of ServiceAccounts.
+    /// The key that signs tokens of ServiceAccounts.
     pub(super) accounts_key: PathBuf,
-    /// What checks them.
+    /// The key that verifies them.
     pub(super) accounts_public: PathBuf,
     /// The authority's certificate, as PEM.
     pub(super) ca_pem: String,
     /// TLS as the administrator.
     pub(super) admin: Arc<ClientConfig>,
-    /// TLS as nobody, who shows a token instead.
+    /// TLS without a client certificate: the client sends a token instead.
     pub(super) anonymous: Arc<ClientConfig>,
     /// TLS for a server that stands in for the API server.
     pub(super) serving: Arc<ServerConfig>,
@@ -46,7 +46,7 @@ pub(super) struct Pki {
 }
 
 impl Pki {
-    /// Makes all of it and writes what the programs read into `folder`.
+    /// Creates everything and writes the files that the programs read into `folder`.
     pub(super) fn create(folder: &Path) -> Self {
         let mut authority = params("gangplank test authority", None);
         authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

@@ -1,4 +1,4 @@
-//! What was asked of the API server, in its own words.
+//! A log of requests to the API server, in Kubernetes' terms.
 
 use std::{
     sync::{Mutex, MutexGuard},
@@ -20,9 +20,9 @@ pub(crate) struct Call {
     pub(crate) name: String,
     /// The path with its query.
     pub(crate) path: String,
-    /// When it came.
+    /// When the request arrived.
     pub(crate) at: Instant,
-    /// The status code of what was answered; none yet, or none ever.
+    /// The status code of the answer; `None` without an answer.
     pub(crate) status: Option<u16>,
 }
 
@@ -70,15 +70,15 @@ impl Call {
 
 /// All requests, in order.
 #[derive(Debug, Default)]
-pub(super) struct Calls(Mutex<(Vec<Call>, usize)>);
+pub(super) struct CallLog(Mutex<(Vec<Call>, usize)>);
 
-impl Calls {
+impl CallLog {
     fn lock(&self) -> MutexGuard<'_, (Vec<Call>, usize)> {
         self.0.lock().expect("nobody panics here")
     }
 
-    /// Takes it down, and gives the number that [`Calls::answered`] wants.
-    pub(super) fn note(&self, call: Call) -> usize {
+    /// Appends a request, and returns its number for [`CallLog::answered`].
+    pub(super) fn push(&self, call: Call) -> usize {
         let (calls, forgotten) = &mut *self.lock();
         calls.push(call);
         *forgotten + calls.len() - 1

@@ -1,8 +1,8 @@
-//! A server in between gangplank and the API server that goes wrong when a test says so.
+//! A fault-injecting proxy between gangplank and the API server.
 //!
-//! It shows the API server's own certificate: a client notices nothing of it. Each connection that comes in has one of its own going out, made for its first
-//! request; where one end closes, so does the other. What no rule matches passes unchanged,
-//! watches as they stream. Nothing is tried again here.
+//! The proxy serves the API server's own certificate, so that clients do not notice it. Each incoming
+//! connection has an outgoing one, opened for its first request; when one end closes, so does the
+//! other. Requests that match no rule pass unchanged, watches as a stream. The proxy never retries.
 //!
 //! ```text
 //! let proxy = Proxy::start(&cluster);           // gangplank: --kubeconfig proxy.kubeconfig()
@@ -51,45 +51,45 @@ use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::{
     call::Call,
-    rules::{Fault, Injected},
+    rules::{Fault, InjectedFault},
 };
-use self::{call::Calls, rules::Rules};
+use self::{call::CallLog, rules::FaultRules};
 use super::cluster::Cluster;
 
-type Wrong = Box<dyn Error + Send + Sync>;
-type Body = UnsyncBoxBody<Bytes, Wrong>;
+type BoxError = Box<dyn Error + Send + Sync>;
+type Body = UnsyncBoxBody<Bytes, BoxError>;
 
-/// The server in between, until it is dropped.
+/// Runs until it is dropped.
 pub(crate) struct Proxy {
     port: u16,
     kubeconfig: PathBuf,
-    shared: Arc<Shared>,
+    shared: Arc<ProxyState>,
     stop: CancellationToken,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What all connections have in common.
-struct Shared {
+/// What all connections share.
+struct ProxyState {
     port: u16,
     tls: Arc<ClientConfig>,
     serving: Arc<ServerConfig>,
-    calls: Calls,
-    rules: Arc<Rules>,
+    calls: CallLog,
+    rules: Arc<FaultRules>,
     /// A new value closes every connection that is open.
     cut: watch::Sender<()>,
 }
 
 impl Proxy {
-    /// Starts one before this cluster's API server, which may be away.
+    /// Starts a proxy for this cluster's API server, which may be stopped.
     pub(crate) fn start(cluster: &Cluster) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         listener.set_nonblocking(true).expect("sockets can do that");
         let port = listener.local_addr().expect("it is bound").port();
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(ProxyState {
             port: cluster.port(),
             tls: cluster.tls(),
             serving: cluster.serving_tls(),
-            calls: Calls::default(),
+            calls: CallLog::default(),
             rules: Arc::default(),
             cut: watch::Sender::new(()),
         });
@@ -112,38 +112,42 @@ impl Proxy {
         &self.kubeconfig
     }
 
-    /// From now on, does this to every request that `matches`, until it is lifted. Of several rules
-    /// that match, the one that was injected first holds.
-    pub(crate) fn inject(&self, fault: Fault, matches: impl Fn(&Call) -> bool + Send + Sync + 'static) -> Injected {
+    /// Applies `fault` to every request that `matches`, until it is lifted. Of several rules that
+    /// match, the oldest applies.
+    pub(crate) fn inject(
+        &self,
+        fault: Fault,
+        matches: impl Fn(&Call) -> bool + Send + Sync + 'static,
+    ) -> InjectedFault {
         self.shared.rules.add(fault, usize::MAX, Box::new(matches))
     }
 
-    /// The same to the first `times` of them; later ones pass.
+    /// Applies `fault` to the first `times` requests that match; later ones pass.
     pub(crate) fn inject_first(
         &self,
         times: usize,
         fault: Fault,
         matches: impl Fn(&Call) -> bool + Send + Sync + 'static,
-    ) -> Injected {
+    ) -> InjectedFault {
         self.shared.rules.add(fault, times, Box::new(matches))
     }
 
-    /// Everything that was asked so far, in order.
+    /// All requests so far, in order.
     pub(crate) fn calls(&self) -> Vec<Call> {
         self.shared.calls.all()
     }
 
-    /// How many of these were asked so far.
+    /// How many requests so far match.
     pub(crate) fn count(&self, matches: impl Fn(&Call) -> bool) -> usize {
         self.shared.calls.all().iter().filter(|call| matches(call)).count()
     }
 
-    /// Forgets what was asked so far, so that counts begin at zero.
+    /// Clears the log, so that counts begin at zero.
     pub(crate) fn forget_calls(&self) {
         self.shared.calls.clear();
     }
 
-    /// Closes every connection that is open now, as a load balancer does that starts again.
+    /// Closes every connection that is open now, as a restarting load balancer does.
     pub(crate) fn drop_connections(&self) {
         self.shared.cut.send_replace(());
     }
@@ -156,7 +160,7 @@ impl Drop for Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, shared: Arc<Shared>, stop: CancellationToken) {
+async fn accept(listener: TcpListener, shared: Arc<ProxyState>, stop: CancellationToken) {
     let listener = tokio::net::TcpListener::from_std(listener).expect("it does not block");
     let mut connections = JoinSet::new();
     loop {
@@ -171,8 +175,8 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, stop: CancellationTo
     }
 }
 
-/// One connection, until either side is done with it.
-async fn serve(shared: Arc<Shared>, socket: TcpStream) {
+/// Serves one connection until either side closes it.
+async fn serve(shared: Arc<ProxyState>, socket: TcpStream) {
     let _ = socket.set_nodelay(true);
     let mut cut = shared.cut.subscribe();
     let upstream = Arc::new(Mutex::new(Upstream::default()));
@@ -180,7 +184,7 @@ async fn serve(shared: Arc<Shared>, socket: TcpStream) {
     let tls = TlsAcceptor::from(Arc::clone(&shared.serving));
     let connection = async {
         let stream = TokioIo::new(tls.accept(socket).await?);
-        Ok::<(), Wrong>(server::Builder::new().serve_connection(stream, service).await?)
+        Ok::<(), BoxError>(server::Builder::new().serve_connection(stream, service).await?)
     };
     tokio::select! {
         _ = connection => {}
@@ -188,16 +192,16 @@ async fn serve(shared: Arc<Shared>, socket: TcpStream) {
     }
 }
 
-/// The connection to the API server that goes with one from outside.
+/// The connection to the API server that belongs to an incoming one.
 #[derive(Default)]
 struct Upstream {
     sender: Option<SendRequest<Incoming>>,
-    /// What moves its octets; ends with the connection from outside.
+    /// Drives the connection; aborted when the incoming connection ends.
     driver: JoinSet<()>,
 }
 
 impl Upstream {
-    async fn send(&mut self, shared: &Shared, request: Request<Incoming>) -> Result<Response<Incoming>, Wrong> {
+    async fn send(&mut self, shared: &ProxyState, request: Request<Incoming>) -> Result<Response<Incoming>, BoxError> {
         let sender = match &mut self.sender {
             Some(sender) => sender,
             None => {
@@ -217,23 +221,23 @@ impl Upstream {
     }
 }
 
-/// An error closes the connection without another word.
+/// An error closes the connection without an answer.
 async fn answer(
-    shared: Arc<Shared>,
+    shared: Arc<ProxyState>,
     upstream: Arc<Mutex<Upstream>>,
     request: Request<Incoming>,
-) -> Result<Response<Body>, Wrong> {
+) -> Result<Response<Body>, BoxError> {
     let call = Call::of(request.method(), request.uri());
-    let number = shared.calls.note(call.clone());
+    let number = shared.calls.push(call.clone());
     let forward = async { upstream.lock().await.send(&shared, request).await };
-    let injected = shared.rules.strike(&call);
+    let injected = shared.rules.apply(&call);
     let response = match injected.as_ref().map(|rule| rule.fault()) {
         None => pass(&shared, call, forward.await?),
         Some(Fault::Answer { code, retry_after }) => refusal(code, retry_after),
         Some(Fault::ErrorEvent(code)) => error_event(code),
         Some(fault) => {
             if matches!(fault, Fault::HangAfter | Fault::DropAfter) {
-                forward.await?.into_body().collect().await?; // carried out, to the last octet
+                forward.await?.into_body().collect().await?; // carried out, to the last byte
             }
             if let Some(rule) = injected.filter(|_| matches!(fault, Fault::Hang | Fault::HangAfter)) {
                 rule.lifted().await;
@@ -245,20 +249,20 @@ async fn answer(
     Ok(response)
 }
 
-/// Hands on what comes, frame by frame, except while a rule stalls it.
-fn pass(shared: &Shared, call: Call, response: Response<Incoming>) -> Response<Body> {
+/// Passes the answer on frame by frame, except while a rule stalls it.
+fn pass(shared: &ProxyState, call: Call, response: Response<Incoming>) -> Response<Body> {
     let rules = Arc::clone(&shared.rules);
     response.map(|body| {
         let frames = stream::unfold((body, rules, call), |(mut body, rules, call)| async move {
             let frame = body.frame().await;
             rules.flows(&call).await;
-            frame.map(|frame| (frame.map_err(Wrong::from), (body, rules, call)))
+            frame.map(|frame| (frame.map_err(BoxError::from), (body, rules, call)))
         });
         StreamBody::new(frames).boxed_unsync()
     })
 }
 
-/// A refusal as the API server words it.
+/// An error answer in the form of the API server.
 fn refusal(code: u16, retry_after: Option<u32>) -> Response<Body> {
     let body = Full::from(status(code).to_string()).map_err(|never: Infallible| match never {}).boxed_unsync();
     let mut response = Response::builder().status(code).header(header::CONTENT_TYPE, "application/json");
@@ -268,7 +272,7 @@ fn refusal(code: u16, retry_after: Option<u32>) -> Response<Body> {
     response.body(body).expect("a test injects a valid code")
 }
 
-/// A watch whose only event is an error, which is how the API server says 410 on a watch.
+/// A watch whose only event is an error, as the API server reports 410 on a watch.
 fn error_event(code: u16) -> Response<Body> {
     let event = json!({"type": "ERROR", "object": status(code)}).to_string() + "\n";
     let frames = stream::iter([Ok(Frame::data(Bytes::from(event)))]);

@@ -1,4 +1,4 @@
-//! What goes wrong, with which requests, how often.
+//! Faults: which requests they apply to, and how often.
 
 use std::{
     fmt,
@@ -16,25 +16,25 @@ use crate::support::wait_until;
 /// What happens to a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// It is answered here, with a Kubernetes Status of this code, and does not reach the API server.
+    /// The proxy answers with a Kubernetes Status of this code; the API server does not see the request.
     Answer {
         /// The status code, such as 409, 410, 429, 500, 503.
         code: u16,
         /// The header of that name, in seconds.
         retry_after: Option<u32>,
     },
-    /// A watch is answered here: 200, one event ERROR with a Status of this code, the end.
+    /// The proxy answers a watch: 200, one event ERROR with a Status of this code, the end.
     ErrorEvent(u16),
-    /// It is taken and never answered, and does not reach the API server. Lifting closes the connection.
+    /// The request is read and never answered or passed on. Lifting closes the connection.
     Hang,
-    /// It is carried out and never answered. Lifting closes the connection.
+    /// The request is passed on, its answer is not. Lifting closes the connection.
     HangAfter,
-    /// The connection closes, and the API server hears nothing of it.
+    /// The connection closes before the request is passed on.
     Drop,
-    /// It is carried out; then the connection closes without an answer.
+    /// The request is passed on; then the connection closes without an answer.
     DropAfter,
-    /// What of its answer has not come yet does not come, and the connection stays open: a watch that
-    /// died in silence. Watches that run already stall too; after lifting, what was held back follows.
+    /// The rest of the answer is held back, and the connection stays open: a silent watch. Watches
+    /// that run already stall too; lifting releases what was held back.
     Stall,
 }
 
@@ -53,36 +53,36 @@ impl Fault {
     }
 }
 
-type Matches = Box<dyn Fn(&Call) -> bool + Send + Sync>;
+type CallMatcher = Box<dyn Fn(&Call) -> bool + Send + Sync>;
 
-/// A rule that is in force until [`Injected::lift`], whether or not this is kept.
+/// A rule in force until [`InjectedFault::lift`]; dropping this does not lift it.
 #[derive(Clone)]
-pub(crate) struct Injected {
-    rule: Arc<Rule>,
+pub(crate) struct InjectedFault {
+    rule: Arc<FaultRule>,
     changed: watch::Sender<()>,
 }
 
-struct Rule {
+struct FaultRule {
     fault: Fault,
-    matches: Matches,
+    matches: CallMatcher,
     most: usize,
     hits: AtomicUsize,
     lifted: AtomicBool,
 }
 
-impl Injected {
-    /// Ends it: requests pass, what hangs is dropped, what stalls flows again.
+impl InjectedFault {
+    /// Ends the fault: requests pass, hanging ones are dropped, stalled answers continue.
     pub(crate) fn lift(&self) {
         self.rule.lifted.store(true, SeqCst);
         self.changed.send_replace(());
     }
 
-    /// How many requests it has hit.
+    /// How many requests the fault has hit.
     pub(crate) fn hits(&self) -> usize {
         self.rule.hits.load(SeqCst)
     }
 
-    /// Waits until it has hit so many.
+    /// Waits until the fault has hit this many requests.
     pub(crate) fn wait_hits(&self, times: usize) {
         wait_until(&format!("{times} requests are hit by {:?}", self.rule.fault), || {
             (self.hits() >= times).then_some(())
@@ -93,21 +93,21 @@ impl Injected {
         self.rule.fault
     }
 
-    /// Waits for [`Injected::lift`].
+    /// Waits for [`InjectedFault::lift`].
     pub(super) async fn lifted(&self) {
-        // It fails only without a sender, and there is one here.
+        // Fails only without a sender, which `self` holds.
         let _ = self.changed.subscribe().wait_for(|()| self.rule.lifted.load(SeqCst)).await;
     }
 }
 
-impl fmt::Debug for Injected {
+impl fmt::Debug for InjectedFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?}, {} hits", self.rule.fault, self.hits())
     }
 }
 
-impl Rule {
-    /// Counts a hit, unless it has had all of them.
+impl FaultRule {
+    /// Counts a hit, unless the limit is reached.
     fn hit(&self) -> bool {
         self.hits.fetch_update(SeqCst, SeqCst, |hits| (hits < self.most).then_some(hits + 1)).is_ok()
     }
@@ -115,37 +115,37 @@ impl Rule {
 
 /// All rules, oldest first.
 #[derive(Default)]
-pub(super) struct Rules {
-    rules: Mutex<Vec<Arc<Rule>>>,
+pub(super) struct FaultRules {
+    rules: Mutex<Vec<Arc<FaultRule>>>,
     changed: watch::Sender<()>,
 }
 
-impl Rules {
-    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Rule>>> {
+impl FaultRules {
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<FaultRule>>> {
         self.rules.lock().expect("a test's matcher does not panic")
     }
 
-    pub(super) fn add(&self, fault: Fault, most: usize, matches: Matches) -> Injected {
-        let rule = Rule { fault, matches, most, hits: 0.into(), lifted: false.into() };
+    pub(super) fn add(&self, fault: Fault, most: usize, matches: CallMatcher) -> InjectedFault {
+        let rule = FaultRule { fault, matches, most, hits: 0.into(), lifted: false.into() };
         let rule = Arc::new(rule);
         self.lock().push(Arc::clone(&rule));
-        Injected { rule, changed: self.changed.clone() }
+        InjectedFault { rule, changed: self.changed.clone() }
     }
 
-    /// The rule that holds for a request that has just come, if any; counts it.
-    pub(super) fn strike(&self, call: &Call) -> Option<Injected> {
+    /// The rule that applies to a new request, if any; counts the hit.
+    pub(super) fn apply(&self, call: &Call) -> Option<InjectedFault> {
         let rule = self.find(call, |rule| rule.fault != Fault::Stall && rule.hit())?;
-        Some(Injected { rule, changed: self.changed.clone() })
+        Some(InjectedFault { rule, changed: self.changed.clone() })
     }
 
-    /// Waits as long as a rule stalls the answer to this request.
+    /// Waits while a rule stalls the answer to this request.
     pub(super) async fn flows(&self, call: &Call) {
         while let Some(rule) = self.find(call, |rule| rule.fault == Fault::Stall && rule.hit()) {
-            Injected { rule, changed: self.changed.clone() }.lifted().await;
+            InjectedFault { rule, changed: self.changed.clone() }.lifted().await;
         }
     }
 
-    fn find(&self, call: &Call, holds: impl Fn(&Rule) -> bool) -> Option<Arc<Rule>> {
+    fn find(&self, call: &Call, holds: impl Fn(&FaultRule) -> bool) -> Option<Arc<FaultRule>> {
         let mut rules = self.lock();
         rules.retain(|rule| !rule.lifted.load(SeqCst));
         rules.iter().find(|rule| (rule.matches)(call) && holds(rule)).cloned()

@@ -1,4 +1,4 @@
-//! A zone of any size, and the mix of questions that all benches ask.
+//! A zone of any size, and the mix of queries that all benches use.
 
 use std::{collections::HashMap, net::Ipv4Addr, sync::Arc};
 
@@ -9,7 +9,7 @@ use gangplank::{
 
 const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
-/// A zone and who changes it.
+/// A zone and its publisher.
 pub(crate) struct BenchZone {
     pub(crate) zone: Arc<Zone>,
     publisher: Publisher,
@@ -48,14 +48,14 @@ impl BenchZone {
 
     /// This many services of this many instances.
     pub(crate) fn of(services: u32, instances: u32) -> Self {
-        let mut world = Self::new();
+        let mut bench_zone = Self::new();
         for number in 0..services {
             let key = service(number);
             for index in 0..instances {
-                world.put(&key, instance(&key, number * instances + index, 1.0));
+                bench_zone.put(&key, instance(&key, number * instances + index, 1.0));
             }
         }
-        world
+        bench_zone
     }
 
     /// Registers an instance and publishes it.
