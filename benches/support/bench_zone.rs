@@ -63,8 +63,7 @@ impl BenchZone {
         let known = self.services.entry(key.clone()).or_default();
         let before = known.instances.put(Arc::clone(&instance));
         let changes = [InstanceChange { before, after: Some(instance) }];
-        let after = known.clone();
-        self.publish(&[ServiceChange { service: key, changes: &changes, after: &after, foreign: None }]);
+        self.publish(&[ServiceChange { service: key, changes: &changes }]);
     }
 
     /// Publishes changes that were made elsewhere.

@@ -9,7 +9,10 @@ use super::{
     render::{ResponseRenderer, SectionCounts},
     wire::{WireWriter, WriteResult},
 };
-use crate::zone::{Bailiwick, Lookup, RecordType, ZoneReader};
+use crate::{
+    model::{Rcode, RecordType},
+    zone::{Apex, Hit, Lookup, ZoneReader},
+};
 
 /// Largest answer over UDP without EDNS, in octets (RFC 1035 §2.3.4).
 const MIN_UDP: u16 = 512;
@@ -23,9 +26,6 @@ pub const MAX_TCP: usize = 65_535;
 
 /// Class IN, and any class, which is taken as IN.
 const CLASSES: [u16; 2] = [1, 255];
-
-/// IXFR and AXFR: nobody transfers this zone.
-const TRANSFERS: [u16; 2] = [251, 252];
 
 /// AA: the answer is from whom the name belongs to.
 const AA: u8 = 0x04;
@@ -60,50 +60,15 @@ pub struct Context<'c> {
     pub nsid: &'c [u8],
 }
 
-/// How an answer turned out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Rcode {
-    /// 0
-    NoError,
-    /// 1
-    FormErr,
-    /// 2
-    ServFail,
-    /// 3
-    NxDomain,
-    /// 4
-    NotImp,
-    /// 5
-    Refused,
-    /// 16, of which OPT carries the upper part
-    BadVers,
-}
-
-impl Rcode {
-    /// Its number, with the upper part that OPT carries.
-    #[must_use]
-    pub fn number(self) -> u16 {
-        match self {
-            Self::NoError => 0,
-            Self::FormErr => 1,
-            Self::ServFail => 2,
-            Self::NxDomain => 3,
-            Self::NotImp => 4,
-            Self::Refused => 5,
-            Self::BadVers => 16,
-        }
-    }
-}
-
 /// An answer that was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Response {
     /// Its octets.
     pub len: usize,
-    /// How it turned out.
+    /// Its response code.
     pub rcode: Rcode,
-    /// The type asked for; `None` where no question was read.
-    pub qtype: Option<u16>,
+    /// The type asked for; `None` where no question was read, or one was of an unnamed type.
+    pub rtype: Option<RecordType>,
     /// Whether the name asked for is in the zone.
     pub in_zone: bool,
 }
@@ -140,7 +105,7 @@ pub fn answer(
 /// RFC 1035 §4.1.1: an error that comes before the question has its header and nothing else.
 fn header_only(packet: &[u8], rcode: Rcode, out: &mut [u8]) -> Response {
     out[..HEADER].copy_from_slice(&header(packet, rcode, false, SectionCounts::default(), 0));
-    Response { len: HEADER, rcode, qtype: None, in_zone: false }
+    Response { len: HEADER, rcode, rtype: None, in_zone: false }
 }
 
 /// The header of the answer to `packet`: RD and CD are copied, RA, Z and AD are clear (RFC 6840
@@ -157,7 +122,7 @@ fn header(packet: &[u8], rcode: Rcode, questions: bool, sections: SectionCounts,
     [packet[0], packet[1], flags, code, 0, u8::from(questions), an0, an1, ns0, ns1, ar0, ar1]
 }
 
-/// One well-formed question on its way to its answer.
+/// One well-formed query that is being answered.
 struct Request<'m, 'z> {
     zone: &'m ZoneReader<'z>,
     context: &'m Context<'m>,
@@ -165,55 +130,73 @@ struct Request<'m, 'z> {
     question: &'m Question,
 }
 
-impl Request<'_, '_> {
+/// What a question gets: the lookup in terms of a message.
+enum Outcome<'z> {
+    /// Records, NOERROR.
+    Records(Hit<'z>),
+    /// No records but the SOA: NOERROR or NXDOMAIN.
+    Negative(Rcode, Apex),
+    /// An error, without records.
+    Error(Rcode),
+}
+
+impl Outcome<'_> {
+    fn rcode(&self) -> Rcode {
+        match self {
+            Self::Records(_) => Rcode::NoError,
+            Self::Negative(rcode, _) | Self::Error(rcode) => *rcode,
+        }
+    }
+}
+
+impl<'m> Request<'m, '_> {
     fn write(&self, rng: &mut fastrand::Rng, out: &mut [u8]) -> Option<Response> {
-        let Question { name, qtype, qclass, end, edns } = self.question;
-        let place = self.zone.locate(name);
-        let refused = !CLASSES.contains(qclass) || TRANSFERS.contains(qtype);
-        let lookup = match edns {
-            // RFC 6891 §6.1.3: a version that is not spoken here.
-            Some(edns) if edns.version > 0 => Err(Rcode::BadVers),
-            _ if refused => Err(Rcode::Refused),
-            _ => match self.zone.lookup(place, name, RecordType::from(*qtype)) {
-                Lookup::OutOfZone => Err(Rcode::Refused),
-                Lookup::NotReady => Err(Rcode::ServFail),
-                found => Ok(found),
-            },
-        };
-        let opt = edns.map(|edns| Opt {
-            dnssec_ok: edns.dnssec_ok,
-            nsid: self.nsid(&edns, out.len()),
-            rcode: lookup.as_ref().err().copied(),
-        });
-        let mut w = WireWriter::new(out, opt.as_ref().map_or(0, Opt::len));
+        let Question { name, qtype, end, edns, .. } = self.question;
+        let outcome = self.outcome();
+        let rcode = outcome.rcode();
+        let opt = edns.map(|edns| OptRecord { dnssec_ok: edns.dnssec_ok, nsid: self.nsid(&edns, out.len()), rcode });
+        let mut w = WireWriter::new(out, opt.as_ref().map_or(0, OptRecord::len));
         w.put(&[0; HEADER]).and_then(|()| w.put(&self.packet[HEADER..*end])).ok()?;
-        let mut render = ResponseRenderer { w, zone: self.zone, name, rng, sections: SectionCounts::default() };
-        let rcode = match lookup {
-            Ok(Lookup::Hit(hit)) => {
-                render.hit(&hit);
-                Rcode::NoError
-            }
-            Ok(Lookup::NoData(apex)) => {
-                render.negative(apex);
-                Rcode::NoError
-            }
-            Ok(Lookup::NxDomain(apex)) => {
-                render.negative(apex);
-                Rcode::NxDomain
-            }
-            Ok(Lookup::OutOfZone) => Rcode::Refused,
-            Ok(Lookup::NotReady) => Rcode::ServFail,
-            Err(rcode) => rcode,
-        };
-        let ResponseRenderer { mut w, sections, .. } = render;
+        let mut renderer = ResponseRenderer { w, zone: self.zone, name, rng, sections: SectionCounts::default() };
+        match &outcome {
+            Outcome::Records(hit) => renderer.hit(hit),
+            Outcome::Negative(_, apex) => renderer.negative(*apex),
+            Outcome::Error(_) => {}
+        }
+        let ResponseRenderer { mut w, sections, .. } = renderer;
         w.release();
         if let Some(opt) = &opt {
             opt.write(&mut w).ok()?;
         }
         let header = header(self.packet, rcode, true, sections, opt.is_some().into());
         w.written()[..HEADER].copy_from_slice(&header);
-        let in_zone = matches!(place, Bailiwick::Zone(_));
-        Some(Response { len: w.len(), rcode, qtype: Some(*qtype), in_zone })
+        Some(Response {
+            len: w.len(),
+            rcode,
+            rtype: RecordType::from_number(*qtype),
+            in_zone: self.zone.contains(name),
+        })
+    }
+
+    fn outcome(&self) -> Outcome<'m> {
+        let Question { name, qtype, qclass, edns, .. } = self.question;
+        let rtype = RecordType::from_number(*qtype);
+        // Nobody transfers this zone.
+        let transfer = matches!(rtype, Some(RecordType::Axfr | RecordType::Ixfr));
+        if edns.is_some_and(|edns| edns.version > 0) {
+            // RFC 6891 §6.1.3: a version that is not spoken here.
+            return Outcome::Error(Rcode::BadVers);
+        }
+        if transfer || !CLASSES.contains(qclass) {
+            return Outcome::Error(Rcode::Refused);
+        }
+        match self.zone.lookup(name, rtype) {
+            Lookup::Hit(hit) => Outcome::Records(hit),
+            Lookup::NoData(apex) => Outcome::Negative(Rcode::NoError, apex),
+            Lookup::NxDomain(apex) => Outcome::Negative(Rcode::NxDomain, apex),
+            Lookup::OutOfZone => Outcome::Error(Rcode::Refused),
+            Lookup::NotReady => Outcome::Error(Rcode::ServFail),
+        }
     }
 
     /// What NSID says, if it was asked for. It is left out where it and the question alone would
@@ -225,15 +208,15 @@ impl Request<'_, '_> {
 }
 
 /// The OPT record of an answer (RFC 6891 §6.1).
-struct Opt<'m> {
+struct OptRecord<'m> {
     dnssec_ok: bool,
     nsid: Option<&'m [u8]>,
-    rcode: Option<Rcode>,
+    rcode: Rcode,
 }
 
-impl Opt<'_> {
+impl OptRecord<'_> {
     fn not_ready(&self) -> bool {
-        self.rcode == Some(Rcode::ServFail)
+        self.rcode == Rcode::ServFail
     }
 
     fn len(&self) -> usize {
@@ -242,7 +225,7 @@ impl Opt<'_> {
     }
 
     fn write(&self, w: &mut WireWriter<'_>) -> WriteResult {
-        let [upper, _] = (self.rcode.map_or(0, Rcode::number) << 4).to_be_bytes();
+        let [upper, _] = (self.rcode.number() << 4).to_be_bytes();
         w.put(&[0])?;
         w.u16(OPT)?;
         w.u16(MAX_UDP)?;

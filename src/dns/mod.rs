@@ -24,7 +24,7 @@ use std::{io, net::SocketAddr, num::NonZeroUsize, sync::Arc, thread, time::Durat
 use tokio::{net::TcpListener, sync::oneshot, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-pub use answer::{Context, MAX_TCP, MAX_UDP, Rcode, Response, Transport, answer};
+pub use answer::{Context, MAX_TCP, MAX_UDP, Response, Transport, answer};
 
 use crate::{
     metrics::{Metrics, dns::Listener},

@@ -10,17 +10,9 @@ use super::{
     wire::{HostName, NoSpace, OwnerName, WireWriter, WriteResult},
 };
 use crate::{
-    model::cow_tree::Row,
+    model::{RecordType, cow_tree::Row},
     zone::{AddressRecord, Addresses, Apex, Hit, PtrRecord, QName, Rrset, ServiceRecords, SrvRecord, ZoneReader},
 };
-
-const A: u16 = 1;
-const NS: u16 = 2;
-const SOA: u16 = 6;
-const PTR: u16 = 12;
-const TXT: u16 = 16;
-const AAAA: u16 = 28;
-const SRV: u16 = 33;
 
 /// Which version of Kubernetes' DNS specification is answered, as TXT.
 const VERSION: &[u8] = b"1.1.0";
@@ -69,12 +61,12 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
         let ttl = self.zone.ttl();
         let owner = self.asked();
         match *hit {
-            Hit::A(set) => self.addresses(owner, A, set),
-            Hit::Aaaa(set) => self.addresses(owner, AAAA, set),
+            Hit::A(set) => self.addresses(owner, RecordType::A, set),
+            Hit::Aaaa(set) => self.addresses(owner, RecordType::Aaaa, set),
             Hit::Srv(set, records) => self.srv(set, records),
             Hit::Ptr(set, ip) => self.ptr(set, ip),
             Hit::Version => {
-                let written = self.w.record(owner, TXT, VERSION_TTL, |w| w.label(VERSION));
+                let written = self.w.record(owner, RecordType::Txt, VERSION_TTL, |w| w.label(VERSION));
                 let _ = self.answered(written);
             }
             Hit::Soa(apex) => {
@@ -85,7 +77,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
                 let host_at = self.w.len() + FIXED;
                 let zone_at = self.zone_in_question();
                 let zone = self.zone;
-                let written = self.w.record(owner, NS, ttl, |w| name_server(w, zone, zone_at));
+                let written = self.w.record(owner, RecordType::Ns, ttl, |w| name_server(w, zone, zone_at));
                 if self.answered(written).is_ok() {
                     let name = HostName { target: None, service: &[] };
                     let _ = self.additional(OwnerName { at: host_at, name }, found);
@@ -120,8 +112,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
 
     /// Where the zone's name stands in the question, if it was asked in the zone.
     fn zone_in_question(&self) -> Option<usize> {
-        let below = self.name.labels().checked_sub(self.zone.origin_labels())?;
-        (self.name.suffix(below) == self.zone.origin()).then(|| HEADER + self.name.offset(below))
+        self.zone.labels_below_origin(self.name).map(|below| HEADER + self.name.offset(below))
     }
 
     fn write_soa(&mut self, apex: Apex) -> WriteResult {
@@ -131,7 +122,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
         let at = HEADER + self.name.offset(apex.0);
         let owner = OwnerName { at, name: HostName { target: None, service: self.name.suffix(apex.0) } };
         let zone_at = self.zone_in_question();
-        self.w.record(owner, SOA, ttl, |w| {
+        self.w.record(owner, RecordType::Soa, ttl, |w| {
             name_server(w, zone, zone_at)?;
             let zone_at = zone_at.unwrap_or_else(|| w.len() - zone.origin().len());
             w.label(b"hostmaster")?;
@@ -142,7 +133,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
         })
     }
 
-    fn addresses<I: Ip>(&mut self, owner: OwnerName<'_>, rtype: u16, set: Rrset<'_, AddressRecord<I>>)
+    fn addresses<I: Ip>(&mut self, owner: OwnerName<'_>, rtype: RecordType, set: Rrset<'_, AddressRecord<I>>)
     where
         AddressRecord<I>: Row,
     {
@@ -161,7 +152,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
         let first = set.draw(self.rng);
         let mut at = self.w.len();
         let all = set.visit_from(first, |row| {
-            let written = self.w.record(owner, SRV, ttl, |w| {
+            let written = self.w.record(owner, RecordType::Srv, ttl, |w| {
                 w.u16(row.priority)?;
                 w.u16(row.srv_weight())?;
                 w.u16(row.port)?;
@@ -191,10 +182,10 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
     /// RFC 2181 §9: what merely helps is left out by whole RRsets, without TC.
     fn additional(&mut self, owner: OwnerName<'_>, found: Addresses<'_>) -> WriteResult {
         if let Some(v4) = found.v4 {
-            self.additional_rrset(owner, A, v4)?;
+            self.additional_rrset(owner, RecordType::A, v4)?;
         }
         if let Some(v6) = found.v6 {
-            self.additional_rrset(owner, AAAA, v6)?;
+            self.additional_rrset(owner, RecordType::Aaaa, v6)?;
         }
         Ok(())
     }
@@ -202,7 +193,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
     fn additional_rrset<I: Ip>(
         &mut self,
         owner: OwnerName<'_>,
-        rtype: u16,
+        rtype: RecordType,
         set: Rrset<'_, AddressRecord<I>>,
     ) -> WriteResult
     where
@@ -233,7 +224,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
         let mut spelled = None;
         for PtrRecord { service, host } in set.wrap_from(set.draw(self.rng)).take(MAX_PTR) {
             let mut suffix_at = 0;
-            let written = self.w.record(owner, PTR, ttl, |w| {
+            let written = self.w.record(owner, RecordType::Ptr, ttl, |w| {
                 match host {
                     Some(label) => w.label(label.as_str().as_bytes())?,
                     None => w.dashed(ip)?,

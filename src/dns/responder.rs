@@ -42,8 +42,8 @@ impl Responder {
         let reply = reply?;
         self.tally.query(&Query {
             in_zone: reply.in_zone,
-            qtype: reply.qtype,
-            rcode: reply.rcode.number(),
+            rtype: reply.rtype,
+            rcode: reply.rcode,
             request: packet.len(),
             response: reply.len,
             took: begun.elapsed(),

@@ -4,7 +4,10 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use crate::{model::DashedLabel, zone::HostLabel};
+use crate::{
+    model::{DashedLabel, RecordType},
+    zone::HostLabel,
+};
 
 /// Class IN.
 const IN: u16 = 1;
@@ -124,7 +127,7 @@ impl<'o> WireWriter<'o> {
     pub(super) fn host(&mut self, host: HostName<'_>) -> WriteResult {
         match host.target {
             Some(HostLabel::Dashed(ip)) => self.dashed(*ip)?,
-            Some(HostLabel::Host(label)) => self.label(label.as_str().as_bytes())?,
+            Some(HostLabel::Registered(label)) => self.label(label.as_str().as_bytes())?,
             None => {}
         }
         self.put(host.service)
@@ -146,13 +149,13 @@ impl<'o> WireWriter<'o> {
     pub(super) fn record(
         &mut self,
         owner: OwnerName<'_>,
-        rtype: u16,
+        rtype: RecordType,
         ttl: u32,
         rdata: impl FnOnce(&mut Self) -> WriteResult,
     ) -> WriteResult {
         self.whole(|w| {
             w.pointer_or(owner.at, |w| w.host(owner.name))?;
-            let [t0, t1] = rtype.to_be_bytes();
+            let [t0, t1] = rtype.number().to_be_bytes();
             let [c0, c1] = IN.to_be_bytes();
             let [s0, s1, s2, s3] = ttl.to_be_bytes();
             w.put(&[t0, t1, c0, c1, s0, s1, s2, s3, 0, 0])?;
@@ -201,9 +204,9 @@ mod tests {
         let mut out = [0; 30];
         let mut w = WireWriter::new(&mut out, 2);
         let owner = OwnerName { at: 12, name: HostName { target: None, service: b"\0" } };
-        assert_eq!(w.record(owner, 1, 5, |w| w.put(&[1, 2, 3, 4])), Ok(()));
+        assert_eq!(w.record(owner, RecordType::A, 5, |w| w.put(&[1, 2, 3, 4])), Ok(()));
         assert_eq!((w.len(), w.room()), (16, 12));
-        assert_eq!(w.record(owner, 1, 5, |w| w.put(&[1, 2, 3, 4])), Err(NoSpace));
+        assert_eq!(w.record(owner, RecordType::A, 5, |w| w.put(&[1, 2, 3, 4])), Err(NoSpace));
         assert_eq!(w.len(), 16);
         w.release();
         assert_eq!((w.room(), w.put(&[0; 15])), (14, Err(NoSpace)));

@@ -19,27 +19,10 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-/// Types with a label value of their own; all others are `other`.
-const TYPES: [(u16, &str); 14] = [
-    (1, "A"),
-    (2, "NS"),
-    (5, "CNAME"),
-    (6, "SOA"),
-    (12, "PTR"),
-    (15, "MX"),
-    (16, "TXT"),
-    (28, "AAAA"),
-    (33, "SRV"),
-    (35, "NAPTR"),
-    (43, "DS"),
-    (64, "SVCB"),
-    (65, "HTTPS"),
-    (255, "ANY"),
-];
+use crate::model::{Rcode, RecordType};
 
-/// Rcodes that are ever sent.
-const RCODES: [(u16, &str); 7] =
-    [(0, "NOERROR"), (1, "FORMERR"), (2, "SERVFAIL"), (3, "NXDOMAIN"), (4, "NOTIMP"), (5, "REFUSED"), (16, "BADVERS")];
+/// Where types without a name of their own are counted: behind all others.
+const OTHER_TYPE: usize = RecordType::ALL.len();
 
 /// Upper ends of the size buckets in octets, those of CoreDNS.
 const SIZES: [u64; 14] = [0, 100, 200, 300, 400, 511, 1023, 2047, 4095, 8291, 16_000, 32_000, 48_000, 64_000];
@@ -65,10 +48,10 @@ pub struct Listener {
 pub struct Query {
     /// Whether the name is in the zone.
     pub in_zone: bool,
-    /// The type; `None` where no question was read.
-    pub qtype: Option<u16>,
-    /// The rcode of the answer.
-    pub rcode: u16,
+    /// The type; `None` where no question was read, or one was of a type without a name of its own.
+    pub rtype: Option<RecordType>,
+    /// The response code of the answer.
+    pub rcode: Rcode,
     /// Octets of the query.
     pub request: usize,
     /// Octets of the answer.
@@ -142,8 +125,9 @@ impl<const N: usize> Histogram<N> {
 /// Queries in the zone, or outside of it.
 #[derive(Debug, Default)]
 struct Counts {
-    types: [Cell; TYPES.len() + 1],
-    rcodes: [Cell; RCODES.len()],
+    /// By [`RecordType`]; the last is `other`.
+    types: [Cell; RecordType::ALL.len() + 1],
+    rcodes: [Cell; Rcode::ALL.len()],
     durations: Histogram<DURATIONS>,
     requests: Histogram<{ SIZES.len() }>,
     responses: Histogram<{ SIZES.len() }>,
@@ -179,11 +163,8 @@ impl Tally {
     pub fn query(&self, query: &Query) {
         let shared = self.shared;
         let counts = if query.in_zone { &self.in_zone } else { &self.outside };
-        let index = TYPES.iter().position(|(number, _)| Some(*number) == query.qtype).unwrap_or(TYPES.len());
-        counts.types[index].add(1, shared);
-        if let Some(index) = RCODES.iter().position(|(number, _)| *number == query.rcode) {
-            counts.rcodes[index].add(1, shared);
-        }
+        counts.types[query.rtype.map_or(OTHER_TYPE, |rtype| rtype as usize)].add(1, shared);
+        counts.rcodes[query.rcode as usize].add(1, shared);
         let nanos = u64::try_from(query.took.as_nanos()).unwrap_or(u64::MAX);
         counts.durations.add(duration_bucket(nanos), nanos, shared);
         for (histogram, octets) in [(&counts.requests, query.request), (&counts.responses, query.response)] {
@@ -320,7 +301,7 @@ fn encode_queries(groups: &[Group], e: &mut DescriptorEncoder<'_>) -> fmt::Resul
     for group in groups {
         let Listener { server, proto, family, zone: _ } = &group.listener;
         for (zone, counts) in group.zones() {
-            let names = TYPES.iter().map(|(_, name)| *name).chain(["other"]);
+            let names = RecordType::ALL.iter().map(|rtype| rtype.name()).chain(["other"]);
             for (index, rtype) in names.enumerate() {
                 let labels =
                     [("server", &**server), ("zone", zone), ("proto", proto), ("family", family), ("type", rtype)];
@@ -331,10 +312,10 @@ fn encode_queries(groups: &[Group], e: &mut DescriptorEncoder<'_>) -> fmt::Resul
     let mut to = e.encode_descriptor("gangplank_dns_responses", "DNS answers by rcode", None, MetricType::Counter)?;
     for (server, same) in by_server(groups) {
         for zone in 0..2 {
-            for (index, (_, rcode)) in RCODES.iter().enumerate() {
+            for rcode in Rcode::ALL {
                 // Both transports of a server are one here.
-                let sum = |group: &&Group| group.sum(|tally| &group.zones()[zone].1(tally).rcodes[index]);
-                let labels = [("server", server), ("zone", same[0].zones()[zone].0), ("rcode", *rcode)];
+                let sum = |group: &&Group| group.sum(|tally| &group.zones()[zone].1(tally).rcodes[*rcode as usize]);
+                let labels = [("server", server), ("zone", same[0].zones()[zone].0), ("rcode", rcode.name())];
                 count(&mut to, labels, same.iter().map(sum).sum())?;
             }
         }
@@ -431,15 +412,15 @@ mod tests {
         let tcp = Listener { proto: "tcp", ..udp.clone() };
         let query = Query {
             in_zone: true,
-            qtype: Some(1),
-            rcode: 0,
+            rtype: Some(RecordType::A),
+            rcode: Rcode::NoError,
             request: 40,
             response: 600,
             took: Duration::from_nanos(1500),
         };
         let tally = metrics.sole(&udp);
         tally.query(&query);
-        tally.query(&Query { in_zone: false, qtype: Some(999), rcode: 5, ..query });
+        tally.query(&Query { in_zone: false, rtype: None, rcode: Rcode::Refused, ..query });
         metrics.sole(&udp).query(&query);
         let shared = metrics.shared(&tcp);
         shared.query(&query);

@@ -58,6 +58,7 @@ label_enum! {
 pub struct RegistryMetrics {
     services: Level,
     instances: Level,
+    unservable: Level,
     generation: Level,
     queue: Level,
     batches: Counter,
@@ -89,6 +90,7 @@ impl RegistryMetrics {
         let metrics = Self {
             services: Level::default(),
             instances: Level::default(),
+            unservable: Level::default(),
             generation: Level::default(),
             queue: Level::default(),
             batches: Counter::default(),
@@ -112,6 +114,11 @@ impl RegistryMetrics {
         };
         registry.register("services", "Services that have an instance", metrics.services.clone());
         registry.register("instances", "Instances of all services", metrics.instances.clone());
+        registry.register(
+            "unservable_instances",
+            "Instances with a name that is not served, because it does not fit DNS",
+            metrics.unservable.clone(),
+        );
         registry.register("generation", "The generation that is served", metrics.generation.clone());
         registry.register("queue_length", "Submissions that wait for the writer", metrics.queue.clone());
         registry.register("batches", "Batches that were carried out", metrics.batches.clone());
@@ -164,6 +171,11 @@ impl RegistryMetrics {
         self.generation.set(generation);
     }
 
+    /// How many instances have a name that DNS cannot carry.
+    pub fn set_unservable(&self, instances: u64) {
+        self.unservable.set(instances);
+    }
+
     /// How many submissions wait.
     pub fn set_queue_length(&self, submissions: usize) {
         self.queue.set(submissions as u64);
@@ -190,6 +202,7 @@ mod tests {
             "# TYPE gangplank_registry_services gauge",
             "gangplank_registry_services 0",
             "gangplank_registry_instances 0",
+            "gangplank_registry_unservable_instances 0",
             "gangplank_registry_generation 0",
             "gangplank_registry_queue_length 0",
             "# TYPE gangplank_registry_batches counter",

@@ -6,6 +6,7 @@
 
 mod address;
 pub mod cow_tree;
+mod dns;
 mod instance;
 mod name;
 mod port;
@@ -15,8 +16,9 @@ pub mod view;
 
 pub use address::{Address, AddressError, DashedLabel, parse_dashed_label};
 pub use cow_tree::CowTree;
+pub use dns::{Rcode, RecordType};
 pub use instance::{Instance, InstanceChange, InstanceId, InstanceKey, UnixMillis, Weight, WeightError};
-pub use name::{DnsName, Label, NameError, Namespace, ServiceKey, ServiceName};
+pub use name::{DnsName, Label, MAX_LABEL, MAX_WIRE_NAME, NameError, Namespace, ServiceKey, ServiceName};
 pub use port::{Port, PortError, PortSet, PortSpec, Ports, Protocol};
 pub use service::{Service, Timeline};
 pub use validator::{Field, InstanceSpec, InvalidInstance, MAX_INSTANCE_BYTES, Validator};

@@ -8,7 +8,10 @@ use std::{
 };
 
 /// Most octets in one label (RFC 1035 §2.3.4).
-const MAX_LABEL: usize = 63;
+pub const MAX_LABEL: usize = 63;
+
+/// Most octets of a name in a message, with its length octets and the root (RFC 1035 §2.3.4).
+pub const MAX_WIRE_NAME: usize = 255;
 
 /// Most characters in a DNS name written as text without its final dot: 255 octets on the wire
 /// (RFC 1035 §2.3.4) less the root and one length octet.

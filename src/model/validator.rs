@@ -5,16 +5,13 @@ use std::fmt;
 use super::{
     address::{Address, AddressError, parse_dashed_label},
     instance::{Instance, UnixMillis, Weight},
-    name::{DnsName, Label, NameError, Namespace, ServiceKey, ServiceName},
+    name::{DnsName, Label, MAX_WIRE_NAME, NameError, Namespace, ServiceKey, ServiceName},
     port::{PortError, PortSpec, Ports},
 };
 
 /// Most octets that what one instance carries may take, counted as protobuf would encode it.
 /// It keeps a million instances within memory, and a slice within what Kubernetes stores.
 pub const MAX_INSTANCE_BYTES: usize = 2048;
-
-/// Most octets of a name in a message (RFC 1035 §2.3.4).
-const MAX_WIRE_NAME: usize = 255;
 
 /// The field of a registration that cannot stand, named as the wire contract names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -72,7 +72,7 @@ impl Applier {
             after.generation = generation;
             let added = |instance: &Arc<_>| InstanceChange { before: None, after: Some(Arc::clone(instance)) };
             let changes: Vec<InstanceChange> = after.instances.iter().map(added).collect();
-            let change = ServiceChange { service: &service, changes: &changes, after: &after, foreign: None };
+            let change = ServiceChange { service: &service, changes: &changes };
             self.publisher.publish(generation, &[change]);
             self.catalog.set(service, after);
         }
@@ -80,6 +80,7 @@ impl Applier {
         self.catalog.set_generation(generation);
         self.feed.start_after(generation);
         self.metrics.registry.set_registered(self.catalog.len(), self.catalog.instances(), generation);
+        self.metrics.registry.set_unservable(self.publisher.unservable());
     }
 
     /// Makes the changes visible as `generation`. Must not be called before they are durable, at
@@ -90,16 +91,10 @@ impl Applier {
         for staged in services.values_mut() {
             staged.after.generation = generation;
         }
-        let published: Vec<ServiceChange<'_>> = services
-            .iter()
-            .map(|(service, staged)| ServiceChange {
-                service,
-                changes: &staged.changes,
-                after: &staged.after,
-                foreign: self.foreign.get(service),
-            })
-            .collect();
+        let published: Vec<ServiceChange<'_>> =
+            services.iter().map(|(service, staged)| ServiceChange { service, changes: &staged.changes }).collect();
         self.publisher.publish(generation, &published);
+        self.metrics.registry.set_unservable(self.publisher.unservable());
         for (service, staged) in services {
             self.catalog.set(service, staged.after);
         }
@@ -132,10 +127,9 @@ impl Applier {
         let before = self.foreign.remove(&service).unwrap_or_default();
         let changes = difference(&before, &tree);
         if !changes.is_empty() {
-            // The catalog's state, not that of a batch that is being decided: that is published later.
-            let after = self.catalog.get(&service).unwrap_or_default();
-            let change = ServiceChange { service: &service, changes: &changes, after: &after, foreign: Some(&tree) };
+            let change = ServiceChange { service: &service, changes: &changes };
             self.publisher.publish(self.catalog.generation(), &[change]);
+            self.metrics.registry.set_unservable(self.publisher.unservable());
         }
         if !tree.is_empty() {
             self.foreign.insert(service, tree);

@@ -3,58 +3,21 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{
-    Settings, ZoneReader,
+    ZoneReader,
     qname::QName,
+    records::{AddressRecord, SrvRecord},
     reverse::PtrRecord,
     rrset::Rrset,
-    service::{AddressRecord, Addresses, ServiceRecords, SrvRecord},
+    service::{Addresses, ServiceRecords},
 };
-use crate::model::Protocol;
+use crate::model::{Protocol, RecordType};
 
-/// The types that a lookup tells apart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RecordType {
-    /// 1
-    A,
-    /// 2
-    Ns,
-    /// 6
-    Soa,
-    /// 12
-    Ptr,
-    /// 16
-    Txt,
-    /// 28
-    Aaaa,
-    /// 33
-    Srv,
-    /// 255, every type: answered with one RRset (RFC 8482 §4.1).
-    Any,
-    /// A type of which there is nothing here (RFC 3597).
-    Other,
-}
+/// The type of a question; `None` is one of which there is nothing here (RFC 3597).
+type QuestionType = Option<RecordType>;
 
-impl From<u16> for RecordType {
-    fn from(number: u16) -> Self {
-        match number {
-            1 => Self::A,
-            2 => Self::Ns,
-            6 => Self::Soa,
-            12 => Self::Ptr,
-            16 => Self::Txt,
-            28 => Self::Aaaa,
-            33 => Self::Srv,
-            255 => Self::Any,
-            _ => Self::Other,
-        }
-    }
-}
-
-impl RecordType {
-    /// Whether a question of this type takes records of `other`.
-    fn takes(self, other: Self) -> bool {
-        self == other || self == Self::Any
-    }
+/// Whether a question of type `rtype` takes records of type `of`.
+fn takes(rtype: QuestionType, of: RecordType) -> bool {
+    rtype == Some(of) || rtype == Some(RecordType::Any)
 }
 
 /// What a question finds.
@@ -95,20 +58,9 @@ pub enum Hit<'v> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Apex(pub usize);
 
-/// To what part of the tree a name belongs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Bailiwick {
-    /// In the zone, this many labels below its apex.
-    Zone(usize),
-    /// Under `in-addr.arpa` or `ip6.arpa`.
-    Reverse(ReverseName),
-    /// Anywhere else.
-    Outside,
-}
-
 /// A name under `in-addr.arpa` (RFC 1035 §3.5) or `ip6.arpa` (RFC 3596 §2.5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ReverseName {
+struct ReverseName {
     family: ReverseFamily,
     /// The address as far as it is spelled, from the highest bit on.
     bits: u128,
@@ -201,27 +153,19 @@ impl ReverseName {
     }
 }
 
-/// To what part of the tree `name` belongs.
-pub(super) fn locate(settings: &Settings, name: &QName) -> Bailiwick {
-    if let Some(below) = name.labels().checked_sub(settings.origin_labels)
-        && name.suffix(below) == &*settings.origin
-    {
-        return Bailiwick::Zone(below);
-    }
-    ReverseName::parse(name).map_or(Bailiwick::Outside, Bailiwick::Reverse)
-}
-
-/// What `name`, which is at `place`, has of `rtype`.
-pub(super) fn lookup<'v>(zone: &'v ZoneReader<'_>, place: Bailiwick, name: &QName, rtype: RecordType) -> Lookup<'v> {
-    match place {
-        Bailiwick::Zone(_) if !zone.is_ready() => Lookup::NotReady,
-        Bailiwick::Zone(below) => in_zone(zone, name, below, rtype),
-        Bailiwick::Reverse(reverse) => in_reverse(zone, name, reverse, rtype),
-        Bailiwick::Outside => Lookup::OutOfZone,
+/// What `name` has of `rtype`.
+pub(super) fn lookup<'v>(zone: &'v ZoneReader<'_>, name: &QName, rtype: QuestionType) -> Lookup<'v> {
+    match zone.labels_below_origin(name) {
+        Some(_) if !zone.is_ready() => Lookup::NotReady,
+        Some(below) => in_zone(zone, name, below, rtype),
+        None => match ReverseName::parse(name) {
+            Some(reverse) => in_reverse(zone, name, reverse, rtype),
+            None => Lookup::OutOfZone,
+        },
     }
 }
 
-fn in_zone<'v>(zone: &'v ZoneReader<'_>, name: &QName, below: usize, rtype: RecordType) -> Lookup<'v> {
+fn in_zone<'v>(zone: &'v ZoneReader<'_>, name: &QName, below: usize, rtype: QuestionType) -> Lookup<'v> {
     let apex = Apex(below);
     let Some(first) = below.checked_sub(1) else { return at_apex(zone, apex, rtype) };
     match (name.label(first), below) {
@@ -233,7 +177,7 @@ fn in_zone<'v>(zone: &'v ZoneReader<'_>, name: &QName, below: usize, rtype: Reco
             None => Lookup::NxDomain(apex),
         },
         (b"dns", 2) if name.label(0) == b"ns" => addresses(zone.name_server(), apex, rtype),
-        (b"dns-version", 1) if rtype.takes(RecordType::Txt) => Lookup::Hit(Hit::Version),
+        (b"dns-version", 1) if takes(rtype, RecordType::Txt) => Lookup::Hit(Hit::Version),
         (b"dns-version", 1) => Lookup::NoData(apex),
         _ => Lookup::NxDomain(apex),
     }
@@ -245,7 +189,7 @@ fn in_service<'v>(
     apex: Apex,
     name: &QName,
     below: usize,
-    rtype: RecordType,
+    rtype: QuestionType,
 ) -> Lookup<'v> {
     let protocol = |index| Protocol::ALL.into_iter().find(|p| p.srv_label().as_bytes() == name.label(index));
     match below {
@@ -259,7 +203,7 @@ fn in_service<'v>(
         _ => {
             let port_name = name.label(0).strip_prefix(b"_");
             match port_name.zip(protocol(1)).and_then(|(port_name, protocol)| records.srv(protocol, port_name)) {
-                Some(rrset) if rtype.takes(RecordType::Srv) => Lookup::Hit(Hit::Srv(rrset, records)),
+                Some(rrset) if takes(rtype, RecordType::Srv) => Lookup::Hit(Hit::Srv(rrset, records)),
                 Some(_) => Lookup::NoData(apex),
                 None => Lookup::NxDomain(apex),
             }
@@ -267,24 +211,24 @@ fn in_service<'v>(
     }
 }
 
-fn addresses(found: Addresses<'_>, apex: Apex, rtype: RecordType) -> Lookup<'_> {
+fn addresses(found: Addresses<'_>, apex: Apex, rtype: QuestionType) -> Lookup<'_> {
     match found {
-        Addresses { v4: Some(v4), .. } if rtype.takes(RecordType::A) => Lookup::Hit(Hit::A(v4)),
-        Addresses { v6: Some(v6), .. } if rtype.takes(RecordType::Aaaa) => Lookup::Hit(Hit::Aaaa(v6)),
+        Addresses { v4: Some(v4), .. } if takes(rtype, RecordType::A) => Lookup::Hit(Hit::A(v4)),
+        Addresses { v6: Some(v6), .. } if takes(rtype, RecordType::Aaaa) => Lookup::Hit(Hit::Aaaa(v6)),
         _ => Lookup::NoData(apex),
     }
 }
 
 /// The apex of the zone, or of a reverse zone, has an SOA and an NS.
-fn at_apex<'v>(zone: &'v ZoneReader<'_>, apex: Apex, rtype: RecordType) -> Lookup<'v> {
+fn at_apex<'v>(zone: &'v ZoneReader<'_>, apex: Apex, rtype: QuestionType) -> Lookup<'v> {
     match rtype {
-        RecordType::Soa | RecordType::Any => Lookup::Hit(Hit::Soa(apex)),
-        RecordType::Ns => Lookup::Hit(Hit::Ns(zone.name_server())),
+        Some(RecordType::Soa | RecordType::Any) => Lookup::Hit(Hit::Soa(apex)),
+        Some(RecordType::Ns) => Lookup::Hit(Hit::Ns(zone.name_server())),
         _ => Lookup::NoData(apex),
     }
 }
 
-fn in_reverse<'v>(zone: &'v ZoneReader<'_>, name: &QName, reverse: ReverseName, rtype: RecordType) -> Lookup<'v> {
+fn in_reverse<'v>(zone: &'v ZoneReader<'_>, name: &QName, reverse: ReverseName, rtype: QuestionType) -> Lookup<'v> {
     let apex_labels = reverse.apex(zone.reverse_zones());
     let address = reverse.address();
     if !zone.is_ready() {
@@ -296,7 +240,7 @@ fn in_reverse<'v>(zone: &'v ZoneReader<'_>, name: &QName, reverse: ReverseName, 
     // have not stands at their own name.
     let Some(labels) = apex_labels else {
         return match found {
-            Some((names, ip)) if rtype.takes(RecordType::Ptr) => Lookup::Hit(Hit::Ptr(names, ip)),
+            Some((names, ip)) if takes(rtype, RecordType::Ptr) => Lookup::Hit(Hit::Ptr(names, ip)),
             Some(_) => Lookup::NoData(Apex(0)),
             None => Lookup::OutOfZone,
         };
@@ -304,7 +248,7 @@ fn in_reverse<'v>(zone: &'v ZoneReader<'_>, name: &QName, reverse: ReverseName, 
     debug_assert!(labels <= name.labels(), "the apex is part of the name");
     let apex = Apex(reverse.below - labels);
     match found {
-        Some((names, ip)) if rtype.takes(RecordType::Ptr) => Lookup::Hit(Hit::Ptr(names, ip)),
+        Some((names, ip)) if takes(rtype, RecordType::Ptr) => Lookup::Hit(Hit::Ptr(names, ip)),
         _ if reverse.below == labels => at_apex(zone, apex, rtype),
         Some(_) => Lookup::NoData(apex),
         None if address.is_none() && reverse.good == reverse.below => Lookup::NoData(apex),

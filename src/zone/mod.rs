@@ -4,15 +4,17 @@
 //!    an SRV target never dangles.
 //! 2. One publisher writes. A change copies the chunks it touches and nothing else; nothing ever
 //!    copies the zone.
-//! 3. The order of writing is the order in which names lead to each other: addresses to names
-//!    (`reverse`) first, then the service, then its namespace, and backwards for what goes. The
-//!    serial of the SOA comes last, so that whoever sees it sees what it stands for.
-//! 4. Until it is ready a miss means nothing, and every lookup in the zone says so.
+//! 3. Names are published from the root down and removed from the leaves up: a name is never there
+//!    without the names above it (RFC 8020). An address leads to a host name as long as the service
+//!    has the host. The SOA serial comes last, so that who sees a serial sees what it stands for.
+//! 4. Before the zone is ready a miss means nothing, and every lookup in the zone says so.
 //!
-//! No packets here: records are records, and `dns` writes them down.
+//! No packets here: `dns` renders the records.
 
 mod lookup;
+mod publish;
 mod qname;
+mod records;
 mod reverse;
 mod rrset;
 mod service;
@@ -20,29 +22,30 @@ mod service;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+mod update;
 
 use std::{
     cell::OnceCell,
-    iter,
     net::IpAddr,
     sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
 };
 
 use foldhash::fast::RandomState;
 use papaya::{Equivalent, HashMap, HashMapRef, LocalGuard};
 
-pub use lookup::{Apex, Bailiwick, Hit, Lookup, RecordType, ReverseName};
+pub use lookup::{Apex, Hit, Lookup};
+pub use publish::{Publisher, ServiceChange};
 pub use qname::{InvalidName, QName};
+pub use records::{AddressRecord, HostLabel, HostLabelRef, SrvRecord};
 pub use reverse::PtrRecord;
 pub use rrset::Rrset;
-pub use service::{AddressRecord, Addresses, HostLabel, HostLabelRef, ServiceRecords, SrvRecord};
+pub use service::{Addresses, ServiceRecords};
 
-use crate::model::{CowTree, DnsName, Instance, InstanceChange, Service, ServiceKey};
+use crate::model::{DnsName, RecordType, ServiceKey};
 use reverse::{Reverse, ReverseReader};
-use service::{RecordsUpdate, ServedInstance};
 
 /// How the zone presents itself.
 #[derive(Debug, Clone)]
@@ -69,11 +72,20 @@ pub struct Zone {
     reverse: Reverse,
     serial: AtomicU32,
     ready: AtomicBool,
+    unservable: Unservable,
+}
+
+/// Instances that have a name which does not fit a message.
+#[derive(Debug, Default)]
+struct Unservable {
+    instances: AtomicU64,
+    /// One of them, for the log. Only the publisher locks it, and whoever makes the zone ready.
+    example: Mutex<Option<String>>,
 }
 
 /// [`ZoneConfig`] as lookups need it.
 #[derive(Debug)]
-pub(crate) struct Settings {
+struct Settings {
     /// The zone's name in wire form.
     origin: Box<[u8]>,
     origin_labels: usize,
@@ -82,20 +94,6 @@ pub(crate) struct Settings {
     reverse_zones: Vec<(IpAddr, u8)>,
     name_server: ServiceRecords,
     publish_not_ready: bool,
-}
-
-/// Everything that changed under one service.
-#[derive(Debug, Clone, Copy)]
-pub struct ServiceChange<'a> {
-    /// Which service.
-    pub service: &'a ServiceKey,
-    /// Its instances that changed.
-    pub changes: &'a [InstanceChange],
-    /// The service as it is now; empty when it is gone.
-    pub after: &'a Service,
-    /// What others have under the same name, as it is now. Served beside it; what changed of it
-    /// stands among the changes.
-    pub foreign: Option<&'a CowTree<Arc<Instance>>>,
 }
 
 impl Settings {
@@ -130,18 +128,29 @@ impl Zone {
             reverse: Reverse::default(),
             serial: AtomicU32::new(0),
             ready: AtomicBool::new(false),
+            unservable: Unservable::default(),
         });
-        (Arc::clone(&zone), Publisher { zone })
+        (Arc::clone(&zone), Publisher::new(zone))
     }
 
-    /// Whether misses may be told from what is not loaded yet.
+    /// Whether a miss can be told from what is not loaded yet.
     #[must_use]
     pub fn is_ready(&self) -> bool {
         self.ready.load(Ordering::Acquire)
     }
 
-    /// From now on a miss is NXDOMAIN.
+    /// From now on a miss is NXDOMAIN. Logs how many instances have names that are not served.
     pub fn set_ready(&self) {
+        let example = self.unservable.example.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let (instances @ 1.., Some(example)) = (self.unservable(), example) {
+            let zone = self.origin();
+            tracing::warn!(
+                instances,
+                example,
+                %zone,
+                "instances have names that do not fit DNS with this zone (RFC 1035 §2.3.4): those names are not served"
+            );
+        }
         self.ready.store(true, Ordering::Release);
     }
 
@@ -157,34 +166,40 @@ impl Zone {
         self.services.len()
     }
 
-    /// Holds the zone for a few lookups. Values that are replaced meanwhile are not freed before
-    /// it is let go, so that it must not be held while waiting for anything.
+    /// Instances with a name that is not served, because it does not fit a message with this zone.
+    #[must_use]
+    pub fn unservable(&self) -> u64 {
+        self.unservable.instances.load(Ordering::Relaxed)
+    }
+
+    /// Pins the zone for a few lookups. Values that are replaced meanwhile are not freed before
+    /// the reader is dropped, so that it must not be held while waiting for anything.
     #[must_use]
     pub fn pin(&self) -> ZoneReader<'_> {
         ZoneReader { zone: self, services: self.services.pin(), reverse: OnceCell::new() }
     }
 }
 
-/// The zone, held for lookups.
+/// The zone, pinned for lookups.
 #[derive(Debug)]
 pub struct ZoneReader<'z> {
     zone: &'z Zone,
     services: HashMapRef<'z, ServiceKey, ServiceRecords, RandomState, LocalGuard<'z>>,
-    /// Held from the first lookup of an address on; by family.
+    /// Pinned from the first lookup of an address on; by family.
     reverse: OnceCell<ReverseReader<'z>>,
 }
 
 impl ZoneReader<'_> {
-    /// To what part of the tree `name` belongs.
+    /// What `name` has of `rtype`; `None` is a type of which there is nothing here (RFC 3597).
     #[must_use]
-    pub fn locate(&self, name: &QName) -> Bailiwick {
-        lookup::locate(&self.zone.settings, name)
+    pub fn lookup(&self, name: &QName, rtype: Option<RecordType>) -> Lookup<'_> {
+        lookup::lookup(self, name, rtype)
     }
 
-    /// What `name` has of `rtype`; `place` is where [`ZoneReader::locate`] found it.
+    /// Whether `name` is the zone's name or below it.
     #[must_use]
-    pub fn lookup(&self, place: Bailiwick, name: &QName, rtype: RecordType) -> Lookup<'_> {
-        lookup::lookup(self, place, name, rtype)
+    pub fn contains(&self, name: &QName) -> bool {
+        self.labels_below_origin(name).is_some()
     }
 
     /// The zone's name in wire form.
@@ -193,10 +208,11 @@ impl ZoneReader<'_> {
         &self.zone.settings.origin
     }
 
-    /// Labels of the zone's name.
+    /// How many labels `name` has below the zone's name; `None` outside the zone.
     #[must_use]
-    pub fn origin_labels(&self) -> usize {
-        self.zone.settings.origin_labels
+    pub fn labels_below_origin(&self, name: &QName) -> Option<usize> {
+        let below = name.labels().checked_sub(self.zone.settings.origin_labels)?;
+        (name.suffix(below) == self.origin()).then_some(below)
     }
 
     /// Seconds that a record may be cached.
@@ -242,106 +258,12 @@ impl ZoneReader<'_> {
     }
 }
 
-/// A [`ServiceKey`] as borrowed octets. It hashes as one does: as its bytes.
+/// A [`ServiceKey`] as borrowed bytes. It hashes as one does: as its bytes.
 #[derive(Hash)]
 struct ServiceKeyBytes<'a>(&'a [u8]);
 
 impl Equivalent<ServiceKey> for ServiceKeyBytes<'_> {
     fn equivalent(&self, key: &ServiceKey) -> bool {
         self.0 == key.as_str().as_bytes()
-    }
-}
-
-/// The one who may change a [`Zone`].
-#[derive(Debug)]
-pub struct Publisher {
-    zone: Arc<Zone>,
-}
-
-impl Publisher {
-    /// Makes room for so many services, and for `instances` at an address each, so that nothing is
-    /// moved while they come.
-    pub fn reserve<'a>(&mut self, services: usize, instances: impl IntoIterator<Item = &'a Arc<Instance>>) {
-        self.zone.services.pin().reserve(services);
-        self.zone.reverse.reserve(instances.into_iter().filter_map(|instance| instance.address().ip()));
-    }
-
-    /// Makes the changes of one generation visible, service by service, and then the generation
-    /// itself as the SOA serial.
-    pub fn publish(&mut self, generation: u64, changes: &[ServiceChange<'_>]) {
-        for change in changes {
-            self.publish_service(change);
-        }
-        // RFC 1982: serials wrap, so that the low half of the generation is one.
-        self.zone.serial.store(generation as u32, Ordering::Release);
-    }
-
-    /// A namespace exists whether or not it has a service of ours, or no longer so. Each call must
-    /// be news.
-    pub fn set_namespace(&mut self, name: &str, exists: bool) {
-        self.count_namespace(name, |count| if exists { count + 1 } else { count.saturating_sub(1) });
-    }
-
-    fn publish_service(&self, change: &ServiceChange<'_>) {
-        let ServiceChange { service, changes, after, foreign } = *change;
-        let zone = &*self.zone;
-        let publish_not_ready = zone.settings.publish_not_ready;
-        let services = zone.services.pin();
-        let old = services.get(service);
-
-        let mut edit = RecordsUpdate::new(old.cloned().unwrap_or_default(), publish_not_ready);
-        let mut touched: Vec<(IpAddr, HostLabel)> = Vec::with_capacity(changes.len());
-        for InstanceChange { before, after } in changes {
-            let of = |instance| ServedInstance::of(instance, publish_not_ready);
-            let (before, after) = (before.as_deref().and_then(of), after.as_deref().and_then(of));
-            // In before out, so that rows that stay are changed in place.
-            after.iter().for_each(|served| edit.add(served));
-            before.iter().for_each(|served| edit.subtract(served));
-            touched.extend([before, after].into_iter().flatten().map(|c| (c.ip, c.target)));
-        }
-        touched.sort_unstable();
-        touched.dedup();
-        let tables: Vec<&CowTree<Arc<Instance>>> = iter::once(&after.instances).chain(foreign).collect();
-        let new = edit.finish(&tables);
-
-        let had = |(ip, target): &(IpAddr, HostLabel)| old.is_some_and(|old| old.names(*ip, target));
-        let (come, gone): (Vec<_>, Vec<_>) =
-            touched.into_iter().filter(|name| had(name) != new.names(name.0, &name.1)).partition(|name| !had(name));
-
-        // 1. Addresses lead to names before the service has them.
-        for (ip, target) in come {
-            zone.reverse.add(ip, PtrRecord::new(service, &target));
-        }
-        // 2. The service, as one value, and its namespace.
-        match (old.is_some(), new.is_empty()) {
-            (false, true) => {}
-            (true, true) => {
-                services.remove(service);
-                self.count_namespace(service.namespace(), |count| count.saturating_sub(1));
-            }
-            (true, false) => {
-                services.insert(service.clone(), new);
-            }
-            (false, false) => {
-                services.insert(service.clone(), new);
-                self.count_namespace(service.namespace(), |count| count + 1);
-            }
-        }
-        // 3. What the service no longer has.
-        for (ip, target) in gone {
-            zone.reverse.remove(ip, &PtrRecord::new(service, &target));
-        }
-    }
-
-    fn count_namespace(&self, namespace: &str, change: impl Fn(usize) -> usize) {
-        let namespaces = self.zone.namespaces.pin();
-        match change(namespaces.get(namespace).copied().unwrap_or(0)) {
-            0 => {
-                namespaces.remove(namespace);
-            }
-            count => {
-                namespaces.insert(namespace.into(), count);
-            }
-        }
     }
 }

@@ -12,8 +12,8 @@ use foldhash::fast::RandomState;
 use papaya::{HashMap, HashMapRef, LocalGuard};
 
 use super::{
+    records::HostLabel,
     rrset::{Rrset, SmallTree},
-    service::HostLabel,
 };
 use crate::model::{Label, ServiceKey, cow_tree::Row};
 
@@ -22,17 +22,17 @@ use crate::model::{Label, ServiceKey, cow_tree::Row};
 pub struct PtrRecord {
     /// Under this service.
     pub service: ServiceKey,
-    /// The host label as registered; `None` for the address with dashes. Boxed because it is extra,
-    /// and there is one of these for nearly every instance.
+    /// The host label as registered; `None` for the address with dashes. Boxed because few have one,
+    /// and there is a record for nearly every instance.
     pub host: Option<Box<Label>>,
 }
 
 impl PtrRecord {
-    /// The name of `target` under `service`.
-    pub(super) fn new(service: &ServiceKey, target: &HostLabel) -> Self {
-        let host = match target {
+    /// The host with the label `host` under `service`.
+    pub(super) fn new(service: &ServiceKey, host: &HostLabel) -> Self {
+        let host = match host {
             HostLabel::Dashed(_) => None,
-            HostLabel::Host(label) => Some(Box::new(label.clone())),
+            HostLabel::Registered(label) => Some(Box::new(label.clone())),
         };
         Self { service: service.clone(), host }
     }

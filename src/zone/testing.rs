@@ -108,7 +108,7 @@ impl TestZone {
             }
         }
         self.generation += 1;
-        let change = ServiceChange { service, changes: &changes, after: known, foreign: None };
+        let change = ServiceChange { service, changes: &changes };
         self.publisher.publish(self.generation, &[change]);
     }
 

@@ -6,10 +6,10 @@ use std::sync::{
 use proptest::prelude::*;
 
 use super::{
-    Hit, Lookup, QName, RecordType, ZoneConfig,
+    Hit, Lookup, QName, ZoneConfig,
     testing::{TestZone, ZoneContents, config, instance, key, spec},
 };
-use crate::model::{Instance, InstanceSpec};
+use crate::model::{Instance, InstanceSpec, RecordType, cow_tree::COMPARISONS};
 
 /// One registration among few addresses, names and ports, so that they meet often.
 fn any_instance() -> impl Strategy<Value = (InstanceSpec, bool)> {
@@ -81,8 +81,7 @@ fn an_srv_target_never_dangles() {
             let mut looked = 0;
             while !stop.load(Ordering::Relaxed) || looked == 0 {
                 let view = zone.pin();
-                let Lookup::Hit(Hit::Srv(rrset, records)) = view.lookup(view.locate(&srv), &srv, RecordType::Srv)
-                else {
+                let Lookup::Hit(Hit::Srv(rrset, records)) = view.lookup(&srv, Some(RecordType::Srv)) else {
                     continue;
                 };
                 for record in rrset.iter() {
@@ -146,7 +145,7 @@ fn an_address_of_many_services_is_cheap_to_add_and_remove() {
     let name = QName::from_text("1.0.0.10.in-addr.arpa").expect("valid");
     let names = |world: &TestZone| {
         let view = world.zone.pin();
-        match view.lookup(view.locate(&name), &name, RecordType::Ptr) {
+        match view.lookup(&name, Some(RecordType::Ptr)) {
             Lookup::Hit(Hit::Ptr(names, _)) => names.len(),
             _ => 0,
         }
@@ -158,4 +157,129 @@ fn an_address_of_many_services_is_cheap_to_add_and_remove() {
     assert_eq!(names(&world), 1);
     world.remove("s1999.prod", &one);
     assert!(ZoneContents::of(&world.zone).is_empty());
+}
+
+/// Whether `name` exists.
+fn exists(zone: &super::Zone, name: &QName) -> bool {
+    let reader = zone.pin();
+    !matches!(reader.lookup(name, Some(RecordType::A)), Lookup::NxDomain(_))
+}
+
+/// RFC 8020: who finds a service must find the names above it. A resolver that sees NXDOMAIN for
+/// the namespace may answer NXDOMAIN for everything below from its cache.
+#[test]
+fn namespace_of_a_visible_service_exists() {
+    const ROUNDS: usize = 3000;
+    let mut world = TestZone::new(config());
+    let zone = Arc::clone(&world.zone);
+    let names = |n: usize| {
+        let name = |text: String| QName::from_text(&text).expect("valid");
+        (name(format!("web.ns{n}.svc.cluster.local")), name(format!("ns{n}.svc.cluster.local")))
+    };
+    // Steps that the reader has seen: one for each addition, one for each removal.
+    let seen = std::sync::atomic::AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            for round in 0..ROUNDS {
+                let (service, namespace) = names(round);
+                while !exists(&zone, &service) {
+                    std::hint::spin_loop();
+                }
+                let parent = exists(&zone, &namespace);
+                seen.store(2 * round + 1, Ordering::Release);
+                while exists(&zone, &namespace) && parent {
+                    std::hint::spin_loop();
+                }
+                let child = exists(&zone, &service) && parent;
+                seen.store(if parent && !child { 2 * round + 2 } else { usize::MAX }, Ordering::Release);
+                assert!(parent, "round {round}: the service was visible before its namespace");
+                assert!(!child, "round {round}: the namespace was gone before its service");
+            }
+        });
+        let one = spec("10.0.0.1", &["http:80"]);
+        for round in 0..ROUNDS {
+            for step in [2 * round + 1, 2 * round + 2] {
+                if step % 2 == 1 {
+                    world.add(&format!("web.ns{round}"), &one);
+                } else {
+                    world.remove(&format!("web.ns{round}"), &one);
+                }
+                while seen.load(Ordering::Acquire) < step {
+                    std::thread::yield_now();
+                }
+            }
+            if seen.load(Ordering::Acquire) == usize::MAX {
+                break;
+            }
+        }
+        reader.join().expect("a service never outlives its namespace, nor comes before it");
+    });
+}
+
+/// The work is counted in comparisons of keys, because time is noise.
+#[test]
+fn removing_the_lowest_priority_of_a_shared_host_name_takes_logarithmic_work() {
+    const INSTANCES: u32 = 3000;
+    let mut world = TestZone::new(config());
+    let service = key("web.prod");
+    let at = |n: u32| {
+        let ip = std::net::Ipv4Addr::from_bits(0x0a00_0001 + n).to_string();
+        let spec = InstanceSpec { host_name: "h".into(), priority: n as u16, ..spec(&ip, &["http:80"]) };
+        instance(&service, &spec)
+    };
+    let all: Vec<_> = (0..INSTANCES).map(|n| (at(n), true)).collect();
+    world.change(&service, &all);
+    let before = COMPARISONS.get();
+    for n in 0..INSTANCES - 1 {
+        world.change(&service, &[(at(n), false)]);
+    }
+    let each = (COMPARISONS.get() - before) / u64::from(INSTANCES);
+    assert!(each < 500, "{each} comparisons for each removal");
+    let name = QName::from_text("_http._tcp.web.prod.svc.cluster.local").expect("valid");
+    let reader = world.zone.pin();
+    let Lookup::Hit(Hit::Srv(rrset, _)) = reader.lookup(&name, Some(RecordType::Srv)) else {
+        panic!("one instance is left")
+    };
+    assert_eq!(rrset.iter().map(|srv| u32::from(srv.priority)).collect::<Vec<_>>(), [INSTANCES - 1]);
+}
+
+/// RFC 1035 §2.3.4: a label has 63 octets, and `_` is one of them.
+#[test]
+fn port_name_of_63_characters_has_no_srv_record() {
+    let mut world = TestZone::new(config());
+    world.add("web.prod", &spec("10.0.0.1", &[&format!("{}:80", "p".repeat(63))]));
+    assert!(exists(&world.zone, &QName::from_text("web.prod.svc.cluster.local").expect("valid")));
+    assert!(!exists(&world.zone, &QName::from_text("_tcp.web.prod.svc.cluster.local").expect("valid")));
+}
+
+/// The zone has become longer since these were registered: what does not fit 255 octets any more
+/// is not served, and the rest is.
+#[test]
+fn names_that_do_not_fit_a_longer_zone_are_not_served() {
+    let origin = format!("{0}.{0}.{1}.local", "z".repeat(63), "z".repeat(50));
+    let mut world =
+        TestZone::new(ZoneConfig { origin: crate::model::DnsName::parse(&origin).expect("valid"), ..config() });
+    let long = InstanceSpec { host_name: "h".repeat(60), ..spec("10.0.0.1", &["http:80"]) };
+    world.add("web.prod", &long);
+    world.add("web.prod", &spec("10.0.0.2", &["http:80"]));
+    world.add(&format!("{}.prod", "s".repeat(63)), &spec("10.0.0.1", &["http:80"]));
+    let reader = world.zone.pin();
+    let lookup = |text: &str, rtype| {
+        let name = QName::from_text(text).expect("valid");
+        match reader.lookup(&name, Some(rtype)) {
+            Lookup::Hit(Hit::A(rrset)) => rrset.len(),
+            Lookup::Hit(Hit::Srv(rrset, _)) => rrset.len(),
+            Lookup::Hit(Hit::Ptr(rrset, _)) => rrset.len(),
+            _ => 0,
+        }
+    };
+    assert_eq!(lookup(&format!("web.prod.svc.{origin}"), RecordType::A), 2);
+    assert_eq!(lookup(&format!("_http._tcp.web.prod.svc.{origin}"), RecordType::Srv), 1);
+    assert_eq!(lookup("2.0.0.10.in-addr.arpa", RecordType::Ptr), 1);
+    assert_eq!(lookup("1.0.0.10.in-addr.arpa", RecordType::Ptr), 0);
+    drop(reader);
+    assert_eq!(world.zone.unservable(), 2);
+    world.remove("web.prod", &long);
+    world.remove(&format!("{}.prod", "s".repeat(63)), &spec("10.0.0.1", &["http:80"]));
+    assert_eq!(world.zone.unservable(), 0);
 }

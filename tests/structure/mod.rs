@@ -23,7 +23,7 @@ const DOWN: &[(&str, &[&str])] = &[
     ("registry", &["metrics", "model", "store", "zone"]),
     ("store", &["metrics", "model"]),
     ("zone", &["metrics", "model"]),
-    ("metrics", &[]),
+    ("metrics", &["model::Rcode", "model::RecordType"]),
     ("model", &[]),
 ];
 

@@ -17,8 +17,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     dns::render::MAX_PTR,
-    model::{DashedLabel, InstanceSpec},
-    zone::{Addresses, Apex, Hit, HostLabel, Lookup, QName, RecordType, ZoneReader},
+    model::{DashedLabel, InstanceSpec, RecordType},
+    zone::{Addresses, Apex, Hit, HostLabel, Lookup, QName, ZoneReader},
 };
 
 const ORIGIN: &str = "cluster.local.";
@@ -119,7 +119,7 @@ impl Oracle<'_, '_> {
 fn host_label(target: &HostLabel) -> String {
     match target {
         HostLabel::Dashed(ip) => DashedLabel::new(*ip).to_string(),
-        HostLabel::Host(label) => label.to_string(),
+        HostLabel::Registered(label) => label.to_string(),
     }
 }
 
@@ -136,7 +136,7 @@ fn expected(zone: &TestZone, text: &str, qtype: u16, seed: u64, edns: bool) -> V
     let rng = fastrand::Rng::with_seed(seed);
     let mut oracle = Oracle { view: &view, asked, rng, message };
     let qname = QName::from_text(text).expect("a name");
-    let (rcode, authoritative) = match view.lookup(view.locate(&qname), &qname, RecordType::from(qtype)) {
+    let (rcode, authoritative) = match view.lookup(&qname, RecordType::from_number(qtype)) {
         Lookup::Hit(hit) => {
             oracle.hit(&hit);
             (ResponseCode::NoError, true)

@@ -1,0 +1,161 @@
+//! The one writer of the zone, and the order in which names appear and disappear.
+
+use std::{
+    net::IpAddr,
+    sync::{Arc, PoisonError, atomic::Ordering},
+};
+
+use super::{
+    Zone,
+    records::HostLabel,
+    reverse::PtrRecord,
+    update::{NameLimit, RecordsUpdate, ServedInstance},
+};
+use crate::model::{Instance, InstanceChange, ServiceKey};
+
+/// Everything that changed under one service.
+#[derive(Debug, Clone, Copy)]
+pub struct ServiceChange<'a> {
+    /// Which service.
+    pub service: &'a ServiceKey,
+    /// Its instances that changed: those registered here, and those that others have under the same
+    /// name.
+    pub changes: &'a [InstanceChange],
+}
+
+/// The only one that may change a [`Zone`].
+#[derive(Debug)]
+pub struct Publisher {
+    zone: Arc<Zone>,
+}
+
+impl Publisher {
+    pub(super) fn new(zone: Arc<Zone>) -> Self {
+        Self { zone }
+    }
+
+    /// Reserves space for so many services, and for `instances` at an address each, so that no map
+    /// is resized while they are published.
+    pub fn reserve<'a>(&mut self, services: usize, instances: impl IntoIterator<Item = &'a Arc<Instance>>) {
+        self.zone.services.pin().reserve(services);
+        self.zone.reverse.reserve(instances.into_iter().filter_map(|instance| instance.address().ip()));
+    }
+
+    /// Makes the changes of one generation visible, service by service, and then the generation
+    /// itself as the SOA serial.
+    pub fn publish(&mut self, generation: u64, changes: &[ServiceChange<'_>]) {
+        for change in changes {
+            self.publish_service(change);
+        }
+        // RFC 1982: serials wrap, so that the low half of the generation is one.
+        self.zone.serial.store(generation as u32, Ordering::Release);
+    }
+
+    /// A namespace exists even without a service of ours, or does so no longer. Must be called once
+    /// for each change: calls are counted.
+    pub fn set_namespace(&mut self, name: &str, exists: bool) {
+        if exists {
+            self.count_namespace_in(name);
+        } else {
+            self.count_namespace_out(name);
+        }
+    }
+
+    /// [`Zone::unservable`].
+    #[must_use]
+    pub fn unservable(&self) -> u64 {
+        self.zone.unservable()
+    }
+
+    fn publish_service(&self, change: &ServiceChange<'_>) {
+        let ServiceChange { service, changes } = *change;
+        let zone = &*self.zone;
+        let limit = NameLimit::new(service, zone.settings.origin.len());
+        let services = zone.services.pin();
+        let old = services.get(service);
+
+        let mut update = RecordsUpdate::new(old.cloned().unwrap_or_default());
+        let mut touched: Vec<(IpAddr, HostLabel)> = Vec::with_capacity(changes.len());
+        for change in changes {
+            self.count_unservable(service, change, limit);
+            let served = |instance| ServedInstance::new(instance, limit, zone.settings.publish_not_ready);
+            let (before, after) = (change.before.as_deref().and_then(served), change.after.as_deref().and_then(served));
+            // Counted in before counted out, so that records that stay are changed in place.
+            after.iter().for_each(|served| update.add(served));
+            before.iter().for_each(|served| update.remove(served));
+            let served = [before, after].into_iter().flatten();
+            touched.extend(served.filter_map(|served| Some((served.ip, served.host?))));
+        }
+        touched.sort_unstable();
+        touched.dedup();
+        let new = update.finish();
+
+        let had = |(ip, host): &(IpAddr, HostLabel)| old.is_some_and(|old| old.has_host(*ip, host));
+        let (added, removed): (Vec<_>, Vec<_>) =
+            touched.into_iter().filter(|host| had(host) != new.has_host(host.0, &host.1)).partition(|host| !had(host));
+
+        // 1. Addresses lead to host names before the service has the hosts.
+        for (ip, host) in added {
+            zone.reverse.add(ip, PtrRecord::new(service, &host));
+        }
+        // 2. The service, as one value.
+        match (old.is_some(), new.is_empty()) {
+            (false, true) => {}
+            (true, false) => {
+                services.insert(service.clone(), new);
+            }
+            // RFC 8020: NXDOMAIN for the namespace would deny the service to everyone who asks a
+            // resolver that caches it. So the namespace comes first, and goes last.
+            (false, false) => {
+                self.count_namespace_in(service.namespace());
+                services.insert(service.clone(), new);
+            }
+            (true, true) => {
+                services.remove(service);
+                self.count_namespace_out(service.namespace());
+            }
+        }
+        // 3. Host names that the service no longer has.
+        for (ip, host) in removed {
+            zone.reverse.remove(ip, &PtrRecord::new(service, &host));
+        }
+    }
+
+    fn count_namespace_in(&self, namespace: &str) {
+        let namespaces = self.zone.namespaces.pin();
+        let count = namespaces.get(namespace).copied().unwrap_or(0);
+        namespaces.insert(namespace.into(), count + 1);
+    }
+
+    fn count_namespace_out(&self, namespace: &str) {
+        let namespaces = self.zone.namespaces.pin();
+        match namespaces.get(namespace).copied().unwrap_or(0) {
+            0 | 1 => {
+                namespaces.remove(namespace);
+            }
+            count => {
+                namespaces.insert(namespace.into(), count - 1);
+            }
+        }
+    }
+
+    /// Counts instances of which a name does not fit a message.
+    fn count_unservable(&self, service: &ServiceKey, change: &InstanceChange, limit: NameLimit) {
+        let unservable = |instance: &&Instance| limit.leaves_out(instance);
+        let (before, after) = (
+            change.before.as_deref().filter(unservable).is_some(),
+            change.after.as_deref().filter(unservable).is_some(),
+        );
+        let counter = &self.zone.unservable.instances;
+        if before && !after {
+            counter.fetch_sub(1, Ordering::Relaxed);
+        }
+        if after && !before {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+        if after && let Some(instance) = &change.after {
+            let mut example = self.zone.unservable.example.lock().unwrap_or_else(PoisonError::into_inner);
+            example.get_or_insert_with(|| format!("{service} {}", instance.id()));
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! How a service's records change: instances are counted in and out of a copy.
+//!
+//! What an instance is registered with may not fit into DNS: it was stored under an earlier policy,
+//! or under a shorter zone. Such names are left out here, so that no answer ever carries one; what
+//! does fit is served.
+
+use std::net::IpAddr;
+
+use super::{
+    records::{CountOp, HostLabel, HostRecords, PortRecords, SrvRecord, count_address},
+    rrset::SmallTree,
+    service::{ExtraRecords, ServiceRecords},
+};
+use crate::model::{Address, Instance, MAX_LABEL, MAX_WIRE_NAME, Port, ServiceKey};
+
+/// Octets that no label, and no `_port._proto` of a name that fits a label, exceeds: 64 and a
+/// `_sctp` with its length octet.
+const LONGEST_PREFIX: usize = MAX_LABEL + 1 + 6;
+
+/// Which names of one service fit a message (RFC 1035 §2.3.4).
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NameLimit {
+    /// Octets of the service's own name in wire form.
+    service: usize,
+}
+
+impl NameLimit {
+    /// That of `service` under an origin of so many octets in wire form.
+    pub(super) fn new(service: &ServiceKey, origin: usize) -> Self {
+        // The dot in the key counts for one of the two length octets.
+        Self { service: service.as_str().len() + 1 + "svc".len() + 1 + origin }
+    }
+
+    /// Whether so many octets before the service's name fit.
+    fn fits(self, prefix: usize) -> bool {
+        self.service + prefix <= MAX_WIRE_NAME
+    }
+
+    fn fits_host(self, label: &HostLabel) -> bool {
+        // Nearly always there is room for any label, and a dashed one need not be written to be measured.
+        self.fits(LONGEST_PREFIX) || self.fits(1 + label.len())
+    }
+
+    fn fits_port(self, port: &Port) -> bool {
+        // `_` takes one of the 63 octets.
+        port.name.as_ref().is_none_or(|name| {
+            let label = "_".len() + name.as_str().len();
+            label <= MAX_LABEL && self.fits(1 + label + 1 + port.protocol.srv_label().len())
+        })
+    }
+
+    /// Whether a name of `instance` is not served because it does not fit.
+    pub(super) fn leaves_out(self, instance: &Instance) -> bool {
+        let Address::Ip(ip) = *instance.address() else { return false };
+        !self.fits_host(&HostLabel::of(instance, ip))
+            || !instance.ports().as_slice().iter().all(|port| self.fits_port(port))
+    }
+}
+
+/// An instance that is served, and the names under which it is.
+pub(super) struct ServedInstance<'i> {
+    instance: &'i Instance,
+    limit: NameLimit,
+    pub(super) ip: IpAddr,
+    /// `None` when the host's name would be too long: then the instance is found by its service's
+    /// name only.
+    pub(super) host: Option<HostLabel>,
+}
+
+impl<'i> ServedInstance<'i> {
+    /// `None` when the instance is not served: it is not ready, it is a DNS name (nobody looks those up
+    /// here), or not even the service's own name fits.
+    pub(super) fn new(instance: &'i Instance, limit: NameLimit, publish_not_ready: bool) -> Option<Self> {
+        let Address::Ip(ip) = *instance.address() else { return None };
+        if !(instance.ready() || publish_not_ready) || !limit.fits(0) {
+            return None;
+        }
+        let host = Some(HostLabel::of(instance, ip)).filter(|label| limit.fits_host(label));
+        Some(Self { instance, limit, ip, host })
+    }
+}
+
+/// A change of a service's records, on a copy of them.
+pub(super) struct RecordsUpdate {
+    records: ServiceRecords,
+}
+
+impl RecordsUpdate {
+    pub(super) fn new(records: ServiceRecords) -> Self {
+        Self { records }
+    }
+
+    /// Counts an instance in.
+    pub(super) fn add(&mut self, served: &ServedInstance<'_>) {
+        self.count(CountOp::Add, served);
+    }
+
+    /// Counts an instance out that was counted in before.
+    pub(super) fn remove(&mut self, served: &ServedInstance<'_>) {
+        self.count(CountOp::Remove, served);
+    }
+
+    /// The new records.
+    pub(super) fn finish(self) -> ServiceRecords {
+        self.records
+    }
+
+    fn count(&mut self, op: CountOp, served: &ServedInstance<'_>) {
+        let ServedInstance { instance, limit, ip, host } = served;
+        let units = u64::from(instance.weight().units());
+        let dashed = matches!(host, Some(HostLabel::Dashed(_)));
+        match *ip {
+            IpAddr::V4(ip) => count_address(&mut self.records.v4, ip, op, units, dashed),
+            IpAddr::V6(ip) => count_address(&mut self.extra().v6, ip, op, units, dashed),
+        }
+        if let Some(host) = host {
+            self.count_host(op, host, *ip, units);
+            for port in instance.ports().as_slice().iter().filter(|port| limit.fits_port(port)) {
+                self.count_port(op, instance, host, port, units);
+            }
+        }
+        if self.records.extra.as_ref().is_some_and(|extra| extra.v6.is_empty() && extra.hosts.is_empty()) {
+            self.records.extra = None;
+        }
+    }
+
+    fn count_host(&mut self, op: CountOp, host: &HostLabel, ip: IpAddr, units: u64) {
+        let HostLabel::Registered(label) = host else { return };
+        let new = || HostRecords { label: label.clone(), v4: SmallTree::None, v6: SmallTree::None };
+        self.extra().hosts.update(&label.as_str().as_bytes(), new, |host| {
+            match ip {
+                IpAddr::V4(ip) => count_address(&mut host.v4, ip, op, units, false),
+                IpAddr::V6(ip) => count_address(&mut host.v6, ip, op, units, false),
+            }
+            !(host.v4.is_empty() && host.v6.is_empty())
+        });
+    }
+
+    fn count_port(&mut self, op: CountOp, instance: &Instance, host: &HostLabel, port: &Port, units: u64) {
+        let Port { number, protocol, name: Some(name) } = port else { return };
+        let new = || PortRecords { name: name.clone(), protocol: *protocol, records: SmallTree::None };
+        self.records.ports.update(&(*protocol, name.as_str().as_bytes()), new, |port| {
+            let new = || SrvRecord::empty(host.clone(), *number);
+            let key = (host.as_ref(), *number);
+            port.records.update(&key, new, |record| record.count(op, instance.priority(), units));
+            !port.records.is_empty()
+        });
+    }
+
+    fn extra(&mut self) -> &mut ExtraRecords {
+        self.records.extra.get_or_insert_default()
+    }
+}
