@@ -73,6 +73,25 @@ struct Ring {
     before: u64,
 }
 
+impl Ring {
+    /// Adds the newest batch. Returns those that are not kept any more, for the caller to drop once
+    /// the lock is released.
+    #[must_use = "dropped outside the lock"]
+    fn push(&mut self, batch: Arc<Batch>) -> Vec<Arc<Batch>> {
+        self.events += batch.events.len();
+        self.batches.push_back(batch);
+        let mut evicted = Vec::new();
+        // The newest batch stays, however large.
+        while self.events > MAX_KEPT_EVENTS && self.batches.len() > 1 {
+            let Some(oldest) = self.batches.pop_front() else { break };
+            self.events -= oldest.events.len();
+            self.before = oldest.generation;
+            evicted.push(oldest);
+        }
+        evicted
+    }
+}
+
 impl Feed {
     pub(super) fn new() -> Self {
         Self {
@@ -102,18 +121,10 @@ impl Feed {
 
     pub(super) fn push(&self, batch: Batch) {
         let generation = batch.generation;
-        {
-            let mut ring = self.lock();
-            ring.events += batch.events.len();
-            ring.batches.push_back(Arc::new(batch));
-            // The newest batch stays, however large.
-            while ring.events > MAX_KEPT_EVENTS && ring.batches.len() > 1 {
-                let Some(oldest) = ring.batches.pop_front() else { break };
-                ring.events -= oldest.events.len();
-                ring.before = oldest.generation;
-            }
-        }
+        let evicted = self.lock().push(Arc::new(batch));
         self.newest.send_replace(generation);
+        // Freeing tens of thousands of events takes milliseconds: not under the readers' lock.
+        drop(evicted);
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Ring> {
@@ -171,5 +182,40 @@ impl Subscription {
             self.seen = batch.generation;
         }
         Ok(next)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Validator;
+
+    fn batch(generation: u64, events: usize) -> Arc<Batch> {
+        let service = Validator { zone_wire_len: 15, names_allowed: false }.service("prod", "web").expect("valid");
+        let change = InstanceChange { before: None, after: None };
+        let event = Event { service, change, received: UnixMillis(1) };
+        let events = vec![event; events];
+        Arc::new(Batch {
+            generation,
+            events,
+            durable: UnixMillis(2),
+            visible: UnixMillis(3),
+            acknowledged: UnixMillis(4),
+        })
+    }
+
+    #[test]
+    fn evicted_batches_outlive_the_lock() {
+        let feed = Feed::new();
+        let oldest = batch(1, MAX_KEPT_EVENTS);
+        assert!(feed.lock().push(Arc::clone(&oldest)).is_empty());
+        let evicted = {
+            let mut ring = feed.lock();
+            let evicted = ring.push(batch(2, 1));
+            // The ring let go of it, and it was not freed: the caller has it.
+            assert_eq!((ring.batches.len(), ring.events, ring.before), (1, 1, 1));
+            evicted
+        };
+        assert!(matches!(&evicted[..], [batch] if Arc::ptr_eq(batch, &oldest)));
     }
 }
