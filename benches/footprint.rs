@@ -1,10 +1,9 @@
-//! What a server in a process of its own costs: CPU per UDP query, beside a bare loop that sends
-//! every datagram back, and memory per instance at a million instances.
+//! What a server in a process of its own costs: CPU per UDP query, beside a bare UDP echo, and
+//! memory per instance at a million instances (P1, P5).
 //!
 //! `cargo bench --bench footprint`. For CPU, server and echo run in turns on core 0; the generator
-//! stays on core 1, with eight sockets and a bounded number of questions under way. CPU time is
-//! what the kernel says of the process (`/proc/PID/stat`), so that a noisy neighbour costs time
-//! but not truth. A thousand services of three instances; 70 % A, 15 % SRV, 10 % names that do not
+//! stays on core 1, with eight sockets and a bounded number of questions in flight. CPU time is the
+//! kernel's figure for the process (`/proc/PID/stat`), which a noisy neighbour does not change. A thousand services of three instances; 70 % A, 15 % SRV, 10 % names that do not
 //! exist, 5 % AAAA without data. Memory is what the resident set grew by, registry and zone
 //! together; the journal lies on disk and does not count.
 
@@ -30,7 +29,7 @@ const QUESTIONS: usize = 600_000;
 const SERVICES: usize = 1000;
 const INSTANCES: usize = 3;
 
-/// Sockets of the generator, and questions under way on each.
+/// Sockets of the generator, and questions in flight on each.
 const SOCKETS: usize = 8;
 const WINDOW: usize = 32;
 
@@ -61,7 +60,7 @@ fn question(name: &str, rtype: u16) -> Vec<u8> {
     packet
 }
 
-fn mix() -> Vec<Vec<u8>> {
+fn query_mix() -> Vec<Vec<u8>> {
     (0..SERVICES * 20)
         .map(|n| {
             let service = format!("s{}.bench.svc.cluster.local", (n * 7919) % SERVICES);
@@ -75,7 +74,7 @@ fn mix() -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// Asks all questions and returns how many were answered.
+/// Asks [`QUESTIONS`] questions, in turn those given, and returns how many were answered.
 fn ask(to: SocketAddr, questions: &[Vec<u8>]) -> usize {
     let sockets: Vec<UdpSocket> = (0..SOCKETS)
         .map(|_| {
@@ -102,13 +101,14 @@ fn ask(to: SocketAddr, questions: &[Vec<u8>]) -> usize {
 }
 
 /// Microseconds of CPU per answered question.
-fn cost(peer: &Peer, questions: &[Vec<u8>]) -> f64 {
+fn cpu_per_query(peer: &Peer, questions: &[Vec<u8>]) -> f64 {
     let before = peer.cpu();
     let answered = ask(peer.dns, questions);
     (peer.cpu() - before) * 1e6 / answered as f64
 }
 
-async fn grown(instances_per_service: u32) -> f64 {
+/// Resident bytes per instance, of a server that is filled with [`MILLION`].
+async fn resident_per_instance(instances_per_service: u32) -> f64 {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a data directory");
     let server = Peer::gangplank("0", dir.path());
     let before = server.resident();
@@ -127,20 +127,21 @@ async fn main() {
     let dir = tempfile::tempdir().expect("a data directory");
     let ours = Peer::gangplank("0", dir.path());
     fill(&ours, (SERVICES * INSTANCES) as u32, INSTANCES as u32).await;
-    let bare = Peer::start("0", &env::current_exe().expect("this program"), &[ECHO]);
+    let baseline = Peer::start("0", &env::current_exe().expect("this program"), &[ECHO]);
 
-    let questions = mix();
-    cost(&ours, &questions[..SERVICES]);
+    let questions = query_mix();
+    // The first round would pay for cold caches.
+    cpu_per_query(&ours, &questions[..SERVICES]);
     let (mut costs, mut echoes, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        let (echo, cost) = (cost(&bare, &questions), cost(&ours, &questions));
+        let (echo, cost) = (cpu_per_query(&baseline, &questions), cpu_per_query(&ours, &questions));
         echoes.push(echo);
         costs.push(cost);
         ratios.push(cost / echo);
     }
     println!("µs of CPU per query: echo {:.2}, gangplank {:.2}", spread(echoes).0, spread(costs).0);
     row("CPU per query ÷ bare recv_from/send_to echo", ratios, "≤ 1.3 (P1a ÷ batched echo: later)");
-    drop((ours, bare));
-    row("resident bytes per instance, 1 a service", vec![grown(1).await], "≤ 550");
-    row("resident bytes per instance, 10 a service", vec![grown(10).await], "≤ 300");
+    drop((ours, baseline));
+    row("resident bytes per instance, 1 per service", vec![resident_per_instance(1).await], "≤ 550");
+    row("resident bytes per instance, 10 per service", vec![resident_per_instance(10).await], "≤ 300");
 }

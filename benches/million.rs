@@ -1,9 +1,9 @@
-//! A server that holds a million instances: what a registration costs it beside one that holds a
-//! thousand, how soon a registration is answered by DNS, and its start beside Knot DNS with the
-//! same records (P6a, P3, P7).
+//! A server that holds a million instances: CPU per registration beside a server that holds a
+//! thousand, time from a registration to its DNS answer, and start beside Knot DNS with the same
+//! records (P6a, P3, P7).
 //!
 //! `cargo bench --bench million`, about five minutes and 3 GiB. The server stays on core 0 and the
-//! client on core 1, except at starts, where everybody has both.
+//! client on core 1, except at starts, where both have both.
 
 #[path = "support/peer.rs"]
 mod peer;
@@ -32,8 +32,8 @@ const ROUNDS: usize = 5;
 /// Changes of one round.
 const CHANGES: u32 = 200_000;
 
-/// Registrations that are followed until DNS shows them.
-const FOLLOWED: u32 = 2_000;
+/// Registrations of which each is timed until DNS answers with it.
+const TIMED: u32 = 2_000;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() {
@@ -43,9 +43,9 @@ async fn main() {
     let large = Peer::gangplank("0", disk.path());
     fill(&large, MILLION, 1).await;
     println!("resident with 1 000 000 services of one instance: {:.0} MiB", large.resident() / f64::from(1 << 20));
-    changes_cost_the_same(&large).await;
-    seen_soon("durable", &large).await;
-    syncs(disk.path());
+    cpu_per_change(&large).await;
+    time_to_visible("durable", &large).await;
+    bare_syncs(disk.path());
     drop(large);
     starts(disk.path());
     let memory = Path::new("/dev/shm");
@@ -53,19 +53,20 @@ async fn main() {
         let memory = TempDir::new_in(memory).expect("a data directory");
         let large = Peer::gangplank("0", memory.path());
         fill(&large, MILLION, 1).await;
-        seen_soon("in memory (tmpfs)", &large).await;
+        time_to_visible("in memory (tmpfs)", &large).await;
     }
 }
 
 /// P6a: CPU of the whole process for changes of instances that are spread over all there are.
-async fn changes_cost_the_same(large: &Peer) {
+async fn cpu_per_change(large: &Peer) {
     let dir = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("a data directory");
     let small = Peer::gangplank("0", dir.path());
     fill(&small, 1000, 1).await;
     let cost = async |server: &Peer, held: u32, round: usize| {
         let before = server.cpu();
         let weight = if round.is_multiple_of(2) { 2.0 } else { 3.0 };
-        // A thousand have to be gone through again and again, each time with another weight.
+        // A small server gets every instance many times: each time with another weight, or nothing
+        // would change.
         let changes = (0..CHANGES).map(move |n| {
             let (at, turn) = ((u64::from(n % held) * 7919 % u64::from(held)) as u32, n / held);
             instance(at, at, weight + (turn % 100) as f32 * 0.01 + 2.0 * (turn / 100 % 50) as f32)
@@ -83,8 +84,8 @@ async fn changes_cost_the_same(large: &Peer) {
     row("µs of CPU more per change at 1 000 000 services", more, "≤ 2");
 }
 
-/// P3: one registration at a time, from its sending until a question over UDP is answered with it.
-async fn seen_soon(what: &str, server: &Peer) {
+/// P3: one registration at a time, from when it is sent until DNS answers with it over UDP.
+async fn time_to_visible(what: &str, server: &Peer) {
     let to = format!("http://{}", server.grpc.expect("it takes registrations"));
     let mut client = ServiceRegistryClient::connect(to).await.expect("it listens");
     let (sender, messages) = mpsc::channel(1);
@@ -92,14 +93,14 @@ async fn seen_soon(what: &str, server: &Peer) {
     let socket = UdpSocket::bind("127.0.0.1:0").await.expect("a free port");
     socket.connect(server.dns).await.expect("loopback");
 
-    let (mut visible, mut answered, mut bare) = (Vec::new(), Vec::new(), Vec::new());
-    for n in 0..FOLLOWED {
-        // Known already: what remains is the way there and back.
+    let (mut visible, mut answered, mut round_trips) = (Vec::new(), Vec::new(), Vec::new());
+    for n in 0..TIMED {
+        // Registered already, so only the round trip is timed.
         let begun = Instant::now();
         sender.send(instance(MILLION - 1, MILLION - 1, 1.0)).await.expect("the stream is open");
         answers.message().await.expect("the stream goes on").expect("one answer each");
         if n > 0 {
-            bare.push(begun.elapsed());
+            round_trips.push(begun.elapsed());
         }
 
         let new = MILLION + n;
@@ -116,7 +117,7 @@ async fn seen_soon(what: &str, server: &Peer) {
             loop {
                 socket.send(&question).await.expect("loopback");
                 let len = socket.recv(&mut answer).await.expect("every question is answered");
-                // NOERROR with an answer.
+                // rcode NOERROR, and ANCOUNT is 1.
                 if answer[3] & 0xf == 0 && answer[..len][7] == 1 {
                     break begun.elapsed();
                 }
@@ -127,17 +128,17 @@ async fn seen_soon(what: &str, server: &Peer) {
         answered.push(acknowledged);
     }
     println!("beside 1 000 000 instances, {what}:");
-    percentiles("  the way there and back, nothing to do", bare);
-    percentiles("  sent, then seen in DNS (P3)", visible);
+    percentiles("  round trip of a registration without effect", round_trips);
+    percentiles("  sent, then visible in DNS (P3)", visible);
     percentiles("  sent, then acknowledged", answered);
 }
 
 /// The baseline of P3: the disk alone, with as many bytes as a registration takes.
-fn syncs(parent: &Path) {
+fn bare_syncs(parent: &Path) {
     let path = parent.join("sync");
     let mut file = File::create(&path).expect("it can be made");
     let mut times = Vec::new();
-    for _ in 0..FOLLOWED {
+    for _ in 0..TIMED {
         file.write_all(&[7; 100]).expect("there is room");
         let begun = Instant::now();
         file.sync_data().expect("it syncs");
@@ -170,7 +171,7 @@ fn starts(data_dir: &Path) {
     row("start with 1 000 000 instances ÷ Knot DNS", ratios, "≤ 1");
 }
 
-/// Knot DNS, and the records that a million registrations give.
+/// Knot DNS with zone files of the records of a million registrations.
 struct Knot {
     program: PathBuf,
     dir: TempDir,
@@ -196,9 +197,9 @@ impl Knot {
         Self { program, dir }
     }
 
-    /// Starts it, and stops it once it serves.
+    /// The time from its start until it serves. It is stopped then.
     fn start(&self) -> Duration {
-        // knotd cannot report a port that the kernel chose, so it gets one that was free a moment ago.
+        // knotd does not tell which port it got for port 0, so it gets one that was free a moment ago.
         let free = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a free port");
         let (at, SocketAddr::V4(free)) = (self.dir.path().display(), free) else { panic!("it was bound to IPv4") };
         let config = format!(
