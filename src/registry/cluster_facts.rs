@@ -34,6 +34,16 @@ pub enum ClusterFact {
     },
 }
 
+impl ClusterFact {
+    /// What learning it costs, as a multiple of the cheapest: every instance is published.
+    pub(super) fn cost(&self) -> usize {
+        match self {
+            Self::Namespace { .. } | Self::NamespacesComplete | Self::Service { .. } => 1,
+            Self::Endpoints { instances, .. } => 1 + instances.len(),
+        }
+    }
+}
+
 /// How registrations are checked where there is a Kubernetes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NamespacePolicy {
@@ -71,7 +81,7 @@ impl ClusterFacts {
     /// while the API server is away registrations go on.
     pub(super) fn refuse(&self, service: &ServiceKey) -> Option<KubernetesRefusal> {
         let policy = self.policy?;
-        if service.namespace() == "kube-system" || (service.namespace(), service.name()) == ("default", "kubernetes") {
+        if is_reserved(service) {
             Some(KubernetesRefusal::Reserved)
         } else if self.complete && !policy.create_namespaces && !self.namespaces.contains(service.namespace()) {
             Some(KubernetesRefusal::NamespaceAbsent)
@@ -98,6 +108,11 @@ impl ClusterFacts {
             self.foreign.remove(&service);
         }
     }
+}
+
+/// Whether nothing may ever be registered under `service`: it is the cluster's own.
+pub(super) fn is_reserved(service: &ServiceKey) -> bool {
+    service.namespace() == "kube-system" || (service.namespace(), service.name()) == ("default", "kubernetes")
 }
 
 #[cfg(test)]

@@ -50,6 +50,18 @@ impl Committer {
         self.generation = generation;
         Ok(())
     }
+
+    /// As [`Committer::commit`], for changes that come from Kubernetes: they are no part of the
+    /// outbox, so a later start does not take them for something that only this directory knows.
+    ///
+    /// # Errors
+    /// When the journal cannot be written, now or since before.
+    pub(super) fn commit_mirrored(&mut self, records: &[Record], changes: bool) -> Result<(), Unavailable> {
+        let generation = self.generation + u64::from(changes);
+        self.journal.append_mirrored(generation, records).map_err(|err| fail(&self.status, &err))?;
+        self.generation = generation;
+        Ok(())
+    }
 }
 
 fn fail(status: &Status, err: &StoreError) -> Unavailable {

@@ -23,6 +23,7 @@ mod apply;
 mod catalog;
 mod cluster_facts;
 mod commit;
+mod comparison;
 mod decide;
 mod feed;
 mod mirror_progress;
@@ -138,8 +139,13 @@ pub enum Unavailable {
 enum WriterMessage {
     Submit(Submission),
     Learn(Vec<ClusterFact>),
-    Restore(KubernetesState, oneshot::Sender<u64>),
     Mirrored(Vec<(ServiceKey, u64)>),
+    /// What Kubernetes holds: begins the comparison.
+    Restore(comparison::Request),
+    /// A part of what the comparison has found.
+    Differences(comparison::Differences),
+    /// The comparison has sent everything.
+    Compared(comparison::End),
 }
 
 /// Where the answer to a submission goes.
@@ -199,9 +205,10 @@ impl RegistryHandle {
     ///
     /// # Errors
     /// When the writer has ended, or cannot write its journal.
-    pub async fn restore(&self, restored: KubernetesState) -> Result<u64, Unavailable> {
+    pub async fn restore(&self, held: KubernetesState) -> Result<u64, Unavailable> {
         let (reply, term) = oneshot::channel();
-        self.queue.send(WriterMessage::Restore(restored, reply)).await.map_err(|_| self.status.refusal())?;
+        let request = comparison::Request { held, differences: self.queue.clone(), reply };
+        self.queue.send(WriterMessage::Restore(request)).await.map_err(|_| self.status.refusal())?;
         term.await.map_err(|_| self.status.refusal())
     }
 

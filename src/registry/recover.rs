@@ -1,6 +1,9 @@
 //! The start: what the store holds becomes the registry, and only then a writer.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
 
 use indexmap::IndexMap;
 use tokio::sync::mpsc;
@@ -97,7 +100,7 @@ impl Unrecovered {
         let mut applier =
             Applier::new(publisher, Arc::clone(&catalog), feed, Arc::clone(&mirror_progress), Arc::clone(&metrics));
         applier.load(generation, services);
-        let local = kubernetes.is_some().then_some(LocalState { term: recovery.term, outbox: recovery.outbox });
+        let local = kubernetes.is_some().then_some(LocalState { term: recovery.term, outbox: recovery.outbox.into() });
         if let Some(local) = &local {
             status.restoring();
             let unmirrored = local.unmirrored(&catalog);
@@ -117,6 +120,8 @@ impl Unrecovered {
             status,
             mirror_progress,
             metrics,
+            held_over: None,
+            clock: Instant::now,
         })
     }
 }

@@ -7,14 +7,11 @@
 //! else wrote since (or the directory is new): then the slices count, with the outbox laid over
 //! them, which is what this directory has acknowledged and Kubernetes was never seen to have.
 
-use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
-};
+use std::{collections::HashMap, sync::Arc};
 
 use super::Catalog;
 use crate::{
-    model::{CowTree, Instance, InstanceKey, Service, ServiceKey},
+    model::{CowTree, Instance, InstanceId, InstanceKey, Service, ServiceKey},
     store::Record,
 };
 
@@ -32,28 +29,58 @@ pub struct KubernetesState {
 pub(super) struct LocalState {
     /// The term of the data directory; 0 when it never wrote to Kubernetes.
     pub(super) term: u64,
-    /// What Kubernetes was never seen to have, last record per instance or more, in order.
-    pub(super) outbox: Vec<Record>,
+    pub(super) outbox: Outbox,
 }
 
 impl LocalState {
     /// Services of which Kubernetes may not have everything.
     pub(super) fn unmirrored(&self, catalog: &Catalog) -> impl Iterator<Item = ServiceKey> {
         let all = if self.term == 0 { catalog.services() } else { Vec::new() };
-        all.into_iter().map(|(service, _)| service).chain(self.outbox.iter().filter_map(service_of))
-    }
-
-    /// Adds what a batch journals before the comparison. Returns the services that it is about.
-    pub(super) fn add(&mut self, records: &[Record]) -> HashSet<ServiceKey> {
-        self.outbox.extend_from_slice(records);
-        records.iter().filter_map(service_of).collect()
+        all.into_iter().map(|(service, _)| service).chain(self.outbox.0.keys().map(|(service, _)| service.clone()))
     }
 }
 
-fn service_of(record: &Record) -> Option<ServiceKey> {
-    match record {
-        Record::Put { service, .. } | Record::Remove { service, .. } => Some(service.clone()),
-        Record::Mirrored { .. } | Record::Term { .. } => None,
+/// What Kubernetes was never seen to have, by instance: as registered, or `None` if removed. Its
+/// size is bounded by the instances there are and were, not by how often they change.
+#[derive(Debug, Default)]
+pub(super) struct Outbox(HashMap<(ServiceKey, InstanceId), Option<Arc<Instance>>, foldhash::fast::RandomState>);
+
+impl Outbox {
+    /// Adds what a batch journals; the last record of an instance replaces earlier ones.
+    pub(super) fn add(&mut self, records: &[Record]) {
+        for record in records {
+            match record {
+                Record::Put { service, instance } => {
+                    self.0.insert((service.clone(), instance.id()), Some(Arc::clone(instance)));
+                }
+                Record::Remove { service, id } => {
+                    self.0.insert((service.clone(), id.clone()), None);
+                }
+                Record::Mirrored { .. } | Record::Term { .. } => {}
+            }
+        }
+    }
+
+    /// Whether it has the instance that `record` is about.
+    pub(super) fn names(&self, record: &Record) -> bool {
+        match record {
+            Record::Put { service, instance } => self.0.contains_key(&(service.clone(), instance.id())),
+            Record::Remove { service, id } => self.0.contains_key(&(service.clone(), id.clone())),
+            Record::Mirrored { .. } | Record::Term { .. } => false,
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+impl From<Vec<Record>> for Outbox {
+    fn from(records: Vec<Record>) -> Self {
+        let mut outbox = Self::default();
+        outbox.add(&records);
+        outbox
     }
 }
 
@@ -62,7 +89,7 @@ fn service_of(record: &Record) -> Option<ServiceKey> {
 pub(super) struct Comparison {
     /// The term under which the slices are written from now on.
     pub(super) term: u64,
-    /// What has to change here, and the term where it is a new one.
+    /// What has to change here, each instance once. Kubernetes has all of it.
     pub(super) records: Vec<Record>,
 }
 
@@ -84,21 +111,17 @@ pub(super) fn compare(local: &LocalState, held: KubernetesState, catalog: &[(Ser
             registered.instances.iter().for_each(|instance| drop(tree.put(Arc::clone(instance))));
         }
     }
-    for record in &local.outbox {
-        match record {
-            Record::Put { service, instance } => {
-                wanted.entry(service.clone()).or_default().put(Arc::clone(instance));
-            }
-            Record::Remove { service, id } => {
+    for ((service, id), instance) in &local.outbox.0 {
+        match instance {
+            Some(instance) => drop(wanted.entry(service.clone()).or_default().put(Arc::clone(instance))),
+            None => {
                 if let Some(tree) = wanted.get_mut(service) {
                     tree.remove(&InstanceKey::from(id));
                 }
             }
-            Record::Mirrored { .. } | Record::Term { .. } => {}
         }
     }
-    let mut records = differences(&wanted, catalog);
-    records.push(Record::Term { term });
+    let records = differences(&wanted, catalog);
     Comparison { term, records }
 }
 
@@ -159,7 +182,7 @@ mod tests {
     }
 
     fn local(term: u64, outbox: Vec<Record>) -> LocalState {
-        LocalState { term, outbox }
+        LocalState { term, outbox: outbox.into() }
     }
 
     #[test]
@@ -175,14 +198,14 @@ mod tests {
     fn empty_directory_takes_what_the_slices_hold_under_a_new_term() {
         let comparison = compare(&local(0, vec![]), slices(3, &[("10.0.0.1", 2.0)]), &[]);
         assert_eq!(comparison.term, 4);
-        assert_eq!(comparison.records, [put("10.0.0.1", 2.0), Record::Term { term: 4 }]);
+        assert_eq!(comparison.records, [put("10.0.0.1", 2.0)]);
     }
 
     #[test]
     fn directory_without_a_term_lays_all_it_holds_over_the_slices() {
         let held = slices(0, &[("10.0.0.1", 2.0), ("10.0.0.2", 1.0)]);
         let comparison = compare(&local(0, vec![]), held, &catalog(&[("10.0.0.1", 5.0), ("10.0.0.3", 1.0)]));
-        assert_eq!(comparison.records, [put("10.0.0.2", 1.0), Record::Term { term: 1 }]);
+        assert_eq!(comparison.records, [put("10.0.0.2", 1.0)]);
     }
 
     #[test]
@@ -194,7 +217,19 @@ mod tests {
         let had = [("10.0.0.1", 1.0), ("10.0.0.2", 1.0), ("10.0.0.4", 4.0), ("10.0.0.6", 1.0)];
         let comparison = compare(&local, held, &catalog(&had));
         assert_eq!(comparison.term, 8);
-        let wanted = [remove("10.0.0.2"), put("10.0.0.1", 9.0), put("10.0.0.3", 1.0), Record::Term { term: 8 }];
+        let wanted = [remove("10.0.0.2"), put("10.0.0.1", 9.0), put("10.0.0.3", 1.0)];
         assert_eq!(comparison.records, wanted);
+    }
+
+    #[test]
+    fn outbox_keeps_the_last_record_of_an_instance_only() {
+        let mut outbox = Outbox::default();
+        for n in 0..100 {
+            outbox.add(&[put("10.0.0.1", n as f32), put("10.0.0.2", 1.0), remove("10.0.0.2")]);
+        }
+        assert_eq!(outbox.len(), 2);
+        let local = LocalState { term: 3, outbox };
+        let comparison = compare(&local, slices(7, &[("10.0.0.2", 1.0)]), &[]);
+        assert_eq!(comparison.records, [put("10.0.0.1", 99.0)]);
     }
 }

@@ -17,25 +17,37 @@ use std::{
 
 use tokio::{runtime::Handle, sync::mpsc};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::{
-    Ack, Catalog, ClusterFact, KubernetesRefusal, KubernetesState, MirrorProgress, Outcome, Reply, Status, Submission,
-    WriterMessage,
+    Ack, Catalog, ClusterFact, MirrorProgress, Outcome, Reply, Status, Submission, WriterMessage,
     apply::Applier,
     commit::Committer,
+    comparison,
     decide::{DecidedBatch, Decider},
     mirror_records::MirrorRecords,
-    restore::{self, Comparison},
 };
 use crate::{
     metrics::{CommandOutcome, Metrics},
     model::UnixMillis,
+    store::Record,
 };
 
-/// Commands after which a batch takes no more submissions, so that the first of them does not
-/// wait for all that a flood of clients sends meanwhile.
-const MAX_BATCH_COMMANDS: usize = 65_536;
+/// A batch takes no more messages after deciding for this long, so that the first submission does
+/// not wait for all that a flood of clients sends meanwhile. Decided in this time are about a
+/// thousand commands: enough that the sync is a small part of the batch.
+const MAX_DECIDE_TIME: Duration = Duration::from_millis(2);
+
+/// What facts may cost ([`ClusterFact::cost`]) before a batch whose submissions are decided goes
+/// on without further ones: about a millisecond.
+const MAX_FACTS_COST: usize = 256;
+
+/// Records of a comparison that are applied at once while registrations are accepted: these wait
+/// for about ten milliseconds.
+pub(super) const MAX_DIFFERENCES: usize = 1024;
+
+/// The same while nobody can wait.
+const MAX_DIFFERENCES_AT_START: usize = 65_536;
 
 /// How long a start waits for the API server when the store alone could go on.
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -52,6 +64,10 @@ pub struct Writer {
     pub(super) status: Status,
     pub(super) mirror_progress: Arc<MirrorProgress>,
     pub(super) metrics: Arc<Metrics>,
+    /// A message that was taken from the queue and begins the next batch.
+    pub(super) held_over: Option<WriterMessage>,
+    /// Measures how long a batch has been decided; tests replace it.
+    pub(super) clock: fn() -> Instant,
 }
 
 /// Submissions of one batch whose commands were decided, until they are answered.
@@ -68,6 +84,17 @@ enum Woken {
     TimedOut,
 }
 
+/// The next message; `None` when the queue is closed and empty. Cancelling loses nothing.
+async fn receive(
+    held_over: &mut Option<WriterMessage>,
+    queue: &mut mpsc::Receiver<WriterMessage>,
+) -> Option<WriterMessage> {
+    match held_over.take() {
+        Some(message) => Some(message),
+        None => queue.recv().await,
+    }
+}
+
 impl Writer {
     /// The generation that is served.
     #[must_use]
@@ -79,20 +106,21 @@ impl Writer {
     /// store that was compared with Kubernetes before waits for 5 s only: its state is good enough
     /// while the API server is away. Returns false if it was stopped meanwhile. Blocks.
     pub fn await_restore(&mut self, runtime: &Handle, stop: &CancellationToken) -> bool {
-        let Some(local) = self.mirror_records.local() else { return true };
-        let was_compared = local.term != 0;
+        let was_compared = self.mirror_records.awaited().is_some_and(|local| local.term != 0);
         let give_up = Instant::now() + RESTORE_TIMEOUT;
-        while self.mirror_records.local().is_some() {
+        while !self.mirror_records.comparison_is_over() {
+            // A comparison that has begun is not given up.
+            let gives_up = was_compared && self.mirror_records.awaited().is_some();
             let next = runtime.block_on(async {
                 tokio::select! {
                     biased;
                     () = stop.cancelled() => Err(Woken::Stopped),
-                    message = self.queue.recv() => message.ok_or(Woken::Stopped),
-                    () = tokio::time::sleep_until(give_up.into()), if was_compared => Err(Woken::TimedOut),
+                    message = receive(&mut self.held_over, &mut self.queue) => message.ok_or(Woken::Stopped),
+                    () = tokio::time::sleep_until(give_up.into()), if gives_up => Err(Woken::TimedOut),
                 }
             });
             match next {
-                Ok(message) => self.batch(message),
+                Ok(message) => self.batch(message, runtime),
                 Err(Woken::Stopped) => return false,
                 Err(Woken::TimedOut) => {
                     warn!("Kubernetes does not answer; going on with what is stored, and its slices follow later");
@@ -112,7 +140,7 @@ impl Writer {
                 let save = async { tokio::time::sleep_until(save_at.unwrap_or_else(Instant::now).into()).await };
                 tokio::select! {
                     biased;
-                    first = self.queue.recv() => Ok(first),
+                    first = receive(&mut self.held_over, &mut self.queue) => Ok(first),
                     () = stop.cancelled() => {
                         self.queue.close();
                         Ok(self.queue.recv().await)
@@ -121,7 +149,7 @@ impl Writer {
                 }
             });
             match first {
-                Ok(Some(first)) => self.batch(first),
+                Ok(Some(first)) => self.batch(first, runtime),
                 Ok(None) => break,
                 Err(_) => self.save_confirmations(),
             }
@@ -129,29 +157,44 @@ impl Writer {
         self.save_confirmations();
     }
 
-    fn batch(&mut self, first: WriterMessage) {
+    /// Takes what waits, from `first` on, until a limit is reached, and carries it out.
+    pub(super) fn batch(&mut self, first: WriterMessage, runtime: &Handle) {
         let mut pending = PendingAcks::default();
-        let mut restore = None;
+        let mut facts_cost = 0;
+        let mut then = None;
+        let begun = (self.clock)();
         let mut next = Some(first);
         // 1. decide
         while let Some(message) = next {
             match message {
                 WriterMessage::Submit(submission) => self.decide(submission, &mut pending),
-                WriterMessage::Learn(facts) => facts.into_iter().for_each(|fact| self.learn(fact)),
+                WriterMessage::Learn(facts) => {
+                    let cost: usize = facts.iter().map(ClusterFact::cost).sum();
+                    if !pending.replies.is_empty() && facts_cost + cost > MAX_FACTS_COST {
+                        // Submissions behind the facts have to be decided by them, so the facts
+                        // begin the next batch.
+                        self.held_over = Some(WriterMessage::Learn(facts));
+                        break;
+                    }
+                    facts_cost += cost;
+                    facts.into_iter().for_each(|fact| self.learn(fact));
+                }
                 WriterMessage::Mirrored(services) => self.mirror_records.confirmed(services, Instant::now()),
-                WriterMessage::Restore(held, reply) => {
-                    // What came before is applied first: the comparison is with the catalog.
-                    restore = Some((held, reply));
+                // What was decided before comes first.
+                WriterMessage::Restore(_) | WriterMessage::Differences(_) | WriterMessage::Compared(_) => {
+                    then = Some(message);
                     break;
                 }
             }
-            next = if pending.commands < MAX_BATCH_COMMANDS { self.queue.try_recv().ok() } else { None };
+            let in_time = (self.clock)().saturating_duration_since(begun) < MAX_DECIDE_TIME;
+            next = if in_time { self.queue.try_recv().ok() } else { None };
         }
         self.finish(pending);
-        if let Some((held, reply)) = restore
-            && let Some(term) = self.restore(held)
-        {
-            let _ = reply.send(term);
+        match then {
+            Some(WriterMessage::Restore(request)) => self.compare(request, runtime),
+            Some(WriterMessage::Differences(part)) => self.apply_differences(part),
+            Some(WriterMessage::Compared(end)) => self.end_comparison(end),
+            _ => {}
         }
         if self.mirror_records.is_due(Instant::now()) {
             self.save_confirmations();
@@ -169,16 +212,15 @@ impl Writer {
         pending.replies.push((reply, outcomes));
     }
 
-    /// Steps 2 to 4 for everything that was decided since the last batch. Returns whether the
-    /// journal took it.
-    fn finish(&mut self, pending: PendingAcks) -> bool {
+    /// Steps 2 to 4 for everything that was decided since the last batch.
+    fn finish(&mut self, pending: PendingAcks) {
         let batch = self.decider.take();
         if batch.is_empty() {
             if !pending.replies.is_empty() {
                 self.observe(&pending, 0);
                 self.answer(pending);
             }
-            return true;
+            return;
         }
         let DecidedBatch { mut records, changes } = batch;
         let unmirrored = self.mirror_records.note_unmirrored(&records);
@@ -188,7 +230,7 @@ impl Writer {
             for (reply, _) in pending.replies {
                 let _ = reply.send(Err(err));
             }
-            return false;
+            return;
         }
         let generation = self.committer.generation();
         // 3. apply: visible.
@@ -199,7 +241,6 @@ impl Writer {
         // 4. answer: acknowledged.
         self.answer(pending);
         self.applier.announce(applied, UnixMillis::now());
-        true
     }
 
     fn learn(&mut self, fact: ClusterFact) {
@@ -215,19 +256,45 @@ impl Writer {
         }
     }
 
-    /// Compares what is registered with what Kubernetes holds, and applies what follows. Returns
-    /// the term from now on; `None` when the journal did not take it.
-    fn restore(&mut self, mut held: KubernetesState) -> Option<u64> {
-        let local = self.mirror_records.take_local()?;
-        self.decider.comparison_is_over();
-        // Nothing of ours belongs there, whoever wrote a slice that says so.
-        held.services.retain(|(service, _)| self.decider.facts().refuse(service) != Some(KubernetesRefusal::Reserved));
-        let (services, instances) =
-            (held.services.len(), held.services.iter().map(|(_, held)| held.len()).sum::<usize>());
-        let Comparison { term, records } = restore::compare(&local, held, &self.catalog.services());
-        info!(term, services, instances, changes = records.len(), "compared with Kubernetes");
+    /// Begins the comparison with what Kubernetes holds. A second request gets no answer.
+    fn compare(&mut self, request: comparison::Request, runtime: &Handle) {
+        let Some(local) = self.mirror_records.begin_comparison() else { return };
+        let max_records = if self.status.accepting().is_ok() { MAX_DIFFERENCES } else { MAX_DIFFERENCES_AT_START };
+        comparison::start(request, local, Arc::clone(&self.catalog), max_records, runtime);
+    }
+
+    /// A part of what the comparison has found, as a batch of its own.
+    fn apply_differences(&mut self, part: comparison::Differences) {
+        let comparison::Differences { mut records, applied: reply } = part;
+        self.mirror_records.retain_current(&mut records);
         self.decider.replay(records, UnixMillis::now());
-        self.finish(PendingAcks::default()).then_some(term)
+        let DecidedBatch { records, changes } = self.decider.take();
+        if !records.is_empty() {
+            if self.committer.commit_mirrored(&records, !changes.is_empty()).is_err() {
+                // Neither may the rest be applied nor the term be stored: the next start compares again.
+                self.mirror_records.end_comparison();
+                return;
+            }
+            let applied = self.applier.apply(self.committer.generation(), changes, UnixMillis::now());
+            self.observe(&PendingAcks::default(), applied.changes());
+            self.applier.announce(applied, UnixMillis::now());
+        }
+        // The comparison may have been stopped with its runtime.
+        let _ = reply.send(());
+    }
+
+    /// The whole result is applied: the store learns the term, and whoever waits for it too.
+    fn end_comparison(&mut self, end: comparison::End) {
+        let comparison::End { new_term, term, reply } = end;
+        if !self.mirror_records.end_comparison() {
+            return;
+        }
+        self.decider.comparison_is_over();
+        let stored = new_term.is_none_or(|term| self.committer.commit(&[Record::Term { term }], false).is_ok());
+        if stored {
+            // Whoever waits may have gone.
+            let _ = reply.send(term);
+        }
     }
 
     /// Puts into the journal what has waited for a batch to go with.

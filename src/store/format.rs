@@ -79,7 +79,8 @@ struct PutEntry {
     #[prost(uint64, tag = "9")]
     registered: u64,
     /// The generation since which it is unmirrored; 0 when Kubernetes has it. Absent means the
-    /// generation of the frame: in segments, and in snapshots that were made without the outbox.
+    /// generation of the frame: in segments, except for what came from Kubernetes, and in snapshots
+    /// that were made without the outbox.
     #[prost(uint64, optional, tag = "10")]
     since: Option<u64>,
 }

@@ -143,6 +143,28 @@ impl Journal {
     /// After the first error every later call fails too: only a restart can tell what reached the
     /// disk.
     pub fn append(&mut self, generation: u64, records: &[Record]) -> Result<(), StoreError> {
+        self.append_as(generation, records, |record| Entry::from(record))
+    }
+
+    /// As [`Journal::append`], for records that Kubernetes has already: they do not come into the
+    /// outbox. None of them may be about an instance that is in it.
+    ///
+    /// # Errors
+    /// As [`Journal::append`].
+    pub fn append_mirrored(&mut self, generation: u64, records: &[Record]) -> Result<(), StoreError> {
+        self.append_as(generation, records, |record| {
+            let mut entry = Entry::from(record);
+            entry.set_since(Some(0));
+            entry
+        })
+    }
+
+    fn append_as(
+        &mut self,
+        generation: u64,
+        records: &[Record],
+        entry: fn(&Record) -> Entry,
+    ) -> Result<(), StoreError> {
         self.usable()?;
         if self.segment.end >= self.segment_bytes {
             match self.create_next_segment() {
@@ -165,7 +187,8 @@ impl Journal {
             _ => None,
         });
         self.generation = named.fold(self.generation.max(generation), u64::max);
-        self.write(records).map_err(|WriteError(operation, err)| self.fail(operation, self.segment.file_id, err))?;
+        self.write(records, entry)
+            .map_err(|WriteError(operation, err)| self.fail(operation, self.segment.file_id, err))?;
         self.update_size_metrics();
         Ok(())
     }
@@ -179,7 +202,7 @@ impl Journal {
         self.failed.clone().map_or(Ok(()), Err)
     }
 
-    fn write(&mut self, records: &[Record]) -> Result<(), WriteError> {
+    fn write(&mut self, records: &[Record], entry: fn(&Record) -> Entry) -> Result<(), WriteError> {
         let synced = self.segment.end;
         let mut at = synced;
         // 1. The bytes, after everything that is durable.
@@ -188,7 +211,7 @@ impl Journal {
             if self.frame.payload_len() >= self.frame_bytes {
                 at = self.write_frame(at, synced, true)?;
             }
-            self.frame.push(&Entry::from(record));
+            self.frame.push(&entry(record));
         }
         at = self.write_frame(at, synced, false)?;
         // 2. The sync. If it fails, the bytes may or may not be on the disk.
@@ -218,7 +241,8 @@ impl Journal {
     /// Writes a sync marker: corruption before it is not taken for a torn write any more.
     pub(super) fn append_sync_marker(&mut self) -> Result<(), StoreError> {
         self.usable()?;
-        self.write(&[]).map_err(|WriteError(operation, err)| self.fail(operation, self.segment.file_id, err))
+        self.write(&[], |record| Entry::from(record))
+            .map_err(|WriteError(operation, err)| self.fail(operation, self.segment.file_id, err))
     }
 
     /// Closes the segment and creates the next one, whose header has the closed one's length.
