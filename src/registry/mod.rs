@@ -20,6 +20,7 @@
 //! registry knows no more of Kubernetes than that.
 
 mod apply;
+mod batch_limit;
 mod catalog;
 mod cluster_facts;
 mod commit;

@@ -11,8 +11,8 @@ use tracing::{info, warn};
 
 use super::{
     Catalog, Feed, MirrorProgress, NamespacePolicy, QUEUE_LEN, RegistryHandle, Snapshots, Status, Writer,
-    WriterMessage, apply::Applier, commit::Committer, decide::Decider, mirror_records::MirrorRecords,
-    restore::LocalState,
+    WriterMessage, apply::Applier, batch_limit::BatchLimit, commit::Committer, decide::Decider,
+    mirror_records::MirrorRecords, restore::LocalState,
 };
 use crate::{
     metrics::Metrics,
@@ -121,6 +121,7 @@ impl Unrecovered {
             mirror_progress,
             metrics,
             held_over: None,
+            limit: BatchLimit::new(),
             clock: Instant::now,
         })
     }

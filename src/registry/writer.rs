@@ -22,6 +22,7 @@ use tracing::warn;
 use super::{
     Ack, Catalog, ClusterFact, MirrorProgress, Outcome, Reply, Status, Submission, WriterMessage,
     apply::Applier,
+    batch_limit::{BatchLimit, MAX_BATCH_TIME},
     commit::Committer,
     comparison,
     decide::{DecidedBatch, Decider},
@@ -32,11 +33,6 @@ use crate::{
     model::UnixMillis,
     store::Record,
 };
-
-/// A batch takes no more messages after deciding for this long, so that the first submission does
-/// not wait for all that a flood of clients sends meanwhile. Decided in this time are about a
-/// thousand commands: enough that the sync is a small part of the batch.
-const MAX_DECIDE_TIME: Duration = Duration::from_millis(2);
 
 /// What facts may cost ([`ClusterFact::cost`]) before a batch whose submissions are decided goes
 /// on without further ones: about a millisecond.
@@ -66,7 +62,8 @@ pub struct Writer {
     pub(super) metrics: Arc<Metrics>,
     /// A message that was taken from the queue and begins the next batch.
     pub(super) held_over: Option<WriterMessage>,
-    /// Measures how long a batch has been decided; tests replace it.
+    pub(super) limit: BatchLimit,
+    /// Measures batches; tests replace it.
     pub(super) clock: fn() -> Instant,
 }
 
@@ -186,10 +183,14 @@ impl Writer {
                     break;
                 }
             }
-            let in_time = (self.clock)().saturating_duration_since(begun) < MAX_DECIDE_TIME;
-            next = if in_time { self.queue.try_recv().ok() } else { None };
+            // Commands are limited by what they will cost; the clock limits everything else.
+            let is_full = self.limit.is_reached(pending.commands)
+                || (self.clock)().saturating_duration_since(begun) >= MAX_BATCH_TIME;
+            next = if is_full { None } else { self.queue.try_recv().ok() };
         }
-        self.finish(pending);
+        let commands = pending.commands;
+        let commit = self.finish(pending);
+        self.limit.observe(commands, (self.clock)().saturating_duration_since(begun), commit);
         match then {
             Some(WriterMessage::Restore(request)) => self.compare(request, runtime),
             Some(WriterMessage::Differences(part)) => self.apply_differences(part),
@@ -212,25 +213,29 @@ impl Writer {
         pending.replies.push((reply, outcomes));
     }
 
-    /// Steps 2 to 4 for everything that was decided since the last batch.
-    fn finish(&mut self, pending: PendingAcks) {
+    /// Steps 2 to 4 for everything that was decided since the last batch. Returns how long the
+    /// second took.
+    fn finish(&mut self, pending: PendingAcks) -> Duration {
         let batch = self.decider.take();
         if batch.is_empty() {
             if !pending.replies.is_empty() {
                 self.observe(&pending, 0);
                 self.answer(pending);
             }
-            return;
+            return Duration::ZERO;
         }
         let DecidedBatch { mut records, changes } = batch;
         let unmirrored = self.mirror_records.note_unmirrored(&records);
         records.append(&mut self.mirror_records.take_unsaved());
         // 2. commit: durable.
-        if let Err(err) = self.committer.commit(&records, !changes.is_empty()) {
+        let begun = (self.clock)();
+        let committed = self.committer.commit(&records, !changes.is_empty());
+        let commit = (self.clock)().saturating_duration_since(begun);
+        if let Err(err) = committed {
             for (reply, _) in pending.replies {
                 let _ = reply.send(Err(err));
             }
-            return;
+            return commit;
         }
         let generation = self.committer.generation();
         // 3. apply: visible.
@@ -241,6 +246,7 @@ impl Writer {
         // 4. answer: acknowledged.
         self.answer(pending);
         self.applier.announce(applied, UnixMillis::now());
+        commit
     }
 
     fn learn(&mut self, fact: ClusterFact) {

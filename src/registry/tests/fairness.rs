@@ -2,7 +2,12 @@
 //! facts, not for all that others submit. Shown by the order of things; the tests call the writer
 //! batch by batch.
 
-use std::{cell::Cell, collections::BTreeSet, pin::Pin, time::Instant};
+use std::{
+    cell::Cell,
+    collections::BTreeSet,
+    pin::Pin,
+    time::{Duration, Instant},
+};
 
 use futures::FutureExt as _;
 
@@ -175,17 +180,12 @@ fn half_applied_comparison_leaves_nothing_in_the_outbox() {
 
 thread_local! {
     static MILLIS: Cell<u64> = const { Cell::new(0) };
-    static BEGUN: Instant = Instant::now();
 }
 
 /// A clock that goes on by a millisecond each time it is read.
 fn ticking() -> Instant {
     MILLIS.set(MILLIS.get() + 1);
-    BEGUN.with(|begun| *begun + std::time::Duration::from_millis(MILLIS.get()))
-}
-
-fn stopped() -> Instant {
-    BEGUN.with(|begun| *begun)
+    stopped_clock() + Duration::from_millis(MILLIS.get())
 }
 
 #[test]
@@ -209,11 +209,23 @@ fn batch_is_bounded_by_time_however_much_waits() {
 }
 
 #[test]
+fn batch_is_bounded_by_what_its_commands_cost() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut registry = TestRegistry::on(&dir, 1_000_000);
+    registry.writer.clock = stopped_clock;
+    let submission = |service: &str| (0..150).map(|n| register(service, &format!("10.0.0.{n}"), 80, 1.0)).collect();
+    let mut answers = ["a", "b", "c"].map(|service| registry.submit(submission(service)));
+    registry.batch();
+    // Two of them are more than what 2 ms are expected to suffice for.
+    assert_eq!(answers.each_mut().map(|answer| answer.as_mut().now_or_never().is_some()), [true, true, false]);
+}
+
+#[test]
 fn run_of_facts_does_not_hold_back_what_is_decided() {
     let dir = tempfile::tempdir().expect("a directory");
     let (mut registry, _) = with_kubernetes(&dir);
     restore(&mut registry, KubernetesState::default());
-    registry.writer.clock = stopped;
+    registry.writer.clock = stopped_clock;
     let mut decided = registry.submit(vec![register("web", "10.0.0.1", 80, 1.0)]);
     for n in 0..600 {
         registry.learn(vec![ClusterFact::Namespace { name: format!("other{n}").into(), exists: true }]);
