@@ -13,9 +13,6 @@ pub enum AddressError {
     /// Nothing there.
     #[error("must not be empty")]
     Empty,
-    /// An address that means something else on every machine.
-    #[error("{0} addresses cannot be reached by pods")]
-    Unusable(&'static str),
     /// `::ffff:10.0.0.1`: two spellings of one host.
     #[error("IPv4-mapped IPv6: write the IPv4 address itself")]
     Mapped,
@@ -31,7 +28,7 @@ pub enum AddressError {
 /// address is one key; IPv4 orders before IPv6, and both before names.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Address {
-    /// A unicast address that pods can reach.
+    /// An IPv4 or IPv6 address; whether pods can reach it is the [`Validator`](super::Validator)'s rule.
     Ip(IpAddr),
     /// A name that is looked up (the egress gateway's case).
     Name(DnsName),
@@ -41,14 +38,16 @@ impl Address {
     /// Takes `text` as an IP address, or else as a DNS name of two labels or more.
     ///
     /// # Errors
-    /// When it is neither, or an address that pods cannot reach: loopback, link-local,
-    /// unspecified, `0.0.0.0/8`, `240.0.0.0/4`, multicast, IPv4-mapped, or with a zone id.
+    /// When it is neither, or an IP address that does not identify a host by itself: IPv4-mapped, which
+    /// is a second spelling of another address, or with a zone id.
     pub fn parse(text: &str) -> Result<Self, AddressError> {
         if text.is_empty() {
             return Err(AddressError::Empty);
         }
-        if let Ok(ip) = text.parse::<IpAddr>() {
-            return Self::from_ip(ip);
+        match text.parse::<IpAddr>() {
+            Ok(IpAddr::V6(v6)) if v6.to_ipv4_mapped().is_some() => return Err(AddressError::Mapped),
+            Ok(ip) => return Ok(Self::Ip(ip)),
+            Err(_) => {}
         }
         if text.split_once('%').is_some_and(|(ip, _)| ip.parse::<Ipv6Addr>().is_ok()) {
             return Err(AddressError::ZoneId);
@@ -56,17 +55,13 @@ impl Address {
         DnsName::parse_host(text).map(Self::Name).map_err(AddressError::NotAName)
     }
 
-    /// Takes an IP address that pods can reach.
-    ///
-    /// # Errors
-    /// As [`Address::parse`].
-    pub fn from_ip(ip: IpAddr) -> Result<Self, AddressError> {
-        let unusable = match ip {
-            IpAddr::V4(v4) => unusable_v4(v4),
-            IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => return Err(AddressError::Mapped),
-            IpAddr::V6(v6) => unusable_v6(v6),
-        };
-        unusable.map_or(Ok(Self::Ip(ip)), |what| Err(AddressError::Unusable(what)))
+    /// Why pods cannot reach `ip`: it means something else on every machine, or no machine. `None`
+    /// when they can.
+    pub(super) fn unreachable(ip: IpAddr) -> Option<&'static str> {
+        match ip {
+            IpAddr::V4(v4) => unreachable_v4(v4),
+            IpAddr::V6(v6) => unreachable_v6(v6),
+        }
     }
 
     /// The IP address, if it is one.
@@ -79,7 +74,7 @@ impl Address {
     }
 }
 
-fn unusable_v4(ip: Ipv4Addr) -> Option<&'static str> {
+fn unreachable_v4(ip: Ipv4Addr) -> Option<&'static str> {
     match ip.octets()[0] {
         _ if ip.is_unspecified() => Some("unspecified"),
         _ if ip.is_broadcast() => Some("broadcast"),
@@ -92,7 +87,7 @@ fn unusable_v4(ip: Ipv4Addr) -> Option<&'static str> {
     }
 }
 
-fn unusable_v6(ip: Ipv6Addr) -> Option<&'static str> {
+fn unreachable_v6(ip: Ipv6Addr) -> Option<&'static str> {
     if ip.is_unspecified() {
         Some("unspecified")
     } else if ip.is_loopback() {
@@ -128,18 +123,18 @@ impl fmt::Debug for Address {
 /// It lives on the stack: answers are rendered with it, without an allocation.
 #[derive(Clone, Copy)]
 pub struct DashedLabel {
-    octets: [u8; Self::LONGEST],
+    octets: [u8; Self::MAX_LEN],
     len: usize,
 }
 
 impl DashedLabel {
     /// The longest text of an IPv6 address has 39 characters, and 45 with an IPv4 tail.
-    const LONGEST: usize = 47;
+    const MAX_LEN: usize = 47;
 
     /// The label of `ip`.
     #[must_use]
     pub fn new(ip: IpAddr) -> Self {
-        let mut label = Self { octets: [0; Self::LONGEST], len: 0 };
+        let mut label = Self { octets: [0; Self::MAX_LEN], len: 0 };
         write!(label, "{ip}").expect("write_str never fails");
         if label.as_bytes().ends_with(b"-") {
             label.push(b'0');
@@ -190,11 +185,11 @@ impl fmt::Display for DashedLabel {
 /// Only the one canonical spelling counts: `10-0-0-01` and `2001-0db8--1` are nobody's label.
 #[must_use]
 pub fn parse_dashed_label(label: &[u8]) -> Option<IpAddr> {
-    if label.len() > DashedLabel::LONGEST || !label.contains(&b'-') {
+    if label.len() > DashedLabel::MAX_LEN || !label.contains(&b'-') {
         return None;
     }
     let spelled = |separator: u8| {
-        let mut text = [0; DashedLabel::LONGEST];
+        let mut text = [0; DashedLabel::MAX_LEN];
         let text = &mut text[..label.len()];
         for (to, from) in text.iter_mut().zip(label) {
             *to = if *from == b'-' { separator } else { *from };
@@ -210,7 +205,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn spellings_of_one_address_are_one_key() {
+    fn spellings_of_one_address_are_equal() {
         let a = Address::parse("2001:DB8:0::1").expect("an address");
         assert_eq!(a, Address::parse("2001:db8::1").expect("an address"));
         assert_eq!(a.to_string(), "2001:db8::1");
@@ -218,7 +213,11 @@ mod tests {
     }
 
     #[test]
-    fn what_pods_cannot_reach_is_refused() {
+    fn unreachable_and_malformed_addresses_are_refused() {
+        let accepted = |text: &str| {
+            let address = Address::parse(text).ok()?;
+            address.ip().is_none_or(|ip| Address::unreachable(ip).is_none()).then_some(address)
+        };
         for bad in [
             "",
             "127.0.0.1",
@@ -249,15 +248,15 @@ mod tests {
             "http://x.y",
             " 10.0.0.1",
         ] {
-            assert!(Address::parse(bad).is_err(), "{bad:?} was accepted");
+            assert!(accepted(bad).is_none(), "{bad:?} was accepted");
         }
         for good in ["10.0.0.1", "192.168.1.1", "8.8.8.8", "2001:db8::1", "fd00::1", "fec0::1", "a.example.com"] {
-            assert!(Address::parse(good).is_ok(), "{good:?} was refused");
+            assert!(accepted(good).is_some(), "{good:?} was refused");
         }
     }
 
     #[test]
-    fn a_dashed_label_is_a_label_and_reads_back() {
+    fn dashed_label_is_a_valid_label_and_parses_back() {
         for (ip, label) in [
             ("10.0.0.1", "10-0-0-1"),
             ("2001:db8::1", "2001-db8--1"),

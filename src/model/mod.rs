@@ -1,13 +1,15 @@
-//! What gangplank knows, in types that cannot hold a bad value.
+//! What gangplank knows, in types that cannot hold an invalid value.
 //!
-//! Text becomes one of these types once, at the door, and is not looked at again. There is no
-//! I/O here, no protobuf and no DNS encoding; what Kubernetes or a resolver would refuse is
-//! refused here first, so that nothing behind the door meets a surprise.
+//! Text becomes one of these types once, where it enters, and is not parsed again. Two sets of rules
+//! apply: the [`invariants`], also to what is read back from disk and from EndpointSlices, and the
+//! policy of the [`Validator`], to registrations only. There is no I/O here, no protobuf and no DNS
+//! encoding; what Kubernetes or a resolver would refuse is refused here first.
 
 mod address;
 pub mod cow_tree;
 mod dns;
 mod instance;
+pub mod invariants;
 mod name;
 mod port;
 mod service;
@@ -18,7 +20,8 @@ pub use address::{Address, AddressError, DashedLabel, parse_dashed_label};
 pub use cow_tree::CowTree;
 pub use dns::{Rcode, RecordType};
 pub use instance::{Instance, InstanceChange, InstanceId, InstanceKey, UnixMillis, Weight, WeightError};
+pub use invariants::{Field, InstanceSpec, InvalidInstance};
 pub use name::{DnsName, Label, MAX_LABEL, MAX_WIRE_NAME, NameError, Namespace, ServiceKey, ServiceName};
 pub use port::{Port, PortError, PortSet, PortSpec, Ports, Protocol};
 pub use service::{Service, Timeline};
-pub use validator::{Field, InstanceSpec, InvalidInstance, MAX_INSTANCE_BYTES, Validator};
+pub use validator::{MAX_INSTANCE_BYTES, MAX_PORT_NAME, Validator};

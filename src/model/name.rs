@@ -35,9 +35,6 @@ pub enum NameError {
     /// A `-` at either end of a label.
     #[error("must begin and end with a letter or digit (RFC 1123 §2.1)")]
     Hyphen,
-    /// A service name that begins with a digit.
-    #[error("must begin with a letter (RFC 1035 §2.3.1), as Kubernetes wants of a Service")]
-    FirstNotLetter,
     /// A dot in what must be one label.
     #[error("must be one label without dots")]
     Dot,
@@ -108,8 +105,8 @@ impl<'t> Namespace<'t> {
     }
 }
 
-/// A service name: one lower-case label that begins with a letter (RFC 1035 §2.3.1), which is
-/// what Kubernetes before 1.36 wants of a Service, 1..=63 octets.
+/// A service name: one lower-case label (RFC 1123 §2.1), 1..=63 octets. That a new one begins with a
+/// letter, as Kubernetes before 1.36 wants, is the [`Validator`](super::Validator)'s rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ServiceName<'t>(&'t str);
 
@@ -117,13 +114,9 @@ impl<'t> ServiceName<'t> {
     /// Takes `text` as a service name.
     ///
     /// # Errors
-    /// When it is not a lower-case label or begins with a digit.
+    /// When it is not a lower-case label.
     pub fn parse(text: &'t str) -> Result<Self, NameError> {
-        check_label(text)?;
-        if text.starts_with(|c: char| c.is_ascii_digit()) {
-            return Err(NameError::FirstNotLetter);
-        }
-        Ok(Self(text))
+        check_label(text).map(|()| Self(text))
     }
 
     /// The service name as text.
@@ -279,7 +272,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn labels_are_what_rfc_1123_and_kubernetes_accept() {
+    fn label_rfc1123_2_1() {
         for good in ["a", "0", "web-1", "1-2", &"x".repeat(63)] {
             assert_eq!(Label::parse(good).expect(good).as_str(), good);
         }
@@ -298,13 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_service_begins_with_a_letter_and_a_namespace_need_not() {
-        assert_eq!(ServiceName::parse("1web"), Err(NameError::FirstNotLetter));
-        assert!(Namespace::parse("1prod").is_ok());
-    }
-
-    #[test]
-    fn a_service_key_orders_by_namespace_first() {
+    fn service_keys_are_ordered_by_namespace_first() {
         let key = |ns, name| {
             ServiceKey::new(Namespace::parse(ns).expect("a label"), ServiceName::parse(name).expect("a label"))
         };
@@ -316,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_elsewhere_has_two_labels_and_a_last_one_that_is_no_number() {
+    fn external_host_has_two_labels_and_no_numeric_end() {
         assert_eq!(DnsName::parse_host("DB.Example.com.").expect("a name").as_str(), "db.example.com");
         assert_eq!(DnsName::parse_host("db"), Err(NameError::OneLabel));
         assert_eq!(DnsName::parse_host("10.0.0.256"), Err(NameError::NumericEnd));

@@ -1,97 +1,24 @@
-//! The door: what a client wrote, and whether it can stand.
-
-use std::fmt;
+//! What this server admits: policy, on top of the invariants. For registrations only.
+//!
+//! A rule here may become stricter from one version to the next: what is stored already is read
+//! back by the invariants alone, stays registered, and is served as far as DNS can carry it.
 
 use super::{
-    address::{Address, AddressError, parse_dashed_label},
-    instance::{Instance, UnixMillis, Weight},
-    name::{DnsName, Label, MAX_WIRE_NAME, NameError, Namespace, ServiceKey, ServiceName},
-    port::{PortError, PortSpec, Ports},
+    address::{Address, parse_dashed_label},
+    instance::{Instance, UnixMillis},
+    invariants::{Field, InstanceSpec, InvalidInstance, parse_address, parse_service},
+    name::{MAX_LABEL, MAX_WIRE_NAME, ServiceKey},
+    port::PortSpec,
 };
 
-/// Most octets that what one instance carries may take, counted as protobuf would encode it.
-/// It keeps a million instances within memory, and a slice within what Kubernetes stores.
+/// Most bytes that what one instance carries may take, counted as protobuf would encode it.
+/// Keeps a million instances within memory, and a slice within what Kubernetes stores.
 pub const MAX_INSTANCE_BYTES: usize = 2048;
 
-/// The field of a registration that cannot stand, named as the wire contract names it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Field {
-    /// `namespace`
-    Namespace,
-    /// `service_name`
-    ServiceName,
-    /// `host_name`
-    HostName,
-    /// `ipaddress`
-    Address,
-    /// `node_name`
-    NodeName,
-    /// `ports[i]`
-    Port(usize),
-    /// `weight`
-    Weight,
-    /// The message as a whole.
-    Instance,
-}
+/// Most characters of a port name: its SRV name is `_name`, one label (RFC 2782).
+pub const MAX_PORT_NAME: usize = MAX_LABEL - 1;
 
-impl fmt::Display for Field {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Namespace => f.write_str("namespace"),
-            Self::ServiceName => f.write_str("service_name"),
-            Self::HostName => f.write_str("host_name"),
-            Self::Address => f.write_str("ipaddress"),
-            Self::NodeName => f.write_str("node_name"),
-            Self::Port(index) => write!(f, "ports[{index}]"),
-            Self::Weight => f.write_str("weight"),
-            Self::Instance => f.write_str("instance"),
-        }
-    }
-}
-
-/// Which field of a registration cannot stand, and why.
-#[derive(Debug, Clone, PartialEq, thiserror::Error)]
-#[error("{field}: {reason}")]
-pub struct InvalidInstance {
-    /// The field.
-    pub field: Field,
-    /// Why, and where it helps what was given.
-    pub reason: String,
-}
-
-impl InvalidInstance {
-    /// Longest part of a bad value that a message repeats, in characters.
-    const SHOWN: usize = 80;
-
-    fn new(field: Field, reason: &dyn fmt::Display) -> Self {
-        Self { field, reason: reason.to_string() }
-    }
-
-    fn text(field: Field, err: NameError, given: &str) -> Self {
-        let shown: String = given.chars().take(Self::SHOWN).collect();
-        let rest = if shown.len() < given.len() { "…" } else { "" };
-        Self { field, reason: format!("{err}, got {shown:?}{rest}") }
-    }
-}
-
-/// An instance as a client wrote it, before it is checked. Texts are empty where nothing was said.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct InstanceSpec {
-    /// An IP address or a DNS name.
-    pub address: String,
-    /// The ports.
-    pub ports: Vec<PortSpec>,
-    /// One label, or empty.
-    pub host_name: String,
-    /// A DNS name, or empty.
-    pub node_name: String,
-    /// Absent means 1.
-    pub weight: Option<f32>,
-    /// SRV priority.
-    pub priority: u16,
-}
-
-/// What the door measures a registration against, beyond the types.
+/// What a registration must satisfy beyond the invariants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Validator {
     /// Octets of the zone's name in a message: what is left of 255 is for the service.
@@ -104,85 +31,75 @@ impl Validator {
     /// Takes the two names of a service.
     ///
     /// # Errors
-    /// The field that cannot stand.
+    /// The invalid field.
     pub fn service(&self, namespace: &str, name: &str) -> Result<ServiceKey, InvalidInstance> {
-        let ns = Namespace::parse(namespace).map_err(|err| InvalidInstance::text(Field::Namespace, err, namespace))?;
-        let name = ServiceName::parse(name).map_err(|err| InvalidInstance::text(Field::ServiceName, err, name))?;
-        Ok(ServiceKey::new(ns, name))
+        let key = parse_service(namespace, name)?;
+        if key.name().starts_with(|c: char| c.is_ascii_digit()) {
+            let reason = "must begin with a letter (RFC 1035 §2.3.1), as Kubernetes wants of a Service";
+            return Err(InvalidInstance::name(Field::ServiceName, &reason, name));
+        }
+        Ok(key)
     }
 
     /// Takes the address of an instance.
     ///
     /// # Errors
-    /// When it is none, or a DNS name and names are not allowed here.
+    /// When it is none, pods cannot reach it, or it is a DNS name and names are not allowed here.
     pub fn address(&self, text: &str) -> Result<Address, InvalidInstance> {
-        let address = Address::parse(text).map_err(|err| match err {
-            AddressError::NotAName(_) => {
-                let shown: String = text.chars().take(InvalidInstance::SHOWN).collect();
-                InvalidInstance { field: Field::Address, reason: format!("{err}, got {shown:?}") }
-            }
-            AddressError::Empty => InvalidInstance::new(Field::Address, &err),
-            _ => InvalidInstance { field: Field::Address, reason: format!("{text}: {err}") },
-        })?;
-        if matches!(address, Address::Name(_)) && !self.names_allowed {
-            return Err(InvalidInstance::new(
+        let address = parse_address(text)?;
+        self.check_address(&address)?;
+        Ok(address)
+    }
+
+    fn check_address(&self, address: &Address) -> Result<(), InvalidInstance> {
+        match address {
+            Address::Name(_) if !self.names_allowed => Err(InvalidInstance::new(
                 Field::Address,
                 &format_args!(
                     "{address} is a DNS name, and this server looks none up: that needs --upstream, which is not there yet"
                 ),
-            ));
+            )),
+            Address::Name(_) => Ok(()),
+            Address::Ip(ip) => Address::unreachable(*ip).map_or(Ok(()), |what| {
+                Err(InvalidInstance::new(
+                    Field::Address,
+                    &format_args!("{address}: {what} addresses cannot be reached by pods"),
+                ))
+            }),
         }
-        Ok(address)
     }
 
-    /// Takes the ports of an instance.
-    ///
-    /// # Errors
-    /// The first port that cannot stand.
-    pub fn ports(&self, specs: &[PortSpec]) -> Result<Ports, InvalidInstance> {
-        Ports::parse(specs).map_err(|(index, err)| match err {
-            PortError::Name(name) => {
-                let InvalidInstance { field, reason } =
-                    InvalidInstance::text(Field::Port(index), name, &specs[index].name);
-                InvalidInstance { field, reason: format!("name: {reason}") }
-            }
-            err => InvalidInstance::new(Field::Port(index), &err),
-        })
+    fn check_ports(specs: &[PortSpec]) -> Result<(), InvalidInstance> {
+        let Some(index) = specs.iter().position(|spec| spec.name.len() > MAX_PORT_NAME) else { return Ok(()) };
+        let reason = format_args!(
+            "must have at most {MAX_PORT_NAME} characters: DNS asks for it with a '_' before it (RFC 2782)"
+        );
+        Err(InvalidInstance::port_name(index, &reason, &specs[index].name))
     }
 
     /// Takes a whole instance of `service`.
     ///
     /// # Errors
-    /// The first field that cannot stand; nothing is corrected silently.
+    /// The first invalid field; nothing is corrected silently.
     pub fn instance(
         &self,
         service: &ServiceKey,
         spec: &InstanceSpec,
         registered: UnixMillis,
     ) -> Result<Instance, InvalidInstance> {
-        let address = self.address(&spec.address)?;
-        let ports = self.ports(&spec.ports)?;
-        let label = |field, text: &str| match text {
-            "" => Ok(None),
-            text => Label::parse(text).map(Some).map_err(|err| InvalidInstance::text(field, err, text)),
-        };
-        let host_name = label(Field::HostName, &spec.host_name)?;
-        if let Some(spelled) = host_name.as_ref().and_then(|label| parse_dashed_label(label.as_str().as_bytes()))
-            && address.ip() != Some(spelled)
+        let instance = spec.to_instance(registered)?;
+        self.check_address(&instance.address)?;
+        Self::check_ports(&spec.ports)?;
+        // The label of another address would be an answer that lies.
+        if let Some(spelled) =
+            instance.host_name.as_ref().and_then(|label| parse_dashed_label(label.as_str().as_bytes()))
+            && instance.address.ip() != Some(spelled)
         {
             return Err(InvalidInstance::new(
                 Field::HostName,
                 &format_args!("{:?} spells the address {spelled}, which is not this instance's", spec.host_name),
             ));
         }
-        let node_name = match spec.node_name.as_str() {
-            "" => None,
-            text => Some(DnsName::parse(text).map_err(|err| InvalidInstance::text(Field::NodeName, err, text))?),
-        };
-        let weight = spec.weight.map_or_else(|| Ok(Weight::default()), Weight::new);
-        let weight = weight.map_err(|err| InvalidInstance::new(Field::Weight, &err))?;
-        let instance =
-            Instance { address, ports, host_name, node_name, weight, priority: spec.priority, ready: true, registered };
         self.check_sizes(service, &instance)?;
         Ok(instance)
     }
@@ -212,7 +129,7 @@ impl Validator {
         if carried > MAX_INSTANCE_BYTES {
             return Err(InvalidInstance::new(
                 Field::Instance,
-                &format_args!("carries {carried} octets, {MAX_INSTANCE_BYTES} are allowed"),
+                &format_args!("carries {carried} bytes, {MAX_INSTANCE_BYTES} are allowed"),
             ));
         }
         Ok(())
@@ -242,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_good_one_passes_and_shows_itself() {
+    fn valid_instance_is_admitted() {
         let instance = VALIDATOR.instance(&service(), &spec(), UnixMillis(7)).expect("valid");
         assert_eq!(instance.id().to_string(), "10.0.0.1:8080");
         assert!(instance.ready());
@@ -250,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn each_refusal_names_its_field() {
+    fn refusals_name_the_field() {
         for (bad, says) in [
             (InstanceSpec { address: "10.0.0".into(), ..spec() }, "ipaddress: neither"),
             (InstanceSpec { address: "127.0.0.1".into(), ..spec() }, "ipaddress: 127.0.0.1: loopback"),
@@ -275,6 +192,13 @@ mod tests {
                 InstanceSpec { ports: vec![PortSpec { number: 1, name: "A".into(), ..PortSpec::default() }], ..spec() },
                 "ports[0]: name: must consist of",
             ),
+            (
+                InstanceSpec {
+                    ports: vec![PortSpec { number: 1, name: "p".repeat(63), ..PortSpec::default() }],
+                    ..spec()
+                },
+                "ports[0]: name: must have at most 62 characters",
+            ),
         ] {
             let said = refused(&bad);
             assert!(said.starts_with(says), "{said:?} should begin with {says:?}");
@@ -287,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_a_message_is_refused() {
+    fn names_and_sizes_beyond_the_limits_are_refused() {
         let ports = (1..200).map(|n| PortSpec { number: n, name: format!("p{n}"), ..PortSpec::default() });
         let said = refused(&InstanceSpec { ports: ports.collect(), ..spec() });
         assert!(said.starts_with("instance: carries"), "{said}");

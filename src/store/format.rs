@@ -11,7 +11,7 @@ use prost::Message;
 
 use super::Record;
 use crate::model::{
-    Instance, InstanceId, InstanceSpec, PortSet, PortSpec, Protocol, ServiceKey, UnixMillis, Validator,
+    Instance, InstanceId, InstanceSpec, PortSet, PortSpec, Protocol, ServiceKey, UnixMillis, invariants,
 };
 
 /// The payload of a frame.
@@ -304,9 +304,6 @@ pub(super) struct RecordDecoder {
 }
 
 impl RecordDecoder {
-    /// Accepts what was valid under any zone and any options.
-    const VALIDATOR: Validator = Validator { zone_wire_len: 1, names_allowed: true };
-
     pub(super) fn record(&mut self, entry: Entry) -> Result<Record, DecodeError> {
         let invalid = |err: &dyn std::fmt::Display| DecodeError::Invalid(err.to_string());
         match entry.body {
@@ -326,12 +323,12 @@ impl RecordDecoder {
                     weight: Some(put.weight),
                     priority,
                 };
-                let instance = Self::VALIDATOR.instance(&service, &spec, UnixMillis(put.registered));
+                let instance = spec.to_instance(UnixMillis(put.registered));
                 Ok(Record::Put { service, instance: Arc::new(instance.map_err(|err| invalid(&err))?) })
             }
             Some(EntryBody::Remove(remove)) => {
                 let service = self.service(&remove.namespace, &remove.service)?;
-                let address = Self::VALIDATOR.address(&remove.address).map_err(|err| invalid(&err))?;
+                let address = invariants::parse_address(&remove.address).map_err(|err| invalid(&err))?;
                 let mut ports = Vec::with_capacity(remove.ports.len());
                 for port in remove.ports {
                     match u16::try_from(port.number) {
@@ -356,7 +353,7 @@ impl RecordDecoder {
         {
             return Ok(last.clone());
         }
-        let key = Self::VALIDATOR.service(namespace, name).map_err(|err| DecodeError::Invalid(err.to_string()))?;
+        let key = invariants::parse_service(namespace, name).map_err(|err| DecodeError::Invalid(err.to_string()))?;
         self.service = Some(key.clone());
         Ok(key)
     }
@@ -410,8 +407,8 @@ mod tests {
             registered in any::<u64>(),
             kind in 0..6u8,
         ) -> Option<Record> {
-            let service = RecordDecoder::VALIDATOR.service(&namespace, &name).expect("labels");
-            let instance = RecordDecoder::VALIDATOR.instance(&service, &spec, UnixMillis(registered)).ok()?;
+            let service = invariants::parse_service(&namespace, &name).expect("labels");
+            let instance = spec.to_instance(UnixMillis(registered)).ok()?;
             Some(match kind {
                 0 => Record::Term { term: registered },
                 1 => Record::Mirrored { service, generation: registered },

@@ -40,8 +40,9 @@ pub(crate) fn key(service: &str) -> ServiceKey {
     VALIDATOR.service(namespace, name).expect("valid")
 }
 
-pub(crate) fn instance(service: &ServiceKey, spec: &InstanceSpec) -> Arc<Instance> {
-    Arc::new(VALIDATOR.instance(service, spec, UnixMillis(0)).expect("valid"))
+/// By the invariants alone, as an instance that was stored.
+pub(crate) fn instance(spec: &InstanceSpec) -> Arc<Instance> {
+    Arc::new(spec.to_instance(UnixMillis(0)).expect("valid"))
 }
 
 /// A zone and what is registered in it.
@@ -70,21 +71,21 @@ impl TestZone {
     /// Registers an instance under `service.namespace`.
     pub(crate) fn add(&mut self, service: &str, spec: &InstanceSpec) {
         let service = key(service);
-        let instance = instance(&service, spec);
+        let instance = instance(spec);
         self.put(&service, instance);
     }
 
     /// Registers an instance that is not ready.
     pub(crate) fn add_unready(&mut self, service: &str, spec: &InstanceSpec) {
         let service = key(service);
-        let instance = Arc::unwrap_or_clone(instance(&service, spec)).with_ready(false);
+        let instance = Arc::unwrap_or_clone(instance(spec)).with_ready(false);
         self.put(&service, instance.into());
     }
 
     /// Removes an instance.
     pub(crate) fn remove(&mut self, service: &str, spec: &InstanceSpec) {
         let service = key(service);
-        let instance = instance(&service, spec);
+        let instance = instance(spec);
         self.change(&service, &[(instance, false)]);
     }
 

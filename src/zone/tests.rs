@@ -53,7 +53,7 @@ proptest! {
             let steps: Vec<(Arc<Instance>, bool)> = steps
                 .into_iter()
                 .map(|((spec, ready), stays)| {
-                    let instance = Arc::unwrap_or_clone(instance(service, &spec)).with_ready(ready);
+                    let instance = Arc::unwrap_or_clone(instance(&spec)).with_ready(ready);
                     (Arc::new(instance), stays)
                 })
                 .collect();
@@ -100,7 +100,7 @@ fn an_srv_target_never_dangles() {
                 host_name: host_name.clone(),
                 ..spec(&format!("10.0.0.{}", 1 + n % 40), &port)
             };
-            let steps = [(instance(&service, &one(round)), true), (instance(&service, &one(round + 20)), false)];
+            let steps = [(instance(&one(round)), true), (instance(&one(round + 20)), false)];
             world.change(&service, &steps);
         }
         stop.store(true, Ordering::Relaxed);
@@ -116,7 +116,7 @@ fn a_change_in_a_large_service_leaves_nearly_all_of_it_alone() {
     let mut world = TestZone::new(config());
     let service = key("web.prod");
     let at = |n: u32| spec(&std::net::Ipv4Addr::from_bits(0x0a00_0001 + n).to_string(), &["http:80"]);
-    let all: Vec<_> = (0..10_000).map(|n| (instance(&service, &at(n)), true)).collect();
+    let all: Vec<_> = (0..10_000).map(|n| (instance(&at(n)), true)).collect();
     world.change(&service, &all);
     let rows = |world: &TestZone| -> Vec<usize> {
         let view = world.zone.pin();
@@ -129,7 +129,7 @@ fn a_change_in_a_large_service_leaves_nearly_all_of_it_alone() {
     let view = world.zone.pin();
     let old = view.service(b"web", b"prod").expect("registered").clone();
     drop(view);
-    world.change(&service, &[(instance(&service, &InstanceSpec { weight: Some(2.0), ..at(5000) }), true)]);
+    world.change(&service, &[(instance(&InstanceSpec { weight: Some(2.0), ..at(5000) }), true)]);
     let moved = before.iter().zip(rows(&world)).filter(|(before, after)| **before != *after).count();
     assert!((1..=32).contains(&moved), "{moved} rows were copied");
     drop(old);
@@ -225,7 +225,7 @@ fn removing_the_lowest_priority_of_a_shared_host_name_takes_logarithmic_work() {
     let at = |n: u32| {
         let ip = std::net::Ipv4Addr::from_bits(0x0a00_0001 + n).to_string();
         let spec = InstanceSpec { host_name: "h".into(), priority: n as u16, ..spec(&ip, &["http:80"]) };
-        instance(&service, &spec)
+        instance(&spec)
     };
     let all: Vec<_> = (0..INSTANCES).map(|n| (at(n), true)).collect();
     world.change(&service, &all);

@@ -126,7 +126,7 @@ proptest! {
         let mut zone = TestZone::new(ZoneConfig { ns_addresses, ..config() });
         for (service, spec, ready) in &registrations {
             let service = key(service);
-            let one = std::sync::Arc::unwrap_or_clone(instance(&service, spec)).with_ready(*ready);
+            let one = std::sync::Arc::unwrap_or_clone(instance(spec)).with_ready(*ready);
             zone.put(&service, one.into());
         }
         let list = List::of(&registrations);

@@ -12,7 +12,7 @@ fn service_of(count: u32) -> TestZone {
     let mut zone = TestZone::new(config());
     let service = key("web.prod");
     let at = |n: u32| spec(&Ipv4Addr::from_bits(0x0a00_0000 + n).to_string(), &["http:80"]);
-    let all: Vec<_> = (0..count).map(|n| (instance(&service, &at(n)), true)).collect();
+    let all: Vec<_> = (0..count).map(|n| (instance(&at(n)), true)).collect();
     zone.change(&service, &all);
     zone
 }

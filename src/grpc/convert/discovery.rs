@@ -12,16 +12,13 @@ use crate::{
     },
     model::{
         Instance, InstanceChange, InstanceSpec, PortSpec, Protocol, Service, ServiceKey, Timeline, UnixMillis,
-        Validator,
+        invariants,
     },
 };
 
 /// Instances in one message of a list or of a watch's snapshot: some 25 KB, so that what waits for a
 /// slow client is small. 2 KiB each at most, which stays below the 4 MiB that gRPC clients accept.
 pub(in crate::grpc) const MAX_INSTANCES_PER_MESSAGE: usize = 250;
-
-/// Checks what a server sent: less than the server checked, so that a newer server may allow more.
-const LENIENT: Validator = Validator { zone_wire_len: 1, names_allowed: true };
 
 fn timestamp(at: UnixMillis) -> Timestamp {
     Timestamp {
@@ -124,7 +121,7 @@ pub(in crate::grpc) fn change_to_proto(
 
 /// The two names of a service in an answer.
 fn key_from_proto(namespace: &str, name: &str) -> Result<ServiceKey, ClientError> {
-    LENIENT.service(namespace, name).map_err(|err| ClientError::Answer(err.to_string()))
+    invariants::parse_service(namespace, name).map_err(|err| ClientError::Answer(err.to_string()))
 }
 
 /// A service in an answer, or a part of one.
@@ -174,6 +171,6 @@ fn instance_from_proto(service: &ServiceKey, instance: v1::Instance) -> Result<I
         weight: Some(instance.weight),
         priority: u16::try_from(instance.priority).map_err(|err| unreadable(&err))?,
     };
-    let read = LENIENT.instance(service, &spec, millis(instance.registered)).map_err(|err| unreadable(&err))?;
+    let read = spec.to_instance(millis(instance.registered)).map_err(|err| unreadable(&err))?;
     Ok(read.with_ready(instance.ready))
 }

@@ -22,8 +22,8 @@ use super::proto::registry::{
 use crate::{
     metrics::RegistrationStatus,
     model::{
-        Address, InstanceSpec, MAX_INSTANCE_BYTES, PortError, PortSet, PortSpec, Protocol, ServiceKey, UnixMillis,
-        Validator,
+        InstanceSpec, MAX_INSTANCE_BYTES, PortError, PortSet, PortSpec, Protocol, ServiceKey, UnixMillis, Validator,
+        invariants,
     },
     registry::{Command, KubernetesRefusal, Outcome, Unavailable},
 };
@@ -261,7 +261,7 @@ pub(super) fn parse(
             let rest = InstanceSpec { host_name, node_name, weight, ..InstanceSpec::default() };
             register(&mut response, rest, priority, validator, now)
         }
-        Ok(RegistrationType::Unregister) => unregister(&response, validator),
+        Ok(RegistrationType::Unregister) => unregister(&response),
         Ok(later @ (RegistrationType::Heartbeat | RegistrationType::Drain)) => {
             Err(InvalidMessage(format!("type: {} is not supported yet", later.as_str_name())))
         }
@@ -318,9 +318,11 @@ fn register(
     Ok(Command::Register { service, instance: Arc::new(instance?) })
 }
 
-fn unregister(response: &ResponseBuilder, validator: &Validator) -> Result<Command, InvalidMessage> {
-    let service = service(response, validator)?;
-    let address: Address = validator.address(&response.ipaddress).map_err(|err| InvalidMessage::new(&err))?;
+/// By the invariants alone: what an earlier version or another zone admitted can be removed.
+fn unregister(response: &ResponseBuilder) -> Result<Command, InvalidMessage> {
+    let service = invariants::parse_service(&response.namespace, &response.service_name)
+        .map_err(|err| InvalidMessage::new(&err))?;
+    let address = invariants::parse_address(&response.ipaddress).map_err(|err| InvalidMessage::new(&err))?;
     let protocols = protocols(&response.ports)?;
     let mut pairs = Vec::with_capacity(response.ports.len());
     for (index, (port, protocol)) in response.ports.iter().zip(protocols).enumerate() {
@@ -519,7 +521,7 @@ mod tests {
         let (_, command) = parse(message.clone(), &VALIDATOR, UnixMillis(1));
         let expected = Command::Unregister {
             service: VALIDATOR.service("prod", "web").expect("valid"),
-            address: Address::parse("10.0.0.1").expect("valid"),
+            address: crate::model::Address::parse("10.0.0.1").expect("valid"),
             ports: PortSet::new(vec![(Protocol::Tcp, 80), (Protocol::Tcp, 9090)]),
         };
         assert_eq!(command, Ok(expected));

@@ -165,7 +165,7 @@ impl RestoredSlices {
         if observed.deleting {
             return;
         }
-        let (instances, skipped) = slices::read(&observed.service, [slice], validator);
+        let (instances, skipped) = slices::read([slice], validator);
         for skipped in skipped {
             self.skip(&observed.service, &skipped, metrics);
         }
@@ -233,7 +233,7 @@ impl<'a> JoinedSlicesHandler<'a> {
 impl EventHandler<EndpointSlice> for JoinedSlicesHandler<'_> {
     async fn handle(&mut self, events: Vec<ObjectEvent<EndpointSlice>>) -> Result<(), Unavailable> {
         for event in events {
-            self.union.apply(event, |slice| slices::foreign(&self.service, slice, &self.validator));
+            self.union.apply(event, |slice| slices::foreign(slice, &self.validator));
         }
         if let Some(instances) = self.union.take_changed() {
             self.registry.learn(vec![ClusterFact::Endpoints { service: self.service.clone(), instances }]).await?;
@@ -329,10 +329,9 @@ mod tests {
 
     #[test]
     fn endpoints_of_others_are_published_once_as_one_set() {
-        let service = VALIDATOR.service("prod", "web").expect("valid");
         let mut union = JoinedInstances::default();
         let mut see = |events| {
-            union.apply(events, |slice| slices::foreign(&service, slice, &VALIDATOR));
+            union.apply(events, |slice| slices::foreign(slice, &VALIDATOR));
             let said = |one: Arc<Instance>| format!("{} {}", one.address(), one.ready());
             union.take_changed().map(|changed| changed.into_iter().map(said).collect::<Vec<_>>().join(", "))
         };

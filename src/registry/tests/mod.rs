@@ -12,9 +12,9 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     metrics::Metrics,
-    model::{DnsName, InstanceSpec, PortSpec, Protocol, Validator},
+    model::{DnsName, InstanceSpec, PortSpec, Protocol, RecordType, Validator, invariants},
     store::{self, DataDir},
-    zone::{Zone, ZoneConfig},
+    zone::{Hit, Lookup, QName, Zone, ZoneConfig},
 };
 
 const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
@@ -29,17 +29,21 @@ struct TestRegistry {
 
 impl TestRegistry {
     fn on(dir: &TempDir, max_instances: usize) -> Self {
+        Self::with_zone(dir, max_instances).0
+    }
+
+    fn with_zone(dir: &TempDir, max_instances: usize) -> (Self, Arc<Zone>) {
         let metrics = Arc::new(Metrics::new());
         let (handle, unrecovered) = new(super::Options { max_instances, kubernetes: None }, Arc::clone(&metrics));
         let origin = DnsName::parse("cluster.local").expect("a name");
         let (reverse_zones, ns_addresses) = (Vec::new(), Vec::new());
         let config = ZoneConfig { origin, ttl: 5, reverse_zones, ns_addresses, publish_not_ready: false };
-        let (_, publisher) = Zone::new(config);
+        let (zone, publisher) = Zone::new(config);
         let data_dir = DataDir::lock(dir.path()).expect("nobody else has it");
         let writer =
             unrecovered.recover(data_dir, &store::Options::default(), publisher, &mut |_| {}).expect("a good store");
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        Self { handle, writer, metrics, runtime }
+        (Self { handle, writer, metrics, runtime }, zone)
     }
 
     /// Submits all of them, runs the writer until it has answered, and returns the answers. The
@@ -310,4 +314,47 @@ fn unchanged_registration_survives_a_comparison_that_drops_the_stored_instance()
     assert_eq!(runtime.block_on(handle.restore(in_kubernetes)), Ok(8));
     let held: Vec<_> = held(handle.catalog()).into_keys().map(|(service, address, _)| (service, address)).collect();
     assert_eq!(held, [("db".into(), "10.0.0.3".into()), ("web".into(), "10.0.0.1".into())]);
+}
+
+/// A rule of the policy that became stricter must not make a store "damaged".
+#[test]
+fn store_with_values_that_the_policy_refuses_now_opens_and_is_served() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let service = invariants::parse_service("prod", "1web").expect("two labels");
+    let refused = InstanceSpec {
+        address: "10.0.0.1".into(),
+        host_name: "10-0-0-9".into(),
+        ports: vec![PortSpec { number: 80, name: "p".repeat(63), ..PortSpec::default() }],
+        ..InstanceSpec::default()
+    };
+    let many = (1..200).map(|number| PortSpec { number, name: format!("p{number}"), ..PortSpec::default() });
+    let large = InstanceSpec { address: "10.0.0.2".into(), ports: many.collect(), ..InstanceSpec::default() };
+    let unreachable = InstanceSpec { address: "240.0.0.1".into(), ..InstanceSpec::default() };
+    let specs = [refused, large, unreachable];
+    assert!(VALIDATOR.service("prod", "1web").is_err());
+    assert!(specs.iter().all(|spec| VALIDATOR.instance(&service, spec, UnixMillis(1)).is_err()));
+
+    let stored: Vec<Arc<Instance>> =
+        specs.iter().map(|spec| Arc::new(spec.to_instance(UnixMillis(1)).expect("it can be"))).collect();
+    let commands = stored
+        .iter()
+        .map(|instance| Command::Register { service: service.clone(), instance: Arc::clone(instance) })
+        .collect();
+    TestRegistry::on(&dir, 10).run_with(vec![commands]);
+
+    let (registry, zone) = TestRegistry::with_zone(&dir, 10);
+    zone.set_ready();
+    let held = registry.handle.catalog().get(&service).expect("the service was recovered");
+    assert!(held.instances.iter().eq(&stored));
+    let name = QName::from_text("1web.prod.svc.cluster.local").expect("a name");
+    let reader = zone.pin();
+    let Lookup::Hit(Hit::A(rrset)) = reader.lookup(&name, Some(RecordType::A)) else { panic!("it is served") };
+    assert_eq!(rrset.len(), 3);
+    drop(reader);
+
+    // What an earlier policy admitted can be removed.
+    let ids = stored.iter().map(|instance| instance.id());
+    let commands = ids.map(|id| Command::Unregister { service: service.clone(), address: id.address, ports: id.ports });
+    let (acks, catalog, _) = registry.run_with(vec![commands.collect()]);
+    assert_eq!((acks[0].outcomes.clone(), catalog.len()), (vec![Outcome::Removed(1); 3], 0));
 }

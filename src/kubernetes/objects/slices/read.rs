@@ -1,8 +1,9 @@
 //! Instances out of slices: of our own, to come back from them, and of others, to answer with
 //! them.
 //!
-//! What stands in a slice passes the same door as a registration before it is believed: the API
-//! server accepts addresses and ports that gangplank does not.
+//! What a slice holds is checked by the model's invariants, not by what this server admits today: a
+//! rule that became stricter must not remove what was registered. Only addresses that pods cannot
+//! reach are left out, which no version ever admitted: they were written by hand.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -20,8 +21,8 @@ use super::{
 use crate::{
     kubernetes::objects::names,
     model::{
-        Address, Instance, InstanceId, InstanceSpec, Label, MAX_INSTANCE_BYTES, PortSpec, Ports, Protocol, ServiceKey,
-        UnixMillis, Validator, parse_dashed_label,
+        Address, Instance, InstanceId, InstanceSpec, Label, MAX_INSTANCE_BYTES, PortSpec, Ports, Protocol, UnixMillis,
+        Validator, invariants, parse_dashed_label,
     },
 };
 
@@ -58,7 +59,6 @@ impl fmt::Display for SkippedEndpoint {
 /// that is being deleted tells nothing: what was in it was removed, or stands in another.
 #[must_use]
 pub fn read<'a>(
-    service: &ServiceKey,
     slices: impl IntoIterator<Item = &'a EndpointSlice>,
     validator: &Validator,
 ) -> (Vec<Arc<Instance>>, Vec<SkippedEndpoint>) {
@@ -68,7 +68,7 @@ pub fn read<'a>(
         let stamp = |key| std::cmp::Reverse(stamp(&slice.metadata, key).unwrap_or(0));
         (stamp(names::TERM), stamp(names::GENERATION), slice.metadata.name.clone())
     });
-    let mut reader = SliceReader { service, validator, found: HashMap::new(), skipped: Vec::new() };
+    let mut reader = SliceReader { validator, found: HashMap::new(), skipped: Vec::new() };
     for slice in slices {
         reader.slice(slice);
     }
@@ -76,7 +76,6 @@ pub fn read<'a>(
 }
 
 struct SliceReader<'a> {
-    service: &'a ServiceKey,
     validator: &'a Validator,
     found: HashMap<InstanceId, Arc<Instance>>,
     skipped: Vec<SkippedEndpoint>,
@@ -89,7 +88,7 @@ impl SliceReader<'_> {
         let mut skip = |address: Option<&str>, reason: String| {
             self.skipped.push(SkippedEndpoint { slice: name.into(), address: address.map(Into::into), reason });
         };
-        let ports = match ports_of(slice, self.validator) {
+        let ports = match ports_of(slice) {
             Ok((ports, doubt)) => {
                 if let Some(doubt) = doubt {
                     skip(None, doubt);
@@ -114,7 +113,7 @@ impl SliceReader<'_> {
                     skip(Some(address), format!("annotation {}: {err}: the defaults are taken", names::INSTANCES));
                     InstanceAnnotation::default()
                 });
-                match instance(self.service, self.validator, endpoint, address, &ports, record, created) {
+                match instance(self.validator, endpoint, address, &ports, record, created) {
                     Ok(instance) => {
                         self.found.entry(instance.id()).or_insert_with(|| Arc::new(instance));
                     }
@@ -129,9 +128,9 @@ impl SliceReader<'_> {
 ///
 /// # Errors
 /// When they cannot stand; then none of the slice's endpoints can.
-fn ports_of(slice: &EndpointSlice, validator: &Validator) -> Result<(Vec<PortSpec>, Option<String>), String> {
+fn ports_of(slice: &EndpointSlice) -> Result<(Vec<PortSpec>, Option<String>), String> {
     let standing = port_specs(slice.ports.as_deref().unwrap_or_default())?;
-    let ports = validator.ports(&standing).map_err(|err| err.to_string())?;
+    let ports = invariants::parse_ports(&standing).map_err(|err| err.to_string())?;
     let Some(whole) = annotation(&slice.metadata, names::PORTS) else { return Ok((standing, None)) };
     match read_ports(whole) {
         Ok(whole) => {
@@ -156,7 +155,6 @@ fn specs(ports: &Ports) -> Vec<PortSpec> {
 }
 
 fn instance(
-    service: &ServiceKey,
     validator: &Validator,
     endpoint: &Endpoint,
     address: &str,
@@ -167,7 +165,7 @@ fn instance(
     let InstanceAnnotation { weight, priority, registered } = record;
     let hostname = endpoint.hostname.as_deref().unwrap_or_default();
     // The label of its own address is what an instance without a host name is called.
-    let ip = Address::parse(address).ok().and_then(|address| address.ip());
+    let ip = validator.address(address).map_err(|err| err.to_string())?.ip();
     let own = ip.is_some() && parse_dashed_label(hostname.as_bytes()) == ip;
     let spec = InstanceSpec {
         address: address.into(),
@@ -178,7 +176,7 @@ fn instance(
         priority,
     };
     let registered = if registered == UnixMillis(0) { created } else { registered };
-    validator.instance(service, &spec, registered).map_err(|err| err.to_string())
+    spec.to_instance(registered).map_err(|err| err.to_string())
 }
 
 /// When the slice was created; the beginning of 1970 where it does not say.
@@ -192,11 +190,11 @@ fn created(slice: &EndpointSlice) -> UnixMillis {
 ///
 /// As much is taken as can be answered. An endpoint is ready unless it says otherwise (CoreDNS
 /// takes it so); ports without a number, or with one or a name that cannot be, are left out, and
-/// so are those that no longer fit an instance's 2 KiB; a hostname or node name that the door
-/// would refuse is dropped; addresses that it refuses are left out. An endpoint with several
+/// so are those that no longer fit an instance's 2 KiB; an invalid hostname or node name is
+/// dropped; addresses that pods cannot reach are left out. An endpoint with several
 /// addresses is an instance for each of them.
 #[must_use]
-pub fn foreign(service: &ServiceKey, slice: &EndpointSlice, validator: &Validator) -> Vec<Arc<Instance>> {
+pub fn foreign(slice: &EndpointSlice, validator: &Validator) -> Vec<Arc<Instance>> {
     let ports = usable_ports(slice.ports.as_deref().unwrap_or_default());
     let registered = created(slice);
     let mut found: HashMap<Address, Arc<Instance>> = HashMap::new();
@@ -211,7 +209,7 @@ pub fn foreign(service: &ServiceKey, slice: &EndpointSlice, validator: &Validato
                 node_name: usable_node(endpoint).unwrap_or_default().into(),
                 ..InstanceSpec::default()
             };
-            if let Ok(instance) = validator.instance(service, &spec, registered) {
+            if let Ok(instance) = spec.to_instance(registered) {
                 let instance = Arc::new(instance.with_ready(ready));
                 let known = found.entry(address).or_insert_with(|| Arc::clone(&instance));
                 if ready && !known.ready() {

@@ -73,7 +73,7 @@ fn as_recorded(instances: &CowTree<Arc<Instance>>) -> Vec<Instance> {
 }
 
 fn read_back(cluster: &Cluster) -> Vec<Instance> {
-    let (read, skipped) = read(&web(), cluster.slices.values(), &VALIDATOR);
+    let (read, skipped) = read(cluster.slices.values(), &VALIDATOR);
     assert_eq!(skipped, []);
     let mut read: Vec<Instance> = read.iter().map(|one| (**one).clone()).collect();
     read.sort_by(|a, b| a.key().cmp(&b.key()));
