@@ -45,7 +45,7 @@ fn taken(layout: Layout) -> i64 {
     ((layout.size() + 8).div_ceil(16) * 16).max(32) as i64
 }
 
-// SAFETY: every call goes to the system's allocator as it came; counting touches no memory of it.
+// SAFETY: every call is passed on to the system's allocator unchanged; counting touches none of its memory.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(&ALLOCATED);

@@ -22,7 +22,7 @@ fn answers(c: &mut Criterion) {
         let mut next = queries.iter().cycle();
         group.bench_function(format!("mix, {services} services of {instances}"), |b| {
             b.iter(|| {
-                let packet = next.next().expect("it goes round");
+                let packet = next.next().expect("a cycle does not end");
                 black_box(answer(&bench_zone.zone.pin(), &context, &mut rng, packet, &mut out))
             });
         });
@@ -45,7 +45,7 @@ fn changes(c: &mut Criterion) {
         let mut next = made.iter().cycle();
         group.bench_function(format!("{services} services of {instances}"), |b| {
             b.iter(|| {
-                let (key, instance) = next.next().expect("it goes round");
+                let (key, instance) = next.next().expect("a cycle does not end");
                 bench_zone.put(key, instance.clone());
             });
         });

@@ -1,8 +1,8 @@
 //! The responder: packet in, packet out.
 //!
-//! It takes no lock, allocates nothing and cannot panic on what a peer sends. A packet gets one
+//! The function takes no lock, allocates nothing and does not panic on any packet. A packet gets one
 //! answer or none; a response never gets one, because two servers that answer each other's
-//! answers never stop.
+//! answers would never stop.
 
 use super::{
     question::{CD, DO, Edns, HEADER, NSID, OPCODE, OPT, QR, Question, RD},
@@ -18,7 +18,7 @@ use crate::{
 const MIN_UDP: u16 = 512;
 
 /// Largest answer over UDP, in octets, 512..=4096. 1232 fits every path that carries IPv6 without
-/// fragments (DNS flag day 2020); what is longer gets TC and comes back over TCP.
+/// fragments (DNS flag day 2020); a longer answer gets TC, and the client asks again over TCP.
 pub const MAX_UDP: u16 = 1232;
 
 /// Largest answer over TCP, in octets (RFC 1035 §4.2.2).
@@ -27,7 +27,7 @@ pub const MAX_TCP: usize = 65_535;
 /// Class IN, and any class, which is taken as IN.
 const CLASSES: [u16; 2] = [1, 255];
 
-/// AA: the answer is from whom the name belongs to.
+/// AA: the answer is authoritative.
 const AA: u8 = 0x04;
 /// TC: not everything that had to be there fits.
 const TC: u8 = 0x02;
@@ -56,7 +56,7 @@ pub enum Transport {
 pub struct Context<'c> {
     /// How the packet came.
     pub transport: Transport,
-    /// What NSID says (RFC 5001).
+    /// The name server identifier (RFC 5001).
     pub nsid: &'c [u8],
 }
 
@@ -82,7 +82,7 @@ pub fn answer(
     packet: &[u8],
     out: &mut [u8],
 ) -> Option<Response> {
-    // Without a whole header there is no telling whom to answer what.
+    // Without a whole header there is no id to answer with.
     if packet.len() < HEADER || packet[2] & QR != 0 || out.len() < HEADER {
         return None;
     }
@@ -102,7 +102,7 @@ pub fn answer(
     Request { zone, context, packet, question: &question }.write(rng, &mut out[..limit])
 }
 
-/// RFC 1035 §4.1.1: an error that comes before the question has its header and nothing else.
+/// RFC 1035 §4.1.1: the answer to a packet whose question was not read is a header alone.
 fn header_only(packet: &[u8], rcode: Rcode, out: &mut [u8]) -> Response {
     out[..HEADER].copy_from_slice(&header(packet, rcode, false, SectionCounts::default(), 0));
     Response { len: HEADER, rcode, rtype: None, in_zone: false }
@@ -199,8 +199,8 @@ impl<'m> Request<'m, '_> {
         }
     }
 
-    /// What NSID says, if it was asked for. It is left out where it and the question alone would
-    /// fill half of a small packet: then there is no room for an answer.
+    /// The identifier, if it was asked for. It is left out where it and the question alone would
+    /// fill half of a small packet: the records need the room.
     fn nsid(&self, edns: &Edns, room: usize) -> Option<&[u8]> {
         let needs = self.question.end + OPT_FIXED + 4 + self.context.nsid.len();
         (edns.nsid && needs <= room / 2).then_some(self.context.nsid)

@@ -1,6 +1,6 @@
-//! What a packet asks: its header, its one question and what EDNS says, in one pass.
+//! Parsing of queries: the header, the one question and the OPT record, in one pass.
 //!
-//! Nothing is copied but the name. Records that a query has no business to carry are stepped over.
+//! Nothing is copied but the name. Records that a query should not carry are skipped.
 
 use crate::zone::QName;
 
@@ -34,11 +34,11 @@ pub(super) struct Question {
     pub(super) qclass: u16,
     /// Where the question ends in the packet.
     pub(super) end: usize,
-    /// What EDNS says, if it came.
+    /// The OPT record, if there is one.
     pub(super) edns: Option<Edns>,
 }
 
-/// What a query's OPT record says.
+/// The OPT record of a query (RFC 6891).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Edns {
     /// The UDP payload that the sender can take.
@@ -51,19 +51,19 @@ pub(super) struct Edns {
     pub(super) nsid: bool,
 }
 
-/// The packet cannot be taken apart: FORMERR.
+/// The packet cannot be parsed: FORMERR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Malformed;
 
-/// A place in a packet.
+/// A position in a packet.
 struct PacketReader<'p> {
     packet: &'p [u8],
     at: usize,
 }
 
 impl Question {
-    /// Takes apart a query whose header was looked at already. What follows the last record that
-    /// the header counts is ignored.
+    /// Parses a query whose header was checked already. Octets after the last record that the header
+    /// counts are ignored.
     pub(super) fn parse(packet: &[u8]) -> Result<Self, Malformed> {
         let mut reader = PacketReader { packet, at: 4 };
         // RFC 9619 §4: a query has one question.
@@ -103,7 +103,7 @@ impl PacketReader<'_> {
         Ok(u16::from_be_bytes(self.take(2)?.try_into().map_err(|_| Malformed)?))
     }
 
-    /// Steps over a name; says whether it was the root. Where a pointer leads is of no interest.
+    /// Skips a name; returns whether it was the root. Pointers are not followed.
     fn name(&mut self) -> Result<bool, Malformed> {
         let begin = self.at;
         loop {
@@ -119,7 +119,7 @@ impl PacketReader<'_> {
         }
     }
 
-    /// Steps over a record, and reads it if it is OPT.
+    /// Skips a record, or reads it if it is OPT.
     fn record(&mut self) -> Result<Option<Edns>, Malformed> {
         let root = self.name()?;
         let (rtype, class) = (self.u16()?, self.u16()?);

@@ -1,4 +1,4 @@
-//! Facts to wire: one function per kind of RRset.
+//! Records to wire format: one function per kind of RRset.
 //!
 //! Owners are pointers into the question (RFC 1035 §4.1.4), so that they keep the case that was
 //! asked. SRV targets are spelled out (RFC 2782) and in lower case.
@@ -17,17 +17,17 @@ use crate::{
 /// Which version of Kubernetes' DNS specification is answered, as TXT.
 const VERSION: &[u8] = b"1.1.0";
 
-/// Seconds that it may be cached: it changes with a release at most.
+/// Seconds that the version may be cached: it changes with a release at most.
 const VERSION_TTL: u32 = 28_800;
 
-/// Longest that an SOA may be cached, in seconds, whatever the zone's TTL.
+/// Largest TTL of an SOA, in seconds, whatever the zone's TTL.
 const MAX_SOA_TTL: u32 = 300;
 
 /// Seconds between a secondary's looks at the SOA, if there were one; then between its tries, and
 /// until it gives up (RFC 1035 §3.3.13).
 const REFRESH_RETRY_EXPIRE: [u32; 3] = [7200, 1800, 86_400];
 
-/// Most names in the answer to one PTR question. Nobody reads more, and an address that a
+/// Most names in the answer to one PTR question. No client reads more, and an address that a
 /// hundred thousand services share would fill every packet.
 pub(super) const MAX_PTR: usize = 64;
 
@@ -37,7 +37,7 @@ const FIXED: usize = 12;
 /// Octets in the RDATA of SRV before the target.
 const SRV_FIXED: usize = 6;
 
-/// What the records of an answer take from.
+/// Writes the records of an answer.
 pub(super) struct ResponseRenderer<'r, 'z, 'o> {
     pub(super) w: WireWriter<'o>,
     pub(super) zone: &'r ZoneReader<'z>,
@@ -56,7 +56,7 @@ pub(super) struct SectionCounts {
 }
 
 impl<'r> ResponseRenderer<'r, '_, '_> {
-    /// The answer, and what helps with it.
+    /// The answer section, and the additional section for it.
     pub(super) fn hit(&mut self, hit: &Hit<'r>) {
         let ttl = self.zone.ttl();
         let owner = self.asked();
@@ -110,7 +110,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
         written
     }
 
-    /// Where the zone's name stands in the question, if it was asked in the zone.
+    /// The offset of the zone's name in the question, if the question is in the zone.
     fn zone_in_question(&self) -> Option<usize> {
         self.zone.labels_below_origin(self.name).map(|below| HEADER + self.name.offset(below))
     }
@@ -147,7 +147,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
     fn srv(&mut self, set: Rrset<'r, SrvRecord>, records: &'r ServiceRecords) {
         let ttl = self.zone.ttl();
         let owner = self.asked();
-        // `_port._proto` stand before the service.
+        // `_port._proto` are the two labels before the service.
         let service = self.name.suffix(2);
         let first = set.draw(self.rng);
         let mut at = self.w.len();
@@ -164,8 +164,8 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
         if all.is_err() {
             return;
         }
-        // Rows are in order of their targets: the same ones stand together, but for those that
-        // the window's beginning has cut off.
+        // Rows are in order of their targets: equal ones are neighbours, except
+        // where the first record drawn splits them.
         let (mut seen, mut opening) = (None, None);
         let _ = set.visit_from(first, |SrvRecord { target, .. }| {
             let name = OwnerName { at: at + FIXED + SRV_FIXED, name: HostName { target: Some(target), service } };
@@ -220,7 +220,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
     fn ptr(&mut self, set: Rrset<'_, PtrRecord>, ip: IpAddr) {
         let (ttl, zone) = (self.zone.ttl(), self.zone);
         let owner = self.asked();
-        // Where `svc.<zone>` was spelled out.
+        // The offset where `svc.<zone>` was written.
         let mut spelled = None;
         for PtrRecord { service, host } in set.wrap_from(set.draw(self.rng)).take(MAX_PTR) {
             let mut suffix_at = 0;

@@ -1,6 +1,6 @@
-//! A buffer that a message is written into, and that is never run over.
+//! Writing a message into a buffer of fixed size.
 //!
-//! What does not fit is left out whole: a record is there entirely or not at all.
+//! A record is written entirely or not at all.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -15,28 +15,28 @@ const IN: u16 = 1;
 /// What a pointer can reach (RFC 1035 §4.1.4): 14 bits.
 const MAX_POINTER: usize = 0x3fff;
 
-/// There is no room.
+/// The buffer has no room for it (Knot: `KNOT_ESPACE`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct NoSpace;
 
-/// Whether it was written, whole.
+/// `Ok` if everything was written, else nothing was.
 pub(super) type WriteResult = Result<(), NoSpace>;
 
-/// Writes a message into a buffer, as far as that goes.
+/// Writes a message into a buffer of fixed size.
 #[derive(Debug)]
 pub(super) struct WireWriter<'o> {
     out: &'o mut [u8],
     at: usize,
-    /// Where records must end.
+    /// The offset at which records must end.
     end: usize,
 }
 
-/// A name that is pointed at where a pointer reaches, and else spelled out.
+/// The owner of a record: a compression pointer where one reaches, else the name written out.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct OwnerName<'a> {
-    /// Where it stands in the message.
+    /// Its offset in the message.
     pub(super) at: usize,
-    /// What it is.
+    /// The name.
     pub(super) name: HostName<'a>,
 }
 
@@ -56,7 +56,7 @@ impl<'o> WireWriter<'o> {
         Self { out, at: 0, end }
     }
 
-    /// Octets written, which is where the next one goes.
+    /// Octets written: the offset of the next one.
     pub(super) fn len(&self) -> usize {
         self.at
     }
@@ -66,12 +66,12 @@ impl<'o> WireWriter<'o> {
         self.end - self.at
     }
 
-    /// What was kept is free now: what it was kept for comes next.
+    /// Releases the reserved octets, for the OPT record.
     pub(super) fn release(&mut self) {
         self.end = self.out.len();
     }
 
-    /// What is written so far.
+    /// The octets written so far.
     pub(super) fn written(&mut self) -> &mut [u8] {
         &mut self.out[..self.at]
     }
@@ -99,7 +99,7 @@ impl<'o> WireWriter<'o> {
         self.put(&number.to_be_bytes())
     }
 
-    /// Writes what `part` writes, all of it or nothing.
+    /// Writes all that `part` writes, or nothing.
     pub(super) fn whole<T>(&mut self, part: impl FnOnce(&mut Self) -> Result<T, NoSpace>) -> Result<T, NoSpace> {
         let mark = self.at;
         let written = part(self);
@@ -145,7 +145,7 @@ impl<'o> WireWriter<'o> {
         }
     }
 
-    /// A record: what comes before the RDATA, the RDATA as `rdata` writes it, and its length.
+    /// A record whose RDATA is what `rdata` writes.
     pub(super) fn record(
         &mut self,
         owner: OwnerName<'_>,
@@ -188,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dashed_ipv4_labels_are_those_of_the_model() {
+    fn dashed_ipv4_labels_equal_those_of_the_model() {
         let edges = [0u8, 1, 9, 10, 11, 99, 100, 101, 109, 110, 199, 200, 255];
         for a in edges {
             for b in edges {
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_leaves_nothing_behind() {
+    fn record_that_does_not_fit_leaves_no_octets() {
         let mut out = [0; 30];
         let mut w = WireWriter::new(&mut out, 2);
         let owner = OwnerName { at: 12, name: HostName { target: None, service: b"\0" } };

@@ -10,7 +10,7 @@ use super::name::{DnsName, NameError};
 /// Why a text is not an address for an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum AddressError {
-    /// Nothing there.
+    /// An empty text.
     #[error("must not be empty")]
     Empty,
     /// `::ffff:10.0.0.1`: two spellings of one host.
@@ -182,7 +182,7 @@ impl fmt::Display for DashedLabel {
 
 /// The address that `label` is the [`DashedLabel`] of, or `None`. Allocates nothing.
 ///
-/// Only the one canonical spelling counts: `10-0-0-01` and `2001-0db8--1` are nobody's label.
+/// Only the one canonical spelling counts: `10-0-0-01` and `2001-0db8--1` are no label of an address.
 #[must_use]
 pub fn parse_dashed_label(label: &[u8]) -> Option<IpAddr> {
     if label.len() > DashedLabel::MAX_LEN || !label.contains(&b'-') {
@@ -269,8 +269,8 @@ mod tests {
             assert!(super::super::Label::parse(label).is_ok());
             assert_eq!(parse_dashed_label(label.as_bytes()), Some(ip));
         }
-        for nobody in ["10-0-0-01", "10-0-0", "2001-0db8--1", "2001-DB8--1", "-1", "web-1", "--", "0-0--0"] {
-            assert_eq!(parse_dashed_label(nobody.as_bytes()), None, "{nobody}");
+        for invalid in ["10-0-0-01", "10-0-0", "2001-0db8--1", "2001-DB8--1", "-1", "web-1", "--", "0-0--0"] {
+            assert_eq!(parse_dashed_label(invalid.as_bytes()), None, "{invalid}");
         }
     }
 }

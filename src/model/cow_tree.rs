@@ -1,16 +1,16 @@
-//! An ordered table that is cheap to copy: chunks of at most 32 rows, shared between copies and
-//! copied on write, with a count and a sum of weights above every chunk.
+//! A copy-on-write B+ tree: an ordered map whose copies share chunks of at most 32 rows, with a count
+//! and a sum of weights above every chunk (a counted B-tree).
 //!
 //! Changing one of `n` rows copies one chunk per level, so a service of ten thousand instances
 //! costs little more per change than a service of one, and a reader that holds the older copy
-//! never waits. A table of up to 32 rows is one allocation. Reading allocates nothing.
+//! never waits. A tree of up to 32 rows is one allocation. Reading allocates nothing.
 
 use std::{cmp::Ordering, fmt, ops::ControlFlow, sync::Arc};
 
 /// Most rows or children in one chunk.
 const FANOUT: usize = 32;
 
-/// Two neighbours that together have no more than this become one.
+/// Two neighbours with at most this many items together are merged.
 const MERGE: usize = FANOUT / 2;
 
 /// Most levels of chunks. 32 levels would hold more rows than there is memory even if every chunk
@@ -19,7 +19,7 @@ const DEPTH: usize = 32;
 
 /// What a [`CowTree`] holds.
 pub trait Row: Clone {
-    /// What the rows are ordered by; unique within a table.
+    /// What the rows are ordered by; unique within a tree.
     type Key<'a>
     where
         Self: 'a;
@@ -36,7 +36,7 @@ pub trait Row: Clone {
     }
 }
 
-/// An ordered, persistent table of rows with unique keys.
+/// An ordered map of rows with unique keys. A clone costs one reference count.
 #[derive(Clone)]
 pub struct CowTree<R>(Node<R>);
 
@@ -61,7 +61,7 @@ impl<R> Default for CowTree<R> {
 }
 
 impl<R: Row> CowTree<R> {
-    /// Rows in the table.
+    /// Rows in the tree.
     #[must_use]
     pub fn len(&self) -> usize {
         self.0.rows()
@@ -93,7 +93,7 @@ impl<R: Row> CowTree<R> {
         }
     }
 
-    /// Puts `row` in its place and gives back the one that had its key.
+    /// Inserts `row` and returns the one that had its key.
     pub fn put(&mut self, row: R) -> Option<R> {
         let mut replaced = None;
         if let Some(right) = self.0.put(row, &mut replaced) {
@@ -103,7 +103,7 @@ impl<R: Row> CowTree<R> {
         replaced
     }
 
-    /// Takes the row with this key out.
+    /// Removes the row with this key and returns it.
     pub fn remove(&mut self, key: &R::Key<'_>) -> Option<R> {
         let removed = self.0.remove(key);
         while let Node::Inner(children) = &self.0
@@ -114,7 +114,7 @@ impl<R: Row> CowTree<R> {
         removed
     }
 
-    /// The rows of a table of one chunk, at most 32; `None` for a larger one.
+    /// The rows of a tree of one chunk, at most 32; `None` for a larger one.
     #[must_use]
     pub fn as_chunk(&self) -> Option<&[R]> {
         match &self.0 {
@@ -233,7 +233,8 @@ impl<R: Row> Node<R> {
         }
     }
 
-    /// The first row below. Only the root of an empty table has none, and nobody asks that one.
+    /// The first row below. Only the root of an empty tree has none, and callers
+    /// test for that before.
     fn first(&self) -> &R {
         let mut node = self;
         loop {
@@ -244,7 +245,7 @@ impl<R: Row> Node<R> {
         }
     }
 
-    /// Puts `row` below and gives back what was split off to the right, if the chunk got too wide.
+    /// Inserts `row` below and returns the right half, if the chunk had to be split.
     fn put(&mut self, row: R, replaced: &mut Option<R>) -> Option<Self> {
         match self {
             Self::Leaf(rows) => match rows.binary_search_by(|old| compare(old, &row.key())) {
@@ -367,8 +368,8 @@ fn splice<T: Clone, const N: usize>(old: &[T], range: std::ops::Range<usize>, ne
     old[..range.start].iter().cloned().chain(new).chain(old[range.end..].iter().cloned()).collect()
 }
 
-/// Splits what got too wide and gives back the right part. Rows that come in order leave full
-/// chunks behind: where the new one is `last`, it goes alone to the right.
+/// Splits a chunk that is too wide and returns its right part. Rows that are inserted in order leave
+/// full chunks behind: a new `last` row becomes a chunk of its own.
 fn split<T: Clone>(items: &mut Arc<[T]>, last: bool) -> Option<Arc<[T]>> {
     if items.len() <= FANOUT {
         return None;
@@ -379,7 +380,7 @@ fn split<T: Clone>(items: &mut Arc<[T]>, last: bool) -> Option<Arc<[T]>> {
     Some(right)
 }
 
-/// The rows of a table in order, from one of them on.
+/// The rows of a tree in order, from one of them on.
 #[derive(Clone)]
 pub struct Iter<'a, R> {
     /// What is left to visit on each level above the current chunk.
@@ -494,7 +495,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_is_an_ordered_map(steps in prop::collection::vec((any::<bool>(), 0u32..1000, 0u64..5), 0..3000)) {
+        fn tree_equals_a_btreemap(steps in prop::collection::vec((any::<bool>(), 0u32..1000, 0u64..5), 0..3000)) {
             let mut table = CowTree::default();
             let mut model = BTreeMap::new();
             let mut copies = Vec::new();
@@ -517,7 +518,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_that_come_in_order_fill_their_chunks() {
+    fn rows_inserted_in_order_fill_their_chunks() {
         let table: CowTree<(u32, u64)> = (0..100_000).map(|k| (k, 1)).collect();
         let Node::Inner(children) = &table.0 else { panic!("a large table has levels") };
         assert_eq!(children[0].rows % FANOUT, 0);

@@ -1,4 +1,4 @@
-//! One instance: an address with its ports under a service, and what was said about it.
+//! One instance: an address with its ports under a service, and its attributes.
 
 use std::{
     fmt,
@@ -82,7 +82,7 @@ impl Default for Weight {
     }
 }
 
-/// What tells one instance of a service from another: its address and the protocols and numbers
+/// The identity of an instance within its service: its address and the protocols and numbers
 /// of its ports. Everything else is an attribute that a registration replaces.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct InstanceId {
@@ -172,7 +172,7 @@ impl Instance {
         self.registered
     }
 
-    /// What tells it from its siblings.
+    /// Its identity within its service.
     #[must_use]
     pub fn id(&self) -> InstanceId {
         InstanceId { address: self.address.clone(), ports: self.ports.set() }
@@ -190,7 +190,7 @@ impl Instance {
         Self { registered, ..self }
     }
 
-    /// Whether `other` says the same in every attribute a registrant sets.
+    /// Whether `other` equals this in every attribute that a registrant sets.
     #[must_use]
     pub fn same_attributes(&self, other: &Self) -> bool {
         let Self { address, ports, host_name, node_name, weight, priority, ready: _, registered: _ } = self;
@@ -198,7 +198,7 @@ impl Instance {
             == (&other.address, &other.ports, &other.host_name, &other.node_name, &other.weight, &other.priority)
     }
 
-    /// Octets of what it carries, close above what protobuf takes for it.
+    /// Bytes that protobuf takes for the instance, rounded up a little.
     #[must_use]
     pub fn encoded_size(&self) -> usize {
         // A text takes a tag and a length, a port its own frame and number as well.
@@ -287,7 +287,7 @@ impl Row for Arc<Instance> {
     }
 }
 
-/// What happened to one instance. At least one side is there.
+/// A change of one instance. At least one side is `Some`.
 #[derive(Debug, Clone)]
 pub struct InstanceChange {
     /// As it was; `None` for a new one.
@@ -301,7 +301,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn weights_sum_exactly_in_units() {
+    fn weight_units_are_exact() {
         let units = |w| Weight::new(w).expect("valid").units();
         assert_eq!((units(0.0), units(-0.0), units(1e-9), units(655.0)), (0, 0, 1, 42_926_080));
     }

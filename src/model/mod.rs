@@ -13,6 +13,8 @@ pub mod invariants;
 mod name;
 mod port;
 mod service;
+#[cfg(test)]
+pub(crate) mod testing;
 mod validator;
 pub mod view;
 

@@ -20,7 +20,7 @@ const MAX_NAME: usize = 253;
 /// Why a text is not the name it should be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
-    /// Nothing there.
+    /// An empty text.
     #[error("must not be empty")]
     Empty,
     /// A label of more than 63 octets.
@@ -129,8 +129,8 @@ impl<'t> ServiceName<'t> {
 /// Which service: namespace and name, in one allocation.
 ///
 /// Kept as `name.namespace`, the order in which a question carries them, so that a lookup
-/// hashes the octets of the question as they stand. Neither part can hold a dot. It hashes as
-/// its bytes, so that a map of services can be asked with borrowed octets.
+/// hashes the bytes of the question as they are. Neither part can hold a dot. It hashes as
+/// its bytes, so that a map of services can be queried with borrowed bytes.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ServiceKey(Arc<str>);
 

@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::name::{Label, NameError};
 
-/// Transport protocol of a port; TCP where none is said.
+/// Transport protocol of a port; TCP by default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub enum Protocol {
     /// `_tcp`
@@ -47,7 +47,7 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// Why a list of ports cannot stand.
+/// Why a list of ports is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PortError {
     /// Not 1..=65535.
@@ -82,7 +82,7 @@ pub enum PortError {
 pub struct Port {
     /// 1..=65535.
     pub number: u16,
-    /// What it speaks.
+    /// Its transport protocol.
     pub protocol: Protocol,
     /// With a name it has an SRV record.
     pub name: Option<Label>,
@@ -108,7 +108,7 @@ impl fmt::Display for Port {
 pub struct PortSpec {
     /// Should be 1..=65535.
     pub number: i64,
-    /// What it speaks.
+    /// Its transport protocol.
     pub protocol: Protocol,
     /// A label, or empty.
     pub name: String,
@@ -123,7 +123,7 @@ impl Ports {
     /// Checks and orders `specs`.
     ///
     /// # Errors
-    /// The index of the first port that cannot stand, and why.
+    /// The index of the first invalid port, and why.
     pub fn parse(specs: &[PortSpec]) -> Result<Self, (usize, PortError)> {
         let mut ports: Vec<Port> = Vec::with_capacity(specs.len());
         for (index, spec) in specs.iter().enumerate() {
@@ -173,7 +173,7 @@ fn port_number(number: i64) -> Result<u16, PortError> {
     }
 }
 
-/// Why two ports cannot stand in one instance.
+/// Why two ports cannot belong to one instance.
 fn clash(a: &Port, b: &Port) -> Option<PortError> {
     if a.id() == b.id() {
         return Some(PortError::Twice { number: b.number, protocol: b.protocol });
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn ports_are_ordered_and_unique() {
+    fn ports_are_sorted_by_protocol_and_number() {
         let udp = PortSpec { protocol: Protocol::Udp, ..spec(53, "dns") };
         let ports = Ports::parse(&[udp, spec(8080, "http"), spec(53, "dns")]).expect("valid");
         let shown: Vec<String> = ports.as_slice().iter().map(ToString::to_string).collect();
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_stand_is_named_with_its_place() {
+    fn invalid_ports_are_named_with_their_index() {
         let tcp = Protocol::Tcp;
         for (specs, at, err) in [
             (vec![spec(0, "")], 0, PortError::Number(0)),

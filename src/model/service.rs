@@ -21,7 +21,7 @@ pub struct Service {
 impl Service {
     /// The instances at `address`, whatever their ports.
     #[must_use]
-    pub fn at(&self, address: &Address) -> Vec<Arc<Instance>> {
+    pub fn instances_at(&self, address: &Address) -> Vec<Arc<Instance>> {
         let mut found = Vec::new();
         let _ = self.instances.visit_from(&InstanceKey::first_of(address), &mut |instance| {
             if instance.address() != address {
@@ -49,6 +49,6 @@ pub struct Timeline {
     pub durable: UnixMillis,
     /// DNS answers with it.
     pub visible: UnixMillis,
-    /// The registrant was told.
+    /// The registrant was answered.
     pub acknowledged: UnixMillis,
 }

@@ -90,7 +90,7 @@ impl Validator {
         let instance = spec.to_instance(registered)?;
         self.check_address(&instance.address)?;
         Self::check_ports(&spec.ports)?;
-        // The label of another address would be an answer that lies.
+        // Otherwise a question for the dashed name of one address would be answered with another.
         if let Some(spelled) =
             instance.host_name.as_ref().and_then(|label| parse_dashed_label(label.as_str().as_bytes()))
             && instance.address.ip() != Some(spelled)
@@ -104,7 +104,7 @@ impl Validator {
         Ok(instance)
     }
 
-    /// Every name that the instance would give must fit a message, and the whole must be small.
+    /// Every name of the instance must fit a message, and its encoding [`MAX_INSTANCE_BYTES`].
     fn check_sizes(&self, service: &ServiceKey, instance: &Instance) -> Result<(), InvalidInstance> {
         // `_name._proto.` is the longest prefix of a port, `label.` that of a host.
         let port = instance
@@ -115,7 +115,7 @@ impl Validator {
         // A dashed IPv6 label takes at most 39 octets.
         let host = instance.host_name.as_ref().map_or(39, |label| label.as_str().len()) + 1;
         let longest = port.max().unwrap_or(0).max(host);
-        // `svc` and its length octet stand between namespace and zone.
+        // `svc` and its length octet are between namespace and zone.
         let octets = longest + service.as_str().len() + 1 + "svc".len() + 1 + self.zone_wire_len;
         if octets > MAX_WIRE_NAME {
             return Err(InvalidInstance::new(

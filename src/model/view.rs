@@ -27,7 +27,7 @@ use super::{Instance, Port, Service, ServiceKey, Timeline, UnixMillis};
 pub struct ServiceView<'a> {
     /// Which one.
     pub key: &'a ServiceKey,
-    /// As it stands.
+    /// Its value.
     pub service: &'a Service,
 }
 

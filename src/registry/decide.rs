@@ -134,7 +134,7 @@ impl Decider {
     fn unregister(&mut self, key: &ServiceKey, address: Address, ports: PortSet, received: UnixMillis) -> Outcome {
         let Some(service) = self.service(key) else { return Outcome::NotFound };
         let found = if ports.as_slice().is_empty() {
-            service.at(&address)
+            service.instances_at(&address)
         } else {
             let id = InstanceId { address, ports };
             service.instances.get(&InstanceKey::from(&id)).cloned().into_iter().collect()

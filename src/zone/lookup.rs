@@ -1,4 +1,4 @@
-//! The decision: what a name and a type mean in this zone, in DNS words. Pure; no packet in sight.
+//! The lookup: what a name and a type mean in this zone, as a pure function. No packets here.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -29,9 +29,9 @@ pub enum Lookup<'v> {
     NoData(Apex),
     /// The name does not exist.
     NxDomain(Apex),
-    /// Not a name of ours.
+    /// A name outside the zone and its reverse zones.
     OutOfZone,
-    /// A name of ours of which nothing can be said yet.
+    /// A name in the zone, before the zone is ready.
     NotReady,
 }
 
@@ -54,7 +54,7 @@ pub enum Hit<'v> {
     Ns(Addresses<'v>),
 }
 
-/// Where the SOA of an answer stands: at the question's name from this label on.
+/// The owner of the SOA in an answer: the question's name from this label on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Apex(pub usize);
 
@@ -196,7 +196,7 @@ fn in_service<'v>(
         0 => addresses(records.addresses(), apex, rtype),
         1 => match (records.host(name.label(0)), protocol(0)) {
             (Some(found), _) => addresses(found, apex, rtype),
-            // RFC 8020: `_tcp` stands above the SRV names.
+            // RFC 8020: `_tcp` is above the SRV names.
             (None, Some(protocol)) if records.has_srv(protocol) => Lookup::NoData(apex),
             _ => Lookup::NxDomain(apex),
         },
@@ -236,8 +236,8 @@ fn in_reverse<'v>(zone: &'v ZoneReader<'_>, name: &QName, reverse: ReverseName, 
         return if apex_labels.is_some() || address.is_some() { Lookup::NotReady } else { Lookup::OutOfZone };
     }
     let found = address.and_then(|ip| Some((zone.ptr_records(ip)?, ip)));
-    // Outside of the reverse zones only the addresses of instances are ours: the SOA of what they
-    // have not stands at their own name.
+    // Outside of the reverse zones only the addresses of instances are ours: the owner of
+    // the SOA in a negative answer is the name itself.
     let Some(labels) = apex_labels else {
         return match found {
             Some((names, ip)) if takes(rtype, RecordType::Ptr) => Lookup::Hit(Hit::Ptr(names, ip)),

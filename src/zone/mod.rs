@@ -6,8 +6,8 @@
 //!    copies the zone.
 //! 3. Names are published from the root down and removed from the leaves up: a name is never there
 //!    without the names above it (RFC 8020). An address leads to a host name as long as the service
-//!    has the host. The SOA serial comes last, so that who sees a serial sees what it stands for.
-//! 4. Before the zone is ready a miss means nothing, and every lookup in the zone says so.
+//!    has the host. The SOA serial comes last, so that a client that sees a serial sees its generation.
+//! 4. Before the zone is ready a miss means nothing: every lookup in the zone is [`Lookup::NotReady`].
 //!
 //! No packets here: `dns` renders the records.
 
@@ -79,7 +79,7 @@ pub struct Zone {
 #[derive(Debug, Default)]
 struct Unservable {
     instances: AtomicU64,
-    /// One of them, for the log. Only the publisher locks it, and whoever makes the zone ready.
+    /// One of them, for the log. No reader locks it.
     example: Mutex<Option<String>>,
 }
 
@@ -133,7 +133,7 @@ impl Zone {
         (Arc::clone(&zone), Publisher::new(zone))
     }
 
-    /// Whether a miss can be told from what is not loaded yet.
+    /// Whether everything that was stored is published, so that a miss is NXDOMAIN.
     #[must_use]
     pub fn is_ready(&self) -> bool {
         self.ready.load(Ordering::Acquire)
@@ -172,8 +172,8 @@ impl Zone {
         self.unservable.instances.load(Ordering::Relaxed)
     }
 
-    /// Pins the zone for a few lookups. Values that are replaced meanwhile are not freed before
-    /// the reader is dropped, so that it must not be held while waiting for anything.
+    /// Pins the zone for a few lookups. Values that the publisher replaces are not freed
+    /// before the reader is dropped: do not hold one while waiting.
     #[must_use]
     pub fn pin(&self) -> ZoneReader<'_> {
         ZoneReader { zone: self, services: self.services.pin(), reverse: OnceCell::new() }

@@ -18,7 +18,7 @@ pub struct InvalidName;
 pub struct QName {
     octets: [u8; MAX_NAME],
     len: usize,
-    /// Where each label's length octet stands.
+    /// The offset of each label's length octet.
     starts: [u8; MAX_LABELS],
     labels: usize,
 }
@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn labels_and_suffixes_are_lower_case() {
+    fn labels_and_suffixes_are_lower_cased() {
         let name = QName::parse(b"\x03WeB\x04prod\0rest").expect("valid");
         assert_eq!((name.labels(), name.wire_len()), (2, 10));
         assert_eq!((name.label(0), name.label(1), name.label(2)), (&b"web"[..], &b"prod"[..], &b""[..]));
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn rfc1035_2_3_4_names_and_labels_end_where_they_must() {
+    fn rfc1035_2_3_4_limits_of_names_and_labels() {
         let mut longest = b"\x01a".repeat(127);
         longest.push(0);
         assert_eq!(QName::parse(&longest).expect("255 octets").labels(), 127);

@@ -1,6 +1,6 @@
 //! The records of one service: what each is, and how it is ordered.
 //!
-//! A record counts the instances that it stands for, so that it goes with the last of them. Owner
+//! A record counts its instances, so that it is removed with the last of them. Owner
 //! names are not kept: they follow from the question.
 
 use std::{
@@ -49,7 +49,7 @@ pub struct AddressRecord<I> {
 }
 
 impl<I: Copy> AddressRecord<I> {
-    /// A record for an address without an instance (that of a name server), as likely to come first
+    /// A record for an address without an instance (that of a name server), as likely to be drawn
     /// as any other.
     pub(super) fn unweighted(ip: I) -> Self {
         Self { ip, dashed: 0, instances: 1, units: 1 }

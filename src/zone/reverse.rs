@@ -1,7 +1,7 @@
 //! From an address to the names of the hosts that have it, for PTR.
 //!
-//! Entries are a set of their own, written before a service's value and removed after it, so that
-//! whoever finds a host by its service finds it by its address too.
+//! Entries are written before a service's value and removed after it, so that a host that is found
+//! by its service is found by its address too.
 
 use std::{
     cmp::Ordering,
@@ -60,7 +60,7 @@ pub(super) struct Reverse {
     v6: Map<Ipv6Addr>,
 }
 
-/// The index of one family, held for reading.
+/// The index of one family, pinned for reading.
 #[derive(Debug)]
 pub(super) enum ReverseReader<'z> {
     V4(PinnedMap<'z, Ipv4Addr>),
@@ -68,7 +68,7 @@ pub(super) enum ReverseReader<'z> {
 }
 
 impl Reverse {
-    /// Holds the index of the family of `ip` for reading.
+    /// Pins the index of the family of `ip` for reading.
     pub(super) fn pin(&self, ip: IpAddr) -> ReverseReader<'_> {
         match ip {
             IpAddr::V4(_) => ReverseReader::V4(self.v4.pin()),

@@ -1,13 +1,14 @@
-//! A table that costs nothing extra while it has one row, as most tables of a zone do.
+//! RRsets, and the tree behind them, which allocates nothing for a single row: most RRsets of a zone
+//! have one record.
 //!
-//! One row lives in place; two or more live in a [`CowTree`]. Readers get an [`Rrset`]: never empty,
+//! One row is stored inline; two or more are in a [`CowTree`]. Readers get an [`Rrset`]: never empty,
 //! borrowed, free to copy.
 
 use std::{fmt, ops::ControlFlow, slice};
 
 use crate::model::cow_tree::{CowTree, Row};
 
-/// No row, one in place, or a table of them.
+/// No row, one inline, or a tree of them.
 #[derive(Clone, Default)]
 pub(super) enum SmallTree<R> {
     /// Nothing.
@@ -55,7 +56,7 @@ impl<R: Row> SmallTree<R> {
         }
     }
 
-    /// Puts `row` in its place; one with the same key is replaced.
+    /// Inserts `row`; one with the same key is replaced.
     pub(super) fn put(&mut self, row: R) {
         *self = match std::mem::take(self) {
             Self::None => Self::One(row),
@@ -68,7 +69,7 @@ impl<R: Row> SmallTree<R> {
         };
     }
 
-    /// Takes the row with this key out, if there is one.
+    /// Removes the row with this key, if there is one.
     pub(super) fn remove(&mut self, key: &R::Key<'_>) {
         *self = match std::mem::take(self) {
             Self::One(row) if row.order(key).is_eq() => Self::None,
@@ -83,7 +84,7 @@ impl<R: Row> SmallTree<R> {
         };
     }
 
-    /// Changes the row with this key, or one that `new` makes; `change` says whether it stays.
+    /// Changes the row with this key, or one that `new` makes; `change` returns whether the row stays.
     pub(super) fn update(&mut self, key: &R::Key<'_>, new: impl FnOnce() -> R, change: impl FnOnce(&mut R) -> bool) {
         let mut row = self.get(key).cloned().unwrap_or_else(new);
         if change(&mut row) {
@@ -149,7 +150,7 @@ impl<'v, R: Row> Rrset<'v, R> {
         }
     }
 
-    /// Draws the record that comes first, by weight; where no record has any, all are alike.
+    /// Draws the record that comes first, by weight; without any weight every record is equally likely.
     #[must_use]
     pub fn draw(self, rng: &mut fastrand::Rng) -> usize {
         let weight = match self {
@@ -178,7 +179,7 @@ impl<'v, R: Row> Rrset<'v, R> {
     /// first after the last, until it fails.
     ///
     /// # Errors
-    /// What `visit` says.
+    /// The error of `visit`.
     pub fn visit_from<E>(self, rank: usize, visit: impl FnMut(&'v R) -> Result<(), E>) -> Result<(), E> {
         // The iterator of a large table is large itself: a small one does without.
         match self {

@@ -6,12 +6,8 @@ use std::{
 };
 
 use super::{Publisher, ServiceChange, ServiceRecords, Zone, ZoneConfig, rrset::SmallTree};
-use crate::model::{
-    DnsName, Instance, InstanceChange, InstanceKey, InstanceSpec, PortSpec, Protocol, Service, ServiceKey, UnixMillis,
-    Validator,
-};
-
-const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
+pub(crate) use crate::model::testing::{instance, key, spec};
+use crate::model::{DnsName, Instance, InstanceChange, InstanceKey, InstanceSpec, Service, ServiceKey};
 
 /// The zone's configuration in most tests.
 pub(crate) fn config() -> ZoneConfig {
@@ -22,27 +18,6 @@ pub(crate) fn config() -> ZoneConfig {
         ns_addresses: Vec::new(),
         publish_not_ready: false,
     }
-}
-
-/// An instance at `address` with ports such as `http:80` or `dns:53/udp`.
-pub(crate) fn spec(address: &str, ports: &[&str]) -> InstanceSpec {
-    let port = |text: &&str| {
-        let (text, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
-        let protocol = Protocol::ALL.into_iter().find(|p| p.srv_label()[1..] == *protocol).expect("a protocol");
-        let (name, number) = text.split_once(':').unwrap_or(("", text));
-        PortSpec { number: number.parse().expect("a number"), protocol, name: name.into() }
-    };
-    InstanceSpec { address: address.into(), ports: ports.iter().map(port).collect(), ..InstanceSpec::default() }
-}
-
-pub(crate) fn key(service: &str) -> ServiceKey {
-    let (name, namespace) = service.split_once('.').expect("service.namespace");
-    VALIDATOR.service(namespace, name).expect("valid")
-}
-
-/// By the invariants alone, as an instance that was stored.
-pub(crate) fn instance(spec: &InstanceSpec) -> Arc<Instance> {
-    Arc::new(spec.to_instance(UnixMillis(0)).expect("valid"))
 }
 
 /// A zone and what is registered in it.

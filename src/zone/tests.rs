@@ -37,7 +37,7 @@ fn any_instance() -> impl Strategy<Value = (InstanceSpec, bool)> {
 
 proptest! {
     #[test]
-    fn changing_a_zone_step_by_step_is_building_it_at_once(
+    fn incremental_changes_equal_a_rebuild(
         publish_not_ready in any::<bool>(),
         batches in prop::collection::vec(
             (0usize..3, prop::collection::vec((any_instance(), prop::bool::weighted(0.6)), 1..6)),
@@ -69,9 +69,9 @@ proptest! {
 }
 
 /// A reader asks for SRV again and again, and for the address of every target, while instances
-/// come and go. Both are of one value, so that a target that is named must be there.
+/// come and go. Both are of one value, so that every target must exist.
 #[test]
-fn an_srv_target_never_dangles() {
+fn srv_target_always_has_its_addresses() {
     let mut world = TestZone::new(config());
     let zone = Arc::clone(&world.zone);
     let stop = AtomicBool::new(false);
@@ -110,9 +110,9 @@ fn an_srv_target_never_dangles() {
 }
 
 /// P6b: what one change costs must not grow with the service. Chunks that are shared with the
-/// older value are told by their address.
+/// older value are recognised by their address.
 #[test]
-fn a_change_in_a_large_service_leaves_nearly_all_of_it_alone() {
+fn change_in_a_large_service_copies_one_chunk() {
     let mut world = TestZone::new(config());
     let service = key("web.prod");
     let at = |n: u32| spec(&std::net::Ipv4Addr::from_bits(0x0a00_0001 + n).to_string(), &["http:80"]);
@@ -125,7 +125,7 @@ fn a_change_in_a_large_service_leaves_nearly_all_of_it_alone() {
         v4.iter().map(|row| std::ptr::from_ref(row) as usize).collect()
     };
     let before = rows(&world);
-    // The older value stays alive meanwhile, so that no address is used again.
+    // The older value stays alive until the comparison, so that no address is reused.
     let view = world.zone.pin();
     let old = view.service(b"web", b"prod").expect("registered").clone();
     drop(view);
@@ -136,7 +136,7 @@ fn a_change_in_a_large_service_leaves_nearly_all_of_it_alone() {
 }
 
 #[test]
-fn an_address_of_many_services_is_cheap_to_add_and_remove() {
+fn address_of_many_services_has_all_their_names() {
     let mut world = TestZone::new(config());
     let one = spec("10.0.0.1", &[]);
     for n in 0..2000 {

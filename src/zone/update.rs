@@ -68,8 +68,8 @@ pub(super) struct ServedInstance<'i> {
 }
 
 impl<'i> ServedInstance<'i> {
-    /// `None` when the instance is not served: it is not ready, it is a DNS name (nobody looks those up
-    /// here), or not even the service's own name fits.
+    /// `None` when the instance is not served: it is not ready, it is a DNS name (which is not looked
+    /// up here), or not even the service's own name fits.
     pub(super) fn new(instance: &'i Instance, limit: NameLimit, publish_not_ready: bool) -> Option<Self> {
         let Address::Ip(ip) = *instance.address() else { return None };
         if !(instance.ready() || publish_not_ready) || !limit.fits(0) {

@@ -6,7 +6,7 @@ use crate::model::InstanceSpec;
 const ZONE: &str = "cluster.local.";
 
 #[test]
-fn a_service_has_one_address_record_per_ready_instance_and_family() {
+fn service_has_an_address_record_per_ready_instance() {
     let zone = sample_zone();
     let web = "web.prod.svc.cluster.local.";
     assert_eq!(answers(&zone, web, A), [format!("{web} 5 IN A 10.0.0.1"), format!("{web} 5 IN A 10.0.0.2")]);
@@ -15,7 +15,7 @@ fn a_service_has_one_address_record_per_ready_instance_and_family() {
 }
 
 #[test]
-fn addresses_are_distinct_rfc2181_5() {
+fn rfc2181_5_addresses_are_distinct() {
     let mut zone = TestZone::new(config());
     zone.add("web.prod", &spec("10.0.0.1", &["http:80"]));
     zone.add("web.prod", &spec("10.0.0.1", &["http:81"]));
@@ -25,7 +25,7 @@ fn addresses_are_distinct_rfc2181_5() {
 }
 
 #[test]
-fn a_host_is_its_dashed_address_unless_it_has_a_name() {
+fn host_without_a_registered_label_is_its_dashed_address() {
     let zone = sample_zone();
     for (name, qtype, answer) in [
         ("10-0-0-1.web.prod.svc.cluster.local.", A, "A 10.0.0.1"),
@@ -42,7 +42,7 @@ fn a_host_is_its_dashed_address_unless_it_has_a_name() {
 }
 
 #[test]
-fn a_host_name_that_spells_the_own_address_is_the_dashed_label() {
+fn registered_label_equal_to_the_dashed_address_is_no_second_target() {
     let mut zone = TestZone::new(config());
     zone.add("web.prod", &InstanceSpec { host_name: "10-0-0-1".into(), ..spec("10.0.0.1", &["http:80"]) });
     zone.add("web.prod", &spec("10.0.0.1", &["http:80", "2"]));
@@ -52,7 +52,7 @@ fn a_host_name_that_spells_the_own_address_is_the_dashed_label() {
 }
 
 #[test]
-fn srv_rfc2782_names_port_host_and_weight_with_addresses_in_additional() {
+fn rfc2782_srv_has_its_targets_addresses_in_additional() {
     let response = exchange(&sample_zone(), &query_for("_http._tcp.web.prod.svc.cluster.local.", SRV).edns(1232));
     let owner = "_http._tcp.web.prod.svc.cluster.local.";
     assert_eq!(
@@ -77,7 +77,7 @@ fn srv_rfc2782_names_port_host_and_weight_with_addresses_in_additional() {
 }
 
 #[test]
-fn srv_of_hosts_that_share_a_name_is_one_record_with_the_sum_of_weights() {
+fn hosts_that_share_a_label_are_one_srv_record_with_the_sum_of_weights() {
     let mut zone = sample_zone();
     let owner = "_pg._tcp.db.prod.svc.cluster.local.";
     let target = "main.db.prod.svc.cluster.local.";
@@ -96,7 +96,7 @@ fn srv_of_hosts_that_share_a_name_is_one_record_with_the_sum_of_weights() {
 }
 
 #[test]
-fn srv_weights_are_hundredths_and_0_only_for_0() {
+fn srv_weight_is_in_hundredths_and_0_only_for_0() {
     let mut zone = TestZone::new(config());
     for (n, weight) in [0.0, 0.000_01, 0.004, 0.006, 1.0, 2.345, 655.0].into_iter().enumerate() {
         zone.add("web.prod", &InstanceSpec { weight: Some(weight), ..spec(&format!("10.0.0.{n}"), &["http:80"]) });
@@ -113,7 +113,7 @@ fn srv_weights_are_hundredths_and_0_only_for_0() {
 }
 
 #[test]
-fn srv_knows_protocols_apart_and_unnamed_ports_give_none() {
+fn srv_is_per_protocol_and_unnamed_ports_have_none() {
     let zone = sample_zone();
     let owner = "_dns._udp.web.prod.svc.cluster.local.";
     let target = "10-0-0-2.web.prod.svc.cluster.local.";
@@ -124,7 +124,7 @@ fn srv_knows_protocols_apart_and_unnamed_ports_give_none() {
 }
 
 #[test]
-fn the_zone_has_an_soa_and_a_name_server() {
+fn apex_has_an_soa_and_a_name_server() {
     let zone = sample_zone();
     let soa = "cluster.local. 5 IN SOA ns.dns.cluster.local. hostmaster.cluster.local. 1712 7200 1800 86400 5";
     assert_eq!(answers(&zone, ZONE, SOA), [soa]);
@@ -139,14 +139,14 @@ fn the_zone_has_an_soa_and_a_name_server() {
 }
 
 #[test]
-fn the_serial_is_the_low_half_of_the_generation_rfc1982() {
+fn rfc1982_serial_is_the_low_half_of_the_generation() {
     let mut zone = TestZone::new(config());
     zone.generation((7 << 32) + 3);
     assert!(answers(&zone, ZONE, SOA)[0].contains(" 3 7200 "));
 }
 
 #[test]
-fn dns_version_is_that_of_the_kubernetes_specification() {
+fn dns_version_is_1_1_0() {
     let zone = sample_zone();
     let version = "dns-version.cluster.local.";
     assert_eq!(answers(&zone, version, TXT), [format!("{version} 28800 IN TXT 1.1.0")]);
@@ -155,7 +155,7 @@ fn dns_version_is_that_of_the_kubernetes_specification() {
 }
 
 #[test]
-fn rfc8020_names_above_names_that_exist_do_exist() {
+fn rfc8020_empty_non_terminals_exist() {
     let zone = sample_zone();
     for name in [
         "cluster.local.",
@@ -174,7 +174,7 @@ fn rfc8020_names_above_names_that_exist_do_exist() {
 }
 
 #[test]
-fn a_namespace_is_gone_with_its_last_service() {
+fn namespace_is_removed_with_its_last_service() {
     let mut zone = TestZone::new(config());
     let one = spec("10.0.0.1", &["http:80"]);
     zone.add("web.prod", &one);
@@ -186,7 +186,7 @@ fn a_namespace_is_gone_with_its_last_service() {
 }
 
 #[test]
-fn other_types_at_names_that_exist_are_no_data_rfc3597() {
+fn rfc3597_other_types_at_names_that_exist_are_nodata() {
     let zone = sample_zone();
     for (name, qtype) in [
         ("web.prod", SRV),
@@ -203,11 +203,11 @@ fn other_types_at_names_that_exist_are_no_data_rfc3597() {
 }
 
 #[test]
-fn a_service_without_a_ready_instance_does_not_exist_unless_unready_ones_are_published() {
+fn service_without_a_ready_instance_is_nxdomain_unless_unready_are_published() {
     let mut zone = sample_zone();
     let sick = "sick.ill.svc.cluster.local.";
     assert_no_name(&zone, sick, A, ZONE);
-    // One that becomes ready is there, and is gone again.
+    // An instance that becomes ready is served, until it is not ready again.
     zone.add("sick.ill", &spec("10.9.0.1", &["http:80"]));
     assert_eq!(answers(&zone, sick, A).len(), 1);
     zone.add_unready("sick.ill", &spec("10.9.0.1", &["http:80"]));
@@ -221,14 +221,14 @@ fn a_service_without_a_ready_instance_does_not_exist_unless_unready_ones_are_pub
 }
 
 #[test]
-fn instances_that_are_dns_names_give_no_record_yet() {
+fn instances_that_are_dns_names_have_no_records_yet() {
     let mut zone = TestZone::new(config());
     zone.add("web.prod", &spec("db.example.com", &["http:80"]));
     assert_no_name(&zone, "web.prod.svc.cluster.local.", A, ZONE);
 }
 
 #[test]
-fn what_does_not_exist_is_nxdomain_without_any_wildcard() {
+fn unknown_names_are_nxdomain() {
     let zone = sample_zone();
     for name in [
         "other.prod.svc.cluster.local.",
@@ -255,7 +255,7 @@ fn what_does_not_exist_is_nxdomain_without_any_wildcard() {
 }
 
 #[test]
-fn labels_with_dots_or_odd_octets_are_nobodys() {
+fn labels_with_dots_or_arbitrary_octets_are_nxdomain() {
     let zone = sample_zone();
     for first in [&b"\x08web.prod"[..], b"\x03we\0", b"\x02\xff\xfe"] {
         for rest in ["svc.cluster.local.", "prod.svc.cluster.local."] {
@@ -267,7 +267,7 @@ fn labels_with_dots_or_odd_octets_are_nobodys() {
 }
 
 #[test]
-fn outside_of_the_zone_everything_is_refused_and_so_is_the_probe_of_coredns() {
+fn names_outside_the_zone_are_refused() {
     let zone = sample_zone();
     for name in [".", "local.", "example.com.", "xcluster.local.", "cluster.local.example.", "1.0.0.127.example."] {
         assert_refused(&zone, name, A);
@@ -277,7 +277,7 @@ fn outside_of_the_zone_everything_is_refused_and_so_is_the_probe_of_coredns() {
 }
 
 #[test]
-fn rfc8914_what_is_not_loaded_yet_is_servfail_and_says_so() {
+fn rfc8914_unready_zone_is_servfail_with_extended_error_14() {
     let mut zone =
         TestZone::loading(ZoneConfig { reverse_zones: vec![("10.0.0.0".parse().expect("valid"), 8)], ..config() });
     zone.add("web.prod", &spec("10.0.0.1", &["http:80"]));
@@ -292,7 +292,7 @@ fn rfc8914_what_is_not_loaded_yet_is_servfail_and_says_so() {
         assert!(response.octets.ends_with(&[0, 15, 0, 2, 0, 14]), "{:?}", response.octets);
     }
     assert_refused(&zone, "example.com.", A);
-    // Any address may turn out to be an instance's, so that nothing is said about it yet.
+    // Any address may turn out to be an instance's, so that every address is SERVFAIL until then.
     assert_eq!(exchange(&zone, &query_for("1.2.0.192.in-addr.arpa.", PTR)).rcode(), 2);
     assert_refused(&zone, "2.0.192.in-addr.arpa.", PTR);
     zone.zone.set_ready();
@@ -301,7 +301,7 @@ fn rfc8914_what_is_not_loaded_yet_is_servfail_and_says_so() {
 }
 
 #[test]
-fn rfc8482_any_is_answered_with_the_first_rrset_there_is() {
+fn rfc8482_any_is_answered_with_one_rrset() {
     let zone = sample_zone();
     for (name, first) in [
         ("web.prod.svc.cluster.local.", " A 10.0.0."),
@@ -319,7 +319,7 @@ fn rfc8482_any_is_answered_with_the_first_rrset_there_is() {
 }
 
 #[test]
-fn the_ttl_is_as_configured_and_0_is_one() {
+fn ttl_is_as_configured_and_may_be_0() {
     for (ttl, soa) in [(0, 0), (5, 5), (300, 300), (3600, 300)] {
         let mut zone = TestZone::new(ZoneConfig { ttl, ..config() });
         zone.add("web.prod", &spec("10.0.0.1", &["http:80"]));
@@ -333,7 +333,7 @@ fn the_ttl_is_as_configured_and_0_is_one() {
 }
 
 #[test]
-fn the_first_address_is_drawn_by_weight_and_the_others_follow_in_turn() {
+fn first_address_is_drawn_by_weight() {
     let mut zone = TestZone::new(config());
     for (n, weight) in [1.0, 3.0, 0.0, 4.0].into_iter().enumerate() {
         zone.add("web.prod", &InstanceSpec { weight: Some(weight), ..spec(&format!("10.0.0.{n}"), &["http:80"]) });
@@ -355,7 +355,7 @@ fn the_first_address_is_drawn_by_weight_and_the_others_follow_in_turn() {
 }
 
 #[test]
-fn instances_without_any_weight_take_turns() {
+fn addresses_without_weight_are_drawn_evenly() {
     let mut zone = TestZone::new(config());
     for n in 0..3 {
         zone.add("web.prod", &InstanceSpec { weight: Some(0.0), ..spec(&format!("10.0.0.{n}"), &[]) });

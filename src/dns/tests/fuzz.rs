@@ -1,4 +1,4 @@
-//! Packets that nobody meant to send.
+//! Malformed packets, random and mutated.
 
 use std::sync::LazyLock;
 
@@ -42,7 +42,7 @@ fn question_len(packet: &[u8]) -> usize {
     at + 1 + 4 - 12
 }
 
-/// Packets that are worth bending.
+/// Packets to mutate.
 fn corpus() -> Vec<Vec<u8>> {
     let names = [
         "web.prod.svc.cluster.local.",
@@ -65,18 +65,18 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn random_octets_never_panic_and_get_what_they_should(packet in prop::collection::vec(any::<u8>(), 0..600)) {
+    fn random_packets_get_valid_answers_or_none(packet in prop::collection::vec(any::<u8>(), 0..600)) {
         check(&packet);
     }
 
     #[test]
-    fn bent_packets_never_panic_and_get_what_they_should(
+    fn mutated_packets_get_valid_answers_or_none(
         which in any::<prop::sample::Index>(),
-        bends in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0u8..4), 0..6),
+        mutations in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0u8..4), 0..6),
     ) {
         let corpus = corpus();
         let mut packet = which.get(&corpus).clone();
-        for (at, octet, how) in bends {
+        for (at, octet, how) in mutations {
             if packet.is_empty() {
                 break;
             }
@@ -93,6 +93,6 @@ proptest! {
 }
 
 #[test]
-fn the_corpus_itself_gets_what_it_should() {
+fn corpus_gets_valid_answers() {
     corpus().iter().for_each(|packet| check(packet));
 }

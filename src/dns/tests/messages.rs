@@ -1,11 +1,11 @@
-//! Headers, EDNS, and packets that are not what they should be.
+//! Headers, EDNS, and malformed packets.
 
 use super::*;
 
 const WEB: &str = "web.prod.svc.cluster.local.";
 
 #[test]
-fn an_answer_echoes_id_question_and_flags_and_sets_its_own() {
+fn header_of_an_answer() {
     let zone = sample_zone();
     for (flags, expected) in [
         ([0x00, 0x00], [0x84, 0x00]),
@@ -26,7 +26,7 @@ fn an_answer_echoes_id_question_and_flags_and_sets_its_own() {
 }
 
 #[test]
-fn question_and_owners_keep_the_case_that_was_asked() {
+fn question_and_owners_keep_the_case_of_the_query() {
     let zone = sample_zone();
     let odd = "WeB.pRoD.SVC.cluster.LOCAL.";
     let response = exchange(&zone, &query_for(odd, A));
@@ -41,7 +41,7 @@ fn question_and_owners_keep_the_case_that_was_asked() {
 }
 
 #[test]
-fn responses_and_stumps_are_never_answered() {
+fn responses_and_short_packets_are_not_answered() {
     let zone = sample_zone();
     let mut packet = query_for(WEB, A).packet();
     for len in 0..12 {
@@ -55,7 +55,7 @@ fn responses_and_stumps_are_never_answered() {
 }
 
 #[test]
-fn other_opcodes_are_notimp_with_a_header_only() {
+fn other_opcodes_are_notimp() {
     let zone = sample_zone();
     for opcode in 1..16 {
         let mut packet = query_for(WEB, A).edns(1232).packet();
@@ -74,7 +74,7 @@ fn assert_form_err(packet: &[u8]) {
 }
 
 #[test]
-fn rfc9619_any_number_of_questions_but_one_is_formerr() {
+fn rfc9619_qdcount_other_than_one_is_formerr() {
     let packet = query_for(WEB, A).packet();
     let twice = [&packet[..], &packet[12..]].concat();
     for (count, packet) in [(0, &packet[..12]), (0, &packet), (2, &twice), (2, &packet), (0xffff, &twice)] {
@@ -85,7 +85,7 @@ fn rfc9619_any_number_of_questions_but_one_is_formerr() {
 }
 
 #[test]
-fn what_cannot_be_parsed_is_formerr() {
+fn malformed_questions_are_formerr() {
     let packet = query_for(WEB, A).edns(1232).packet();
     for len in 12..packet.len() {
         assert_form_err(&packet[..len]);
@@ -101,7 +101,7 @@ fn what_cannot_be_parsed_is_formerr() {
 }
 
 #[test]
-fn rfc6891_opt_comes_back_only_if_it_came() {
+fn rfc6891_opt_is_in_the_answer_only_if_in_the_query() {
     let zone = sample_zone();
     assert!(exchange(&zone, &query_for(WEB, A)).message.edns.is_none());
     for name in [WEB, "no.prod.svc.cluster.local.", "example.com."] {
@@ -113,7 +113,7 @@ fn rfc6891_opt_comes_back_only_if_it_came() {
 }
 
 #[test]
-fn rfc3225_do_is_copied_and_other_flags_are_not() {
+fn rfc3225_do_is_the_only_flag_copied() {
     let response = exchange(&sample_zone(), &query_for(WEB, A).opt(1232, [0, 0, 0xff, 0xff], &[]));
     assert_eq!(response.octets[response.octets.len() - 6..], [0, 0, 0x80, 0, 0, 0]);
     assert_eq!(response.answers().len(), 2);
@@ -133,7 +133,7 @@ fn rfc6891_6_1_3_another_version_is_badvers() {
 }
 
 #[test]
-fn unknown_options_are_ignored_and_cookies_rfc7873_too() {
+fn unknown_options_and_cookies_are_ignored() {
     let response = exchange(
         &sample_zone(),
         &query_for(WEB, A).opt(1232, [0; 4], b"\0\x0a\0\x08abcdefgh\xff\xff\0\x01x\0\x08\0\0"),
@@ -143,7 +143,7 @@ fn unknown_options_are_ignored_and_cookies_rfc7873_too() {
 }
 
 #[test]
-fn rfc5001_nsid_is_answered_when_asked_for() {
+fn rfc5001_nsid_is_answered() {
     let zone = sample_zone();
     let asked = query_for(WEB, A).opt(512, [0; 4], b"\0\x03\0\0");
     for query in [asked.clone(), asked.clone().tcp(), TestQuery { name: wire("example.com."), ..asked }] {
@@ -152,7 +152,7 @@ fn rfc5001_nsid_is_answered_when_asked_for() {
 }
 
 #[test]
-fn a_long_nsid_never_takes_the_room_of_the_answer() {
+fn long_nsid_leaves_room_for_the_answer() {
     let zone = sample_zone();
     let packet = query_for(WEB, A).opt(512, [0; 4], b"\0\x03\0\0").packet();
     let mut out = [0; MAX_UDP as usize];
@@ -163,7 +163,7 @@ fn a_long_nsid_never_takes_the_room_of_the_answer() {
 }
 
 #[test]
-fn rfc6891_6_1_1_two_opts_or_one_with_a_name_are_formerr() {
+fn rfc6891_6_1_1_malformed_opt_is_formerr() {
     assert_form_err(&query_for(WEB, A).edns(1232).edns(1232).packet());
     let mut named = query_for(WEB, A);
     named.records = b"\x01a\0\0\x29\x04\xd0\0\0\0\0\0\0".to_vec();
@@ -175,7 +175,7 @@ fn rfc6891_6_1_1_two_opts_or_one_with_a_name_are_formerr() {
 }
 
 #[test]
-fn records_that_a_query_should_not_carry_are_stepped_over() {
+fn other_records_in_a_query_are_skipped() {
     let zone = sample_zone();
     // An A record whose owner is a pointer, one in each section, then OPT, then a TSIG.
     let record = b"\xc0\x0c\0\x01\0\x01\0\0\0\x05\0\x04\x0a\0\0\x01";
@@ -203,7 +203,7 @@ fn octets_after_the_message_are_ignored() {
 }
 
 #[test]
-fn other_classes_are_refused_and_any_is_in() {
+fn class_other_than_in_or_any_is_refused() {
     let zone = sample_zone();
     for qclass in [0, 2, 3, 4, 254, 65_535] {
         let response = exchange(&zone, &TestQuery { qclass, ..query_for(WEB, A) });

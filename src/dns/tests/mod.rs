@@ -29,7 +29,7 @@ const SRV: u16 = 33;
 const AXFR: u16 = 252;
 const ANY: u16 = 255;
 
-/// What NSID says in these tests.
+/// The name server identifier in these tests.
 const NSID: &[u8] = b"gp-1";
 
 /// A query, octet by octet.
@@ -40,7 +40,7 @@ struct TestQuery {
     name: Vec<u8>,
     qtype: u16,
     qclass: u16,
-    /// Records after the question, as they stand in the message, and their counts.
+    /// Records after the question, in wire form, and their counts.
     records: Vec<u8>,
     counts: [u16; 3],
     transport: Transport,
@@ -100,7 +100,7 @@ impl TestQuery {
     }
 }
 
-/// What came back.
+/// An answer, as octets and parsed.
 struct TestResponse {
     octets: Vec<u8>,
     message: Message,

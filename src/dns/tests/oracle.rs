@@ -1,4 +1,5 @@
-//! A second encoder: hickory-proto's, given the same lookup and the same draw, says the same.
+//! A second encoder as oracle: hickory-proto's, with the same lookup and the same draw, makes the same
+//! message.
 
 use std::net::IpAddr;
 
@@ -123,7 +124,7 @@ fn host_label(target: &HostLabel) -> String {
     }
 }
 
-/// What hickory-proto would send.
+/// The message that hickory-proto encodes.
 fn expected(zone: &TestZone, text: &str, qtype: u16, seed: u64, edns: bool) -> Vec<u8> {
     let view = zone.zone.pin();
     let asked = name(text);
@@ -214,7 +215,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
-    fn two_encoders_say_the_same(
+    fn hickory_encodes_the_same_message(
         zone in any_zone(),
         names in prop::collection::vec((any_name(), any::<u64>()), 1..12),
         qtype in prop::sample::select(vec![A, AAAA, SRV, PTR, TXT, SOA, NS, ANY, MX]),

@@ -1,5 +1,5 @@
-//! A plain list of records: what was registered is written down as the records that it must give,
-//! as strings, without the zone's lookup, weights or reverse entries, and searched from end to end.
+//! A plain list of records as oracle: the records that the registrations must have, as strings, found
+//! by a search from end to end, without the zone's lookup, weights or reverse entries.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -117,7 +117,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
-    fn a_plain_list_of_records_says_the_same(
+    fn list_of_records_gets_the_same_answers(
         registrations in any_registrations(),
         names in prop::collection::vec(any_name(), 1..12),
         rtype in prop::sample::select(vec![A, AAAA, SRV, PTR, TXT, SOA, NS, MX]),

@@ -13,7 +13,7 @@ fn zones(networks: &[(&str, u8)]) -> TestZone {
 }
 
 #[test]
-fn an_address_has_the_names_of_its_hosts() {
+fn address_has_a_ptr_record_per_host() {
     let zone = sample_zone();
     let owner = "1.0.0.10.in-addr.arpa.";
     assert_eq!(
@@ -28,7 +28,7 @@ fn an_address_has_the_names_of_its_hosts() {
 }
 
 #[test]
-fn other_types_there_have_an_soa_of_the_name_itself() {
+fn other_types_at_a_reverse_name_have_an_soa_of_the_name_itself() {
     let zone = sample_zone();
     for (name, qtype) in [("1.0.0.10.in-addr.arpa.", A), (V6, TXT), (V6, SOA)] {
         assert_no_data(&zone, name, qtype, name);
@@ -57,7 +57,7 @@ fn other_reverse_names_are_refused() {
 }
 
 #[test]
-fn in_a_reverse_zone_what_does_not_exist_is_said_so() {
+fn unknown_names_in_a_reverse_zone_are_nxdomain() {
     let zone = zones(&[("10.0.0.0", 8), ("2001:db8::", 32)]);
     let apex = "10.in-addr.arpa.";
     assert_eq!(answers(&zone, "1.0.20.10.in-addr.arpa.", PTR).len(), 1);
@@ -85,7 +85,7 @@ fn in_a_reverse_zone_what_does_not_exist_is_said_so() {
 }
 
 #[test]
-fn a_reverse_zone_has_an_soa_and_a_name_server_at_its_apex() {
+fn reverse_zone_has_an_soa_and_a_name_server() {
     let zone = zones(&[("10.0.0.0", 8)]);
     let soa = "10.in-addr.arpa. 5 IN SOA ns.dns.cluster.local. hostmaster.cluster.local. 2 7200 1800 86400 5";
     assert_eq!(answers(&zone, "10.in-addr.arpa.", SOA), [soa]);
@@ -94,7 +94,7 @@ fn a_reverse_zone_has_an_soa_and_a_name_server_at_its_apex() {
 }
 
 #[test]
-fn a_network_may_end_anywhere() {
+fn reverse_zone_of_any_prefix_length() {
     // Zones at labels' borders within the network: 16.10 to 31.10.
     let zone = zones(&[("10.16.0.0", 12), ("2001:db8::", 33)]);
     assert_eq!(answers(&zone, "1.0.20.10.in-addr.arpa.", PTR).len(), 1);
@@ -108,7 +108,7 @@ fn a_network_may_end_anywhere() {
 }
 
 #[test]
-fn a_network_may_be_one_address_or_all() {
+fn reverse_zone_of_one_address_or_all() {
     let zone = zones(&[("10.20.0.1", 32), ("10.20.0.2", 32), ("::", 0)]);
     assert_eq!(answers(&zone, "1.0.20.10.in-addr.arpa.", PTR).len(), 1);
     assert_eq!(answers(&zone, "1.0.20.10.in-addr.arpa.", SOA).len(), 1);

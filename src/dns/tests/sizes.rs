@@ -27,7 +27,7 @@ fn limit(edns: Option<u16>, transport: Transport) -> usize {
 }
 
 #[test]
-fn no_answer_is_larger_than_asked_for_and_none_smaller_than_it_could_be() {
+fn answers_fill_the_limit_and_never_exceed_it() {
     for count in [1, 2, 27, 28, 29, 30, 31, 32, 33, 70, 74, 75, 76, 100, 1000, 1190, 1191, 4089, 4091, 4093, 5000] {
         let zone = service_of(count);
         let count = count as usize;
@@ -38,20 +38,20 @@ fn no_answer_is_larger_than_asked_for_and_none_smaller_than_it_could_be() {
                     let query = edns.map_or_else(|| query.clone(), |size| query.clone().edns(size));
                     let response = exchange(&zone, &query);
                     let limit = limit(edns, transport);
-                    let says = format!("{count} instances, {name}, EDNS {edns:?}, {transport:?}");
-                    assert!(response.octets.len() <= limit, "{says}: {} octets", response.octets.len());
+                    let what = format!("{count} instances, {name}, EDNS {edns:?}, {transport:?}");
+                    assert!(response.octets.len() <= limit, "{what}: {} octets", response.octets.len());
                     let answers = response.message.answers.len();
-                    assert_eq!(response.truncated(), answers < count, "{says}: {answers} records");
-                    assert_eq!(response.message.edns.is_some(), edns.is_some(), "{says}");
+                    assert_eq!(response.truncated(), answers < count, "{what}: {answers} records");
+                    assert_eq!(response.message.edns.is_some(), edns.is_some(), "{what}");
                     if response.truncated() {
                         // Whole records, as many as fit, and nothing that merely helps.
                         let longest = if record > 0 { record } else { 62 };
-                        assert!(response.octets.len() + longest > limit, "{says}: {} octets", response.octets.len());
-                        assert!(response.message.additionals.is_empty(), "{says}");
+                        assert!(response.octets.len() + longest > limit, "{what}: {} octets", response.octets.len());
+                        assert!(response.message.additionals.is_empty(), "{what}");
                     }
                     let mut distinct = response.answers();
                     distinct.dedup();
-                    assert_eq!(distinct.len(), answers, "{says}");
+                    assert_eq!(distinct.len(), answers, "{what}");
                 }
             }
         }
@@ -59,7 +59,7 @@ fn no_answer_is_larger_than_asked_for_and_none_smaller_than_it_could_be() {
 }
 
 #[test]
-fn tcp_carries_4090_addresses_or_1190_ports() {
+fn tcp_answer_has_4090_addresses_or_1190_ports() {
     let zone = service_of(5000);
     let response = exchange(&zone, &query_for(WEB, A).tcp());
     assert!((4085..=4095).contains(&response.message.answers.len()), "{}", response.message.answers.len());
@@ -68,7 +68,7 @@ fn tcp_carries_4090_addresses_or_1190_ports() {
 }
 
 #[test]
-fn a_window_begins_anywhere_and_wraps() {
+fn truncated_answer_starts_at_the_drawn_record_and_wraps() {
     let zone = service_of(100);
     let packet = query_for(WEB, A).packet();
     let mut rng = fastrand::Rng::with_seed(3);
@@ -84,7 +84,7 @@ fn a_window_begins_anywhere_and_wraps() {
 }
 
 #[test]
-fn rfc2181_9_additional_data_goes_by_whole_rrsets_without_tc() {
+fn rfc2181_9_additional_data_is_dropped_by_whole_rrsets_without_tc() {
     // Seven SRV records fit 512 octets, their addresses do not all.
     let zone = service_of(7);
     let response = exchange(&zone, &query_for(HTTP, SRV));
@@ -107,7 +107,7 @@ fn rfc2181_9_additional_data_goes_by_whole_rrsets_without_tc() {
 }
 
 #[test]
-fn a_target_with_two_ports_is_once_in_additional_wherever_the_window_begins() {
+fn target_with_two_ports_is_once_in_additional() {
     let mut zone = TestZone::new(config());
     for n in 0..3 {
         zone.add("web.prod", &spec(&format!("10.0.0.{n}"), &["http:80"]));
@@ -123,7 +123,7 @@ fn a_target_with_two_ports_is_once_in_additional_wherever_the_window_begins() {
 }
 
 #[test]
-fn targets_beyond_the_reach_of_a_pointer_are_spelled_out() {
+fn owners_beyond_the_reach_of_a_pointer_are_written_out() {
     // RFC 1035 §4.1.4: pointers have 14 bits. 700 records of 55 octets go beyond, and leave room.
     let zone = service_of(700);
     let response = exchange(&zone, &query_for(HTTP, SRV).tcp());
@@ -137,7 +137,7 @@ fn targets_beyond_the_reach_of_a_pointer_are_spelled_out() {
 }
 
 #[test]
-fn the_largest_question_still_gets_its_soa_in_512_octets() {
+fn longest_question_gets_its_soa_in_512_octets() {
     let zone = sample_zone();
     let labels = format!("{0}.{0}.{0}.{1}", "a".repeat(63), "b".repeat(47));
     let name = format!("{labels}.cluster.local.");
@@ -147,7 +147,7 @@ fn the_largest_question_still_gets_its_soa_in_512_octets() {
 }
 
 #[test]
-fn a_buffer_of_any_size_is_never_run_over() {
+fn buffer_of_any_size_is_not_overrun() {
     let zone = sample_zone();
     let packet = query_for(HTTP, SRV).edns(1232).packet();
     let view = zone.zone.pin();
