@@ -1,13 +1,14 @@
 //! Metrics of the watches on Kubernetes.
 
-use std::sync::atomic::AtomicU64;
-
 use prometheus_client::{
     metrics::{counter::Counter, gauge::Gauge},
     registry::Registry,
 };
 
-use super::labels::{EnumCounter, EnumGauge, label_enum};
+use super::{
+    guard::GaugeGuard,
+    labels::{EnumCounter, EnumGauge, label_enum},
+};
 
 label_enum! {
     /// What is watched: the label `resource`.
@@ -100,21 +101,9 @@ impl KubernetesMetrics {
         self.lists.at(resource).inc();
     }
 
-    /// A watch stands, until the guard is dropped.
+    /// Counts an open watch until the guard is dropped.
     #[must_use]
-    pub fn watching(&self, resource: Watched) -> StandingWatch {
-        let gauge = self.watching.at(resource).clone();
-        gauge.inc();
-        StandingWatch(gauge)
-    }
-}
-
-/// Counts as a watch that stands while it lives.
-#[derive(Debug)]
-pub struct StandingWatch(Gauge<u64, AtomicU64>);
-
-impl Drop for StandingWatch {
-    fn drop(&mut self) {
-        self.0.dec();
+    pub fn watching(&self, resource: Watched) -> GaugeGuard {
+        GaugeGuard::new(self.watching.at(resource))
     }
 }

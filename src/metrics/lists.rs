@@ -1,5 +1,7 @@
 //! Metrics of lists: readers that are sent everything that is registered.
 
+use std::sync::atomic::AtomicU64;
+
 use prometheus_client::{
     metrics::{counter::Counter, gauge::Gauge},
     registry::Registry,
@@ -9,9 +11,9 @@ use prometheus_client::{
 #[derive(Debug, Default)]
 pub struct ListMetrics {
     /// Lists that are being sent.
-    pub open: Gauge,
+    pub open: Gauge<u64, AtomicU64>,
     /// Lists that wait for their turn.
-    pub queued: Gauge,
+    pub queued: Gauge<u64, AtomicU64>,
     /// Lists that were refused, because the queue was full or the wait too long.
     pub rejected: Counter,
     /// Times that the catalog was copied and sorted. Lists that begin together share one copy.

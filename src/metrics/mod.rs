@@ -5,6 +5,7 @@
 
 pub mod dns;
 mod grpc;
+mod guard;
 mod kubernetes;
 mod labels;
 mod lists;
@@ -17,7 +18,8 @@ use prometheus_client::registry::Registry;
 
 pub use dns::DnsMetrics;
 pub use grpc::{GrpcMetrics, Method, RegistrationKind, RegistrationStatus, WatchEnd};
-pub use kubernetes::{KubernetesMetrics, RestartReason, StandingWatch, Watched};
+pub use guard::GaugeGuard;
+pub use kubernetes::{KubernetesMetrics, RestartReason, Watched};
 pub use labels::{EnumCounter, EnumFamily, EnumGauge, LabelEnum, LabelValues};
 pub use lists::ListMetrics;
 pub use mirror::{Blocked, MirrorMetrics, RequestOutcome, Verb};

@@ -31,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Batch, Catalog, Feed, Lagged};
 use crate::{
-    metrics::Metrics,
+    metrics::{GaugeGuard, Metrics},
     model::{InstanceChange, Service, ServiceKey},
 };
 
@@ -97,11 +97,11 @@ impl Drop for Snapshot {
     }
 }
 
-/// A snapshot and the turn to send it: other lists wait until this value is dropped.
+/// A snapshot and the permission to send it: other lists wait until this value is dropped.
 #[derive(Debug)]
 pub struct List {
     snapshot: Arc<Snapshot>,
-    _turn: Turn,
+    _permit: ListPermit,
 }
 
 impl Deref for List {
@@ -167,16 +167,16 @@ impl Snapshots {
         }
     }
 
-    /// Waits for a turn and returns everything that is registered, not older than this call.
+    /// Waits for its turn and returns everything that is registered, not older than this call.
     /// Cancelling stops the work.
     ///
     /// # Errors
     /// When too many others wait, for longer than 10 s, or the catalog cannot be read.
     pub async fn list(&self) -> Result<List, ListError> {
-        let turn = self.turn().await.inspect_err(|_| {
+        let permit = self.permit().await.inspect_err(|_| {
             self.metrics.lists.rejected.inc();
         })?;
-        Ok(List { snapshot: self.latest().await?, _turn: turn })
+        Ok(List { snapshot: self.latest().await?, _permit: permit })
     }
 
     /// One service, or nothing, as a snapshot of its own. It costs no turn: it is only a reference.
@@ -198,14 +198,14 @@ impl Snapshots {
         Ok(Snapshot { services, generation: feed.seen() })
     }
 
-    async fn turn(&self) -> Result<Turn, ListError> {
+    async fn permit(&self) -> Result<ListPermit, ListError> {
         if let Ok(permit) = Arc::clone(&self.lists).try_acquire_owned() {
-            return Ok(Turn::new(permit, &self.metrics));
+            return Ok(ListPermit::new(permit, &self.metrics));
         }
         let Ok(_queued) = self.queue.try_acquire() else { return Err(ListError::Overloaded) };
         let _gauge = GaugeGuard::new(&self.metrics.lists.queued);
         match timeout(self.queue_timeout, Arc::clone(&self.lists).acquire_owned()).await {
-            Ok(Ok(permit)) => Ok(Turn::new(permit, &self.metrics)),
+            Ok(Ok(permit)) => Ok(ListPermit::new(permit, &self.metrics)),
             Ok(Err(_)) | Err(_) => Err(ListError::Overloaded),
         }
     }
@@ -280,39 +280,16 @@ impl Snapshots {
     }
 }
 
-/// A list that is being sent, counted.
+/// The permission to send a list.
 #[derive(Debug)]
-struct Turn {
+struct ListPermit {
     _permit: OwnedSemaphorePermit,
-    metrics: Arc<Metrics>,
+    _open: GaugeGuard,
 }
 
-impl Turn {
-    fn new(permit: OwnedSemaphorePermit, metrics: &Arc<Metrics>) -> Self {
-        metrics.lists.open.inc();
-        Self { _permit: permit, metrics: Arc::clone(metrics) }
-    }
-}
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        self.metrics.lists.open.dec();
-    }
-}
-
-/// Counts a future that waits, also when it is cancelled.
-struct GaugeGuard<'a>(&'a prometheus_client::metrics::gauge::Gauge);
-
-impl<'a> GaugeGuard<'a> {
-    fn new(gauge: &'a prometheus_client::metrics::gauge::Gauge) -> Self {
-        gauge.inc();
-        Self(gauge)
-    }
-}
-
-impl Drop for GaugeGuard<'_> {
-    fn drop(&mut self) {
-        self.0.dec();
+impl ListPermit {
+    fn new(permit: OwnedSemaphorePermit, metrics: &Metrics) -> Self {
+        Self { _permit: permit, _open: GaugeGuard::new(&metrics.lists.open) }
     }
 }
 
