@@ -15,7 +15,7 @@ use crate::model::{Address, Instance, MAX_LABEL, MAX_WIRE_NAME, Port, ServiceKey
 
 /// Octets that no label, and no `_port._proto` of a name that fits a label, exceeds: 64 and a
 /// `_sctp` with its length octet.
-const LONGEST_PREFIX: usize = MAX_LABEL + 1 + 6;
+const MAX_PREFIX: usize = MAX_LABEL + 1 + 6;
 
 /// Which names of one service fit a message (RFC 1035 §2.3.4).
 #[derive(Debug, Clone, Copy)]
@@ -38,7 +38,7 @@ impl NameLimit {
 
     fn fits_host(self, label: &HostLabel) -> bool {
         // Nearly always there is room for any label, and a dashed one need not be written to be measured.
-        self.fits(LONGEST_PREFIX) || self.fits(1 + label.len())
+        self.fits(MAX_PREFIX) || self.fits(1 + label.len())
     }
 
     fn fits_port(self, port: &Port) -> bool {

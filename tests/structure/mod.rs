@@ -13,7 +13,7 @@ use crate::support::tools::ROOT;
 /// allows only that item. `app` joins everything and is not here.
 const DOWN: &[(&str, &[&str])] = &[
     ("main", &["app", "cli", "config", "telemetry"]),
-    ("config", &["dns", "grpc", "kubernetes", "model", "registry", "store", "zone"]),
+    ("config", &["dns", "kubernetes", "model", "registry", "store", "zone"]),
     ("telemetry", &[]),
     ("cli", &["grpc::client", "model"]),
     ("dns", &["metrics", "model", "zone"]),
@@ -22,7 +22,7 @@ const DOWN: &[(&str, &[&str])] = &[
     ("kubernetes", &["metrics", "model", "registry"]),
     ("registry", &["metrics", "model", "store", "zone"]),
     ("store", &["metrics", "model"]),
-    ("zone", &["metrics", "model"]),
+    ("zone", &["model"]),
     ("metrics", &["model::Rcode", "model::RecordType"]),
     ("model", &[]),
 ];
@@ -36,12 +36,12 @@ const KUBERNETES_ROOMS: &[(&str, &[&str])] = &[
     ("mirror", &["objects", "api", "cache"]),
 ];
 
-/// Crates that stay in one place, with all whose names begin so and go on after `_`, and where that is.
+/// Crates that stay in some modules, with the crates whose names continue after `_`, and those modules.
 const PLACES: &[(&str, &[&str])] = &[
-    ("anyhow", &["main", "app", "cli", "config", "telemetry"]),
+    ("anyhow", &["main", "app", "config", "telemetry"]),
     ("axum", &["admin"]),
     ("clap", &["main", "cli", "config", "telemetry"]),
-    ("hickory", &["dns", "cli::resolve"]),
+    ("hickory", &["cli::resolve"]),
     ("k8s_openapi", &["kubernetes"]),
     ("kube", &["kubernetes"]),
     ("prometheus_client", &["metrics", "admin"]),
@@ -51,10 +51,10 @@ const PLACES: &[(&str, &[&str])] = &[
     ("tonic", &["grpc"]),
 ];
 
-/// Files that may say `unsafe`: the batched socket calls, and the programs that count allocations.
-const UNSAFE: &[&str] = &["src/dns/udp.rs", "benches/allocations.rs", "tests/allocations.rs"];
+/// Files that may contain `unsafe`: the program that counts allocations.
+const UNSAFE: &[&str] = &["benches/allocations.rs"];
 
-/// What may not stand in code, where (a path's beginning), and why.
+/// What is banned in code, below which path, and why.
 const BANNED: &[(&str, &str, &str)] = &[
     ("todo!", "", "unfinished"),
     ("unimplemented!", "", "unfinished"),
@@ -81,7 +81,7 @@ fn imports_point_down() {
     assert_eq!(bad("src/dns/tcp.rs", "use crate::grpc::client;").len(), 1, "transports do not know each other");
     assert_eq!(bad("src/cli/ls.rs", "use crate::grpc::{client::Client, proto};").len(), 1, "only the client");
     assert_eq!(bad("src/cli/ls.rs", "use crate::{cli::table, grpc::client::Client};").len(), 0);
-    assert_eq!(bad("src/unheard_of.rs", "").len(), 1, "a module without a place in the table");
+    assert_eq!(bad("src/unheard_of.rs", "").len(), 1, "a module that is not in the table");
 }
 
 #[test]
@@ -112,7 +112,7 @@ fn third_party_crates_stay_in_their_modules() {
 fn unsafe_stays_in_its_files() {
     holds(&["src", "tests", "benches"], unsafe_code);
     assert_eq!(unsafe_code(&Source::new("src/dns/tcp.rs", "fn f() { unsafe { g() } } // unsafe")).len(), 1);
-    assert_eq!(unsafe_code(&Source::new("src/dns/udp.rs", "fn f() { unsafe { g() } }")).len(), 0);
+    assert_eq!(unsafe_code(&Source::new("benches/allocations.rs", "fn f() { unsafe { g() } }")).len(), 0);
     assert_eq!(unsafe_code(&Source::new("src/lib.rs", "#![deny(unsafe_code)] // unsafe")).len(), 0);
 }
 
@@ -151,6 +151,17 @@ fn modules_with_submodules_are_folders() {
 }
 
 #[test]
+fn no_allowance_is_stale() {
+    let sources = Source::all(Path::new(ROOT), &["src", "tests", "benches"]);
+    assert_eq!(stale_allowances(&sources), Vec::<String>::new());
+    let none = stale_allowances(&[]);
+    let all = DOWN.iter().map(|(_, below)| below.len()).sum::<usize>()
+        + PLACES.iter().map(|(_, places)| places.len()).sum::<usize>()
+        + UNSAFE.len();
+    assert_eq!(none.len(), all, "without sources nothing is used");
+}
+
+#[test]
 fn every_source_is_declared() {
     for folder in ["src", "tests"] {
         let sources = Source::all(Path::new(ROOT), &[folder]);
@@ -176,7 +187,7 @@ fn upward_imports(source: &Source) -> Vec<String> {
     let module = source.module();
     let Some(&top) = module.first().filter(|&&top| top != "app") else { return Vec::new() };
     let Some((_, below)) = DOWN.iter().find(|(name, _)| *name == top) else {
-        return vec![format!("{}: module `{top}` has no place in the table of imports", source.path)];
+        return vec![format!("{}: module `{top}` is not in the table of imports", source.path)];
     };
     let allowed = |path: &str| {
         let first = path.split("::").next().unwrap_or(path);
@@ -207,19 +218,54 @@ fn strayed_crates(source: &Source) -> Vec<String> {
             .iter()
             .any(|&place| module == place || module.strip_prefix(place).is_some_and(|rest| rest.starts_with("::")))
     };
+    let strays = PLACES
+        .iter()
+        .filter(|(_, places)| !home(places))
+        .flat_map(|&(name, _)| crate_names(source, name).into_iter().map(move |at| (name, at)));
+    strays
+        .map(|(name, at)| format!("{}:{}: `{name}` is not allowed here", source.path, line(source.shipped(), at)))
+        .collect()
+}
+
+/// Where the shipped code names the crate `name`, or one whose name continues after `_`.
+fn crate_names(source: &Source, name: &str) -> Vec<usize> {
     let code = source.shipped();
-    let names = |name: &'static str| {
-        code.match_indices(name).map(|(at, _)| at).filter(move |&at| {
-            let own = !code[..at].ends_with(|c: char| c.is_alphanumeric() || "_:.".contains(c));
-            let rest = code[at..].trim_start_matches(|c: char| c.is_alphanumeric() || c == '_');
-            let family = &code[at + name.len()..code.len() - rest.len()];
-            own && (family.is_empty() || family.starts_with('_'))
-                && (rest.starts_with("::") || code[..at].ends_with("use "))
+    let matches = code.match_indices(name).map(|(at, _)| at).filter(|&at| {
+        let own = !code[..at].ends_with(|c: char| c.is_alphanumeric() || "_:.".contains(c));
+        let rest = code[at..].trim_start_matches(|c: char| c.is_alphanumeric() || c == '_');
+        let family = &code[at + name.len()..code.len() - rest.len()];
+        own && (family.is_empty() || family.starts_with('_'))
+            && (rest.starts_with("::") || code[..at].ends_with("use "))
+    });
+    matches.collect()
+}
+
+/// Rows of the tables above that no source needs any more.
+fn stale_allowances(sources: &[Source]) -> Vec<String> {
+    let sources_of = |module: &str| {
+        let module = module.to_owned();
+        sources.iter().filter(move |source| {
+            let path = source.module().join("::");
+            source.path.starts_with("src/") && (path == module || path.starts_with(&format!("{module}::")))
         })
     };
-    let strays =
-        PLACES.iter().filter(|(_, places)| !home(places)).flat_map(|&(name, _)| names(name).map(move |at| (name, at)));
-    strays.map(|(name, at)| format!("{}:{}: `{name}` has no business here", source.path, line(code, at))).collect()
+    let mut stale = Vec::new();
+    for (module, below) in DOWN {
+        let used: Vec<String> = sources_of(module).flat_map(Source::crate_paths).collect();
+        let unused =
+            below.iter().filter(|&&one| !used.iter().any(|path| path == one || path.split("::").next() == Some(one)));
+        stale.extend(unused.map(|one| format!("`{module}` does not import `{one}`")));
+    }
+    for (name, places) in PLACES {
+        let unused =
+            places.iter().filter(|place| !sources_of(place).any(|source| !crate_names(source, name).is_empty()));
+        stale.extend(unused.map(|place| format!("`{place}` does not use `{name}`")));
+    }
+    let unsafe_files = UNSAFE.iter().filter(|&&file| {
+        !sources.iter().any(|source| source.path == file && words(&source.code, "unsafe").next().is_some())
+    });
+    stale.extend(unsafe_files.map(|file| format!("{file} has no unsafe code")));
+    stale
 }
 
 fn unsafe_code(source: &Source) -> Vec<String> {
