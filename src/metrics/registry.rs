@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_writer_says_is_counted() {
+    fn observations_are_exposed_under_their_own_series() {
         let mut all = Registry::default();
         let metrics = RegistryMetrics::register(&mut all);
         metrics.observe_batch(3, 70, 65, 1712);

@@ -5,8 +5,8 @@
 //!
 //! Readers of the catalog and of the zone never see a generation of which a part is missing: the
 //! zone has a service before the catalog has it, and the catalog has all services of a generation
-//! before it says so. The feed and the mirror's dirty set come last, because whoever hears of a
-//! change reads the catalog at once.
+//! before its generation moves. The feed and the mirror's dirty set come last, because their
+//! readers turn to the catalog at once.
 
 use std::{
     collections::HashMap,
@@ -23,7 +23,7 @@ use crate::{
     zone::{Publisher, ServiceChange},
 };
 
-/// The one who changes what readers see.
+/// The only writer of the zone, the catalog and the feed.
 #[derive(Debug)]
 pub(super) struct Applier {
     publisher: Publisher,
@@ -136,7 +136,7 @@ impl Applier {
         }
     }
 
-    /// Has DNS know that a namespace exists, or no longer. Must not be called twice with the same.
+    /// Tells the zone that a namespace exists, or no longer. The zone counts: every call must be a change.
     pub(super) fn set_namespace(&mut self, name: &str, exists: bool) {
         self.publisher.set_namespace(name, exists);
     }

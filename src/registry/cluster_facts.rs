@@ -134,7 +134,7 @@ mod tests {
         let mut facts = ClusterFacts::new(Some(NamespacePolicy { create_namespaces: false }));
         assert_eq!(facts.refuse(&key("prod", "web")), None);
         assert!(facts.set_namespace("prod".into(), true));
-        assert!(!facts.set_namespace("prod".into(), true), "no news");
+        assert!(!facts.set_namespace("prod".into(), true), "known already");
         facts.namespaces_are_complete();
         assert_eq!(facts.refuse(&key("prod", "web")), None);
         assert_eq!(facts.refuse(&key("stage", "web")), Some(KubernetesRefusal::NamespaceAbsent));

@@ -31,8 +31,10 @@ impl Committer {
         self.generation
     }
 
-    /// Refuses what could not be committed. Not even an answer that changes nothing is right then:
-    /// the catalog may be behind what the disk holds.
+    /// Whether a commit can succeed.
+    ///
+    /// # Errors
+    /// After a failed commit.
     pub(super) fn usable(&self) -> Result<(), Unavailable> {
         match self.status.accepting() {
             Err(Unavailable::StorageFailed) => Err(Unavailable::StorageFailed),

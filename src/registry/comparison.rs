@@ -2,12 +2,12 @@
 //!
 //! The comparison of a million instances takes a second, and a late API server has it begin while
 //! registrations come in. So it runs on a thread of its own and reads the catalog like any other
-//! reader. It sends its result through the writer's queue, in parts, each after the one before is
-//! applied: so a submission waits for one part at most.
+//! reader. It sends its result through the writer's queue in parts, the next one when the last one
+//! is applied. So a submission waits for one part at most.
 //!
-//! The catalog may change under it, and no reading of it is one moment's. That is no matter: the
-//! comparison is made instance by instance, and the writer drops from the result the instances that
-//! changed since it began (`MirrorRecords::retain_current`). All others are still what was read.
+//! The catalog may change while it is read, and what is read is no snapshot. That does no harm: the
+//! comparison is made instance by instance, and the writer drops the instances that changed since it
+//! began from the result (`MirrorRecords::retain_current`). All others are as they were read.
 
 use std::sync::Arc;
 
@@ -29,7 +29,7 @@ use crate::store::Record;
 pub(super) struct Request {
     pub(super) held: KubernetesState,
     /// The writer's own queue. The writer itself must not keep a sender: its queue would never end.
-    pub(super) differences: mpsc::Sender<WriterMessage>,
+    pub(super) queue: mpsc::Sender<WriterMessage>,
     /// Gets the term under which slices are written from now on.
     pub(super) reply: oneshot::Sender<u64>,
 }
@@ -58,8 +58,8 @@ pub(super) fn start(request: Request, local: LocalState, catalog: Arc<Catalog>, 
 }
 
 fn run(request: Request, local: &LocalState, catalog: &Catalog, max_records: usize) {
-    let Request { mut held, differences, reply } = request;
-    // Nothing of ours belongs there, whoever wrote a slice that says so.
+    let Request { mut held, queue, reply } = request;
+    // Reserved names are never ours, even if somebody wrote a slice with our label.
     held.services.retain(|(service, _)| !is_reserved(service));
     let services = held.services.len();
     let instances: usize = held.services.iter().map(|(_, instances)| instances.len()).sum();
@@ -68,7 +68,7 @@ fn run(request: Request, local: &LocalState, catalog: &Catalog, max_records: usi
     while !records.is_empty() {
         let part = records.split_off(records.len().saturating_sub(max_records));
         let (applied, is_applied) = oneshot::channel();
-        let sent = differences.blocking_send(WriterMessage::Differences(Differences { records: part, applied }));
+        let sent = queue.blocking_send(WriterMessage::Differences(Differences { records: part, applied }));
         if sent.is_err() || is_applied.blocking_recv().is_err() {
             // The writer has gone or cannot write its journal; it has said so.
             return;
@@ -76,5 +76,5 @@ fn run(request: Request, local: &LocalState, catalog: &Catalog, max_records: usi
     }
     let new_term = (term != local.term).then_some(term);
     // Without a writer nobody waits for the term either.
-    let _ = differences.blocking_send(WriterMessage::Compared(End { new_term, term, reply }));
+    let _ = queue.blocking_send(WriterMessage::Compared(End { new_term, term, reply }));
 }

@@ -145,7 +145,7 @@ impl MirrorProgress {
         };
         async move {
             if let Some(receiver) = receiver {
-                // An error means that the registry is gone, and so is whoever could confirm.
+                // An error means that the registry has ended: nobody can confirm any more.
                 let _ = receiver.await;
             }
         }

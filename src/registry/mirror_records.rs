@@ -120,7 +120,7 @@ impl MirrorRecords {
         self.unsaved.len() >= MAX_UNSAVED || self.save_at.is_some_and(|at| at <= now)
     }
 
-    /// What is unsaved, for whoever writes it to the journal now.
+    /// Takes what is unsaved; the caller writes it to the journal.
     pub(super) fn take_unsaved(&mut self) -> Vec<Record> {
         self.save_at = None;
         mem::take(&mut self.unsaved)

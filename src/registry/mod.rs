@@ -1,10 +1,10 @@
 //! The registry: the one place where anything changes.
 //!
-//! Whoever wants a change submits [`Command`]s to the [`RegistryHandle`]. One writer takes all that
-//! wait as one batch and makes it durable, then visible, then acknowledged, in this order. Readers
-//! use the [`Catalog`] and never wait for the writer.
+//! Changes are submitted as [`Command`]s to the [`RegistryHandle`]. One writer takes all that wait as
+//! one batch and makes it durable, then visible, then acknowledged, in this order. Readers use the
+//! [`Catalog`] and never wait for the writer.
 //!
-//! Those who follow changes have two ways to, because they need different things:
+//! There are two ways to follow changes, because followers need different things:
 //!
 //! - The change feed ([`Feed`]) has every change, in order of generation. It is bounded: a reader
 //!   that falls behind gets an error and begins again. gRPC's watches read it.
@@ -13,7 +13,8 @@
 //!   no order, and says nothing of what changed: the mirror reads that from the catalog. It also
 //!   knows who waits until Kubernetes has a change, so the writer marks a service before it answers.
 //!
-//! Only the [`Applier`](apply::Applier) tells either of a change, after the catalog has it.
+//! The applier (`apply.rs`) tells both of a change, after the catalog has it. The writer also marks a
+//! service as dirty when it journals an instance without a change (`decide.rs`).
 //!
 //! A mirror, where there is one, tells the registry what Kubernetes says ([`ClusterFact`]) and what
 //! the EndpointSlices held at the start ([`KubernetesState`]), and reports what it has written. The
@@ -208,13 +209,13 @@ impl RegistryHandle {
     /// When the writer has ended, or cannot write its journal.
     pub async fn restore(&self, held: KubernetesState) -> Result<u64, Unavailable> {
         let (reply, term) = oneshot::channel();
-        let request = comparison::Request { held, differences: self.queue.clone(), reply };
+        let request = comparison::Request { held, queue: self.queue.clone(), reply };
         self.queue.send(WriterMessage::Restore(request)).await.map_err(|_| self.status.refusal())?;
         term.await.map_err(|_| self.status.refusal())
     }
 
-    /// Kubernetes has everything of each service up to its generation. Whoever waits for that is
-    /// told at once; the journal has it about a second later.
+    /// Kubernetes has everything of each service up to its generation. Those who wait for that are
+    /// notified at once; the journal has it about a second later.
     ///
     /// # Errors
     /// When the writer has ended.

@@ -137,10 +137,10 @@ fn differences(wanted: &HashMap<ServiceKey, CowTree<Arc<Instance>>>, catalog: &[
     let held: HashMap<&ServiceKey, &Service> = catalog.iter().map(|(service, held)| (service, held)).collect();
     for (service, wanted) in wanted {
         let held = held.get(service);
-        let news = wanted.iter().filter(|instance| {
+        let put = wanted.iter().filter(|instance| {
             held.and_then(|held| held.instances.get(&instance.key())).is_none_or(|held| held != *instance)
         });
-        records.extend(news.map(|instance| Record::Put { service: service.clone(), instance: Arc::clone(instance) }));
+        records.extend(put.map(|instance| Record::Put { service: service.clone(), instance: Arc::clone(instance) }));
     }
     records
 }

@@ -1,6 +1,6 @@
 //! The changes of one batch, laid over the catalog until the batch is durable.
 //!
-//! Whoever decides reads through them, so that a batch sees its own changes; the
+//! The decider reads through them, so that a batch sees its own changes; the
 //! [`Applier`](super::apply::Applier) then makes them visible as a whole. Nothing here knows where
 //! a change comes from: commands of registrants and a comparison with Kubernetes stage theirs alike.
 

@@ -45,7 +45,8 @@ pub(super) const MAX_DIFFERENCES: usize = 1024;
 /// The same while nobody can wait.
 const MAX_DIFFERENCES_AT_START: usize = 65_536;
 
-/// How long a start waits for the API server when the store alone could go on.
+/// How long a start waits for the API server before it goes on with what is stored, which another
+/// directory may have changed since.
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The writer: consumes submissions until it is told to stop.
@@ -104,16 +105,16 @@ impl Writer {
     /// while the API server is away. Returns false if it was stopped meanwhile. Blocks.
     pub fn await_restore(&mut self, runtime: &Handle, stop: &CancellationToken) -> bool {
         let was_compared = self.mirror_records.awaited().is_some_and(|local| local.term != 0);
-        let give_up = Instant::now() + RESTORE_TIMEOUT;
+        let deadline = Instant::now() + RESTORE_TIMEOUT;
         while !self.mirror_records.comparison_is_over() {
-            // A comparison that has begun is not given up.
-            let gives_up = was_compared && self.mirror_records.awaited().is_some();
+            // A comparison that has begun will end, with or without the API server.
+            let may_time_out = was_compared && self.mirror_records.awaited().is_some();
             let next = runtime.block_on(async {
                 tokio::select! {
                     biased;
                     () = stop.cancelled() => Err(Woken::Stopped),
                     message = receive(&mut self.held_over, &mut self.queue) => message.ok_or(Woken::Stopped),
-                    () = tokio::time::sleep_until(give_up.into()), if gives_up => Err(Woken::TimedOut),
+                    () = tokio::time::sleep_until(deadline.into()), if may_time_out => Err(Woken::TimedOut),
                 }
             });
             match next {
@@ -177,13 +178,15 @@ impl Writer {
                     facts.into_iter().for_each(|fact| self.learn(fact));
                 }
                 WriterMessage::Mirrored(services) => self.mirror_records.confirmed(services, Instant::now()),
-                // What was decided before comes first.
+                // What was decided before must be applied first: the comparison reads the catalog,
+                // and its result is filtered by what is journaled.
                 WriterMessage::Restore(_) | WriterMessage::Differences(_) | WriterMessage::Compared(_) => {
                     then = Some(message);
                     break;
                 }
             }
-            // Commands are limited by what they will cost; the clock limits everything else.
+            // Most of a command's cost comes later, in steps 2 and 3, so the clock cannot limit
+            // commands. It limits everything else.
             let is_full = self.limit.is_reached(pending.commands)
                 || (self.clock)().saturating_duration_since(begun) >= MAX_BATCH_TIME;
             next = if is_full { None } else { self.queue.try_recv().ok() };
@@ -205,6 +208,7 @@ impl Writer {
     fn decide(&mut self, submission: Submission, pending: &mut PendingAcks) {
         let Submission { commands, received, reply } = submission;
         if let Err(err) = self.committer.usable() {
+            // Not even an answer that changes nothing is right: the catalog may be behind the disk.
             let _ = reply.send(Err(err));
             return;
         }
@@ -241,7 +245,7 @@ impl Writer {
         // 3. apply: visible.
         let applied = self.applier.apply(generation, changes, UnixMillis::now());
         self.mirror_progress.mark_dirty(unmirrored.into_iter().map(|service| (service, generation, UnixMillis::now())));
-        // What a registrant counts after its answer is counted before it.
+        // Before the answer: a client that reads the metrics after it finds its change counted.
         self.observe(&pending, applied.changes());
         // 4. answer: acknowledged.
         self.answer(pending);
@@ -289,7 +293,7 @@ impl Writer {
         let _ = reply.send(());
     }
 
-    /// The whole result is applied: the store learns the term, and whoever waits for it too.
+    /// The whole result is applied: stores the term and answers the request.
     fn end_comparison(&mut self, end: comparison::End) {
         let comparison::End { new_term, term, reply } = end;
         if !self.mirror_records.end_comparison() {
@@ -298,7 +302,7 @@ impl Writer {
         self.decider.comparison_is_over();
         let stored = new_term.is_none_or(|term| self.committer.commit(&[Record::Term { term }], false).is_ok());
         if stored {
-            // Whoever waits may have gone.
+            // The watch that asked may have ended.
             let _ = reply.send(term);
         }
     }
