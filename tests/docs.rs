@@ -47,6 +47,32 @@ fn docs_operations() {
 }
 
 #[test]
+fn docs_architecture() {
+    replay("docs/architecture.md", &["dig"]);
+}
+
+/// Rows of the form "file | functions | …".
+#[test]
+fn functions_of_the_walks_exist_in_their_files() {
+    let page = fs::read_to_string(Path::new(ROOT).join("docs/architecture.md")).expect("a page is UTF-8");
+    let rows = page.lines().filter(|line| line.starts_with("| `src/"));
+    let mut functions = 0;
+    for row in rows {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let file = cells[1].trim_matches('`');
+        let source = fs::read_to_string(Path::new(ROOT).join(file)).unwrap_or_else(|err| panic!("{file}: {err}"));
+        for name in cells[2].split(", ").map(|cell| cell.trim_matches('`').trim_end_matches("()")) {
+            assert!(
+                source.contains(&format!("fn {name}(")) || source.contains(&format!("fn {name}<")),
+                "{file}: {name}"
+            );
+            functions += 1;
+        }
+    }
+    assert!(functions > 30, "{functions} functions");
+}
+
+#[test]
 fn docs_kubernetes() {
     let Some(turn) = mirror::ClusterLock::take() else { return };
     let (mine, theirs) = (turn.cluster.kubeconfig_for_gangplank(), turn.cluster.kubeconfig_admin());
