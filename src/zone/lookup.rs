@@ -22,7 +22,7 @@ fn takes(rtype: QuestionType, of: RecordType) -> bool {
 
 /// What a question finds.
 #[derive(Debug)]
-pub enum Lookup<'v> {
+pub(crate) enum Lookup<'v> {
     /// Records.
     Hit(Hit<'v>),
     /// The name exists, with other types or as one above a name that exists (RFC 8020).
@@ -37,7 +37,7 @@ pub enum Lookup<'v> {
 
 /// The RRset that a question finds.
 #[derive(Debug)]
-pub enum Hit<'v> {
+pub(crate) enum Hit<'v> {
     /// IPv4 addresses.
     A(Rrset<'v, AddressRecord<Ipv4Addr>>),
     /// IPv6 addresses.
@@ -56,7 +56,7 @@ pub enum Hit<'v> {
 
 /// The owner of the SOA in an answer: the question's name from this label on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Apex(pub usize);
+pub(crate) struct Apex(pub usize);
 
 /// A name under `in-addr.arpa` (RFC 1035 §3.5) or `ip6.arpa` (RFC 3596 §2.5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

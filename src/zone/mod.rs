@@ -36,13 +36,13 @@ use std::{
 use foldhash::fast::RandomState;
 use papaya::{Equivalent, HashMap, HashMapRef, LocalGuard};
 
-pub use lookup::{Apex, Hit, Lookup};
+pub(crate) use lookup::{Apex, Hit, Lookup};
 pub use publish::{Publisher, ServiceChange};
-pub use qname::{InvalidName, QName};
-pub use records::{AddressRecord, HostLabel, HostLabelRef, SrvRecord};
-pub use reverse::PtrRecord;
-pub use rrset::Rrset;
-pub use service::{Addresses, ServiceRecords};
+pub(crate) use qname::QName;
+pub(crate) use records::{AddressRecord, HostLabel, SrvRecord};
+pub(crate) use reverse::PtrRecord;
+pub(crate) use rrset::Rrset;
+pub(crate) use service::{Addresses, ServiceRecords};
 
 use crate::model::{DnsName, RecordType, ServiceKey};
 use reverse::{Reverse, ReverseReader};
@@ -192,38 +192,38 @@ pub struct ZoneReader<'z> {
 impl ZoneReader<'_> {
     /// What `name` has of `rtype`; `None` is a type of which there is nothing here (RFC 3597).
     #[must_use]
-    pub fn lookup(&self, name: &QName, rtype: Option<RecordType>) -> Lookup<'_> {
+    pub(crate) fn lookup(&self, name: &QName, rtype: Option<RecordType>) -> Lookup<'_> {
         lookup::lookup(self, name, rtype)
     }
 
     /// Whether `name` is the zone's name or below it.
     #[must_use]
-    pub fn contains(&self, name: &QName) -> bool {
+    pub(crate) fn contains(&self, name: &QName) -> bool {
         self.labels_below_origin(name).is_some()
     }
 
     /// The zone's name in wire form.
     #[must_use]
-    pub fn origin(&self) -> &[u8] {
+    pub(crate) fn origin(&self) -> &[u8] {
         &self.zone.settings.origin
     }
 
     /// How many labels `name` has below the zone's name; `None` outside the zone.
     #[must_use]
-    pub fn labels_below_origin(&self, name: &QName) -> Option<usize> {
+    pub(crate) fn labels_below_origin(&self, name: &QName) -> Option<usize> {
         let below = name.labels().checked_sub(self.zone.settings.origin_labels)?;
         (name.suffix(below) == self.origin()).then_some(below)
     }
 
     /// Seconds that a record may be cached.
     #[must_use]
-    pub fn ttl(&self) -> u32 {
+    pub(crate) fn ttl(&self) -> u32 {
         self.zone.settings.ttl
     }
 
     /// The serial of the SOA: the low 32 bits of the generation that was published last.
     #[must_use]
-    pub fn serial(&self) -> u32 {
+    pub(crate) fn serial(&self) -> u32 {
         self.zone.serial.load(Ordering::Acquire)
     }
 

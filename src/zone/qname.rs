@@ -11,11 +11,11 @@ const MAX_LABEL: u8 = 63;
 
 /// The octets are not a name as a question carries it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct InvalidName;
+pub(crate) struct InvalidName;
 
 /// A name from a question, in wire form and lower case.
 #[derive(Clone)]
-pub struct QName {
+pub(crate) struct QName {
     octets: [u8; MAX_NAME],
     len: usize,
     /// The offset of each label's length octet.
@@ -30,7 +30,7 @@ impl QName {
     /// When it does not end, is longer than 255 octets, or holds anything but plain labels. A
     /// compression pointer there could only point at the header or at the name itself (RFC 1035
     /// §4.1.4 wants a *prior* name), so that it is a fault too.
-    pub fn parse(octets: &[u8]) -> Result<Self, InvalidName> {
+    pub(crate) fn parse(octets: &[u8]) -> Result<Self, InvalidName> {
         let mut name = Self { octets: [0; MAX_NAME], len: 0, starts: [0; MAX_LABELS], labels: 0 };
         let mut at = 0;
         loop {
@@ -55,39 +55,21 @@ impl QName {
         Ok(name)
     }
 
-    /// The name that `text` spells, with or without a final dot; its labels may hold anything but
-    /// a dot.
-    ///
-    /// # Errors
-    /// When a label or the name is too long, or a label is empty.
-    pub fn from_text(text: &str) -> Result<Self, InvalidName> {
-        let mut wire = Vec::with_capacity(text.len() + 2);
-        for label in text.strip_suffix('.').unwrap_or(text).split('.').filter(|_| !matches!(text, "" | ".")) {
-            if label.is_empty() {
-                return Err(InvalidName);
-            }
-            wire.push(u8::try_from(label.len()).map_err(|_| InvalidName)?);
-            wire.extend_from_slice(label.as_bytes());
-        }
-        wire.push(0);
-        Self::parse(&wire)
-    }
-
     /// Octets in wire form, with the root: 1..=255.
     #[must_use]
-    pub fn wire_len(&self) -> usize {
+    pub(crate) fn wire_len(&self) -> usize {
         self.len
     }
 
     /// How many labels, without the root.
     #[must_use]
-    pub fn labels(&self) -> usize {
+    pub(crate) fn labels(&self) -> usize {
         self.labels
     }
 
     /// The label at `index`, counted from the left; empty beyond the last.
     #[must_use]
-    pub fn label(&self, index: usize) -> &[u8] {
+    pub(crate) fn label(&self, index: usize) -> &[u8] {
         let from = self.offset(index);
         let len = usize::from(self.octets[from]);
         self.octets.get(from + 1..from + 1 + len).unwrap_or_default()
@@ -95,13 +77,13 @@ impl QName {
 
     /// Where the label at `index` begins, or the root for any index beyond the last.
     #[must_use]
-    pub fn offset(&self, index: usize) -> usize {
+    pub(crate) fn offset(&self, index: usize) -> usize {
         if index < self.labels { usize::from(self.starts[index]) } else { self.len - 1 }
     }
 
     /// The name from the label at `index` on, in wire form with the root.
     #[must_use]
-    pub fn suffix(&self, index: usize) -> &[u8] {
+    pub(crate) fn suffix(&self, index: usize) -> &[u8] {
         &self.octets[self.offset(index)..self.len]
     }
 }
@@ -118,6 +100,27 @@ impl std::fmt::Display for QName {
 impl std::fmt::Debug for QName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "QName({self})")
+    }
+}
+
+#[cfg(test)]
+impl QName {
+    /// The name that `text` spells, with or without a final dot; its labels may hold anything but
+    /// a dot.
+    ///
+    /// # Errors
+    /// When a label or the name is too long, or a label is empty.
+    pub(crate) fn from_text(text: &str) -> Result<Self, InvalidName> {
+        let mut wire = Vec::with_capacity(text.len() + 2);
+        for label in text.strip_suffix('.').unwrap_or(text).split('.').filter(|_| !matches!(text, "" | ".")) {
+            if label.is_empty() {
+                return Err(InvalidName);
+            }
+            wire.push(u8::try_from(label.len()).map_err(|_| InvalidName)?);
+            wire.extend_from_slice(label.as_bytes());
+        }
+        wire.push(0);
+        Self::parse(&wire)
     }
 }
 

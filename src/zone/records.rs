@@ -37,9 +37,9 @@ impl CountOp {
 
 /// One A or AAAA record.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AddressRecord<I> {
+pub(crate) struct AddressRecord<I> {
     /// The address.
-    pub ip: I,
+    pub(crate) ip: I,
     /// Instances at the address without a registered host label: they are found under its dashes.
     pub(super) dashed: u32,
     /// Instances at the address.
@@ -103,7 +103,7 @@ impl<I: Copy + Ord> Row for AddressRecord<I> {
 
 /// The first label of a host's name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub enum HostLabel {
+pub(crate) enum HostLabel {
     /// The address with dashes, written out when it is rendered.
     Dashed(IpAddr),
     /// The registered host label.
@@ -112,7 +112,7 @@ pub enum HostLabel {
 
 /// [`HostLabel`] borrowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum HostLabelRef<'a> {
+pub(crate) enum HostLabelRef<'a> {
     /// The address with dashes.
     Dashed(IpAddr),
     /// The registered host label.
@@ -139,7 +139,7 @@ impl HostLabel {
 
     /// The same label, borrowed.
     #[must_use]
-    pub fn as_ref(&self) -> HostLabelRef<'_> {
+    pub(crate) fn as_ref(&self) -> HostLabelRef<'_> {
         match self {
             Self::Dashed(ip) => HostLabelRef::Dashed(*ip),
             Self::Registered(label) => HostLabelRef::Registered(label.as_str()),
@@ -149,13 +149,13 @@ impl HostLabel {
 
 /// One SRV record of a port name.
 #[derive(Debug, Clone, PartialEq)]
-pub struct SrvRecord {
+pub(crate) struct SrvRecord {
     /// The host.
-    pub target: HostLabel,
+    pub(crate) target: HostLabel,
     /// The port number.
-    pub port: u16,
+    pub(crate) port: u16,
     /// The lowest of its instances' priorities, which is the preferred one (RFC 2782).
-    pub priority: u16,
+    pub(crate) priority: u16,
     /// Instances with that priority.
     at_priority: u32,
     /// Instances with a higher priority. Boxed, because instances of one record seldom differ.
@@ -192,7 +192,7 @@ impl SrvRecord {
     /// The weight of the record: the weights of its instances in hundredths, 0 only when every
     /// one of them is 0 (RFC 2782: 0 means hardly ever).
     #[must_use]
-    pub fn srv_weight(&self) -> u16 {
+    pub(crate) fn srv_weight(&self) -> u16 {
         if self.units == 0 {
             return 0;
         }

@@ -19,12 +19,12 @@ use crate::model::{Label, ServiceKey, cow_tree::Row};
 
 /// One host name of an address: `<host>.<service>.svc.<zone>`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PtrRecord {
+pub(crate) struct PtrRecord {
     /// Under this service.
-    pub service: ServiceKey,
+    pub(crate) service: ServiceKey,
     /// The host label as registered; `None` for the address with dashes. Boxed because few have one,
     /// and there is a record for nearly every instance.
-    pub host: Option<Box<Label>>,
+    pub(crate) host: Option<Box<Label>>,
 }
 
 impl PtrRecord {

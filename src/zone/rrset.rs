@@ -113,7 +113,7 @@ impl<R: Row + fmt::Debug> fmt::Debug for SmallTree<R> {
 }
 
 /// The records of one name and type: at least one, in the order of their keys.
-pub enum Rrset<'v, R> {
+pub(crate) enum Rrset<'v, R> {
     /// Up to 32 records, side by side.
     Few(&'v [R]),
     /// More.
@@ -142,8 +142,7 @@ impl<'v, R: Row> Rrset<'v, R> {
 
     /// How many records.
     #[must_use]
-    #[expect(clippy::len_without_is_empty, reason = "never empty")]
-    pub fn len(self) -> usize {
+    pub(crate) fn len(self) -> usize {
         match self {
             Self::Few(rows) => rows.len(),
             Self::Many(table) => table.len(),
@@ -152,7 +151,7 @@ impl<'v, R: Row> Rrset<'v, R> {
 
     /// Draws the record that comes first, by weight; without any weight every record is equally likely.
     #[must_use]
-    pub fn draw(self, rng: &mut fastrand::Rng) -> usize {
+    pub(crate) fn draw(self, rng: &mut fastrand::Rng) -> usize {
         let weight = match self {
             Self::Few([_]) => return 0,
             Self::Few(rows) => rows.iter().map(Row::weight).sum(),
@@ -180,7 +179,7 @@ impl<'v, R: Row> Rrset<'v, R> {
     ///
     /// # Errors
     /// The error of `visit`.
-    pub fn visit_from<E>(self, rank: usize, visit: impl FnMut(&'v R) -> Result<(), E>) -> Result<(), E> {
+    pub(crate) fn visit_from<E>(self, rank: usize, visit: impl FnMut(&'v R) -> Result<(), E>) -> Result<(), E> {
         // The iterator of a large table is large itself: a small one does without.
         match self {
             Self::Few(rows) => {
@@ -192,7 +191,7 @@ impl<'v, R: Row> Rrset<'v, R> {
     }
 
     /// All records, in the order of [`Rrset::visit_from`].
-    pub fn wrap_from(self, rank: usize) -> impl Iterator<Item = &'v R> {
+    pub(crate) fn wrap_from(self, rank: usize) -> impl Iterator<Item = &'v R> {
         let (few, many): (&[R], Option<_>) = match self {
             Self::Few(rows) => (rows, None),
             Self::Many(table) => (&[], Some(table.iter_from(rank).chain(table.iter_from(0).take(rank)))),
@@ -202,7 +201,7 @@ impl<'v, R: Row> Rrset<'v, R> {
     }
 
     /// All records in order.
-    pub fn iter(self) -> impl Iterator<Item = &'v R> {
+    pub(crate) fn iter(self) -> impl Iterator<Item = &'v R> {
         self.wrap_from(0)
     }
 }

@@ -16,7 +16,7 @@ use crate::model::{Protocol, parse_dashed_label};
 
 /// What one service's served instances add up to.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct ServiceRecords {
+pub(crate) struct ServiceRecords {
     pub(super) v4: SmallTree<AddressRecord<Ipv4Addr>>,
     pub(super) ports: SmallTree<PortRecords>,
     pub(super) extra: Option<Box<ExtraRecords>>,
@@ -31,11 +31,11 @@ pub(super) struct ExtraRecords {
 
 /// The addresses of one name, at least one of either family.
 #[derive(Debug, Clone, Copy)]
-pub struct Addresses<'v> {
+pub(crate) struct Addresses<'v> {
     /// IPv4.
-    pub v4: Option<Rrset<'v, AddressRecord<Ipv4Addr>>>,
+    pub(crate) v4: Option<Rrset<'v, AddressRecord<Ipv4Addr>>>,
     /// IPv6.
-    pub v6: Option<Rrset<'v, AddressRecord<Ipv6Addr>>>,
+    pub(crate) v6: Option<Rrset<'v, AddressRecord<Ipv6Addr>>>,
 }
 
 impl ServiceRecords {
@@ -58,7 +58,7 @@ impl ServiceRecords {
 
     /// The addresses of the service's own name.
     #[must_use]
-    pub fn addresses(&self) -> Addresses<'_> {
+    pub(crate) fn addresses(&self) -> Addresses<'_> {
         Addresses { v4: self.v4.rrset(), v6: self.extra.as_ref().and_then(|extra| extra.v6.rrset()) }
     }
 
@@ -69,7 +69,7 @@ impl ServiceRecords {
 
     /// The addresses of an SRV target of this service.
     #[must_use]
-    pub fn target(&self, target: &HostLabel) -> Option<Addresses<'_>> {
+    pub(crate) fn target(&self, target: &HostLabel) -> Option<Addresses<'_>> {
         match target {
             HostLabel::Dashed(ip) => self.dashed(*ip),
             HostLabel::Registered(label) => self.registered_host(label.as_str().as_bytes()),

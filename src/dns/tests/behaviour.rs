@@ -1,7 +1,6 @@
 //! The names that exist, and those that do not.
 
 use super::*;
-use crate::model::InstanceSpec;
 
 const ZONE: &str = "cluster.local.";
 

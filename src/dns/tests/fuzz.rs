@@ -2,8 +2,6 @@
 
 use std::sync::LazyLock;
 
-use proptest::prelude::*;
-
 use super::*;
 
 static SAMPLE: LazyLock<TestZone> = LazyLock::new(sample_zone);

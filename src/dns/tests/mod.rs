@@ -11,11 +11,15 @@ mod sizes;
 mod sockets;
 
 use hickory_proto::op::Message;
+use proptest::prelude::*;
 
 use super::{Context, MAX_TCP, MAX_UDP, Transport, answer};
-use crate::zone::{
-    ZoneConfig,
-    testing::{TestZone, config, spec},
+use crate::{
+    model::InstanceSpec,
+    zone::{
+        ZoneConfig,
+        testing::{TestZone, config, spec},
+    },
 };
 
 const A: u16 = 1;
@@ -201,11 +205,42 @@ fn sample_zone() -> TestZone {
     zone.add("web.prod", &spec("10.0.0.1", &["http:80", "9"]));
     zone.add("web.prod", &spec("10.0.0.2", &["http:80", "dns:53/udp"]));
     zone.add("web.prod", &spec("2001:db8::", &["http:8080"]));
-    let db = crate::model::InstanceSpec { host_name: "main".into(), priority: 3, ..spec("10.1.0.1", &["pg:5432"]) };
+    let db = InstanceSpec { host_name: "main".into(), priority: 3, ..spec("10.1.0.1", &["pg:5432"]) };
     zone.add("db.prod", &db);
-    zone.add("db.prod", &crate::model::InstanceSpec { address: "2001:db8::1:1".into(), weight: Some(0.5), ..db });
+    zone.add("db.prod", &InstanceSpec { address: "2001:db8::1:1".into(), weight: Some(0.5), ..db });
     zone.add("bare.test", &spec("10.0.0.1", &[]));
     zone.add_unready("sick.ill", &spec("10.9.0.1", &["http:80"]));
     zone.generation(1712);
     zone
+}
+
+/// One registration: under which service, what, and whether it is ready.
+type Registration = (&'static str, InstanceSpec, bool);
+
+/// Registrations among few addresses, names and ports, so that they meet often.
+fn any_registrations() -> impl Strategy<Value = Vec<Registration>> {
+    let address = prop_oneof![
+        3 => (1u8..8).prop_map(|n| format!("10.20.0.{n}")),
+        1 => (1u8..4).prop_map(|n| format!("2001:db8:0:{n}::")),
+    ];
+    let service = prop::sample::select(vec!["web.prod", "db.prod", "web.test"]);
+    let host = prop::sample::select(vec!["", "", "a", "b"]);
+    let ports = prop::sample::subsequence(vec!["http:80", "web:80/udp", "9", "dns:53/udp", "alt:81"], 0..5);
+    let weight = prop::sample::select(vec![None, Some(0.0), Some(0.25), Some(0.001), Some(655.0)]);
+    let one = (service, address, host, ports, weight, 0u16..3, prop::bool::weighted(0.8));
+    let one = one.prop_map(|(service, address, host, ports, weight, priority, ready)| {
+        (service, InstanceSpec { host_name: host.into(), weight, priority, ..spec(&address, &ports) }, ready)
+    });
+    prop::collection::vec(one, 0..20)
+}
+
+/// Registers all of them.
+fn register(zone: &mut TestZone, registrations: &[Registration]) {
+    for (service, spec, ready) in registrations {
+        if *ready {
+            zone.add(service, spec);
+        } else {
+            zone.add_unready(service, spec);
+        }
+    }
 }

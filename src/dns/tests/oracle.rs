@@ -3,6 +3,12 @@
 
 use std::net::IpAddr;
 
+use super::*;
+use crate::{
+    dns::render::MAX_PTR,
+    model::{DashedLabel, RecordType},
+    zone::{Addresses, Apex, Hit, HostLabel, Lookup, QName, ZoneReader},
+};
 use hickory_proto::{
     op::{Edns, MessageType, OpCode, Query, ResponseCode},
     rr::{
@@ -12,14 +18,6 @@ use hickory_proto::{
             TXT as RdataTxt,
         },
     },
-};
-use proptest::prelude::*;
-
-use super::*;
-use crate::{
-    dns::render::MAX_PTR,
-    model::{DashedLabel, InstanceSpec, RecordType},
-    zone::{Addresses, Apex, Hit, HostLabel, Lookup, QName, ZoneReader},
 };
 
 const ORIGIN: &str = "cluster.local.";
@@ -166,16 +164,7 @@ fn expected(zone: &TestZone, text: &str, qtype: u16, seed: u64, edns: bool) -> V
 }
 
 fn any_zone() -> impl Strategy<Value = TestZone> {
-    let address = prop_oneof![
-        3 => (1u8..8).prop_map(|n| format!("10.20.0.{n}")),
-        1 => (1u8..4).prop_map(|n| format!("2001:db8:0:{n}::")),
-    ];
-    let service = prop::sample::select(vec!["web.prod", "db.prod", "web.test"]);
-    let host = prop::sample::select(vec!["", "", "a", "b"]);
-    let ports = prop::sample::subsequence(vec!["http:80", "web:80/udp", "9", "dns:53/udp", "alt:81"], 0..5);
-    let weight = prop::sample::select(vec![0.0, 0.25, 1.0, 1.0, 655.0]);
-    let registration = (service, address, host, ports, weight, 0u16..3);
-    (prop::collection::vec(registration, 0..20), prop::sample::select(vec![0, 5, 3600]), any::<bool>()).prop_map(
+    (any_registrations(), prop::sample::select(vec![0, 5, 3600]), any::<bool>()).prop_map(
         |(registrations, ttl, reverse)| {
             let network = ("10.20.0.0".parse().expect("valid"), 21);
             let mut zone = TestZone::new(ZoneConfig {
@@ -184,11 +173,7 @@ fn any_zone() -> impl Strategy<Value = TestZone> {
                 ns_addresses: vec!["192.0.2.53".parse::<IpAddr>().expect("valid")],
                 ..config()
             });
-            for (service, address, host, ports, weight, priority) in registrations {
-                let spec =
-                    InstanceSpec { host_name: host.into(), weight: Some(weight), priority, ..spec(&address, &ports) };
-                zone.add(service, &spec);
-            }
+            register(&mut zone, &registrations);
             zone
         },
     )

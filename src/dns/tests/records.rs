@@ -6,36 +6,10 @@ use std::{
     net::IpAddr,
 };
 
-use proptest::prelude::*;
-
 use super::{oracle::any_name, *};
-use crate::{
-    model::InstanceSpec,
-    zone::testing::{instance, key},
-};
-
 /// Records by owner and type, as `rdata`.
 #[derive(Debug, Default)]
 struct List(BTreeSet<(String, u16, String)>);
-
-/// One registration: under which service, what, and whether it is ready.
-type Registration = (&'static str, InstanceSpec, bool);
-
-fn any_registrations() -> impl Strategy<Value = Vec<Registration>> {
-    let address = prop_oneof![
-        3 => (1u8..8).prop_map(|n| format!("10.20.0.{n}")),
-        1 => (1u8..4).prop_map(|n| format!("2001:db8:0:{n}::")),
-    ];
-    let service = prop::sample::select(vec!["web.prod", "db.prod", "web.test"]);
-    let host = prop::sample::select(vec!["", "", "a", "b"]);
-    let ports = prop::sample::subsequence(vec!["http:80", "web:80/udp", "9", "dns:53/udp", "alt:81"], 0..5);
-    let weight = prop::sample::select(vec![None, Some(0.0), Some(0.25), Some(0.001), Some(655.0)]);
-    let one = (service, address, host, ports, weight, 0u16..3, prop::bool::weighted(0.8));
-    let one = one.prop_map(|(service, address, host, ports, weight, priority, ready)| {
-        (service, InstanceSpec { host_name: host.into(), weight, priority, ..spec(&address, &ports) }, ready)
-    });
-    prop::collection::vec(one, 0..20)
-}
 
 impl List {
     fn of(registrations: &[Registration]) -> Self {
@@ -124,11 +98,7 @@ proptest! {
     ) {
         let ns_addresses = vec!["192.0.2.53".parse().expect("valid")];
         let mut zone = TestZone::new(ZoneConfig { ns_addresses, ..config() });
-        for (service, spec, ready) in &registrations {
-            let service = key(service);
-            let one = std::sync::Arc::unwrap_or_clone(instance(spec)).with_ready(*ready);
-            zone.put(&service, one.into());
-        }
+        register(&mut zone, &registrations);
         let list = List::of(&registrations);
         for name in names {
             let response = exchange(&zone, &query_for(&name, rtype).tcp());

@@ -94,7 +94,7 @@ fn rfc2181_9_additional_data_is_dropped_by_whole_rrsets_without_tc() {
     // One target with a hundred addresses: all of them, or none.
     let mut zone = TestZone::new(config());
     for n in 0..100 {
-        let one = crate::model::InstanceSpec { host_name: "h".into(), ..spec(&format!("10.0.0.{n}"), &["http:80"]) };
+        let one = InstanceSpec { host_name: "h".into(), ..spec(&format!("10.0.0.{n}"), &["http:80"]) };
         zone.add("web.prod", &one);
     }
     let response = exchange(&zone, &query_for(HTTP, SRV).edns(1232));
