@@ -18,7 +18,7 @@ use futures::stream;
 use serde::Serialize;
 
 use crate::{
-    model::view::{InstanceView, ServiceHead, Shares},
+    model::view::{InstanceView, ServiceHead, TrafficShares},
     registry::Snapshot,
 };
 
@@ -58,7 +58,7 @@ struct Pages<S> {
     snapshot: S,
     remaining: Range<usize>,
     /// The first remaining service, when a part of it is rendered: its next instance.
-    partly_rendered: Option<(usize, Shares)>,
+    partly_rendered: Option<(usize, TrafficShares)>,
     /// What comes before the next service.
     separator: &'static str,
     /// What comes after the last one; `None` when the response is complete.
@@ -96,7 +96,7 @@ impl<S: Deref<Target = Snapshot>> Pages<S> {
                     // The object stays open for its instances.
                     page.pop();
                     page.write_all(b",\"instances\":[")?;
-                    (0, Shares::of(service))
+                    (0, TrafficShares::of(service))
                 }
             };
             let mut next = rank;

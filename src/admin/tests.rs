@@ -7,12 +7,10 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::*;
 use crate::{
-    model::{DnsName, InstanceSpec, Service, ServiceKey, UnixMillis, Validator},
+    model::{DnsName, InstanceSpec, Service, ServiceKey, UnixMillis, testing::VALIDATOR},
     registry::{Catalog, Phase},
     zone::ZoneConfig,
 };
-
-const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
 /// Long enough for a slow machine; nothing waits for it when all is well.
 const TEST_TIMEOUT: Duration = Duration::from_secs(20);

@@ -14,7 +14,7 @@ use crate::{
     grpc::client::Client,
     model::{
         Port, Protocol, Service, ServiceKey,
-        view::{Rfc3339, ServiceView, ServicesView, Shares},
+        view::{Rfc3339, ServiceView, ServicesView, TrafficShares},
     },
 };
 
@@ -140,7 +140,7 @@ fn services_table(services: &[(ServiceKey, Service)], format: Option<Format>, no
             key.namespace().to_owned(),
             key.name().to_owned(),
             service.instances.len().to_string(),
-            Shares::of(service).ready().to_string(),
+            TrafficShares::of(service).ready().to_string(),
             ports(&all),
             shares(service),
         ];
@@ -161,7 +161,7 @@ fn instances_table(services: &[(ServiceKey, Service)], format: Option<Format>, n
     titles.extend_from_slice(if wide { &more } else { &more[4..] });
     let mut table = Table::new(&titles, &["PORTS"], format);
     for (key, service) in services {
-        let shares = Shares::of(service);
+        let shares = TrafficShares::of(service);
         for instance in service.instances.iter() {
             let mut row = vec![
                 key.namespace().to_owned(),
@@ -203,7 +203,7 @@ fn ports(ports: &[&Port]) -> String {
 
 /// The shares of the ready instances, largest first, equal ones once: `50%,2x25%`.
 fn shares(service: &Service) -> String {
-    let all = Shares::of(service);
+    let all = TrafficShares::of(service);
     if all.ready() == 0 {
         return NONE.to_owned();
     }

@@ -39,7 +39,7 @@ impl Serialize for ServiceView<'_> {
         fields.serialize_field("name", key.name())?;
         fields.serialize_field("generation", &service.generation)?;
         fields.serialize_field("created", &service.created().map(Rfc3339))?;
-        fields.serialize_field("instances", &Instances(service))?;
+        fields.serialize_field("instances", &InstanceList(service))?;
         fields.end()
     }
 }
@@ -71,23 +71,23 @@ pub struct ServicesView<'a>(pub &'a [(ServiceKey, Service)]);
 
 impl Serialize for ServicesView<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        struct Each<'a>(&'a [(ServiceKey, Service)]);
-        impl Serialize for Each<'_> {
+        struct ServiceList<'a>(&'a [(ServiceKey, Service)]);
+        impl Serialize for ServiceList<'_> {
             fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 serializer.collect_seq(self.0.iter().map(|(key, service)| ServiceView { key, service }))
             }
         }
         let mut fields = serializer.serialize_struct("Services", 1)?;
-        fields.serialize_field("services", &Each(self.0))?;
+        fields.serialize_field("services", &ServiceList(self.0))?;
         fields.end()
     }
 }
 
-struct Instances<'a>(&'a Service);
+struct InstanceList<'a>(&'a Service);
 
-impl Serialize for Instances<'_> {
+impl Serialize for InstanceList<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let shares = Shares::of(self.0);
+        let shares = TrafficShares::of(self.0);
         let views = self.0.instances.iter();
         serializer.collect_seq(views.map(|instance| InstanceView { instance, share: Some(shares.share(instance)) }))
     }
@@ -106,8 +106,8 @@ impl Serialize for InstanceView<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let Self { instance, share } = self;
         let mut fields = serializer.serialize_struct("Instance", 9)?;
-        fields.serialize_field("address", &Text(instance.address()))?;
-        fields.serialize_field("ports", &Ports(instance.ports().as_slice()))?;
+        fields.serialize_field("address", &DisplayText(instance.address()))?;
+        fields.serialize_field("ports", &PortList(instance.ports().as_slice()))?;
         fields.serialize_field("host_name", &instance.host_name().map(|label| label.as_str()))?;
         fields.serialize_field("node_name", &instance.node_name().map(|name| name.as_str()))?;
         fields.serialize_field("weight", &instance.weight().get())?;
@@ -119,17 +119,17 @@ impl Serialize for InstanceView<'_> {
     }
 }
 
-struct Ports<'a>(&'a [Port]);
+struct PortList<'a>(&'a [Port]);
 
-impl Serialize for Ports<'_> {
+impl Serialize for PortList<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         #[derive(Serialize)]
-        struct View<'a> {
+        struct PortView<'a> {
             port: u16,
             protocol: &'static str,
             name: Option<&'a str>,
         }
-        serializer.collect_seq(self.0.iter().map(|port| View {
+        serializer.collect_seq(self.0.iter().map(|port| PortView {
             port: port.number,
             protocol: port.protocol.as_str(),
             name: port.name.as_ref().map(|name| name.as_str()),
@@ -173,9 +173,9 @@ impl Serialize for Rfc3339 {
     }
 }
 
-struct Text<'a, T: ?Sized>(&'a T);
+struct DisplayText<'a, T: ?Sized>(&'a T);
 
-impl<T: fmt::Display + ?Sized> Serialize for Text<'_, T> {
+impl<T: fmt::Display + ?Sized> Serialize for DisplayText<'_, T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self.0)
     }
@@ -184,12 +184,12 @@ impl<T: fmt::Display + ?Sized> Serialize for Text<'_, T> {
 /// What part of a service's traffic each of its instances gets: its weight over that of all that
 /// are ready. Where no ready instance has a weight, all ready ones get the same.
 #[derive(Debug, Clone, Copy)]
-pub struct Shares {
+pub struct TrafficShares {
     units: u64,
     ready: usize,
 }
 
-impl Shares {
+impl TrafficShares {
     /// Adds up the ready instances of `service`.
     #[must_use]
     pub fn of(service: &Service) -> Self {
@@ -221,9 +221,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::model::{InstanceSpec, PortSpec, Protocol, Validator};
-
-    const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
+    use crate::model::{InstanceSpec, PortSpec, Protocol, testing::VALIDATOR};
 
     fn service(instances: &[(&str, f32, bool)]) -> (ServiceKey, Service) {
         let key = VALIDATOR.service("prod", "web").expect("valid");
@@ -246,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn the_shape_of_a_service_is_stable() {
+    fn json_of_a_service_is_stable() {
         let (key, service) =
             service(&[("10.0.0.1", 0.5, true), ("2001:db8::1", 1.5, true), ("db.example.com", 9.0, false)]);
         let shown = serde_json::to_value(ServiceView { key: &key, service: &service }).expect("JSON");
@@ -277,16 +275,16 @@ mod tests {
     }
 
     #[test]
-    fn without_any_weight_all_get_the_same() {
+    fn shares_without_weights_are_equal() {
         let (_, service) = service(&[("10.0.0.1", 0.0, true), ("10.0.0.2", 0.0, true), ("10.0.0.3", 5.0, false)]);
-        let shares = Shares::of(&service);
+        let shares = TrafficShares::of(&service);
         let all: Vec<f64> = service.instances.iter().map(|instance| shares.share(instance)).collect();
         assert_eq!(all, [0.5, 0.5, 0.0]);
         assert_eq!(shares.ready(), 2);
     }
 
     #[test]
-    fn a_moment_beyond_the_calendar_is_its_last() {
+    fn rfc3339_is_capped_at_year_9999() {
         assert_eq!(Rfc3339(UnixMillis(u64::MAX)).to_string(), "9999-12-31T23:59:59.999Z");
         assert_eq!(Rfc3339(UnixMillis(0)).to_string(), "1970-01-01T00:00:00.000Z");
     }

@@ -183,9 +183,7 @@ impl Decider {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{InstanceSpec, PortSpec, Validator};
-
-    const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
+    use crate::model::{InstanceSpec, PortSpec, testing::VALIDATOR};
 
     fn key(name: &str) -> ServiceKey {
         VALIDATOR.service("prod", name).expect("valid")

@@ -148,9 +148,7 @@ fn differences(wanted: &HashMap<ServiceKey, CowTree<Arc<Instance>>>, catalog: &[
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{InstanceId, InstanceSpec, UnixMillis, Validator};
-
-    const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
+    use crate::model::{InstanceId, InstanceSpec, UnixMillis, testing::VALIDATOR};
 
     fn web() -> ServiceKey {
         VALIDATOR.service("prod", "web").expect("valid")

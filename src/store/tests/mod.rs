@@ -15,13 +15,11 @@ use self::simulated_disk::SimulatedDisk;
 use super::{Journal, Options, Record, RecoveryReport, StoreError, recover::StoreOpener};
 use crate::{
     metrics::Metrics,
-    model::{Instance, InstanceId, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis, Validator},
+    model::{Instance, InstanceId, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis, testing::VALIDATOR},
 };
 
 /// What stands, by service and identity.
 type Model = BTreeMap<(ServiceKey, InstanceId), Arc<Instance>>;
-
-const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
 
 fn apply(model: &mut Model, record: &Record) {
     match record.clone() {

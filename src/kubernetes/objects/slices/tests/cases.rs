@@ -327,7 +327,7 @@ fn of_foreign_slices_is_taken_what_can_be_answered() {
         ],
         metadata: ObjectMeta::default(),
     };
-    let found = foreign(&slice, &Validator { names_allowed: false, ..VALIDATOR });
+    let found = foreign(&slice, &crate::model::Validator { names_allowed: false, ..VALIDATOR });
     let shown: Vec<_> = found
         .iter()
         .map(|one| {

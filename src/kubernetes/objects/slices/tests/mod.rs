@@ -9,9 +9,9 @@ use std::sync::Arc;
 use cluster::Cluster;
 
 use super::*;
-use crate::model::{CowTree, Instance, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis, Validator};
+use crate::model::{CowTree, Instance, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis};
 
-pub(in crate::kubernetes) const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
+pub(in crate::kubernetes) use crate::model::testing::VALIDATOR;
 
 const UID: &str = "0d3cf0a4-0000-4000-8000-000000000001";
 
