@@ -91,7 +91,7 @@ fn registrations(phase: &Phase) -> Check {
             Some("what Kubernetes holds is still being read; the log says why when it does not answer".into())
         }
         Phase::StorageFailed(err) => Some(format!(
-            "the journal cannot be written ({err}): nothing is accepted until a restart; mend the data directory's \
+            "the journal cannot be written ({err}): nothing is accepted until a restart; fix the data directory's \
              disk, then restart gangplank"
         )),
         Phase::Draining => Some("shutting down".into()),

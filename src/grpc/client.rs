@@ -86,7 +86,7 @@ pub struct Answer {
 /// What a watch says.
 #[derive(Debug, Clone)]
 pub enum WatchEvent {
-    /// A service as it stands.
+    /// A service as it is now.
     Snapshot(ServiceKey, Service),
     /// The snapshot is complete, or, later and now and then, nothing that was asked for has
     /// changed up to here.

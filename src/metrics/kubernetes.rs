@@ -48,7 +48,7 @@ pub struct KubernetesMetrics {
     watching: EnumGauge<Watched>,
     /// 1 once what Kubernetes holds was read for the first time.
     pub synced: Gauge,
-    /// Endpoints of ours that could not be taken as they stand, or not at all.
+    /// Endpoints in our slices that are invalid.
     pub skipped_endpoints: Counter,
 }
 
@@ -85,7 +85,7 @@ impl KubernetesMetrics {
         );
         kubernetes.register(
             "skipped_endpoints",
-            "Endpoints in slices of gangplank that could not be taken as they stand; the log names them",
+            "Endpoints in slices of gangplank that are invalid; the log names them",
             metrics.skipped_endpoints.clone(),
         );
         metrics

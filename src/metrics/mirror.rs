@@ -77,7 +77,7 @@ pub struct MirrorMetrics {
     /// Services that wait for their turn, or for a second try.
     pub queue: Gauge<u64, AtomicU64>,
     blocked: EnumGauge<Blocked>,
-    /// Objects of ours that another hand had changed and that were put right.
+    /// External changes of our objects that were reverted.
     pub repaired: Counter,
 }
 
@@ -120,7 +120,7 @@ impl MirrorMetrics {
         all.register("queue_length", "Services that wait for their turn or for a second try", metrics.queue.clone());
         all.register(
             "repairs",
-            "Objects that another hand had changed and that were put right",
+            "External changes of objects of gangplank that were reverted",
             metrics.repaired.clone(),
         );
         metrics

@@ -66,6 +66,24 @@ const BANNED: &[(&str, &str, &str)] = &[
     ("time::sleep", "tests/", "wait for a state"),
 ];
 
+/// Words that comments and messages do not use, and what they say instead.
+const BANNED_WORDS: &[(&str, &str)] = &[
+    ("give back", "return"),
+    ("gives back", "returns"),
+    ("given back", "returned"),
+    ("stand so", "say what the state is"),
+    ("stands so", "say what the state is"),
+    ("cannot stand", "is invalid"),
+    ("mend", "fix"),
+    ("mended", "fixed"),
+    ("mends", "fixes"),
+    ("other hand", "somebody else"),
+    ("another hand", "somebody else"),
+    ("put right", "reverted, or repaired"),
+    ("as it stands", "as it is"),
+    ("as they stand", "as they are"),
+];
+
 /// Beginnings of constants' names, which are `MAX_…` instead.
 const BANNED_PREFIXES: &[&str] = &["MOST_", "LONGEST_", "LARGEST_"];
 
@@ -133,6 +151,16 @@ fn files_have_at_most_500_lines() {
     assert_eq!(too_long(&Source::new("src/a.rs", &"x();\n".repeat(MAX_LINES + 1))).len(), 1);
     let tests = format!("x();\n#[cfg(test)]\nmod tests {{\n{}}}", "x();\n".repeat(MAX_LINES));
     assert_eq!(too_long(&Source::new("src/a.rs", &tests)).len(), 0);
+}
+
+#[test]
+fn comments_use_plain_words() {
+    holds(&["src", "tests", "benches"], poetry);
+    let faults = |text: &str| poetry(&Source::new("src/a.rs", text)).len();
+    assert_eq!(faults("/// Gives back the length.\nfn f() {}"), 1);
+    assert_eq!(faults("// It stands\n// so now, and a reader\n// gives\n// back."), 2, "across lines");
+    assert_eq!(faults("fn f() { say(\"a field cannot stand\") }"), 1, "messages too");
+    assert_eq!(faults("// an amendment\nfn mend() {}"), 0);
 }
 
 #[test]
@@ -290,6 +318,20 @@ fn banned(source: &Source) -> Vec<String> {
 fn too_long(source: &Source) -> Vec<String> {
     let lines = source.shipped().lines().count();
     if lines > MAX_LINES { vec![format!("{}: {lines} lines before its tests", source.path)] } else { Vec::new() }
+}
+
+fn poetry(source: &Source) -> Vec<String> {
+    if source.path.starts_with("tests/structure/") {
+        return Vec::new(); // the bad examples
+    }
+    // One line, so that a phrase is found across a line break; comment signs are no words.
+    let prose = source.prose.to_lowercase().replace(['\n', '/', '!'], " ");
+    let prose = prose.split_whitespace().collect::<Vec<_>>().join(" ");
+    let found = |phrase: &'static str| words(&prose, phrase).count();
+    let faults = BANNED_WORDS.iter().flat_map(|&(phrase, instead)| {
+        std::iter::repeat_n(format!("{}: {phrase:?}: write {instead:?}", source.path), found(phrase))
+    });
+    faults.collect()
 }
 
 fn superlatives(source: &Source) -> Vec<String> {

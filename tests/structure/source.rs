@@ -1,5 +1,5 @@
-//! Rust sources as far as the structure tests need them: code without comments and strings, and
-//! the paths that stand in it.
+//! Rust sources as far as the structure tests need them: code without comments and literals, the
+//! comments and literals alone, and the paths that the code names.
 
 use std::{
     fs,
@@ -13,11 +13,14 @@ pub(super) struct Source {
     pub(super) path: String,
     /// The code, comments and literals blanked, line for line.
     pub(super) code: String,
+    /// The comments and literals, code blanked, line for line.
+    pub(super) prose: String,
 }
 
 impl Source {
     pub(super) fn new(path: &str, text: &str) -> Self {
-        Self { path: path.to_owned(), code: blank(text) }
+        let code = blank(text);
+        Self { path: path.to_owned(), prose: inverse(text, &code), code }
     }
 
     /// Every source below `folders` of the repository, in order.
@@ -186,6 +189,12 @@ fn blank(text: &str) -> String {
     code
 }
 
+/// What [`blank`] took out of `text`, everything else blanked.
+fn inverse(text: &str, code: &str) -> String {
+    let keep = |(original, left): (char, char)| if original != left || original == '\n' { original } else { ' ' };
+    text.chars().zip(code.chars()).map(keep).collect()
+}
+
 /// The length of the comment or literal that begins `rest`, if one does.
 fn literal(rest: &str, before: Option<char>) -> Option<usize> {
     let to = |end: &str, from: usize| rest[from..].find(end).map_or(rest.len(), |at| from + at + end.len());
@@ -232,6 +241,10 @@ fn comments_and_literals_are_no_code() {
     assert_eq!(code.lines().count(), text.lines().count());
     let left: String = code.split_whitespace().collect::<Vec<_>>().join("");
     assert_eq!(left, "a();d(,,b,);leth:&'staticstr;");
+    let prose = inverse(text, &code);
+    assert_eq!(prose.lines().count(), text.lines().count());
+    let left: String = prose.split_whitespace().collect::<Vec<_>>().join("");
+    assert_eq!(left, "\"x//\\\"y\"//b/*c*/'\"''\\''\"e\"r#\"f\"g\"#");
 }
 
 #[test]

@@ -1,6 +1,6 @@
-//! The older Endpoints object, for those who still read it: one object for all instances.
+//! The older Endpoints object, for clients that still read it: one object for all instances.
 //!
-//! It holds a thousand addresses at most. The label `skip-mirror` keeps Kubernetes from making a
+//! The object holds a thousand addresses at most. The label `skip-mirror` keeps Kubernetes from making a
 //! second set of slices of it.
 
 use std::{
@@ -19,12 +19,12 @@ use super::{
 };
 use crate::model::{CowTree, Instance, Port, ServiceKey};
 
-/// Most addresses of an Endpoints object, as Kubernetes' own controller has it.
+/// Most addresses of an Endpoints object, that of Kubernetes' own controller.
 pub const MAX_ADDRESSES: usize = 1000;
 
 /// The Endpoints object of a service whose Service has the uid `service_uid`.
 ///
-/// Ready instances come first where not all fit, and an annotation says that some are missing.
+/// If not all instances fit, ready ones come first, and an annotation says that some are missing.
 #[must_use]
 pub fn desired(
     key: &ServiceKey,
@@ -48,7 +48,7 @@ pub fn desired(
 }
 
 /// What has to be PUT so that an Endpoints object of ours is as [`desired`] again; `None` when it
-/// is, or is being deleted. Metadata of others stays.
+/// is, or is being deleted. Metadata of others is kept.
 #[must_use]
 pub fn amend(existing: &Endpoints, desired: &Endpoints) -> Option<Endpoints> {
     if existing.metadata.deletion_timestamp.is_some() {
@@ -127,8 +127,7 @@ fn place(subsets: &mut Vec<EndpointSubset>, ports: Vec<EndpointPort>) -> usize {
     })
 }
 
-/// An instance's ports as subsets can have them: no name twice, and none without a name beside
-/// others.
+/// An instance's ports as subsets allow them: no name twice, and an unnamed port only alone.
 fn parts(instance: &Instance) -> Vec<Vec<EndpointPort>> {
     let mut parts = Vec::new();
     // The family does not matter: a subset takes both.

@@ -1,28 +1,27 @@
 //! Labels and annotations: what gangplank writes on its objects and looks for on others.
 //!
-//! They stand on objects in clusters, so none of them ever changes.
+//! Objects in clusters carry them, so none of them ever changes.
 
-/// Label of Services that stand for something outside the cluster.
+/// Label of Services that represent something outside the cluster.
 pub const SERVICE_TYPE: &str = "service-type";
 
 /// Value of [`SERVICE_TYPE`].
 pub const EXTERNAL: &str = "external";
 
-/// Label of a Service (and of an Endpoints object) that says what gangplank is to it: [`OWNED`]
+/// Label of a Service (and of an Endpoints object) that says whether gangplank manages it: [`OWNED`]
 /// or [`JOINED`].
 pub const SERVICE: &str = "gangplank.dev/service";
 
-/// Value of [`SERVICE`]: gangplank created it and keeps it as it should be.
+/// Value of [`SERVICE`]: gangplank created it and reverts external changes.
 pub const OWNED: &str = "owned";
 
-/// Value of [`SERVICE`]: somebody else's Service that lets external instances stand beside its
-/// own endpoints.
+/// Value of [`SERVICE`]: a Service of somebody else that external instances can join.
 pub const JOINED: &str = "joined";
 
 /// Label of an EndpointSlice that names its Service.
 pub const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
-/// Label of an EndpointSlice that names who writes it.
+/// Label of an EndpointSlice that names its controller.
 pub const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
 
 /// Value of [`MANAGED_BY`] on our slices.
@@ -34,7 +33,7 @@ pub const HEADLESS: &str = "service.kubernetes.io/headless";
 /// Label of an Endpoints object that keeps the mirroring controller from making slices of it.
 pub const SKIP_MIRROR: &str = "endpointslice.kubernetes.io/skip-mirror";
 
-/// Annotation of a slice: what its endpoints have no field for, as JSON by address.
+/// Annotation of a slice: attributes that endpoints have no field for, as JSON by address.
 pub const INSTANCES: &str = "gangplank.dev/instances";
 
 /// Annotation of a slice that holds the ports of one protocol only: all ports of its instances,

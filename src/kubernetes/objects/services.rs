@@ -1,4 +1,4 @@
-//! The headless Service under which the slices of a service stand.
+//! The headless Service that owns the slices of a service.
 //!
 //! CoreDNS reads ports from the slices, so a Service's ports are for people and tools: as many of
 //! the instances' ports as one list can hold.
@@ -22,20 +22,20 @@ const MAX_PORTS: usize = 1000;
 /// Value of `clusterIP` that makes a Service headless.
 const NO_CLUSTER_IP: &str = "None";
 
-/// What gangplank is to a Service.
+/// Whether gangplank manages a Service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ownership {
-    /// It created the Service, keeps it right, and removes it.
+    /// Gangplank created the Service, reverts external changes, and deletes it.
     Ours,
-    /// Somebody else's, who lets external instances stand beside its own endpoints. The Service
-    /// itself is not touched.
+    /// Managed by somebody else, who lets external instances join its endpoints. Gangplank does not
+    /// touch the Service itself.
     Joined,
-    /// Somebody else's: nothing may stand under its name.
+    /// Managed by somebody else: no instance can be registered under its name.
     Foreign,
 }
 
 impl Ownership {
-    /// As the labels of a Service say.
+    /// From the labels of a Service.
     #[must_use]
     pub fn of(meta: &ObjectMeta) -> Self {
         match meta.labels.as_ref().and_then(|labels| labels.get(names::SERVICE)).map(String::as_str) {
@@ -67,8 +67,8 @@ pub fn desired(key: &ServiceKey, instances: &CowTree<Arc<Instance>>) -> Service 
 }
 
 /// What has to be PUT so that a Service of ours is as [`desired`] again; `None` when it is, or is
-/// being deleted. What gangplank does not set stays, and so does a cluster IP, which nobody can
-/// change.
+/// being deleted. Fields that gangplank does not set are kept, and so is a cluster IP, which is
+/// immutable.
 #[must_use]
 pub fn amend(existing: &Service, instances: &CowTree<Arc<Instance>>) -> Option<Service> {
     if existing.metadata.deletion_timestamp.is_some() {
@@ -97,7 +97,7 @@ pub fn amend(existing: &Service, instances: &CowTree<Arc<Instance>>) -> Option<S
     if service == *existing {
         return None;
     }
-    // The API server keeps its own account of who set what.
+    // managedFields are the API server's own.
     service.metadata.managed_fields = None;
     Some(service)
 }
@@ -137,7 +137,7 @@ fn service_port(protocol: Protocol, number: u16, name: Option<&Label>) -> Servic
         name: name.map(ToString::to_string),
         port: number.into(),
         protocol: Some(protocol.as_str().into()),
-        // What the API server would make of an absent one.
+        // The default of the API server.
         target_port: Some(IntOrString::Int(number.into())),
         ..ServicePort::default()
     }
@@ -172,7 +172,7 @@ mod tests {
         ports.iter().map(said).map(|(name, number, protocol)| (name.into(), number, protocol.into())).collect()
     }
 
-    /// What an API server fills in.
+    /// The defaults that an API server fills in.
     fn defaulted(mut service: Service) -> Service {
         let spec = service.spec.as_mut().expect("set");
         spec.cluster_ips = Some(vec!["None".into()]);
@@ -241,7 +241,7 @@ mod tests {
             let numbers: HashSet<_> = all.iter().map(|port| (port.1, &port.2)).collect();
             prop_assert_eq!((names.len(), numbers.len()), (all.len(), all.len()));
             prop_assert!(all.len() < 2 || all.iter().all(|port| !port.0.is_empty()));
-            // Every name that there is has a port, unless its numbers went to other names.
+            // Every name has a port, unless its numbers went to other names.
             for (number, protocol, name) in lists.iter().flatten().filter(|port| !port.2.is_empty()) {
                 let taken = numbers.contains(&(i32::try_from(*number).expect("small"), &protocol.as_str().to_owned()));
                 prop_assert!(taken || names.contains(&(*name).to_owned()));

@@ -228,7 +228,7 @@ where
         Ok((version, self.readable(object).map(events)))
     }
 
-    /// Hands on every object there is, and gives back the version of the list.
+    /// Passes on every object, and returns the version of the list.
     async fn list(&self, handler: &mut impl EventHandler<K>) -> Result<String, ListWatchError> {
         let mut params = ListParams {
             label_selector: Some(self.labels.clone()).filter(|labels| !labels.is_empty()),

@@ -196,7 +196,7 @@ fn accepted_loss_keeps_all_other_records_and_the_corrupt_file() {
             drop(journal);
             assert!(disk.contents().contains_key(&format!("{name}.corrupt")), "{name} at {at}");
             disk.power_cut(rng);
-            let (_, recovery, read) = open(&disk).expect("mended");
+            let (_, recovery, read) = open(&disk).expect("the tail was cut");
             assert_eq!((read, recovery.repairs), (after, vec![]), "{name} at {at}");
         }
     }

@@ -54,7 +54,7 @@ fn joined_name_is_answered_with_pods_and_instances() {
     edit(cluster, &slice_path("joined", name(&hand)), &|slice| {
         slice["endpoints"][0]["conditions"]["ready"] = true.into();
     });
-    soon("as it stands now", || (a() == ["10.20.0.1", "10.20.9.1", "10.20.9.3"]).then_some(()));
+    soon("the latest addresses", || (a() == ["10.20.0.1", "10.20.9.1", "10.20.9.3"]).then_some(()));
 
     let theirs = || -> Vec<_> { slices(cluster, "joined", "web").into_iter().filter(|slice| !ours(&slice)).collect() };
     let before = theirs();

@@ -1,4 +1,4 @@
-//! Groups: which instances can share a slice, and what the slice is called.
+//! Groups: which instances can share a slice, and the name of the slice.
 
 use std::{
     fmt::Write as _,
@@ -11,8 +11,8 @@ use sha2::{Digest as _, Sha256};
 
 use crate::model::{Port, PortSpec, Ports, Protocol, ServiceKey};
 
-/// Most ports that are looked at in a slice. An instance within its 2 KiB has fewer than 160, so
-/// a longer list is nobody's; Kubernetes would take 20 000.
+/// Most ports of a slice that are read. An instance within its 2 KiB has fewer than 160, so gangplank
+/// never wrote a longer list; Kubernetes allows 20 000.
 pub(super) const MAX_PORTS: usize = 512;
 
 /// Hexadecimal digits of the hash in a slice's name.
@@ -34,7 +34,7 @@ impl Family {
         if ip.is_ipv4() { Self::V4 } else { Self::V6 }
     }
 
-    /// As a slice's `addressType` says it.
+    /// As a slice's `addressType`.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -43,7 +43,7 @@ impl Family {
         }
     }
 
-    /// The family that a slice's `addressType` says; `None` for `FQDN`.
+    /// The family of a slice's `addressType`; `None` for `FQDN`.
     pub(super) fn parse(text: &str) -> Option<Self> {
         [Self::V4, Self::V6].into_iter().find(|family| family.as_str() == text)
     }
@@ -52,7 +52,7 @@ impl Family {
 /// What all instances of one slice have in common: the family and the exact list of ports.
 ///
 /// A slice cannot have one port name twice, not even under two protocols. Instances with such
-/// ports stand in several groups, one for each of their protocols, each with `part` set. The
+/// ports are in several groups, one for each of their protocols, each with `part` set. The
 /// whole list is part of each, so that they do not mix with instances that have only those ports:
 /// within a group an address is one instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,7 +66,7 @@ pub struct SliceGroup {
 }
 
 impl SliceGroup {
-    /// The groups in which instances with `ports` stand: one, or one for each protocol.
+    /// The groups of instances with `ports`: one, or one for each protocol.
     pub(in crate::kubernetes) fn all(family: Family, ports: &Ports) -> Vec<Self> {
         let group = |part| Self { family, ports: ports.clone(), part };
         if !must_be_split(ports) {
@@ -76,8 +76,8 @@ impl SliceGroup {
         Protocol::ALL.into_iter().filter(used).map(|protocol| group(Some(protocol))).collect()
     }
 
-    /// The group of a slice with these ports, `whole` being what its annotation says of all ports
-    /// of its instances. `None` when no slice of ours looks so.
+    /// The group of a slice with these ports, `whole` being all ports of its instances as its annotation
+    /// has them. `None` if gangplank writes no such slice.
     pub(super) fn of_slice(family: Family, ports: Ports, whole: Option<Ports>) -> Option<Self> {
         let Some(whole) = whole else {
             return (!must_be_split(&ports)).then_some(Self { family, ports, part: None });
@@ -87,7 +87,7 @@ impl SliceGroup {
         (must_be_split(&group.ports) && group.slice_ports().eq(ports.as_slice())).then_some(group)
     }
 
-    /// The ports that its slices have.
+    /// The ports of its slices.
     pub fn slice_ports(&self) -> impl Iterator<Item = &Port> {
         self.ports.as_slice().iter().filter(|port| self.part.is_none_or(|part| part == port.protocol))
     }
@@ -122,7 +122,7 @@ impl SliceGroup {
     }
 }
 
-/// Whether `name` could be one that [`SliceGroup::slice_name`] gives for `service`.
+/// Whether `name` could be a [`SliceGroup::slice_name`] of `service`.
 pub(super) fn is_slice_name(service: &ServiceKey, name: &str) -> bool {
     let hash = name.strip_prefix(service.name()).and_then(|rest| rest.strip_prefix('-'));
     hash.is_some_and(|hash| {
@@ -130,7 +130,7 @@ pub(super) fn is_slice_name(service: &ServiceKey, name: &str) -> bool {
     })
 }
 
-/// Whether one name stands under two protocols. Within one protocol names are unique already.
+/// Whether one name is used under two protocols. Within one protocol names are unique already.
 fn must_be_split(ports: &Ports) -> bool {
     let mut names: Vec<_> = ports.as_slice().iter().filter_map(|port| port.name.as_ref()).collect();
     names.sort_unstable();
@@ -140,7 +140,7 @@ fn must_be_split(ports: &Ports) -> bool {
 /// Ports as a slice has them, for [`Ports::parse`].
 ///
 /// # Errors
-/// What cannot even be written as a port of ours.
+/// The port that cannot be represented.
 pub(super) fn port_specs(ports: &[EndpointPort]) -> Result<Vec<PortSpec>, String> {
     if ports.len() > MAX_PORTS {
         return Err(format!("ports: {} of them, at most {MAX_PORTS} are looked at", ports.len()));
@@ -153,7 +153,7 @@ pub(super) fn port_specs(ports: &[EndpointPort]) -> Result<Vec<PortSpec>, String
 /// One port as a slice has it.
 ///
 /// # Errors
-/// When it says "all ports", or a protocol that is none.
+/// If the port is "all ports", or has an unknown protocol.
 pub(super) fn port_spec(port: &EndpointPort) -> Result<PortSpec, String> {
     let number = port.port.ok_or("has no number")?;
     let protocol = port.protocol.as_deref().unwrap_or(Protocol::Tcp.as_str());
@@ -169,7 +169,7 @@ impl Hash for SliceGroup {
     }
 }
 
-/// A list of ports as a key of maps: names count.
+/// A list of ports as a key of maps, names included.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(in crate::kubernetes) struct PortList<'a>(pub(in crate::kubernetes) &'a Ports);
 
@@ -191,7 +191,7 @@ mod tests {
         Ports::parse(&specs.collect::<Vec<_>>()).expect("valid")
     }
 
-    /// These names stand in clusters. If this test fails, the code is wrong, not the test.
+    /// These names exist in clusters. If this test fails, the code is wrong, not the test.
     #[test]
     fn names_never_change() {
         let web =

@@ -3,11 +3,11 @@
 //! A slice has one address family and one list of ports for all its endpoints, so the instances
 //! of a service are grouped ([`SliceGroup`]) by these. Within a group [`plan`] places each instance in a
 //! slice once and leaves it there, so that one change rewrites one slice however large the
-//! service is. What an endpoint has no field for stands in one annotation of the slice;
+//! service is. Attributes that an endpoint has no field for are in one annotation of the slice;
 //! the slices of a service are therefore its whole record, and [`read`] restores from them alone.
 //!
-//! A slice that stands is kept in memory as a [`ObservedSlice`]: where its endpoints are, and a digest
-//! of everything that gangplank would write, by which any edit by another hand is noticed.
+//! An existing slice is kept in memory as an [`ObservedSlice`]: its addresses, and a digest of
+//! everything that gangplank would write, which detects external edits.
 //!
 //! Instances that are DNS names are not mirrored: an FQDN slice is deprecated, and two of them
 //! make CoreDNS answer two CNAMEs. Readiness is rendered but not part of the record.

@@ -1,4 +1,4 @@
-//! A slice of ours as it stands in the cluster, in the few octets that the mirror keeps of it.
+//! A slice of ours as last observed in the cluster, in the few bytes that the cache keeps of it.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -17,36 +17,36 @@ use crate::{
     model::{Namespace, Ports, ServiceKey, ServiceName},
 };
 
-/// The highest term that is believed. Terms grow by one for each data directory; whoever writes a
-/// higher one on a slice by hand must not use up the numbers.
+/// The highest term that is accepted. Terms grow by one for each data directory; a higher one that
+/// somebody wrote by hand must not use up the numbers.
 const MAX_TERM: u64 = 1 << 62;
 
-/// A slice of ours as it stands.
+/// A slice of ours as last observed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ObservedSlice {
-    /// Its name, unique in its namespace.
+    /// The slice's name, unique in its namespace.
     pub name: String,
-    /// What tells it from another of the same name.
+    /// The uid, which tells it from an earlier or later one of the same name.
     pub uid: String,
-    /// The version that was read.
+    /// The resourceVersion that was read.
     pub resource_version: String,
     /// The service that it belongs to.
     pub service: ServiceKey,
-    /// The term in which it was written; 0 where it does not say.
+    /// The term in which it was written; 0 if unknown.
     pub term: u64,
-    /// The generation that it shows; 0 where it does not say.
+    /// The generation that it shows; 0 if unknown.
     pub generation: u64,
-    /// It is being deleted and waits for a finalizer: nothing in it counts.
+    /// It is being deleted and waits for a finalizer: its endpoints are ignored.
     pub deleting: bool,
-    /// Which instances can stand in it; `None` when no slice of ours has such ports or such a
+    /// Which instances belong in it; `None` if gangplank writes no slice with these ports or this
     /// name.
     pub group: Option<SliceGroup>,
     /// The addresses in it, in order, each once.
     pub addresses: Box<[IpAddr]>,
-    /// Of its content, when that is what gangplank would write; `None` when another hand was at
-    /// it, in whatever field of ours.
+    /// The digest of its content if gangplank would write the same; `None` if somebody else changed
+    /// one of our fields.
     pub digest: Option<ContentDigest>,
-    /// What others wrote on it, to be carried over.
+    /// Metadata of others, to be kept.
     pub foreign: Option<Box<ForeignMetadata>>,
 }
 
@@ -65,7 +65,7 @@ pub struct ForeignMetadata {
 
 impl ObservedSlice {
     /// Reads a slice. `None` when it is not one of ours (the label
-    /// `endpointslice.kubernetes.io/managed-by` decides), or does not say whose it is.
+    /// `endpointslice.kubernetes.io/managed-by` decides), or names no service.
     #[must_use]
     pub fn read(slice: &EndpointSlice) -> Option<Self> {
         let meta = &slice.metadata;
@@ -114,12 +114,12 @@ impl ForeignMetadata {
         }
     }
 
-    /// Octets of its annotations, as Kubernetes counts them.
+    /// Bytes of its annotations, as Kubernetes counts them.
     pub(super) fn annotation_octets(&self) -> usize {
         self.annotations.iter().map(|(key, value)| key.len() + value.len()).sum()
     }
 
-    /// Puts it beside what is ours.
+    /// Adds it to our metadata.
     pub(super) fn carry_over(&self, meta: &mut ObjectMeta) {
         let Self { labels, annotations, finalizers, owners } = self;
         meta.labels.get_or_insert_default().extend(labels.clone());
@@ -133,7 +133,7 @@ impl ForeignMetadata {
 const OUR_ANNOTATIONS: [&str; 6] =
     [names::INSTANCES, names::PORTS, names::TERM, names::GENERATION, names::UPDATED, names::WRITER];
 
-/// The service of a slice: as its label says, or where that is gone as its owner is called.
+/// The service of a slice: from its label, or without one from the name of its owner.
 fn service_of(meta: &ObjectMeta) -> Option<ServiceKey> {
     let owner = || {
         let owners = meta.owner_references.iter().flatten();
@@ -177,7 +177,7 @@ fn untouched(slice: &EndpointSlice, service: &ServiceKey, name: &str, group: &Sl
     same.then(|| digest(&owner.uid, group, &rows))
 }
 
-/// What an endpoint says; `None` when it says what no row of ours does.
+/// The content of an endpoint; `None` if gangplank writes no such endpoint.
 fn row<'a>(endpoint: &'a Endpoint, records: &InstancesAnnotation) -> Option<SliceEndpoint<'a>> {
     let [address] = &endpoint.addresses[..] else { return None };
     Some(SliceEndpoint {
@@ -189,8 +189,8 @@ fn row<'a>(endpoint: &'a Endpoint, records: &InstancesAnnotation) -> Option<Slic
     })
 }
 
-/// Whether two lists of ports are one to the API server, which writes an empty name for none and
-/// leaves an empty list out.
+/// Whether two lists of ports are equal to the API server, which writes an empty name for an absent
+/// one, and omits an empty list.
 fn same_ports(standing: Option<&[EndpointPort]>, ours: Option<&[EndpointPort]>) -> bool {
     let same = |(standing, ours): (&EndpointPort, &EndpointPort)| {
         let EndpointPort { app_protocol, name, port, protocol } = standing;

@@ -1,15 +1,15 @@
-//! What has to be written so that the slices of a service show its instances.
+//! Plans the writes after which the slices of a service show its instances.
 //!
-//! Placement is stable. An endpoint that stands in a slice stays there; a new one goes into the
+//! Placement is stable. An endpoint that is in a slice stays there; a new one goes into the
 //! fullest slice with room, and where none has any into a new slice with the lowest free index;
 //! a slice left without endpoints is deleted. So one change rewrites one slice, with these
 //! exceptions: an instance whose ports change moves to the slices of another [`SliceGroup`], one of a
-//! split group stands in a slice for each of its protocols, and a smaller
+//! split group is in a slice for each of its protocols, and a smaller
 //! [`max_endpoints`](PlanOptions::max_endpoints) moves what no longer fits.
 //!
 //! The order of the writes is such that an instance that moves is not missing in between: slices
-//! that take endpoints in come before those that give some up. Only two instances that take each
-//! other's ports in one batch may be: their slices give and take at once.
+//! that gain endpoints come before those that lose some. Only two instances that swap ports in one
+//! batch may be missing: their slices gain and lose at once.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -27,20 +27,20 @@ use super::{
 };
 use crate::model::{CowTree, Instance, ServiceKey};
 
-/// Endpoints in a slice unless told otherwise, as Kubernetes' own controller has it.
+/// Default limit of endpoints in a slice, that of Kubernetes' own controller.
 pub const DEFAULT_MAX_ENDPOINTS: usize = 100;
 
-/// Most endpoints in a slice that Kubernetes takes.
+/// Most endpoints in a slice that Kubernetes allows.
 pub const MAX_ENDPOINTS: usize = 1000;
 
-/// Most octets of annotations on a slice. Kubernetes refuses more than 256 KiB; what others add
-/// later has the rest.
+/// Most bytes of annotations on a slice. Kubernetes allows 256 KiB; the rest is left for annotations
+/// of others.
 const MAX_ANNOTATION_BYTES: usize = 240 * 1024;
 
-/// Octets of it for the stamps, the keys and the list of ports.
+/// Bytes of it for the stamps, the keys and the list of ports.
 const FIXED_ANNOTATIONS: usize = MAX_PORT_LIST_BYTES + 2048;
 
-/// Which slices are planned, and how they are to be.
+/// For which service slices are planned, and with which limits.
 #[derive(Debug, Clone, Copy)]
 pub struct PlanOptions<'a> {
     /// The service.
@@ -49,10 +49,9 @@ pub struct PlanOptions<'a> {
     pub service_uid: &'a str,
     /// Most endpoints in a slice, taken as 1..=1000. Default 100.
     pub max_endpoints: usize,
-    /// Instances that are not ready are shown as ready: CoreDNS passes over
-    /// `publishNotReadyAddresses`.
+    /// Instances that are not ready are shown as ready: CoreDNS ignores `publishNotReadyAddresses`.
     pub publish_not_ready: bool,
-    /// What is noted on every slice that is written.
+    /// The stamps of every slice that is written.
     pub stamps: SliceStamps<'a>,
     /// Names in the namespace that are taken by slices of others.
     pub occupied: &'a HashSet<String>,
@@ -69,9 +68,9 @@ pub enum SliceWrite {
     Delete {
         /// Its name.
         name: String,
-        /// Which object of that name.
+        /// Its uid.
         uid: String,
-        /// In which version.
+        /// Its resourceVersion.
         resource_version: String,
     },
 }
@@ -86,7 +85,7 @@ impl SliceWrite {
         }
     }
 
-    /// What stands in the slice afterwards.
+    /// The endpoints of the slice after the write.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
         let endpoints = match self {
             Self::Create(slice) | Self::Replace(slice) => &slice.endpoints[..],
@@ -97,7 +96,7 @@ impl SliceWrite {
 }
 
 /// The writes after which the slices of a service show exactly `instances`, in the order in which
-/// they should be made. Nothing for a service that is as it should be.
+/// to make them. Empty if nothing has to change.
 ///
 /// `standing` are all slices of ours that belong to the service.
 #[must_use]
@@ -160,7 +159,7 @@ impl SliceWrites {
         self.creates.push(SliceWrite::Create(slice));
     }
 
-    /// SliceWrites a slice that stands, if it is not as it should be.
+    /// The write for an existing slice, if it has to change.
     fn update(
         &mut self,
         request: &PlanOptions<'_>,
@@ -195,7 +194,7 @@ impl SliceWrites {
     }
 
     fn in_order(mut self) -> Vec<SliceWrite> {
-        // They come out of a map.
+        // A map yields them in random order.
         self.deletes.sort_by(|a, b| a.name().cmp(b.name()));
         let replaces = self.replaces.into_iter().flatten();
         self.creates.into_iter().chain(replaces).chain(self.deletes).collect()
@@ -233,23 +232,23 @@ fn grouped(instances: &CowTree<Arc<Instance>>) -> Vec<(SliceGroup, Vec<GroupMemb
 
 /// A slice and the members of its group that are in it, by index, in order.
 struct Assignment<'a> {
-    /// As it stands; `None` for a new one.
+    /// The existing slice; `None` for a new one.
     slice: Option<&'a ObservedSlice>,
     members: Vec<usize>,
     capacity: usize,
-    /// Some were not in it before.
+    /// It gains members.
     gains: bool,
-    /// Some that were in it are not any more.
+    /// It loses members.
     loses: bool,
 }
 
-/// Gives every member of a group its slice. `members` are in order of address.
+/// Assigns every member of a group to a slice. `members` are in order of address.
 fn place<'a>(
     request: &PlanOptions<'_>,
     members: &[GroupMember<'_>],
     mut slices: Vec<&'a ObservedSlice>,
 ) -> Vec<Assignment<'a>> {
-    // An endpoint that two slices have stays in the larger.
+    // An endpoint that is in two slices stays in the larger.
     slices.sort_unstable_by(|a, b| b.addresses.len().cmp(&a.addresses.len()).then_with(|| a.name.cmp(&b.name)));
     let mut seated = vec![false; members.len()];
     let stays = slices.into_iter().map(|slice| {
@@ -289,8 +288,8 @@ fn place<'a>(
     placed
 }
 
-/// How many endpoints may stand in a slice: fewer than usual when others left little of the
-/// octets that Kubernetes allows for annotations.
+/// How many endpoints a slice may have: fewer than usual if annotations of others use much of what
+/// Kubernetes allows.
 fn capacity(request: &PlanOptions<'_>, slice: &ObservedSlice) -> usize {
     let foreign = slice.foreign.as_ref().map_or(0, |foreign| foreign.annotation_octets());
     let octets = MAX_ANNOTATION_BYTES.saturating_sub(FIXED_ANNOTATIONS + foreign);

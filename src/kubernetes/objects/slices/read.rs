@@ -1,9 +1,9 @@
-//! Instances out of slices: of our own, to come back from them, and of others, to answer with
-//! them.
+//! Reads instances from slices: from our own, to restore the registry, and from those of others, to
+//! answer DNS with them.
 //!
-//! What a slice holds is checked by the model's invariants, not by what this server admits today: a
-//! rule that became stricter must not remove what was registered. Only addresses that pods cannot
-//! reach are left out, which no version ever admitted: they were written by hand.
+//! Slices are checked by the model's invariants, not by the policy for registrations: a stricter rule
+//! must not remove registered instances. Only addresses that pods cannot reach are left out: no
+//! version ever accepted them, so somebody wrote them by hand.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -26,14 +26,14 @@ use crate::{
     },
 };
 
-/// Something in a slice of ours that could not be taken as it stands.
+/// A defect in a slice of ours.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SkippedEndpoint {
     /// The slice.
     pub slice: String,
-    /// The endpoint's address as it stands there; `None` when it is about the whole slice.
+    /// The endpoint's address as written; `None` if the defect concerns the whole slice.
     pub address: Option<String>,
-    /// What is wrong, and what was taken instead, if anything was.
+    /// What is invalid, and what is used instead, if anything.
     pub reason: String,
 }
 
@@ -48,15 +48,15 @@ impl fmt::Display for SkippedEndpoint {
     }
 }
 
-/// The instances that the slices of one service of ours hold, in no order, each identity once,
-/// and what in the slices could not be taken.
+/// The instances in the slices of one of our services, in no order, each identity once, and the
+/// defects of the slices.
 ///
-/// All come back as ready: readiness is not part of the record. The halves of an instance with
-/// split ports are one instance again. An endpoint with several addresses, which is not ours, is
-/// an instance for each of them. Where two slices tell one instance differently, the one with the
-/// higher term and generation is believed. An instance whose entry in the annotation is missing
-/// or broken gets the defaults, and the creation of its slice as its first registration. A slice
-/// that is being deleted tells nothing: what was in it was removed, or stands in another.
+/// All instances are ready: readiness is not part of the record. The parts of an instance with split
+/// ports are joined again. An endpoint with several addresses, which gangplank never writes, is an
+/// instance for each of them. If two slices differ about an instance, the one with the higher term
+/// and generation wins. An instance whose entry in the annotation is missing or invalid gets the
+/// defaults, and the creation time of its slice as its registration time. A slice that is being
+/// deleted is ignored: its instances were removed, or are in another slice.
 #[must_use]
 pub fn read<'a>(
     slices: impl IntoIterator<Item = &'a EndpointSlice>,
@@ -124,10 +124,10 @@ impl SliceReader<'_> {
     }
 }
 
-/// The ports of a slice's instances, and what is doubtful about them.
+/// The ports of a slice's instances, and a defect that does not make them unusable.
 ///
 /// # Errors
-/// When they cannot stand; then none of the slice's endpoints can.
+/// If the ports are invalid; then none of the slice's endpoints can be used.
 fn ports_of(slice: &EndpointSlice) -> Result<(Vec<PortSpec>, Option<String>), String> {
     let standing = port_specs(slice.ports.as_deref().unwrap_or_default())?;
     let ports = invariants::parse_ports(&standing).map_err(|err| err.to_string())?;
@@ -164,7 +164,7 @@ fn instance(
 ) -> Result<Instance, String> {
     let InstanceAnnotation { weight, priority, registered } = record;
     let hostname = endpoint.hostname.as_deref().unwrap_or_default();
-    // The label of its own address is what an instance without a host name is called.
+    // An instance without a host name has the label of its address.
     let ip = validator.address(address).map_err(|err| err.to_string())?.ip();
     let own = ip.is_some() && parse_dashed_label(hostname.as_bytes()) == ip;
     let spec = InstanceSpec {
@@ -179,19 +179,19 @@ fn instance(
     spec.to_instance(registered).map_err(|err| err.to_string())
 }
 
-/// When the slice was created; the beginning of 1970 where it does not say.
+/// When the slice was created; the Unix epoch if it has no creation time.
 fn created(slice: &EndpointSlice) -> UnixMillis {
     let created = slice.metadata.creation_timestamp.as_ref().map(|time| time.0.as_millisecond());
     UnixMillis(created.and_then(|millis| u64::try_from(millis).ok()).unwrap_or(0))
 }
 
-/// The instances that a slice of somebody else holds, for answering with them: pods of a Service
-/// that external instances joined.
+/// The instances in a slice of somebody else, to answer DNS with them: pods of a Service that
+/// external instances joined.
 ///
-/// As much is taken as can be answered. An endpoint is ready unless it says otherwise (CoreDNS
-/// takes it so); ports without a number, or with one or a name that cannot be, are left out, and
-/// so are those that no longer fit an instance's 2 KiB; an invalid hostname or node name is
-/// dropped; addresses that pods cannot reach are left out. An endpoint with several
+/// Whatever DNS can answer is used. An endpoint without the condition `ready` is ready, as in
+/// CoreDNS. Ports without a number, with an invalid number or name, or beyond an instance's 2 KiB
+/// are left out; an invalid hostname or node name is dropped; addresses that pods cannot reach are
+/// left out. An endpoint with several
 /// addresses is an instance for each of them.
 #[must_use]
 pub fn foreign(slice: &EndpointSlice, validator: &Validator) -> Vec<Arc<Instance>> {
@@ -225,7 +225,7 @@ pub fn foreign(slice: &EndpointSlice, validator: &Validator) -> Vec<Arc<Instance
 
 /// The ports that one instance can have, in order.
 fn usable_ports(ports: &[EndpointPort]) -> Vec<PortSpec> {
-    /// Octets that the other fields of an instance take at most: host, node and the numbers.
+    /// Bytes that the other fields of an instance take at most: host, node and the numbers.
     const OTHER_FIELDS_BYTES: usize = 400;
     let mut seen = UsedPorts::default();
     let mut octets = OTHER_FIELDS_BYTES;
@@ -242,7 +242,7 @@ fn usable_ports(ports: &[EndpointPort]) -> Vec<PortSpec> {
     usable
 }
 
-/// Ports so far, so that none clashes with another.
+/// The ports so far, to find clashes.
 #[derive(Default)]
 struct UsedPorts {
     numbers: HashSet<(Protocol, i64)>,
@@ -251,7 +251,7 @@ struct UsedPorts {
 }
 
 impl UsedPorts {
-    /// Whether `port` can stand beside the others; then it is one of them.
+    /// Adds `port` unless it clashes with another; returns whether it was added.
     fn take(&mut self, port: &PortSpec) -> bool {
         let name = (port.protocol, port.name.clone());
         let unnamed = port.name.is_empty();

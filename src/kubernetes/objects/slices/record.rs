@@ -1,17 +1,17 @@
-//! The annotations that hold what an endpoint has no field for.
+//! The annotations for attributes that an endpoint has no field for.
 //!
-//! `gangplank.dev/instances` is compact JSON, an object by address in order of address, with what
-//! is not the default:
+//! `gangplank.dev/instances` is compact JSON, an object by address in order of address, with the
+//! attributes that are not the default:
 //!
 //! ```json
 //! {"10.0.0.1":{"weight":0.5,"priority":3,"registered":1700000000123}}
 //! ```
 //!
-//! `registered` is in milliseconds since 1970. `gangplank.dev/ports` stands on the slices of a
+//! `registered` is in milliseconds since 1970. `gangplank.dev/ports` is on the slices of a
 //! part only (see [`SliceGroup`](super::SliceGroup)):
 //! `[{"port":53,"protocol":"TCP","name":"dns"},{"port":53,"protocol":"UDP","name":"dns"}]`.
 //!
-//! Unknown fields are passed over, so that a later version may add some.
+//! Unknown fields are ignored, so that a later version can add some.
 
 use std::{collections::HashMap, net::IpAddr};
 
@@ -21,13 +21,13 @@ use serde_json::Value;
 use super::group::MAX_PORTS;
 use crate::model::{PortSpec, Ports, Protocol, UnixMillis, Weight};
 
-/// Most octets of one entry with its comma: 41 of the address in quotes and 80 of the rest.
+/// Most bytes of one entry with its comma: 41 of the address in quotes and 80 of the rest.
 pub(super) const MAX_ENTRY_BYTES: usize = 128;
 
-/// Most octets of the list of ports: no instance within its 2 KiB comes near.
+/// Most bytes of the list of ports; an instance within its 2 KiB needs far fewer.
 pub(super) const MAX_PORT_LIST_BYTES: usize = 16 * 1024;
 
-/// What the endpoint of an instance has no field for.
+/// The attributes of an instance that an endpoint has no field for.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub(super) struct InstanceAnnotation {
     pub(super) weight: Weight,
@@ -45,7 +45,7 @@ struct Entry {
     registered: Option<u64>,
 }
 
-/// The annotation for these instances; those of which nothing is to be said are left out.
+/// The annotation for these instances; those with default attributes are left out.
 pub(super) fn instances_json(records: impl Iterator<Item = (IpAddr, InstanceAnnotation)>) -> String {
     let said = records.filter(|(_, record)| *record != InstanceAnnotation::default());
     let entries = said.map(|(ip, record)| {
@@ -64,28 +64,28 @@ pub(super) fn instances_json(records: impl Iterator<Item = (IpAddr, InstanceAnno
     String::from_utf8(text).expect("JSON is UTF-8")
 }
 
-/// What a slice's annotation says of its instances.
+/// A parsed annotation of a slice.
 pub(super) struct InstancesAnnotation(HashMap<String, Value>);
 
 impl InstancesAnnotation {
-    /// Reads the annotation of a slice.
+    /// Parses the annotation of a slice.
     ///
     /// # Errors
-    /// When there is none, or it is no JSON object; then nothing is known of any instance.
+    /// If there is none, or it is not a JSON object; then every instance gets the defaults.
     pub(super) fn read(text: Option<&str>) -> Result<Self, String> {
         let text = text.ok_or("is missing")?;
         serde_json::from_str(text).map(Self).map_err(|err| format!("is not what gangplank writes: {err}"))
     }
 
-    /// Of which nothing is known.
+    /// An annotation without entries.
     pub(super) fn none() -> Self {
         Self(HashMap::new())
     }
 
-    /// What it says of the instance at `address`, the default where it says nothing.
+    /// The attributes of the instance at `address`, the defaults if it has no entry.
     ///
     /// # Errors
-    /// Which part of it cannot be so.
+    /// Which attribute is invalid.
     pub(super) fn get(&self, address: &str) -> Result<InstanceAnnotation, String> {
         #[derive(Deserialize)]
         struct Entry {
@@ -106,8 +106,8 @@ impl InstancesAnnotation {
     }
 }
 
-/// The `f32` that was written. By way of its digits: rounding what was read as `f64` once more
-/// could give a neighbour, and a slice that reads as another is written again for ever.
+/// The `f32` that was written, parsed from its digits: rounding the `f64` that serde read could yield
+/// a neighbour, and a slice that reads differently than it was written is rewritten for ever.
 fn exact(weight: f64) -> Option<f32> {
     weight.to_string().parse().ok()
 }
@@ -130,10 +130,10 @@ pub(super) fn ports_json(ports: &Ports) -> String {
     serde_json::to_string(&entries.collect::<Vec<_>>()).expect("texts and numbers are JSON")
 }
 
-/// The ports that an annotation lists.
+/// The ports in an annotation.
 ///
 /// # Errors
-/// Why they cannot stand.
+/// Why they are invalid.
 pub(super) fn read_ports(text: &str) -> Result<Ports, String> {
     let entries: Vec<PortEntry> = serde_json::from_str(text).map_err(|err| err.to_string())?;
     if entries.len() > MAX_PORTS {
@@ -158,7 +158,7 @@ mod tests {
         InstanceAnnotation { weight: Weight::new(weight).expect("valid"), priority, registered: UnixMillis(registered) }
     }
 
-    /// These texts stand in clusters: later versions must read them.
+    /// These texts exist in clusters: later versions must read them.
     #[test]
     fn the_json_is_stable() {
         let ip = |text: &str| text.parse::<IpAddr>().expect("an address");

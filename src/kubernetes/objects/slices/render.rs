@@ -1,4 +1,4 @@
-//! How a slice of ours looks, to the last field that gangplank sets.
+//! Renders a slice: every field that gangplank sets.
 
 use std::{borrow::Cow, collections::BTreeMap, net::IpAddr};
 
@@ -17,16 +17,16 @@ use crate::{
     model::{DashedLabel, Instance, ServiceKey, UnixMillis, view::Rfc3339},
 };
 
-/// What is noted on a slice when it is written, and is no reason to write it.
+/// Annotations that are set when a slice is written. They alone are no reason to write it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SliceStamps<'a> {
     /// The term of the writer.
     pub term: u64,
     /// The generation that the slices show once written.
     pub generation: u64,
-    /// The moment.
+    /// The time of the write.
     pub updated: UnixMillis,
-    /// Who writes.
+    /// The name of the writing process.
     pub writer: &'a str,
 }
 
@@ -43,7 +43,7 @@ impl SliceStamps<'_> {
     }
 }
 
-/// What of a slice's content is compared: SHA-256, half of it. It is kept in memory only.
+/// The digest by which contents of slices are compared: half of a SHA-256. Only in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ContentDigest([u8; 16]);
 
@@ -84,11 +84,11 @@ impl<'a> SliceEndpoint<'a> {
     }
 }
 
-/// The host label that an endpoint states.
+/// The host name of an endpoint.
 ///
-/// Without one CoreDNS makes it from the address, as gangplank's own DNS does, with one
+/// Without one CoreDNS derives it from the address, as gangplank's own DNS does, with one
 /// difference: an address that begins or ends in `::` gets a label that begins or ends with a
-/// dash, which glibc and Go refuse to look up. There the label is stated.
+/// dash, which glibc and Go refuse to look up. Such endpoints get an explicit one.
 pub(in crate::kubernetes) fn hostname(instance: &Instance, ip: IpAddr) -> Option<Cow<'_, str>> {
     if let Some(label) = instance.host_name() {
         return Some(Cow::Borrowed(label.as_str()));
@@ -96,7 +96,7 @@ pub(in crate::kubernetes) fn hostname(instance: &Instance, ip: IpAddr) -> Option
     let IpAddr::V6(v6) = ip else { return None };
     let (first, last) = (v6.segments()[0], v6.segments()[7]);
     if first != 0 && last != 0 {
-        return None; // `::` can stand at neither end
+        return None; // IPv4 has no `::`
     }
     let label = DashedLabel::new(ip);
     (label.as_str() != ip.to_string().replace([':', '.'], "-")).then(|| Cow::Owned(label.as_str().to_owned()))
@@ -113,7 +113,7 @@ pub(in crate::kubernetes) fn owner(service: &ServiceKey, uid: &str) -> OwnerRefe
     }
 }
 
-/// Whether a reference is one that [`owner`] gives, whatever it says otherwise.
+/// Whether a reference is to the Service, as from [`owner`], whatever its other fields are.
 pub(super) fn is_owner(reference: &OwnerReference, service: &ServiceKey) -> bool {
     (&*reference.api_version, &*reference.kind, &*reference.name) == ("v1", "Service", service.name())
 }
@@ -141,7 +141,7 @@ pub(super) fn render(
         .slice_ports()
         .map(|port| EndpointPort {
             app_protocol: None,
-            // The API server makes an empty name of an absent one.
+            // The API server turns an absent name into an empty one.
             name: Some(port.name.as_ref().map(ToString::to_string).unwrap_or_default()),
             port: Some(port.number.into()),
             protocol: Some(port.protocol.as_str().into()),
@@ -165,7 +165,7 @@ pub(super) fn render(
 /// The digest of what [`render`] writes for the same arguments.
 pub(super) fn digest(uid: &str, group: &SliceGroup, rows: &[SliceEndpoint<'_>]) -> ContentDigest {
     let mut content = Vec::with_capacity(512 + rows.len() * 64);
-    // Each text with its length, so that no two contents have the same octets.
+    // Each text is preceded by its length, so that different contents have different bytes.
     let text = |content: &mut Vec<u8>, text: Option<&str>| {
         let len = text.map_or(u32::MAX, |text| u32::try_from(text.len()).unwrap_or(u32::MAX - 1));
         content.extend(len.to_le_bytes());

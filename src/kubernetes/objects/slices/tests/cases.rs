@@ -87,7 +87,7 @@ fn the_largest_slice_is_one_that_kubernetes_takes() {
     });
 }
 
-/// What another hand may do to a slice.
+/// External edits of a slice.
 type Edit = (&'static str, fn(&mut EndpointSlice));
 
 const EDITS: &[Edit] = &[
