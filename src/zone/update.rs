@@ -52,8 +52,9 @@ impl NameLimit {
     /// Whether a name of `instance` is not served because it does not fit.
     pub(super) fn leaves_out(self, instance: &Instance) -> bool {
         let Address::Ip(ip) = *instance.address() else { return false };
-        !self.fits_host(&HostLabel::of(instance, ip))
-            || !instance.ports().as_slice().iter().all(|port| self.fits_port(port))
+        // Asked for every change: the label is made only where there may not be room for it.
+        let fits_host = self.fits(MAX_PREFIX) || self.fits_host(&HostLabel::of(instance, ip));
+        !fits_host || !instance.ports().as_slice().iter().all(|port| self.fits_port(port))
     }
 }
 
