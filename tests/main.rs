@@ -9,6 +9,7 @@ mod knot;
 mod kubernetes_watch;
 mod lifecycle;
 mod listeners;
+mod longer_zone;
 mod metrics;
 mod mirror;
 mod process;
