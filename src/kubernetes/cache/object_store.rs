@@ -7,6 +7,7 @@
 //! * A deleted object stays deleted: it returns only with a version newer than its deletion. So a
 //!   late event cannot revive what we deleted, nor the late answer to a write what another deleted.
 //! * After a complete list, what the list did not name is gone, unless it was written after the list.
+//!   Late reports from before the list do not bring it back.
 
 use std::{
     borrow::Borrow,
@@ -49,6 +50,8 @@ pub(super) struct ObjectStore<K, T> {
     /// The number of the current or last list.
     list: u32,
     complete: bool,
+    /// The resourceVersion of the last complete list.
+    listed_as_of: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -60,7 +63,13 @@ struct StoredObject<T> {
 
 impl<K: Eq + Hash + Clone, T: CachedObject> ObjectStore<K, T> {
     pub(super) fn new() -> Self {
-        Self { objects: HashMap::new(), deletions: RecentDeletions::default(), list: 0, complete: false }
+        Self {
+            objects: HashMap::new(),
+            deletions: RecentDeletions::default(),
+            list: 0,
+            complete: false,
+            listed_as_of: None,
+        }
     }
 
     /// Whether there was a complete list: an object that is not stored does not exist.
@@ -81,6 +90,17 @@ impl<K: Eq + Hash + Clone, T: CachedObject> ObjectStore<K, T> {
 
     /// Applies an object from an event or from the answer to a write.
     pub(super) fn apply(&mut self, key: K, object: T) -> Applied<T> {
+        // The last list would have named it: it was deleted between its version and the list's,
+        // and no event will say so again.
+        let before_list =
+            self.listed_as_of.zip(number(object.resource_version())).is_some_and(|(list, its)| its <= list);
+        if before_list && !self.objects.contains_key(&key) {
+            return Applied::Stale;
+        }
+        self.apply_known(key, object)
+    }
+
+    fn apply_known(&mut self, key: K, object: T) -> Applied<T> {
         let list = match self.objects.get_mut(&key) {
             Some(stored) if !is_newer(object.resource_version(), stored.object.resource_version()) => {
                 return Applied::Stale;
@@ -105,7 +125,7 @@ impl<K: Eq + Hash + Clone, T: CachedObject> ObjectStore<K, T> {
 
     /// Applies an object of the current list.
     pub(super) fn init_apply(&mut self, key: K, object: T) -> Applied<T> {
-        let applied = self.apply(key.clone(), object);
+        let applied = self.apply_known(key.clone(), object);
         if let Some(stored) = self.objects.get_mut(&key) {
             stored.list = self.list;
         }
@@ -115,6 +135,8 @@ impl<K: Eq + Hash + Clone, T: CachedObject> ObjectStore<K, T> {
     /// The list is complete, as of `version`. Returns what is gone.
     pub(super) fn init_done(&mut self, version: &str) -> Vec<(K, T)> {
         self.complete = true;
+        // Not the highest of all lists: a restored etcd begins at an older version.
+        self.listed_as_of = number(version);
         let list = self.list;
         let gone = |_: &K, stored: &mut StoredObject<T>| {
             let version_of = number(stored.object.resource_version());
@@ -272,6 +294,21 @@ mod tests {
         store.init();
         store.init_apply("c", object("c", 30, "x"));
         assert_eq!(store.init_done("40"), [("a", object("a", 10, "x"))]);
+    }
+
+    #[test]
+    fn late_report_from_before_a_list_does_not_revive_what_the_list_removed() {
+        let mut store = ObjectStore::new();
+        store.apply("a", object("a", 10, "x"));
+        store.init();
+        assert_eq!(store.init_done("20"), [("a", object("a", 10, "x"))]);
+        assert_eq!(store.apply("a", object("a", 15, "y")), Applied::Stale, "the late answer to our write");
+        assert_eq!(store.apply("b", object("b", 18, "x")), Applied::Stale, "created and deleted before the list");
+        assert_eq!(store.apply("a", object("a2", 21, "x")), Applied::Changed(None));
+        assert_eq!(store.apply("a", object("a2", 22, "y")), Applied::Changed(Some(object("a2", 21, "x"))));
+        // A list is the truth as of its own version, whatever the last one said.
+        store.init();
+        assert_eq!(store.init_apply("b", object("b", 18, "x")), Applied::Changed(None));
     }
 
     #[test]
