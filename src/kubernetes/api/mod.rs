@@ -4,10 +4,11 @@
 //! Every request has ten seconds. `Retry-After` is kept, whoever the answer comes from.
 
 mod rate_limiter;
+mod retry_after;
 
 use std::{future::Future, path::Path, sync::Arc, time::Duration};
 
-use http::{Request, header::RETRY_AFTER};
+use http::Request;
 use k8s_openapi::{NamespaceResourceScope, Resource, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{
     Client, Config,
@@ -72,7 +73,7 @@ pub(super) async fn connect(kubeconfig: Option<&Path>) -> Result<(Client, String
     config.read_timeout = None;
     let server = config.cluster_url.to_string();
     let client = Client::try_from(config).map_err(|err| ConnectError::Client(Box::new(err)))?;
-    Ok((client, server))
+    Ok((retry_after::honoured_by(client), server))
 }
 
 /// Why a request did not do what was asked.
@@ -109,24 +110,22 @@ pub(super) enum ApiError {
 
 impl ApiError {
     /// What a status other than success means.
-    fn of(status: &Status, retry_after: Option<Duration>) -> Self {
+    fn of(status: &Status) -> Self {
         let message = || status.message.clone();
         let cause = |wanted: &str| {
             status.details.iter().flat_map(|details| &details.causes).any(|cause| cause.reason == wanted)
         };
-        let asked = retry_after.or_else(|| {
-            let seconds = status.details.as_ref()?.retry_after_seconds;
-            (seconds > 0).then(|| Duration::from_secs(seconds.into()))
-        });
+        let seconds = status.details.as_ref().map_or(0, |details| details.retry_after_seconds);
+        let retry_after = (seconds > 0).then(|| Duration::from_secs(seconds.into()));
         match status.code {
             404 => Self::NotFound,
             409 if status.reason == "AlreadyExists" => Self::AlreadyExists,
             409 | 410 => Self::Conflict,
             403 if cause("NamespaceTerminating") => Self::NamespaceTerminating,
             401 | 403 => Self::Forbidden(message()),
-            429 => Self::Busy(asked.unwrap_or(DEFAULT_RETRY_AFTER)),
+            429 => Self::Busy(retry_after.unwrap_or(DEFAULT_RETRY_AFTER)),
             400..=499 => Self::Invalid(message()),
-            _ if asked.is_some() => Self::Busy(asked.unwrap_or(DEFAULT_RETRY_AFTER)),
+            _ if retry_after.is_some() => Self::Busy(retry_after.unwrap_or(DEFAULT_RETRY_AFTER)),
             _ => Self::Server(message()),
         }
     }
@@ -253,13 +252,12 @@ impl ApiClient {
             Ok((head, body)) if head.status.is_success() => serde_json::from_slice(&body)
                 .map_err(|err| ApiError::Unknown(format!("its answer cannot be read: {err}"))),
             Ok((head, body)) => {
-                let said = head.headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
                 let mut status: Status = serde_json::from_slice(&body).unwrap_or_else(|_| Status {
                     message: String::from_utf8_lossy(&body).trim().to_owned(),
                     ..Status::default()
                 });
                 status.code = head.status.as_u16();
-                Err(ApiError::of(&status, said.map(Duration::from_secs)))
+                Err(ApiError::of(&status))
             }
         };
         mirror.request(verb, result.as_ref().err().map_or(RequestOutcome::Ok, ApiError::outcome), begun.elapsed());
@@ -322,8 +320,11 @@ mod tests {
     }
 
     fn fault(code: u16, reason: &str, retry_after: Option<u64>) -> ApiError {
-        let status = Status { code, reason: reason.into(), message: "so".into(), ..Status::default() };
-        ApiError::of(&status, retry_after.map(Duration::from_secs))
+        let status = serde_json::json!({
+            "code": code, "reason": reason, "message": "so",
+            "details": retry_after.map(|seconds| serde_json::json!({ "retryAfterSeconds": seconds })),
+        });
+        ApiError::of(&serde_json::from_value(status).expect("a Status"))
     }
 
     #[test]
