@@ -1,6 +1,8 @@
 //! Objects in Kubernetes are restored at the start and watched from then on, through outages of the
 //! API server and faults of the watches.
 
+use std::time::Duration;
+
 use hickory_proto::rr::RecordType;
 use serde_json::{Value, json};
 
@@ -8,7 +10,7 @@ use crate::support::{
     cluster::{Cluster, Who},
     dns::{Over, answers},
     http,
-    proxy::{Fault, Proxy},
+    proxy::{Call, Fault, Proxy},
     server::Server,
     wait_until,
 };
@@ -198,4 +200,53 @@ fn watches_survive_drops_expiry_and_silence() {
     wait_metric(&server, &restarts("services", "forbidden"), 1);
     cluster.create_namespace("later");
     wait_registration(&server, "later", "web", None);
+}
+
+#[test]
+fn joined_services_share_one_watch() {
+    const JOINED: usize = 20;
+    let Some(cluster) = Cluster::private() else { return };
+    cluster.create_namespace("prod");
+    cluster.create_namespace("stage");
+    let proxy = Proxy::start(&cluster);
+    let server = Server::start_with(&["--kubeconfig", proxy.kubeconfig().to_str().expect("UTF-8")]);
+    wait_metric(&server, "gangplank_kubernetes_synced ", 1);
+    let joined: Vec<String> = (0..JOINED).map(|at| format!("joined-{at}")).collect();
+    for (at, name) in joined.iter().enumerate() {
+        create(&cluster, SERVICES, &service(name, Some("joined")));
+        create(&cluster, SLICES, &slice(name, &format!("{name}-a"), "someone", &[&format!("10.2.0.{at}")]));
+    }
+    // A Service of the same name elsewhere, which did not join.
+    let elsewhere = slice("joined-0", "elsewhere", "someone", &["10.3.0.1"]);
+    create(&cluster, "/apis/discovery.k8s.io/v1/namespaces/stage/endpointslices", &elsewhere);
+    for (at, name) in joined.iter().enumerate() {
+        wait_addresses(&server, name, &[&format!("10.2.0.{at}")]);
+    }
+    wait_metric(&server, "gangplank_kubernetes_watches{resource=\"joined\"}", 1);
+    let of_others = |call: &Call| call.resource == "endpointslices" && call.path.contains("service-name");
+    let lists = proxy.count(|call| call.verb == "list" && of_others(call));
+    assert!(lists <= JOINED / 2, "{lists} lists for {JOINED} Services that joined one after the other");
+
+    // Events of the shared watch, and a Service that leaves it.
+    create(&cluster, SLICES, &slice("joined-0", "joined-0-b", "someone", &["10.2.1.0"]));
+    wait_addresses(&server, "joined-0", &["10.2.0.0", "10.2.1.0"]);
+    cluster.kubectl(&["label", "service", "joined-1", "-n", "prod", "gangplank.dev/service-"]);
+    wait_addresses(&server, "joined-1", &[]);
+    assert_eq!(addresses(&server, "joined-2"), ["10.2.0.2"]);
+    wait_metric(&server, "gangplank_kubernetes_watches{resource=\"joined\"}", 1);
+}
+
+#[test]
+fn retry_after_header_delays_the_next_list() {
+    let Some(cluster) = Cluster::private() else { return };
+    cluster.create_namespace("prod");
+    let proxy = Proxy::start(&cluster);
+    let busy = proxy.inject_first(1, Fault::answer(429).retry_after(4), |call| call.is("list", "services"));
+    let server = Server::start_with(&["--kubeconfig", proxy.kubeconfig().to_str().expect("UTF-8")]);
+    wait_metric(&server, "gangplank_kubernetes_synced ", 1);
+    assert_eq!(busy.hits(), 1);
+    let lists: Vec<_> =
+        proxy.calls().into_iter().filter(|call| call.is("list", "services")).map(|call| call.at).collect();
+    let waited = lists[1].duration_since(lists[0]);
+    assert!(waited >= Duration::from_secs(4), "{waited:?}");
 }

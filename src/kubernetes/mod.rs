@@ -109,6 +109,7 @@ impl Kubernetes {
             cache: Arc::clone(&cache),
             registry: registry.clone(),
             validator,
+            endpoints: endpoints_object,
             metrics: Arc::clone(&metrics),
         };
         let watching = async {

@@ -21,6 +21,8 @@ label_enum! {
         Slices => "slices",
         /// EndpointSlices of others under a Service that external instances joined.
         Joined => "joined",
+        /// Endpoints objects of ours.
+        Endpoints => "endpoints",
     }
 }
 
@@ -73,7 +75,7 @@ impl KubernetesMetrics {
                 kubernetes,
                 "watches",
                 "resource",
-                "Open watches: one each of namespaces, services and slices, and one per joined Service",
+                "Open watches: one for each resource while it is watched",
             ),
             synced: Gauge::default(),
             skipped_endpoints: Counter::default(),

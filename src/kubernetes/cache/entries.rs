@@ -57,6 +57,35 @@ pub(super) struct CachedService {
     pub(super) object: Option<Arc<Service>>,
 }
 
+/// Our Endpoints object of a service. Its content is read when the service is reconciled.
+#[derive(Debug, PartialEq)]
+pub(super) struct CachedEndpoints {
+    pub(super) uid: Box<str>,
+    pub(super) resource_version: Box<str>,
+}
+
+impl CachedEndpoints {
+    pub(super) fn read(meta: &ObjectMeta) -> Option<(ServiceKey, Self)> {
+        let cached =
+            Self { uid: meta.uid.as_deref()?.into(), resource_version: meta.resource_version.as_deref()?.into() };
+        Some((service_key(meta)?, cached))
+    }
+}
+
+impl CachedObject for CachedEndpoints {
+    fn uid(&self) -> &str {
+        &self.uid
+    }
+
+    fn resource_version(&self) -> &str {
+        &self.resource_version
+    }
+
+    fn same_content(&self, _: &Self) -> bool {
+        false // not known
+    }
+}
+
 impl CachedNamespace {
     pub(super) fn read(meta: &ObjectMeta) -> Option<(Box<str>, Self)> {
         let cached = Self {

@@ -6,7 +6,7 @@
 //! ([`ClusterCache::changed`]). The `apply_` functions return the facts for the registry.
 //!
 //! Memory is in proportion to what is ours: an [`ObservedSlice`] for each of our slices, the object
-//! for each of our Services; of other Services key, uid and version, and nothing of Services whose
+//! for each of our Services; of other Services key, uid and version, and nothing of objects whose
 //! name no service of ours can have. Nothing here makes requests.
 
 mod entries;
@@ -23,14 +23,14 @@ use std::{
 };
 
 use k8s_openapi::api::{
-    core::v1::{Namespace, Service},
+    core::v1::{Endpoints, Namespace, Service},
     discovery::v1::EndpointSlice,
 };
 use tokio::sync::{Notify, watch};
 
 pub(super) use self::{entries::CachedSlice, event::ObjectEvent};
 use self::{
-    entries::{CachedNamespace, CachedService, service_key},
+    entries::{CachedEndpoints, CachedNamespace, CachedService, service_key},
     state::State,
 };
 use super::objects::{services::Ownership, slices::ObservedSlice};
@@ -173,6 +173,23 @@ impl ClusterCache {
     /// Applies events of the watch of our slices.
     pub(super) fn apply_slices(&self, events: Vec<ObjectEvent<CachedSlice>>) {
         self.update(|state| state.apply_slices(events));
+    }
+
+    /// Applies events of the watch of our Endpoints objects.
+    pub(super) fn apply_endpoints(&self, events: Vec<ObjectEvent<Endpoints>>) {
+        self.update(|state| state.apply_endpoints(events));
+    }
+
+    /// We wrote an Endpoints object: the watch reports no change of it.
+    pub(super) fn endpoints_written(&self, endpoints: &Endpoints) {
+        if let Some((key, cached)) = CachedEndpoints::read(&endpoints.metadata) {
+            let _ = self.lock().endpoints.apply(key, cached);
+        }
+    }
+
+    /// We deleted the Endpoints object with this uid.
+    pub(super) fn endpoints_deleted(&self, service: &ServiceKey, uid: &str) {
+        let _ = self.lock().endpoints.remove(service, uid);
     }
 
     /// Applies a slice that we wrote or read. It is no change for the mirror, which knows it.

@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use k8s_openapi::api::core::v1::{Namespace, Service};
+use k8s_openapi::api::core::v1::{Endpoints, Namespace, Service};
 
 use super::{
     ChangedKey,
-    entries::{CachedNamespace, CachedService, CachedSlice, ObjectKey, service_key},
+    entries::{CachedEndpoints, CachedNamespace, CachedService, CachedSlice, ObjectKey, service_key},
     event::ObjectEvent,
     object_store::{Applied, ObjectStore},
 };
@@ -21,6 +21,8 @@ pub(super) struct State {
     pub(super) namespaces: ObjectStore<Box<str>, CachedNamespace>,
     pub(super) services: ObjectStore<ServiceKey, CachedService>,
     pub(super) slices: ObjectStore<ObjectKey, ObservedSlice>,
+    /// Only with `--endpoints-object`.
+    pub(super) endpoints: ObjectStore<ServiceKey, CachedEndpoints>,
     /// Names of the slices of each service.
     pub(super) slice_names: BTreeMap<ServiceKey, BTreeSet<Box<str>>>,
     pub(super) occupied: HashMap<ServiceKey, HashSet<String>>,
@@ -34,6 +36,7 @@ impl State {
             namespaces: ObjectStore::new(),
             services: ObjectStore::new(),
             slices: ObjectStore::new(),
+            endpoints: ObjectStore::new(),
             slice_names: BTreeMap::new(),
             occupied: HashMap::new(),
             changed: BTreeSet::new(),
@@ -184,6 +187,35 @@ impl State {
                     }
                 }
             }
+        }
+    }
+
+    pub(super) fn apply_endpoints(&mut self, events: Vec<ObjectEvent<Endpoints>>) {
+        for event in events {
+            let changed = match event {
+                ObjectEvent::Init => {
+                    self.endpoints.init();
+                    Vec::new()
+                }
+                ObjectEvent::InitDone(version) => {
+                    self.endpoints.init_done(&version).into_iter().map(|(key, _)| key).collect()
+                }
+                ObjectEvent::InitApply(ref endpoints) | ObjectEvent::Apply(ref endpoints) => {
+                    let Some((key, cached)) = CachedEndpoints::read(&endpoints.metadata) else { continue };
+                    let applied = if matches!(event, ObjectEvent::InitApply(_)) {
+                        self.endpoints.init_apply(key.clone(), cached)
+                    } else {
+                        self.endpoints.apply(key.clone(), cached)
+                    };
+                    if matches!(applied, Applied::Changed(_)) { vec![key] } else { Vec::new() }
+                }
+                ObjectEvent::Delete(endpoints) => {
+                    let Some((key, gone)) = CachedEndpoints::read(&endpoints.metadata) else { continue };
+                    let known = self.endpoints.delete(&key, &gone.uid, &gone.resource_version);
+                    known.map(|_| key).into_iter().collect()
+                }
+            };
+            self.changed.extend(changed.into_iter().map(ChangedKey::Service));
         }
     }
 

@@ -146,7 +146,7 @@ fn service_is_ours_joined_foreign_or_absent() {
     let joined = || cluster.joined().borrow().iter().cloned().collect::<Vec<_>>();
     assert_eq!(state(), ServiceState::Unknown);
     let first =
-        vec![ObjectEvent::Init, ObjectEvent::InitApply(service("9lives", None, 1)), ObjectEvent::InitDone("1".into())];
+        vec![ObjectEvent::Init, ObjectEvent::InitApply(service("Web", None, 1)), ObjectEvent::InitDone("1".into())];
     assert_eq!(said(&cluster.apply_services(first)), [""; 0], "an invalid name for a service of ours");
     assert_eq!(state(), ServiceState::Absent);
 

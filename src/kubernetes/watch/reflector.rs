@@ -1,15 +1,15 @@
-//! List, then watch, for as long as there is an API server, and again when there is one.
+//! Lists, then watches, for as long as there is an API server, and again when there is one.
 //!
-//! kube's own `watcher` does much the same, but does not tell when a watch stands again after an
-//! outage (a quiet one says nothing for hours), backoff without end for a server that accepts a
-//! request and is silent, and begins a list again for one object that cannot be read. So:
+//! kube's own `watcher` does much the same, but does not report when a watch is open again after an
+//! outage (a quiet one has no events for hours), waits without a limit for a server that accepts a
+//! request and is silent, and repeats a list for one object that cannot be decoded. So:
 //!
-//! * A list comes page by page, a page is handed on before the next is asked for.
-//! * Every request has a deadline, and a watch is asked for again every [`WATCH_TIMEOUT_SECONDS`].
-//! * After a failure the watch goes on where it was. Only when the API server does not know that
-//!   point any more everything is listed again, once, after a wait as for every failure.
-//! * Backoff grow and have jitter, so that many watches do not come back at the same moment.
-//! * One line in the log when the API server is lost and one when it is back, for all watches.
+//! * A list is read in pages; each page is handled before the next is requested.
+//! * Every request has a deadline, and a watch is renewed every [`MAX_WATCH_SECONDS`].
+//! * After a failure the watch continues where it was. Only when the API server cannot continue
+//!   there, everything is listed again, once, after a backoff as for every failure.
+//! * Backoff and renewals have jitter, so that many watches do not return at the same moment.
+//! * One log line when the API server is lost and one when it is back, for all watches.
 
 use std::{
     fmt::Debug,
@@ -21,101 +21,79 @@ use futures::StreamExt;
 use kube::{
     Api, Resource,
     api::{ListParams, WatchEvent, WatchParams},
-    core::{DeserializeGuard, Status},
+    core::DeserializeGuard,
 };
 use serde::de::DeserializeOwned;
 use tokio::time;
 
-use super::outage::{Outages, WatchHealth};
+use super::{
+    error::{Backoff, MAX_BACKOFF, WatchError, WatchErrorKind},
+    outage::{Outages, WatchHealth},
+};
 use crate::{
-    kubernetes::{
-        api::{DEFAULT_RETRY_AFTER, chain},
-        cache::ObjectEvent,
-    },
-    metrics::{KubernetesMetrics, RestartReason, Watched},
+    kubernetes::{api::chain, cache::ObjectEvent},
+    metrics::{KubernetesMetrics, Watched},
     registry::Unavailable,
 };
 
-/// A watch is asked for again after so long, whatever comes: a connection that died without a word
-/// is noticed by then.
-const WATCH_TIMEOUT_SECONDS: u32 = 50;
+/// A watch is renewed after this long at most, which is how a connection that died silently is
+/// noticed.
+const MAX_WATCH_SECONDS: u32 = 50;
 
-/// The API server ends a watch itself; it gets so much longer for it.
+/// A watch is renewed after this long at least: all of them begin at one moment and must not be
+/// renewed at one.
+const MIN_WATCH_SECONDS: u32 = 40;
+
+/// The API server ends a watch itself; how much longer it may take.
 const WATCH_GRACE: Duration = Duration::from_secs(5);
 
-/// Within which a watch has to be granted.
+/// How long the API server may take to open a watch.
 const WATCH_START_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Within which a page has to come.
+/// How long the API server may take for one page of a list.
 const LIST_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Most objects in a page: each may have 256 KiB of annotations and more, and a page is held as a
-/// whole while it is read.
+/// Most objects in a page: each may have 256 KiB of annotations and more, and a page is in memory
+/// as a whole while it is handled.
 const PAGE_SIZE: u32 = 100;
 
-/// Most events that are handed on at once.
+/// Most events that are handled at once.
 const MAX_EVENTS_PER_BATCH: usize = 256;
 
-/// A watch that ended sooner, without an error, was not a watch.
+/// A watch that ends sooner, without an error, counts as a failure: repeating it at once would be a
+/// busy loop.
 const MIN_WATCH_DURATION: Duration = Duration::from_secs(1);
 
-/// First and longest wait after a failure.
-const MIN_BACKOFF: Duration = Duration::from_millis(250);
-
-/// Longest wait after a failure.
-const MAX_BACKOFF: Duration = Duration::from_secs(15);
-
-/// Longest wait where a right is missing: somebody has to grant it. The first are as short as others,
-/// because an API server that has just started knows nobody's rights for a moment.
-const MAX_FORBIDDEN_BACKOFF: Duration = Duration::from_secs(30);
-
-/// Most of a Retry-After that is kept.
-const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
-
-/// Takes what a watch sees.
+/// Handles the events of one kind of object.
 pub(super) trait EventHandler<K> {
-    /// Takes what was events, in order, as much as came at once. It may take its time: the watch
-    /// backoff.
+    /// Handles events in order, as many as came at once. The watch waits meanwhile.
     ///
     /// # Errors
     /// When the registry is gone, which ends the watch.
     fn handle(&mut self, events: Vec<ObjectEvent<K>>) -> impl Future<Output = Result<(), Unavailable>> + Send;
 }
 
-/// What is watched, and where.
+/// One list and watch.
 #[derive(Debug)]
 pub(super) struct Reflector<'a, K> {
     pub(super) api: Api<DeserializeGuard<K>>,
     pub(super) watched: Watched,
-    /// Empty for all objects.
+    /// Label selector; empty for all objects.
     pub(super) labels: String,
     pub(super) metrics: &'a KubernetesMetrics,
     pub(super) outages: &'a Outages,
 }
 
-/// Why a list or watch has to begin again.
-#[derive(Debug, thiserror::Error)]
-enum WatchError {
-    #[error(transparent)]
-    Kube(#[from] kube::Error),
-    #[error("the watch ended with {} ({})", .0.message, .0.code)]
-    Ended(Box<Status>),
-    #[error("no answer within {} s", .0.as_secs())]
-    Silent(Duration),
-    #[error("it ends every watch at once")]
-    Closed,
-}
-
-/// How a round ended.
+/// Why [`Reflector::list_and_watch`] ended.
 #[derive(Debug)]
 enum ListWatchError {
-    Failed(WatchError),
+    Watch(WatchError),
     Registry(Unavailable),
 }
 
 impl<T: Into<WatchError>> From<T> for ListWatchError {
-    fn from(failure: T) -> Self {
-        Self::Failed(failure.into())
+    fn from(err: T) -> Self {
+        Self::Watch(err.into())
     }
 }
 
@@ -123,37 +101,37 @@ impl<K> Reflector<'_, K>
 where
     K: Resource<DynamicType = ()> + DeserializeOwned + Clone + Debug + Send + 'static,
 {
-    /// Hands everything on to `handler`, until the registry is gone.
+    /// Passes every event to `handler`, until the registry is gone.
     pub(super) async fn run(&self, handler: &mut impl EventHandler<K>) -> Unavailable {
         let mut version = None;
         let mut backoff = Backoff::default();
         let mut health = self.outages.watch();
         loop {
             let began = Instant::now();
-            let failure = match self.list_and_watch(&mut version, handler, &mut health).await {
+            let err = match self.list_and_watch(&mut version, handler, &mut health).await {
                 Ok(()) => {
                     backoff = Backoff::default();
                     continue;
                 }
                 Err(ListWatchError::Registry(gone)) => return gone,
-                Err(ListWatchError::Failed(failure)) => failure,
+                Err(ListWatchError::Watch(err)) => err,
             };
-            let reason = failure.reason();
-            self.metrics.restarted(self.watched, reason);
-            if failure.is_expired() {
+            let kind = err.kind();
+            self.metrics.restarted(self.watched, kind.label());
+            if kind == WatchErrorKind::Expired {
                 version = None;
+            } else {
+                health.failed(kind, &chain(&err), &self.resource());
             }
             if began.elapsed() >= MAX_BACKOFF {
                 backoff = Backoff::default();
             }
-            if reason != RestartReason::Expired {
-                health.failed(reason, &chain(&failure), &self.right());
-            }
-            time::sleep(backoff.next(reason, failure.retry_after())).await;
+            time::sleep(backoff.next(kind, err.retry_after())).await;
         }
     }
 
-    /// Lists if need be, and watches until the watch ends as it should.
+    /// Lists, unless `version` says where to continue, and watches until the API server ends the
+    /// watch in time.
     async fn list_and_watch(
         &self,
         version: &mut Option<String>,
@@ -166,7 +144,7 @@ where
         };
         let params = WatchParams {
             label_selector: Some(self.labels.clone()).filter(|labels| !labels.is_empty()),
-            timeout: Some(WATCH_TIMEOUT_SECONDS),
+            timeout: Some(fastrand::u32(MIN_WATCH_SECONDS..=MAX_WATCH_SECONDS)),
             bookmarks: true,
             ..WatchParams::default()
         };
@@ -174,211 +152,97 @@ where
         let start = time::timeout(WATCH_START_TIMEOUT, self.api.watch(&params, from));
         let events = start.await.map_err(|_| WatchError::Silent(WATCH_START_TIMEOUT))?.map_err(WatchError::from)?;
         let mut events = std::pin::pin!(events.ready_chunks(MAX_EVENTS_PER_BATCH));
-        let _standing = self.metrics.watching(self.watched);
-        health.found();
-        let longest = Duration::from_secs(WATCH_TIMEOUT_SECONDS.into()) + WATCH_GRACE;
+        let _open = self.metrics.watching(self.watched);
+        health.opened();
+        let longest = Duration::from_secs(MAX_WATCH_SECONDS.into()) + WATCH_GRACE;
         loop {
             let left = longest.saturating_sub(began.elapsed());
             let Some(chunk) = time::timeout(left, events.next()).await.map_err(|_| WatchError::Silent(longest))? else {
                 return if began.elapsed() < MIN_WATCH_DURATION { Err(WatchError::Closed.into()) } else { Ok(()) };
             };
-            let mut events = Vec::with_capacity(chunk.len());
+            let mut batch = Vec::with_capacity(chunk.len());
             let mut failure = None;
             for event in chunk {
-                match self.event(event) {
-                    Ok((later, one)) => {
-                        // What is handed on below counts as events: nothing fails in between.
+                match self.decode(event) {
+                    Ok((later, event)) => {
+                        // The batch is handled below, whatever fails in it.
                         from.clone_from(&later);
-                        events.extend(one);
+                        batch.extend(event);
                     }
                     Err(None) => {}
                     Err(Some(err)) => failure = Some(err),
                 }
             }
-            if !events.is_empty() {
-                handler.handle(events).await.map_err(ListWatchError::Registry)?;
+            if !batch.is_empty() {
+                handler.handle(batch).await.map_err(ListWatchError::Registry)?;
             }
-            if let Some(failure) = failure {
-                return Err(failure.into());
+            if let Some(err) = failure {
+                return Err(err.into());
             }
         }
     }
 
-    /// The version up to which the watch has come with this event, and what it says, if it can be
-    /// read.
+    /// The version that the watch has reached with this event, and the event, if its object can be
+    /// decoded.
     ///
     /// # Errors
-    /// Why the watch is over; nothing where only the event is worthless.
-    fn event(
+    /// Why the watch is over; `None` where only this event is lost.
+    fn decode(
         &self,
         event: kube::Result<WatchEvent<DeserializeGuard<K>>>,
     ) -> Result<(String, Option<ObjectEvent<K>>), Option<WatchError>> {
-        let (object, events): (_, fn(K) -> ObjectEvent<K>) = match event {
+        let (object, wrap): (_, fn(K) -> ObjectEvent<K>) = match event {
             Ok(WatchEvent::Added(object) | WatchEvent::Modified(object)) => (object, ObjectEvent::Apply),
             Ok(WatchEvent::Deleted(object)) => (object, ObjectEvent::Delete),
             Ok(WatchEvent::Bookmark(bookmark)) => return Ok((bookmark.metadata.resource_version, None)),
             Ok(WatchEvent::Error(status)) => return Err(Some(WatchError::Ended(status))),
             Err(kube::Error::SerdeError(err)) => {
-                tracing::warn!("an event of the watch of {} cannot be read and is passed over: {err}", self.right());
+                tracing::warn!("an event of the watch of {} cannot be decoded: skipped: {err}", self.resource());
                 return Err(None);
             }
             Err(err) => return Err(Some(err.into())),
         };
         let version = object.meta().resource_version.clone().ok_or(None)?;
-        Ok((version, self.readable(object).map(events)))
+        Ok((version, decoded(object).map(wrap)))
     }
 
-    /// Passes on every object, and returns the version of the list.
+    /// Passes every object to `handler`, and returns the version of the list.
     async fn list(&self, handler: &mut impl EventHandler<K>) -> Result<String, ListWatchError> {
         let mut params = ListParams {
             label_selector: Some(self.labels.clone()).filter(|labels| !labels.is_empty()),
             limit: Some(PAGE_SIZE),
             ..ListParams::default()
         };
-        let mut events = vec![ObjectEvent::Init];
+        let mut batch = vec![ObjectEvent::Init];
         loop {
             let page = time::timeout(LIST_TIMEOUT, self.api.list(&params));
             let page = page.await.map_err(|_| WatchError::Silent(LIST_TIMEOUT))?.map_err(WatchError::from)?;
-            events
-                .extend(page.items.into_iter().filter_map(|object| self.readable(object)).map(ObjectEvent::InitApply));
+            batch.extend(page.items.into_iter().filter_map(decoded).map(ObjectEvent::InitApply));
             params.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
             if params.continue_token.is_none() {
                 let version = page.metadata.resource_version.unwrap_or_default();
-                events.push(ObjectEvent::InitDone(version.clone()));
-                handler.handle(events).await.map_err(ListWatchError::Registry)?;
+                batch.push(ObjectEvent::InitDone(version.clone()));
+                handler.handle(batch).await.map_err(ListWatchError::Registry)?;
                 self.metrics.listed(self.watched);
                 return Ok(version);
             }
-            handler.handle(std::mem::take(&mut events)).await.map_err(ListWatchError::Registry)?;
+            handler.handle(std::mem::take(&mut batch)).await.map_err(ListWatchError::Registry)?;
         }
     }
 
-    /// One object that cannot be read is no reason to do without the others.
-    fn readable(&self, object: DeserializeGuard<K>) -> Option<K> {
-        let unreadable = |err: &kube::core::error_boundary::InvalidObject| {
-            let (namespace, name) = (err.metadata.namespace.as_deref(), err.metadata.name.as_deref());
-            let (namespace, name) = (namespace.unwrap_or_default(), name.unwrap_or_default());
-            tracing::warn!("{} {namespace}/{name} cannot be read and is passed over: {err}", K::kind(&()));
-        };
-        object.0.inspect_err(unreadable).ok()
-    }
-
-    /// What RBAC calls what is watched.
-    fn right(&self) -> String {
+    /// The resource as RBAC names it.
+    fn resource(&self) -> String {
         let (group, plural) = (K::group(&()), K::plural(&()));
         if group.is_empty() { plural.into_owned() } else { format!("{plural}.{group}") }
     }
 }
 
-impl WatchError {
-    fn status(&self) -> Option<&Status> {
-        match self {
-            Self::Kube(kube::Error::Api(status)) | Self::Ended(status) => Some(status),
-            _ => None,
-        }
-    }
-
-    fn reason(&self) -> RestartReason {
-        match self {
-            Self::Silent(_) => RestartReason::Silent,
-            Self::Closed => RestartReason::Unreachable,
-            Self::Kube(kube::Error::Auth(_)) => RestartReason::Forbidden,
-            Self::Kube(kube::Error::SerdeError(_)) => RestartReason::Refused,
-            _ if self.is_expired() => RestartReason::Expired,
-            _ => match self.status() {
-                Some(status) if matches!(status.code, 401 | 403) => RestartReason::Forbidden,
-                Some(_) => RestartReason::Refused,
-                None => RestartReason::Unreachable,
-            },
-        }
-    }
-
-    /// Whether the API server cannot go on where the watch was: too long ago for it, or never
-    /// heard of.
-    fn is_expired(&self) -> bool {
-        self.status().is_some_and(|status| {
-            let causes = status.details.iter().flat_map(|details| &details.causes);
-            status.code == 410 || causes.map(|cause| &*cause.reason).any(|cause| cause == "ResourceVersionTooLarge")
-        })
-    }
-
-    /// How long the API server wants to be left alone. kube does not give the header of the answer,
-    /// so where only that says it, it is what API priority and fairness asks for.
-    fn retry_after(&self) -> Duration {
-        let Some(status) = self.status() else { return Duration::ZERO };
-        match status.details.as_ref().map_or(0, |details| details.retry_after_seconds) {
-            0 if status.code == 429 => DEFAULT_RETRY_AFTER,
-            seconds => Duration::from_secs(seconds.into()),
-        }
-    }
-}
-
-/// How long to wait after each failure in a row.
-#[derive(Debug, Default)]
-struct Backoff(u32);
-
-impl Backoff {
-    fn next(&mut self, reason: RestartReason, retry_after: Duration) -> Duration {
-        let (first, longest) = (MIN_BACKOFF, MAX_BACKOFF);
-        let longest = if reason == RestartReason::Forbidden { MAX_FORBIDDEN_BACKOFF } else { longest };
-        let grown = first.saturating_mul(2u32.saturating_pow(self.0)).min(longest);
-        self.0 = self.0.saturating_add(1);
-        // Half of it to all of it.
-        retry_after.min(MAX_RETRY_AFTER) + grown.mul_f64(0.5 + fastrand::f64() / 2.0)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn failed(code: u16, cause: &str) -> WatchError {
-        let status = serde_json::json!({
-            "code": code, "message": "no", "details": { "causes": [{ "reason": cause }], "retryAfterSeconds": 7 },
-        });
-        WatchError::Ended(serde_json::from_value(status).expect("a Status"))
-    }
-
-    #[test]
-    fn a_failure_says_whether_everything_has_to_be_listed_again() {
-        for (failure, reason, again) in [
-            (failed(410, ""), RestartReason::Expired, true),
-            (failed(504, "ResourceVersionTooLarge"), RestartReason::Expired, true),
-            (failed(504, ""), RestartReason::Refused, false),
-            (failed(500, ""), RestartReason::Refused, false),
-            (failed(401, ""), RestartReason::Forbidden, false),
-            (failed(403, ""), RestartReason::Forbidden, false),
-            (WatchError::Silent(WATCH_START_TIMEOUT), RestartReason::Silent, false),
-            (
-                WatchError::Kube(kube::Error::ReadEvents(std::io::Error::other("cut"))),
-                RestartReason::Unreachable,
-                false,
-            ),
-        ] {
-            assert_eq!((failure.reason(), failure.is_expired()), (reason, again), "{failure}");
-        }
-        assert_eq!(failed(429, "").retry_after(), Duration::from_secs(7));
-        let busy = serde_json::json!({ "code": 429, "message": "Too many requests, please try again later." });
-        let busy = WatchError::Ended(serde_json::from_value(busy).expect("a Status"));
-        assert_eq!(busy.retry_after(), DEFAULT_RETRY_AFTER);
-        assert_eq!(chain(&failed(500, "")), "the watch ended with no (500)");
-    }
-
-    #[test]
-    fn waits_grow_to_a_limit_and_keep_what_the_server_asked_for() {
-        let mut backoff = Backoff::default();
-        let mut least = MIN_BACKOFF / 2;
-        for _ in 0..40 {
-            let wait = backoff.next(RestartReason::Unreachable, Duration::ZERO);
-            assert!(wait >= least && wait <= MAX_BACKOFF, "{wait:?}");
-            least = (2 * least).min(MAX_BACKOFF / 2);
-        }
-        let asked = Duration::from_secs(20);
-        assert!(backoff.next(RestartReason::Refused, asked) >= asked);
-        assert!(backoff.next(RestartReason::Refused, Duration::MAX) <= MAX_RETRY_AFTER + MAX_BACKOFF);
-        let mut backoff = Backoff::default();
-        assert!(backoff.next(RestartReason::Forbidden, Duration::ZERO) <= MIN_BACKOFF, "it may have just started");
-        let later = (0..40).map(|_| backoff.next(RestartReason::Forbidden, Duration::ZERO)).last();
-        assert!(later >= Some(MAX_FORBIDDEN_BACKOFF / 2), "{later:?}");
-    }
+/// The object. One that cannot be decoded is skipped, so that it does not cost the others.
+fn decoded<K: Resource<DynamicType = ()>>(object: DeserializeGuard<K>) -> Option<K> {
+    let log = |err: &kube::core::error_boundary::InvalidObject| {
+        let (namespace, name) = (err.metadata.namespace.as_deref(), err.metadata.name.as_deref());
+        let (namespace, name) = (namespace.unwrap_or_default(), name.unwrap_or_default());
+        tracing::warn!("{} {namespace}/{name} cannot be decoded: skipped: {err}", K::kind(&()));
+    };
+    object.0.inspect_err(log).ok()
 }

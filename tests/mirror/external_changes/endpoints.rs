@@ -83,3 +83,19 @@ fn endpoints_object_is_deleted_when_its_service_is_taken_over() {
     edit(cluster, &service_path("endpoints-left", "idle"), &|service| service["metadata"]["labels"] = json!({}));
     soon("it goes too", || object(cluster, path).is_none().then_some(()));
 }
+
+#[test]
+fn edited_or_deleted_endpoints_object_is_repaired() {
+    let Some(harness) = MirrorHarness::with_controllers(&["--endpoints-object"]) else { return };
+    let cluster = harness.cluster;
+    cluster.create_namespace("endpoints-edited");
+    harness.mirrored("endpoints-edited", "web", "10.42.0.1", "http=8080");
+    let path = "/api/v1/namespaces/endpoints-edited/endpoints/web";
+    let ours =
+        || object(cluster, path).is_some_and(|one| one["subsets"][0]["addresses"] == json!([{"ip": "10.42.0.1"}]));
+    soon("it is written", || ours().then_some(()));
+    edit(cluster, path, &|endpoints| endpoints["subsets"][0]["addresses"] = json!([{"ip": "10.42.9.9"}]));
+    soon("the edit is reverted", || ours().then_some(()));
+    admin(cluster, "DELETE", path, None);
+    soon("it is recreated", || ours().then_some(()));
+}

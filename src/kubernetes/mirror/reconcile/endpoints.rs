@@ -1,5 +1,5 @@
-//! Writes of the older Endpoints object, which is not watched: it is read whenever its service is
-//! reconciled.
+//! Writes of the older Endpoints object. Its content is not cached: it is read whenever its service
+//! is reconciled, which the watch causes when another writer changes it.
 
 use k8s_openapi::api::core::v1::Endpoints;
 
@@ -20,11 +20,19 @@ impl Reconciler {
         match self.api.get::<Endpoints>(namespace, name).await {
             Ok(existing) if !is_ours(&existing.metadata) => Ok(()),
             Ok(existing) => match endpoints::amend(&existing, &ours) {
-                Some(amended) => self.api.replace(namespace, name, &amended).await.map(drop),
+                Some(amended) => {
+                    let written = self.api.replace(namespace, name, &amended).await?;
+                    self.cache.endpoints_written(&written);
+                    Ok(())
+                }
                 None => Ok(()),
             },
             Err(ApiError::NotFound) if desired.instances.is_empty() => Ok(()),
-            Err(ApiError::NotFound) => self.api.create(namespace, &ours).await.map(drop),
+            Err(ApiError::NotFound) => {
+                let created = self.api.create(namespace, &ours).await?;
+                self.cache.endpoints_written(&created);
+                Ok(())
+            }
             Err(err) => Err(err),
         }
     }
@@ -55,8 +63,11 @@ impl Reconciler {
             Err(err) => return Err(err),
         };
         match self.api.delete::<Endpoints>(service.namespace(), Preconditions::of(&existing.metadata)).await {
-            Err(ApiError::NotFound) => Ok(()),
-            done => done,
+            Ok(()) | Err(ApiError::NotFound) => {
+                self.cache.endpoints_deleted(service, existing.metadata.uid.as_deref().unwrap_or_default());
+                Ok(())
+            }
+            Err(err) => Err(err),
         }
     }
 }

@@ -1,13 +1,13 @@
 //! Instances as EndpointSlices, and back.
 //!
-//! A slice has one address family and one list of ports for all its endpoints, so the instances
-//! of a service are grouped ([`SliceGroup`]) by these. Within a group [`plan`] places each instance in a
-//! slice once and leaves it there, so that one change rewrites one slice however large the
-//! service is. Attributes that an endpoint has no field for are in one annotation of the slice;
-//! the slices of a service are therefore its whole record, and [`read`] restores from them alone.
+//! A slice has one address family and one list of ports for all its endpoints, so the instances of
+//! a service are grouped by these ([`SliceGroup`]). Within a group [`plan`] assigns each instance to
+//! a slice once and leaves it there, so that one change rewrites one slice, however large the
+//! service is. What an endpoint has no field for is in one annotation of the slice. So the slices of
+//! a service are its whole record, and an [`InstanceView`] of them restores it.
 //!
-//! An existing slice is kept in memory as an [`ObservedSlice`]: its addresses, and a digest of
-//! everything that gangplank would write, which detects external edits.
+//! A slice in the cluster is kept in memory as an [`ObservedSlice`]: its addresses, and a digest of
+//! everything that gangplank would write, which reveals an edit by another writer.
 //!
 //! Instances that are DNS names are not mirrored: an FQDN slice is deprecated, and two of them
 //! make CoreDNS answer two CNAMEs. Readiness is rendered but not part of the record.
@@ -20,13 +20,16 @@ mod record;
 mod render;
 #[cfg(test)]
 pub(super) mod tests;
+mod view;
 
 pub use group::{Family, SliceGroup};
 pub use observed::{ForeignMetadata, ObservedSlice};
 pub use plan::{DEFAULT_MAX_ENDPOINTS, MAX_ENDPOINTS, PlanOptions, SliceWrite, plan};
-pub use read::{SkippedEndpoint, foreign, read};
+pub use read::{SkippedEndpoint, read_foreign_slice, read_slice};
 pub use render::{ContentDigest, SliceStamps};
+pub use view::{InstanceView, SliceRank};
 
+pub(in crate::kubernetes) use observed::service_of;
 pub(super) use {
     group::PortList,
     render::{hostname, owner},

@@ -134,7 +134,7 @@ const OUR_ANNOTATIONS: [&str; 6] =
     [names::INSTANCES, names::PORTS, names::TERM, names::GENERATION, names::UPDATED, names::WRITER];
 
 /// The service of a slice: from its label, or without one from the name of its owner.
-fn service_of(meta: &ObjectMeta) -> Option<ServiceKey> {
+pub(in crate::kubernetes) fn service_of(meta: &ObjectMeta) -> Option<ServiceKey> {
     let owner = || {
         let owners = meta.owner_references.iter().flatten();
         owners.filter(|one| (&*one.api_version, &*one.kind) == ("v1", "Service")).map(|one| &*one.name).next()

@@ -1,9 +1,9 @@
-//! Reads instances from slices: from our own, to restore the registry, and from those of others, to
-//! answer DNS with them.
+//! Slices → instances: our own slices, to restore from them, and those of other writers, to answer
+//! with them.
 //!
-//! Slices are checked by the model's invariants, not by the policy for registrations: a stricter rule
-//! must not remove registered instances. Only addresses that pods cannot reach are left out: no
-//! version ever accepted them, so somebody wrote them by hand.
+//! What a slice holds is checked by the model's invariants, not by what this server admits today: a
+//! rule that became stricter must not remove what was registered. Only addresses that pods cannot
+//! reach are left out, which no version ever admitted: they were written by hand.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,23 +15,23 @@ use k8s_openapi::api::discovery::v1::{Endpoint, EndpointPort, EndpointSlice};
 
 use super::{
     group::{Family, SliceGroup, port_spec, port_specs},
-    observed::{annotation, stamp},
+    observed::annotation,
     record::{InstanceAnnotation, InstancesAnnotation, read_ports},
 };
 use crate::{
     kubernetes::objects::names,
     model::{
-        Address, Instance, InstanceId, InstanceSpec, Label, MAX_INSTANCE_BYTES, PortSpec, Ports, Protocol, UnixMillis,
-        Validator, invariants, parse_dashed_label,
+        Address, Instance, InstanceSpec, Label, MAX_INSTANCE_BYTES, PortSpec, Ports, Protocol, UnixMillis, Validator,
+        invariants, parse_dashed_label,
     },
 };
 
-/// A defect in a slice of ours.
+/// An endpoint of one of our slices that was skipped or changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SkippedEndpoint {
     /// The slice.
     pub slice: String,
-    /// The endpoint's address as written; `None` if the defect concerns the whole slice.
+    /// The endpoint's address as written; `None` when the whole slice is affected.
     pub address: Option<String>,
     /// What is invalid, and what is used instead, if anything.
     pub reason: String,
@@ -48,100 +48,79 @@ impl fmt::Display for SkippedEndpoint {
     }
 }
 
-/// The instances in the slices of one of our services, in no order, each identity once, and the
-/// defects of the slices.
+/// The instances that one of our slices holds, in its order, each identity once, and the endpoints
+/// that were skipped or changed. [`InstanceView`](super::InstanceView) merges slices.
 ///
-/// All instances are ready: readiness is not part of the record. The parts of an instance with split
-/// ports are joined again. An endpoint with several addresses, which gangplank never writes, is an
-/// instance for each of them. If two slices differ about an instance, the one with the higher term
-/// and generation wins. An instance whose entry in the annotation is missing or invalid gets the
-/// defaults, and the creation time of its slice as its registration time. A slice that is being
-/// deleted is ignored: its instances were removed, or are in another slice.
+/// All instances are ready: readiness is not part of the record. An instance with split ports is
+/// returned whole from each of its slices. An endpoint with several addresses, which gangplank does
+/// not write, is an instance for each of them. An instance whose entry in the annotation is missing
+/// or invalid gets the defaults, and the slice's creation time as its registration time. A slice
+/// that is being deleted holds nothing: its instances were removed, or are in another slice.
 #[must_use]
-pub fn read<'a>(
-    slices: impl IntoIterator<Item = &'a EndpointSlice>,
-    validator: &Validator,
-) -> (Vec<Arc<Instance>>, Vec<SkippedEndpoint>) {
-    let stays = |slice: &&EndpointSlice| slice.metadata.deletion_timestamp.is_none();
-    let mut slices: Vec<&EndpointSlice> = slices.into_iter().filter(stays).collect();
-    slices.sort_by_cached_key(|slice| {
-        let stamp = |key| std::cmp::Reverse(stamp(&slice.metadata, key).unwrap_or(0));
-        (stamp(names::TERM), stamp(names::GENERATION), slice.metadata.name.clone())
-    });
-    let mut reader = SliceReader { validator, found: HashMap::new(), skipped: Vec::new() };
-    for slice in slices {
-        reader.slice(slice);
+pub fn read_slice(slice: &EndpointSlice, validator: &Validator) -> (Vec<Arc<Instance>>, Vec<SkippedEndpoint>) {
+    let meta = &slice.metadata;
+    let (mut instances, mut skipped) = (Vec::new(), Vec::new());
+    if meta.deletion_timestamp.is_some() {
+        return (instances, skipped);
     }
-    (reader.found.into_values().collect(), reader.skipped)
-}
-
-struct SliceReader<'a> {
-    validator: &'a Validator,
-    found: HashMap<InstanceId, Arc<Instance>>,
-    skipped: Vec<SkippedEndpoint>,
-}
-
-impl SliceReader<'_> {
-    fn slice(&mut self, slice: &EndpointSlice) {
-        let meta = &slice.metadata;
-        let name = meta.name.as_deref().unwrap_or_default();
-        let mut skip = |address: Option<&str>, reason: String| {
-            self.skipped.push(SkippedEndpoint { slice: name.into(), address: address.map(Into::into), reason });
-        };
-        let ports = match ports_of(slice) {
-            Ok((ports, doubt)) => {
-                if let Some(doubt) = doubt {
-                    skip(None, doubt);
-                }
-                ports
+    let name = meta.name.as_deref().unwrap_or_default();
+    let mut skip = |address: Option<&str>, reason: String| {
+        skipped.push(SkippedEndpoint { slice: name.into(), address: address.map(Into::into), reason });
+    };
+    let ports = match ports_of(slice) {
+        Ok((ports, doubt)) => {
+            if let Some(doubt) = doubt {
+                skip(None, doubt);
             }
-            Err(reason) => {
-                for address in slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses) {
-                    skip(Some(address), reason.clone());
-                }
-                return;
+            ports
+        }
+        Err(reason) => {
+            for address in slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses) {
+                skip(Some(address), reason.clone());
             }
-        };
-        let records = InstancesAnnotation::read(annotation(meta, names::INSTANCES)).unwrap_or_else(|err| {
-            skip(None, format!("annotation {} {err}: weights and priorities are lost", names::INSTANCES));
-            InstancesAnnotation::none()
-        });
-        let created = created(slice);
-        for endpoint in &slice.endpoints {
-            for address in &endpoint.addresses {
-                let record = records.get(address).unwrap_or_else(|err| {
-                    skip(Some(address), format!("annotation {}: {err}: the defaults are taken", names::INSTANCES));
-                    InstanceAnnotation::default()
-                });
-                match instance(self.validator, endpoint, address, &ports, record, created) {
-                    Ok(instance) => {
-                        self.found.entry(instance.id()).or_insert_with(|| Arc::new(instance));
-                    }
-                    Err(err) => skip(Some(address), err),
-                }
+            return (instances, skipped);
+        }
+    };
+    let annotations = InstancesAnnotation::read(annotation(meta, names::INSTANCES)).unwrap_or_else(|err| {
+        skip(None, format!("annotation {} {err}: weights and priorities are lost", names::INSTANCES));
+        InstancesAnnotation::none()
+    });
+    let created = created(slice);
+    let mut known = HashSet::new();
+    for endpoint in &slice.endpoints {
+        for address in &endpoint.addresses {
+            let attributes = annotations.get(address).unwrap_or_else(|err| {
+                skip(Some(address), format!("annotation {}: {err}: the defaults are used", names::INSTANCES));
+                InstanceAnnotation::default()
+            });
+            match instance(validator, endpoint, address, &ports, attributes, created) {
+                Ok(instance) if known.insert(instance.id()) => instances.push(Arc::new(instance)),
+                Ok(_) => {}
+                Err(err) => skip(Some(address), err),
             }
         }
     }
+    (instances, skipped)
 }
 
-/// The ports of a slice's instances, and a defect that does not make them unusable.
+/// The ports of a slice's instances, and what is wrong with the annotation that lists them.
 ///
 /// # Errors
-/// If the ports are invalid; then none of the slice's endpoints can be used.
+/// When the ports are invalid; then no endpoint of the slice is usable.
 fn ports_of(slice: &EndpointSlice) -> Result<(Vec<PortSpec>, Option<String>), String> {
-    let standing = port_specs(slice.ports.as_deref().unwrap_or_default())?;
-    let ports = invariants::parse_ports(&standing).map_err(|err| err.to_string())?;
-    let Some(whole) = annotation(&slice.metadata, names::PORTS) else { return Ok((standing, None)) };
+    let own = port_specs(slice.ports.as_deref().unwrap_or_default())?;
+    let ports = invariants::parse_ports(&own).map_err(|err| err.to_string())?;
+    let Some(whole) = annotation(&slice.metadata, names::PORTS) else { return Ok((own, None)) };
     match read_ports(whole) {
         Ok(whole) => {
             // The family does not matter here.
             if SliceGroup::of_slice(Family::V4, ports, Some(whole.clone())).is_some() {
                 return Ok((specs(&whole), None));
             }
-            let doubt = format!("annotation {} is about other ports than the slice's: those are taken", names::PORTS);
-            Ok((standing, Some(doubt)))
+            let doubt = format!("annotation {} lists other ports than the slice's: those are used", names::PORTS);
+            Ok((own, Some(doubt)))
         }
-        Err(err) => Ok((standing, Some(format!("annotation {}: {err}: the slice's ports are taken", names::PORTS)))),
+        Err(err) => Ok((own, Some(format!("annotation {}: {err}: the slice's ports are used", names::PORTS)))),
     }
 }
 
@@ -159,12 +138,12 @@ fn instance(
     endpoint: &Endpoint,
     address: &str,
     ports: &[PortSpec],
-    record: InstanceAnnotation,
+    attributes: InstanceAnnotation,
     created: UnixMillis,
 ) -> Result<Instance, String> {
-    let InstanceAnnotation { weight, priority, registered } = record;
+    let InstanceAnnotation { weight, priority, registered } = attributes;
     let hostname = endpoint.hostname.as_deref().unwrap_or_default();
-    // An instance without a host name has the label of its address.
+    // The label that spells the own address is the default of an instance without a host name.
     let ip = validator.address(address).map_err(|err| err.to_string())?.ip();
     let own = ip.is_some() && parse_dashed_label(hostname.as_bytes()) == ip;
     let spec = InstanceSpec {
@@ -179,22 +158,21 @@ fn instance(
     spec.to_instance(registered).map_err(|err| err.to_string())
 }
 
-/// When the slice was created; the Unix epoch if it has no creation time.
+/// When the slice was created; 1970 when it does not say.
 fn created(slice: &EndpointSlice) -> UnixMillis {
     let created = slice.metadata.creation_timestamp.as_ref().map(|time| time.0.as_millisecond());
     UnixMillis(created.and_then(|millis| u64::try_from(millis).ok()).unwrap_or(0))
 }
 
-/// The instances in a slice of somebody else, to answer DNS with them: pods of a Service that
+/// The instances that a slice of another writer holds, to answer with them: pods of a Service that
 /// external instances joined.
 ///
-/// Whatever DNS can answer is used. An endpoint without the condition `ready` is ready, as in
-/// CoreDNS. Ports without a number, with an invalid number or name, or beyond an instance's 2 KiB
-/// are left out; an invalid hostname or node name is dropped; addresses that pods cannot reach are
-/// left out. An endpoint with several
-/// addresses is an instance for each of them.
+/// As much is used as can be answered. An endpoint is ready unless it says otherwise (as CoreDNS
+/// has it); ports with an invalid or missing number or an invalid name are left out, and so are
+/// those that no longer fit an instance's 2 KiB; an invalid hostname or node name is dropped;
+/// addresses that pods cannot reach are left out. An endpoint with several addresses is an instance for each.
 #[must_use]
-pub fn foreign(slice: &EndpointSlice, validator: &Validator) -> Vec<Arc<Instance>> {
+pub fn read_foreign_slice(slice: &EndpointSlice, validator: &Validator) -> Vec<Arc<Instance>> {
     let ports = usable_ports(slice.ports.as_deref().unwrap_or_default());
     let registered = created(slice);
     let mut found: HashMap<Address, Arc<Instance>> = HashMap::new();
@@ -225,24 +203,23 @@ pub fn foreign(slice: &EndpointSlice, validator: &Validator) -> Vec<Arc<Instance
 
 /// The ports that one instance can have, in order.
 fn usable_ports(ports: &[EndpointPort]) -> Vec<PortSpec> {
-    /// Bytes that the other fields of an instance take at most: host, node and the numbers.
+    /// Most bytes of the other fields of an instance: host, node and the numbers.
     const OTHER_FIELDS_BYTES: usize = 400;
-    let mut seen = UsedPorts::default();
-    let mut octets = OTHER_FIELDS_BYTES;
+    let mut used = UsedPorts::default();
+    let mut bytes = OTHER_FIELDS_BYTES;
     let mut usable = Vec::new();
     for port in ports {
         let Ok(spec) = port_spec(port) else { continue };
         let cost = spec.name.len() + 12;
-        if octets + cost <= MAX_INSTANCE_BYTES && Ports::parse(std::slice::from_ref(&spec)).is_ok() && seen.take(&spec)
-        {
-            octets += cost;
+        if bytes + cost <= MAX_INSTANCE_BYTES && Ports::parse(std::slice::from_ref(&spec)).is_ok() && used.add(&spec) {
+            bytes += cost;
             usable.push(spec);
         }
     }
     usable
 }
 
-/// The ports so far, to find clashes.
+/// The ports so far, so that none conflicts with another.
 #[derive(Default)]
 struct UsedPorts {
     numbers: HashSet<(Protocol, i64)>,
@@ -251,8 +228,8 @@ struct UsedPorts {
 }
 
 impl UsedPorts {
-    /// Adds `port` unless it clashes with another; returns whether it was added.
-    fn take(&mut self, port: &PortSpec) -> bool {
+    /// Adds `port` unless it conflicts with the others. Returns whether it was added.
+    fn add(&mut self, port: &PortSpec) -> bool {
         let name = (port.protocol, port.name.clone());
         let unnamed = port.name.is_empty();
         if (unnamed && self.unnamed) || self.names.contains(&name) || !self.numbers.insert((port.protocol, port.number))

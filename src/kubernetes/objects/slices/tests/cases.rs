@@ -263,7 +263,7 @@ fn reading_names_what_it_could_not_take() {
         [
             "slice web-1: 240.0.0.1: ipaddress: 240.0.0.1: reserved (240.0.0.0/4) addresses cannot be reached by pods",
             "slice web-1: 10.0.0.2: host_name: must begin and end with a letter or digit (RFC 1123 §2.1), got \"-a\"",
-            "slice web-1: 10.0.0.3: annotation gangplank.dev/instances: weight: must be a finite number in 0..=655, got 700: the defaults are taken",
+            "slice web-1: 10.0.0.3: annotation gangplank.dev/instances: weight: must be a finite number in 0..=655, got 700: the defaults are used",
         ]
     );
 
@@ -327,7 +327,7 @@ fn of_foreign_slices_is_taken_what_can_be_answered() {
         ],
         metadata: ObjectMeta::default(),
     };
-    let found = foreign(&slice, &crate::model::Validator { names_allowed: false, ..VALIDATOR });
+    let found = read_foreign_slice(&slice, &Validator { names_allowed: false, ..VALIDATOR });
     let shown: Vec<_> = found
         .iter()
         .map(|one| {
@@ -353,7 +353,7 @@ fn of_foreign_slices_is_taken_what_can_be_answered() {
         ports: Some((1..=20_000).map(|number| port(&format!("p{number}"), Some(number))).collect()),
         ..slice
     };
-    assert_eq!(foreign(&crowded, &VALIDATOR).len(), 5, "its ports are cut to what an instance carries");
+    assert_eq!(read_foreign_slice(&crowded, &VALIDATOR).len(), 5, "its ports are cut to what an instance carries");
 }
 
 #[test]

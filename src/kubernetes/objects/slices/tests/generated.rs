@@ -133,7 +133,7 @@ proptest! {
         let mut cluster = Cluster::default();
         for (index, mut slice) in slices.into_iter().enumerate() {
             let name = slice.metadata.name.clone().unwrap_or_default();
-            let _ = (read([&slice], &VALIDATOR), foreign(&slice, &VALIDATOR), ObservedSlice::read(&slice));
+            let _ = (read([&slice], &VALIDATOR), read_foreign_slice(&slice, &VALIDATOR), ObservedSlice::read(&slice));
             slice.metadata.uid = Some(format!("junk-{index}"));
             slice.metadata.resource_version = Some("1".into());
             cluster.slices.insert(name, slice);

@@ -6,10 +6,13 @@ mod generated;
 
 use std::sync::Arc;
 
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+
 use cluster::Cluster;
 
 use super::*;
-use crate::model::{CowTree, Instance, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis};
+use crate::kubernetes::objects::names;
+use crate::model::{CowTree, Instance, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis, Validator};
 
 pub(in crate::kubernetes) use crate::model::testing::VALIDATOR;
 
@@ -43,7 +46,7 @@ pub(in crate::kubernetes) fn table(specs: &[InstanceSpec]) -> CowTree<Arc<Instan
 pub(in crate::kubernetes) const TCP: Protocol = Protocol::Tcp;
 pub(in crate::kubernetes) const UDP: Protocol = Protocol::Udp;
 
-const HTTP: &[PortTuple] = &[(8080, TCP, "http")];
+pub(in crate::kubernetes) const HTTP: &[PortTuple] = &[(8080, TCP, "http")];
 const DNS: &[PortTuple] = &[(53, TCP, "dns"), (53, UDP, "dns"), (9153, TCP, "")];
 
 fn stamps(generation: u64) -> SliceStamps<'static> {
@@ -70,6 +73,22 @@ fn as_recorded(instances: &CowTree<Arc<Instance>>) -> Vec<Instance> {
     let mut all: Vec<Instance> = all.map(|one| (**one).clone().with_ready(true)).collect();
     all.sort_by(|a, b| a.key().cmp(&b.key()));
     all
+}
+
+/// What the slices of one service hold together.
+fn read<'a>(
+    slices: impl IntoIterator<Item = &'a EndpointSlice>,
+    validator: &Validator,
+) -> (Vec<Arc<Instance>>, Vec<SkippedEndpoint>) {
+    let (mut view, mut all_skipped) = (InstanceView::default(), Vec::new());
+    for slice in slices {
+        let (instances, skipped) = read_slice(slice, validator);
+        all_skipped.extend(skipped);
+        let stamp = |key| observed::stamp(&slice.metadata, key).unwrap_or(0);
+        let rank = SliceRank { term: stamp(names::TERM), generation: stamp(names::GENERATION) };
+        view.apply(&web(), &slice.metadata, rank, instances);
+    }
+    (view.instances(&web()), all_skipped)
 }
 
 fn read_back(cluster: &Cluster) -> Vec<Instance> {
