@@ -13,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 #[derive(Debug, Args)]
 pub struct LogArgs {
     /// What is logged: error, warn, info, debug, trace, or a list such as info,gangplank::store=debug
-    #[arg(long, env = "GANGPLANK_LOG", value_name = "FILTER", default_value = "info,kube_client=error")]
+    #[arg(long, env = "GANGPLANK_LOG", value_name = "FILTER", default_value = "info,kube_client=error,h2=error")]
     log: String,
 
     /// How a line looks

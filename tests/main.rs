@@ -5,6 +5,7 @@ mod cluster;
 mod coredns;
 mod crash;
 mod docs;
+mod hygiene;
 mod knot;
 mod kubernetes_watch;
 mod lifecycle;

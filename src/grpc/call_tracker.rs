@@ -9,7 +9,10 @@ use std::{
     time::Instant,
 };
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Sleep, sleep},
+};
 use tonic::{
     Code, Status,
     body::Body,
@@ -20,7 +23,14 @@ use tonic::{
     service::Routes,
 };
 
-use crate::metrics::{Method, Metrics};
+use super::{
+    memory::{ConnectionMemory, Responses},
+    metered::{BUDGET_POLL, FRAME_OVERHEAD},
+};
+use crate::{
+    metrics::{Method, Metrics},
+    registry::ListPermit,
+};
 
 /// The routes, each call of which takes one of a number of permits until its answer is sent.
 #[derive(Debug, Clone)]
@@ -56,7 +66,14 @@ impl Service<Request<Body>> for TrackedRoutes {
                 Ok(call.follow(status.into_http()))
             });
         };
-        let call = OpenCall::new(method, Arc::clone(&self.metrics), Some(permit));
+        let mut call = OpenCall::new(method, Arc::clone(&self.metrics), Some(permit));
+        let request = match request.extensions().get::<Arc<ConnectionMemory>>().map(Arc::clone) {
+            Some(memory) => {
+                call.responses = Some(memory.responses());
+                request.map(|body| Body::new(MeteredRequest::new(body, memory)))
+            }
+            None => request,
+        };
         let answered = self.routes.call(request);
         Box::pin(async move { answered.await.map(|response| call.follow(response)) })
     }
@@ -70,6 +87,10 @@ struct OpenCall {
     began: Instant,
     ended: bool,
     permit: Option<OwnedSemaphorePermit>,
+    /// What is charged for its responses; `None` without a connection.
+    responses: Option<Responses>,
+    /// The permission to send as much as a list, kept to the end of the call.
+    _list_permit: Option<Arc<ListPermit>>,
 }
 
 impl OpenCall {
@@ -77,15 +98,17 @@ impl OpenCall {
         if permit.is_some() {
             metrics.grpc.streams.inc();
         }
-        Self { method, metrics, began: Instant::now(), ended: false, permit }
+        Self { method, metrics, began: Instant::now(), ended: false, permit, responses: None, _list_permit: None }
     }
 
-    /// Waits in the body for the status, or takes it where it stands in the head already.
-    fn follow(mut self, response: Response<Body>) -> Response<TrackedBody> {
+    /// Follows the response to its status, which is in the trailers, or in the head of one without a
+    /// body.
+    fn follow(mut self, mut response: Response<Body>) -> Response<TrackedBody> {
+        self._list_permit = response.extensions_mut().remove::<Arc<ListPermit>>();
         if response.headers().contains_key(Status::GRPC_STATUS) {
             self.end(response.headers());
         }
-        response.map(|body| TrackedBody { body, call: self })
+        response.map(|body| TrackedBody { body, call: self, budget_timer: None })
     }
 
     fn end(&mut self, trailers: &HeaderMap) {
@@ -134,11 +157,102 @@ fn code_name(code: Code) -> &'static str {
     }
 }
 
-/// An answer on its way, with the call that it belongs to.
+/// The messages of a call, whose memory is released as they are read.
+struct MeteredRequest {
+    body: Body,
+    memory: Arc<ConnectionMemory>,
+    /// What is left of the frame that was read last.
+    rest: Bytes,
+    ended: bool,
+}
+
+impl MeteredRequest {
+    /// tonic copies each frame into its buffer before it decodes one message, and a call that waits
+    /// keeps that buffer: in pieces of this size the buffer stays small.
+    const PIECE_BYTES: usize = 1024;
+
+    fn new(body: Body, memory: Arc<ConnectionMemory>) -> Self {
+        memory.request_opened();
+        Self { body, memory, rest: Bytes::new(), ended: false }
+    }
+
+    fn next_piece(&mut self) -> http_body::Frame<Bytes> {
+        let piece = self.rest.split_to(self.rest.len().min(Self::PIECE_BYTES));
+        self.memory.release_received(piece.len());
+        http_body::Frame::data(piece)
+    }
+}
+
+impl HttpBody for MeteredRequest {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<Bytes>, Status>>> {
+        if self.rest.is_empty() {
+            match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => {
+                        self.memory.release_received(FRAME_OVERHEAD);
+                        self.rest = data;
+                    }
+                    Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                },
+                end => {
+                    self.ended = true;
+                    return Poll::Ready(end);
+                }
+            }
+        }
+        Poll::Ready(Some(Ok(self.next_piece())))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.rest.is_empty() && self.body.is_end_stream()
+    }
+}
+
+impl Drop for MeteredRequest {
+    fn drop(&mut self) {
+        self.memory.release_received(self.rest.len());
+        // h2 drops what it holds for a call without a word: take the frames that are there instead.
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        while !self.ended
+            && let Poll::Ready(Some(Ok(frame))) = Pin::new(&mut self.body).poll_frame(&mut cx)
+        {
+            if let Ok(data) = frame.into_data() {
+                self.memory.release_received(data.len() + FRAME_OVERHEAD);
+            }
+        }
+        self.memory.request_closed();
+    }
+}
+
+/// A response on its way, with the call that it belongs to.
 #[derive(Debug)]
 pub(super) struct TrackedBody {
     body: Body,
     call: OpenCall,
+    /// Set while there is no memory to encode more.
+    budget_timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl TrackedBody {
+    /// Waits for memory, so that what the peer does not take is bounded.
+    fn poll_budget(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(responses) = &self.call.responses else { return Poll::Ready(()) };
+        loop {
+            if responses.may_encode(cx.waker()) {
+                self.budget_timer = None;
+                return Poll::Ready(());
+            }
+            let timer = self.budget_timer.get_or_insert_with(|| Box::pin(sleep(BUDGET_POLL)));
+            ready!(timer.as_mut().poll(cx));
+            timer.as_mut().reset(tokio::time::Instant::now() + BUDGET_POLL);
+        }
+    }
 }
 
 impl HttpBody for TrackedBody {
@@ -149,12 +263,17 @@ impl HttpBody for TrackedBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<http_body::Frame<Bytes>, Status>>> {
+        ready!(self.poll_budget(cx));
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
         if let Some(Ok(frame)) = &frame
             && let Some(trailers) = frame.trailers_ref()
         {
             self.call.end(trailers);
         }
+        let frame = match (frame, &self.call.responses) {
+            (Some(Ok(frame)), Some(responses)) => Some(Ok(frame.map_data(|bytes| responses.charged(bytes)))),
+            (frame, _) => frame,
+        };
         Poll::Ready(frame)
     }
 

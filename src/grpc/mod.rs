@@ -5,14 +5,17 @@
 
 mod call_tracker;
 pub mod client;
+mod codec;
 mod convert;
 mod discovery_service;
 mod incoming;
+mod memory;
+mod metered;
 mod registry_service;
 
 use std::{io, pin::pin, sync::Arc, time::Duration};
 
-use futures::future;
+use futures::{StreamExt as _, future};
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 use tonic::{service::Routes, transport::Server};
@@ -22,6 +25,8 @@ use tracing::warn;
 use self::{
     call_tracker::TrackedRoutes,
     discovery_service::DiscoveryService,
+    memory::MemoryBudget,
+    metered::Metered,
     proto::{
         gangplank::v1::discovery_server::DiscoveryServer, registry::service_registry_server::ServiceRegistryServer,
     },
@@ -72,9 +77,12 @@ struct Limits {
     handshake: Duration,
     /// How long clients have to take their last answers after the stop; then connections are cut.
     grace: Duration,
+    /// What peers may send and not take.
+    memory: memory::Limits,
 }
 
-const LIMITS: Limits = Limits { calls: 12_000, handshake: Duration::from_secs(5), grace: Duration::from_secs(5) };
+const LIMITS: Limits =
+    Limits { calls: 12_000, handshake: Duration::from_secs(5), grace: Duration::from_secs(5), memory: memory::LIMITS };
 
 /// Calls and streams that may be open at once on one connection; the client is told and waits or
 /// opens another connection.
@@ -130,8 +138,11 @@ async fn serve(
     // Its builder has the server serving from the start; nobody may see that.
     say(&health, ServingStatus::NotServing).await;
     let routes = TrackedRoutes::new(routes, Arc::new(Semaphore::new(limits.calls)), Arc::clone(&context.metrics));
+    let budget = MemoryBudget::new(limits.memory, Arc::clone(&context.metrics));
     let servers = listeners.into_iter().map(|listener| {
         let connections = incoming::connections(listener, limits.handshake, Arc::clone(&context.metrics), cut.clone());
+        let budget = Arc::clone(&budget);
+        let connections = connections.map(move |io| io.map(|io| Metered::new(io, budget.connection())));
         let served = server().serve_with_incoming_shutdown(routes.clone(), connections, stop.clone().cancelled_owned());
         async { served.await.map_err(io::Error::other) }
     });

@@ -133,6 +133,16 @@ label_enum! {
     }
 }
 
+label_enum! {
+    /// Why the server closed a connection.
+    pub enum ConnectionClosed {
+        /// The peer left responses unread.
+        Unread => "unread",
+        /// The peer broke a rule of HTTP/2, or reset too many calls.
+        ProtocolError => "protocol_error",
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Handled {
     #[prometheus(flatten)]
@@ -153,6 +163,12 @@ pub struct GrpcMetrics {
     pub connections: Gauge,
     /// Times that a connection could not be accepted.
     pub accept_errors: Counter,
+    /// Connections that the server closed.
+    pub connections_closed: EnumCounter<ConnectionClosed>,
+    /// Bytes that are held for peers: received and not read, not answered, and not taken.
+    pub buffered_bytes: Gauge,
+    /// Times that a call or a connection found no memory left for it and waited.
+    pub memory_waits: Counter,
     registrations: EnumCounter<(RegistrationKind, RegistrationStatus)>,
     watch_restarts: EnumCounter<WatchEnd>,
 }
@@ -183,6 +199,12 @@ impl GrpcMetrics {
             "reason",
             "Watches told to begin again, by reason",
         );
+        let connections_closed = EnumCounter::register(
+            all,
+            "gangplank_grpc_connections_closed",
+            "reason",
+            "gRPC connections that the server closed for what their peer did",
+        );
         let made = Self {
             handled,
             handling,
@@ -190,6 +212,9 @@ impl GrpcMetrics {
             streams_rejected: Counter::default(),
             connections: Gauge::default(),
             accept_errors: Counter::default(),
+            connections_closed,
+            buffered_bytes: Gauge::default(),
+            memory_waits: Counter::default(),
             registrations,
             watch_restarts,
         };
@@ -204,6 +229,16 @@ impl GrpcMetrics {
             "gangplank_grpc_accept_errors",
             "Times that a gRPC connection could not be accepted",
             made.accept_errors.clone(),
+        );
+        all.register(
+            "gangplank_grpc_buffered_bytes",
+            "Bytes held for gRPC peers: received and not read, not answered, and not taken",
+            made.buffered_bytes.clone(),
+        );
+        all.register(
+            "gangplank_grpc_memory_waits",
+            "Times that a gRPC call or connection found no memory left for it and waited",
+            made.memory_waits.clone(),
         );
         made
     }

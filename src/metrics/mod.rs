@@ -17,7 +17,7 @@ mod store;
 use prometheus_client::registry::Registry;
 
 pub use dns::DnsMetrics;
-pub use grpc::{GrpcMetrics, Method, RegistrationKind, RegistrationStatus, WatchEnd};
+pub use grpc::{ConnectionClosed, GrpcMetrics, Method, RegistrationKind, RegistrationStatus, WatchEnd};
 pub use guard::GaugeGuard;
 pub use kubernetes::{KubernetesMetrics, RestartReason, Watched};
 pub use labels::{EnumCounter, EnumFamily, EnumGauge, LabelEnum, LabelValues};

@@ -49,7 +49,7 @@ pub use feed::{Batch, Event, Feed, Lagged, Subscription};
 pub use mirror_progress::{MirrorLag, MirrorProgress};
 pub use recover::{Options, Unrecovered, new};
 pub use restore::KubernetesState;
-pub use snapshot::{List, ListError, Snapshot, Snapshots};
+pub use snapshot::{List, ListError, ListPermit, Snapshot, Snapshots};
 pub use status::{Phase, Status};
 pub use writer::Writer;
 

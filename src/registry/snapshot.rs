@@ -173,9 +173,7 @@ impl Snapshots {
     /// # Errors
     /// When too many others wait, for longer than 10 s, or the catalog cannot be read.
     pub async fn list(&self) -> Result<List, ListError> {
-        let permit = self.permit().await.inspect_err(|_| {
-            self.metrics.lists.rejected.inc();
-        })?;
+        let permit = self.permit().await?;
         Ok(List { snapshot: self.latest().await?, _permit: permit })
     }
 
@@ -198,7 +196,17 @@ impl Snapshots {
         Ok(Snapshot { services, generation: feed.seen() })
     }
 
-    async fn permit(&self) -> Result<ListPermit, ListError> {
+    /// Waits for the permission to send a list. Whoever sends as much as a list takes one too.
+    ///
+    /// # Errors
+    /// When too many others wait, or for longer than 10 s.
+    pub async fn permit(&self) -> Result<ListPermit, ListError> {
+        self.next_permit().await.inspect_err(|_| {
+            self.metrics.lists.rejected.inc();
+        })
+    }
+
+    async fn next_permit(&self) -> Result<ListPermit, ListError> {
         if let Ok(permit) = Arc::clone(&self.lists).try_acquire_owned() {
             return Ok(ListPermit::new(permit, &self.metrics));
         }
@@ -282,7 +290,7 @@ impl Snapshots {
 
 /// The permission to send a list.
 #[derive(Debug)]
-struct ListPermit {
+pub struct ListPermit {
     _permit: OwnedSemaphorePermit,
     _open: GaugeGuard,
 }

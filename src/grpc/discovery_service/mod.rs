@@ -6,7 +6,7 @@ mod cursor;
 mod selection;
 mod watch;
 
-use std::pin::Pin;
+use std::{pin::Pin, sync::Arc};
 
 use futures::{Stream, StreamExt as _, stream};
 use tokio_util::sync::CancellationToken;
@@ -18,7 +18,8 @@ use self::{
     watch::Watch,
 };
 use super::{
-    ServerContext, convert,
+    ServerContext,
+    convert::{self, MAX_INSTANCES_PER_MESSAGE},
     proto::gangplank::v1::{
         GetServiceRequest, GetServiceResponse, GetServicesByMethodRequest, GetServicesByMethodResponse,
         ListServicesRequest, ListServicesResponse, WatchRequest, WatchResponse, discovery_server::Discovery,
@@ -92,8 +93,18 @@ impl Discovery for DiscoveryService {
         let service =
             catalog.get(&key).ok_or_else(|| Status::not_found(format!("nothing is registered under {key}")))?;
         let generation = generation.max(service.generation);
+        // One message, however large: as much as a list.
+        let permit = match service.instances.len() {
+            ..=MAX_INSTANCES_PER_MESSAGE => None,
+            _ => Some(Arc::new(self.context.registry.snapshots().permit().await.map_err(list_error)?)),
+        };
         let service = Some(convert::service_to_proto(&key, &service));
-        Ok(Response::new(GetServiceResponse { service, generation }))
+        let mut response = Response::new(GetServiceResponse { service, generation });
+        if let Some(permit) = permit {
+            // The call keeps the permit until the client has the message.
+            response.extensions_mut().insert(permit);
+        }
+        Ok(response)
     }
 
     async fn get_services_by_method(

@@ -3,6 +3,8 @@
 mod mirror_wait;
 mod stream;
 
+use std::sync::Arc;
+
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -12,6 +14,7 @@ use mirror_wait::MirrorWait;
 
 use super::{
     ServerContext, convert,
+    memory::ConnectionMemory,
     proto::registry::{
         RegistrationMsg, RegistrationResponse, RegistrationResult, RegistrationType, ServiceInfo,
         service_registry_server::ServiceRegistry,
@@ -85,7 +88,9 @@ impl ServiceRegistry for RegistryService {
         request: Request<Streaming<RegistrationMsg>>,
     ) -> Result<Response<Self::RegistrationEventStream>, Status> {
         let stop = self.stop.clone().cancelled_owned();
-        Ok(Response::new(RegistrationStream::new(request.into_inner(), self.context.clone(), stop)))
+        let memory = request.extensions().get::<Arc<ConnectionMemory>>().map(Arc::clone);
+        let memory = memory.ok_or_else(|| Status::internal("the connection has no account of its memory"))?;
+        Ok(Response::new(RegistrationStream::new(request.into_inner(), self.context.clone(), stop, memory)))
     }
 }
 

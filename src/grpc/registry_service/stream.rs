@@ -3,7 +3,8 @@
 //! There is no task behind a stream. The transport polls for the next response, and only when the
 //! client takes responses; every poll first reads and submits the messages that have arrived, then
 //! returns the next response. So a client that does not read its responses is not read either, and
-//! the memory of a stream is bounded: [`MAX_IN_FLIGHT`] batches and [`MAX_STREAM_BYTES`] of messages.
+//! the memory of a stream is bounded: [`MAX_IN_FLIGHT`] batches and [`MAX_STREAM_BYTES`] of messages, and less while the
+//! memory of its connection is spent: then a stream reads one message at a time.
 //!
 //! Order holds by construction: batches are a queue, a batch's messages are a list, invalid
 //! messages keep their place in the list, and no batch is submitted before the one ahead of it is.
@@ -16,6 +17,7 @@ use std::{
     future::Future,
     mem,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     vec,
 };
@@ -29,6 +31,7 @@ use crate::{
     grpc::{
         ServerContext,
         convert::{self, InvalidMessage, ResponseBuilder},
+        memory::ConnectionMemory,
         proto::registry::{RegistrationMsg, RegistrationResponse},
     },
     model::UnixMillis,
@@ -114,8 +117,15 @@ pub(in crate::grpc) struct RegistrationStream<S> {
     inbound_state: InboundState,
     in_flight: VecDeque<InFlightBatch>,
     completed: CompletedBatch,
-    /// Of all batches, the completed one included.
+    /// Of all batches, the completed one included. Charged to `memory`.
     bytes: usize,
+    memory: Arc<ConnectionMemory>,
+}
+
+impl<S> Drop for RegistrationStream<S> {
+    fn drop(&mut self) {
+        self.memory.release_unanswered(self.bytes);
+    }
 }
 
 impl<S> std::fmt::Debug for RegistrationStream<S> {
@@ -131,7 +141,12 @@ impl<S> RegistrationStream<S>
 where
     S: Stream<Item = Result<RegistrationMsg, Status>> + Unpin,
 {
-    pub(in crate::grpc) fn new(inbound: S, context: ServerContext, stop: WaitForCancellationFutureOwned) -> Self {
+    pub(in crate::grpc) fn new(
+        inbound: S,
+        context: ServerContext,
+        stop: WaitForCancellationFutureOwned,
+        memory: Arc<ConnectionMemory>,
+    ) -> Self {
         Self {
             inbound,
             context,
@@ -140,6 +155,16 @@ where
             in_flight: VecDeque::new(),
             completed: CompletedBatch::default(),
             bytes: 0,
+            memory,
+        }
+    }
+
+    /// Whether another message may be read, with `bytes` more of this stream than are counted yet. A
+    /// stream that holds nothing may always read one: it would wait for ever otherwise.
+    fn may_read(&self, bytes: usize) -> bool {
+        match self.bytes + bytes {
+            0 => true,
+            held => held < MAX_STREAM_BYTES && self.memory.may_submit(),
         }
     }
 
@@ -170,10 +195,12 @@ where
         let now = UnixMillis::now();
         let (mut responses, mut commands, mut bytes) = (Vec::new(), Vec::new(), 0);
         let mut ended = false;
-        while responses.len() < MAX_COMMANDS && self.bytes + bytes < MAX_STREAM_BYTES {
+        while responses.len() < MAX_COMMANDS && self.may_read(bytes) {
             match Pin::new(&mut self.inbound).poll_next(cx) {
                 Poll::Ready(Some(Ok(message))) => {
-                    bytes += convert::bytes(&message);
+                    let message_bytes = convert::bytes(&message);
+                    self.memory.charge_unanswered(message_bytes);
+                    bytes += message_bytes;
                     let (response, command) = convert::parse(message, &self.context.validator, now);
                     let registry = &self.context.registry;
                     responses.push((
@@ -224,7 +251,9 @@ where
             Some(awaiting) => awaiting,
             None => {
                 let Some((response, pending)) = self.completed.responses.next() else {
-                    self.bytes -= mem::take(&mut self.completed.bytes);
+                    let answered = mem::take(&mut self.completed.bytes);
+                    self.bytes -= answered;
+                    self.memory.release_unanswered(answered);
                     return Poll::Ready(None);
                 };
                 let mirror_wait = match pending {
@@ -307,7 +336,7 @@ where
             while this.poll_submissions(cx)
                 && matches!(this.inbound_state, InboundState::Open)
                 && this.in_flight.len() < MAX_IN_FLIGHT
-                && this.bytes < MAX_STREAM_BYTES
+                && this.may_read(0)
                 && this.read_batch(cx)
             {}
             if awaits_mirror {

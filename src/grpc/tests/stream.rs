@@ -94,10 +94,12 @@ where
     T: futures::Stream<Item = Result<RegistrationMsg, Status>> + Unpin,
 {
     let messages: Vec<_> = messages.into_iter().map(Ok).collect();
+    let memory = MemoryBudget::new(memory::LIMITS, Arc::clone(&registry.context.metrics)).connection();
     RegistrationStream::new(
         stream::iter(messages).chain(then),
         registry.context.clone(),
         stop.clone().cancelled_owned(),
+        memory,
     )
 }
 

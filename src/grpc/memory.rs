@@ -1,0 +1,349 @@
+//! One budget of memory for what gRPC peers send and do not take.
+//!
+//! Three things pile up while a peer does not do its part: DATA frames that were received and not
+//! read by their call yet, registrations that are not answered yet, and responses that the peer does
+//! not take. Each is charged to its connection and to the budget of the process. A connection that
+//! holds more than its guaranteed part waits while the budget is spent: its socket is not read, its
+//! streams read no more messages, and their responses are not encoded. Every other connection goes on.
+//! A connection with a response that its peer has left unread for [`Limits::unread`] is closed.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use futures::task::AtomicWaker;
+use tracing::warn;
+
+use crate::metrics::{ConnectionClosed, LabelEnum as _, Metrics};
+
+/// How much memory peers may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// Bytes of all connections together.
+    pub(super) total: usize,
+    /// Bytes of registrations that are read and not answered, of all connections together. It bounds
+    /// the queue ahead of a registrant that comes new: some 36 000 registrations.
+    pub(super) unanswered: usize,
+    /// Bytes of one connection: a part of the total, so that no connection can spend all of it.
+    pub(super) per_connection: usize,
+    /// Bytes that every connection may take, even when the total is spent.
+    pub(super) guaranteed: usize,
+    /// Bytes of responses that one call may have encoded while its peer has not taken them.
+    pub(super) unsent_per_call: usize,
+    /// How long a peer may take none of a call's responses while some wait for it.
+    pub(super) unread: Duration,
+}
+
+pub(super) const LIMITS: Limits = Limits {
+    total: 64 * 1024 * 1024,
+    unanswered: 16 * 1024 * 1024,
+    per_connection: 16 * 1024 * 1024,
+    guaranteed: 16 * 1024,
+    unsent_per_call: 16 * 1024,
+    unread: Duration::from_secs(10),
+};
+
+/// Between two warnings about connections that were closed: an attack must not fill the log.
+const WARN_INTERVAL: Duration = Duration::from_secs(60);
+
+/// The budget of the process.
+#[derive(Debug)]
+pub(super) struct MemoryBudget {
+    limits: Limits,
+    used: AtomicUsize,
+    unanswered: AtomicUsize,
+    epoch: Instant,
+    last_warning: Mutex<Option<Instant>>,
+    metrics: Arc<Metrics>,
+}
+
+impl MemoryBudget {
+    pub(super) fn new(limits: Limits, metrics: Arc<Metrics>) -> Arc<Self> {
+        let last_warning = Mutex::new(None);
+        let (used, unanswered) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Arc::new(Self { limits, used, unanswered, epoch: Instant::now(), last_warning, metrics })
+    }
+
+    /// The account of a new connection.
+    pub(super) fn connection(self: &Arc<Self>) -> Arc<ConnectionMemory> {
+        Arc::new(ConnectionMemory {
+            budget: Arc::clone(self),
+            used: AtomicUsize::new(0),
+            unanswered: AtomicUsize::new(0),
+            received: AtomicUsize::new(0),
+            open_requests: AtomicUsize::new(0),
+            reader: AtomicWaker::new(),
+            unsent: Mutex::new(Vec::new()),
+        })
+    }
+
+    /// Counts a connection that is closed for what its peer did, and logs it now and then.
+    pub(super) fn closed(&self, reason: ConnectionClosed) {
+        self.metrics.grpc.connections_closed.at(reason).inc();
+        let mut last = self.last_warning.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_none_or(|last| last.elapsed() >= WARN_INTERVAL) {
+            *last = Some(Instant::now());
+            warn!(
+                reason = reason.as_str(),
+                "a gRPC connection is closed; further ones are not logged for a minute, \
+                 gangplank_grpc_connections_closed_total counts them"
+            );
+        }
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// What one connection holds.
+#[derive(Debug)]
+pub(super) struct ConnectionMemory {
+    budget: Arc<MemoryBudget>,
+    used: AtomicUsize,
+    /// The part of `used` that is registrations without an answer.
+    unanswered: AtomicUsize,
+    /// The part of `used` that is received and not read by a call.
+    received: AtomicUsize,
+    /// Calls whose messages are still read.
+    open_requests: AtomicUsize,
+    /// The connection's task, when it waits to read its socket.
+    reader: AtomicWaker,
+    /// Calls that may have responses which the peer has not taken.
+    unsent: Mutex<Vec<Arc<Unsent>>>,
+}
+
+impl ConnectionMemory {
+    /// Whether more may be read or encoded for this connection.
+    pub(super) fn has_room(&self) -> bool {
+        let used = self.used.load(Relaxed);
+        let Limits { total, per_connection, guaranteed, .. } = self.budget.limits;
+        let room = used < guaranteed || (used < per_connection && self.budget.used.load(Relaxed) < total);
+        if !room {
+            self.budget.metrics.grpc.memory_waits.inc();
+        }
+        room
+    }
+
+    /// Whether another registration may be read.
+    pub(super) fn may_submit(&self) -> bool {
+        let unanswered = self.unanswered.load(Relaxed);
+        let Limits { unanswered: total, guaranteed, .. } = self.budget.limits;
+        let room = unanswered < guaranteed
+            // One connection may have a quarter.
+            || (unanswered < total / 4 && self.budget.unanswered.load(Relaxed) < total);
+        room && self.has_room()
+    }
+
+    /// Charges a registration that was read.
+    pub(super) fn charge_unanswered(&self, bytes: usize) {
+        self.unanswered.fetch_add(bytes, Relaxed);
+        self.budget.unanswered.fetch_add(bytes, Relaxed);
+        self.charge(bytes);
+    }
+
+    /// Releases registrations that were answered, or whose stream is over.
+    pub(super) fn release_unanswered(&self, bytes: usize) {
+        self.unanswered.fetch_sub(bytes, Relaxed);
+        self.budget.unanswered.fetch_sub(bytes, Relaxed);
+        self.release(bytes);
+    }
+
+    /// Whether the socket may be read. What is received is bounded apart from the rest: a connection
+    /// with many responses under way must still learn that its peer takes them.
+    pub(super) fn may_receive(&self) -> bool {
+        self.received.load(Relaxed) < self.budget.limits.guaranteed || self.has_room()
+    }
+
+    /// Wakes this task when the connection has released some memory.
+    pub(super) fn register_reader(&self, waker: &std::task::Waker) {
+        self.reader.register(waker);
+    }
+
+    fn charge(&self, bytes: usize) {
+        self.used.fetch_add(bytes, Relaxed);
+        self.budget.used.fetch_add(bytes, Relaxed);
+        self.budget.metrics.grpc.buffered_bytes.inc_by(bytes as i64);
+    }
+
+    fn release(&self, bytes: usize) {
+        self.used.fetch_sub(bytes, Relaxed);
+        self.budget.used.fetch_sub(bytes, Relaxed);
+        self.budget.metrics.grpc.buffered_bytes.dec_by(bytes as i64);
+        self.reader.wake();
+    }
+
+    /// Charges what came from the socket.
+    pub(super) fn charge_received(&self, bytes: usize) {
+        self.received.fetch_add(bytes, Relaxed);
+        self.charge(bytes);
+    }
+
+    /// Releases what a call has read; never more than was received.
+    pub(super) fn release_received(&self, bytes: usize) {
+        let taken = self.received.fetch_update(Relaxed, Relaxed, |held| Some(held.saturating_sub(bytes)));
+        let held = taken.unwrap_or_default();
+        self.release(held.min(bytes));
+    }
+
+    pub(super) fn request_opened(&self) {
+        self.open_requests.fetch_add(1, Relaxed);
+    }
+
+    /// When no call is left that could read it, what was received was dropped unread. Without this a
+    /// connection would be charged for ever for frames that arrived after their call's end.
+    pub(super) fn request_closed(&self) {
+        if self.open_requests.fetch_sub(1, Relaxed) == 1 {
+            self.release_received(usize::MAX);
+        }
+    }
+
+    /// A call whose responses are watched until the value is dropped.
+    pub(super) fn responses(self: &Arc<Self>) -> Responses {
+        /// Calls in the list from which on those that are over are looked for.
+        const PRUNE_LEN: usize = 256;
+        let unsent = Arc::new(Unsent::default());
+        let mut calls = self.lock_unsent();
+        if calls.len() >= PRUNE_LEN {
+            calls.retain(Unsent::is_needed);
+        }
+        calls.push(Arc::clone(&unsent));
+        drop(calls);
+        Responses { memory: Arc::clone(self), unsent }
+    }
+
+    /// Whether the peer has taken none of a call's responses for too long.
+    pub(super) fn is_unread(&self) -> bool {
+        let now = self.budget.now();
+        let deadline = u64::try_from(self.budget.limits.unread.as_millis()).unwrap_or(u64::MAX);
+        let overdue = |call: &Arc<Unsent>| {
+            call.bytes.load(Relaxed) > 0 && now.saturating_sub(call.progress.load(Relaxed)) >= deadline
+        };
+        let mut calls = self.lock_unsent();
+        calls.retain(Unsent::is_needed);
+        calls.iter().any(overdue)
+    }
+
+    /// Whether any response waits for the peer.
+    pub(super) fn has_unsent(&self) -> bool {
+        self.lock_unsent().iter().any(|call| call.bytes.load(Relaxed) > 0)
+    }
+
+    /// How often to look at [`ConnectionMemory::is_unread`].
+    pub(super) fn unread_interval(&self) -> Duration {
+        self.budget.limits.unread / 8
+    }
+
+    pub(super) fn budget(&self) -> &MemoryBudget {
+        &self.budget
+    }
+
+    fn lock_unsent(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Unsent>>> {
+        // Each change of the list is one call; a panic cannot leave it half made.
+        self.unsent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for ConnectionMemory {
+    fn drop(&mut self) {
+        // Calls and responses hold this value, so only frames that nobody read are left.
+        let left = self.used.load(Relaxed);
+        self.release(left);
+    }
+}
+
+/// The responses of one call that its peer has not taken.
+#[derive(Debug, Default)]
+struct Unsent {
+    bytes: AtomicUsize,
+    /// When the peer last took something, or the first of them was encoded: milliseconds since the
+    /// budget was made.
+    progress: AtomicU64,
+    call: AtomicWaker,
+}
+
+impl Unsent {
+    /// False for a call that is over and whose responses were taken.
+    fn is_needed(self: &Arc<Self>) -> bool {
+        Arc::strong_count(self) > 1 || self.bytes.load(Relaxed) > 0
+    }
+}
+
+/// The responses of one call.
+#[derive(Debug)]
+pub(super) struct Responses {
+    memory: Arc<ConnectionMemory>,
+    unsent: Arc<Unsent>,
+}
+
+impl Responses {
+    /// Whether another response may be encoded. Otherwise the task is woken when the peer has taken
+    /// some of this call's responses; memory that other calls release wakes nobody here.
+    pub(super) fn may_encode(&self, waker: &std::task::Waker) -> bool {
+        let limit = self.memory.budget.limits.unsent_per_call;
+        let may = || self.unsent.bytes.load(Relaxed) < limit && self.memory.has_room();
+        if may() {
+            return true;
+        }
+        self.unsent.call.register(waker);
+        // What was released before the waker was there has woken nobody.
+        may()
+    }
+
+    /// Charges encoded responses until the returned bytes are dropped, which the transport does when
+    /// they are written to the socket.
+    pub(super) fn charged(&self, bytes: bytes::Bytes) -> bytes::Bytes {
+        /// What a chunk costs besides its bytes: its part of the encoder's buffer, and h2's slot for
+        /// the frame, in a slab that doubles when it grows and keeps its size.
+        const CHUNK_OVERHEAD: usize = 1024;
+        if bytes.is_empty() {
+            return bytes;
+        }
+        let charge = bytes.len() + CHUNK_OVERHEAD;
+        if self.unsent.bytes.fetch_add(charge, Relaxed) == 0 {
+            self.unsent.progress.store(self.memory.budget.now(), Relaxed);
+        }
+        self.memory.charge(charge);
+        let (memory, unsent) = (Arc::clone(&self.memory), Arc::clone(&self.unsent));
+        bytes::Bytes::from_owner(UnsentChunk { bytes, charge, memory, unsent })
+    }
+}
+
+impl Drop for Responses {
+    fn drop(&mut self) {
+        // What the transport still holds of a call that is over keeps its charge and its deadline.
+        if self.unsent.bytes.load(Relaxed) > 0 {
+            return;
+        }
+        let mut calls = self.memory.lock_unsent();
+        if let Some(index) = calls.iter().position(|other| Arc::ptr_eq(other, &self.unsent)) {
+            calls.swap_remove(index);
+        }
+    }
+}
+
+struct UnsentChunk {
+    bytes: bytes::Bytes,
+    charge: usize,
+    memory: Arc<ConnectionMemory>,
+    unsent: Arc<Unsent>,
+}
+
+impl AsRef<[u8]> for UnsentChunk {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for UnsentChunk {
+    fn drop(&mut self) {
+        self.unsent.progress.store(self.memory.budget.now(), Relaxed);
+        self.unsent.bytes.fetch_sub(self.charge, Relaxed);
+        self.memory.release(self.charge);
+        self.unsent.call.wake();
+    }
+}

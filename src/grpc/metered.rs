@@ -1,0 +1,265 @@
+//! A connection whose DATA frames are charged as they arrive, and which is not read while its peer has
+//! spent its memory.
+//!
+//! h2 holds what a call has not read yet: it bounds the payload by its windows but not the frames, each
+//! of which costs some 250 bytes besides, so that 32 KiB of frames of one byte take 8 MiB. The frames
+//! are counted here, by their headers, on their way to h2.
+
+use std::{
+    future::Future,
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Instant, Sleep, sleep},
+};
+use tonic::transport::server::Connected;
+
+use super::memory::ConnectionMemory;
+use crate::metrics::ConnectionClosed;
+
+/// What a DATA frame costs besides its payload: h2's slot for it.
+pub(super) const FRAME_OVERHEAD: usize = 256;
+
+/// Between two looks at the budget while it is spent: others release it without waking anybody.
+pub(super) const BUDGET_POLL: Duration = Duration::from_millis(100);
+
+/// Bytes of the client's preface, which is no frame (RFC 9113 §3.4).
+const PREFACE: usize = 24;
+
+/// A connection with its memory.
+pub(super) struct Metered<T> {
+    io: T,
+    memory: Arc<ConnectionMemory>,
+    received: FrameScanner,
+    sent: FrameScanner,
+    /// Set while the socket is not read.
+    budget_timer: Option<Pin<Box<Sleep>>>,
+    /// Set while responses wait for the peer.
+    unread_timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl<T> Metered<T> {
+    pub(super) fn new(io: T, memory: Arc<ConnectionMemory>) -> Self {
+        Self {
+            io,
+            memory,
+            received: FrameScanner { payload: PREFACE, ..FrameScanner::default() },
+            sent: FrameScanner::default(),
+            budget_timer: None,
+            unread_timer: None,
+        }
+    }
+
+    /// Fails once the peer has left a response unread for too long. On both ways: a connection that
+    /// cannot write does not read either.
+    fn check_unread(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        let interval = self.memory.unread_interval();
+        let Some(timer) = &mut self.unread_timer else {
+            if self.memory.has_unsent() {
+                let mut timer = Box::pin(sleep(interval));
+                // Registers the task; it cannot be over yet.
+                let _ = timer.as_mut().poll(cx);
+                self.unread_timer = Some(timer);
+            }
+            return Ok(());
+        };
+        while timer.as_mut().poll(cx).is_ready() {
+            if self.memory.is_unread() {
+                self.memory.budget().closed(ConnectionClosed::Unread);
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            if !self.memory.has_unsent() {
+                self.unread_timer = None;
+                return Ok(());
+            }
+            timer.as_mut().reset(Instant::now() + interval);
+        }
+        Ok(())
+    }
+
+    fn poll_budget(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            if self.memory.may_receive() {
+                self.budget_timer = None;
+                return Poll::Ready(());
+            }
+            self.memory.register_reader(cx.waker());
+            let timer = self.budget_timer.get_or_insert_with(|| Box::pin(sleep(BUDGET_POLL)));
+            if timer.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            timer.as_mut().reset(Instant::now() + BUDGET_POLL);
+        }
+    }
+}
+
+impl<T> Connected for Metered<T> {
+    type ConnectInfo = Arc<ConnectionMemory>;
+
+    fn connect_info(&self) -> Self::ConnectInfo {
+        Arc::clone(&self.memory)
+    }
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for Metered<T> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        this.check_unread(cx)?;
+        if this.poll_budget(cx).is_pending() {
+            return Poll::Pending;
+        }
+        let before = buf.filled().len();
+        let read = Pin::new(&mut this.io).poll_read(cx, buf);
+        let memory = &this.memory;
+        this.received.scan(&buf.filled()[before..], &mut |frame| {
+            if let Frame::Data { len } = frame {
+                memory.charge_received(len + FRAME_OVERHEAD);
+            }
+        });
+        read
+    }
+}
+
+impl<T: AsyncWrite + Unpin> Metered<T> {
+    fn scan_sent(&mut self, bytes: &[u8]) {
+        let memory = &self.memory;
+        self.sent.scan(bytes, &mut |frame| {
+            // 0 is NO_ERROR: the server stops, or the connection is old (RFC 9113 §7).
+            if let Frame::GoAway { code: 1.. } = frame {
+                memory.budget().closed(ConnectionClosed::ProtocolError);
+            }
+        });
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for Metered<T> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.check_unread(cx)?;
+        let written = Pin::new(&mut self.io).poll_write(cx, bytes);
+        if let Poll::Ready(Ok(count)) = written {
+            self.scan_sent(&bytes[..count]);
+        }
+        written
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.check_unread(cx)?;
+        let written = Pin::new(&mut self.io).poll_write_vectored(cx, slices);
+        if let Poll::Ready(Ok(mut count)) = written {
+            for slice in slices {
+                let part = count.min(slice.len());
+                self.scan_sent(&slice[..part]);
+                count -= part;
+            }
+        }
+        written
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.check_unread(cx)?;
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+/// A frame that matters here (RFC 9113 §4.1, §6.1, §6.8).
+#[derive(Debug, PartialEq, Eq)]
+enum Frame {
+    Data {
+        len: usize,
+    },
+    GoAway {
+        /// The error code.
+        code: u32,
+    },
+}
+
+const DATA: u8 = 0;
+const GOAWAY: u8 = 7;
+
+/// Finds frames in a stream of bytes, whatever pieces it comes in. Keeps no payload.
+#[derive(Debug, Default)]
+struct FrameScanner {
+    header: [u8; 9],
+    header_len: usize,
+    /// Bytes until the next header.
+    payload: usize,
+    /// The begin of a GOAWAY's payload: the last stream's id and the error code.
+    goaway: Option<([u8; 8], usize)>,
+}
+
+impl FrameScanner {
+    fn scan(&mut self, mut bytes: &[u8], found: &mut dyn FnMut(Frame)) {
+        while !bytes.is_empty() {
+            if self.payload > 0 {
+                let (payload, rest) = bytes.split_at(self.payload.min(bytes.len()));
+                self.payload -= payload.len();
+                bytes = rest;
+                if let Some((head, len)) = &mut self.goaway {
+                    let part = payload.len().min(head.len() - *len);
+                    head[*len..*len + part].copy_from_slice(&payload[..part]);
+                    *len += part;
+                    if *len == head.len() {
+                        let [_, _, _, _, code @ ..] = *head;
+                        self.goaway = None;
+                        found(Frame::GoAway { code: u32::from_be_bytes(code) });
+                    }
+                }
+                continue;
+            }
+            let (part, rest) = bytes.split_at((self.header.len() - self.header_len).min(bytes.len()));
+            self.header[self.header_len..self.header_len + part.len()].copy_from_slice(part);
+            self.header_len += part.len();
+            bytes = rest;
+            if self.header_len == self.header.len() {
+                let [a, b, c, kind, ..] = self.header;
+                self.header_len = 0;
+                self.payload = u32::from_be_bytes([0, a, b, c]) as usize;
+                self.goaway = (kind == GOAWAY).then_some(([0; 8], 0));
+                if kind == DATA {
+                    found(Frame::Data { len: self.payload });
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_found_whatever_pieces_they_come_in() {
+        let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+        bytes.extend([0, 0, 0, 4, 0, 0, 0, 0, 0]); // SETTINGS without a payload
+        bytes.extend([0, 0, 3, 0, 0, 0, 0, 0, 1, 7, 7, 7]); // DATA of three bytes
+        bytes.extend([0, 0, 0, 0, 1, 0, 0, 0, 1]); // DATA, empty, END_STREAM
+        bytes.extend([0, 0, 9, 7, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 11, b'x']); // GOAWAY with a text
+        bytes.extend([0, 1, 0, 0, 0, 0, 0, 0, 3]); // DATA whose payload is still to come
+        let expected =
+            [Frame::Data { len: 3 }, Frame::Data { len: 0 }, Frame::GoAway { code: 11 }, Frame::Data { len: 256 }];
+        for piece in 1..bytes.len() {
+            let mut scanner = FrameScanner { payload: PREFACE, ..FrameScanner::default() };
+            let mut found = Vec::new();
+            bytes.chunks(piece).for_each(|bytes| scanner.scan(bytes, &mut |frame| found.push(frame)));
+            assert_eq!(found, expected, "in pieces of {piece}");
+        }
+    }
+}
