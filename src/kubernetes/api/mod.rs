@@ -1,7 +1,7 @@
-//! One request to the API server and what came of it, in words that say what to do next.
+//! Requests to the API server, and errors that say what to do next.
 //!
-//! kube's own repetition is off: a write is repeated by whoever knows whether it is still wanted.
-//! Every request has ten seconds. `Retry-After` is kept, whoever the answer comes from.
+//! kube's own retries are off: only the caller knows whether a write is still wanted. Every request
+//! has a timeout, and `Retry-After` is honoured for every answer.
 
 mod rate_limiter;
 mod retry_after;
@@ -28,13 +28,13 @@ use crate::metrics::{Metrics, RequestOutcome, Verb};
 /// How long one request may take.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a connection may take to come about.
+/// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How the answer of a server that does not say how long to wait is taken.
+/// How long to wait after a 429 that does not say.
 pub(super) const DEFAULT_RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// Why there is no way to the API server. It says which way was tried.
+/// Why there is no client for the API server. It names the configuration that was tried.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// The file of `--kubeconfig`.
@@ -42,13 +42,13 @@ pub enum ConnectError {
     Kubeconfig {
         /// Which file.
         path: String,
-        /// Why, and what led to it.
+        /// Why, with its causes.
         err: String,
     },
-    /// What a pod finds of its ServiceAccount.
+    /// The ServiceAccount of the pod.
     #[error("--kubernetes: not in a pod with a ServiceAccount; outside of a cluster give --kubeconfig FILE")]
     InCluster(#[source] kube::config::InClusterError),
-    /// What was found does not make a client.
+    /// No client can be made of the configuration.
     #[error("the API server's address or certificates cannot be used")]
     Client(#[source] Box<kube::Error>),
 }
@@ -57,7 +57,7 @@ pub enum ConnectError {
 pub(super) async fn connect(kubeconfig: Option<&Path>) -> Result<(Client, String), ConnectError> {
     let mut config = match kubeconfig {
         Some(path) => {
-            // kube's errors name their causes and give them again: each is said once.
+            // kube's errors print their causes and return them as sources too: `chain` prints each once.
             let unusable = |err: kube::config::KubeconfigError| ConnectError::Kubeconfig {
                 path: path.display().to_string(),
                 err: chain(&err),
@@ -76,40 +76,40 @@ pub(super) async fn connect(kubeconfig: Option<&Path>) -> Result<(Client, String
     Ok((retry_after::honoured_by(client), server))
 }
 
-/// Why a request did not do what was asked.
+/// Why a request failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum ApiError {
     /// There is no such object, or no such namespace.
     #[error("not found")]
     NotFound,
-    /// The object is not the one, or not in the version, that was meant.
+    /// The object is another one, or has another version, than the request names.
     #[error("changed meanwhile")]
     Conflict,
-    /// An object of this name stands already.
+    /// There is an object of this name.
     #[error("exists already")]
     AlreadyExists,
     /// The namespace is being deleted.
     #[error("its namespace is being deleted")]
     NamespaceTerminating,
-    /// The account may not.
+    /// The account lacks a right.
     #[error("not allowed: {0}")]
     Forbidden(String),
-    /// The server does not take such an object: its rules, or an admission policy.
+    /// The server's rules or an admission policy refuse the object.
     #[error("refused: {0}")]
     Invalid(String),
-    /// The server wants to be left alone for a while.
+    /// The server is overloaded and says how long to wait.
     #[error("the API server is busy; it asks to wait {}", humantime::format_duration(*.0))]
     Busy(Duration),
-    /// The server cannot do it now.
+    /// The server failed.
     #[error("the API server failed: {0}")]
     Server(String),
-    /// Nobody knows whether it was done.
+    /// No answer: the request may or may not have been carried out.
     #[error("no answer from the API server: {0}")]
     Unknown(String),
 }
 
 impl ApiError {
-    /// What a status other than success means.
+    /// The error of a failed answer.
     fn of(status: &Status) -> Self {
         let message = || status.message.clone();
         let cause = |wanted: &str| {
@@ -143,7 +143,7 @@ impl ApiError {
     }
 }
 
-/// Makes requests at a bounded rate_limiter and counts them.
+/// Makes requests within the rate limit and counts them.
 pub(super) struct ApiClient {
     client: Client,
     rate_limiter: RateLimiter,
@@ -156,7 +156,7 @@ impl std::fmt::Debug for ApiClient {
     }
 }
 
-/// Which object, in which version: what a deletion is bound to.
+/// Which object a DELETE is for, and in which version.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Preconditions<'a> {
     pub(super) name: &'a str,
@@ -191,7 +191,7 @@ impl ApiClient {
         self.call(Verb::Create, path::<K>(namespace).create(&PostParams::default(), encode(object))).await
     }
 
-    /// Creates an object of no namespace.
+    /// Creates a cluster-scoped object.
     pub(super) async fn create_namespace<K>(&self, object: &K) -> Result<K, ApiError>
     where
         K: Resource + Serialize + DeserializeOwned,
@@ -200,7 +200,7 @@ impl ApiClient {
         self.call(Verb::Create, request.create(&PostParams::default(), encode(object))).await
     }
 
-    /// Replaces an object; its uid and resourceVersion say which one in which version.
+    /// Replaces an object, in the version of its uid and resourceVersion.
     pub(super) async fn replace<K: NamespacedObject>(
         &self,
         namespace: &str,
@@ -219,7 +219,7 @@ impl ApiClient {
         let preconditions =
             params::Preconditions { uid: Some(uid.into()), resource_version: Some(resource_version.into()) };
         let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
-        // The answer is a Status or the object, as it pleases the server.
+        // The answer is a Status or the object.
         self.call::<serde_json::Value>(Verb::Delete, path::<K>(namespace).delete(name, &params)).await.map(drop)
     }
 
@@ -265,7 +265,7 @@ impl ApiClient {
     }
 }
 
-/// An object that lives in a namespace.
+/// A namespaced object.
 pub(super) trait NamespacedObject:
     Resource<Scope = NamespaceResourceScope> + Clone + Serialize + DeserializeOwned
 {
@@ -285,7 +285,7 @@ fn encode(object: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(object).expect("Kubernetes objects are JSON")
 }
 
-/// The answer in time, or why there is none.
+/// The answer, or why there is none within [`REQUEST_TIMEOUT`].
 async fn within<T>(answer: impl Future<Output = Result<T, kube::Error>>) -> Result<T, String> {
     match timeout(REQUEST_TIMEOUT, answer).await {
         Ok(Ok(answer)) => Ok(answer),
@@ -294,7 +294,7 @@ async fn within<T>(answer: impl Future<Output = Result<T, kube::Error>>) -> Resu
     }
 }
 
-/// An error and what led to it.
+/// An error and its causes, each once.
 pub(super) fn chain(err: &dyn std::error::Error) -> String {
     let mut text = err.to_string();
     let mut source = err.source();
@@ -313,7 +313,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_kubeconfig_that_is_not_there_is_named_and_its_reason_said_once() {
+    async fn missing_kubeconfig_is_named_with_each_cause_once() {
         let err = connect(Some(Path::new("/no/such/file"))).await.err().expect("there is none").to_string();
         assert!(err.starts_with("--kubeconfig /no/such/file: cannot be used"), "{err}");
         assert_eq!(err.matches("No such file").count(), 1, "{err}");
@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_say_what_to_do_next() {
+    fn errors_follow_from_code_reason_and_retry_after() {
         assert_eq!(fault(404, "NotFound", None), ApiError::NotFound);
         assert_eq!(fault(409, "AlreadyExists", None), ApiError::AlreadyExists);
         assert_eq!(fault(409, "Conflict", None), ApiError::Conflict);

@@ -1,8 +1,7 @@
-//! How fast the API server is asked, and when it is left alone.
+//! The rate limit of all requests to the API server: a token bucket, with pauses.
 //!
-//! A token bucket bounds the rate of all requests. When the server says how long to wait
-//! (`Retry-After`, RFC 9110 §10.2.3), or does not answer at all, everybody waits together: a
-//! server in trouble is not helped by being asked for each service in turn.
+//! When the server says how long to wait (`Retry-After`, RFC 9110 §10.2.3), or does not answer, all
+//! requests pause: retrying one service after the other would not help a server in trouble.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -11,35 +10,35 @@ use std::{
 
 use tokio::time::{Instant, sleep_until};
 
-/// After the first failure in a row everybody waits so long, after each further one twice as long.
+/// Pause after the first failure; it doubles with each further one in a row.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 
-/// But never longer than this, unless the server asks for it.
+/// Longest pause after failures.
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 
-/// However long the server asks to be left alone.
+/// Longest Retry-After that is honoured.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
 
-/// Lets requests through at a bounded rate.
+/// A token bucket.
 #[derive(Debug)]
 pub(super) struct RateLimiter {
-    /// Between two requests, once the bucket is empty.
+    /// Time per token.
     interval: Duration,
-    /// ApiClient that may be made at once after a rest.
+    /// Size of the bucket.
     burst: u32,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
-    /// When the bucket would be full; each request moves it on by the interval.
+    /// When the bucket will be full; each request moves this by the interval.
     full_at: Instant,
     paused_until: Instant,
     failures: u32,
 }
 
 impl RateLimiter {
-    /// So many requests a second, and twice as many at once.
+    /// `per_second` requests, with a burst of twice as many.
     pub(super) fn new(per_second: u32) -> Self {
         let now = Instant::now();
         Self {
@@ -60,7 +59,7 @@ impl RateLimiter {
         }
     }
 
-    /// Takes a token, or says when to come again.
+    /// Takes a token, or returns when to try again.
     fn take(&self, now: Instant) -> Option<Instant> {
         let mut state = self.lock();
         if state.paused_until > now {
@@ -80,7 +79,7 @@ impl RateLimiter {
         self.lock().failures = 0;
     }
 
-    /// The server did not answer, or cannot now; `retry_after` is what it said itself.
+    /// The server failed or did not answer; `retry_after` is what the answer says.
     pub(super) fn failed(&self, retry_after: Option<Duration>) {
         self.pause(Instant::now(), retry_after);
     }
@@ -89,7 +88,7 @@ impl RateLimiter {
         let mut state = self.lock();
         let pause = match retry_after {
             Some(asked) => asked.min(MAX_RETRY_AFTER),
-            // What fails while everybody waits already was under way before.
+            // A request that fails during a pause was sent before it.
             None if state.paused_until > now => return,
             None => {
                 let doublings = state.failures.min(16);
@@ -111,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_burst_passes_and_then_the_rate_holds() {
+    fn burst_passes_then_the_rate_holds() {
         let rate_limiter = RateLimiter::new(10);
         let now = Instant::now();
         let passed = (0..100).filter(|_| rate_limiter.take(now).is_none()).count();
@@ -122,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn the_server_is_left_alone_as_long_as_it_asks() {
+    fn retry_after_pauses_all_requests() {
         let rate_limiter = RateLimiter::new(10);
         let now = Instant::now();
         rate_limiter.pause(now, Some(Duration::from_secs(7)));
@@ -132,14 +131,14 @@ mod tests {
     }
 
     #[test]
-    fn pauses_grow_with_failures_in_a_row_and_end_with_an_answer() {
+    fn pause_doubles_with_failures_in_a_row_until_an_answer() {
         let rate_limiter = RateLimiter::new(10);
         let mut now = Instant::now();
         let mut pauses = Vec::new();
         for _ in 0..8 {
             rate_limiter.pause(now, None);
-            rate_limiter.pause(now, None); // under way already: counts once
-            let until = rate_limiter.take(now).expect("everybody waits");
+            rate_limiter.pause(now, None); // sent before the pause: counts once
+            let until = rate_limiter.take(now).expect("paused");
             pauses.push((until - now).as_millis());
             now = until;
         }

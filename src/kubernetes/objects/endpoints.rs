@@ -59,7 +59,7 @@ pub fn amend(existing: &Endpoints, desired: &Endpoints) -> Option<Endpoints> {
     meta.labels.get_or_insert_default().extend(desired.metadata.labels.clone().unwrap_or_default());
     match &desired.metadata.annotations {
         Some(ours) => meta.annotations.get_or_insert_default().extend(ours.clone()),
-        None => _ = meta.annotations.as_mut().and_then(|standing| standing.remove(names::OVER_CAPACITY)),
+        None => _ = meta.annotations.as_mut().and_then(|existing| existing.remove(names::OVER_CAPACITY)),
     }
     for ours in desired.metadata.owner_references.iter().flatten() {
         let owners = meta.owner_references.get_or_insert_default();
@@ -87,22 +87,22 @@ fn labels() -> [(&'static str, &'static str); 3] {
 fn subsets(instances: &CowTree<Arc<Instance>>, publish_not_ready: bool) -> (Vec<EndpointSubset>, bool) {
     let mut subsets: Vec<EndpointSubset> = Vec::new();
     let mut places: HashMap<PortList<'_>, Vec<usize>> = HashMap::new();
-    let mut seated = HashSet::new();
+    let mut assigned = HashSet::new();
     for ready in [true, false] {
         for instance in instances.iter().filter(|one| (one.ready() || publish_not_ready) == ready) {
             let Some(ip) = instance.address().ip() else { continue };
             let places = places.entry(PortList(instance.ports()));
             for &mut at in
-                places.or_insert_with(|| parts(instance).into_iter().map(|p| place(&mut subsets, p)).collect())
+                places.or_insert_with(|| parts(instance).into_iter().map(|p| subset_with(&mut subsets, p)).collect())
             {
-                if seated.contains(&(at, ip)) {
+                if assigned.contains(&(at, ip)) {
                     continue;
                 }
-                if seated.len() == MAX_ADDRESSES {
+                if assigned.len() == MAX_ADDRESSES {
                     subsets.retain(|subset| subset.addresses.is_some() || subset.not_ready_addresses.is_some());
                     return (subsets, true);
                 }
-                seated.insert((at, ip));
+                assigned.insert((at, ip));
                 let address = EndpointAddress {
                     ip: ip.to_string(),
                     hostname: hostname(instance, ip).map(Into::into),
@@ -119,7 +119,7 @@ fn subsets(instances: &CowTree<Arc<Instance>>, publish_not_ready: bool) -> (Vec<
 }
 
 /// The subset with these ports, which is made where there is none.
-fn place(subsets: &mut Vec<EndpointSubset>, ports: Vec<EndpointPort>) -> usize {
+fn subset_with(subsets: &mut Vec<EndpointSubset>, ports: Vec<EndpointPort>) -> usize {
     let ports = Some(ports).filter(|ports| !ports.is_empty());
     subsets.iter().position(|subset| subset.ports == ports).unwrap_or_else(|| {
         subsets.push(EndpointSubset { ports, ..EndpointSubset::default() });
@@ -192,7 +192,7 @@ mod tests {
     const HTTP: &[PortTuple] = &[(8080, TCP, "http")];
 
     #[test]
-    fn instances_stand_in_subsets_by_their_ports() {
+    fn instances_are_grouped_in_subsets_by_their_ports() {
         let mut instances = table(&[
             spec("10.0.0.1", HTTP),
             spec("10.0.0.2", &[]),
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thousand_addresses_and_the_ready_ones_first() {
+    fn at_most_a_thousand_addresses_ready_ones_first() {
         let one = |at: u32| {
             let ip = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 0, 0, 1)) + at).to_string();
             let one = instance(&spec(&ip, HTTP));
@@ -261,14 +261,14 @@ mod tests {
     }
 
     #[test]
-    fn what_deviates_is_put_right_and_the_rest_stays() {
+    fn external_edits_are_reverted_and_foreign_fields_kept() {
         let instances = table(&[spec("10.0.0.1", HTTP), spec("10.0.0.2", HTTP), spec("10.0.0.3", &[(80, UDP, "")])]);
         let ours = desired(&web(), "uid-1", &instances, false);
-        let mut standing = ours.clone();
-        let subsets = standing.subsets.as_mut().expect("two");
+        let mut existing = ours.clone();
+        let subsets = existing.subsets.as_mut().expect("two");
         subsets.reverse();
         subsets[1].addresses.as_mut().expect("two").reverse();
-        assert_eq!(amend(&standing, &ours), None, "an order is nobody's business");
+        assert_eq!(amend(&existing, &ours), None, "an order is nobody's business");
 
         let edits: [fn(&mut Endpoints); 6] = [
             |endpoints| endpoints.metadata.labels = None,

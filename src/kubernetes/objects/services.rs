@@ -86,11 +86,11 @@ pub fn amend(existing: &Service, instances: &CowTree<Arc<Instance>>) -> Option<S
         spec.cluster_ips = None;
     }
     let mut ports = service_ports(instances);
-    let standing = spec.ports.as_deref().unwrap_or_default();
-    if !same_ports(standing, &ports) {
-        let others: HashMap<_, _> = standing.iter().map(|port| (said(port), &port.app_protocol)).collect();
+    let existing_ports = spec.ports.as_deref().unwrap_or_default();
+    if !same_ports(existing_ports, &ports) {
+        let others: HashMap<_, _> = existing_ports.iter().map(|port| (port_key(port), &port.app_protocol)).collect();
         for port in &mut ports {
-            port.app_protocol = others.get(&said(port)).and_then(|&protocol| protocol.clone());
+            port.app_protocol = others.get(&port_key(port)).and_then(|&protocol| protocol.clone());
         }
         spec.ports = Some(ports).filter(|ports| !ports.is_empty());
     }
@@ -144,16 +144,18 @@ fn service_port(protocol: Protocol, number: u16, name: Option<&Label>) -> Servic
 }
 
 /// Whether both lists have the same ports, whatever else is said of them and in whatever order.
-fn same_ports(standing: &[ServicePort], ours: &[ServicePort]) -> bool {
-    let targets: HashMap<_, _> = ours.iter().map(|port| (said(port), &port.target_port)).collect();
-    standing.len() == ours.len()
-        && standing.iter().all(|port| {
-            targets.get(&said(port)).is_some_and(|target| port.target_port.is_none() || port.target_port == **target)
+fn same_ports(existing: &[ServicePort], ours: &[ServicePort]) -> bool {
+    let targets: HashMap<_, _> = ours.iter().map(|port| (port_key(port), &port.target_port)).collect();
+    existing.len() == ours.len()
+        && existing.iter().all(|port| {
+            targets
+                .get(&port_key(port))
+                .is_some_and(|target| port.target_port.is_none() || port.target_port == **target)
         })
 }
 
 /// What tells a port of a Service from the others.
-fn said(port: &ServicePort) -> (&str, i32, &str) {
+fn port_key(port: &ServicePort) -> (&str, i32, &str) {
     let ServicePort { name, port, protocol, .. } = port;
     (name.as_deref().unwrap_or(""), *port, protocol.as_deref().unwrap_or("TCP"))
 }
@@ -169,7 +171,7 @@ mod tests {
         let specs = lists.iter().enumerate().map(|(at, ports)| spec(&format!("10.0.{}.1", at), ports));
         let service = desired(&web(), &table(&specs.collect::<Vec<_>>()));
         let ports = service.spec.and_then(|spec| spec.ports).unwrap_or_default();
-        ports.iter().map(said).map(|(name, number, protocol)| (name.into(), number, protocol.into())).collect()
+        ports.iter().map(port_key).map(|(name, number, protocol)| (name.into(), number, protocol.into())).collect()
     }
 
     /// The defaults that an API server fills in.
@@ -183,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn the_service_is_headless_and_says_whose_it_is() {
+    fn service_is_headless_and_labelled_as_owned() {
         let service = desired(&web(), &table(&[spec("10.0.0.1", &[(8080, TCP, "http")])]));
         assert_eq!(
             serde_json::to_value(&service).expect("JSON"),
@@ -210,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn ports_are_a_union_as_far_as_it_is_valid() {
+    fn ports_are_the_valid_part_of_the_union() {
         let port = |name: &str, number, protocol: &str| (name.to_owned(), number, protocol.to_owned());
         assert_eq!(ports(&[&[]]), []);
         assert_eq!(ports(&[&[(80, TCP, "")], &[(80, TCP, "")]]), [port("", 80, "TCP")]);
@@ -225,7 +227,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_list_is_one_that_kubernetes_takes(
+        fn any_list_of_ports_is_valid_in_kubernetes(
             lists in prop::collection::vec(prop::collection::btree_map(
                 (1i64..6, prop::sample::select(vec![TCP, UDP])), prop::sample::select(vec!["", "a", "b", "c"]), 0..5,
             ), 0..8),
@@ -250,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn what_deviates_is_put_right_and_the_rest_stays() {
+    fn external_edits_are_reverted_and_foreign_fields_kept() {
         let instances = table(&[spec("10.0.0.1", &[(8080, TCP, "http"), (8443, TCP, "https")])]);
         let right = defaulted(desired(&web(), &instances));
         assert_eq!(amend(&right, &instances), None);

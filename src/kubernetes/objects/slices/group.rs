@@ -193,7 +193,7 @@ mod tests {
 
     /// These names exist in clusters. If this test fails, the code is wrong, not the test.
     #[test]
-    fn names_never_change() {
+    fn slice_names_never_change() {
         let web =
             ServiceKey::new(Namespace::parse("prod").expect("a label"), ServiceName::parse("web").expect("a label"));
         let http = SliceGroup { family: Family::V4, ports: ports(&[(8080, Protocol::Tcp, "http")]), part: None };
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn one_name_under_two_protocols_makes_a_part_for_each_protocol() {
+    fn port_name_under_two_protocols_splits_the_group_by_protocol() {
         let plain = ports(&[(53, Protocol::Udp, "dns"), (53, Protocol::Tcp, "dns-tcp"), (80, Protocol::Tcp, "")]);
         assert_eq!(
             SliceGroup::all(Family::V4, &plain),

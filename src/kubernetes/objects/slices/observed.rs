@@ -157,14 +157,17 @@ fn group_of(slice: &EndpointSlice, family: Family) -> Option<SliceGroup> {
 /// can be read in it; `None` for any other.
 fn untouched(slice: &EndpointSlice, service: &ServiceKey, name: &str, group: &SliceGroup) -> Option<ContentDigest> {
     let meta = &slice.metadata;
-    let records = InstancesAnnotation::read(annotation(meta, names::INSTANCES)).ok()?;
-    let rows = slice.endpoints.iter().map(|endpoint| row(endpoint, &records)).collect::<Option<Vec<_>>>()?;
-    if !rows.is_sorted_by(|a, b| a.ip < b.ip) || rows.iter().any(|row| Family::of(row.ip) != group.family) {
+    let annotations = InstancesAnnotation::read(annotation(meta, names::INSTANCES)).ok()?;
+    let endpoints =
+        slice.endpoints.iter().map(|endpoint| endpoint_of(endpoint, &annotations)).collect::<Option<Vec<_>>>()?;
+    if !endpoints.is_sorted_by(|a, b| a.ip < b.ip)
+        || endpoints.iter().any(|endpoint| Family::of(endpoint.ip) != group.family)
+    {
         return None;
     }
     let mut owners = meta.owner_references.iter().flatten().filter(|reference| is_owner(reference, service));
     let owner = owners.next()?;
-    let again = render(service, &owner.uid, name, group, &rows);
+    let again = render(service, &owner.uid, name, group, &endpoints);
     let again_annotation = |key| annotation(&again.metadata, key);
     let same = owners.next().is_none()
         && again.metadata.owner_references.as_deref() == Some(std::slice::from_ref(owner))
@@ -174,31 +177,31 @@ fn untouched(slice: &EndpointSlice, service: &ServiceKey, name: &str, group: &Sl
         && [names::UPDATED, names::WRITER].into_iter().all(|key| annotation(meta, key).is_some())
         && slice.endpoints == again.endpoints
         && same_ports(slice.ports.as_deref(), again.ports.as_deref());
-    same.then(|| digest(&owner.uid, group, &rows))
+    same.then(|| digest(&owner.uid, group, &endpoints))
 }
 
 /// The content of an endpoint; `None` if gangplank writes no such endpoint.
-fn row<'a>(endpoint: &'a Endpoint, records: &InstancesAnnotation) -> Option<SliceEndpoint<'a>> {
+fn endpoint_of<'a>(endpoint: &'a Endpoint, annotations: &InstancesAnnotation) -> Option<SliceEndpoint<'a>> {
     let [address] = &endpoint.addresses[..] else { return None };
     Some(SliceEndpoint {
         ip: address.parse().ok()?,
         ready: endpoint.conditions.as_ref()?.ready?,
         hostname: endpoint.hostname.as_deref().map(Into::into),
         node: endpoint.node_name.as_deref(),
-        record: records.get(address).ok()?,
+        record: annotations.get(address).ok()?,
     })
 }
 
 /// Whether two lists of ports are equal to the API server, which writes an empty name for an absent
 /// one, and omits an empty list.
-fn same_ports(standing: Option<&[EndpointPort]>, ours: Option<&[EndpointPort]>) -> bool {
-    let same = |(standing, ours): (&EndpointPort, &EndpointPort)| {
-        let EndpointPort { app_protocol, name, port, protocol } = standing;
+fn same_ports(existing: Option<&[EndpointPort]>, ours: Option<&[EndpointPort]>) -> bool {
+    let same = |(existing, ours): (&EndpointPort, &EndpointPort)| {
+        let EndpointPort { app_protocol, name, port, protocol } = existing;
         (app_protocol, name.as_deref().unwrap_or(""), port, protocol)
             == (&ours.app_protocol, ours.name.as_deref().unwrap_or(""), &ours.port, &ours.protocol)
     };
-    let (standing, ours) = (standing.unwrap_or_default(), ours.unwrap_or_default());
-    standing.len() == ours.len() && standing.iter().zip(ours).all(same)
+    let (existing, ours) = (existing.unwrap_or_default(), ours.unwrap_or_default());
+    existing.len() == ours.len() && existing.iter().zip(ours).all(same)
 }
 
 pub(super) fn label<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {

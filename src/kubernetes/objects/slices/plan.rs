@@ -98,20 +98,20 @@ impl SliceWrite {
 /// The writes after which the slices of a service show exactly `instances`, in the order in which
 /// to make them. Empty if nothing has to change.
 ///
-/// `standing` are all slices of ours that belong to the service.
+/// `observed_slices` are all slices of ours that belong to the service.
 #[must_use]
 pub fn plan<'a>(
-    request: &PlanOptions<'_>,
+    options: &PlanOptions<'_>,
     instances: &CowTree<Arc<Instance>>,
-    standing: impl IntoIterator<Item = &'a ObservedSlice>,
+    observed_slices: impl IntoIterator<Item = &'a ObservedSlice>,
 ) -> Vec<SliceWrite> {
-    let standing: Vec<&ObservedSlice> = standing.into_iter().collect();
-    let mut taken: HashSet<&str> = request.occupied.iter().map(String::as_str).collect();
-    taken.extend(standing.iter().map(|slice| &*slice.name));
+    let observed_slices: Vec<&ObservedSlice> = observed_slices.into_iter().collect();
+    let mut taken: HashSet<&str> = options.occupied.iter().map(String::as_str).collect();
+    taken.extend(observed_slices.iter().map(|slice| &*slice.name));
     let mut writes = SliceWrites::default();
 
     let mut by_group: HashMap<&SliceGroup, Vec<&ObservedSlice>> = HashMap::new();
-    for &slice in standing.iter().filter(|slice| !slice.deleting) {
+    for &slice in observed_slices.iter().filter(|slice| !slice.deleting) {
         match &slice.group {
             Some(group) => by_group.entry(group).or_default().push(slice),
             None => writes.delete(slice),
@@ -120,20 +120,20 @@ pub fn plan<'a>(
     let mut new_names = HashSet::new();
     for (group, members) in grouped(instances) {
         let slices = by_group.remove(&group).unwrap_or_default();
-        let mut names = (0..).map(|index| group.slice_name(request.service, index));
-        for placed in place(request, &members, slices) {
-            let rows = placed.members.iter().map(|&at| {
+        let mut names = (0..).map(|index| group.slice_name(options.service, index));
+        for assignment in assign(options, &members, slices) {
+            let endpoints = assignment.members.iter().map(|&at| {
                 let (ip, instance) = members[at];
-                SliceEndpoint::of(instance, ip, request.publish_not_ready)
+                SliceEndpoint::of(instance, ip, options.publish_not_ready)
             });
-            let rows: Vec<SliceEndpoint<'_>> = rows.collect();
-            if let Some(slice) = placed.slice {
-                writes.update(request, slice, &placed, &group, &rows);
+            let endpoints: Vec<SliceEndpoint<'_>> = endpoints.collect();
+            if let Some(slice) = assignment.slice {
+                writes.update(options, slice, &assignment, &group, &endpoints);
             } else {
                 let name = names
                     .find(|name| !taken.contains(&**name) && !new_names.contains(name))
                     .expect("there are more indexes than slices");
-                writes.create(request, &name, &group, &rows);
+                writes.create(options, &name, &group, &endpoints);
                 new_names.insert(name);
             }
         }
@@ -153,37 +153,37 @@ struct SliceWrites {
 }
 
 impl SliceWrites {
-    fn create(&mut self, request: &PlanOptions<'_>, name: &str, group: &SliceGroup, rows: &[SliceEndpoint<'_>]) {
-        let mut slice = render(request.service, request.service_uid, name, group, rows);
-        stamp(&mut slice, request.stamps);
+    fn create(&mut self, options: &PlanOptions<'_>, name: &str, group: &SliceGroup, endpoints: &[SliceEndpoint<'_>]) {
+        let mut slice = render(options.service, options.service_uid, name, group, endpoints);
+        stamp(&mut slice, options.stamps);
         self.creates.push(SliceWrite::Create(slice));
     }
 
     /// The write for an existing slice, if it has to change.
     fn update(
         &mut self,
-        request: &PlanOptions<'_>,
+        options: &PlanOptions<'_>,
         slice: &ObservedSlice,
-        placed: &Assignment<'_>,
+        assignment: &Assignment<'_>,
         group: &SliceGroup,
-        rows: &[SliceEndpoint<'_>],
+        endpoints: &[SliceEndpoint<'_>],
     ) {
-        if rows.is_empty() {
+        if endpoints.is_empty() {
             return self.delete(slice);
         }
         // A new term is put on every slice, so that no other directory can take it for its own.
-        let ours = slice.term == request.stamps.term;
-        if ours && slice.digest == Some(digest(request.service_uid, group, rows)) {
+        let ours = slice.term == options.stamps.term;
+        if ours && slice.digest == Some(digest(options.service_uid, group, endpoints)) {
             return;
         }
-        let mut write = render(request.service, request.service_uid, &slice.name, group, rows);
-        stamp(&mut write, request.stamps);
+        let mut write = render(options.service, options.service_uid, &slice.name, group, endpoints);
+        stamp(&mut write, options.stamps);
         write.metadata.uid = Some(slice.uid.clone());
         write.metadata.resource_version = Some(slice.resource_version.clone());
         if let Some(foreign) = &slice.foreign {
             foreign.carry_over(&mut write.metadata);
         }
-        let turn = if placed.loses { if placed.gains { 1 } else { 2 } } else { 0 };
+        let turn = if assignment.loses { if assignment.gains { 1 } else { 2 } } else { 0 };
         self.replaces[turn].push(SliceWrite::Replace(write));
     }
 
@@ -243,21 +243,21 @@ struct Assignment<'a> {
 }
 
 /// Assigns every member of a group to a slice. `members` are in order of address.
-fn place<'a>(
-    request: &PlanOptions<'_>,
+fn assign<'a>(
+    options: &PlanOptions<'_>,
     members: &[GroupMember<'_>],
     mut slices: Vec<&'a ObservedSlice>,
 ) -> Vec<Assignment<'a>> {
     // An endpoint that is in two slices stays in the larger.
     slices.sort_unstable_by(|a, b| b.addresses.len().cmp(&a.addresses.len()).then_with(|| a.name.cmp(&b.name)));
-    let mut seated = vec![false; members.len()];
+    let mut assigned = vec![false; members.len()];
     let stays = slices.into_iter().map(|slice| {
-        let capacity = capacity(request, slice);
+        let capacity = capacity(options, slice);
         let mut stay = Vec::new();
         for ip in &slice.addresses {
             if stay.len() < capacity
                 && let Ok(at) = members.binary_search_by_key(ip, |member| member.0)
-                && !std::mem::replace(&mut seated[at], true)
+                && !std::mem::replace(&mut assigned[at], true)
             {
                 stay.push(at);
             }
@@ -265,33 +265,33 @@ fn place<'a>(
         let loses = stay.len() < slice.addresses.len();
         Assignment { slice: Some(slice), members: stay, capacity, gains: false, loses }
     });
-    let mut placed: Vec<Assignment<'a>> = stays.collect();
+    let mut assignments: Vec<Assignment<'a>> = stays.collect();
 
     // The fullest first; a slice that nobody stays in is not filled again but deleted, unless
     // there is no other with room: then it saves a creation.
-    placed.sort_by_key(|placed| std::cmp::Reverse(placed.members.len()));
+    assignments.sort_by_key(|assignment| std::cmp::Reverse(assignment.members.len()));
     let mut open = 0;
-    for at in seated.iter().enumerate().filter(|(_, seated)| !**seated).map(|(at, _)| at) {
-        while placed.get(open).is_some_and(|placed| placed.members.len() >= placed.capacity) {
+    for at in assigned.iter().enumerate().filter(|(_, assigned)| !**assigned).map(|(at, _)| at) {
+        while assignments.get(open).is_some_and(|assignment| assignment.members.len() >= assignment.capacity) {
             open += 1;
         }
-        if open == placed.len() {
-            let capacity = request.max_endpoints.clamp(1, MAX_ENDPOINTS);
-            placed.push(Assignment { slice: None, members: Vec::new(), capacity, gains: true, loses: false });
+        if open == assignments.len() {
+            let capacity = options.max_endpoints.clamp(1, MAX_ENDPOINTS);
+            assignments.push(Assignment { slice: None, members: Vec::new(), capacity, gains: true, loses: false });
         }
-        placed[open].members.push(at);
-        placed[open].gains = true;
+        assignments[open].members.push(at);
+        assignments[open].gains = true;
     }
-    for placed in placed.iter_mut().filter(|placed| placed.gains) {
-        placed.members.sort_unstable();
+    for assignment in assignments.iter_mut().filter(|assignment| assignment.gains) {
+        assignment.members.sort_unstable();
     }
-    placed
+    assignments
 }
 
 /// How many endpoints a slice may have: fewer than usual if annotations of others use much of what
 /// Kubernetes allows.
-fn capacity(request: &PlanOptions<'_>, slice: &ObservedSlice) -> usize {
+fn capacity(options: &PlanOptions<'_>, slice: &ObservedSlice) -> usize {
     let foreign = slice.foreign.as_ref().map_or(0, |foreign| foreign.annotation_octets());
     let octets = MAX_ANNOTATION_BYTES.saturating_sub(FIXED_ANNOTATIONS + foreign);
-    request.max_endpoints.clamp(1, MAX_ENDPOINTS).min(octets / MAX_ENTRY_BYTES)
+    options.max_endpoints.clamp(1, MAX_ENDPOINTS).min(octets / MAX_ENTRY_BYTES)
 }

@@ -47,8 +47,8 @@ struct Entry {
 
 /// The annotation for these instances; those with default attributes are left out.
 pub(super) fn instances_json(records: impl Iterator<Item = (IpAddr, InstanceAnnotation)>) -> String {
-    let said = records.filter(|(_, record)| *record != InstanceAnnotation::default());
-    let entries = said.map(|(ip, record)| {
+    let not_default = records.filter(|(_, record)| *record != InstanceAnnotation::default());
+    let entries = not_default.map(|(ip, record)| {
         let InstanceAnnotation { weight, priority, registered } = record;
         let weight = Some(weight).filter(|weight| *weight != Weight::default());
         let entry = Entry {
@@ -160,7 +160,7 @@ mod tests {
 
     /// These texts exist in clusters: later versions must read them.
     #[test]
-    fn the_json_is_stable() {
+    fn json_of_the_annotations_is_stable() {
         let ip = |text: &str| text.parse::<IpAddr>().expect("an address");
         let records = [
             (ip("10.0.0.1"), record(0.5, 3, 1_700_000_000_123)),
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_wrote_is_refused_in_words() {
+    fn invalid_annotations_are_refused() {
         for bad in [None, Some(""), Some("[]"), Some("{"), Some("null"), Some("7")] {
             assert!(InstancesAnnotation::read(bad).is_err(), "{bad:?}");
         }
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_entry_is_within_its_bound() {
+    fn largest_entry_is_within_its_limit() {
         let longest: IpAddr = "2001:1db8:1234:5678:9abc:def0:1234:5678".parse().expect("an address");
         for weight in [1.234_567_9e-38, 654.999_94, 1e-45, f32::MIN_POSITIVE] {
             let text = instances_json([(longest, record(weight, u16::MAX, u64::MAX))].into_iter());
@@ -230,7 +230,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_weight_reads_back_to_the_bit(bits in 0u32..=655f32.to_bits()) {
+        fn every_weight_is_read_back_bit_for_bit(bits in 0u32..=655f32.to_bits()) {
             let ip: IpAddr = "10.0.0.1".parse().expect("an address");
             let record = record(f32::from_bits(bits), 0, 0);
             let text = instances_json([(ip, record)].into_iter());

@@ -130,9 +130,9 @@ pub(super) fn render(
     uid: &str,
     name: &str,
     group: &SliceGroup,
-    rows: &[SliceEndpoint<'_>],
+    endpoints: &[SliceEndpoint<'_>],
 ) -> EndpointSlice {
-    let records = rows.iter().map(|row| (row.ip, row.record));
+    let records = endpoints.iter().map(|endpoint| (endpoint.ip, endpoint.record));
     let mut annotations = BTreeMap::from([(names::INSTANCES.to_owned(), instances_json(records))]);
     if group.part.is_some() {
         annotations.insert(names::PORTS.to_owned(), ports_json(&group.ports));
@@ -157,14 +157,14 @@ pub(super) fn render(
             ..ObjectMeta::default()
         },
         address_type: group.family.as_str().into(),
-        endpoints: rows.iter().map(SliceEndpoint::endpoint).collect(),
+        endpoints: endpoints.iter().map(SliceEndpoint::endpoint).collect(),
         ports: Some(ports).filter(|ports| !ports.is_empty()),
     }
 }
 
 /// The digest of what [`render`] writes for the same arguments.
-pub(super) fn digest(uid: &str, group: &SliceGroup, rows: &[SliceEndpoint<'_>]) -> ContentDigest {
-    let mut content = Vec::with_capacity(512 + rows.len() * 64);
+pub(super) fn digest(uid: &str, group: &SliceGroup, endpoints: &[SliceEndpoint<'_>]) -> ContentDigest {
+    let mut content = Vec::with_capacity(512 + endpoints.len() * 64);
     // Each text is preceded by its length, so that different contents have different bytes.
     let text = |content: &mut Vec<u8>, text: Option<&str>| {
         let len = text.map_or(u32::MAX, |text| u32::try_from(text.len()).unwrap_or(u32::MAX - 1));
@@ -179,7 +179,7 @@ pub(super) fn digest(uid: &str, group: &SliceGroup, rows: &[SliceEndpoint<'_>]) 
         content.extend(port.number.to_le_bytes());
         text(&mut content, port.name.as_ref().map(|name| name.as_str()));
     }
-    for SliceEndpoint { ip, ready, hostname, node, record } in rows {
+    for SliceEndpoint { ip, ready, hostname, node, record } in endpoints {
         match ip {
             IpAddr::V4(v4) => content.extend(v4.octets()),
             IpAddr::V6(v6) => content.extend(v6.octets()),

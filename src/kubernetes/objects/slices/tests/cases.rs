@@ -17,7 +17,7 @@ fn many(count: u32, ports: &[PortTuple]) -> CowTree<Arc<Instance>> {
 }
 
 #[test]
-fn a_large_service_fills_its_slices_and_one_change_rewrites_one() {
+fn large_service_fills_its_slices_and_one_change_rewrites_one() {
     let mut instances = many(10_000, HTTP);
     let mut cluster = Cluster::default();
     with_request(100, &[], |request| {
@@ -39,7 +39,7 @@ fn a_large_service_fills_its_slices_and_one_change_rewrites_one() {
 }
 
 #[test]
-fn the_largest_slice_is_one_that_kubernetes_takes() {
+fn largest_slice_is_within_the_limits_of_kubernetes() {
     // Two names under both protocols, and as many others as fit 2 KiB.
     let names: Vec<String> = (0..90).map(|index| format!("p{index}")).collect();
     let ports = |protocol| {
@@ -138,7 +138,7 @@ const EDITS: &[Edit] = &[
 ];
 
 #[test]
-fn every_edit_is_noticed_and_put_right() {
+fn every_external_edit_is_detected_and_reverted() {
     let host =
         InstanceSpec { host_name: "a".into(), node_name: "vm-1".into(), weight: Some(2.0), ..spec("10.0.0.1", HTTP) };
     let half =
@@ -169,7 +169,7 @@ fn every_edit_is_noticed_and_put_right() {
 }
 
 #[test]
-fn stamps_and_what_others_add_are_no_reason_to_write_and_are_kept() {
+fn stamps_and_foreign_metadata_cause_no_write_and_are_kept() {
     let mut instances = table(&[spec("10.0.0.1", HTTP)]);
     with_request(100, &[], |request| {
         let mut cluster = Cluster::default();
@@ -203,7 +203,7 @@ fn stamps_and_what_others_add_are_no_reason_to_write_and_are_kept() {
 }
 
 #[test]
-fn a_name_that_others_hold_is_stepped_around() {
+fn occupied_slice_name_is_skipped() {
     let instances = table(&[spec("10.0.0.1", HTTP)]);
     let group = SliceGroup { family: Family::V4, ports: instance(&spec("10.0.0.1", HTTP)).ports().clone(), part: None };
     let first = group.slice_name(&web(), 0);
@@ -226,7 +226,7 @@ fn a_name_that_others_hold_is_stepped_around() {
 }
 
 #[test]
-fn a_copy_of_a_slice_is_deleted_and_the_original_stays() {
+fn copy_of_a_slice_is_deleted_and_the_original_kept() {
     let instances = many(5, HTTP);
     with_request(100, &[], |request| {
         let mut cluster = Cluster::default();
@@ -245,7 +245,7 @@ fn a_copy_of_a_slice_is_deleted_and_the_original_stays() {
 }
 
 #[test]
-fn reading_names_what_it_could_not_take() {
+fn skipped_endpoints_are_reported_with_their_reason() {
     let mut cluster = Cluster::default();
     let all = [spec("10.0.0.1", HTTP), spec("10.0.0.2", HTTP), spec("10.0.0.3", HTTP)];
     with_request(100, &[], |request| cluster.sync(request, &table(&all)));
@@ -275,7 +275,7 @@ fn reading_names_what_it_could_not_take() {
 }
 
 #[test]
-fn the_newer_slice_is_believed_and_a_lost_annotation_is_told() {
+fn newer_slice_wins_and_a_missing_annotation_is_reported() {
     let mut cluster = Cluster::default();
     let heavy = InstanceSpec { weight: Some(5.0), ..spec("10.0.0.1", HTTP) };
     with_request(100, &[], |request| cluster.sync(request, &table(&[heavy])));
@@ -298,7 +298,7 @@ fn the_newer_slice_is_believed_and_a_lost_annotation_is_told() {
 }
 
 #[test]
-fn of_foreign_slices_is_taken_what_can_be_answered() {
+fn foreign_slices_are_read_as_far_as_dns_can_answer() {
     let port =
         |name: &str, port: Option<i32>| EndpointPort { name: Some(name.into()), port, ..EndpointPort::default() };
     let endpoint = |addresses: &[&str]| Endpoint {
@@ -357,7 +357,7 @@ fn of_foreign_slices_is_taken_what_can_be_answered() {
 }
 
 #[test]
-fn a_key_orders_the_members() {
+fn members_are_ordered_by_key() {
     // place() looks members up by address: the table's order has to be that of addresses.
     let all = table(&[spec("2001:db8::1", HTTP), spec("10.0.0.10", HTTP), spec("9.0.0.1", HTTP)]);
     let ips: Vec<Option<IpAddr>> = all.iter().map(|one| one.address().ip()).collect();
@@ -367,7 +367,7 @@ fn a_key_orders_the_members() {
 }
 
 #[test]
-fn a_slice_that_is_being_deleted_tells_nothing() {
+fn slice_being_deleted_holds_no_instances() {
     let mut cluster = Cluster::default();
     with_request(100, &[], |request| cluster.sync(request, &table(&[spec("10.0.0.1", HTTP)])));
     let slice = cluster.slices.values_mut().next().expect("one slice");

@@ -127,7 +127,7 @@ proptest! {
     }
 
     #[test]
-    fn whatever_stands_there_it_is_put_right(
+    fn any_existing_slices_are_corrected(
         slices in prop::collection::vec(any_slice(), 0..8), all in prop::collection::vec(any_instance(), 0..10),
     ) {
         let mut cluster = Cluster::default();
