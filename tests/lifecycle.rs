@@ -167,6 +167,113 @@ fn newest_segment(data: &Path) -> PathBuf {
     segments.pop().expect("a journal has a segment")
 }
 
+/// The next registration notices: it is refused, and so is one that would change nothing.
+#[test]
+fn removed_data_directory_or_lock_refuses_registrations_and_dns_goes_on() {
+    let remove_all = |path: &Path| fs::remove_dir_all(path).expect("the directory is there");
+    let remove_lock = |path: &Path| fs::remove_file(path.join("LOCK")).expect("the lock is there");
+    for (remove, unchanged) in [(&remove_all as &dyn Fn(&Path), false), (&remove_all, true), (&remove_lock, false)] {
+        let data = TempDir::new().expect("a temporary directory");
+        let path = data.path().join("data");
+        let mut process = Process::serve(&path, &["--drain", "0s"]);
+        let (_, [grpc, dns, admin]) = process.ready();
+        let register = |address: &str| {
+            Command::new(BINARY)
+                .args(["register", "web", address, "--port", "http=8080", "-n", "prod"])
+                .env("GANGPLANK_SERVER", format!("http://{grpc}"))
+                .stdin(Stdio::null())
+                .output()
+                .expect("the binary can be run")
+        };
+        assert!(register("10.0.0.1").status.success());
+        remove(&path);
+        let refusal = register(if unchanged { "10.0.0.1" } else { "10.0.0.2" });
+        assert_eq!(refusal.status.code(), Some(1), "{refusal:?}");
+        let (status, body) = http::get(admin, "/readyz/registrations");
+        assert_eq!(status, 503, "{body}");
+        assert_eq!(http::get(admin, "/readyz").0, 200);
+        assert_eq!(answers(dns, Over::Udp, WEB, RecordType::A), ["10.0.0.1"]);
+        let name = path.display().to_string();
+        wait_for("the log names the directory", || {
+            process.stderr().lines().any(|line| line.contains(&name) && line.contains("was removed or replaced"))
+        });
+        assert_eq!(process.terminate().code(), Some(0));
+    }
+}
+
+#[test]
+fn segment_cut_after_a_clean_stop_refuses_to_start() {
+    let data = TempDir::new().expect("a temporary directory");
+    let mut process = Process::serve(data.path(), &["--drain", "0s"]);
+    let (_, [grpc, ..]) = process.ready();
+    let server = format!("http://{grpc}");
+    for last in 1..=20 {
+        let address = format!("10.0.0.{last}");
+        let mut register = Command::new(BINARY);
+        register.args(["register", "web", &address, "-n", "prod", "--server", &server]).stdin(Stdio::null());
+        assert!(register.output().expect("the binary can be run").status.success());
+    }
+    assert_eq!(process.terminate().code(), Some(0));
+    let newest = newest_segment(data.path());
+    let file = OpenOptions::new().write(true).open(&newest).expect("the segment is there");
+    file.set_len(file.metadata().expect("it is open").len() / 10).expect("it can be cut");
+    let dir = data.path().display().to_string();
+    let any = "127.0.0.1:0";
+    let flags = ["--data-dir", &dir, "--grpc-listen", any, "--dns-listen", any, "--admin-listen", any];
+    let said = refused(&flags);
+    assert!(said.contains("bytes are missing at the end") && said.contains("--accept-loss"), "{said}");
+    Process::serve(data.path(), &["--accept-loss"]).ready();
+}
+
+/// A small tmpfs, mounted read-only between two starts: root ignores permission bits.
+#[test]
+fn read_only_file_system_serves_dns_and_refuses_registrations() {
+    let Some(disk) = SmallDisk::mount() else { return };
+    let data = disk.0.path().join("data");
+    let run = |grpc: SocketAddr, address: &str| {
+        Command::new(BINARY)
+            .args(["register", "web", address, "-n", "prod", "--server", &format!("http://{grpc}")])
+            .stdin(Stdio::null())
+            .output()
+            .expect("the binary can be run")
+    };
+    let mut process = Process::serve(&data, &["--drain", "0s"]);
+    let (_, [grpc, ..]) = process.ready();
+    assert!(run(grpc, "10.0.0.1").status.success());
+    assert_eq!(process.terminate().code(), Some(0));
+
+    let remount = |how: &str| {
+        let mounted = Command::new("mount").args(["-o", &format!("remount,{how}")]).arg(disk.0.path()).status();
+        assert!(mounted.expect("it was mounted with this command").success());
+    };
+    remount("ro");
+    for lock in [true, false] {
+        if !lock {
+            remount("rw");
+            fs::remove_file(data.join("LOCK")).expect("it is there");
+            remount("ro");
+        }
+        let mut process = Process::serve(&data, &["--drain", "0s"]);
+        let (_, [grpc, dns, admin]) = process.ready();
+        assert_eq!(answers(dns, Over::Udp, WEB, RecordType::A), ["10.0.0.1"]);
+        assert_eq!(run(grpc, "10.0.0.2").status.code(), Some(1));
+        let (status, body) = http::get(admin, "/readyz/registrations");
+        assert_eq!(status, 503, "{body}");
+        assert!(body.contains("read-only"), "{body}");
+        assert_eq!(http::get(admin, "/readyz").0, 200);
+        wait_for("the error is logged", || process.stderr().contains("the file system is read-only"));
+        let dir = data.display().to_string();
+        let any = "127.0.0.1:0";
+        let flags = ["--data-dir", &dir, "--grpc-listen", any, "--dns-listen", any, "--admin-listen", any];
+        assert!(refused(&flags).contains("in use by"), "it is locked all the same");
+        assert_eq!(process.terminate().code(), Some(0));
+    }
+    remount("rw");
+    let process = Process::serve(&data, &["--drain", "0s"]);
+    let (_, [grpc, ..]) = process.ready();
+    assert!(run(grpc, "10.0.0.2").status.success());
+}
+
 /// A file system of half a megabyte, unmounted on drop.
 struct SmallDisk(TempDir);
 

@@ -42,6 +42,14 @@ impl Committer {
         }
     }
 
+    /// For a batch that changes nothing: whether what it is about is still stored.
+    ///
+    /// # Errors
+    /// When the data directory was removed.
+    pub(super) fn check(&mut self) -> Result<(), Unavailable> {
+        self.journal.check_in_place().map_err(|err| fail(&self.status, &err))
+    }
+
     /// Appends the records of a batch and syncs. With `changes` the batch is a new generation.
     ///
     /// # Errors

@@ -90,12 +90,16 @@ impl Unrecovered {
         } = self;
         let mut services = Stored::default();
         let mut take = |record| replay(&mut services, record);
-        let (journal, recovery) = data_dir.recover(options, Arc::clone(&metrics), &mut take, progress)?;
+        let (mut journal, recovery) = data_dir.recover(options, Arc::clone(&metrics), &mut take, progress)?;
         for repair in &recovery.repairs {
             warn!("{repair}");
         }
         // Never back for one data directory, and ahead of what a lost directory had handed out.
         let generation = recovery.generation.saturating_add(1).max(unix_seconds());
+        // Stored before it is published: else a start with a clock that was set back would publish
+        // a lower one, and secondaries and cursors would take old data for new. On a failure the
+        // journal is not usable any more, which the committer reports.
+        let _ = journal.append(generation, &[]);
 
         let mut applier =
             Applier::new(publisher, Arc::clone(&catalog), feed, Arc::clone(&mirror_progress), Arc::clone(&metrics));

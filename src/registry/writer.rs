@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::{
-    Ack, Catalog, ClusterFact, MirrorProgress, Outcome, Reply, Status, Submission, WriterMessage,
+    Ack, Catalog, ClusterFact, MirrorProgress, Outcome, Reply, Status, Submission, Unavailable, WriterMessage,
     apply::Applier,
     batch_limit::{BatchLimit, MAX_BATCH_TIME},
     commit::Committer,
@@ -74,6 +74,14 @@ struct PendingAcks {
     replies: Vec<(Reply, Vec<Outcome>)>,
     /// Commands of all of them.
     commands: usize,
+}
+
+impl PendingAcks {
+    fn refuse(self, err: Unavailable) {
+        for (reply, _) in self.replies {
+            let _ = reply.send(Err(err));
+        }
+    }
 }
 
 /// Why the writer woke without a message.
@@ -222,10 +230,15 @@ impl Writer {
     fn finish(&mut self, pending: PendingAcks) -> Duration {
         let batch = self.decider.take();
         if batch.is_empty() {
-            if !pending.replies.is_empty() {
-                self.observe(&pending, 0);
-                self.answer(pending);
+            if pending.replies.is_empty() {
+                return Duration::ZERO;
             }
+            if let Err(err) = self.committer.check() {
+                pending.refuse(err);
+                return Duration::ZERO;
+            }
+            self.observe(&pending, 0);
+            self.answer(pending);
             return Duration::ZERO;
         }
         let DecidedBatch { mut records, changes } = batch;
@@ -236,9 +249,7 @@ impl Writer {
         let committed = self.committer.commit(&records, !changes.is_empty());
         let commit = (self.clock)().saturating_duration_since(begun);
         if let Err(err) = committed {
-            for (reply, _) in pending.replies {
-                let _ = reply.send(Err(err));
-            }
+            pending.refuse(err);
             return commit;
         }
         let generation = self.committer.generation();

@@ -5,11 +5,14 @@
 
 use std::{
     fmt, fs, io,
-    os::unix::fs::{FileExt, OpenOptionsExt},
-    path::PathBuf,
+    os::unix::fs::{FileExt, MetadataExt},
+    path::{Path, PathBuf},
 };
 
-use rustix::io::Errno;
+use rustix::{
+    fs::{AtFlags, Dir, Mode, OFlags, Stat, openat, renameat, stat, statat, unlinkat},
+    io::Errno,
+};
 
 /// Ending of a file that is still being written.
 pub(super) const TEMP_SUFFIX: &str = ".tmp";
@@ -28,6 +31,8 @@ pub(super) trait Directory: fmt::Debug + Send + Sync {
     fn remove(&self, name: &str) -> io::Result<()>;
     /// Syncs the directory itself: file names are durable when this returns.
     fn sync_dir(&self) -> io::Result<()>;
+    /// The directory, its lock or the open file `name`, if one of them is no longer at its path.
+    fn find_missing(&self, name: &str, identity: FileIdentity) -> io::Result<Option<PathBuf>>;
 }
 
 /// An open file. A rename does not affect it.
@@ -42,6 +47,15 @@ pub(super) trait File: fmt::Debug + Send {
     fn truncate(&mut self, len: u64) -> io::Result<()>;
     /// Syncs the contents and the length: both are durable when this returns.
     fn sync(&mut self) -> io::Result<()>;
+    /// Which file it is, whatever its name.
+    fn identity(&self) -> io::Result<FileIdentity>;
+}
+
+/// Tells a file from every other one that exists at the same time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct FileIdentity {
+    pub(super) device: u64,
+    pub(super) inode: u64,
 }
 
 /// Creates the file `name` so that a crash leaves either all of it or nothing.
@@ -65,48 +79,135 @@ pub(super) fn is_out_of_descriptors(err: &io::Error) -> bool {
     matches!(Errno::from_io_error(err), Some(Errno::MFILE | Errno::NFILE))
 }
 
-/// A directory of the operating system.
+/// The data directory on a file system, with the lock on it.
+///
+/// All operations are relative to the open directory. If its path leads elsewhere one day, nothing
+/// is written or removed there.
 #[derive(Debug)]
 pub(super) struct OsDirectory {
     path: PathBuf,
-    /// Kept open for [`Directory::sync_dir`], which must not fail for want of a descriptor.
     dir: fs::File,
+    identity: FileIdentity,
+    /// Held while this value lives. `None` for the lock file of a read-only file system that has none.
+    lock: Option<(&'static str, FileIdentity)>,
+    _locked: fs::File,
 }
 
 impl OsDirectory {
-    pub(super) fn open(path: PathBuf) -> io::Result<Self> {
-        let dir = fs::File::open(&path)?;
-        Ok(Self { path, dir })
+    /// `dir` is the open directory `path`, and `locked` holds the lock: the file `lock` in it, or
+    /// the directory itself.
+    pub(super) fn new(path: PathBuf, dir: fs::File, lock: Option<&'static str>, locked: fs::File) -> io::Result<Self> {
+        let lock = lock.map(|name| Ok::<_, io::Error>((name, File::identity(&locked)?))).transpose()?;
+        Ok(Self { path, identity: File::identity(&dir)?, dir, lock, _locked: locked })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn open_at(&self, name: &str, flags: OFlags) -> io::Result<fs::File> {
+        Ok(openat(&self.dir, name, flags | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)?.into())
+    }
+
+    /// Whether `name` in the directory is the file with that identity.
+    fn holds(&self, name: &str, identity: FileIdentity) -> io::Result<bool> {
+        is_same(statat(&self.dir, name, AtFlags::SYMLINK_NOFOLLOW), identity)
+    }
+}
+
+/// Whether what was looked up is the file with that identity, and not another one or none.
+fn is_same(found: rustix::io::Result<Stat>, identity: FileIdentity) -> io::Result<bool> {
+    match found {
+        Ok(stat) => Ok(identity == FileIdentity { device: stat.st_dev, inode: stat.st_ino }),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(false),
+        Err(err) => Err(err.into()),
     }
 }
 
 impl Directory for OsDirectory {
     fn list(&self) -> io::Result<Vec<String>> {
-        // The store writes no name that is not UTF-8.
-        let names = fs::read_dir(&self.path)?.map(|entry| Ok(entry?.file_name().into_string().ok()));
-        names.filter_map(Result::transpose).collect()
+        let mut names = Vec::new();
+        for entry in Dir::read_from(&self.dir)? {
+            // The store writes no name that is not UTF-8.
+            names.extend(entry?.file_name().to_str().ok().map(str::to_owned));
+        }
+        Ok(names)
     }
 
     fn create(&self, name: &str) -> io::Result<Box<dyn File>> {
-        let mut options = fs::OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(true).mode(0o600);
-        Ok(Box::new(options.open(self.path.join(name))?))
+        Ok(Box::new(self.open_at(name, OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC)?))
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn File>> {
-        Ok(Box::new(fs::OpenOptions::new().read(true).write(true).open(self.path.join(name))?))
+        match self.open_at(name, OFlags::RDWR) {
+            Ok(file) => Ok(Box::new(file)),
+            // What is stored can be served all the same. Every write then fails for that reason.
+            Err(err) if err.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+                Ok(Box::new(ReadOnlyFile(self.open_at(name, OFlags::RDONLY)?)))
+            }
+            Err(err) => Err(err),
+        }
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        fs::rename(self.path.join(from), self.path.join(to))
+        Ok(renameat(&self.dir, from, &self.dir, to)?)
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        fs::remove_file(self.path.join(name))
+        Ok(unlinkat(&self.dir, name, AtFlags::empty())?)
     }
 
     fn sync_dir(&self) -> io::Result<()> {
         self.dir.sync_all()
+    }
+
+    fn find_missing(&self, name: &str, identity: FileIdentity) -> io::Result<Option<PathBuf>> {
+        // An inode that is open here cannot be reused, so a new file has another identity.
+        if !is_same(stat(&self.path), self.identity)? {
+            return Ok(Some(self.path.clone()));
+        }
+        if let Some((lock, identity)) = self.lock
+            && !self.holds(lock, identity)?
+        {
+            return Ok(Some(self.path.join(lock)));
+        }
+        Ok(if self.holds(name, identity)? { None } else { Some(self.path.join(name)) })
+    }
+}
+
+/// A file on a read-only file system.
+#[derive(Debug)]
+struct ReadOnlyFile(fs::File);
+
+impl ReadOnlyFile {
+    fn refusal<T>() -> io::Result<T> {
+        Err(Errno::ROFS.into())
+    }
+}
+
+impl File for ReadOnlyFile {
+    fn len(&self) -> io::Result<u64> {
+        File::len(&self.0)
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
+        File::read_at(&self.0, offset, into)
+    }
+
+    fn write_at(&mut self, _offset: u64, _bytes: &[u8]) -> io::Result<()> {
+        Self::refusal()
+    }
+
+    fn truncate(&mut self, _len: u64) -> io::Result<()> {
+        Self::refusal()
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        Self::refusal()
+    }
+
+    fn identity(&self) -> io::Result<FileIdentity> {
+        File::identity(&self.0)
     }
 }
 
@@ -130,5 +231,10 @@ impl File for fs::File {
     fn sync(&mut self) -> io::Result<()> {
         // fdatasync: of the metadata only the length, which is all that reading needs.
         self.sync_data()
+    }
+
+    fn identity(&self) -> io::Result<FileIdentity> {
+        let metadata = self.metadata()?;
+        Ok(FileIdentity { device: metadata.dev(), inode: metadata.ino() })
     }
 }

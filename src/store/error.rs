@@ -41,6 +41,13 @@ pub enum StoreError {
         /// What this version does not know.
         what: String,
     },
+    /// The data directory, its lock or its active segment was removed or replaced. Only a restart clears it.
+    #[error("{} was removed or replaced while gangplank runs: nothing is accepted until gangplank is restarted, \
+        because what is written there would be lost; what is registered is still served", path.display())]
+    Removed {
+        /// What is no longer there.
+        path: PathBuf,
+    },
     /// A write or sync of the journal failed, in this call or an earlier one. Only a restart clears it.
     #[error("cannot {operation} {}: nothing is accepted until gangplank is restarted, because only a restart can tell \
         what reached the disk; {}", path.display(), advice(source))]

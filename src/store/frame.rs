@@ -102,7 +102,7 @@ impl FileId {
 
 /// Identifies a data directory, so that a file of another one is noticed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct StoreId([u8; 16]);
+pub(super) struct StoreId(pub(super) [u8; 16]);
 
 impl StoreId {
     pub(super) fn random() -> Self {

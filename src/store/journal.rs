@@ -7,14 +7,16 @@
 //! - A *sync marker* is a frame without records. Everything before it is durable, which its
 //!   `synced` offset says. One is written when a journal is opened and one when it is closed.
 
-use std::{fs, io, sync::Arc, time::Instant};
+use std::{io, sync::Arc, time::Instant};
 
 use tracing::warn;
 
 use super::{
     Record, StoreError,
+    clean_stop::{CLEAN_STOP, CleanStop},
     compaction::{ClosedFile, CompactionPlan, CompactionTask, StoreContext},
     disk::{File, is_out_of_descriptors, write_atomically},
+    error::IoContext,
     format::Entry,
     frame::{FileId, Frame, FrameBuffer, HEADER_LEN, Header},
     reader::read_exact,
@@ -40,8 +42,6 @@ pub struct Journal {
     rotation_delayed: bool,
     /// The first failure. It is final.
     failed: Option<StoreError>,
-    /// Dropped last: nothing may be written without the lock.
-    _lock: Option<fs::File>,
 }
 
 /// The active segment.
@@ -105,13 +105,7 @@ pub(super) struct LiveFiles {
 }
 
 impl Journal {
-    pub(super) fn open(
-        context: StoreContext,
-        segment: Segment,
-        found: LiveFiles,
-        segment_bytes: u64,
-        lock: Option<fs::File>,
-    ) -> Self {
+    pub(super) fn open(context: StoreContext, segment: Segment, found: LiveFiles, segment_bytes: u64) -> Self {
         let LiveFiles { closed, snapshot, generation } = found;
         let metrics = &context.metrics.store;
         metrics.failed.set(0);
@@ -128,7 +122,6 @@ impl Journal {
             generation,
             rotation_delayed: false,
             failed: None,
-            _lock: lock,
         };
         journal.update_size_metrics();
         journal
@@ -167,6 +160,8 @@ impl Journal {
     ) -> Result<(), StoreError> {
         self.usable()?;
         if self.segment.end >= self.segment_bytes {
+            // Once it is closed, nobody looks for it until a start.
+            self.check_in_place()?;
             match self.create_next_segment() {
                 Ok(()) => {
                     self.rotation_delayed = false;
@@ -189,6 +184,7 @@ impl Journal {
         self.generation = named.fold(self.generation.max(generation), u64::max);
         self.write(records, entry)
             .map_err(|WriteError(operation, err)| self.fail(operation, self.segment.file_id, err))?;
+        self.check_in_place()?;
         self.update_size_metrics();
         Ok(())
     }
@@ -200,6 +196,22 @@ impl Journal {
     /// The first failure.
     pub fn usable(&self) -> Result<(), StoreError> {
         self.failed.clone().map_or(Ok(()), Err)
+    }
+
+    /// Whether everything that was appended is still in the data directory. A sync succeeds even for
+    /// a file that was removed. Costs three stats.
+    ///
+    /// # Errors
+    /// [`StoreError::Removed`], or the first failure. It is final, as in [`append`](Self::append).
+    pub fn check_in_place(&mut self) -> Result<(), StoreError> {
+        self.usable()?;
+        let Segment { file_id, file, .. } = &self.segment;
+        let file_id = *file_id;
+        let found = file.identity().and_then(|file| self.context.files.find_missing(&file_id.file_name(), file));
+        match found.map_err(|err| self.fail("find", file_id, err))? {
+            None => Ok(()),
+            Some(path) => Err(self.stop(StoreError::Removed { path })),
+        }
     }
 
     fn write(&mut self, records: &[Record], entry: fn(&Record) -> Entry) -> Result<(), WriteError> {
@@ -243,6 +255,14 @@ impl Journal {
         self.usable()?;
         self.write(&[], |record| Entry::from(record))
             .map_err(|WriteError(operation, err)| self.fail(operation, self.segment.file_id, err))
+    }
+
+    fn record_clean_stop(&mut self) -> Result<(), StoreError> {
+        // A directory that is not ours any more has nothing to do with it.
+        self.check_in_place()?;
+        let Segment { file_id, end, .. } = self.segment;
+        let stop = CleanStop { id: self.context.id, segment: file_id.number, len: end, generation: self.generation };
+        stop.write(&*self.context.files).io_context("write", self.context.dir.join(CLEAN_STOP))
     }
 
     /// Closes the segment and creates the next one, whose header has the closed one's length.
@@ -302,11 +322,14 @@ impl Journal {
 
     /// Stops the journal and returns the error.
     fn fail(&mut self, operation: &'static str, file_id: FileId, err: io::Error) -> StoreError {
-        self.context.metrics.store.failed.set(1);
         let path = self.context.dir.join(file_id.file_name());
-        let failure = StoreError::JournalFailed { operation, path, source: Arc::new(err) };
-        self.failed = Some(failure.clone());
-        failure
+        self.stop(StoreError::JournalFailed { operation, path, source: Arc::new(err) })
+    }
+
+    fn stop(&mut self, err: StoreError) -> StoreError {
+        self.context.metrics.store.failed.set(1);
+        self.failed = Some(err.clone());
+        err
     }
 
     fn update_size_metrics(&mut self) {
@@ -315,7 +338,7 @@ impl Journal {
     }
 }
 
-/// A clean stop: joins the compaction, and writes a sync marker after the last batch.
+/// A clean stop: joins the compaction, writes a sync marker after the last batch, and records the length.
 impl Drop for Journal {
     fn drop(&mut self) {
         if let Some(running) = &self.compaction {
@@ -323,7 +346,7 @@ impl Drop for Journal {
         }
         self.reap();
         if self.failed.is_none()
-            && let Err(err) = self.append_sync_marker()
+            && let Err(err) = self.append_sync_marker().and_then(|()| self.record_clean_stop())
         {
             warn!(%err, "the journal was not closed cleanly; no acknowledged record is lost");
         }

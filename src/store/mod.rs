@@ -5,6 +5,7 @@
 //! snapshot-0000000007   every instance at the end of segment 7
 //! journal-0000000008    a closed segment: the changes after the snapshot
 //! journal-0000000009    the active segment, to which batches are appended
+//! clean-stop            the length of the active segment at the last clean stop
 //! *.tmp                 unfinished; removed by the next start
 //! *.corrupt             set aside when somebody accepted a loss; never read again
 //! ```
@@ -17,18 +18,20 @@
 //!    `recover.rs`). A start never drops acknowledged records unless told to.
 //! 3. After a failed write or sync nothing is acknowledged until a restart (`journal.rs`).
 //! 4. Compaction never delays a registration and never loses anything (`compaction.rs`).
-//! 5. The stored generation never decreases, and one process at a time uses the directory.
-//! 6. With [`Options::outbox`], every change that Kubernetes lacks is kept until Kubernetes has
+//! 5. Nothing is acknowledged once the directory is removed under the process (`disk.rs`).
+//! 6. The stored generation never decreases, and one process at a time uses the directory.
+//! 7. With [`Options::outbox`], every change that Kubernetes lacks is kept until Kubernetes has
 //!    it, removals included (`outbox.rs`).
 //!
 //! Limits. If the last batch is damaged after a crash and before the next start, nothing on the
 //! disk says whether it was acknowledged: it is taken for a torn write, cut off and reported. After
-//! a clean stop, or one more start, a sync marker covers it. Nor can a start notice that the active
-//! segment was removed, or cut at the end of a batch.
+//! a clean stop, or one more start, a sync marker covers it. Nor can a start notice that somebody
+//! removed or cut what was appended to the active segment since the last clean stop.
 //!
 //! The store is one directory of one process: no replication, no cache. The registry holds the
 //! state in memory.
 
+mod clean_stop;
 mod compaction;
 mod disk;
 mod error;
@@ -38,6 +41,7 @@ mod journal;
 mod outbox;
 mod reader;
 mod recover;
+mod scan;
 
 #[cfg(test)]
 mod tests;
@@ -46,7 +50,7 @@ use std::{
     fs,
     io::{self, Read, Seek, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
 };
 
@@ -57,6 +61,7 @@ use crate::{
     metrics::Metrics,
     model::{Instance, InstanceId, ServiceKey, UnixMillis},
 };
+use disk::OsDirectory;
 use error::IoContext;
 
 /// The file that is locked.
@@ -113,10 +118,7 @@ impl Default for Options {
 
 /// A locked data directory: no other process can open it while this value lives.
 #[derive(Debug)]
-pub struct DataDir {
-    path: PathBuf,
-    lock: fs::File,
-}
+pub struct DataDir(OsDirectory);
 
 /// Progress of a recovery, in bytes.
 #[derive(Debug, Clone, Copy)]
@@ -150,11 +152,21 @@ impl DataDir {
     /// # Errors
     /// [`StoreError::Locked`] names the process that has it; [`StoreError::Io`] otherwise.
     pub fn lock(path: &Path) -> Result<Self, StoreError> {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(path).io_context("create", path)?;
+        let dir = create_durably(path, &mut |dir| fs::File::open(dir)?.sync_all())
+            .and_then(|()| fs::File::open(path))
+            .io_context("create", path)?;
         let file = path.join(LOCK);
         let mut options = fs::OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let mut lock = options.open(&file).io_context("open", &file)?;
+        let (name, mut lock, writable) = match options.open(&file) {
+            Ok(lock) => (Some(LOCK), lock, true),
+            // flock needs no right to write. Without a lock file the directory itself is locked.
+            Err(err) if err.kind() == io::ErrorKind::ReadOnlyFilesystem => match fs::File::open(&file) {
+                Ok(lock) => (Some(LOCK), lock, false),
+                Err(_) => (None, dir.try_clone().io_context("open", path)?, false),
+            },
+            Err(err) => return Err(err).io_context("open", &file),
+        };
         match lock.try_lock() {
             Ok(()) => {}
             Err(fs::TryLockError::WouldBlock) => {
@@ -169,10 +181,10 @@ impl DataDir {
             Err(fs::TryLockError::Error(err)) => return Err(err).io_context("lock", &file),
         }
         // Only the lock counts. On a full disk the next process is told less about its holder.
-        if let Err(err) = write_holder(&mut lock) {
+        if writable && let Err(err) = write_holder(&mut lock) {
             tracing::warn!(file = %file.display(), %err, "cannot note the pid in the lock file");
         }
-        Ok(Self { path: path.into(), lock })
+        OsDirectory::new(path.into(), dir, name, lock).map(Self).io_context("open", path)
     }
 
     /// Passes every stored record to `record`, later ones after earlier ones, and opens the journal.
@@ -190,9 +202,8 @@ impl DataDir {
         record: &mut dyn FnMut(Record),
         progress: &mut dyn FnMut(RecoveryProgress),
     ) -> Result<(Journal, RecoveryReport), StoreError> {
-        let disk = Arc::new(disk::OsDirectory::open(self.path.clone()).io_context("open", &self.path)?);
-        recover::StoreOpener { files: disk, dir: self.path, lock: Some(self.lock), options, metrics }
-            .run(record, progress)
+        let dir = self.0.path().to_owned();
+        recover::StoreOpener { files: Arc::new(self.0), dir, options, metrics }.run(record, progress)
     }
 }
 
@@ -202,4 +213,35 @@ fn write_holder(lock: &mut fs::File) -> io::Result<()> {
     lock.rewind()?;
     let since = humantime::format_rfc3339_seconds(UnixMillis::now().to_system_time());
     writeln!(lock, "process {} (pid) since {since}", std::process::id())
+}
+
+/// Creates a directory and its missing ancestors, and syncs the parent of each: a directory whose
+/// name is not durable is lost in a crash, with everything that was synced in it.
+fn create_durably(path: &Path, sync: &mut dyn FnMut(&Path) -> io::Result<()>) -> io::Result<()> {
+    // Without a lock file it is new, or the process was killed while it created it. Then the
+    // names of its ancestors may not be durable either.
+    if path.join(LOCK).exists() {
+        return Ok(());
+    }
+    let ancestors = || path.ancestors().filter(|dir| !dir.as_os_str().is_empty());
+    let missing: Vec<&Path> = ancestors().take_while(|dir| !dir.is_dir()).collect();
+    for dir in missing.iter().rev() {
+        match fs::DirBuilder::new().mode(0o700).create(dir) {
+            Err(err) if err.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => {}
+            done => done?,
+        }
+    }
+    for dir in ancestors().collect::<Vec<_>>().into_iter().rev() {
+        let parent = match dir.parent() {
+            Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+            Some(parent) => parent,
+            None => continue,
+        };
+        match sync(parent) {
+            // One that existed may be closed to this user, who cannot have created anything in it.
+            Err(_) if !missing.contains(&dir) => {}
+            done => done?,
+        }
+    }
+    Ok(())
 }

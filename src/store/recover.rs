@@ -1,34 +1,26 @@
 //! Recovery: reads the directory at the start, checks it, and opens the journal.
 //!
-//! Every file is scanned before any record is used, so that a refusal names everything that is
-//! wrong at once. Then the records are replayed, the active segment is repaired, and obsolete files
-//! are removed.
-//!
-//! # Torn write or corruption
-//!
-//! Bytes that are no valid frame are a *torn write* if nothing shows that they were ever durable:
-//! they are in the active segment, and no later frame has a `synced` offset past them. After a
-//! crash only a batch that was not acknowledged looks like this, because pages may reach the disk
-//! in any order. A torn write is cut off from the beginning of its batch, and reported.
-//!
-//! Everything else is *corruption*: acknowledged records are lost, and the start is refused until
-//! somebody accepts the loss. Then everything that can be read is merged into a new snapshot, and
-//! the corrupt files are set aside.
+//! Every file is scanned ([`scan`](super::scan)) before any record is used, so that a refusal names
+//! everything that is wrong at once. Then the records are replayed, the active segment is repaired,
+//! and obsolete files are removed. If somebody accepts a loss, everything that can be read is merged
+//! into a new snapshot, and the corrupt files are set aside.
 
-use std::{fs, ops::Range, path::PathBuf, sync::Arc, sync::atomic::AtomicBool};
+use std::{ops::Range, path::PathBuf, sync::Arc, sync::atomic::AtomicBool};
 
 use tracing::warn;
 
 use super::{
     Corruption, Journal, Options, Record, RecoveryProgress, RecoveryReport, StoreError,
-    compaction::{CORRUPT_SUFFIX, ClosedFile, CompactionPlan, StoreContext, compact, superseded},
-    disk::{Directory, File, TEMP_SUFFIX},
+    clean_stop::{CLEAN_STOP, CleanStop},
+    compaction::{CORRUPT_SUFFIX, ClosedFile, CompactionPlan, StoreContext, compact},
+    disk::Directory,
     error::IoContext,
     format::{DecodeError, Payload, RecordDecoder},
-    frame::{FileId, FileKind, HEADER_LEN, Header, HeaderError, StoreId},
+    frame::{FileId, FileKind, HEADER_LEN, HeaderError, StoreId},
     journal::{LiveFiles, Segment},
     outbox::Outbox,
-    reader::{FrameReader, ScanItem, read_header},
+    reader::{FrameReader, ScanItem},
+    scan::{FileScan, FileSet, classify, missing_segments},
 };
 use crate::metrics::Metrics;
 
@@ -39,85 +31,8 @@ const PROGRESS_INTERVAL: u64 = 4 << 20;
 pub(super) struct StoreOpener<'o> {
     pub(super) files: Arc<dyn Directory>,
     pub(super) dir: PathBuf,
-    pub(super) lock: Option<fs::File>,
     pub(super) options: &'o Options,
     pub(super) metrics: Arc<Metrics>,
-}
-
-/// The files of the directory: live ones, and obsolete ones, which a snapshot has replaced.
-#[derive(Debug, Default)]
-struct FileSet {
-    snapshot: Option<u64>,
-    /// Later than the snapshot, in order.
-    segments: Vec<u64>,
-    obsolete: Vec<String>,
-}
-
-impl FileSet {
-    fn of(names: Vec<String>) -> Self {
-        let mut set = Self::default();
-        let ids: Vec<FileId> = names.iter().filter_map(|name| FileId::parse(name)).collect();
-        set.snapshot =
-            ids.iter().filter(|file_id| file_id.kind == FileKind::Snapshot).map(|file_id| file_id.number).max();
-        let obsolete = |file_id: FileId| set.snapshot.is_some_and(|newest| superseded(file_id, newest));
-        let segments = ids.iter().filter(|file_id| file_id.kind == FileKind::Journal && !obsolete(**file_id));
-        set.segments = segments.map(|file_id| file_id.number).collect();
-        set.segments.sort_unstable();
-        set.obsolete = names
-            .into_iter()
-            .filter(|name| match name.strip_suffix(TEMP_SUFFIX) {
-                Some(stem) => FileId::parse(stem).is_some(),
-                None => FileId::parse(name).is_some_and(obsolete),
-            })
-            .collect();
-        set
-    }
-}
-
-/// Bytes of a file that are no frame, with the generations of the frames around them.
-#[derive(Debug)]
-struct CorruptRange {
-    bytes: Range<u64>,
-    after: Option<u64>,
-    before: Option<u64>,
-}
-
-impl CorruptRange {
-    fn loss(&self) -> String {
-        match (self.after, self.before) {
-            (Some(after), Some(before)) => format!("what changed after generation {after} and before {before}"),
-            (Some(after), None) => format!("what changed after generation {after}"),
-            (None, Some(before)) => format!("what changed before generation {before}"),
-            (None, None) => "everything in the file".into(),
-        }
-    }
-}
-
-/// The result of scanning one file.
-#[derive(Debug)]
-struct FileScan {
-    file_id: FileId,
-    file: Box<dyn File>,
-    len: u64,
-    header: Result<Header, HeaderError>,
-    corrupt: Vec<CorruptRange>,
-    /// The file was durable up to this offset at some time.
-    synced: u64,
-    /// End of the last whole batch before any corrupt range.
-    last_batch_end: u64,
-    /// End of the last valid frame.
-    last_frame_end: u64,
-    /// The last frame of a snapshot is there.
-    complete: bool,
-    /// Records are replayed up to this offset; 0 for none.
-    replay_end: u64,
-}
-
-impl FileScan {
-    /// Whether the file is intact up to its durable offset.
-    fn has_torn_tail(&self) -> bool {
-        self.corrupt.first().map_or(self.last_batch_end, |range| range.bytes.start) >= self.synced
-    }
 }
 
 impl StoreOpener<'_> {
@@ -129,15 +44,24 @@ impl StoreOpener<'_> {
     ) -> Result<(Journal, RecoveryReport), StoreError> {
         let set = FileSet::of(self.files.list().io_context("list", &self.dir)?);
         let mut repairs = Vec::new();
-        let mut corruptions = missing_segments(&set, &self.dir);
+        let mut corruptions = Vec::new();
+        let clean_stop = self.clean_stop(&mut corruptions)?;
+        corruptions.extend(missing_segments(&set, clean_stop, &self.dir));
         let mut scans = Vec::new();
         let ids = set.snapshot.map(FileId::snapshot).into_iter();
         for file_id in ids.chain(set.segments.iter().map(|number| FileId::journal(*number))) {
-            scans.push(self.scan(file_id)?);
+            scans.push(FileScan::read(&*self.files, &self.dir, file_id)?);
         }
         let id = scans.iter().find_map(|scan| Some(scan.header.as_ref().ok()?.id));
-        let id = id.unwrap_or_else(StoreId::random);
-        self.classify(&mut scans, id, &mut corruptions, &mut repairs);
+        let id = id.or_else(|| clean_stop.map(|stop| stop.id)).unwrap_or_else(StoreId::random);
+        let clean_stop = clean_stop.filter(|stop| {
+            let ours = stop.id == id;
+            if !ours {
+                corruptions.push(self.clean_stop_corruption("belongs to the data directory of another gangplank"));
+            }
+            ours
+        });
+        classify(&self.dir, &mut scans, id, clean_stop, &mut corruptions, &mut repairs);
         self.refuse(&corruptions)?;
 
         let mut outbox = Outbox::new(self.options.outbox);
@@ -161,134 +85,37 @@ impl StoreOpener<'_> {
         if !corruptions.is_empty() {
             quarantine(&context, &mut journal, &corruptions)?;
         }
-        self.remove_obsolete(&set.obsolete);
-        if !drops_outbox || journal.usable().is_ok() {
+        // If the journal cannot be written, for a reason that the repairs name, neither can the rest.
+        if journal.usable().is_ok() {
+            self.remove_obsolete(&set.obsolete);
             journal.compact();
         }
         let term = if drops_outbox { 0 } else { outbox.term };
         Ok((journal, RecoveryReport { generation, repairs, term, outbox: outbox.into_records() }))
     }
 
-    /// Reads a file once to check its frames, not its records.
-    fn scan(&self, file_id: FileId) -> Result<FileScan, StoreError> {
-        let path = self.dir.join(file_id.file_name());
-        let file = self.files.open(&file_id.file_name()).io_context("open", &path)?;
-        let len = file.len().io_context("read", &path)?;
-        let header = read_header(&*file, file_id).io_context("read", &path)?;
-        if let Err(HeaderError::Newer(version)) = header {
-            return Err(StoreError::Newer { path, what: format!("format version {version}") });
-        }
-        let start = HEADER_LEN as u64;
-        let (mut corrupt, mut synced, mut last_batch_end, mut last_frame_end, mut complete) =
-            (Vec::<CorruptRange>::new(), start, start, start, false);
-        let mut last = None;
-        let mut frames = FrameReader::new(&*file, file_id, len);
-        while let Some(item) = frames.next().io_context("read", &path)? {
-            match item {
-                ScanItem::Garbage(bytes) => corrupt.push(CorruptRange { bytes, after: last, before: None }),
-                ScanItem::Frame { frame, .. } if frame.unknown_flags != 0 => {
-                    return Err(StoreError::Newer { path, what: format!("frame flags {:#x}", frame.unknown_flags) });
-                }
-                ScanItem::Frame { at, frame, .. } => {
-                    if let Some(range) = corrupt.last_mut() {
-                        range.before.get_or_insert(frame.generation);
-                    } else if !frame.more {
-                        last_batch_end = at.end;
-                    }
-                    synced = synced.max(frame.synced);
-                    complete = frame.end && at.end == len;
-                    last_frame_end = at.end;
-                    last = Some(frame.generation);
-                }
+    /// Reads the clean-stop file, if there is one.
+    fn clean_stop(&self, corruptions: &mut Vec<Corruption>) -> Result<Option<CleanStop>, StoreError> {
+        let path = self.dir.join(CLEAN_STOP);
+        match CleanStop::read(&*self.files).io_context("read", &path)? {
+            None => Ok(None),
+            Some(Ok(stop)) => Ok(Some(stop)),
+            Some(Err(HeaderError::Newer(version))) => {
+                Err(StoreError::Newer { path, what: format!("format version {version}") })
             }
-        }
-        drop(frames);
-        Ok(FileScan {
-            file_id,
-            file,
-            len,
-            header,
-            corrupt,
-            synced,
-            last_batch_end,
-            last_frame_end,
-            complete,
-            replay_end: len,
-        })
-    }
-
-    /// Tells corruption from a torn write.
-    fn classify(
-        &self,
-        scans: &mut [FileScan],
-        id: StoreId,
-        corruptions: &mut Vec<Corruption>,
-        repairs: &mut Vec<String>,
-    ) {
-        for index in 0..scans.len() {
-            // This file's length by the header of the next one; 0 when that header cannot be read.
-            let next = scans.get(index + 1).map(|next| match &next.header {
-                Ok(header) if header.id == id => header.previous_len,
-                _ => 0,
-            });
-            let scan = &mut scans[index];
-            let newest = scan.file_id.kind == FileKind::Journal && next.is_none();
-            let path = self.dir.join(scan.file_id.file_name());
-            let mut found = |bytes: Option<Range<u64>>, what: &str, loss: String| {
-                corruptions.push(Corruption { path: path.clone(), bytes, what: what.into(), loss });
-            };
-            match &scan.header {
-                Ok(header) if header.id == id => {}
-                Ok(_) => {
-                    found(None, "belongs to the data directory of another gangplank", "everything in the file".into());
-                    scan.replay_end = 0;
-                    continue;
-                }
-                Err(_) => {
-                    let end = scan.len.min(HEADER_LEN as u64);
-                    found(Some(0..end), "the header is corrupt", "nothing if the rest is intact".into());
-                }
-            }
-            if newest && scan.has_torn_tail() {
-                let (cut, kept) = (scan.len.saturating_sub(scan.last_batch_end), scan.last_batch_end);
-                if cut > 0 {
-                    repairs.push(format!(
-                        "{}: cut {cut} bytes from offset {kept} on: they look like a batch that was being written when \
-                         gangplank or the machine stopped, and nothing shows that it was acknowledged; kept the \
-                         {kept} bytes before it",
-                        path.display(),
-                    ));
-                }
-                scan.replay_end = kept;
-                continue;
-            }
-            if newest {
-                // If the loss is accepted, everything valid is replayed and the rest is cut off.
-                scan.replay_end = scan.last_frame_end;
-            }
-            for range in &scan.corrupt {
-                found(Some(range.bytes.clone()), "the checksum does not match", range.loss());
-            }
-            match (scan.file_id.kind, next) {
-                (FileKind::Snapshot, _) if !scan.complete => found(
-                    Some(scan.len..scan.len),
-                    "the snapshot ends too early",
-                    "the instances after that, in order of namespace and name".into(),
-                ),
-                (FileKind::Journal, Some(closed @ 1..)) if scan.len < closed => {
-                    found(Some(scan.len..closed), "bytes are missing at the end", "what they held".into());
-                }
-                (FileKind::Journal, Some(closed @ 1..)) if scan.len > closed => {
-                    let beyond = "there are bytes after the end at which it was closed";
-                    found(Some(closed..scan.len), beyond, "nothing acknowledged".into());
-                    scan.replay_end = closed;
-                }
-                _ => {}
+            Some(Err(_)) => {
+                corruptions.push(self.clean_stop_corruption("the checksum does not match"));
+                Ok(None)
             }
         }
     }
 
-    /// Gives every instance's record to `record`, the others to the outbox alone, and says which generation is the highest.
+    fn clean_stop_corruption(&self, what: &str) -> Corruption {
+        let loss = "nothing if the journal is intact".into();
+        Corruption { path: self.dir.join(CLEAN_STOP), bytes: None, what: what.into(), loss }
+    }
+
+    /// Passes the records of instances to `record` and all to the outbox. Returns the highest generation.
     fn read(
         &self,
         scans: &[FileScan],
@@ -416,7 +243,7 @@ impl StoreOpener<'_> {
                 Segment::create(context, last + 1, previous_len).io_context("create", self.dir.join(name))?
             }
         };
-        let mut journal = Journal::open(context.clone(), segment, found, self.options.segment_bytes, self.lock.take());
+        let mut journal = Journal::open(context.clone(), segment, found, self.options.segment_bytes);
         let opened = match repaired {
             Ok(()) => journal.append_sync_marker(),
             Err(err) => Err(journal.fail_repair(err)),
@@ -441,29 +268,6 @@ impl StoreOpener<'_> {
     }
 }
 
-/// The segments that are missing.
-fn missing_segments(files_found: &FileSet, dir: &std::path::Path) -> Vec<Corruption> {
-    if files_found.snapshot.is_none() && files_found.segments.is_empty() {
-        return Vec::new(); // a new directory
-    }
-    let mut expected = files_found.snapshot.unwrap_or(0) + 1;
-    let mut missing = Vec::new();
-    // There is always a segment after a snapshot: it is created first.
-    let end = files_found.segments.last().map_or(expected + 1, |last| last + 1);
-    for number in files_found.segments.iter().copied().chain([end]) {
-        if number > expected {
-            let what = match number - expected {
-                1 => "is missing".into(),
-                more => format!("is missing, and so are the {} segments after it", more - 1),
-            };
-            let path = dir.join(FileId::journal(expected).file_name());
-            missing.push(Corruption { path, bytes: None, what, loss: "everything in it".into() });
-        }
-        expected = number + 1;
-    }
-    missing
-}
-
 /// Writes everything that can be read into a new snapshot and renames the corrupt files.
 fn quarantine(context: &StoreContext, journal: &mut Journal, corruptions: &[Corruption]) -> Result<(), StoreError> {
     journal.rotate()?;
@@ -473,7 +277,8 @@ fn quarantine(context: &StoreContext, journal: &mut Journal, corruptions: &[Corr
     match compact(context, &plan, &AtomicBool::new(false)) {
         Ok(snapshot) => {
             journal.install_snapshot(snapshot);
-            Ok(())
+            // Only now, when nothing is missing any more: until then every start has to ask again.
+            CleanStop::remove(&*context.files).io_context("remove", context.dir.join(CLEAN_STOP))
         }
         Err(err) => Err(StoreError::Io {
             operation: "write a new snapshot without the corrupt files in",

@@ -223,6 +223,21 @@ fn with_kubernetes(dir: &TempDir) -> (TestRegistry, Arc<Zone>) {
     (TestRegistry { handle, writer, metrics, runtime }, zone)
 }
 
+/// Even if nothing is registered, and whatever the clock says at the next start.
+#[test]
+fn published_generation_is_stored_before_the_first_batch() {
+    let dir = tempfile::tempdir().expect("a directory");
+    for _ in 0..2 {
+        let published = TestRegistry::on(&dir, 10).writer.generation();
+        let data_dir = DataDir::lock(dir.path()).expect("nobody else has it");
+        let options = store::Options::default();
+        let (_, stored) = data_dir.recover(&options, Arc::default(), &mut |_| {}, &mut |_| {}).expect("a good store");
+        assert_eq!(stored.generation, published);
+        let next = TestRegistry::on(&dir, 10).writer.generation();
+        assert!(next > published, "{next} after {published}");
+    }
+}
+
 #[test]
 fn nothing_is_accepted_before_kubernetes_is_read_and_then_its_facts_count() {
     let dir = tempfile::tempdir().expect("a directory");

@@ -5,8 +5,9 @@ use std::{collections::BTreeMap, sync::Arc};
 use super::{Model, apply, open, open_with, random_batch, simulated_disk::SimulatedDisk, small};
 use crate::store::{
     Options, Record, StoreError,
+    clean_stop::CLEAN_STOP,
     disk::Directory as _,
-    frame::{FileId, Frame, FrameBuffer, HEADER_LEN, Header, StoreId},
+    frame::{FRAME_LEN, FileId, Frame, FrameBuffer, HEADER_LEN, Header, StoreId},
 };
 
 type Contents = BTreeMap<String, Vec<u8>>;
@@ -60,7 +61,7 @@ fn last_batch(contents: &Contents) -> (String, std::ops::Range<usize>) {
 }
 
 #[test]
-fn a_last_record_torn_at_any_octet_is_cut_and_reported() {
+fn torn_write_is_cut_off_and_reported_at_any_byte() {
     let Sample { killed, models, .. } = sample(false);
     let (name, frame) = last_batch(&killed);
     for end in frame.start + 1..frame.end {
@@ -119,9 +120,9 @@ fn batch_of_several_frames_is_atomic() {
 }
 
 #[test]
-fn a_flipped_octet_anywhere_is_found() {
+fn flipped_bit_is_detected_in_any_byte() {
     for (sample, files) in [(sample(false), 1), (sample(true), 3)] {
-        assert_eq!(sample.closed.len(), files);
+        assert_eq!(sample.closed.len(), files + 1, "and the clean-stop file");
         for (contents, clean) in [(&sample.closed, true), (&sample.killed, false)] {
             let (newest, tail) = last_batch(contents);
             for (name, bytes) in contents {
@@ -129,18 +130,19 @@ fn a_flipped_octet_anywhere_is_found() {
                     let mut flipped = contents.clone();
                     flipped.get_mut(name).expect("it is there")[at] ^= 1 << (at % 8);
                     let opened = open(&SimulatedDisk::holding(&flipped));
-                    if *name == newest && tail.contains(&at) {
-                        // Nothing on the disk vouches for the last frame: of a clean end that is
-                        // a mark, which holds nothing.
-                        let (_, recovery, read) = opened.expect("it may be a torn tail");
-                        assert_eq!(read, sample.models[if clean { 9 } else { 8 }], "{name} at {at}");
+                    if !clean && *name == newest && tail.contains(&at) {
+                        // After a crash nothing on the disk covers the last frame.
+                        let (_, recovery, read) = opened.expect("it may be a torn write");
+                        assert_eq!(read, sample.models[8], "{name} at {at}");
                         assert_eq!(recovery.repairs.len(), 1, "{name} at {at}");
-                    } else {
-                        let err = opened.err().unwrap_or_else(|| panic!("{name} at {at} was not noticed"));
-                        let StoreError::Corrupt { corruptions, .. } = &err else { panic!("{name} at {at}: {err}") };
-                        let bytes = corruptions[0].bytes.clone().expect("a place");
+                        continue;
+                    }
+                    let err = opened.err().unwrap_or_else(|| panic!("{name} at {at} was not noticed"));
+                    let StoreError::Corrupt { corruptions, .. } = &err else { panic!("{name} at {at}: {err}") };
+                    assert!(corruptions[0].path.ends_with(name), "{name} at {at}: {err}");
+                    if name != CLEAN_STOP {
+                        let bytes = corruptions[0].bytes.clone().expect("a range");
                         assert!(bytes.contains(&(at as u64)), "{name} at {at}: {err}");
-                        assert!(corruptions[0].path.ends_with(name), "{name} at {at}: {err}");
                     }
                 }
             }
@@ -149,24 +151,74 @@ fn a_flipped_octet_anywhere_is_found() {
 }
 
 #[test]
-fn truncated_or_missing_file_is_detected() {
+fn truncated_or_missing_file_is_detected_after_a_clean_stop() {
     let sample = sample(true);
     for (name, bytes) in &sample.closed {
-        let (newest, _) = last_batch(&sample.closed);
         let mut without = sample.closed.clone();
         without.remove(name);
-        let gone = open(&SimulatedDisk::holding(&without));
-        // Nobody can tell that the newest segment was there, if another one is before it.
-        assert!(matches!(gone, Err(StoreError::Corrupt { .. })) || *name == newest, "{name} gone");
-        for len in (0..bytes.len()).filter(|_| *name != newest) {
+        let opened = open(&SimulatedDisk::holding(&without));
+        // Without the clean-stop file it looks as after a crash.
+        assert!(matches!(opened, Err(StoreError::Corrupt { .. })) || name == CLEAN_STOP, "{name} is gone");
+        for len in 0..bytes.len() {
             let mut cut = sample.closed.clone();
             cut.get_mut(name).expect("it is there").truncate(len);
-            assert!(
-                matches!(open(&SimulatedDisk::holding(&cut)), Err(StoreError::Corrupt { .. })),
-                "{name} cut at {len}"
-            );
+            let opened = open(&SimulatedDisk::holding(&cut));
+            assert!(matches!(opened, Err(StoreError::Corrupt { .. })), "{name} cut at {len}");
         }
     }
+    let stop = sample.closed.iter().filter(|(name, _)| *name == CLEAN_STOP);
+    let only_the_clean_stop: Contents = stop.map(|(name, bytes)| (name.clone(), bytes.clone())).collect();
+    let said = open(&SimulatedDisk::holding(&only_the_clean_stop)).expect_err("it is no new directory").to_string();
+    assert!(said.contains("journal-0000000001: is missing, and so are the 2 segments after it"), "{said}");
+}
+
+/// What was seen: after a clean stop a segment cut to a tenth was taken for a torn write.
+#[test]
+fn active_segment_cut_after_a_clean_stop_refuses_until_the_loss_is_accepted() {
+    let Sample { closed, models, .. } = sample(false);
+    let name = "journal-0000000001";
+    let len = closed[name].len();
+    let mut cut = closed;
+    cut.get_mut(name).expect("it is there").truncate(len / 10);
+    let disk = SimulatedDisk::holding(&cut);
+    for _ in 0..2 {
+        let said = open(&disk).expect_err("acknowledged batches are gone").to_string();
+        let place = format!("data/{name} at offset {} ({} bytes): bytes are missing", len / 10, len - len / 10);
+        assert!(said.contains(&place) && said.contains("and up to 9"), "{said}");
+    }
+    let (journal, recovery, read) = open_with(&disk, &accepting(), &Arc::default()).expect("the loss is accepted");
+    assert_eq!(read, models[usize::try_from(recovery.generation).expect("small")]);
+    let after_a_crash = SimulatedDisk::holding(&disk.contents());
+    drop(journal);
+    for disk in [after_a_crash, disk] {
+        let (_, recovery, again) = open(&disk).expect("accepted once and for all");
+        assert_eq!((again, recovery.repairs), (read.clone(), vec![]));
+    }
+}
+
+/// The file is a lower bound: it stays true when the journal has grown and the process has crashed.
+#[test]
+fn segment_cut_below_the_last_clean_stop_is_detected_after_a_crash_too() {
+    let disk = SimulatedDisk::holding(&sample(false).closed);
+    let options = Options { segment_bytes: 1 << 30, ..small() };
+    let (mut journal, _, mut model) = open_with(&disk, &options, &Arc::default()).expect("intact");
+    let stopped_at = disk.contents()["journal-0000000001"].len();
+    for generation in 10..=12 {
+        let batch = random_batch(&mut fastrand::Rng::with_seed(generation));
+        journal.append(generation, &batch).expect("a good disk");
+        batch.iter().for_each(|record| apply(&mut model, record));
+    }
+    let killed = disk.contents();
+    let cut_at = |len: usize| {
+        let mut cut = killed.clone();
+        cut.get_mut("journal-0000000001").expect("it is there").truncate(len);
+        open(&SimulatedDisk::holding(&cut))
+    };
+    let frame = stopped_at - FRAME_LEN; // the sync marker of the second start
+    assert!(matches!(cut_at(frame - 1), Err(StoreError::Corrupt { .. })));
+    let (_, _, read) = cut_at(killed["journal-0000000001"].len()).expect("a crash");
+    assert_eq!(read, model);
+    assert_eq!(cut_at(killed["journal-0000000001"].len() - 1).expect("a torn write").1.generation, 11);
 }
 
 #[test]
@@ -177,15 +229,11 @@ fn accepted_loss_keeps_all_other_records_and_the_corrupt_file() {
             let mut flipped = sample.closed.clone();
             flipped.get_mut(name).expect("it is there")[at] ^= 1;
             let disk = SimulatedDisk::holding(&flipped);
-            if open(&disk).is_ok() {
-                continue; // the last mark
-            }
-            let disk = SimulatedDisk::holding(&flipped);
             let (mut journal, recovery, read) =
                 open_with(&disk, &accepting(), &Arc::default()).expect("the loss is accepted");
-            assert!(recovery.repairs[0].starts_with(&format!("loss accepted: data/{name} at offset ")), "{recovery:?}");
+            assert!(recovery.repairs[0].starts_with(&format!("loss accepted: data/{name}")), "{recovery:?}");
             assert_eq!(recovery.generation, 9);
-            if at < HEADER_LEN {
+            if at < HEADER_LEN || name == CLEAN_STOP {
                 assert_eq!(read, sample.models[9], "{name} at {at}: only the header is damaged");
             }
             let rng = &mut fastrand::Rng::with_seed(at as u64);
@@ -194,7 +242,8 @@ fn accepted_loss_keeps_all_other_records_and_the_corrupt_file() {
             journal.append(10, &batch).expect("it goes on");
             batch.iter().for_each(|record| apply(&mut after, record));
             drop(journal);
-            assert!(disk.contents().contains_key(&format!("{name}.corrupt")), "{name} at {at}");
+            let kept = disk.contents().contains_key(&format!("{name}.corrupt"));
+            assert!(kept || name == CLEAN_STOP, "{name} at {at}");
             disk.power_cut(rng);
             let (_, recovery, read) = open(&disk).expect("the tail was cut");
             assert_eq!((read, recovery.repairs), (after, vec![]), "{name} at {at}");

@@ -6,7 +6,7 @@ use super::{Ledger, Model, VALIDATOR, apply, instance_of, random_batch, service}
 use crate::{
     metrics::Metrics,
     model::{InstanceSpec, PortSpec, Protocol, UnixMillis},
-    store::{DataDir, Journal, Options, Record, RecoveryReport, StoreError},
+    store::{DataDir, Journal, Options, Record, RecoveryReport, StoreError, create_durably},
 };
 
 fn start(path: &Path, options: &Options) -> (Journal, RecoveryReport, Model) {
@@ -45,6 +45,70 @@ fn second_process_is_refused_with_the_pid_of_the_first() {
     refused();
     drop(journal);
     DataDir::lock(&path).expect("free again");
+}
+
+/// A sync succeeds for a file that was removed: nothing may be acknowledged for it.
+#[test]
+fn journal_stops_when_its_directory_lock_or_segment_is_removed_or_replaced() {
+    type Attack = fn(&Path);
+    let remove: Attack = |path| fs::remove_dir_all(path).expect("removed");
+    let replace: Attack = |path| {
+        fs::rename(path, path.with_extension("old")).expect("renamed");
+        fs::create_dir(path).expect("created");
+    };
+    let remove_lock: Attack = |path| fs::remove_file(path.join("LOCK")).expect("removed");
+    let replace_lock: Attack = |path| {
+        fs::remove_file(path.join("LOCK")).expect("removed");
+        fs::write(path.join("LOCK"), "").expect("created");
+    };
+    let remove_segment: Attack = |path| fs::remove_file(path.join("journal-0000000001")).expect("removed");
+    for (attack, gone) in [
+        (remove, ""),
+        (replace, ""),
+        (remove_lock, "/LOCK"),
+        (replace_lock, "/LOCK"),
+        (remove_segment, "/journal-0000000001"),
+    ] {
+        for segment_bytes in [1 << 20, 1] {
+            let dir = tempfile::tempdir().expect("a temporary directory");
+            let path = dir.path().join("data");
+            let (mut journal, ..) = start(&path, &Options { segment_bytes, ..Options::default() });
+            // With segments of one byte the next append begins another one.
+            journal.check_in_place().expect("all is there");
+            attack(&path);
+            let rng = &mut fastrand::Rng::with_seed(1);
+            let said = journal.append(1, &random_batch(rng)).expect_err("it would be lost").to_string();
+            assert!(said.starts_with(&format!("{}{gone} was removed or replaced", path.display())), "{said}");
+            assert!(journal.usable().is_err() && journal.check_in_place().is_err());
+            journal.append(2, &random_batch(rng)).expect_err("only a restart can go on");
+            drop(journal);
+            let files = fs::read_dir(&path).map_or(0, Iterator::count);
+            assert!(files == 0 || !gone.is_empty(), "nothing is written into another directory");
+        }
+    }
+}
+
+#[test]
+fn new_directories_are_synced_in_their_parents() {
+    let root = tempfile::tempdir().expect("a temporary directory");
+    let path = root.path().join("a/b/c");
+    let synced = |path: &Path| {
+        let mut synced = Vec::new();
+        let record = &mut |dir: &Path| {
+            synced.push(dir.to_owned());
+            Ok(())
+        };
+        create_durably(path, record).expect("it can be created");
+        synced.retain(|dir| dir.starts_with(root.path()));
+        synced
+    };
+    let parents = [root.path().to_owned(), root.path().join("a"), root.path().join("a/b")];
+    assert_eq!(synced(&path), parents);
+    // Killed before it was locked: the names may not be durable yet.
+    assert_eq!(synced(&path), parents);
+    drop(DataDir::lock(&path).expect("nobody has it"));
+    assert!(synced(&path).is_empty(), "it was locked before, so all names are durable");
+    assert!(create_durably(&root.path().join("d"), &mut |_| Err(std::io::ErrorKind::Other.into())).is_err());
 }
 
 #[test]
@@ -134,7 +198,7 @@ fn outbox_fixture() -> [Vec<Record>; 3] {
 }
 
 /// A copy of the fixture.
-fn copied(fixture: &str) -> tempfile::TempDir {
+fn copied(fixture: &str, clean_stop: bool) -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/store").join(fixture);
     let mut names = Vec::new();
@@ -144,30 +208,35 @@ fn copied(fixture: &str) -> tempfile::TempDir {
         names.push(entry.file_name().into_string().expect("UTF-8"));
     }
     names.sort();
-    assert_eq!(names, ["journal-0000000002", "journal-0000000003", "snapshot-0000000001"]);
+    let all = ["clean-stop", "journal-0000000002", "journal-0000000003", "snapshot-0000000001"];
+    assert_eq!(names, all[usize::from(!clean_stop)..]);
     dir
 }
 
 #[test]
-fn format_version_1_is_read() {
-    let dir = copied("v1");
-    let mut model = Model::new();
-    fixture().iter().flatten().for_each(|record| apply(&mut model, record));
-    let (_, recovery, read) = start(dir.path(), &Options::default());
-    assert_eq!((read, recovery.generation, recovery.repairs), (model, 1_700_000_003, vec![]));
+fn format_version_1_is_read_with_and_without_a_clean_stop_file() {
+    for (name, clean_stop) in [("v1", false), ("v1-clean-stop", true)] {
+        let dir = copied(name, clean_stop);
+        let mut model = Model::new();
+        fixture().iter().flatten().for_each(|record| apply(&mut model, record));
+        let (_, recovery, read) = start(dir.path(), &Options::default());
+        assert_eq!((read, recovery.generation, recovery.repairs), (model, 1_700_000_003, vec![]), "{name}");
+    }
 }
 
 #[test]
 fn format_version_1_with_outbox_is_read() {
-    let dir = copied("v1-outbox");
-    let mut ledger = Ledger { outbox: true, ..Ledger::default() };
-    for (batch, generation) in outbox_fixture().iter().zip(1_700_000_001..) {
-        ledger.apply(generation, batch);
+    for (name, clean_stop) in [("v1-outbox", false), ("v1-clean-stop-outbox", true)] {
+        let dir = copied(name, clean_stop);
+        let mut ledger = Ledger { outbox: true, ..Ledger::default() };
+        for (batch, generation) in outbox_fixture().iter().zip(1_700_000_001..) {
+            ledger.apply(generation, batch);
+        }
+        let (_, recovery, read) = start(dir.path(), &Options { outbox: true, ..Options::default() });
+        assert!(ledger.agrees(&recovery, &read), "{recovery:?} and {read:?} are not {ledger:?}");
+        assert_eq!((recovery.term, recovery.outbox.len(), recovery.generation), (8, 3, 1_700_000_003));
+        assert_eq!(recovery.repairs, Vec::<String>::new());
     }
-    let (_, recovery, read) = start(dir.path(), &Options { outbox: true, ..Options::default() });
-    assert!(ledger.agrees(&recovery, &read), "{recovery:?} and {read:?} are not {ledger:?}");
-    assert_eq!((recovery.term, recovery.outbox.len(), recovery.generation), (8, 3, 1_700_000_003));
-    assert_eq!(recovery.repairs, Vec::<String>::new());
 }
 
 /// Writes the fixtures. Only for a new version of the format, into directories of its own:

@@ -169,7 +169,7 @@ fn failed_compaction_is_retried_and_stops_no_append() {
         assert_eq!(metrics.store.compactions_counted(), (1, 1), "{operation:?}");
         drop(journal);
         let names: Vec<String> = disk.contents().into_keys().collect();
-        assert_eq!(names, ["journal-0000000003", "snapshot-0000000002"], "{operation:?}");
+        assert_eq!(names, ["clean-stop", "journal-0000000003", "snapshot-0000000002"], "{operation:?}");
         let (_, recovery, read) = open(&disk).expect("a restart");
         assert_eq!((read, recovery.generation, recovery.repairs), (model, 3, vec![]), "{operation:?}");
     }
@@ -194,7 +194,7 @@ fn obsolete_files_that_cannot_be_removed_go_with_the_next_snapshot() {
     assert_eq!(metrics.store.compactions_counted(), (2, 0));
     drop(journal);
     let names: Vec<String> = disk.contents().into_keys().collect();
-    assert_eq!(names, ["journal-0000000003", "snapshot-0000000002"]);
+    assert_eq!(names, ["clean-stop", "journal-0000000003", "snapshot-0000000002"]);
     let (_, _, read) = open(&disk).expect("a restart");
     assert_eq!(read, model);
 }

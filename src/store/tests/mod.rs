@@ -117,7 +117,7 @@ fn open_with(
 ) -> Result<(Journal, RecoveryReport, Model), StoreError> {
     let mut model = Model::new();
     let files = Arc::new(disk.clone());
-    let start = StoreOpener { files, dir: PathBuf::from("data"), lock: None, options, metrics: Arc::clone(metrics) };
+    let start = StoreOpener { files, dir: PathBuf::from("data"), options, metrics: Arc::clone(metrics) };
     let (journal, recovery) = start.run(&mut |record| apply(&mut model, &record), &mut |_| {})?;
     Ok((journal, recovery, model))
 }

@@ -4,13 +4,14 @@
 use std::{
     collections::BTreeMap,
     io,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
 };
 
 use fastrand::Rng;
 use rustix::io::Errno;
 
-use super::super::disk::{Directory, File};
+use super::super::disk::{Directory, File, FileIdentity};
 
 /// What a disk writes at once: a cut tears writes at any of these, or at any byte.
 const SECTOR: usize = 512;
@@ -326,6 +327,12 @@ impl Directory for SimulatedDisk {
         }
         Ok(())
     }
+
+    fn find_missing(&self, name: &str, identity: FileIdentity) -> io::Result<Option<PathBuf>> {
+        let state = self.state();
+        let there = state.names.get(name).is_some_and(|inode| *inode as u64 == identity.inode);
+        Ok((!there).then(|| PathBuf::from("data").join(name)))
+    }
 }
 
 impl SimulatedDisk {
@@ -411,5 +418,9 @@ impl File for SimulatedFile {
             Err(_) => {}
         }
         Ok(done?)
+    }
+
+    fn identity(&self) -> io::Result<FileIdentity> {
+        Ok(FileIdentity { device: 0, inode: self.inode as u64 })
     }
 }
