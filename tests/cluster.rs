@@ -116,7 +116,7 @@ fn service_account_has_the_rights_it_needs_and_no_others() {
     assert_eq!(
         rules,
         [
-            "/endpoints: get create update delete",
+            "/endpoints: get list watch create update delete",
             "/namespaces: list watch",
             "/services: get list watch create update delete",
             "discovery.k8s.io/endpointslices: get list watch create update delete",

@@ -80,7 +80,7 @@ impl Peer {
         true
     }
 
-    /// Waits for the head of a response. Its body is not read: windows are not given back.
+    /// Waits for the head of a response. Its body is not read: no window is updated.
     pub(crate) async fn head(&mut self, call: usize) -> RecvStream {
         let (response, connection) = (&mut self.calls[call].response, &mut self.connection);
         let answered = poll_fn(|cx| {

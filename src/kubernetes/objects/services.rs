@@ -126,10 +126,10 @@ fn service_ports(instances: &CowTree<Arc<Instance>>) -> Vec<ServicePort> {
         return unnamed.into_iter().map(|(protocol, number)| service_port(protocol, number, None)).collect();
     }
     let (mut names, mut numbers) = (HashSet::new(), HashSet::new());
-    let stand = named.into_iter().filter(|&(protocol, number, name)| {
+    let usable = named.into_iter().filter(|&(protocol, number, name)| {
         !names.contains(name) && numbers.insert((protocol, number)) && names.insert(name)
     });
-    stand.take(MAX_PORTS).map(|(protocol, number, name)| service_port(protocol, number, Some(name))).collect()
+    usable.take(MAX_PORTS).map(|(protocol, number, name)| service_port(protocol, number, Some(name))).collect()
 }
 
 fn service_port(protocol: Protocol, number: u16, name: Option<&Label>) -> ServicePort {

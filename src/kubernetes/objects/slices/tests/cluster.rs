@@ -1,4 +1,4 @@
-//! A list of slices that refuses what an API server refuses, and looks at what stands in it
+//! A list of slices that refuses what an API server refuses, and looks at its content
 //! without the code that wrote it.
 
 use std::{

@@ -64,7 +64,7 @@ fn any_instance() -> impl Strategy<Value = Arc<Instance>> {
     )
 }
 
-/// How many slices an instance stands in.
+/// How many slices an instance is in.
 fn parts(instance: &Instance) -> usize {
     instance.address().ip().map_or(0, |ip| SliceGroup::all(Family::of(ip), instance.ports()).len())
 }
