@@ -260,3 +260,80 @@ fn empty_snapshot_holds_the_generation() {
     let (_, recovery, read) = open(&SimulatedDisk::holding(&contents)).expect("a restart");
     assert_eq!((recovery.generation, read.len()), (7, 0));
 }
+
+/// An input/output error, at each operation of a start: either the start fails or the journal is not
+/// usable, and the file is named.
+#[test]
+fn start_with_an_io_error_names_the_file_and_accepts_nothing() {
+    for clean in [true, false] {
+        let disk = SimulatedDisk::default();
+        let (mut journal, _, mut model) = open(&disk).expect("a new directory");
+        fill(&mut journal, &mut model, 3);
+        let killed = disk.contents();
+        drop(journal);
+        let contents = if clean { disk.contents() } else { killed };
+        for operation in [Operation::Read, Operation::Write, Operation::Sync] {
+            let disk = SimulatedDisk::holding(&contents);
+            disk.fail(operation, Errno::IO, 1);
+            let said = match open(&disk) {
+                Err(err) => err.to_string(),
+                Ok((mut journal, recovery, read)) => {
+                    assert_eq!(read, model, "{operation:?}");
+                    journal.append(4, &batch(4)).expect_err("nothing is accepted");
+                    recovery.repairs.join(" ")
+                }
+            };
+            let file =
+                if clean && operation == Operation::Read { "data/clean-stop" } else { "data/journal-0000000001" };
+            assert!(said.contains(file), "{operation:?}: {said}");
+            disk.clear_faults();
+            let (mut journal, _, read) = open(&disk).expect("a restart");
+            assert_eq!(read, model);
+            journal.append(4, &batch(4)).expect("the disk works again");
+        }
+    }
+}
+
+#[test]
+fn io_error_in_an_append_or_a_new_segment_stops_the_journal() {
+    for (operation, rotates) in [
+        (Operation::Write, false),
+        (Operation::Sync, false),
+        (Operation::Create, true),
+        (Operation::Rename, true),
+        (Operation::SyncDir, true),
+    ] {
+        let disk = SimulatedDisk::default();
+        let (mut journal, _, mut model) = open(&disk).expect("a new directory");
+        fill(&mut journal, &mut model, 2);
+        disk.fail(operation, Errno::IO, 1);
+        if rotates {
+            journal.rotate().expect_err("the disk failed");
+        } else {
+            journal.append(3, &batch(3)).expect_err("the disk failed");
+        }
+        journal.append(4, &batch(4)).expect_err("only a restart can go on");
+        drop(journal);
+        let (_, _, read) = open(&disk).expect("a restart");
+        let mut with_third = model.clone();
+        batch(3).iter().for_each(|record| apply(&mut with_third, record));
+        assert!(read == model || read == with_third, "{operation:?}");
+    }
+}
+
+#[test]
+fn io_error_in_a_compaction_loses_nothing() {
+    for operation in [Operation::Read, Operation::Write, Operation::Sync, Operation::Rename, Operation::SyncDir] {
+        let (disk, metrics) = (SimulatedDisk::default(), Arc::new(Metrics::default()));
+        let (mut journal, _, mut model) = open_with(&disk, &small(), &metrics).expect("a new directory");
+        fill(&mut journal, &mut model, 2);
+        journal.rotate().expect("a good disk");
+        disk.fail(operation, Errno::IO, 1);
+        journal.compact();
+        journal.reap();
+        assert_eq!(metrics.store.compactions_counted(), (0, 1), "{operation:?}");
+        drop(journal);
+        let (_, recovery, read) = open(&disk).expect("a restart");
+        assert_eq!((read, recovery.repairs), (model, vec![]), "{operation:?}");
+    }
+}

@@ -274,3 +274,23 @@ fn outbox_switched_off_and_on_is_never_too_small() {
     }
     assert!(unmirrored > 100 && forgotten > 0, "{unmirrored} {forgotten}");
 }
+
+/// As without an API server: nothing is ever mirrored.
+#[test]
+fn outbox_has_one_entry_per_instance_however_often_it_changes() {
+    let disk = SimulatedDisk::default();
+    let names = ["web", "db", "a"];
+    let mut generation = 0;
+    for _ in 0..3 {
+        let (mut journal, ..) = start(&disk, true);
+        for round in 0..300 {
+            generation += 1;
+            let change = |name: &&str| if round % 2 == 0 { put(name, generation) } else { remove(name) };
+            journal.append(generation, &names.iter().map(change).collect::<Vec<_>>()).expect("a good disk");
+        }
+        compact(&mut journal);
+        drop(journal);
+        assert_eq!(start(&disk, true).1.outbox.len(), names.len());
+    }
+    assert!(snapshot(&disk).len() < 1000, "three removals are small");
+}

@@ -20,6 +20,7 @@ const SECTOR: usize = 512;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Operation {
     Create,
+    Read,
     Write,
     Sync,
     SyncDir,
@@ -367,9 +368,15 @@ impl File for SimulatedFile {
     }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
-        let state = self.disk.state();
+        let state = &mut *self.disk.state();
         if state.off {
             return Err(off());
+        }
+        if let Some((Operation::Read, fault, times)) = &mut state.fault
+            && *times > 0
+        {
+            *times -= 1;
+            return Err((*fault).into());
         }
         let there = &state.inodes[self.inode].cached;
         let from = index(offset).min(there.len());
