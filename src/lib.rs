@@ -50,6 +50,7 @@ pub mod kubernetes;
 pub mod metrics;
 pub mod model;
 pub mod registry;
+pub mod replicas;
 pub mod store;
 pub mod telemetry;
 pub mod zone;

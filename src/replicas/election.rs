@@ -1,0 +1,460 @@
+//! Who writes: one replica at a time holds the Lease, and each tenure has a term of its own.
+//!
+//! A pure state machine: it is told what was read, written and seen, with the time, and returns what to do
+//! next. It never reads a clock and never performs I/O, so that the server and the simulation run the same code.
+//!
+//! Two clocks are compared nowhere. A candidate measures on its own clock for how long the Lease has not changed; a writer
+//! measures on its own clock since when its last successful renewal began. With the constants below a writer stops
+//! confirming five seconds before anybody else may begin, whatever the offset between the clocks, as long as they run
+//! at rates that differ by less than a fifth.
+
+use std::time::Duration;
+
+use super::{
+    lease::{DirectoryId, LeaseRecord, LeaseWrite, ObservedLease, RequestId, ResourceVersion},
+    rules::Rules,
+};
+
+/// How long a Lease must not change before another replica takes it (client-go: `LeaseDuration`).
+pub const LEASE_DURATION: Duration = Duration::from_secs(15);
+
+/// For how long after the begin of its last successful renewal a writer confirms and writes slices (client-go:
+/// `RenewDeadline`). Less than [`LEASE_DURATION`] by more than clocks drift apart meanwhile.
+pub const RENEW_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How often the Lease is renewed by its holder, and read by everybody else (client-go: `RetryPeriod`).
+pub const RETRY_PERIOD: Duration = Duration::from_secs(2);
+
+/// Time since some moment in the past, by a clock that never goes back and goes on through suspensions
+/// (CLOCK_BOOTTIME).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct BootTime(pub Duration);
+
+impl BootTime {
+    /// Time from `earlier` until now; nothing where `earlier` is later.
+    #[must_use]
+    pub const fn since(self, earlier: Self) -> Duration {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
+/// What a replica is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Role {
+    /// Follows what another writes.
+    Follower,
+    /// Waits for the answer to its write of the Lease.
+    Acquiring(Tenure),
+    /// Holds the Lease and puts the truth together; does not serve yet.
+    TakingOver(Tenure),
+    /// The one whose words count.
+    Writer {
+        /// Its term.
+        term: u64,
+    },
+}
+
+/// A tenure that begins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tenure {
+    /// Its term.
+    pub term: u64,
+    /// The Lease as it was before; `None` where there was none.
+    pub previous: Option<LeaseRecord>,
+    /// How long the Lease must be held before slices are listed: after a Lease was missing, its last holder may
+    /// still count on it.
+    listed_after: Option<BootTime>,
+}
+
+/// What to do next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Read the Lease with a quorum read; the answer goes to [`Election::lease_read`].
+    ReadLease(RequestId),
+    /// Write the Lease, if its version is `expected` (create it, if `None`); the answer goes to
+    /// [`Election::lease_written`].
+    WriteLease {
+        /// Which request this is.
+        id: RequestId,
+        /// Its version as it must be.
+        expected: Option<ResourceVersion>,
+        /// What it says then.
+        record: LeaseRecord,
+    },
+    /// List all slices with a quorum read, and merge: [`Election::taken_over`] or [`Election::outranked`] follows.
+    TakeOver,
+    /// This writer has a new term, though nobody else wrote: the Lease was missing or had gone back. All slices have to
+    /// be written again under it.
+    Rewrite,
+    /// The Lease was renewed by a request that began at this time.
+    Renewed(BootTime),
+    /// This replica is a follower from now on.
+    Deposed(Deposed),
+}
+
+/// Why a replica that was to write does not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Deposed {
+    /// Somebody else has this higher term. What this directory holds besides its outbox is no longer the truth.
+    Outranked(u64),
+    /// The Lease is missing or went back, and this replica could not know whether another held it meanwhile. Its
+    /// directory still holds what it held.
+    LeaseLost,
+    /// The Lease could not be had or kept during the take-over.
+    NotAcquired,
+}
+
+/// One replica's part in the election.
+#[derive(Debug, Clone)]
+pub struct Election {
+    rules: Rules,
+    me: DirectoryId,
+    role: Role,
+    /// The highest term that was ever seen anywhere.
+    known_term: u64,
+    /// The highest generation that this replica published, for the Lease.
+    generation: u64,
+    /// The Lease's version when it last changed, and when that was noticed.
+    unchanged: Option<(Option<ResourceVersion>, BootTime)>,
+    /// The Lease as it was last read or written.
+    lease: Option<LeaseRecord>,
+    /// The version that the next renewal expects.
+    version: Option<ResourceVersion>,
+    /// When the last successful renewal began.
+    renewed: Option<BootTime>,
+    /// What is under way: the election has one request at a time.
+    pending: Option<(RequestId, Pending)>,
+    last_request: RequestId,
+    /// Whether the Lease may be taken at once if its record names this directory: the process before this one
+    /// is certainly gone (same boot, and this process holds the directory's lock).
+    resume: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pending {
+    /// A follower's look.
+    Observe,
+    Acquire,
+    Renew,
+    /// A holder's look after a renewal that was refused.
+    Inspect,
+    Release,
+}
+
+/// The environment's say in an acquisition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Now {
+    /// Since boot.
+    pub boot: BootTime,
+    /// The wall clock, in seconds since the Unix epoch.
+    pub unix_seconds: u64,
+    /// Whether the wall clock agrees with the API server's to a second: only then may the Lease be taken.
+    pub clock_agrees: bool,
+}
+
+impl Election {
+    /// A replica with the directory `me`. `known_term` is the highest term that the directory holds. `resume` says
+    /// that no other process can be acting for this directory.
+    #[must_use]
+    pub const fn new(me: DirectoryId, known_term: u64, resume: bool, rules: Rules) -> Self {
+        Self {
+            rules,
+            me,
+            role: Role::Follower,
+            known_term,
+            generation: 0,
+            unchanged: None,
+            lease: None,
+            version: None,
+            renewed: None,
+            pending: None,
+            last_request: RequestId(0),
+            resume,
+        }
+    }
+
+    /// What this replica is.
+    #[must_use]
+    pub const fn role(&self) -> &Role {
+        &self.role
+    }
+
+    /// The term of the writer that this replica is.
+    #[must_use]
+    pub const fn writing(&self) -> Option<u64> {
+        match self.role {
+            Role::Writer { term } => Some(term),
+            _ => None,
+        }
+    }
+
+    /// The highest term that was seen.
+    #[must_use]
+    pub const fn known_term(&self) -> u64 {
+        self.known_term
+    }
+
+    /// The Lease as it was last read or written.
+    #[must_use]
+    pub const fn lease(&self) -> Option<&LeaseRecord> {
+        self.lease.as_ref()
+    }
+
+    /// Whether nobody else can hold the Lease at `now`: only then slices are written and answers confirmed.
+    #[must_use]
+    pub fn is_safe(&self, now: BootTime) -> bool {
+        self.renewed.is_some_and(|began| now.since(began) < RENEW_DEADLINE)
+    }
+
+    /// This replica has published up to `generation`; the next renewal says so.
+    pub const fn published(&mut self, generation: u64) {
+        if generation > self.generation {
+            self.generation = generation;
+        }
+    }
+
+    /// Every [`RETRY_PERIOD`].
+    #[must_use]
+    pub fn tick(&mut self, now: Now) -> Vec<Action> {
+        if self.pending.is_some() {
+            return Vec::new();
+        }
+        match &self.role {
+            Role::Follower => {
+                vec![Action::ReadLease(self.request(Pending::Observe))]
+            }
+            Role::Acquiring(_) => Vec::new(),
+            Role::TakingOver(tenure) => {
+                let due = tenure.listed_after.is_some_and(|after| now.boot >= after);
+                let term = tenure.term;
+                let mut actions = vec![self.renew(term)];
+                if due {
+                    if let Role::TakingOver(tenure) = &mut self.role {
+                        tenure.listed_after = None;
+                    }
+                    actions.push(Action::TakeOver);
+                }
+                actions
+            }
+            Role::Writer { term } => {
+                let term = *term;
+                vec![self.renew(term)]
+            }
+        }
+    }
+
+    /// The answer to [`Action::ReadLease`], whose request began at `began`. `None` where there was none.
+    #[must_use]
+    pub fn lease_read(
+        &mut self,
+        id: RequestId,
+        began: BootTime,
+        now: Now,
+        read: Option<Option<ObservedLease>>,
+    ) -> Vec<Action> {
+        match self.answered(id) {
+            Some(Pending::Inspect) => self.inspected(now, read),
+            Some(Pending::Observe) => self.observed(began, now, read),
+            _ => Vec::new(),
+        }
+    }
+
+    fn request(&mut self, pending: Pending) -> RequestId {
+        self.last_request.0 += 1;
+        self.pending = Some((self.last_request, pending));
+        self.last_request
+    }
+
+    /// What the request was that `id` answers, if anybody waits for it.
+    fn answered(&mut self, id: RequestId) -> Option<Pending> {
+        self.pending.take_if(|(waiting, _)| *waiting == id).map(|(_, pending)| pending)
+    }
+
+    fn observed(&mut self, began: BootTime, now: Now, read: Option<Option<ObservedLease>>) -> Vec<Action> {
+        let Some(found) = read else { return Vec::new() };
+        if self.role != Role::Follower {
+            return Vec::new();
+        }
+        let version = found.as_ref().map(|lease| lease.version);
+        let record = found.map(|lease| lease.record);
+        if let Some(record) = &record {
+            self.known_term = self.known_term.max(record.term);
+        }
+        self.lease.clone_from(&record);
+        // Measured from the end of the first reading to the begin of the last: both ends on the safe side.
+        let still_since = match &self.unchanged {
+            Some((before, since)) if *before == version => *since,
+            _ => now.boot,
+        };
+        self.unchanged = Some((version, still_since));
+        let free = match &record {
+            None => true,
+            Some(record) => record.released || (self.resume && record.holder == self.me),
+        };
+        if !now.clock_agrees || !(free || began.since(still_since) >= LEASE_DURATION) {
+            return Vec::new();
+        }
+        let term = match &record {
+            Some(record) => record.term.max(self.known_term) + 1,
+            // Whatever terms were handed out under a Lease that was deleted, and that nobody here has seen, they were
+            // lower: terms grow by less than one a second.
+            None => self.known_term.max(now.unix_seconds) + 1,
+        };
+        let generation = self.generation.max(record.as_ref().map_or(0, |record| record.generation));
+        self.generation = generation;
+        self.version = version;
+        // A missing Lease does not say since when it is missing: its last holder may go on for RENEW_DEADLINE.
+        let hold = record.is_none() && self.rules.hold_after_missing_lease;
+        let listed_after = hold.then_some(BootTime(Duration::MAX));
+        self.role = Role::Acquiring(Tenure { term, previous: record, listed_after });
+        let id = self.request(Pending::Acquire);
+        vec![Action::WriteLease { id, expected: version, record: self.record(term) }]
+    }
+
+    /// The answer to [`Action::WriteLease`], whose request began at `began`.
+    #[must_use]
+    pub fn lease_written(&mut self, id: RequestId, began: BootTime, written: LeaseWrite) -> Vec<Action> {
+        match self.answered(id) {
+            Some(Pending::Acquire) => self.acquired(began, written),
+            Some(Pending::Renew) => self.renewed(began, written),
+            _ => Vec::new(),
+        }
+    }
+
+    fn acquired(&mut self, began: BootTime, written: LeaseWrite) -> Vec<Action> {
+        let Role::Acquiring(tenure) = &self.role else { return Vec::new() };
+        let mut tenure = tenure.clone();
+        let LeaseWrite::Written(version) = written else { return self.give_up() };
+        self.version = Some(version);
+        self.renewed = Some(began);
+        self.known_term = self.known_term.max(tenure.term);
+        self.lease = Some(self.record(tenure.term));
+        self.resume = false;
+        let now_or_later = if tenure.listed_after.is_some() {
+            tenure.listed_after = Some(BootTime(began.0 + LEASE_DURATION));
+            Vec::new()
+        } else {
+            vec![Action::TakeOver]
+        };
+        self.role = Role::TakingOver(tenure);
+        now_or_later
+    }
+
+    fn renewed(&mut self, began: BootTime, written: LeaseWrite) -> Vec<Action> {
+        match (&self.role, written) {
+            (Role::TakingOver(_) | Role::Writer { .. }, LeaseWrite::Written(version)) => {
+                self.version = Some(version);
+                // An answer that was overtaken by a later one says nothing new.
+                if self.renewed.is_none_or(|before| before < began) {
+                    self.renewed = Some(began);
+                }
+                vec![Action::Renewed(began)]
+            }
+            (Role::TakingOver(_), LeaseWrite::Conflict) => self.give_up(),
+            (Role::Writer { .. }, LeaseWrite::Conflict) => {
+                vec![Action::ReadLease(self.request(Pending::Inspect))]
+            }
+            // Unknown: the next tick tries again. If this one was carried out, that one conflicts, and the look
+            // after it finds the Lease to be this replica's own.
+            _ => Vec::new(),
+        }
+    }
+
+    fn inspected(&mut self, now: Now, read: Option<Option<ObservedLease>>) -> Vec<Action> {
+        let Role::Writer { term } = self.role else { return Vec::new() };
+        let Some(found) = read else { return Vec::new() };
+        match found {
+            Some(ObservedLease { record, .. }) if record.term > term => {
+                let higher = record.term;
+                self.lease = Some(record);
+                self.outranked(higher)
+            }
+            Some(ObservedLease { version, record }) if record.term == term && record.holder == self.me => {
+                self.version = Some(version);
+                vec![self.renew(term)]
+            }
+            // Deleted, or set back to a backup. Who still holds it safely is the only one who can: nobody could have
+            // taken it meanwhile. Anybody else cannot know.
+            lower if !self.rules.recreate_only_while_safe || self.is_safe(now.boot) => {
+                let mut next = self.known_term + 1;
+                if lower.is_none() {
+                    next = next.max(now.unix_seconds + 1);
+                }
+                self.known_term = next;
+                self.role = Role::Writer { term: next };
+                self.version = lower.map(|lease| lease.version);
+                vec![Action::Rewrite, self.renew(next)]
+            }
+            lower => {
+                self.lease = lower.map(|lease| lease.record);
+                self.depose(Deposed::LeaseLost)
+            }
+        }
+    }
+
+    /// The slices were listed and merged, and the result is in the journal. Serves from now on, if the Lease is still safely held.
+    #[must_use]
+    pub fn taken_over(&mut self, now: BootTime) -> Vec<Action> {
+        let Role::TakingOver(tenure) = &self.role else { return Vec::new() };
+        // Without this check a process that was paused during the take-over would serve beside a higher term.
+        if self.rules.serve_only_while_safe && !self.is_safe(now) {
+            return self.give_up();
+        }
+        self.role = Role::Writer { term: tenure.term };
+        Vec::new()
+    }
+
+    /// A slice, or a peer, shows `term`.
+    #[must_use]
+    pub fn outranked(&mut self, term: u64) -> Vec<Action> {
+        self.known_term = self.known_term.max(term);
+        match &self.role {
+            Role::Writer { term: mine } if term > *mine => self.depose(Deposed::Outranked(term)),
+            // A take-over that finds a slice of its own term or a higher one takes a higher term, then lists again.
+            Role::TakingOver(tenure) if term >= tenure.term => {
+                let tenure = Tenure { term: self.known_term + 1, ..tenure.clone() };
+                let record = self.record(tenure.term);
+                self.role = Role::Acquiring(tenure);
+                // A renewal may be under way with the same version: one of the two conflicts. Nobody waits for its answer.
+                let id = self.request(Pending::Acquire);
+                vec![Action::WriteLease { id, expected: self.version, record }]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Gives the Lease up, after all answers were given.
+    #[must_use]
+    pub fn release(&mut self) -> Vec<Action> {
+        let Role::Writer { term } = self.role else { return Vec::new() };
+        let id = self.request(Pending::Release);
+        self.role = Role::Follower;
+        self.unchanged = None;
+        self.renewed = None;
+        let record = LeaseRecord { released: true, ..self.record(term) };
+        vec![Action::WriteLease { id, expected: self.version, record }]
+    }
+
+    /// The take-over failed: the slices could not be listed in time.
+    #[must_use]
+    pub fn give_up(&mut self) -> Vec<Action> {
+        self.depose(Deposed::NotAcquired)
+    }
+
+    fn depose(&mut self, reason: Deposed) -> Vec<Action> {
+        self.role = Role::Follower;
+        self.pending = None;
+        self.unchanged = None;
+        self.renewed = None;
+        vec![Action::Deposed(reason)]
+    }
+
+    fn renew(&mut self, term: u64) -> Action {
+        let id = self.request(Pending::Renew);
+        Action::WriteLease { id, expected: self.version, record: self.record(term) }
+    }
+
+    const fn record(&self, term: u64) -> LeaseRecord {
+        LeaseRecord { term, holder: self.me, generation: self.generation, released: false }
+    }
+}

@@ -1,0 +1,98 @@
+//! What one slice holds, and what a writer does about a slice that it sees.
+
+use std::collections::BTreeMap;
+
+use super::{lease::DirectoryId, word::Word};
+
+/// The record in one slice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SliceRecord<K, V> {
+    /// The term under which it was written.
+    pub term: u64,
+    /// The writer's generation that it shows.
+    pub generation: u64,
+    /// Who wrote it.
+    pub writer: DirectoryId,
+    /// Instances and tombstones.
+    pub words: BTreeMap<K, Word<V>>,
+    /// The highest clock of a tombstone that there was no room for; 0 where none was dropped.
+    pub refuse_before: u64,
+}
+
+/// What a writer makes of a slice that it sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Judgement {
+    /// A higher term: this writer is deposed.
+    Outranks,
+    /// This writer's own, in this term.
+    Own,
+    /// From a lower term: a request of the writer before that came late, or one not rewritten yet.
+    Late,
+    /// Of this term, but not by this writer: a hand did it. It is overwritten.
+    Forged,
+}
+
+impl<K: Ord + Clone, V: Clone + PartialEq> SliceRecord<K, V> {
+    /// How the writer `me` of `term` takes this slice.
+    #[must_use]
+    pub fn judge(&self, term: u64, me: DirectoryId) -> Judgement {
+        if self.term > term {
+            Judgement::Outranks
+        } else if self.term < term {
+            Judgement::Late
+        } else if self.writer == me {
+            Judgement::Own
+        } else {
+            Judgement::Forged
+        }
+    }
+
+    /// Drops the oldest tombstones until at most `room` are left. What is dropped is remembered as an age: a put that is no younger
+    /// could be one that a dropped tombstone removed.
+    pub fn shrink(&mut self, room: usize) {
+        let mut tombstones: Vec<(u64, K)> = self
+            .words
+            .iter()
+            .filter(|(_, word)| word.is_tombstone())
+            .map(|(key, word)| (word.stamp.clock, key.clone()))
+            .collect();
+        let surplus = tombstones.len().saturating_sub(room);
+        tombstones.sort_unstable_by_key(|(clock, _)| *clock);
+        for (clock, key) in tombstones.into_iter().take(surplus) {
+            self.words.remove(&key);
+            self.refuse_before = self.refuse_before.max(clock);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::stamp::Stamp, *};
+
+    const ME: DirectoryId = DirectoryId(1);
+
+    fn record(term: u64, writer: u128, words: &[(u8, Option<u8>, u64)]) -> SliceRecord<u8, u8> {
+        let word = |&(key, value, clock): &(u8, Option<u8>, u64)| {
+            (key, Word { value, stamp: Stamp { clock, term, generation: 1 } })
+        };
+        let words = words.iter().map(word).collect();
+        SliceRecord { term, generation: 1, writer: DirectoryId(writer), words, refuse_before: 0 }
+    }
+
+    #[test]
+    fn term_and_writer_say_what_a_slice_is() {
+        let judged = |term, writer| record(term, writer, &[]).judge(5, ME);
+        assert_eq!(judged(6, 1), Judgement::Outranks);
+        assert_eq!(judged(5, 1), Judgement::Own);
+        assert_eq!(judged(5, 2), Judgement::Forged);
+        assert_eq!(judged(4, 1), Judgement::Late);
+    }
+
+    #[test]
+    fn oldest_tombstones_go_first_and_leave_their_age() {
+        let mut slice = record(5, 1, &[(1, Some(1), 1), (2, None, 30), (3, None, 10), (4, None, 20)]);
+        slice.shrink(1);
+        assert_eq!(slice.words.keys().copied().collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(slice.refuse_before, 20);
+    }
+}

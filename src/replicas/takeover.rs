@@ -1,0 +1,149 @@
+//! How a new writer puts the truth together: from the slices, its directory, and its outbox.
+
+use std::{collections::HashMap, hash::Hash};
+
+use super::{
+    election::Tenure,
+    lease::DirectoryId,
+    rules::Rules,
+    slice::SliceRecord,
+    stamp::HybridClock,
+    word::{AgeLimit, Merged, TombstoneLifetime, Word},
+};
+
+/// What a data directory holds.
+#[derive(Debug, Clone)]
+pub struct Directory<K, V> {
+    /// Its identity.
+    pub id: DirectoryId,
+    /// The term under which its words were written; 0 before the first.
+    pub term: u64,
+    /// The highest generation it published.
+    pub generation: u64,
+    /// Its hybrid clock.
+    pub clock: HybridClock,
+    /// The last word on every key, as of `term`. Empty once another writer is known to have followed.
+    pub words: HashMap<K, Word<V>>,
+    /// Words that are not confirmed to be in Kubernetes.
+    pub outbox: HashMap<K, Word<V>>,
+    /// The highest age that a dropped tombstone asks for, by the slice it was dropped from.
+    pub refuse_before: u64,
+}
+
+impl<K, V> Directory<K, V> {
+    /// An empty directory.
+    #[must_use]
+    pub fn new(id: DirectoryId) -> Self {
+        Self {
+            id,
+            term: 0,
+            generation: 0,
+            clock: HybridClock::default(),
+            words: HashMap::new(),
+            outbox: HashMap::new(),
+            refuse_before: 0,
+        }
+    }
+}
+
+/// The truth with which a tenure begins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Truth<K: Eq + Hash, V> {
+    /// The last word on every key.
+    pub words: HashMap<K, Word<V>>,
+    /// Which of them Kubernetes may not have.
+    pub outbox: HashMap<K, Word<V>>,
+    /// Words of this directory that are too old to count. Whoever said them was told 202; this must not be silent.
+    pub refused: Vec<(K, Word<V>)>,
+    /// The generation to publish.
+    pub generation: u64,
+    /// The clock to go on with.
+    pub clock: HybridClock,
+    /// The highest age that a dropped tombstone asks for.
+    pub refuse_before: u64,
+}
+
+/// A slice has the term of this tenure or a higher one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HigherTerm(pub u64);
+
+/// Puts the truth together. `slices` is a quorum list that was begun after the Lease was taken.
+///
+/// # Errors
+/// When a slice has the term of `tenure` or a higher one: the Lease must be taken with a higher term, then listed again.
+pub fn merge<'s, K, V>(
+    tenure: &Tenure,
+    slices: impl Iterator<Item = &'s SliceRecord<K, V>> + Clone,
+    directory: &Directory<K, V>,
+    wall: u64,
+    lifetime: TombstoneLifetime,
+    rules: Rules,
+) -> Result<Truth<K, V>, HigherTerm>
+where
+    K: Ord + Hash + Clone + 's,
+    V: Clone + PartialEq + 's,
+{
+    let highest = slices.clone().map(|slice| slice.term).max().unwrap_or(0);
+    if highest >= tenure.term {
+        return Err(HigherTerm(highest));
+    }
+    let mut clock = directory.clock;
+    let mut generation = directory.generation.max(tenure.previous.as_ref().map_or(0, |lease| lease.generation));
+    let mut refuse_before = directory.refuse_before;
+    let mut words = HashMap::new();
+    for slice in slices {
+        generation = generation.max(slice.generation);
+        refuse_before = refuse_before.max(slice.refuse_before);
+        for (key, word) in &slice.words {
+            clock.observe(word.stamp.clock);
+            // An instance that moved between slices may stand in both.
+            if words.get(key).is_none_or(|other: &Word<V>| other.stamp < word.stamp) {
+                words.insert(key.clone(), word.clone());
+            }
+        }
+    }
+    let previous_term = tenure.previous.as_ref().map_or(0, |lease| lease.term);
+    let newest = !rules.directory_needs_newest_term || (directory.term >= previous_term && directory.term >= highest);
+    let own = (directory.term > 0 && newest).then_some(&directory.words);
+    let limit = AgeLimit::at(clock, wall, lifetime, refuse_before);
+    let mut refused = Vec::new();
+    for (key, word) in own.into_iter().flatten() {
+        let known = words.get(key).map(|other: &Word<V>| other.stamp);
+        let merged = match limit.merge(known, word) {
+            Merged::TooOld if !rules.refuse_old_puts => Merged::Applied,
+            merged => merged,
+        };
+        match merged {
+            Merged::Applied => {
+                words.insert(key.clone(), word.clone());
+            }
+            Merged::Outranked => {}
+            // Not news: the writer of this word had it confirmed, and it was removed since.
+            Merged::TooOld => {}
+        }
+    }
+    let mut outbox = HashMap::new();
+    for (key, word) in &directory.outbox {
+        let known = words.get(key).map(|other: &Word<V>| other.stamp);
+        let merged = match limit.merge(known, word) {
+            Merged::TooOld if !rules.refuse_old_puts => Merged::Applied,
+            Merged::Outranked if !rules.merge_by_stamp => Merged::Applied,
+            merged => merged,
+        };
+        match merged {
+            Merged::Applied => {
+                words.insert(key.clone(), word.clone());
+                outbox.insert(key.clone(), word.clone());
+            }
+            Merged::Outranked if known == Some(word.stamp) => {
+                outbox.insert(key.clone(), word.clone());
+            }
+            Merged::Outranked => {}
+            Merged::TooOld => refused.push((key.clone(), word.clone())),
+        }
+    }
+    for word in words.values() {
+        clock.observe(word.stamp.clock);
+    }
+    Ok(Truth { words, outbox, refused, generation: generation + 1, clock, refuse_before })
+}

@@ -1,0 +1,690 @@
+//! One replica: the protocol's pieces put together, with every effect as an [`Output`].
+
+use std::collections::BTreeMap;
+
+use super::super::{
+    confirm::Confirmations,
+    election::{Action, BootTime, Deposed, Election, Now, Role, Tenure},
+    lease::{DirectoryId, LeaseRecord, LeaseWrite, ObservedLease, RequestId, ResourceVersion},
+    rules::Rules,
+    slice::{Judgement, SliceRecord},
+    stamp::Stamp,
+    takeover::{self, Directory, HigherTerm},
+    word::{AgeLimit, Merged, TombstoneLifetime, Word},
+};
+
+/// An instance: its service, whose slice holds it, and its address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct Key {
+    pub(super) slice: usize,
+    pub(super) address: usize,
+}
+
+pub(super) type Value = u32;
+pub(super) type Record = SliceRecord<Key, Value>;
+
+/// A slice as it was read, with its version.
+pub(super) type Observed = (u64, Record);
+
+/// The environment of one step.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Clocks {
+    pub(super) now: Now,
+    /// Microseconds since the Unix epoch.
+    pub(super) wall: u64,
+}
+
+#[derive(Debug, Clone)]
+pub(super) enum Output {
+    ReadLease(RequestId),
+    WriteLease {
+        id: RequestId,
+        expected: Option<ResourceVersion>,
+        record: LeaseRecord,
+    },
+    /// A quorum list for a take-over.
+    List(u64),
+    ReadSlice {
+        id: u64,
+        slice: usize,
+    },
+    WriteSlice {
+        id: u64,
+        slice: usize,
+        expected: Option<u64>,
+        record: Record,
+    },
+    DeleteSlice {
+        id: u64,
+        slice: usize,
+        expected: u64,
+    },
+    Answer {
+        op: usize,
+        status: u16,
+    },
+    HandOver {
+        holder: DirectoryId,
+        words: Vec<(Key, Word<Value>)>,
+    },
+    HandedOver {
+        to: usize,
+        words: Vec<(Key, Stamp)>,
+    },
+    /// Words that are too old to count: an Event, a metric and a line in the server.
+    Refused(Vec<(Key, Word<Value>)>),
+    Serving,
+    /// The writer is one no more; what it had not taken yet is refused.
+    Stepped,
+}
+
+/// What became of a write of a slice.
+#[derive(Debug, Clone)]
+pub(super) enum SliceWrite {
+    Written(u64),
+    Deleted,
+    Failed,
+}
+
+#[derive(Debug, Clone, Default)]
+struct SliceState {
+    observed: Option<Observed>,
+    /// The highest version that was seen, of the slice or of its deletion.
+    version: u64,
+    /// The one request that is under way.
+    in_flight: Option<u64>,
+    /// The record that the request writes.
+    writing: Option<Record>,
+    /// Its outcome is not known: read before writing.
+    unknown: bool,
+    /// It has to be written in this term even if it says the same.
+    rewrite: bool,
+}
+
+/// A change that was applied and waits for Kubernetes.
+#[derive(Debug, Clone)]
+struct Waiting {
+    op: usize,
+    slice: usize,
+    generation: u64,
+    status: u16,
+}
+
+/// Words that a peer handed over and that wait for Kubernetes.
+#[derive(Debug, Clone)]
+struct HandedIn {
+    from: usize,
+    words: Vec<(Key, Stamp)>,
+    needs: Vec<(usize, u64)>,
+}
+
+#[derive(Debug)]
+pub(super) struct Replica {
+    rules: Rules,
+    lifetime: TombstoneLifetime,
+    /// Tombstones that a slice has room for.
+    room: usize,
+    pub(super) election: Election,
+    /// What is durable: changed only together with what an output promises.
+    pub(super) directory: Directory<Key, Value>,
+    /// Whether the directory's words are still those of its term: not after another writer was followed.
+    fresh: bool,
+    slices: Vec<SliceState>,
+    confirmations: Confirmations<usize>,
+    waiting: Vec<Waiting>,
+    handed_in: Vec<HandedIn>,
+    /// When a hand-over that got no answer is repeated.
+    hand_over_after: BootTime,
+    last_request: u64,
+    list: Option<u64>,
+    outputs: Vec<Output>,
+}
+
+/// A hand-over without an answer is repeated after this time.
+const HAND_OVER_INTERVAL: std::time::Duration = std::time::Duration::from_secs(5);
+
+impl Replica {
+    pub(super) fn start(
+        directory: Directory<Key, Value>,
+        slices: usize,
+        rules: Rules,
+        lifetime: TombstoneLifetime,
+        room: usize,
+        resume: bool,
+    ) -> Self {
+        Self {
+            rules,
+            lifetime,
+            room,
+            election: Election::new(directory.id, directory.term, resume, rules),
+            directory,
+            fresh: true,
+            slices: vec![SliceState::default(); slices],
+            confirmations: Confirmations::default(),
+            waiting: Vec::new(),
+            handed_in: Vec::new(),
+            hand_over_after: BootTime::default(),
+            last_request: 0,
+            list: None,
+            outputs: Vec::new(),
+        }
+    }
+
+    pub(super) fn outputs(&mut self) -> Vec<Output> {
+        std::mem::take(&mut self.outputs)
+    }
+
+    pub(super) fn is_writer(&self) -> bool {
+        self.election.writing().is_some()
+    }
+
+    pub(super) fn is_taking_over(&self) -> bool {
+        matches!(self.election.role(), Role::TakingOver(_))
+    }
+
+    /// What this replica answers for `key`.
+    pub(super) fn answers(&self, key: Key) -> Value {
+        let word = if self.is_writer() {
+            self.directory.words.get(&key)
+        } else {
+            self.slices[key.slice].observed.as_ref().and_then(|(_, record)| record.words.get(&key))
+        };
+        word.and_then(|word| word.value).unwrap_or(0)
+    }
+
+    /// Whether nothing is left that Kubernetes may not have.
+    pub(super) fn outbox_is_empty(&self) -> bool {
+        self.directory.outbox.is_empty()
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    pub(super) fn tick(&mut self, at: Clocks) {
+        let actions = self.election.tick(at.now);
+        self.act(at, actions);
+        match self.election.role() {
+            Role::Follower => self.hand_over(at),
+            Role::Writer { .. } => {
+                self.expire(at);
+                for slice in 0..self.slices.len() {
+                    self.mirror(slice, at);
+                }
+            }
+            Role::Acquiring(_) | Role::TakingOver(_) => {}
+        }
+    }
+
+    pub(super) fn lease_read(
+        &mut self,
+        at: Clocks,
+        id: RequestId,
+        began: BootTime,
+        read: Option<Option<ObservedLease>>,
+    ) {
+        let actions = self.election.lease_read(id, began, at.now, read);
+        self.act(at, actions);
+    }
+
+    pub(super) fn lease_written(&mut self, at: Clocks, id: RequestId, began: BootTime, written: LeaseWrite) {
+        let actions = self.election.lease_written(id, began, written);
+        self.act(at, actions);
+    }
+
+    fn act(&mut self, at: Clocks, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::ReadLease(id) => self.outputs.push(Output::ReadLease(id)),
+                Action::WriteLease { id, expected, record } => {
+                    self.outputs.push(Output::WriteLease { id, expected, record });
+                }
+                Action::TakeOver => {
+                    let id = self.request();
+                    self.list = Some(id);
+                    self.outputs.push(Output::List(id));
+                }
+                Action::Rewrite => {
+                    if let Some(term) = self.election.writing() {
+                        self.directory.term = term;
+                    }
+                    self.slices.iter_mut().for_each(|slice| slice.rewrite = true);
+                }
+                Action::Renewed(began) => self.renewed(began, at),
+                Action::Deposed(reason) => self.deposed(reason),
+            }
+        }
+    }
+
+    fn request(&mut self) -> u64 {
+        self.last_request += 1;
+        self.last_request
+    }
+
+    fn renewed(&mut self, began: BootTime, at: Clocks) {
+        if !self.is_writer() {
+            return;
+        }
+        for (slice, generation) in self.confirmations.renewed(began) {
+            self.confirmed(slice, generation);
+        }
+        for slice in 0..self.slices.len() {
+            self.mirror(slice, at);
+        }
+    }
+
+    fn deposed(&mut self, reason: Deposed) {
+        for waiting in std::mem::take(&mut self.waiting) {
+            self.outputs.push(Output::Answer { op: waiting.op, status: 202 });
+        }
+        self.handed_in.clear();
+        self.confirmations.clear();
+        self.list = None;
+        for slice in &mut self.slices {
+            (slice.in_flight, slice.writing) = (None, None);
+        }
+        match reason {
+            // What this directory holds besides its outbox is an older copy of what the new writer holds.
+            Deposed::Outranked(_) => {
+                self.directory.words.clear();
+                self.fresh = false;
+            }
+            Deposed::LeaseLost => self.fresh = true,
+            Deposed::NotAcquired => return,
+        }
+        self.outputs.push(Output::Stepped);
+    }
+
+    /// The quorum list for a take-over; `None` when it failed.
+    pub(super) fn listed(&mut self, at: Clocks, id: u64, list: Option<&[Option<Observed>]>) {
+        if self.list != Some(id) {
+            return;
+        }
+        self.list = None;
+        let Role::TakingOver(tenure) = self.election.role().clone() else { return };
+        let Some(list) = list else {
+            let actions =
+                if self.election.is_safe(at.now.boot) { vec![Action::TakeOver] } else { self.election.give_up() };
+            return self.act(at, actions);
+        };
+        self.take_over(at, &tenure, list);
+    }
+
+    fn take_over(&mut self, at: Clocks, tenure: &Tenure, list: &[Option<Observed>]) {
+        let mut directory = self.directory.clone();
+        if !self.fresh {
+            directory.words.clear();
+        }
+        let records = list.iter().flatten().map(|(_, record)| record);
+        let truth = match takeover::merge(tenure, records, &directory, at.wall, self.lifetime, self.rules) {
+            Ok(truth) => truth,
+            Err(HigherTerm(term)) => {
+                let actions = self.election.outranked(term);
+                return self.act(at, actions);
+            }
+        };
+        let actions = self.election.taken_over(at.now.boot);
+        if !self.is_writer() {
+            return self.act(at, actions);
+        }
+        self.act(at, actions);
+        let takeover::Truth { words, outbox, refused, generation, clock, refuse_before } = truth;
+        self.directory =
+            Directory { id: self.directory.id, term: tenure.term, generation, clock, words, outbox, refuse_before };
+        self.election.published(generation);
+        self.fresh = false;
+        if !refused.is_empty() {
+            self.outputs.push(Output::Refused(refused));
+        }
+        for (state, found) in self.slices.iter_mut().zip(list) {
+            let version = found.as_ref().map_or(0, |(version, _)| *version);
+            let observed = if version >= state.version { found.clone() } else { state.observed.take() };
+            *state = SliceState { observed, version: state.version.max(version), ..SliceState::default() };
+        }
+        self.outputs.push(Output::Serving);
+        for slice in 0..self.slices.len() {
+            self.mirror(slice, at);
+        }
+    }
+
+    /// A registration or a removal (`value` is `None`) from a client.
+    pub(super) fn submit(&mut self, at: Clocks, op: usize, key: Key, value: Option<Value>) -> bool {
+        if !self.is_writer() {
+            return false;
+        }
+        let status = self.decide(at, key, value);
+        self.waiting.push(Waiting { op, slice: key.slice, generation: self.directory.generation, status });
+        self.mirror(key.slice, at);
+        true
+    }
+
+    /// Applies a change to the directory. Returns the status that confirms it.
+    pub(super) fn decide(&mut self, at: Clocks, key: Key, value: Option<Value>) -> u16 {
+        let current = self.directory.words.get(&key).and_then(|word| word.value);
+        let (status, write) = match (value, current) {
+            (None, None) => (404, self.rules.tombstone_for_absent),
+            (None, Some(_)) => (204, true),
+            (Some(new), Some(old)) if new == old => (200, self.rules.stamp_unchanged),
+            (Some(_), Some(_)) => (200, true),
+            (Some(_), None) => (201, true),
+        };
+        if write {
+            let term = self.directory.term;
+            self.directory.generation += 1;
+            let stamp =
+                Stamp { clock: self.directory.clock.next(at.wall), term, generation: self.directory.generation };
+            let word = Word { value, stamp };
+            self.directory.words.insert(key, word);
+            self.directory.outbox.insert(key, word);
+            self.election.published(self.directory.generation);
+        }
+        status
+    }
+
+    /// A second has passed since `op` was submitted.
+    pub(super) fn overdue(&mut self, op: usize) {
+        if let Some(found) = self.waiting.iter().position(|waiting| waiting.op == op) {
+            self.waiting.swap_remove(found);
+            self.outputs.push(Output::Answer { op, status: 202 });
+        }
+    }
+
+    fn wanted(&self, slice: usize) -> Option<Record> {
+        let words: BTreeMap<Key, Word<Value>> = self
+            .directory
+            .words
+            .iter()
+            .filter(|(key, word)| key.slice == slice && (!word.is_tombstone() || self.rules.tombstones_in_slices))
+            .map(|(key, word)| (*key, *word))
+            .collect();
+        let mut record = Record {
+            term: self.directory.term,
+            generation: self.directory.generation,
+            writer: self.directory.id,
+            words,
+            refuse_before: self.directory.refuse_before,
+        };
+        record.shrink(self.room);
+        (!record.words.is_empty()).then_some(record)
+    }
+
+    /// Brings one slice to what it should be, one request at a time.
+    fn mirror(&mut self, slice: usize, at: Clocks) {
+        let Some(term) = self.election.writing() else { return };
+        if self.slices[slice].in_flight.is_some()
+            || (self.rules.write_only_while_safe && !self.election.is_safe(at.now.boot))
+        {
+            return;
+        }
+        if self.slices[slice].unknown {
+            let id = self.request();
+            self.slices[slice].in_flight = Some(id);
+            self.outputs.push(Output::ReadSlice { id, slice });
+            return;
+        }
+        let wanted = self.wanted(slice);
+        let generation = self.directory.generation;
+        let state = &self.slices[slice];
+        let observed = state.observed.as_ref().map(|(_, record)| record);
+        let own = observed.is_none_or(|record| record.judge(term, self.directory.id) == Judgement::Own);
+        let same = observed.map(|record| &record.words) == wanted.as_ref().map(|record| &record.words)
+            && observed.map(|record| record.refuse_before) == wanted.as_ref().map(|record| record.refuse_before);
+        let awaited = self.waiting.iter().any(|waiting| waiting.slice == slice)
+            || self.handed_in.iter().any(|handed| handed.needs.iter().any(|need| need.0 == slice));
+        // A word counts as shown only by a slice that carries this term: a late write of the term before could still undo another.
+        let must_own = state.rewrite || (awaited && self.rules.confirm_only_own_slices);
+        if same && (own || !must_own) {
+            self.slices[slice].rewrite = false;
+            if awaited || self.directory.outbox.keys().any(|key| key.slice == slice) {
+                self.shown(slice, generation, at);
+            }
+            return;
+        }
+        let id = self.request();
+        let expected = self.slices[slice].observed.as_ref().map(|(version, _)| *version);
+        let output = match (wanted, expected) {
+            (Some(record), expected) => {
+                self.slices[slice].writing = Some(record.clone());
+                Output::WriteSlice { id, slice, expected, record }
+            }
+            (None, Some(expected)) => Output::DeleteSlice { id, slice, expected },
+            (None, None) => {
+                self.slices[slice].rewrite = false;
+                return self.shown(slice, generation, at);
+            }
+        };
+        self.slices[slice].in_flight = Some(id);
+        self.outputs.push(output);
+    }
+
+    pub(super) fn slice_written(&mut self, at: Clocks, id: u64, slice: usize, written: SliceWrite) {
+        let state = &mut self.slices[slice];
+        if state.in_flight != Some(id) || self.election.writing().is_none() {
+            return;
+        }
+        state.in_flight = None;
+        let record = state.writing.take();
+        match written {
+            SliceWrite::Failed => state.unknown = true,
+            SliceWrite::Written(version) => {
+                let record = record.expect("what was written");
+                // The term may have grown meanwhile: then this was written under the one before.
+                if Some(record.term) == self.election.writing() {
+                    state.rewrite = false;
+                }
+                let generation = record.generation;
+                let counts = Some(record.term) == self.election.writing();
+                if version > state.version {
+                    state.version = version;
+                    state.observed = Some((version, record));
+                }
+                if counts {
+                    self.shown(slice, generation, at);
+                }
+            }
+            SliceWrite::Deleted => {
+                state.observed = None;
+                state.rewrite = false;
+                let generation = self.directory.generation;
+                self.shown(slice, generation, at);
+            }
+        }
+        self.mirror(slice, at);
+    }
+
+    pub(super) fn slice_read(&mut self, at: Clocks, id: u64, slice: usize, read: Option<Option<Observed>>) {
+        let state = &mut self.slices[slice];
+        if state.in_flight != Some(id) || self.election.writing().is_none() {
+            return;
+        }
+        state.in_flight = None;
+        if let Some(found) = read {
+            state.unknown = false;
+            if let Some((version, _)) = &found {
+                state.version = state.version.max(*version);
+            }
+            self.observe(at, slice, found);
+        }
+    }
+
+    /// The watch, or a list behind it, shows a slice. `version` is that of the slice or of its deletion.
+    pub(super) fn slice_changed(&mut self, at: Clocks, slice: usize, version: u64, found: Option<Observed>) {
+        if version <= self.slices[slice].version {
+            return;
+        }
+        self.slices[slice].version = version;
+        self.observe(at, slice, found);
+    }
+
+    fn observe(&mut self, at: Clocks, slice: usize, found: Option<Observed>) {
+        let writing = self.election.writing();
+        self.slices[slice].observed.clone_from(&found);
+        if let Some((_, record)) = &found {
+            let actions = self.election.outranked(record.term);
+            self.act(at, actions);
+        }
+        let Some(term) = writing.filter(|_| self.is_writer()) else { return };
+        if let Some((_, record)) = found {
+            match record.judge(term, self.directory.id) {
+                Judgement::Late if self.rules.merge_late_writes => self.merge_late(at, &record),
+                Judgement::Own if record.generation <= self.directory.generation => {
+                    self.shown(slice, record.generation, at);
+                }
+                _ => {}
+            }
+        }
+        self.mirror(slice, at);
+    }
+
+    /// Words of a request that a former writer sent and that was carried out late.
+    fn merge_late(&mut self, at: Clocks, record: &Record) {
+        self.directory.refuse_before = self.directory.refuse_before.max(record.refuse_before);
+        let limit = self.limit(at);
+        for (key, word) in &record.words {
+            let known = self.directory.words.get(key).map(|known| known.stamp);
+            if limit.merge(known, word) == Merged::Applied {
+                self.directory.words.insert(*key, *word);
+                self.directory.clock.observe(word.stamp.clock);
+            }
+        }
+    }
+
+    fn limit(&self, at: Clocks) -> AgeLimit {
+        AgeLimit::at(self.directory.clock, at.wall, self.lifetime, self.directory.refuse_before)
+    }
+
+    fn shown(&mut self, slice: usize, generation: u64, at: Clocks) {
+        let safe = !self.rules.confirm_only_while_safe || self.election.is_safe(at.now.boot);
+        if self.confirmations.shown(&slice, generation, at.now.boot, safe) {
+            self.confirmed(slice, generation);
+        } else if !self.rules.outbox_waits_for_confirmation {
+            self.clear_outbox(slice);
+        }
+    }
+
+    fn confirmed(&mut self, slice: usize, generation: u64) {
+        self.clear_outbox(slice);
+        let (done, waiting) = std::mem::take(&mut self.waiting)
+            .into_iter()
+            .partition(|waiting: &Waiting| waiting.slice == slice && waiting.generation <= generation);
+        self.waiting = waiting;
+        self.outputs.extend(done.iter().map(|done| Output::Answer { op: done.op, status: done.status }));
+        let confirmations = &self.confirmations;
+        let complete =
+            |handed: &HandedIn| handed.needs.iter().all(|(slice, generation)| confirmations.of(slice) >= *generation);
+        let (done, handed_in) = std::mem::take(&mut self.handed_in).into_iter().partition(complete);
+        self.handed_in = handed_in;
+        let done: Vec<HandedIn> = done;
+        self.outputs
+            .extend(done.into_iter().map(|HandedIn { from, words, .. }| Output::HandedOver { to: from, words }));
+    }
+
+    /// An entry goes only when its slice carries its stamp or a younger one.
+    fn clear_outbox(&mut self, slice: usize) {
+        let shown = self.slices[slice].observed.as_ref().map(|(_, record)| record);
+        let tombstones = self.rules.tombstones_in_slices;
+        let words = &self.directory.words;
+        self.directory.outbox.retain(|key, word| {
+            if key.slice != slice {
+                return true;
+            }
+            match shown.and_then(|record| record.words.get(key)) {
+                Some(shown) => shown.stamp < word.stamp,
+                None => {
+                    // A tombstone that the slice had no room for, or may not hold.
+                    let dropped = shown.is_some_and(|record| record.refuse_before >= word.stamp.clock);
+                    !word.is_tombstone() || (tombstones && !dropped && words.contains_key(key))
+                }
+            }
+        });
+    }
+
+    /// Forgets tombstones that no word can be older than any more.
+    fn expire(&mut self, at: Clocks) {
+        let before = self.lifetime.expired_before(self.directory.clock.now(at.wall));
+        let outbox = &self.directory.outbox;
+        self.directory
+            .words
+            .retain(|key, word| !word.is_tombstone() || word.stamp.clock >= before || outbox.contains_key(key));
+    }
+
+    fn hand_over(&mut self, at: Clocks) {
+        let Some(lease) = self.election.lease() else { return };
+        let holder = lease.holder;
+        if self.directory.outbox.is_empty()
+            || lease.released
+            || holder == self.directory.id
+            || at.now.boot < self.hand_over_after
+        {
+            return;
+        }
+        self.hand_over_after = BootTime(at.now.boot.0 + HAND_OVER_INTERVAL);
+        let words = self.directory.outbox.iter().map(|(key, word)| (*key, *word)).collect();
+        self.outputs.push(Output::HandOver { holder, words });
+    }
+
+    /// A deposed writer hands its words over.
+    pub(super) fn take_in(&mut self, at: Clocks, from: usize, words: Vec<(Key, Word<Value>)>) {
+        if !self.is_writer() {
+            return;
+        }
+        let mut needs = Vec::new();
+        let mut refused = Vec::new();
+        for &(key, word) in &words {
+            let known = self.directory.words.get(&key).map(|known| known.stamp);
+            let merged = match self.limit(at).merge(known, &word) {
+                Merged::TooOld if !self.rules.refuse_old_puts => Merged::Applied,
+                Merged::Outranked if !self.rules.merge_by_stamp => Merged::Applied,
+                merged => merged,
+            };
+            match merged {
+                Merged::Applied => {
+                    self.directory.generation += 1;
+                    self.directory.words.insert(key, word);
+                    self.directory.outbox.insert(key, word);
+                    self.directory.clock.observe(word.stamp.clock);
+                }
+                Merged::Outranked => {}
+                Merged::TooOld => refused.push((key, word)),
+            }
+            needs.push((key.slice, self.directory.generation));
+        }
+        self.election.published(self.directory.generation);
+        if !refused.is_empty() {
+            self.outputs.push(Output::Refused(refused));
+        }
+        let stamps = words.iter().map(|(key, word)| (*key, word.stamp)).collect();
+        if self.rules.acknowledge_hand_over_when_confirmed {
+            self.handed_in.push(HandedIn { from, words: stamps, needs: needs.clone() });
+        } else {
+            self.outputs.push(Output::HandedOver { to: from, words: stamps });
+        }
+        for (slice, _) in needs {
+            self.mirror(slice, at);
+        }
+    }
+
+    /// The writer has these words.
+    pub(super) fn handed_over(&mut self, words: &[(Key, Stamp)]) {
+        self.hand_over_after = BootTime::default();
+        if self.is_writer() {
+            return;
+        }
+        for (key, stamp) in words {
+            if self.directory.outbox.get(key).is_some_and(|word| word.stamp == *stamp) {
+                self.directory.outbox.remove(key);
+            }
+        }
+    }
+
+    /// Gives the Lease up, if nothing waits and it is safely held.
+    pub(super) fn release(&mut self, at: Clocks) -> bool {
+        if !self.is_idle() || !self.election.is_safe(at.now.boot) {
+            return false;
+        }
+        let actions = self.election.release();
+        let released = !actions.is_empty();
+        self.act(at, actions);
+        released
+    }
+}

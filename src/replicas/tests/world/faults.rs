@@ -1,0 +1,200 @@
+//! What a plan does to the world: changes by clients, and faults.
+
+use super::*;
+
+impl World {
+    pub(super) fn writer(&mut self) -> Option<usize> {
+        let writes = |machine: &Machine| machine.replica.as_ref().is_some_and(Replica::is_writer);
+        let writers: Vec<usize> = (0..self.machines.len()).filter(|index| writes(&self.machines[*index])).collect();
+        (!writers.is_empty()).then(|| writers[self.random.between(0, writers.len() as u64) as usize])
+    }
+
+    pub(super) fn submit(&mut self, machine: usize, key: Key, value: Value) {
+        let op = self.checker.invoked(key, value, machine, self.time);
+        let delay = self.random.between(200, 5 * MILLISECOND);
+        self.at(self.time + delay, Event::Arrive(machine, op));
+    }
+
+    pub(super) fn sustain(&mut self, key: Key) {
+        let Some((value, _)) = self.sustained.get(&key).copied() else { return };
+        match self.writer().filter(|writer| self.machines[*writer].paused_until <= self.time) {
+            Some(writer) => {
+                self.sustained.insert(key, (value, writer));
+                self.submit(writer, key, value);
+            }
+            None => {
+                let later = self.time + self.random.between(SECOND, 3 * SECOND);
+                self.at(later, Event::Sustain(key));
+            }
+        }
+    }
+
+    pub(super) fn break_streams(&mut self, machine: usize) {
+        let mut broken: Vec<Key> =
+            self.sustained.iter().filter(|(_, (_, on))| *on == machine).map(|(key, _)| *key).collect();
+        broken.sort_unstable();
+        for key in broken {
+            let later = self.time + self.random.between(100 * MILLISECOND, 3 * SECOND);
+            self.at(later, Event::Sustain(key));
+        }
+    }
+
+    pub(super) fn fault(&mut self, fault: Fault) {
+        if !fault.is_change() {
+            self.tell(|| format!("fault: {fault:?}"));
+        }
+        match fault {
+            Fault::Register { key, sustained } => {
+                let Some(writer) = self.writer() else { return };
+                let value = self.next_value;
+                self.next_value += 1;
+                self.sustained.remove(&key);
+                if sustained {
+                    self.sustained.insert(key, (value, writer));
+                }
+                self.submit(writer, key, value);
+            }
+            Fault::RegisterAgain { key } => {
+                let Some(writer) = self.writer() else { return };
+                let value = self.machines[writer].replica.as_ref().map_or(0, |replica| replica.answers(key));
+                if value != 0 {
+                    self.submit(writer, key, value);
+                }
+            }
+            Fault::Remove { key } => {
+                let Some(writer) = self.writer() else { return };
+                self.sustained.remove(&key);
+                self.submit(writer, key, 0);
+            }
+            Fault::Crash { machine, time, disk } => {
+                if self.machines[machine].replica.is_some() {
+                    self.crash(machine);
+                    self.lose(machine, disk);
+                    self.at(self.time + time, Event::Restart(machine));
+                }
+            }
+            Fault::CrashAll { time } => {
+                for machine in 0..self.machines.len() {
+                    if self.machines[machine].replica.is_some() {
+                        self.crash(machine);
+                        let back = self.time + time + self.random.between(0, 20 * SECOND);
+                        self.at(back, Event::Restart(machine));
+                    }
+                }
+            }
+            Fault::Pause { machine, time } => {
+                if self.machines[machine].paused_until < self.time {
+                    self.pause(machine, time);
+                }
+            }
+            Fault::CutOff { machine, time } => self.machines[machine].cut_off_until = self.time + time,
+            Fault::Alone { machine, time } => self.machines[machine].alone_until = self.time + time,
+            Fault::Chaos { time } => self.chaos_until = self.time + time,
+            Fault::Down { time } => self.down_until = self.time + time,
+            Fault::Copy { machine } => {
+                let copy = self.machines[machine].directory.clone();
+                self.machines[machine].copies.push(copy);
+            }
+            Fault::Release { machine } => self.release(machine),
+            Fault::DeleteLease => {
+                self.version += 1;
+                self.lease = None;
+            }
+        }
+    }
+
+    pub(super) fn crash(&mut self, index: usize) {
+        // What was in the writer's queue may be in the journal, or not.
+        for op in std::mem::take(&mut self.machines[index].arrived) {
+            let (key, value) = self.checker.change(op);
+            if self.random.percent(50) {
+                let epoch = self.machines[index].epoch;
+                self.step(index, epoch, |replica, at| {
+                    if replica.is_writer() {
+                        replica.decide(at, key, (value != 0).then_some(value));
+                    }
+                });
+            }
+        }
+        let machine = &mut self.machines[index];
+        machine.replica = None;
+        machine.epoch += 1;
+        self.lose_watch(index);
+        self.break_streams(index);
+    }
+
+    pub(super) fn lose(&mut self, index: usize, disk: Disk) {
+        let machine = &self.machines[index];
+        let directory = match disk {
+            Disk::Kept => return,
+            Disk::Lost => {
+                self.next_directory += 1;
+                Directory::new(DirectoryId(self.next_directory))
+            }
+            Disk::Copy => {
+                if machine.copies.is_empty() {
+                    return;
+                }
+                let chosen = self.random.between(0, self.machines[index].copies.len() as u64) as usize;
+                self.machines[index].copies[chosen].clone()
+            }
+        };
+        // A 202 that only the lost directory had is lost with it, as it says.
+        let lost: Vec<Key> = self.machines[index]
+            .directory
+            .outbox
+            .iter()
+            .filter(|(key, word)| directory.outbox.get(key) != Some(word))
+            .map(|(key, _)| *key)
+            .collect();
+        lost.into_iter().for_each(|key| self.checker.lost_with_directory(key, index));
+        self.machines[index].directory = directory;
+    }
+
+    pub(super) fn restart(&mut self, index: usize) {
+        if self.machines[index].replica.is_some() {
+            return;
+        }
+        let Setup { rules, lifetime, room, slices, .. } = self.setup;
+        let machine = &mut self.machines[index];
+        machine.epoch += 1;
+        machine.watch += 1;
+        (machine.watching, machine.listing) = (false, false);
+        let mut directory = machine.directory.clone();
+        directory.clock = HybridClock::after(directory.clock.last());
+        // The same machine, the same boot: nobody else can be acting for this directory.
+        machine.replica = Some(Replica::start(directory, slices, rules, lifetime, room, true));
+        let epoch = machine.epoch;
+        let begin = self.time + self.random.between(0, 300 * MILLISECOND);
+        self.at(begin, Event::Tick(index, epoch));
+    }
+
+    pub(super) fn release(&mut self, machine: usize) {
+        let mut released = false;
+        let epoch = self.machines[machine].epoch;
+        self.step(machine, epoch, |replica, at| {
+            if replica.is_writer() {
+                released = replica.release(at);
+            }
+        });
+        if released {
+            self.crash(machine);
+            self.at(self.time + 5 * SECOND, Event::Restart(machine));
+        }
+    }
+
+    pub(super) fn heal(&mut self) {
+        self.tell(|| "everything heals".to_owned());
+        self.healed = true;
+        (self.chaos_until, self.down_until) = (0, 0);
+        for index in 0..self.machines.len() {
+            let now = self.time;
+            let machine = &mut self.machines[index];
+            (machine.cut_off_until, machine.alone_until) = (0, 0);
+            machine.paused_until = machine.paused_until.min(now);
+            if machine.replica.is_none() {
+                self.at(now + SECOND, Event::Restart(index));
+            }
+        }
+    }
+}

@@ -1,0 +1,522 @@
+//! The world around the replicas: an API server with compare-and-swap, requests that are late or lost, watches that
+//! lag, clocks that differ, and the faults of a [`Plan`]. Everything is drawn from one seed.
+
+mod faults;
+mod network;
+
+use std::{
+    cmp::Reverse,
+    collections::{BinaryHeap, HashMap},
+    time::Duration,
+};
+
+use super::{
+    super::{
+        election::{BootTime, Now},
+        lease::{DirectoryId, LeaseRecord, LeaseWrite, ObservedLease, RequestId, ResourceVersion},
+        rules::Rules,
+        stamp::{HybridClock, Stamp},
+        takeover::Directory,
+        word::{TombstoneLifetime, Word},
+    },
+    checker::{Checker, Violation},
+    plan::{Fault, Plan},
+    random::Random,
+    replica::{Clocks, Key, Observed, Output, Record, Replica, SliceWrite, Value},
+};
+
+/// Microseconds of simulated time.
+pub(super) type Micros = u64;
+pub(super) const MILLISECOND: Micros = 1_000;
+pub(super) const SECOND: Micros = 1_000_000;
+
+/// Where the wall clocks begin: late enough that a whole lifetime of tombstones lies behind.
+const EPOCH: Micros = 1_000_000 * SECOND;
+
+/// What a history is made of.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Setup {
+    pub(super) rules: Rules,
+    pub(super) replicas: usize,
+    pub(super) slices: usize,
+    pub(super) addresses: usize,
+    /// Most registrations and removals in a history.
+    pub(super) changes: u64,
+    /// Tombstones that a slice has room for.
+    pub(super) room: usize,
+    pub(super) lifetime: TombstoneLifetime,
+    /// How far wall clocks are from the truth, at most.
+    pub(super) skew: Micros,
+    /// Longest absence of a replica.
+    pub(super) away: Micros,
+    /// Percent of registrations whose client repeats them on the next writer when its stream ends.
+    pub(super) sustained: u64,
+    pub(super) faults: Faults,
+    /// How long after the last fault everything must be in order.
+    pub(super) settle: Micros,
+}
+
+/// Kinds of faults beyond crashes, pauses, partitions and late requests.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Faults {
+    pub(super) lost_disks: bool,
+    pub(super) old_copies: bool,
+    pub(super) deleted_leases: bool,
+    /// The clock by which a writer measures its Lease stops while its process is paused.
+    pub(super) stopping_clocks: bool,
+}
+
+#[derive(Debug, Clone)]
+enum Request {
+    ReadLease(RequestId),
+    WriteLease(RequestId, Option<ResourceVersion>, LeaseRecord),
+    List(u64),
+    /// A follower's list, behind which its watch begins.
+    ListAndWatch,
+    ReadSlice(u64, usize),
+    WriteSlice(u64, usize, Option<u64>, Record),
+    DeleteSlice(u64, usize, u64),
+}
+
+#[derive(Debug, Clone)]
+enum Response {
+    Lease(Option<ObservedLease>),
+    /// All slices, and the place in the log of changes behind which they stand.
+    List(Vec<Option<Observed>>, usize),
+    Slice(Option<Observed>),
+    Written(u64),
+    Conflict,
+}
+
+#[derive(Debug)]
+struct Call {
+    replica: usize,
+    epoch: u32,
+    request: Request,
+    began: BootTime,
+    response: Option<Response>,
+    answered: bool,
+}
+
+#[derive(Debug, Clone)]
+enum Event {
+    Fault(usize),
+    Tick(usize, u32),
+    Execute(usize),
+    Answered(usize),
+    TimedOut(usize),
+    Watch(usize, u32, u32),
+    Arrive(usize, usize),
+    Commit(usize, u32, usize),
+    Overdue(usize, u32, usize),
+    Reply(usize, u32, usize, u16),
+    HandOver { to: usize, from: usize, epoch: u32, words: Vec<(Key, Word<Value>)> },
+    HandedOver { to: usize, epoch: u32, words: Vec<(Key, Stamp)> },
+    Restart(usize),
+    Sustain(Key),
+    Heal,
+}
+
+/// A machine with a replica on it.
+#[derive(Debug)]
+struct Machine {
+    replica: Option<Replica>,
+    directory: Directory<Key, Value>,
+    copies: Vec<Directory<Key, Value>>,
+    /// Grows with every start: what belongs to a former process is dropped.
+    epoch: u32,
+    paused_until: Micros,
+    /// Time that the process was paused, for clocks that stop.
+    stopped: Micros,
+    cut_off_until: Micros,
+    /// Until when its peers cannot be reached.
+    alone_until: Micros,
+    /// Clock rate, in thousandths.
+    rate: u64,
+    /// Wall clock minus truth.
+    skew: i64,
+    /// Changes that arrived and are not in the journal yet.
+    arrived: Vec<usize>,
+    watching: bool,
+    watch: u32,
+    position: usize,
+    last_watch: Micros,
+    listing: bool,
+}
+
+pub(super) struct World {
+    setup: Setup,
+    plan: Plan,
+    time: Micros,
+    end: Micros,
+    queue: BinaryHeap<Reverse<(Micros, usize)>>,
+    events: Vec<Option<Event>>,
+    random: Random,
+    version: u64,
+    lease: Option<ObservedLease>,
+    slices: Vec<Option<Observed>>,
+    /// Every change of a slice, as watches deliver it.
+    log: Vec<(usize, u64, Option<Observed>)>,
+    calls: Vec<Call>,
+    machines: Vec<Machine>,
+    checker: Checker,
+    /// Clients that repeat a registration: its value, and who has their stream.
+    sustained: HashMap<Key, (Value, usize)>,
+    next_value: Value,
+    next_directory: u128,
+    chaos_until: Micros,
+    down_until: Micros,
+    healed: bool,
+    pub(super) takeovers: u64,
+    trace: bool,
+}
+
+impl World {
+    pub(super) fn new(setup: Setup, seed: u64, plan: Plan, trace: bool) -> Self {
+        let mut random = Random::new(seed);
+        let machines = (0..setup.replicas)
+            .map(|index| Machine {
+                replica: None,
+                directory: Directory::new(DirectoryId(index as u128 + 1)),
+                copies: Vec::new(),
+                epoch: 0,
+                paused_until: 0,
+                stopped: 0,
+                cut_off_until: 0,
+                alone_until: 0,
+                rate: random.between(990, 1_011),
+                skew: random.between(0, 2 * setup.skew + 1) as i64 - setup.skew as i64,
+                arrived: Vec::new(),
+                watching: false,
+                watch: 0,
+                position: 0,
+                last_watch: 0,
+                listing: false,
+            })
+            .collect();
+        let mut world = Self {
+            setup,
+            time: 0,
+            end: plan.heal + setup.settle,
+            queue: BinaryHeap::new(),
+            events: Vec::new(),
+            random,
+            version: 10,
+            lease: None,
+            slices: vec![None; setup.slices],
+            log: Vec::new(),
+            calls: Vec::new(),
+            machines,
+            checker: Checker::new(2 * setup.skew),
+            sustained: HashMap::new(),
+            next_value: 1,
+            next_directory: 100,
+            chaos_until: 0,
+            down_until: 0,
+            healed: false,
+            takeovers: 0,
+            trace,
+            plan,
+        };
+        for index in 0..world.plan.faults.len() {
+            world.at(world.plan.faults[index].0, Event::Fault(index));
+        }
+        for index in 0..setup.replicas {
+            let begin = world.random.between(0, 500 * MILLISECOND) + index as u64 * 300 * MILLISECOND;
+            world.at(begin, Event::Restart(index));
+        }
+        world.at(world.plan.heal, Event::Heal);
+        world
+    }
+
+    /// Runs the history to its end. Returns what went wrong.
+    pub(super) fn run(&mut self) -> Vec<Violation> {
+        while let Some(Reverse((time, index))) = self.queue.pop() {
+            if time > self.end {
+                break;
+            }
+            self.time = time;
+            let event = self.events[index].take().expect("an event happens once");
+            // A paused process sees what happened when it goes on.
+            if let Some(machine) = self.owner(&event)
+                && self.machines[machine].paused_until > time
+            {
+                let later = self.machines[machine].paused_until + self.random.between(0, 5 * MILLISECOND);
+                self.at(later, event);
+                continue;
+            }
+            self.happen(event);
+        }
+        self.time = self.end;
+        self.judge()
+    }
+
+    /// Requests that the API server got.
+    pub(super) fn requests(&self) -> usize {
+        self.calls.len()
+    }
+
+    fn owner(&self, event: &Event) -> Option<usize> {
+        match event {
+            Event::Tick(machine, _)
+            | Event::Watch(machine, ..)
+            | Event::Arrive(machine, _)
+            | Event::Commit(machine, ..)
+            | Event::Overdue(machine, ..)
+            | Event::Reply(machine, ..) => Some(*machine),
+            Event::HandOver { to, .. } | Event::HandedOver { to, .. } => Some(*to),
+            Event::Answered(call) | Event::TimedOut(call) => Some(self.calls[*call].replica),
+            Event::Fault(_) | Event::Execute(_) | Event::Restart(_) | Event::Sustain(_) | Event::Heal => None,
+        }
+    }
+
+    fn happen(&mut self, event: Event) {
+        match event {
+            Event::Fault(index) => self.fault(self.plan.faults[index].1.clone()),
+            Event::Tick(machine, epoch) => self.tick(machine, epoch),
+            Event::Execute(call) => self.execute(call),
+            Event::Answered(call) => {
+                let response = self.calls[call].response.clone();
+                self.answered(call, response);
+            }
+            Event::TimedOut(call) => self.answered(call, None),
+            Event::Watch(machine, epoch, watch) => self.watch(machine, epoch, watch),
+            Event::Arrive(machine, op) => {
+                if self.machines[machine].replica.as_ref().is_some_and(Replica::is_writer) {
+                    self.machines[machine].arrived.push(op);
+                    let epoch = self.machines[machine].epoch;
+                    let delay = self.random.between(200, 4 * MILLISECOND);
+                    self.at(self.time + delay, Event::Commit(machine, epoch, op));
+                } else {
+                    self.checker.answered(op, 503, self.time);
+                }
+            }
+            Event::Commit(machine, epoch, op) => self.commit(machine, epoch, op),
+            Event::Overdue(machine, epoch, op) => {
+                self.step(machine, epoch, |replica, _| replica.overdue(op));
+            }
+            Event::Reply(machine, epoch, op, status) => {
+                // A process that is gone answers nothing.
+                if self.machines[machine].epoch == epoch {
+                    self.checker.answered(op, status, self.time);
+                    self.tell(|| format!("replica {machine} answers change {op} with {status}"));
+                }
+            }
+            Event::HandOver { to, from, epoch, words } => {
+                let current = self.machines[to].epoch;
+                let _ = epoch;
+                self.step(to, current, |replica, at| replica.take_in(at, from, words));
+            }
+            Event::HandedOver { to, epoch, words } => {
+                self.step(to, epoch, |replica, _| replica.handed_over(&words));
+            }
+            Event::Restart(machine) => self.restart(machine),
+            Event::Sustain(key) => self.sustain(key),
+            Event::Heal => self.heal(),
+        }
+    }
+
+    fn at(&mut self, time: Micros, event: Event) {
+        self.queue.push(Reverse((time.max(self.time), self.events.len())));
+        self.events.push(Some(event));
+    }
+
+    fn tell(&self, line: impl FnOnce() -> String) {
+        if self.trace {
+            eprintln!("{:>11.3} s  {}", self.time as f64 / SECOND as f64, line());
+        }
+    }
+
+    fn boot(&self, machine: usize) -> BootTime {
+        let Machine { rate, stopped, .. } = self.machines[machine];
+        let stopped = if self.setup.faults.stopping_clocks { stopped } else { 0 };
+        // Begins late, so that nothing is before the beginning.
+        BootTime(Duration::from_micros((1_000 * SECOND + self.time - stopped.min(self.time)) * rate / 1_000))
+    }
+
+    fn clocks(&self, machine: usize) -> Clocks {
+        let wall = (EPOCH + self.time).saturating_add_signed(self.machines[machine].skew);
+        let now = Now { boot: self.boot(machine), unix_seconds: wall / SECOND, clock_agrees: true };
+        Clocks { now, wall }
+    }
+
+    /// One step of a replica, and everything that it wants done.
+    fn step(&mut self, machine: usize, epoch: u32, act: impl FnOnce(&mut Replica, Clocks)) {
+        if self.machines[machine].epoch != epoch {
+            return;
+        }
+        let at = self.clocks(machine);
+        let Some(mut replica) = self.machines[machine].replica.take() else { return };
+        act(&mut replica, at);
+        let outputs = replica.outputs();
+        self.machines[machine].directory.clone_from(&replica.directory);
+        self.machines[machine].replica = Some(replica);
+        for output in outputs {
+            self.carry_out(machine, output);
+        }
+    }
+
+    fn carry_out(&mut self, machine: usize, output: Output) {
+        match output {
+            Output::ReadLease(id) => self.send(machine, Request::ReadLease(id)),
+            Output::WriteLease { id, expected, record } => {
+                self.send(machine, Request::WriteLease(id, expected, record));
+            }
+            Output::List(id) => self.send(machine, Request::List(id)),
+            Output::ReadSlice { id, slice } => self.send(machine, Request::ReadSlice(id, slice)),
+            Output::WriteSlice { id, slice, expected, record } => {
+                self.send(machine, Request::WriteSlice(id, slice, expected, record));
+            }
+            Output::DeleteSlice { id, slice, expected } => {
+                self.send(machine, Request::DeleteSlice(id, slice, expected));
+            }
+            Output::Answer { op, status } => self.answer(machine, op, status),
+            Output::HandOver { holder, words } => self.hand_over(machine, holder, words),
+            Output::HandedOver { to, words } => {
+                let epoch = self.machines[to].epoch;
+                let delay = self.random.between(MILLISECOND, 20 * MILLISECOND);
+                self.at(self.time + delay, Event::HandedOver { to, epoch, words });
+            }
+            Output::Refused(words) => {
+                self.tell(|| format!("replica {machine} refuses {words:?}"));
+                // Not silent: whoever said them is told by an Event and a metric.
+                words.into_iter().for_each(|(key, word)| self.checker.refused(key, word.value.unwrap_or(0)));
+            }
+            Output::Serving => {
+                self.takeovers += 1;
+                self.tell(|| format!("replica {machine} writes"));
+                self.check_writer(machine);
+            }
+            Output::Stepped => {
+                self.tell(|| format!("replica {machine} follows"));
+                for op in std::mem::take(&mut self.machines[machine].arrived) {
+                    self.checker.answered(op, 503, self.time);
+                }
+                self.lose_watch(machine);
+                self.break_streams(machine);
+            }
+        }
+    }
+
+    fn lose_watch(&mut self, machine: usize) {
+        let machine = &mut self.machines[machine];
+        machine.watching = false;
+        machine.listing = false;
+        machine.watch += 1;
+    }
+
+    /// What a new writer begins with must not undo what was confirmed.
+    fn check_writer(&mut self, machine: usize) {
+        let Some(replica) = &self.machines[machine].replica else { return };
+        let answers: Vec<(Key, Value)> = self.keys().map(|key| (key, replica.answers(key))).collect();
+        for (key, value) in answers {
+            self.checker.check_takeover(key, value, self.time);
+        }
+    }
+
+    fn keys(&self) -> impl Iterator<Item = Key> + use<> {
+        let addresses = self.setup.addresses;
+        (0..self.setup.slices).flat_map(move |slice| (0..addresses).map(move |address| Key { slice, address }))
+    }
+
+    fn answer(&mut self, machine: usize, op: usize, status: u16) {
+        let mut delay = self.random.between(10, 200);
+        // Between the check and the answer is where a pause hurts most.
+        if !self.healed && status != 202 && self.random.percent(3) {
+            let pause = self.random.between(SECOND, 60 * SECOND);
+            self.pause(machine, pause);
+            delay = 1;
+        }
+        let epoch = self.machines[machine].epoch;
+        self.at(self.time + delay, Event::Reply(machine, epoch, op, status));
+    }
+
+    fn pause(&mut self, machine: usize, time: Micros) {
+        let machine = &mut self.machines[machine];
+        machine.paused_until = self.time + time;
+        machine.stopped += time;
+    }
+
+    fn hand_over(&mut self, from: usize, holder: DirectoryId, words: Vec<(Key, Word<Value>)>) {
+        let reachable = |machine: &Machine| machine.alone_until <= self.time;
+        let Some(to) = self.machines.iter().position(|machine| machine.directory.id == holder) else { return };
+        if !reachable(&self.machines[from]) || !reachable(&self.machines[to]) {
+            return;
+        }
+        let epoch = self.machines[from].epoch;
+        let delay = self.random.between(MILLISECOND, 20 * MILLISECOND);
+        self.at(self.time + delay, Event::HandOver { to, from, epoch, words });
+    }
+
+    fn commit(&mut self, machine: usize, epoch: u32, op: usize) {
+        if self.machines[machine].epoch != epoch || !self.machines[machine].arrived.contains(&op) {
+            return;
+        }
+        self.machines[machine].arrived.retain(|other| *other != op);
+        let (key, value) = self.checker.change(op);
+        let value = (value != 0).then_some(value);
+        let mut taken = false;
+        self.step(machine, epoch, |replica, at| taken = replica.submit(at, op, key, value));
+        if taken {
+            let second = SECOND * 1_000 / self.machines[machine].rate;
+            self.at(self.time + second, Event::Overdue(machine, epoch, op));
+        } else {
+            self.checker.answered(op, 503, self.time);
+        }
+    }
+
+    fn tick(&mut self, machine: usize, epoch: u32) {
+        if self.machines[machine].epoch != epoch {
+            return;
+        }
+        let next = (2 * SECOND + self.random.between(0, 200 * MILLISECOND)) * 1_000 / self.machines[machine].rate;
+        self.at(self.time + next, Event::Tick(machine, epoch));
+        if !self.machines[machine].watching && !self.machines[machine].listing {
+            self.machines[machine].listing = true;
+            self.send(machine, Request::ListAndWatch);
+        }
+        self.step(machine, epoch, Replica::tick);
+        // A take-over is the worst moment to sleep.
+        let takes_over = |machine: &Machine| machine.replica.as_ref().is_some_and(Replica::is_taking_over);
+        if !self.healed && takes_over(&self.machines[machine]) && self.random.percent(5) {
+            let pause = self.random.between(SECOND, 60 * SECOND);
+            self.pause(machine, pause);
+        }
+    }
+
+    fn judge(&mut self) -> Vec<Violation> {
+        let truth = |key: &Key| -> Value {
+            let word = self.slices[key.slice].as_ref().and_then(|(_, record)| record.words.get(key));
+            word.and_then(|word| word.value).unwrap_or(0)
+        };
+        let replicas = || self.machines.iter().filter_map(|machine| machine.replica.as_ref());
+        let mut found = Vec::new();
+        if replicas().filter(|replica| replica.is_writer()).count() != 1 {
+            found.push(Violation::NotOneWriter);
+        }
+        if self.keys().any(|key| replicas().any(|replica| replica.answers(key) != truth(&key))) {
+            found.push(Violation::AnswersDiffer);
+        }
+        if replicas().any(|replica| !replica.outbox_is_empty()) {
+            found.push(Violation::OutboxLeft);
+        }
+        for key in self.keys() {
+            self.checker.check_end(key, truth(&key), self.time);
+        }
+        found.extend(self.checker.violations());
+        found.sort_unstable();
+        found.dedup();
+        found
+    }
+}
+
+/// What a crash does to the directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Disk {
+    /// Nothing.
+    Kept,
+    /// It is empty afterwards.
+    Lost,
+    /// An older copy takes its place.
+    Copy,
+}
