@@ -347,3 +347,66 @@ impl Drop for UnsentChunk {
         self.unsent.call.wake();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::task::Waker;
+
+    use super::*;
+
+    fn budget() -> Arc<MemoryBudget> {
+        let limits = Limits {
+            total: 1_000_000,
+            unanswered: 400_000,
+            per_connection: 600_000,
+            guaranteed: 10_000,
+            unsent_per_call: 16_000,
+            unread: Duration::ZERO,
+        };
+        MemoryBudget::new(limits, Arc::new(Metrics::new()))
+    }
+
+    #[test]
+    fn no_connection_can_spend_the_budget_and_each_has_its_guaranteed_part() {
+        let budget = budget();
+        let (first, second, third) = (budget.connection(), budget.connection(), budget.connection());
+        first.charge_received(600_000);
+        assert!(!first.may_receive() && !first.has_room(), "one connection's part is spent");
+        assert!(second.may_receive() && second.has_room());
+        second.charge_received(400_000);
+        assert!(!second.has_room(), "all of it is spent");
+        assert!(third.has_room() && third.may_receive() && third.may_submit(), "the guaranteed part is there");
+        third.charge_received(10_000);
+        assert!(!third.has_room());
+        first.release_received(300_000);
+        assert!(third.has_room() && second.has_room());
+        drop((first, second, third));
+        assert_eq!(budget.used.load(Relaxed), 0, "a connection that is gone holds nothing");
+        assert_eq!(budget.metrics.grpc.buffered_bytes.get(), 0);
+    }
+
+    #[test]
+    fn one_connection_has_a_quarter_of_the_unanswered_registrations() {
+        let budget = budget();
+        let (bulk, other) = (budget.connection(), budget.connection());
+        bulk.charge_unanswered(100_000);
+        assert!(!bulk.may_submit() && bulk.has_room());
+        assert!(other.may_submit());
+        bulk.release_unanswered(100_000);
+        assert!(bulk.may_submit());
+    }
+
+    #[test]
+    fn responses_are_charged_until_they_are_written_and_unread_ones_are_noticed() {
+        let memory = budget().connection();
+        let call = memory.responses();
+        assert!(!memory.has_unsent() && !memory.is_unread());
+        let chunk = call.charged(bytes::Bytes::from_static(&[0; 16_000]));
+        assert!(!call.may_encode(Waker::noop()), "the call has as much unsent as it may");
+        drop(call);
+        assert!(memory.has_unsent() && memory.is_unread(), "also when the call is over");
+        drop(chunk);
+        assert!(!memory.has_unsent() && !memory.is_unread());
+        assert_eq!(memory.used.load(Relaxed), 0);
+    }
+}

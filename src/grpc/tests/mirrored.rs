@@ -41,4 +41,5 @@ async fn while_kubernetes_is_away_a_stream_stays_pipelined_and_gets_202() {
     let mut answers = client.registration_event(again).await.expect("served").into_inner();
     let answer = soon("an answer", answers.message()).await.expect("a good stream").expect("one per message");
     assert_eq!(answer.status, 202);
+    server.metric(r#"gangplank_registrations_total{type="register",status="202"} 3001"#).await;
 }
