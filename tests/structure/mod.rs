@@ -24,6 +24,7 @@ const DOWN: &[(&str, &[&str])] = &[
     ("store", &["metrics", "model"]),
     ("zone", &["model"]),
     ("metrics", &["model::Rcode", "model::RecordType"]),
+    ("replicas", &[]),
     ("model", &[]),
 ];
 
