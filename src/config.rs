@@ -14,7 +14,7 @@ use clap::{Args, builder::FalseyValueParser};
 
 use crate::{
     dns::{DnsConfig, MAX_NSID, TcpLimits},
-    kubernetes,
+    grpc, kubernetes,
     model::{DnsName, Validator},
     registry, store,
     zone::ZoneConfig,
@@ -142,11 +142,27 @@ pub struct ServeArgs {
     #[arg(long, env = "GANGPLANK_MAX_INSTANCES", value_name = "N", default_value_t = 2_000_000)]
     max_instances: usize,
 
-    /// DNS connections over TCP in all
+    /// gRPC connections in all; when there is no room, the idlest without a call is closed
+    #[arg(long, env = "GANGPLANK_GRPC_CONNECTIONS", value_name = "N", default_value_t = 12_000)]
+    grpc_connections: usize,
+
+    /// A gRPC connection without a call is closed after this long
+    #[arg(long, env = "GANGPLANK_GRPC_IDLE", value_name = "TIME", default_value = "5m", value_parser = humantime::parse_duration)]
+    grpc_idle: Duration,
+
+    /// A gRPC connection takes no new calls after about this long: the client opens another, open streams go on
+    #[arg(long, env = "GANGPLANK_GRPC_MAX_AGE", value_name = "TIME", default_value = "1h", value_parser = humantime::parse_duration)]
+    grpc_max_age: Duration,
+
+    /// Admin connections in all; when there is no room, the idlest is closed
+    #[arg(long, env = "GANGPLANK_ADMIN_CONNECTIONS", value_name = "N", default_value_t = 256)]
+    admin_connections: usize,
+
+    /// DNS connections over TCP in all; when there is no room, the idlest of the address that has most is closed
     #[arg(long, env = "GANGPLANK_TCP_CONNECTIONS", value_name = "N", default_value_t = 4096)]
     tcp_connections: usize,
 
-    /// DNS connections over TCP of one address [default: no limit; CoreDNS is one address]
+    /// DNS connections over TCP of one address, or of one IPv6 /64 [default: no limit; CoreDNS is one address]
     #[arg(long, env = "GANGPLANK_TCP_PER_PEER", value_name = "N")]
     tcp_per_peer: Option<usize>,
 
@@ -174,6 +190,10 @@ pub struct Config {
     pub grpc_listen: Vec<SocketAddr>,
     /// Where operators connect.
     pub admin_listen: Vec<SocketAddr>,
+    /// Limits on gRPC connections.
+    pub grpc: grpc::ConnectionLimits,
+    /// Most admin connections.
+    pub admin_connections: usize,
     /// The DNS listeners.
     pub dns: DnsConfig,
     /// The zone, with the addresses of its name server as far as they were given.
@@ -223,6 +243,10 @@ impl ServeArgs {
             kubernetes_qps,
             service_linger,
             max_instances,
+            grpc_connections,
+            grpc_idle,
+            grpc_max_age,
+            admin_connections,
             tcp_connections,
             tcp_per_peer,
             tcp_idle,
@@ -256,13 +280,20 @@ impl ServeArgs {
         let nsid = nsid.map_or_else(|| gethostname::gethostname().into_encoded_bytes(), String::into_bytes);
         ensure!(nsid.len() <= MAX_NSID, "--nsid: must have at most {MAX_NSID} octets, has {}", nsid.len());
         for (flag, value) in [
+            ("--grpc-connections", grpc_connections),
+            ("--admin-connections", admin_connections),
             ("--tcp-connections", tcp_connections),
             ("--tcp-per-peer", tcp_per_peer.unwrap_or(1)),
             ("--tcp-pipelined", tcp_pipelined),
         ] {
             ensure!(value > 0, "{flag}: must be at least 1");
         }
-        for (flag, value) in [("--tcp-idle", tcp_idle), ("--tcp-message", tcp_message)] {
+        for (flag, value) in [
+            ("--grpc-idle", grpc_idle),
+            ("--grpc-max-age", grpc_max_age),
+            ("--tcp-idle", tcp_idle),
+            ("--tcp-message", tcp_message),
+        ] {
             ensure!(!value.is_zero(), "{flag}: must be longer than 0s");
             ensure!(value <= MAX_DURATION, "{flag}: must be at most {}", humantime::format_duration(MAX_DURATION));
         }
@@ -277,6 +308,8 @@ impl ServeArgs {
         Ok(Config {
             grpc_listen,
             admin_listen,
+            grpc: grpc::ConnectionLimits { connections: grpc_connections, idle: grpc_idle, max_age: grpc_max_age },
+            admin_connections,
             dns: DnsConfig {
                 listen: dns_listen,
                 threads,
@@ -371,6 +404,11 @@ mod tests {
             (["--reverse-zone", "10.0.0.1/8"], "bits are set beyond the first 8"),
             (["--reverse-zone", "10.0.0.0/33"], "0..=32"),
             (["--tcp-pipelined", "0"], "--tcp-pipelined"),
+            (["--tcp-connections", "0"], "--tcp-connections"),
+            (["--grpc-connections", "0"], "--grpc-connections"),
+            (["--admin-connections", "0"], "--admin-connections"),
+            (["--grpc-idle", "0s"], "--grpc-idle"),
+            (["--grpc-max-age", "25h"], "--grpc-max-age: must be at most 1day"),
             (["--tcp-idle", "0s"], "--tcp-idle"),
             (["--tcp-idle", "500000000000y"], "--tcp-idle: must be at most 1day"),
             (["--tcp-message", "25h"], "--tcp-message: must be at most 1day"),

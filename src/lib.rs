@@ -49,6 +49,7 @@ pub mod grpc;
 pub mod kubernetes;
 pub mod metrics;
 pub mod model;
+pub mod net;
 pub mod registry;
 pub mod replicas;
 pub mod store;

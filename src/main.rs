@@ -13,6 +13,7 @@ use gangplank::{
     telemetry::{self, LogArgs},
 };
 use tokio::signal::unix::{SignalKind, signal};
+use tracing::info;
 
 /// Registrations allocate on one thread and free on another, which glibc's allocator is slow at.
 #[global_allocator]
@@ -57,6 +58,13 @@ async fn main() -> ExitCode {
 /// Serves until SIGTERM or SIGINT; a second signal ends the process at once.
 async fn run(serve: ServeArgs, log: &LogArgs) -> anyhow::Result<()> {
     telemetry::init(log)?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    // Without a handler SIGHUP, which asks other servers to reload, would kill this one undrained.
+    let ignored_hangups = async {
+        while hangup.recv().await.is_some() {
+            info!("SIGHUP is ignored: nothing can be reloaded; restart to change settings");
+        }
+    };
     let bound = app::bind(serve.check()?)?;
     for (what, address) in bound.listeners()? {
         announce(format_args!("listening {what} {address}"));
@@ -72,6 +80,7 @@ async fn run(serve: ServeArgs, log: &LogArgs) -> anyhow::Result<()> {
     let shutdown = async { told.await.unwrap_or(()) };
     tokio::select! {
         ended = bound.run(shutdown, |generation| announce(format_args!("ready generation {generation}"))) => ended,
+        () = ignored_hangups => unreachable!("the stream of signals does not end"),
         () = second => anyhow::bail!("stopped by a second signal before the drain time was over"),
     }
 }

@@ -59,6 +59,16 @@ fn sigterm_takes_readiness_down_first_and_dns_answers_until_the_drain_time_is_ov
 }
 
 #[test]
+fn sighup_does_not_end_the_process() {
+    let mut server = Server::start_with(&["--drain", "0s"]);
+    let sent = Command::new("sh").args(["-c", "kill -HUP \"$0\"", &server.pid().to_string()]).status();
+    assert!(sent.expect("there is a shell").success());
+    wait_for("the log says that it is ignored", || server.stderr().contains("SIGHUP is ignored"));
+    server.register("prod", "web", "10.0.0.1", "http=8080");
+    assert_eq!(server.terminate().code(), Some(0));
+}
+
+#[test]
 fn a_second_process_on_the_data_directory_is_refused_and_told_who_holds_it() {
     let server = Server::start();
     let dir = server.data_dir().display().to_string();

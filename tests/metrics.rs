@@ -129,7 +129,7 @@ fn traffic_is_counted() {
         "gangplank_panics_total 0".into(),
         format!(r#"gangplank_dns_responses_total{{server="dns://{dns}",zone="cluster.local.",rcode="NXDOMAIN"}} 2"#),
         format!(r#"gangplank_dns_responses_total{{server="dns://{dns}",zone=".",rcode="REFUSED"}} 2"#),
-        format!(r#"gangplank_dns_tcp_accepted_total{{server="dns://{dns}"}} 3"#),
+        r#"gangplank_connections_accepted_total{listener="dns"} 3"#.to_owned(),
     ] {
         assert!(text.lines().any(|found| found == line), "no {line} in\n{text}");
     }

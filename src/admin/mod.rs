@@ -9,25 +9,25 @@ mod json;
 mod pages;
 mod readiness;
 
-use std::{io, pin::pin, sync::Arc, time::Duration};
+use std::{io, net::TcpListener as StdTcpListener, pin::pin, sync::Arc, time::Duration};
 
 use axum::Router;
-use hyper::server::conn::http1;
+use futures::future;
+use hyper::{
+    server::conn::http1,
+    service::{Service as _, service_fn},
+};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::Semaphore,
-    task::JoinSet,
-    time::{sleep, timeout},
-};
+use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use crate::{
-    metrics::Metrics,
+    metrics::{ListenerKind, Metrics},
+    net::{self, ConnectionLimiter, EvictionPolicy, Permit, Signal},
     registry::{Snapshots, Status},
     zone::Zone,
 };
@@ -45,10 +45,10 @@ pub struct Admin {
     pub metrics: Arc<Metrics>,
 }
 
-/// What a connection may bytes.
+/// Limits on connections.
 #[derive(Debug, Clone, Copy)]
 struct Limits {
-    /// Connections of all listeners together; the next one waits in the kernel's queue.
+    /// Connections of all listeners together; when there is no room, the idlest is closed.
     connections: usize,
     /// A request must arrive, and an idle connection ask again, within this long.
     request: Duration,
@@ -69,99 +69,61 @@ impl Default for Limits {
     }
 }
 
-/// Serves on every listener until `stop`; answers under way then get two seconds.
+/// Serves on every listener, `connections` at once, until `stop`; answers under way then get two
+/// seconds.
 ///
 /// # Errors
-/// When a listener's task panicked. A failing accept is tried again and logged: probes must come
+/// When a listener cannot be watched. A failing accept is tried again and logged: probes must come
 /// back when descriptors do.
-pub async fn run(listeners: Vec<TcpListener>, admin: Admin, stop: CancellationToken) -> io::Result<()> {
-    run_within(Limits::default(), listeners, admin, stop).await
-}
-
-async fn run_within(
-    limits: Limits,
-    listeners: Vec<TcpListener>,
+pub async fn run(
+    listeners: Vec<StdTcpListener>,
     admin: Admin,
+    connections: usize,
     stop: CancellationToken,
 ) -> io::Result<()> {
-    let router = pages::router(admin);
-    let permits = Arc::new(Semaphore::new(limits.connections));
-    let mut serving = JoinSet::new();
-    for listener in listeners {
-        serving.spawn(serve(listener, router.clone(), limits, Arc::clone(&permits), stop.clone()));
-    }
-    while let Some(ended) = serving.join_next().await {
-        ended.map_err(io::Error::other)?;
-    }
-    // Without a listener there is nothing to do until the end.
-    stop.cancelled().await;
+    let listeners = listeners.into_iter().map(TcpListener::from_std).collect::<io::Result<_>>()?;
+    run_within(Limits { connections, ..Limits::default() }, listeners, admin, stop).await;
     Ok(())
 }
 
-/// One listener and its connections, until `stop` and the grace after it.
-async fn serve(
-    listener: TcpListener,
-    router: Router,
-    limits: Limits,
-    permits: Arc<Semaphore>,
-    stop: CancellationToken,
-) {
-    let mut connections = JoinSet::new();
-    loop {
-        let accepted = async {
-            let permit = Arc::clone(&permits).acquire_owned().await.expect("the semaphore is never closed");
-            (accept(&listener).await, permit)
-        };
-        tokio::select! {
-            () = stop.cancelled() => break,
-            (stream, permit) = accepted => {
-                let (router, stop) = (router.clone(), stop.clone());
-                connections.spawn(async move {
-                    converse(stream, router, limits, stop).await;
-                    drop(permit);
-                });
-            }
-            // Reaped as they end, so that the set holds the living only.
-            Some(_) = connections.join_next() => {}
-        }
-    }
-    drop(listener);
-    let rest = async { while connections.join_next().await.is_some() {} };
-    if timeout(limits.grace, rest).await.is_err() {
-        debug!(connections = connections.len(), "admin connections cut off at the end of the grace");
-        connections.shutdown().await;
-    }
+async fn run_within(limits: Limits, listeners: Vec<TcpListener>, admin: Admin, stop: CancellationToken) {
+    let metrics = Arc::clone(&admin.metrics.connections);
+    let limiter = ConnectionLimiter::new(ListenerKind::Admin, limits.connections, None, EvictionPolicy::Any, metrics);
+    let router = pages::router(admin);
+    let serve = |listener| {
+        let router = router.clone();
+        net::serve(listener, Arc::clone(&limiter), limits.grace, stop.clone(), move |stream, permit| {
+            converse(stream, permit, router.clone(), limits)
+        })
+    };
+    // Without a listener too this lasts until the stop.
+    future::join(future::join_all(listeners.into_iter().map(serve)), stop.cancelled()).await;
 }
 
-/// The next connection, however long it takes.
-async fn accept(listener: &TcpListener) -> TcpStream {
-    /// How long to wait before accept is tried again: without a free descriptor it fails at once,
-    /// and would take a whole core.
-    const PAUSE: Duration = Duration::from_millis(500);
-    loop {
-        match listener.accept().await {
-            Ok((stream, _)) => return stream,
-            // The peer went away between its handshake and this call: its own business.
-            Err(err) if err.kind() == io::ErrorKind::ConnectionAborted => {}
-            Err(err) => {
-                warn!(error = %err, "the admin listener cannot accept; trying again");
-                sleep(PAUSE).await;
-            }
-        }
-    }
-}
-
-/// One connection, request after request, until the peer closes it, a deadline passes, or `stop`.
-async fn converse(stream: TcpStream, router: Router, limits: Limits, stop: CancellationToken) {
+/// One connection, request after request, until the peer closes it, a deadline passes, the server
+/// stops or needs the room.
+async fn converse(stream: TcpStream, permit: Permit, router: Router, limits: Limits) {
     cut_off_unread(&stream, limits.unread);
+    let handle = permit.handle();
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(limits.request);
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = stop.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+    let pages = TowerToHyperService::new(router);
+    let service = service_fn(|request| {
+        handle.touch();
+        pages.call(request)
+    });
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+    let mut awaited = Signal::Drain;
+    let ended = loop {
+        tokio::select! {
+            ended = connection.as_mut() => break ended,
+            signal = handle.signalled(awaited) => {
+                if signal > Signal::Drain {
+                    return;
+                }
+                connection.as_mut().graceful_shutdown();
+                awaited = Signal::Close;
+            }
         }
     };
     if let Err(err) = ended {

@@ -8,6 +8,8 @@ use std::{
 
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::{TcpLimits, wildcard};
+
 /// Attempts to find a port that is free for both transports.
 const MAX_BIND_ATTEMPTS: usize = 16;
 
@@ -17,6 +19,13 @@ const BACKLOG: i32 = 1024;
 /// Requested receive buffer of each UDP socket in bytes: a burst of a few thousand queries. The
 /// kernel may grant less (net.core.rmem_max).
 const RECEIVE_BUFFER: usize = 4 << 20;
+
+/// Send buffer of each TCP connection in bytes, which the kernel doubles and never grows. Without it
+/// the kernel holds up to 4 MiB (net.ipv4.tcp_wmem) for each peer that does not read.
+const TCP_SEND_BUFFER: usize = 32 << 10;
+
+/// Receive buffer of each TCP connection in bytes, which the kernel doubles: dozens of questions.
+const TCP_RECEIVE_BUFFER: usize = 16 << 10;
 
 /// What is bound to one address.
 #[derive(Debug)]
@@ -29,12 +38,12 @@ pub(super) struct Sockets {
 
 impl Sockets {
     /// Binds `address` for TCP, then for UDP once per thread.
-    pub(super) fn bind(address: SocketAddr, threads: NonZeroUsize) -> io::Result<Self> {
+    pub(super) fn bind(address: SocketAddr, threads: NonZeroUsize, limits: &TcpLimits) -> io::Result<Self> {
         let mut attempts = if address.port() == 0 { MAX_BIND_ATTEMPTS } else { 1 };
         loop {
             attempts -= 1;
             // 1. TCP, which no second process can have as well.
-            let tcp = bind_tcp(address).map_err(|err| bind_error(address, "TCP", &err))?;
+            let tcp = bind_tcp(address, limits).map_err(|err| bind_error(address, "TCP", &err))?;
             let bound = tcp.local_addr()?;
             // 2. UDP on the same port.
             match bind_udp(bound, threads) {
@@ -46,10 +55,16 @@ impl Sockets {
     }
 }
 
-fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+fn bind_tcp(address: SocketAddr, limits: &TcpLimits) -> io::Result<TcpListener> {
     let socket = socket(address, Type::STREAM, Protocol::TCP)?;
     // Connections of an earlier run that linger do not keep the port; a listener that lives does.
     socket.set_reuse_address(true)?;
+    // Accepted connections inherit these three.
+    socket.set_send_buffer_size(TCP_SEND_BUFFER)?;
+    socket.set_recv_buffer_size(TCP_RECEIVE_BUFFER)?;
+    // The kernel keeps what was written and not read after the socket was closed, for minutes, where
+    // the peer's window is closed (RFC 5482 §2; Linux counts a closed window too).
+    socket.set_tcp_user_timeout(Some(limits.message))?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     socket.set_nonblocking(true)?;
@@ -66,7 +81,11 @@ fn bind_udp(address: SocketAddr, threads: NonZeroUsize) -> io::Result<Vec<UdpSoc
         // The kernel grants what net.core.rmem_max allows.
         let _ = socket.set_recv_buffer_size(RECEIVE_BUFFER);
         socket.bind(&address.into())?;
-        Ok(socket.into())
+        let socket = socket.into();
+        if address.ip().is_unspecified() {
+            wildcard::request_local_addresses(&socket, address)?;
+        }
+        Ok(socket)
     };
     (0..threads.get()).map(one).collect()
 }
@@ -89,37 +108,40 @@ fn bind_error(address: SocketAddr, transport: &str, err: &io::Error) -> io::Erro
     io::Error::new(err.kind(), format!("cannot listen for DNS over {transport} on {address}: {err}{hint}"))
 }
 
-/// Replaces wildcards by the addresses of this machine's interfaces, so that every socket has one
-/// address and answers from that address. Link-local addresses are left out: they need a scope, and pods
-/// do not use them.
-pub(super) fn expand_wildcards(listen: &[SocketAddr]) -> io::Result<Vec<SocketAddr>> {
-    let mut expanded = Vec::new();
-    for address in listen {
-        if !address.ip().is_unspecified() {
-            expanded.push(*address);
+/// The addresses without duplicates, and without those that a wildcard of the same port covers: the
+/// kernel would not bind both.
+pub(super) fn without_covered(listen: &[SocketAddr]) -> Vec<SocketAddr> {
+    let mut addresses: Vec<SocketAddr> = Vec::new();
+    for &address in listen {
+        let is_wildcard = |other: &&SocketAddr| {
+            other.ip().is_unspecified() && other.is_ipv4() == address.is_ipv4() && other.port() == address.port()
+        };
+        let is_covered = !address.ip().is_unspecified() && listen.iter().any(|other| is_wildcard(&other));
+        // Port 0 is another port each time.
+        if address.port() == 0 || !is_covered && !addresses.contains(&address) {
+            addresses.push(address);
+        }
+    }
+    addresses
+}
+
+/// The addresses at which other machines reach sockets that are bound to `bound`: without loopback,
+/// and with the addresses of this machine's interfaces for a wildcard. Link-local addresses are
+/// left out: they need a scope, and pods do not use them.
+pub(super) fn reachable(bound: &[SocketAddr]) -> io::Result<Vec<IpAddr>> {
+    let mut reachable = Vec::new();
+    for ip in bound.iter().map(SocketAddr::ip) {
+        if !ip.is_unspecified() {
+            reachable.push(ip);
             continue;
         }
         let interfaces = if_addrs::get_if_addrs()
             .map_err(|err| io::Error::new(err.kind(), format!("cannot list this machine's addresses: {err}")))?;
-        let mut own: Vec<IpAddr> = interfaces
-            .iter()
-            .filter(|interface| !interface.is_link_local())
-            .map(if_addrs::Interface::ip)
-            .filter(|ip| ip.is_ipv4() == address.is_ipv4())
-            .collect();
-        own.sort_unstable();
-        if own.is_empty() {
-            let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
-            let says = format!("cannot listen for DNS on {address}: this machine has no {family} address");
-            return Err(io::Error::new(io::ErrorKind::AddrNotAvailable, says));
-        }
-        expanded.extend(own.into_iter().map(|ip| SocketAddr::new(ip, address.port())));
+        let own = interfaces.iter().filter(|interface| !interface.is_link_local()).map(if_addrs::Interface::ip);
+        reachable.extend(own.filter(|own| own.is_ipv4() == ip.is_ipv4()));
     }
-    let mut seen = Vec::new();
-    expanded.retain(|address| {
-        let new = address.port() == 0 || !seen.contains(address);
-        seen.push(*address);
-        new
-    });
-    Ok(expanded)
+    reachable.retain(|ip| !ip.is_loopback());
+    reachable.sort_unstable();
+    reachable.dedup();
+    Ok(reachable)
 }

@@ -1,9 +1,10 @@
 //! The DNS listeners: UDP and TCP in front of one pure function, packet in, packet out.
 //!
 //! 1. [`answer()`] decides everything; UDP and TCP move octets and enforce limits.
-//! 2. UDP threads are those of the operating system, each with a socket of its own. TCP runs on
-//!    the runtime, within caps.
-//! 3. Every socket is bound to one address, so an answer leaves from the address that was asked.
+//! 2. UDP threads are those of the operating system, each with a socket of its own. TCP runs on a
+//!    runtime of its own, within caps: a flood of registrations does not reach it, nor its own UDP.
+//! 3. An answer leaves from the address that was asked. A wildcard is one socket per thread, which is
+//!    told the address of each packet.
 //! 4. Every thread and task is joined, and the first that fails stops the rest.
 //!
 //! Nothing here changes the zone, and no answer is logged.
@@ -17,17 +18,29 @@ mod tcp;
 #[cfg(test)]
 mod tests;
 mod udp;
+mod wildcard;
 mod wire;
 
-use std::{io, net::SocketAddr, num::NonZeroUsize, sync::Arc, thread, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    num::NonZeroUsize,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
-use tokio::{net::TcpListener, sync::oneshot, task::JoinSet};
+use futures::future;
+use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 pub use answer::{Context, MAX_TCP, MAX_UDP, Response, Transport, answer};
 
 use crate::{
-    metrics::{Metrics, dns::Listener},
+    metrics::{ListenerKind, Metrics, dns::Listener},
+    net::{self, ConnectionLimiter, EvictionPolicy},
     zone::Zone,
 };
 use bind::Sockets;
@@ -78,17 +91,32 @@ pub struct Bound {
 /// When an address cannot be bound; the error names it.
 pub fn bind(config: &DnsConfig) -> io::Result<Bound> {
     let DnsConfig { listen, threads, nsid, tcp } = config;
-    let addresses = bind::expand_wildcards(listen)?;
-    let sockets = addresses.into_iter().map(|address| Sockets::bind(address, *threads)).collect::<io::Result<_>>()?;
+    let addresses = bind::without_covered(listen);
+    let sockets =
+        addresses.into_iter().map(|address| Sockets::bind(address, *threads, tcp)).collect::<io::Result<_>>()?;
     let nsid = nsid[..nsid.len().min(MAX_NSID)].into();
     Ok(Bound { sockets, nsid, tcp: tcp.clone() })
 }
 
 impl Bound {
-    /// The addresses that were bound, wildcards expanded, with their real ports.
+    /// The addresses that were bound, with their real ports.
     #[must_use]
     pub fn addresses(&self) -> Vec<SocketAddr> {
         self.sockets.iter().map(|sockets| sockets.address).collect()
+    }
+
+    /// The addresses at which others can ask: wildcards are replaced by the machine's addresses.
+    ///
+    /// # Errors
+    /// When the system does not list them.
+    pub fn reachable_addresses(&self) -> io::Result<Vec<IpAddr>> {
+        bind::reachable(&self.addresses())
+    }
+
+    /// Descriptors that are open.
+    #[must_use]
+    pub fn descriptors(&self) -> usize {
+        self.sockets.iter().map(|sockets| 1 + sockets.udp.len()).sum()
     }
 
     /// Answers until `stop`, then drains TCP and returns.
@@ -96,12 +124,14 @@ impl Bound {
     /// # Errors
     /// The first listener that fails stops all.
     pub async fn run(self, zone: Arc<Zone>, metrics: Arc<Metrics>, stop: CancellationToken) -> io::Result<()> {
-        let Self { sockets, nsid, tcp } = self;
+        let Self { sockets, nsid, tcp: limits } = self;
         // Stops these listeners alone, when one of them fails.
         let stop = stop.child_token();
-        let limiter = tcp::ConnectionLimiter::new(tcp);
+        let stopping = Arc::new(AtomicBool::new(false));
         let mut running: JoinSet<io::Result<()>> = JoinSet::new();
         let mut started = Ok(());
+        let mut workers = 1;
+        let mut tcp_listeners = Vec::new();
         for Sockets { address, tcp, udp } in sockets {
             let listener = |proto| Listener {
                 server: format!("dns://{address}"),
@@ -110,55 +140,64 @@ impl Bound {
                 zone: format!("{}.", zone.origin()),
             };
             let responder = |tally| Responder { zone: Arc::clone(&zone), nsid: Arc::clone(&nsid), tally };
+            workers = workers.max(udp.len());
             for (index, socket) in udp.into_iter().enumerate() {
                 let responder = responder(metrics.dns.sole(&listener("udp")));
-                let stopped = stop.clone();
-                let serve = move || udp::serve(&socket, &responder, &stopped);
-                match in_thread(format!("dns-udp-{index}"), serve) {
+                let stopping = Arc::clone(&stopping);
+                let serve = move || udp::serve(&socket, address, &responder, &stopping);
+                match net::run_in_thread(format!("dns-udp-{index}"), serve) {
                     Ok(ended) => drop(running.spawn(async move { with_listener(address, "UDP", ended.await) })),
                     Err(err) => started = Err(err),
                 }
             }
-            let responder = responder(metrics.dns.shared(&listener("tcp")));
-            let (limiter, stopped) = (Arc::clone(&limiter), stop.clone());
-            running.spawn(async move {
-                let served = async { tcp::serve(TcpListener::from_std(tcp)?, responder, limiter, stopped).await };
-                with_listener(address, "TCP", served.await)
-            });
+            tcp_listeners.push((address, tcp, responder(metrics.dns.shared(&listener("tcp")))));
+        }
+        let connections = Arc::clone(&metrics.connections);
+        let limiter = ConnectionLimiter::new(
+            ListenerKind::Dns,
+            limits.connections,
+            limits.per_peer,
+            EvictionPolicy::Any,
+            connections,
+        );
+        let shared = tcp::Shared::new(limits, limiter, metrics);
+        let stopped = stop.clone();
+        let tcp = async move {
+            let serve = |(address, listener, responder)| {
+                let (shared, stop) = (Arc::clone(&shared), stopped.clone());
+                async move {
+                    let listener = with_listener(address, "TCP", TcpListener::from_std(listener))?;
+                    tcp::serve(listener, responder, shared, stop).await;
+                    Ok(())
+                }
+            };
+            future::try_join_all(tcp_listeners.into_iter().map(serve)).await.map(|_| ())
+        };
+        match net::run_on_runtime("dns-tcp", workers, tcp) {
+            Ok(ended) => drop(running.spawn(ended)),
+            Err(err) => started = Err(err),
         }
         let mut result = started;
         if result.is_err() {
             stop.cancel();
         }
-        while let Some(ended) = running.join_next().await {
-            let ended = ended.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
-            if ended.is_err() {
-                stop.cancel();
+        while !running.is_empty() {
+            tokio::select! {
+                () = stop.cancelled(), if !stopping.load(Ordering::Relaxed) => stopping.store(true, Ordering::Relaxed),
+                Some(ended) = running.join_next() => {
+                    let ended = ended.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
+                    if ended.is_err() {
+                        stop.cancel();
+                    }
+                    result = result.and(ended);
+                }
             }
-            result = result.and(ended);
         }
         result
     }
 }
 
-/// Runs `work` on a thread of its own. The future is ready when the thread has ended and is joined.
-fn in_thread(
-    name: String,
-    work: impl FnOnce() -> io::Result<()> + Send + 'static,
-) -> io::Result<impl Future<Output = io::Result<()>> + Send> {
-    let (done, ended) = oneshot::channel::<()>();
-    let thread = thread::Builder::new().name(name).spawn(move || {
-        // Dropped when the thread ends, also by a panic.
-        let _done = done;
-        work()
-    })?;
-    Ok(async move {
-        let _ = ended.await;
-        thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
-    })
-}
-
 /// Adds the listener to an error.
-fn with_listener(address: SocketAddr, transport: &str, result: io::Result<()>) -> io::Result<()> {
+fn with_listener<T>(address: SocketAddr, transport: &str, result: io::Result<T>) -> io::Result<T> {
     result.map_err(|err| io::Error::new(err.kind(), format!("DNS over {transport} on {address}: {err}")))
 }

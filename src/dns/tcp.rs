@@ -1,25 +1,28 @@
-//! The TCP front (RFC 7766, RFC 9210): its own small loop, because every limit counts.
+//! DNS over TCP (RFC 7766, RFC 9210): a small loop of our own, because every limit counts.
 //!
 //! A connection is one task that reads what is there, answers it, writes the answers together and
-//! only then reads on. So nobody can have more unanswered than one turn's worth, and a peer that
-//! does not read its answers is not read from either. An idle connection holds a few hundred
-//! octets; the large buffer for answers belongs to the thread.
+//! only then reads on. So no peer has more unanswered questions than one turn's worth, and a peer
+//! that does not read its answers is not read from either. After each turn that did not wait for
+//! the peer the task yields: whatever a peer sends, the others get their turns. An idle connection
+//! holds a few hundred bytes; the large buffer for an answer belongs to the thread.
 
 use std::{
     cell::RefCell,
-    collections::{HashMap, hash_map::Entry},
     io,
-    net::{IpAddr, SocketAddr},
-    ops::ControlFlow,
-    sync::{Arc, Mutex, PoisonError},
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
     time::Duration,
 };
 
 use tokio::{
-    io::AsyncWriteExt,
+    io::AsyncWriteExt as _,
     net::{TcpListener, TcpStream},
-    task::JoinSet,
-    time::{Instant, sleep, timeout, timeout_at},
+    task::yield_now,
+    time::{Instant, Sleep, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -28,10 +31,16 @@ use super::{
     answer::{MAX_TCP, Transport},
     responder::Responder,
 };
-use crate::metrics::dns::Closed;
+use crate::{
+    metrics::{CloseReason, Metrics},
+    net::{self, ConnectionHandle, ConnectionLimiter, InUse, Permit, Signal},
+};
 
 /// Octets of the length before each message (RFC 1035 §4.2.2).
 const PREFIX: usize = 2;
+
+/// Octets of a header (RFC 1035 §4.1.1): no shorter message can be answered.
+const HEADER: usize = 12;
 
 /// Octets that are read at a time: several questions, or a piece of a long one.
 const READ_SIZE: usize = 4096;
@@ -39,243 +48,220 @@ const READ_SIZE: usize = 4096;
 /// Answers are collected and written together; this many octets are enough to write.
 const WRITE_THRESHOLD: usize = 65_536;
 
-/// Pause after a failed accept: without descriptors or memory the next try would fail as well, and
-/// the connection stays in the backlog.
-const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
+/// Bytes that may be held for all peers together, in answers that they do not read and questions
+/// that they do not finish. Beyond it the peer that stalls most loses a connection.
+const MAX_HELD_BYTES: usize = 32 << 20;
 
 thread_local! {
     /// Where an answer is written before its length is known.
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; MAX_TCP].into());
 }
 
-/// Connections that are open, in all listeners together.
+/// What the connections of all TCP listeners share.
 #[derive(Debug)]
-pub(super) struct ConnectionLimiter {
+pub(super) struct Shared {
     limits: TcpLimits,
-    open: Mutex<OpenConnections>,
-}
-
-#[derive(Debug, Default)]
-struct OpenConnections {
-    total: usize,
-    peers: HashMap<IpAddr, usize>,
-}
-
-impl ConnectionLimiter {
-    pub(super) fn new(limits: TcpLimits) -> Arc<Self> {
-        Arc::new(Self { limits, open: Mutex::default() })
-    }
-
-    /// Counts a connection in until the permit is dropped.
-    fn acquire(self: &Arc<Self>, peer: IpAddr) -> Result<Permit, Closed> {
-        let mut open = self.lock();
-        if open.total >= self.limits.connections {
-            return Err(Closed::Full);
-        }
-        let of_peer = open.peers.entry(peer).or_default();
-        if self.limits.per_peer.is_some_and(|limit| *of_peer >= limit) {
-            if *of_peer == 0 {
-                open.peers.remove(&peer);
-            }
-            return Err(Closed::PeerFull);
-        }
-        *of_peer += 1;
-        open.total += 1;
-        Ok(Permit { limiter: Arc::clone(self), peer })
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, OpenConnections> {
-        // Nothing panics while it holds the lock.
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The right of one connection to be open.
-struct Permit {
     limiter: Arc<ConnectionLimiter>,
-    peer: IpAddr,
+    held: AtomicUsize,
+    metrics: Arc<Metrics>,
 }
 
-impl Drop for Permit {
-    fn drop(&mut self) {
-        let mut open = self.limiter.lock();
-        open.total -= 1;
-        if let Entry::Occupied(mut of_peer) = open.peers.entry(self.peer) {
-            *of_peer.get_mut() -= 1;
-            if *of_peer.get() == 0 {
-                of_peer.remove();
-            }
+impl Shared {
+    pub(super) fn new(limits: TcpLimits, limiter: Arc<ConnectionLimiter>, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self { limits, limiter, held: AtomicUsize::new(0), metrics })
+    }
+
+    /// Notes that `bytes` are held for a connection that waits for its peer.
+    fn hold(self: &Arc<Self>, bytes: usize, connection: &ConnectionHandle) -> Held {
+        let all = self.held.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        self.metrics.connections.dns_held_bytes.set(all as u64);
+        let held = Held { bytes, shared: Arc::clone(self), _in_use: connection.begin_use() };
+        if all > MAX_HELD_BYTES {
+            self.limiter.evict_stalled();
         }
+        held
+    }
+}
+
+/// Bytes that are held while this lives.
+struct Held {
+    bytes: usize,
+    shared: Arc<Shared>,
+    _in_use: InUse,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let before = self.shared.held.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.shared.metrics.connections.dns_held_bytes.set((before - self.bytes) as u64);
     }
 }
 
 /// Accepts until `stop`, then waits until every connection has its answers.
-pub(super) async fn serve(
-    listener: TcpListener,
-    responder: Responder,
-    limiter: Arc<ConnectionLimiter>,
-    stop: CancellationToken,
-) -> io::Result<()> {
-    let mut connections = JoinSet::new();
-    let mut failing = false;
-    loop {
-        let accepted = tokio::select! {
-            () = stop.cancelled() => break,
-            accepted = listener.accept() => accepted,
-            Some(_) = connections.join_next() => continue,
-        };
-        let (stream, peer) = match accepted {
-            Ok(accepted) => {
-                failing = false;
-                accepted
-            }
-            Err(err) => {
-                // Logged once, however long it lasts.
-                if !std::mem::replace(&mut failing, true) {
-                    tracing::warn!(error = %err, "TCP connections for DNS cannot be accepted; UDP is not affected");
-                }
-                tokio::select! {
-                    () = stop.cancelled() => break,
-                    () = sleep(ACCEPT_BACKOFF) => continue,
-                }
-            }
-        };
-        match limiter.acquire(canonical(peer)) {
-            Ok(permit) => {
-                let (responder, limiter, stop) = (responder.clone(), Arc::clone(&limiter), stop.clone());
-                connections.spawn(async move {
-                    responder.tally.connected();
-                    let mut connection = Connection { stream, responder: &responder, limits: &limiter.limits };
-                    if let Err(Some(err)) = connection.serve(&stop).await {
-                        responder.tally.closed(err);
-                    }
-                    // Counted out before the peer can see its end: a peer that reconnects at once finds room.
-                    responder.tally.disconnected();
-                    drop(permit);
-                    drop(connection);
-                });
-            }
-            // Closed at once: a peer that knows can go elsewhere.
-            Err(err) => {
-                responder.tally.closed(err);
-                drop(stream);
-            }
-        }
-    }
-    drop(listener);
-    while connections.join_next().await.is_some() {}
-    Ok(())
+pub(super) async fn serve(listener: TcpListener, responder: Responder, shared: Arc<Shared>, stop: CancellationToken) {
+    // An answer is written, and the end of it taken, within one deadline each.
+    let grace = shared.limits.message * 2;
+    net::serve(listener, Arc::clone(&shared.limiter), grace, stop, move |stream, permit| {
+        let (responder, shared) = (responder.clone(), Arc::clone(&shared));
+        async move { Connection::new(stream, permit, responder, shared).serve().await }
+    })
+    .await;
 }
 
-fn canonical(peer: SocketAddr) -> IpAddr {
-    peer.ip().to_canonical()
-}
+/// Why a connection ends early: a limit, or the peer or the server ended it.
+type EarlyEnd = Option<CloseReason>;
 
 /// One connection.
-struct Connection<'c> {
+struct Connection {
+    permit: Permit,
     stream: TcpStream,
-    responder: &'c Responder,
-    limits: &'c TcpLimits,
+    responder: Responder,
+    shared: Arc<Shared>,
+    rng: fastrand::Rng,
+    received: Vec<u8>,
+    /// When to stop waiting, and the reason to close the connection then.
+    deadline: (Instant, CloseReason),
+    /// Fires at the deadline or before: a deadline that moves on does not touch it.
+    timer: Pin<Box<Sleep>>,
+    /// Whether the task has waited for the peer since it last yielded.
+    has_waited: bool,
 }
 
-/// Why a connection ends early: a limit, or the peer went away.
-type EarlyEnd = Option<Closed>;
+/// What a wait is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    Read,
+    Write,
+}
 
-/// When to stop waiting, and the reason to close the connection then.
-type Deadline = (Instant, Closed);
+impl Connection {
+    fn new(stream: TcpStream, permit: Permit, responder: Responder, shared: Arc<Shared>) -> Self {
+        // An answer is not held back for more to send.
+        let _ = stream.set_nodelay(true);
+        let until = Instant::now() + shared.limits.idle;
+        Self {
+            permit,
+            stream,
+            responder,
+            shared,
+            rng: fastrand::Rng::new(),
+            received: Vec::new(),
+            deadline: (until, CloseReason::Idle),
+            timer: Box::pin(sleep_until(until)),
+            has_waited: false,
+        }
+    }
 
-impl Connection<'_> {
-    async fn serve(&mut self, stop: &CancellationToken) -> Result<(), EarlyEnd> {
-        let mut rng = fastrand::Rng::new();
-        let mut received = Vec::new();
-        // Answers that are written are on their way, not held back for more.
-        let _ = self.stream.set_nodelay(true);
-        let mut deadline = self.idle();
-        while self.read(&mut received, deadline, stop).await?.is_continue() {
-            let whole = self.answer_all(&mut rng, &mut received).await?;
-            deadline = match deadline {
-                _ if received.is_empty() => self.idle(),
+    async fn serve(mut self) {
+        if let Err(reason) = self.answer_until_end().await {
+            if let Some(reason) = reason {
+                self.permit.handle().count_closed(reason);
+            }
+            if reason != Some(CloseReason::Malformed) {
+                // Nobody reads what is still in the socket's buffer: reset, it is freed at once.
+                let _ = socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
+            }
+        }
+        let Self { permit, stream, .. } = self;
+        // Counted out before the peer can see its end: a peer that reconnects at once finds room.
+        drop(permit);
+        drop(stream);
+    }
+
+    async fn answer_until_end(&mut self) -> Result<(), EarlyEnd> {
+        while self.read().await? {
+            let has_answered = self.answer_all().await?;
+            if has_answered {
+                self.permit.handle().touch();
+            }
+            self.deadline = match self.deadline {
+                _ if self.received.is_empty() => self.after(self.shared.limits.idle, CloseReason::Idle),
                 // The clock runs from a message's first octet, however slowly the others come.
-                (_, Closed::SlowMessage) if !whole => deadline,
-                _ => (Instant::now() + self.limits.message, Closed::SlowMessage),
+                (_, CloseReason::SlowRequest) if !has_answered => self.deadline,
+                _ => self.after(self.shared.limits.message, CloseReason::SlowRequest),
             };
         }
         // The peer has said all, or the server stops: what came is answered before the end.
-        while received.len() < WRITE_THRESHOLD && self.read_now(&mut received)? > 0 {}
-        self.answer_all(&mut rng, &mut received).await?;
+        while self.received.len() < WRITE_THRESHOLD && self.read_now()?.is_some_and(|octets| octets > 0) {}
+        self.answer_all().await?;
         self.stream.shutdown().await.map_err(|_| None)
     }
 
-    /// Until when a connection without a question is kept.
-    fn idle(&self) -> Deadline {
-        (Instant::now() + self.limits.idle, Closed::Idle)
+    fn after(&self, time: Duration, reason: CloseReason) -> (Instant, CloseReason) {
+        (Instant::now() + time, reason)
     }
 
-    /// Waits for something to read and reads it. Breaks when the peer has said all, or on `stop`.
-    async fn read(
-        &self,
-        received: &mut Vec<u8>,
-        (until, reason): Deadline,
-        stop: &CancellationToken,
-    ) -> Result<ControlFlow<()>, EarlyEnd> {
+    /// Reads what is there, waiting for it if need be. Returns false when the peer has said all, or
+    /// the server stops.
+    async fn read(&mut self) -> Result<bool, EarlyEnd> {
+        if !std::mem::take(&mut self.has_waited) {
+            yield_now().await;
+        }
+        // A question that is this long and not whole is held for a peer that may never finish it.
+        let _held =
+            (self.received.len() > READ_SIZE).then(|| self.shared.hold(self.received.capacity(), self.permit.handle()));
         loop {
-            let ready = tokio::select! {
-                () = stop.cancelled() => return Ok(ControlFlow::Break(())),
-                ready = timeout_at(until, self.stream.readable()) => ready,
-            };
-            ready.map_err(|_| Some(reason))?.map_err(|_| None)?;
-            received.reserve(READ_SIZE);
-            match self.stream.try_read_buf(received) {
-                Ok(0) => return Ok(ControlFlow::Break(())),
-                Ok(_) => return Ok(ControlFlow::Continue(())),
-                Err(err) if err.kind() == io::ErrorKind::WouldBlock => {}
-                Err(_) => return Err(None),
+            if self.permit.handle().signal() >= Signal::Drain {
+                return Ok(false);
+            }
+            match self.read_now()? {
+                Some(octets) => return Ok(octets > 0),
+                None => self.wait(Direction::Read).await?,
             }
         }
     }
 
-    /// Reads what is there already.
-    fn read_now(&self, received: &mut Vec<u8>) -> Result<usize, EarlyEnd> {
-        received.reserve(READ_SIZE);
-        match self.stream.try_read_buf(received) {
-            Err(err) if err.kind() == io::ErrorKind::WouldBlock => Ok(0),
-            read => read.map_err(|_| None),
+    /// Reads what is there already; `None` when nothing is.
+    fn read_now(&mut self) -> Result<Option<usize>, EarlyEnd> {
+        self.received.reserve(READ_SIZE);
+        match self.stream.try_read_buf(&mut self.received) {
+            Err(err) if err.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            read => read.map(Some).map_err(|_| None),
         }
     }
 
-    /// Answers every whole message and leaves the beginning of the next one; says whether there
+    /// Answers every whole message and keeps the beginning of the next one; returns whether there
     /// was one.
-    async fn answer_all(&mut self, rng: &mut fastrand::Rng, received: &mut Vec<u8>) -> Result<bool, EarlyEnd> {
+    async fn answer_all(&mut self) -> Result<bool, EarlyEnd> {
         let (mut taken, mut answers) = (0, Vec::new());
         loop {
-            let more = self.answer_some(rng, &received[taken..], &mut answers);
-            if more == 0 {
+            let turn = self.answer_some(taken, &mut answers);
+            taken += turn.octets;
+            // RFC 7766 §6.2.1.1: what was asked in one go is answered in one go.
+            self.write(&answers).await?;
+            if turn.is_malformed {
+                return Err(Some(CloseReason::Malformed));
+            }
+            if turn.octets == 0 {
                 break;
             }
-            taken += more;
-            // RFC 7766 §6.2.1.1: what was asked in one go is answered in one go. A peer that does
-            // not take its answers loses the connection.
-            let written = timeout(self.limits.message, self.stream.write_all(&answers)).await;
-            written.map_err(|_| Some(Closed::SlowReader))?.map_err(|_| None)?;
             answers.clear();
+            if taken < self.received.len() && !std::mem::take(&mut self.has_waited) {
+                yield_now().await;
+            }
         }
-        if taken == received.len() {
-            *received = Vec::new();
+        if taken == self.received.len() {
+            self.received = Vec::new();
         } else {
-            received.drain(..taken);
+            self.received.drain(..taken);
         }
         Ok(taken > 0)
     }
 
-    /// Answers the whole messages that `received` begins with, as many as may wait at once, and
-    /// says how many octets they took.
-    fn answer_some(&self, rng: &mut fastrand::Rng, received: &[u8], answers: &mut Vec<u8>) -> usize {
+    /// Answers the whole messages that `received` has from `begin` on, as many as one turn may.
+    fn answer_some(&mut self, begin: usize, answers: &mut Vec<u8>) -> Turn {
         SCRATCH.with_borrow_mut(|scratch| {
-            let mut taken = 0;
-            for _ in 0..self.limits.pipelined.max(1) {
-                let Some((message, octets)) = split_message(&received[taken..]) else { break };
-                taken += octets;
-                if let Some(len) = self.responder.respond(Transport::Tcp, rng, message, scratch) {
+            let mut turn = Turn { octets: 0, is_malformed: false };
+            for _ in 0..self.shared.limits.pipelined.max(1) {
+                let Some((message, octets)) = split_message(&self.received[begin + turn.octets..]) else { break };
+                // Over UDP such packets get no answer. A peer that sends them over TCP speaks no DNS,
+                // or wants the server to work for nothing.
+                if message.len() < HEADER || is_response(message) {
+                    turn.is_malformed = true;
+                    break;
+                }
+                turn.octets += octets;
+                if let Some(len) = self.responder.respond(Transport::Tcp, &mut self.rng, message, scratch) {
                     let prefix = u16::try_from(len).unwrap_or(u16::MAX).to_be_bytes();
                     answers.extend_from_slice(&prefix);
                     answers.extend_from_slice(&scratch[..len]);
@@ -284,9 +270,73 @@ impl Connection<'_> {
                     break;
                 }
             }
-            taken
+            turn
         })
     }
+
+    /// Writes `answers`. A peer that does not take all of them within the deadline loses the
+    /// connection, however steadily it reads: the time is for the whole, not for each piece.
+    async fn write(&mut self, answers: &[u8]) -> Result<(), EarlyEnd> {
+        let mut rest = answers;
+        let mut held = None;
+        while !rest.is_empty() {
+            match self.stream.try_write(rest) {
+                Ok(written) => rest = &rest[written..],
+                Err(err) if err.kind() == io::ErrorKind::WouldBlock => {
+                    if held.is_none() {
+                        held = Some(self.shared.hold(answers.len(), self.permit.handle()));
+                        self.deadline = self.after(self.shared.limits.message, CloseReason::SlowReader);
+                    }
+                    self.wait(Direction::Write).await?;
+                }
+                Err(_) => return Err(None),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the stream is ready, the server stops (when reading), or the deadline passes.
+    async fn wait(&mut self, direction: Direction) -> Result<(), EarlyEnd> {
+        if self.deadline.0 < self.timer.deadline() {
+            self.timer.as_mut().reset(self.deadline.0);
+        }
+        std::future::poll_fn(|cx| self.poll_wait(cx, direction)).await
+    }
+
+    fn poll_wait(&mut self, cx: &mut Context<'_>, direction: Direction) -> Poll<Result<(), EarlyEnd>> {
+        // Answers that are on their way are finished after the stop too.
+        let at_least = if direction == Direction::Read { Signal::Drain } else { Signal::Close };
+        if let Poll::Ready(signal) = self.permit.handle().poll_signal(cx, at_least) {
+            return Poll::Ready(if signal == Signal::Drain { Ok(()) } else { Err(None) });
+        }
+        let ready = match direction {
+            Direction::Read => self.stream.poll_read_ready(cx),
+            Direction::Write => self.stream.poll_write_ready(cx),
+        };
+        if let Poll::Ready(ready) = ready {
+            return Poll::Ready(ready.map_err(|_| None));
+        }
+        self.has_waited = true;
+        while self.timer.as_mut().poll(cx).is_ready() {
+            let (until, reason) = self.deadline;
+            if until <= Instant::now() {
+                return Poll::Ready(Err(Some(reason)));
+            }
+            self.timer.as_mut().reset(until);
+        }
+        Poll::Pending
+    }
+}
+
+/// What one turn took from the received octets.
+struct Turn {
+    octets: usize,
+    is_malformed: bool,
+}
+
+/// Whether QR is set (RFC 1035 §4.1.1): answers to answers would make loops.
+fn is_response(message: &[u8]) -> bool {
+    message[2] & 0x80 != 0
 }
 
 /// The message that `received` begins with and the octets it takes with its length, if it is whole.

@@ -24,11 +24,13 @@ use tonic::{
 };
 
 use super::{
+    incoming::ConnectionInfo,
     memory::{ConnectionMemory, Responses},
     metered::{BUDGET_POLL, FRAME_OVERHEAD},
 };
 use crate::{
     metrics::{Method, Metrics},
+    net::InUse,
     registry::ListPermit,
 };
 
@@ -56,19 +58,22 @@ impl Service<Request<Body>> for TrackedRoutes {
         Service::<Request<Body>>::poll_ready(&mut self.routes, cx)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let method = Method::of(request.uri().path());
+        let in_use = request.extensions().get::<ConnectionInfo>().map(|info| info.handle.begin_use());
         let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else {
             self.metrics.grpc.streams_rejected.inc();
-            let call = OpenCall::new(method, Arc::clone(&self.metrics), None);
+            let call = OpenCall::new(method, Arc::clone(&self.metrics), None, in_use);
             return Box::pin(async move {
                 let status = Status::resource_exhausted("the server has as many calls open as it may; try again later");
                 Ok(call.follow(status.into_http()))
             });
         };
-        let mut call = OpenCall::new(method, Arc::clone(&self.metrics), Some(permit));
-        let request = match request.extensions().get::<Arc<ConnectionMemory>>().map(Arc::clone) {
+        let mut call = OpenCall::new(method, Arc::clone(&self.metrics), Some(permit), in_use);
+        let request = match request.extensions().get::<ConnectionInfo>().map(|info| Arc::clone(&info.memory)) {
             Some(memory) => {
+                // Streams charge their own messages to it.
+                request.extensions_mut().insert(Arc::clone(&memory));
                 call.responses = Some(memory.responses());
                 request.map(|body| Body::new(MeteredRequest::new(body, memory)))
             }
@@ -91,14 +96,25 @@ struct OpenCall {
     responses: Option<Responses>,
     /// The permission to send as much as a list, kept to the end of the call.
     _list_permit: Option<Arc<ListPermit>>,
+    /// Keeps the connection from being closed as idle.
+    _in_use: Option<InUse>,
 }
 
 impl OpenCall {
-    fn new(method: Method, metrics: Arc<Metrics>, permit: Option<OwnedSemaphorePermit>) -> Self {
+    fn new(method: Method, metrics: Arc<Metrics>, permit: Option<OwnedSemaphorePermit>, in_use: Option<InUse>) -> Self {
         if permit.is_some() {
             metrics.grpc.streams.inc();
         }
-        Self { method, metrics, began: Instant::now(), ended: false, permit, responses: None, _list_permit: None }
+        Self {
+            method,
+            metrics,
+            began: Instant::now(),
+            ended: false,
+            permit,
+            responses: None,
+            _list_permit: None,
+            _in_use: in_use,
+        }
     }
 
     /// Follows the response to its status, which is in the trailers, or in the head of one without a

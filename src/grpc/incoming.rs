@@ -1,161 +1,203 @@
-//! Where listeners become connections.
+//! What becomes of an accepted connection: the deadline for the preface, then tonic, until the
+//! connection is idle or old, or must make room.
 //!
-//! Whoever wraps connections in TLS and finds out who is at the other end does it in [`accepted`],
-//! behind the deadline for the first octets, so that a slow handshake holds up nobody else.
+//! Whoever wraps connections in TLS and finds out who is at the other end does it in
+//! [`serve_connection`], behind the deadline for the first bytes, so that a slow handshake holds up
+//! nobody else.
 
 use std::{
+    convert::Infallible,
     future::Future,
     io,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     time::Duration,
 };
 
-use futures::{Stream, stream};
+use futures::{StreamExt as _, stream};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream},
-    time::Sleep,
+    net::TcpStream,
+    sync::Notify,
+    time::{Sleep, sleep},
 };
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
-use tonic::transport::server::{Connected, TcpConnectInfo};
-use tracing::{info, warn};
+use tonic::{
+    codegen::{Bytes, Service, http},
+    transport::{Server, server::Connected},
+};
 
-use crate::metrics::Metrics;
+use super::{memory::ConnectionMemory, metered::Metered};
+use crate::{
+    metrics::CloseReason,
+    net::{ConnectionHandle, Permit, Signal},
+};
 
-/// Pause after an accept that failed for a reason that lasts, such as no descriptors left (EMFILE):
-/// the loop must neither spin nor end.
-const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
-
-/// Octets that every HTTP/2 client sends first (RFC 9113 §3.4).
+/// Bytes that every HTTP/2 client sends first (RFC 9113 §3.4).
 const PREFACE: usize = 24;
 
-/// The connections of `listener`, without end. Their clients must have said the preface after
-/// `handshake`; `cut` breaks all of them.
-pub(super) fn connections(
-    listener: TcpListener,
-    handshake: Duration,
-    metrics: Arc<Metrics>,
-    cut: CancellationToken,
-) -> impl Stream<Item = Result<Connection, io::Error>> {
-    stream::unfold(listener, move |listener| {
-        let (metrics, cut) = (Arc::clone(&metrics), cut.clone());
-        async move {
-            let stream = accept(&listener, &metrics).await;
-            Some((Ok(accepted(stream, handshake, metrics, cut)), listener))
-        }
-    })
+/// How long a connection without a call may stay open after it was told to go away.
+const GO_AWAY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a connection may last.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Lifetime {
+    /// For the preface of HTTP/2: until then nothing else watches the connection.
+    pub(super) handshake: Duration,
+    /// Without a call.
+    pub(super) idle: Duration,
+    /// In all, give or take a tenth. Open streams may go on longer.
+    pub(super) max_age: Duration,
 }
 
-async fn accept(listener: &TcpListener, metrics: &Metrics) -> TcpStream {
-    let mut failing = false;
-    loop {
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                if failing {
-                    info!("gRPC connections are accepted again");
-                }
-                return stream;
-            }
-            // The peer went away before it was its turn: nothing is wrong here.
-            Err(err) if is_peer_gone(err.kind()) => {}
-            Err(err) => {
-                metrics.grpc.accept_errors.inc();
-                if !failing {
-                    failing = true;
-                    let error: &dyn std::error::Error = &err;
-                    warn!(error, "gRPC connections cannot be accepted; trying again");
-                }
-                tokio::time::sleep(ACCEPT_BACKOFF).await;
-            }
-        }
-    }
-}
-
-fn is_peer_gone(kind: io::ErrorKind) -> bool {
-    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
-    matches!(kind, ConnectionAborted | ConnectionRefused | ConnectionReset)
-}
-
-/// What becomes of a connection that was accepted.
-fn accepted(stream: TcpStream, handshake: Duration, metrics: Arc<Metrics>, cut: CancellationToken) -> Connection {
-    // Answers are small, and each is awaited. Without it they are only slower.
-    let _ = stream.set_nodelay(true);
-    metrics.grpc.connections.inc();
-    Connection {
-        stream,
-        greeting: Some((Box::pin(tokio::time::sleep(handshake)), 0)),
-        cut: Box::pin(cut.cancelled_owned()),
-        metrics,
-    }
-}
-
-/// A connection that ends when it is silent at first, and when the server has no more time.
-pub(super) struct Connection {
+/// Serves one connection until it has ended.
+pub(super) async fn serve_connection<S, B>(
     stream: TcpStream,
+    permit: Permit,
+    memory: Arc<ConnectionMemory>,
+    server: Server,
+    service: S,
+    lifetime: Lifetime,
+) where
+    S: Service<http::Request<tonic::body::Body>, Response = http::Response<B>, Error = Infallible>
+        + Clone
+        + Send
+        + 'static,
+    S::Future: Send,
+    B: tonic::codegen::Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<tonic::codegen::StdError>,
+{
+    // Answers are small, and each is awaited: holding one back for the next only makes it late.
+    let _ = stream.set_nodelay(true);
+    let handle = permit.handle().clone();
+    let greeting = Some((Box::pin(sleep(lifetime.handshake)), 0));
+    let connection = Connection { stream: Metered::new(stream, memory), greeting, permit };
+    // tonic stops when it has no more connections to accept: so there is one that never comes.
+    let connections = stream::once(std::future::ready(Ok::<_, io::Error>(connection))).chain(stream::pending());
+    let go_away = Notify::new();
+    let served = server.serve_with_incoming_shutdown(service, connections, go_away.notified());
+    let supervised = async {
+        until_go_away(&handle, lifetime).await;
+        go_away.notify_one();
+        close_when_unused(&handle).await;
+    };
+    // tonic's errors are those of accepting, which is not its business here.
+    let _ = tokio::join!(served, supervised);
+}
+
+/// Waits until the connection should take no more calls: it is idle or old, the server stops, or
+/// the connection has ended.
+async fn until_go_away(handle: &ConnectionHandle, Lifetime { idle, max_age, .. }: Lifetime) {
+    // Not all at once where all clients connected at once.
+    let mut old = pin!(sleep(max_age.mul_f64(0.9 + fastrand::f64() / 5.0)));
+    let mut wait = idle;
+    loop {
+        tokio::select! {
+            _ = handle.signalled(Signal::Drain) => return,
+            () = &mut old => return handle.count_closed(CloseReason::MaxAge),
+            () = sleep(wait) => match handle.idle_for() {
+                Some(idle_for) if idle_for >= idle => return handle.count_closed(CloseReason::Idle),
+                Some(idle_for) => wait = idle - idle_for,
+                None => wait = idle,
+            }
+        }
+    }
+}
+
+/// Closes a connection whose peer was told to go away, and has no call, but stays.
+async fn close_when_unused(handle: &ConnectionHandle) {
+    loop {
+        tokio::select! {
+            _ = handle.signalled(Signal::Ended) => return,
+            () = sleep(GO_AWAY_TIMEOUT) => {
+                if handle.idle_for().is_some_and(|idle_for| idle_for >= GO_AWAY_TIMEOUT) {
+                    handle.close();
+                }
+            }
+        }
+    }
+}
+
+/// What a call knows of its connection.
+#[derive(Clone)]
+pub(super) struct ConnectionInfo {
+    /// Calls mark their connection as in use.
+    pub(super) handle: ConnectionHandle,
+    pub(super) memory: Arc<ConnectionMemory>,
+}
+
+/// A connection that ends when it is silent at first, or is told to close.
+struct Connection {
+    stream: Metered<TcpStream>,
     /// Until when the preface must be here, and how much of it is.
     greeting: Option<(Pin<Box<Sleep>>, usize)>,
-    cut: Pin<Box<WaitForCancellationFutureOwned>>,
-    metrics: Arc<Metrics>,
+    permit: Permit,
 }
 
 impl Connection {
-    /// Checked on both ways: a connection that cannot write does not read either.
-    fn check_cut(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        if self.cut.as_mut().poll(cx).is_ready() {
+    /// Fails when the connection was told to close. Checked both ways: one that cannot write does
+    /// not read either.
+    fn check_open(&self) -> io::Result<()> {
+        if self.permit.handle().signal() >= Signal::Close {
             return Err(io::ErrorKind::ConnectionAborted.into());
         }
         Ok(())
     }
-}
 
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.metrics.grpc.connections.dec();
+    /// The same for one that has to wait, and is woken to close.
+    fn poll_open<T>(&self, cx: &mut Context<'_>, pending: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if pending.is_pending() && self.permit.handle().poll_signal(cx, Signal::Close).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
+        pending
     }
 }
 
 impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
+    type ConnectInfo = ConnectionInfo;
 
-    fn connect_info(&self) -> TcpConnectInfo {
-        self.stream.connect_info()
+    fn connect_info(&self) -> ConnectionInfo {
+        ConnectionInfo { handle: self.permit.handle().clone(), memory: self.stream.connect_info() }
     }
 }
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        self.check_cut(cx)?;
+        self.check_open()?;
         let before = buf.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
         if let Some((deadline, seen)) = &mut self.greeting {
             if read.is_pending() {
-                ready!(deadline.as_mut().poll(cx));
-                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-            }
-            *seen += buf.filled().len() - before;
-            if *seen >= PREFACE {
-                self.greeting = None;
+                if deadline.as_mut().poll(cx).is_ready() {
+                    self.permit.handle().count_closed(CloseReason::SlowRequest);
+                    return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+                }
+            } else {
+                *seen += buf.filled().len() - before;
+                if *seen >= PREFACE {
+                    self.greeting = None;
+                }
             }
         }
-        read
+        self.poll_open(cx, read)
     }
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, octets: &[u8]) -> Poll<io::Result<usize>> {
-        self.check_cut(cx)?;
-        Pin::new(&mut self.stream).poll_write(cx, octets)
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.check_open()?;
+        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.poll_open(cx, written)
     }
 
     fn poll_write_vectored(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        octets: &[io::IoSlice<'_>],
+        bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.check_cut(cx)?;
-        Pin::new(&mut self.stream).poll_write_vectored(cx, octets)
+        self.check_open()?;
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bytes);
+        self.poll_open(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {

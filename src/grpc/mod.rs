@@ -13,28 +13,28 @@ mod memory;
 mod metered;
 mod registry_service;
 
-use std::{io, pin::pin, sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
-use futures::{StreamExt as _, future};
+use futures::future;
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 use tonic::{service::Routes, transport::Server};
 use tonic_health::{ServingStatus, server::HealthReporter};
-use tracing::warn;
 
 use self::{
     call_tracker::TrackedRoutes,
     discovery_service::DiscoveryService,
+    incoming::Lifetime,
     memory::MemoryBudget,
-    metered::Metered,
     proto::{
         gangplank::v1::discovery_server::DiscoveryServer, registry::service_registry_server::ServiceRegistryServer,
     },
     registry_service::RegistryService,
 };
 use crate::{
-    metrics::Metrics,
+    metrics::{ListenerKind, Metrics},
     model::Validator,
+    net::{self, ConnectionLimiter, EvictionPolicy},
     registry::{Phase, RegistryHandle, Status},
 };
 
@@ -67,7 +67,18 @@ pub struct ServerContext {
     pub metrics: Arc<Metrics>,
 }
 
-/// What tests make smaller.
+/// Limits on connections, which operators set.
+#[derive(Debug, Clone, Copy)]
+pub struct ConnectionLimits {
+    /// Connections in all. When there is no room the idlest without a call is closed.
+    pub connections: usize,
+    /// A connection without a call is closed after this long.
+    pub idle: Duration,
+    /// A connection takes no new calls after about this long; open streams go on.
+    pub max_age: Duration,
+}
+
+/// Limits that only tests change.
 #[derive(Debug, Clone, Copy)]
 struct Limits {
     /// Calls and streams that may be open at once, on all listeners together. Beyond it a call
@@ -75,7 +86,7 @@ struct Limits {
     calls: usize,
     /// How long a peer may take to send the preface of HTTP/2: until then nothing else watches it.
     handshake: Duration,
-    /// How long clients have to take their last answers after the stop; then connections are cut.
+    /// How long clients have to take their last answers after the stop; then connections are closed.
     grace: Duration,
     /// What peers may send and not take.
     memory: memory::Limits,
@@ -113,9 +124,6 @@ const CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long connections that are cut may take to be gone.
-const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
-
 /// What answers for each service, and for the server as a whole (the empty name).
 const HEALTH_SERVICES: [&str; 3] = ["", "registry.ServiceRegistry", "gangplank.v1.Discovery"];
 
@@ -123,54 +131,39 @@ const HEALTH_SERVICES: [&str; 3] = ["", "registry.ServiceRegistry", "gangplank.v
 ///
 /// # Errors
 /// The first listener that fails stops all.
-pub async fn run(listeners: Vec<TcpListener>, context: ServerContext, stop: CancellationToken) -> io::Result<()> {
-    serve(listeners, context, stop, LIMITS).await
+pub async fn run(
+    listeners: Vec<TcpListener>,
+    context: ServerContext,
+    connections: ConnectionLimits,
+    stop: CancellationToken,
+) -> io::Result<()> {
+    serve(listeners, context, connections, LIMITS, stop).await
 }
 
 async fn serve(
     listeners: Vec<TcpListener>,
     context: ServerContext,
-    stop: CancellationToken,
+    ConnectionLimits { connections, idle, max_age }: ConnectionLimits,
     limits: Limits,
+    stop: CancellationToken,
 ) -> io::Result<()> {
-    let cut = CancellationToken::new();
     let (routes, health) = routes(&context, &stop)?;
     // Its builder has the server serving from the start; nobody may see that.
     say(&health, ServingStatus::NotServing).await;
     let routes = TrackedRoutes::new(routes, Arc::new(Semaphore::new(limits.calls)), Arc::clone(&context.metrics));
     let budget = MemoryBudget::new(limits.memory, Arc::clone(&context.metrics));
+    let metrics = Arc::clone(&context.metrics.connections);
+    let limiter = ConnectionLimiter::new(ListenerKind::Grpc, connections, None, EvictionPolicy::Unused, metrics);
+    let lifetime = Lifetime { handshake: limits.handshake, idle, max_age };
     let servers = listeners.into_iter().map(|listener| {
-        let connections = incoming::connections(listener, limits.handshake, Arc::clone(&context.metrics), cut.clone());
-        let budget = Arc::clone(&budget);
-        let connections = connections.map(move |io| io.map(|io| Metered::new(io, budget.connection())));
-        let served = server().serve_with_incoming_shutdown(routes.clone(), connections, stop.clone().cancelled_owned());
-        async { served.await.map_err(io::Error::other) }
+        let (server, routes, budget) = (server(), routes.clone(), Arc::clone(&budget));
+        net::serve(listener, Arc::clone(&limiter), limits.grace, stop.clone(), move |stream, permit| {
+            incoming::serve_connection(stream, permit, budget.connection(), server.clone(), routes.clone(), lifetime)
+        })
     });
     // Without a listener too this lasts until the stop.
-    let servers = async { future::try_join(future::try_join_all(servers), stopped(&stop)).await.map(|_| ()) };
-    let status = follow_health(context.registry.status(), health, &stop);
-    let deadline = async {
-        stop.cancelled().await;
-        tokio::time::sleep(limits.grace).await;
-        warn!("clients did not take their last answers in time; their connections are closed");
-        cut.cancel();
-        tokio::time::sleep(ABORT_TIMEOUT).await;
-    };
-    let mut servers = pin!(servers);
-    let served = async {
-        tokio::select! {
-            served = &mut servers => served,
-            () = status => servers.await,
-        }
-    };
-    tokio::select! {
-        served = served => served,
-        () = deadline => Ok(()),
-    }
-}
-
-async fn stopped(stop: &CancellationToken) -> io::Result<()> {
-    stop.cancelled().await;
+    future::join3(future::join_all(servers), follow_health(context.registry.status(), health, &stop), stop.cancelled())
+        .await;
     Ok(())
 }
 

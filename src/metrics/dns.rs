@@ -60,29 +60,6 @@ pub struct Query {
     pub took: Duration,
 }
 
-/// Why a TCP connection was refused or ended by the server.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Closed {
-    /// As many connections as there may be.
-    Full,
-    /// As many connections of that peer as there may be.
-    PeerFull,
-    /// No question for too long.
-    Idle,
-    /// A message took too long to arrive.
-    SlowMessage,
-    /// The answers took too long to be taken.
-    SlowReader,
-}
-
-const CLOSED: [(Closed, &str); 5] = [
-    (Closed::Full, "connections"),
-    (Closed::PeerFull, "connections_per_peer"),
-    (Closed::Idle, "idle"),
-    (Closed::SlowMessage, "slow_message"),
-    (Closed::SlowReader, "slow_reader"),
-];
-
 /// A cell of a tally.
 #[derive(Debug, Default)]
 struct Cell(AtomicU64);
@@ -141,9 +118,7 @@ pub struct Tally {
     outside: Counts,
     in_zone: Counts,
     panics: Cell,
-    accepted: Cell,
-    ended: Cell,
-    closed: [Cell; CLOSED.len()],
+    receive_errors: Cell,
 }
 
 impl Tally {
@@ -153,9 +128,7 @@ impl Tally {
             outside: Counts::default(),
             in_zone: Counts::default(),
             panics: Cell::default(),
-            accepted: Cell::default(),
-            ended: Cell::default(),
-            closed: Default::default(),
+            receive_errors: Cell::default(),
         }
     }
 
@@ -178,21 +151,9 @@ impl Tally {
         self.panics.add(1, self.shared);
     }
 
-    /// Counts a TCP connection in.
-    pub fn connected(&self) {
-        self.accepted.add(1, self.shared);
-    }
-
-    /// Counts a TCP connection out.
-    pub fn disconnected(&self) {
-        self.ended.add(1, self.shared);
-    }
-
-    /// Counts a TCP connection that the server refused or ended.
-    pub fn closed(&self, err: Closed) {
-        if let Some(index) = CLOSED.iter().position(|(reason, _)| *reason == err) {
-            self.closed[index].add(1, self.shared);
-        }
+    /// Counts a failed receive of a UDP socket.
+    pub fn receive_failed(&self) {
+        self.receive_errors.add(1, self.shared);
     }
 }
 
@@ -291,7 +252,7 @@ impl Collector for Tallies {
         let e = &mut encoder;
         encode_queries(&groups, e)?;
         encode_spreads(&groups, e)?;
-        encode_connections(&groups, e)
+        encode_receive_errors(&groups, e)
     }
 }
 
@@ -362,27 +323,12 @@ fn encode_spreads(groups: &[Group], e: &mut DescriptorEncoder<'_>) -> fmt::Resul
     Ok(())
 }
 
-fn encode_connections(groups: &[Group], e: &mut DescriptorEncoder<'_>) -> fmt::Result {
-    let tcp = || groups.iter().filter(|group| group.listener.proto == "tcp");
-    let mut to = e.encode_descriptor("gangplank_dns_tcp_connections", "Open connections", None, MetricType::Gauge)?;
-    for group in tcp() {
-        // Ended first: a connection that ends meanwhile must not count below zero.
-        let ended = group.sum(|tally| &tally.ended);
-        let open = group.sum(|tally| &tally.accepted).saturating_sub(ended);
-        to.encode_family(&[("server", &*group.listener.server)])?.encode_gauge(&open)?;
-    }
-    let help = "Connections that were accepted";
-    let mut to = e.encode_descriptor("gangplank_dns_tcp_accepted", help, None, MetricType::Counter)?;
-    for group in tcp() {
-        count(&mut to, [("server", &group.listener.server)], group.sum(|tally| &tally.accepted))?;
-    }
-    let help = "Connections that a limit refused or ended";
-    let mut to = e.encode_descriptor("gangplank_dns_tcp_closed", help, None, MetricType::Counter)?;
-    for group in tcp() {
-        for (index, (_, limit)) in CLOSED.iter().enumerate() {
-            let labels = [("server", &*group.listener.server), ("limit", *limit)];
-            count(&mut to, labels, group.sum(|tally| &tally.closed[index]))?;
-        }
+fn encode_receive_errors(groups: &[Group], e: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let help = "Times that a UDP socket could not receive";
+    let mut to = e.encode_descriptor("gangplank_dns_udp_receive_errors", help, None, MetricType::Counter)?;
+    for group in groups.iter().filter(|group| group.listener.proto == "udp") {
+        let labels = [("server", &*group.listener.server)];
+        count(&mut to, labels, group.sum(|tally| &tally.receive_errors))?;
     }
     Ok(())
 }
@@ -424,8 +370,6 @@ mod tests {
         metrics.sole(&udp).query(&query);
         let shared = metrics.shared(&tcp);
         shared.query(&query);
-        shared.connected();
-        shared.closed(Closed::Idle);
         shared.panicked();
 
         let mut text = String::new();
@@ -440,8 +384,7 @@ mod tests {
             r#"gangplank_dns_request_duration_seconds_bucket{le="+Inf",server="dns://127.0.0.1:53",zone="z."} 3"#,
             r#"gangplank_dns_response_size_bytes_bucket{le="1023.0",server="dns://127.0.0.1:53",zone="z.",proto="tcp"} 1"#,
             r#"gangplank_dns_response_size_bytes_bucket{le="511.0",server="dns://127.0.0.1:53",zone="z.",proto="tcp"} 0"#,
-            r#"gangplank_dns_tcp_connections{server="dns://127.0.0.1:53"} 1"#,
-            r#"gangplank_dns_tcp_closed_total{server="dns://127.0.0.1:53",limit="idle"} 1"#,
+            r#"gangplank_dns_udp_receive_errors_total{server="dns://127.0.0.1:53"} 0"#,
             "gangplank_panics_total 1",
         ] {
             assert!(text.lines().any(|l| l == line), "no {line} in\n{text}");

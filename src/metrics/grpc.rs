@@ -159,10 +159,6 @@ pub struct GrpcMetrics {
     pub streams: Gauge,
     /// Calls turned away because too many were open.
     pub streams_rejected: Counter,
-    /// Connections that are open.
-    pub connections: Gauge,
-    /// Times that a connection could not be accepted.
-    pub accept_errors: Counter,
     /// Connections that the server closed.
     pub connections_closed: EnumCounter<ConnectionClosed>,
     /// Bytes that are held for peers: received and not read, not answered, and not taken.
@@ -210,8 +206,6 @@ impl GrpcMetrics {
             handling,
             streams: Gauge::default(),
             streams_rejected: Counter::default(),
-            connections: Gauge::default(),
-            accept_errors: Counter::default(),
             connections_closed,
             buffered_bytes: Gauge::default(),
             memory_waits: Counter::default(),
@@ -223,12 +217,6 @@ impl GrpcMetrics {
             "gangplank_grpc_streams_rejected",
             "Calls turned away because too many were open",
             made.streams_rejected.clone(),
-        );
-        all.register("gangplank_grpc_connections", "gRPC connections that are open", made.connections.clone());
-        all.register(
-            "gangplank_grpc_accept_errors",
-            "Times that a gRPC connection could not be accepted",
-            made.accept_errors.clone(),
         );
         all.register(
             "gangplank_grpc_buffered_bytes",

@@ -3,6 +3,7 @@
 //! Names follow CoreDNS for DNS, etcd for gRPC; label values come from closed sets, never from an
 //! error's text or from the wire.
 
+mod connections;
 pub mod dns;
 mod grpc;
 mod guard;
@@ -14,8 +15,11 @@ mod process;
 mod registry;
 mod store;
 
+use std::sync::Arc;
+
 use prometheus_client::registry::Registry;
 
+pub use connections::{CloseReason, ConnectionMetrics, ListenerKind};
 pub use dns::DnsMetrics;
 pub use grpc::{ConnectionClosed, GrpcMetrics, Method, RegistrationKind, RegistrationStatus, WatchEnd};
 pub use guard::GaugeGuard;
@@ -29,6 +33,8 @@ pub use store::StoreMetrics;
 /// Every metric of the process.
 #[derive(Debug)]
 pub struct Metrics {
+    /// TCP connections of every listener.
+    pub connections: Arc<ConnectionMetrics>,
     /// The DNS listeners.
     pub dns: DnsMetrics,
     /// The gRPC listeners.
@@ -53,6 +59,7 @@ impl Metrics {
         let mut all = Registry::default();
         process::register(&mut all);
         Self {
+            connections: Arc::new(ConnectionMetrics::register(&mut all)),
             dns: DnsMetrics::register(&mut all),
             grpc: GrpcMetrics::register(&mut all),
             lists: ListMetrics::register(&mut all),

@@ -13,15 +13,16 @@ use crate::support::tools::ROOT;
 /// allows only that item. `app` joins everything and is not here.
 const DOWN: &[(&str, &[&str])] = &[
     ("main", &["app", "cli", "config", "telemetry"]),
-    ("config", &["dns", "kubernetes", "model", "registry", "store", "zone"]),
+    ("config", &["dns", "grpc", "kubernetes", "model", "registry", "store", "zone"]),
     ("telemetry", &[]),
     ("cli", &["grpc::client", "model"]),
-    ("dns", &["metrics", "model", "zone"]),
-    ("grpc", &["metrics", "model", "registry"]),
-    ("admin", &["metrics", "model", "registry", "zone"]),
+    ("dns", &["metrics", "model", "net", "zone"]),
+    ("grpc", &["metrics", "model", "net", "registry"]),
+    ("admin", &["metrics", "model", "net", "registry", "zone"]),
     ("kubernetes", &["metrics", "model", "registry"]),
     ("registry", &["metrics", "model", "store", "zone"]),
     ("store", &["metrics", "model"]),
+    ("net", &["metrics"]),
     ("zone", &["model"]),
     ("metrics", &["model::Rcode", "model::RecordType"]),
     ("replicas", &[]),
@@ -45,10 +46,11 @@ const PLACES: &[(&str, &[&str])] = &[
     ("hickory", &["cli::resolve"]),
     ("k8s_openapi", &["kubernetes"]),
     ("kube", &["kubernetes"]),
+    ("nix", &["dns::wildcard"]),
     ("prometheus_client", &["metrics", "admin"]),
     ("prost", &["grpc", "store::format"]),
     ("sha2", &["kubernetes"]),
-    ("tokio", &["main", "app", "admin", "cli", "dns", "grpc", "kubernetes", "registry"]),
+    ("tokio", &["main", "app", "admin", "cli", "dns", "grpc", "kubernetes", "net", "registry"]),
     ("tonic", &["grpc"]),
 ];
 

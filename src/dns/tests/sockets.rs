@@ -5,7 +5,10 @@ use std::{
     io::{self, ErrorKind, Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     num::NonZeroUsize,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::JoinHandle,
     time::Duration,
 };
@@ -14,8 +17,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
-    dns::{DnsConfig, TcpLimits, bind},
-    metrics::Metrics,
+    dns::{
+        DnsConfig, TcpLimits, bind,
+        responder::Responder,
+        udp::{DatagramSocket, answer_all},
+    },
+    metrics::{Metrics, dns::Listener},
 };
 
 const WEB: &str = "web.prod.svc.cluster.local.";
@@ -38,6 +45,7 @@ fn dns_config(listen: &[&str], tcp: TcpLimits) -> DnsConfig {
 /// Listeners that run on a thread of their own.
 struct Running {
     addresses: Vec<SocketAddr>,
+    descriptors: usize,
     metrics: Arc<Metrics>,
     stop: CancellationToken,
     thread: Option<JoinHandle<io::Result<()>>>,
@@ -48,11 +56,12 @@ impl Running {
         let bound = bind(config).expect("binds");
         let (metrics, stop) = (Arc::new(Metrics::new()), CancellationToken::new());
         let (zone, m, stopped, addresses) = (Arc::clone(&world.zone), metrics.clone(), stop.clone(), bound.addresses());
+        let descriptors = bound.descriptors();
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
             runtime.block_on(bound.run(zone, m, stopped))
         });
-        Self { addresses, metrics, stop, thread: Some(thread) }
+        Self { addresses, descriptors, metrics, stop, thread: Some(thread) }
     }
 
     fn address(&self) -> SocketAddr {
@@ -73,8 +82,8 @@ impl Running {
         values.map(|value| value.parse::<f64>().expect("a number")).sum()
     }
 
-    fn closed(&self, limit: &str) -> f64 {
-        self.metric(&format!("gangplank_dns_tcp_closed_total{{server=\"dns://{}\",limit=\"{limit}\"", self.address()))
+    fn closed(&self, reason: &str) -> f64 {
+        self.metric(&format!("gangplank_connections_closed_total{{listener=\"dns\",reason=\"{reason}\"}}"))
     }
 
     fn end(mut self) -> io::Result<()> {
@@ -167,15 +176,98 @@ fn udp_ignores_responses_and_short_packets() {
     server.end().expect("ends well");
 }
 
+/// 127.0.0.0/8 is all this machine's, so there are many addresses without a privilege.
 #[test]
-fn wildcard_answers_from_the_address_that_was_asked() {
+fn wildcard_is_one_socket_per_thread_and_answers_from_the_address_that_was_asked() {
     let world = sample_zone();
     let server = Running::start(&world, &dns_config(&["0.0.0.0:0"], limits()));
-    assert!(server.addresses.iter().all(|address| !address.ip().is_unspecified()));
-    let own = server.addresses.iter().find(|address| address.ip() == Ipv4Addr::LOCALHOST).expect("127.0.0.1");
-    let client = UdpSocket::bind("127.0.0.1:0").expect("binds");
-    assert_eq!(ask_udp(&client, *own, &query_for(WEB, A).packet()).1, *own);
+    assert_eq!(server.addresses.len(), 1);
+    assert_eq!(server.descriptors, 3, "two threads and TCP");
+    let port = server.address().port();
+    let packet = query_for(WEB, A).packet();
+    let client = UdpSocket::bind("0.0.0.0:0").expect("binds");
+    for last in 1..=254 {
+        let asked = SocketAddr::from(([127, 3, 2, last], port));
+        assert_eq!(ask_udp(&client, asked, &packet).1, asked);
+    }
+    let asked = SocketAddr::from(([127, 9, 9, 9], port));
+    let mut stream = TcpStream::connect(asked).expect("connects");
+    send(&mut stream, &packet);
+    receive(&mut stream).expect("an answer");
     server.end().expect("ends well");
+}
+
+#[test]
+fn ipv6_wildcard_answers_from_the_address_that_was_asked() {
+    let world = sample_zone();
+    let server = Running::start(&world, &dns_config(&["[::]:0"], limits()));
+    let asked = SocketAddr::from((Ipv6Addr::LOCALHOST, server.address().port()));
+    let client = UdpSocket::bind("[::1]:0").expect("binds");
+    assert_eq!(ask_udp(&client, asked, &query_for(WEB, A).packet()).1, asked);
+    server.end().expect("ends well");
+}
+
+#[test]
+fn broadcast_is_not_answered() {
+    let world = sample_zone();
+    let server = Running::start(&world, &dns_config(&["0.0.0.0:0"], limits()));
+    let client = UdpSocket::bind("127.0.0.1:0").expect("binds");
+    client.set_broadcast(true).expect("sets");
+    let port = server.address().port();
+    client.send_to(&TestQuery { id: 1, ..query_for(WEB, A) }.packet(), ("127.255.255.255", port)).expect("sent");
+    // The next question is answered, and is the first that is: a datagram overtakes none on loopback,
+    // but two threads may, so the broadcast is looked for twice.
+    for id in [2, 3] {
+        let asked = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        assert_eq!(ask_udp(&client, asked, &TestQuery { id, ..query_for(WEB, A) }.packet()).0[..2], [0, id as u8]);
+    }
+    server.end().expect("ends well");
+}
+
+/// Fails twice with an error that has no kind of its own, then has a question, then stops.
+struct BrokenSocket<'s> {
+    calls: usize,
+    answers: &'s mut usize,
+    stopping: &'s AtomicBool,
+}
+
+impl DatagramSocket for BrokenSocket<'_> {
+    type Peer = ();
+
+    fn receive(&mut self, packet: &mut [u8]) -> io::Result<(usize, Option<()>)> {
+        self.calls += 1;
+        match self.calls {
+            1 | 2 => Err(io::Error::from_raw_os_error(5)), // EIO
+            3 => {
+                let query = query_for("web.prod.svc.cluster.local.", A).packet();
+                packet[..query.len()].copy_from_slice(&query);
+                Ok((query.len(), Some(())))
+            }
+            _ => {
+                self.stopping.store(true, Ordering::Relaxed);
+                Err(io::ErrorKind::TimedOut.into())
+            }
+        }
+    }
+
+    fn send(&mut self, _: &[u8], (): &()) -> io::Result<()> {
+        *self.answers += 1;
+        Ok(())
+    }
+}
+
+#[test]
+fn unknown_error_of_a_socket_is_counted_and_the_next_question_is_answered() {
+    let metrics = Metrics::new();
+    let listener = Listener { server: "dns://test".into(), proto: "udp", family: "1", zone: "z.".into() };
+    let tally = metrics.dns.sole(&listener);
+    let responder = Responder { zone: Arc::clone(&sample_zone().zone), nsid: Arc::new([]), tally };
+    let (mut answers, stopping) = (0, AtomicBool::new(false));
+    answer_all(BrokenSocket { calls: 0, answers: &mut answers, stopping: &stopping }, &responder, &stopping);
+    assert_eq!(answers, 1);
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, metrics.all()).expect("a String takes everything");
+    assert!(text.contains("gangplank_dns_udp_receive_errors_total{server=\"dns://test\"} 2"), "{text}");
 }
 
 #[test]
@@ -189,7 +281,8 @@ fn address_in_use_is_refused_and_named() {
     // And a foreign UDP socket, even one that would share.
     let foreign = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None).expect("a socket");
     foreign.set_reuse_port(true).expect("sets");
-    let any: SocketAddr = "127.0.0.1:0".parse().expect("valid");
+    // On an address of its own, because another test may have the port over TCP.
+    let any: SocketAddr = "127.44.0.1:0".parse().expect("valid");
     foreign.bind(&any.into()).expect("binds");
     let address = foreign.local_addr().expect("bound").as_socket().expect("an address").to_string();
     let error = bind(&dns_config(&[&address], limits())).expect_err("taken").to_string();
@@ -223,10 +316,6 @@ fn fragmented_message_is_answered() {
     let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], limits()));
     let mut stream = server.connect();
     stream.set_nodelay(true).expect("sets");
-    let mut response = query_for(WEB, A).packet();
-    response[2] |= 0x80;
-    send(&mut stream, &response);
-    send(&mut stream, b"");
     for octet in framed(&query_for(WEB, A).packet()) {
         stream.write_all(&[octet]).expect("sent");
     }
@@ -235,35 +324,144 @@ fn fragmented_message_is_answered() {
     server.end().expect("ends well");
 }
 
+/// Asked over TCP, each of these would cost work for nothing, as fast as a peer can send.
 #[test]
-fn connections_are_limited_in_all_and_per_peer_and_room_is_given_back() {
+fn frames_that_are_no_question_close_the_connection() {
     let world = sample_zone();
-    for (tcp, limit) in [
-        (TcpLimits { connections: 2, ..limits() }, "connections"),
-        (TcpLimits { per_peer: Some(2), ..limits() }, "connections_per_peer"),
-    ] {
-        let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], tcp));
-        let packet = query_for(WEB, A).packet();
-        let mut kept: Vec<TcpStream> = (0..2).map(|_| server.connect()).collect();
-        for stream in &mut kept {
-            send(stream, &packet);
-            receive(stream).expect("an answer");
-        }
-        assert!(drained(&mut server.connect()).is_empty(), "the third is closed");
-        assert_eq!(server.closed(limit), 1.0);
-        // UDP and the others go on.
-        let client = UdpSocket::bind("127.0.0.1:0").expect("binds");
-        ask_udp(&client, server.address(), &packet);
-        let mut first = kept.swap_remove(0);
-        send(&mut first, &packet);
-        receive(&mut first).expect("an answer");
-        first.shutdown(Shutdown::Write).expect("closed");
-        assert!(drained(&mut first).is_empty());
-        let mut next = server.connect();
-        send(&mut next, &packet);
-        receive(&mut next).expect("an answer");
-        server.end().expect("ends well");
+    let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], limits()));
+    let packet = query_for(WEB, A).packet();
+    let mut response = packet.clone();
+    response[2] |= 0x80;
+    for (closed, frame) in [&b""[..], &packet[..11], &response].into_iter().enumerate() {
+        let mut stream = server.connect();
+        stream.write_all(&[framed(&packet), framed(frame), framed(&packet)].concat()).expect("sent");
+        receive(&mut stream).expect("the question before is answered");
+        assert!(drained(&mut stream).is_empty(), "the question behind is not");
+        assert_eq!(server.closed("malformed"), closed as f64 + 1.0);
     }
+    server.end().expect("ends well");
+}
+
+/// Answers `question` times on a connection of its own, one after the other.
+fn answered_in_turn(server: &Running, questions: u16) {
+    let mut stream = server.connect();
+    for id in 0..questions {
+        send(&mut stream, &TestQuery { id, ..query_for(WEB, A) }.packet());
+        assert_eq!(receive(&mut stream).expect("an answer")[..2], id.to_be_bytes());
+    }
+}
+
+/// One worker, which a connection that never has to wait for its peer must not keep for itself.
+#[test]
+fn flood_of_one_connection_does_not_starve_another() {
+    let world = sample_zone();
+    let config = DnsConfig { threads: NonZeroUsize::MIN, ..dns_config(&["127.0.0.1:0"], limits()) };
+    let server = Running::start(&world, &config);
+    let done = Arc::new(AtomicBool::new(false));
+    // The cheapest frames that are questions: another opcode, answered by a header.
+    let mut frame = [0; 12];
+    frame[2] = 0x20;
+    let frames = framed(&frame).repeat(4096);
+    let floods: Vec<_> = (0..4)
+        .map(|_| {
+            let mut stream = server.connect();
+            let mut reader = stream.try_clone().expect("clones");
+            let (frames, done) = (frames.clone(), Arc::clone(&done));
+            let reading = std::thread::spawn(move || {
+                let mut answers = vec![0; 1 << 16];
+                let mut octets = 0;
+                while let Ok(read @ 1..) = reader.read(&mut answers) {
+                    octets += read;
+                }
+                octets / 14
+            });
+            let writing = std::thread::spawn(move || {
+                while !done.load(Ordering::Relaxed) && stream.write_all(&frames).is_ok() {}
+                let _ = stream.shutdown(Shutdown::Write);
+            });
+            (writing, reading)
+        })
+        .collect();
+    answered_in_turn(&server, 500);
+    done.store(true, Ordering::Relaxed);
+    for (writing, reading) in floods {
+        writing.join().expect("written");
+        assert!(reading.join().expect("read") >= 4096, "the flood was one");
+    }
+    server.end().expect("ends well");
+}
+
+#[test]
+fn connections_of_one_peer_are_limited() {
+    let world = sample_zone();
+    let tcp = TcpLimits { per_peer: Some(2), ..limits() };
+    let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], tcp));
+    let packet = query_for(WEB, A).packet();
+    let mut kept: Vec<TcpStream> = (0..2).map(|_| server.connect()).collect();
+    for stream in &mut kept {
+        send(stream, &packet);
+        receive(stream).expect("an answer");
+    }
+    assert!(drained(&mut server.connect()).is_empty(), "the third is closed");
+    assert_eq!(server.closed("peer_full"), 1.0);
+    let mut first = kept.swap_remove(0);
+    send(&mut first, &packet);
+    receive(&mut first).expect("an answer");
+    first.shutdown(Shutdown::Write).expect("closed");
+    assert!(drained(&mut first).is_empty());
+    let mut next = server.connect();
+    send(&mut next, &packet);
+    receive(&mut next).expect("an answer");
+    server.end().expect("ends well");
+}
+
+#[test]
+fn full_server_closes_the_idlest_connection_for_a_new_one() {
+    let world = sample_zone();
+    let server = Running::start(&world, &dns_config(&["127.0.0.1:0"], TcpLimits { connections: 2, ..limits() }));
+    let packet = query_for(WEB, A).packet();
+    let mut kept: Vec<TcpStream> = (0..2).map(|_| server.connect()).collect();
+    for index in [1, 0] {
+        send(&mut kept[index], &packet);
+        receive(&mut kept[index]).expect("an answer");
+    }
+    let mut third = server.connect();
+    send(&mut third, &packet);
+    receive(&mut third).expect("the new one is answered");
+    assert_eq!(server.closed("evicted"), 1.0);
+    assert!(drained(&mut kept[1]).is_empty(), "the idlest is closed");
+    send(&mut kept[0], &packet);
+    receive(&mut kept[0]).expect("the other goes on");
+    server.end().expect("ends well");
+}
+
+/// An address that takes every place loses some of its own: 127.0.0.1 against 127.0.0.2.
+#[test]
+fn peer_with_most_connections_makes_room_for_others() {
+    let world = sample_zone();
+    let server = Running::start(&world, &dns_config(&["0.0.0.0:0"], TcpLimits { connections: 50, ..limits() }));
+    let packet = query_for(WEB, A).packet();
+    let port = server.address().port();
+    let connect = |from: [u8; 4]| {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
+        socket.bind(&SocketAddr::from((from, 0)).into()).expect("an address of loopback");
+        socket.connect(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)).into()).expect("connects");
+        let stream: TcpStream = socket.into();
+        stream.set_read_timeout(Some(LONG)).expect("a timeout");
+        stream
+    };
+    let mut quiet = connect([127, 0, 0, 2]);
+    send(&mut quiet, &packet);
+    receive(&mut quiet).expect("an answer");
+    let flood: Vec<TcpStream> = (0..300).map(|_| connect([127, 0, 0, 1])).collect();
+    send(&mut quiet, &packet);
+    receive(&mut quiet).expect("the quiet one is older than all of the flood, and stays");
+    let mut another = connect([127, 0, 0, 3]);
+    send(&mut another, &packet);
+    receive(&mut another).expect("and others get in");
+    assert_eq!(server.closed("full"), 0.0);
+    drop(flood);
+    server.end().expect("ends well");
 }
 
 #[test]
@@ -302,7 +500,7 @@ fn slowly_sent_message_closes_the_connection() {
         }
     }
     assert!(ended && begun.elapsed() >= SHORT);
-    assert_eq!(server.closed("slow_message"), 1.0);
+    assert_eq!(server.closed("slow_request"), 1.0);
     server.end().expect("ends well");
 }
 

@@ -1,7 +1,10 @@
 //! Every limit refuses in its own words, counts it, and lets everyone else go on.
 
 use futures::stream;
-use tokio::{io::AsyncReadExt as _, net::TcpStream};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
@@ -61,11 +64,11 @@ async fn who_says_nothing_or_something_else_is_let_go() {
     let mut rest = Vec::new();
     let closed = soon("the connection is closed", silent.read_to_end(&mut rest)).await;
     assert!(closed.is_ok() || closed.is_err_and(|err| err.kind() == io::ErrorKind::ConnectionReset));
-    server.metric("gangplank_grpc_connections 0").await;
+    server.metric("gangplank_connections{listener=\"grpc\"} 0").await;
 
     // Whoever said the preface in time may take its time from there on.
     let mut client = server.client().await;
-    server.metric("gangplank_grpc_connections 1").await;
+    server.metric("gangplank_connections{listener=\"grpc\"} 1").await;
     let key = VALIDATOR.service("prod", "web").expect("valid");
     assert!(client.service(&key).await.expect("answered").is_none());
 }
@@ -89,7 +92,7 @@ async fn the_stop_ends_streams_and_waits_for_nobody_for_long() {
     server.ended().await;
     let end = soon("the end", answers.message()).await.expect_err("it stops");
     assert_eq!((end.code(), end.message()), (Code::Unavailable, "shutting down"));
-    server.metric("gangplank_grpc_connections 0").await;
+    server.metric("gangplank_connections{listener=\"grpc\"} 0").await;
     assert!(TcpStream::connect(server.address).await.is_err(), "the listener is closed");
 }
 
@@ -107,4 +110,87 @@ async fn an_unknown_method_is_one_label() {
             r#"grpc_server_handled_total{grpc_type="unknown",grpc_service="unknown",grpc_method="unknown",grpc_code="Unimplemented"} 1"#,
         )
         .await;
+}
+
+/// Reads until the server closes the connection.
+async fn closed(mut stream: TcpStream) {
+    let mut rest = Vec::new();
+    let closed = soon("the connection is closed", stream.read_to_end(&mut rest)).await;
+    assert!(closed.is_ok() || closed.is_err_and(|err| err.kind() == io::ErrorKind::ConnectionReset));
+}
+
+/// A connection that says the preface and nothing else.
+async fn idle_peer(server: &TestServer) -> TcpStream {
+    let mut stream = TcpStream::connect(server.address).await.expect("it listens");
+    // RFC 9113 §3.4: the preface and an empty SETTINGS frame.
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("it reads");
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn idle_connections_are_closed_for_new_ones_and_those_in_use_stay() {
+    let limits = ConnectionLimits { connections: 3, ..CONNECTIONS };
+    let server = TestServer::with_connections(Registry::working(10), LIMITS, limits).await;
+    let mut client = ServiceRegistryClient::new(server.channel().await);
+    let (send, messages) = tokio::sync::mpsc::channel(1);
+    send.send(message(0)).await.expect("it is read");
+    let mut answers = client.registration_event(ReceiverStream::new(messages)).await.expect("served").into_inner();
+    assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
+
+    let first = idle_peer(&server).await;
+    server.metric("gangplank_connections{listener=\"grpc\"} 2").await;
+    let _second = idle_peer(&server).await;
+    server.metric("gangplank_connections{listener=\"grpc\"} 3").await;
+    // The stream's connection is the oldest, and in use: the first idle one has to go.
+    let _third = idle_peer(&server).await;
+    closed(first).await;
+    server.metric("gangplank_connections_closed_total{listener=\"grpc\",reason=\"evicted\"} 1").await;
+    server.metric("gangplank_connections{listener=\"grpc\"} 3").await;
+    send.send(message(1)).await.expect("it is read");
+    assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connection_is_refused_when_all_are_in_use() {
+    let limits = ConnectionLimits { connections: 1, ..CONNECTIONS };
+    let server = TestServer::with_connections(Registry::working(10), LIMITS, limits).await;
+    let mut client = ServiceRegistryClient::new(server.channel().await);
+    let (send, messages) = tokio::sync::mpsc::channel(1);
+    send.send(message(0)).await.expect("it is read");
+    let mut answers = client.registration_event(ReceiverStream::new(messages)).await.expect("served").into_inner();
+    assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
+    closed(TcpStream::connect(server.address).await.expect("it listens")).await;
+    server.metric("gangplank_connections_closed_total{listener=\"grpc\",reason=\"full\"} 1").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connection_without_a_call_is_closed_when_idle() {
+    let limits = ConnectionLimits { idle: Duration::from_millis(50), ..CONNECTIONS };
+    let server = TestServer::with_connections(Registry::working(10), LIMITS, limits).await;
+    closed(idle_peer(&server).await).await;
+    server.metric("gangplank_connections_closed_total{listener=\"grpc\",reason=\"idle\"} 1").await;
+    server.metric("gangplank_connections{listener=\"grpc\"} 0").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn old_connection_is_replaced_and_its_stream_goes_on() {
+    let limits = ConnectionLimits { max_age: Duration::from_millis(50), ..CONNECTIONS };
+    let server = TestServer::with_connections(Registry::working(10), LIMITS, limits).await;
+    let mut client = ServiceRegistryClient::new(server.channel().await);
+    let (send, messages) = tokio::sync::mpsc::channel(1);
+    send.send(message(0)).await.expect("it is read");
+    let mut answers = client.registration_event(ReceiverStream::new(messages)).await.expect("served").into_inner();
+    assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
+    server.metric("gangplank_connections_closed_total{listener=\"grpc\",reason=\"max_age\"} 1").await;
+    send.send(message(1)).await.expect("it is read");
+    assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
+    // A call that meets the end of the old connection fails in tonic's client; the next one opens another.
+    let mut answered = client.register(ServiceInfo::default()).await;
+    for _ in 0..10 {
+        if answered.is_ok() {
+            break;
+        }
+        answered = client.register(ServiceInfo::default()).await;
+    }
+    assert_eq!(answered.expect("served").into_inner().status, 400);
 }

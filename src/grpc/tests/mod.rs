@@ -29,6 +29,10 @@ pub(super) const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_all
 /// Longest that a test waits for anything.
 const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Limits that nothing here reaches by itself.
+const CONNECTIONS: ConnectionLimits =
+    ConnectionLimits { connections: 1000, idle: Duration::from_secs(600), max_age: Duration::from_secs(3600) };
+
 async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(TEST_TIMEOUT, future).await.unwrap_or_else(|_| panic!("{what}: not within {TEST_TIMEOUT:?}"))
 }
@@ -124,11 +128,15 @@ impl TestServer {
     }
 
     async fn serving(registry: Registry, limits: Limits) -> Self {
+        Self::with_connections(registry, limits, CONNECTIONS).await
+    }
+
+    async fn with_connections(registry: Registry, limits: Limits, connections: ConnectionLimits) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
         let address = listener.local_addr().expect("bound");
         let stop = CancellationToken::new();
         let mut running = JoinSet::new();
-        running.spawn(serve(vec![listener], registry.context.clone(), stop.clone(), limits));
+        running.spawn(serve(vec![listener], registry.context.clone(), connections, limits, stop.clone()));
         Self { registry, address, stop, running }
     }
 

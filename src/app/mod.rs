@@ -1,9 +1,11 @@
 //! The composition root: [`bind`] acquires what another process may hold, [`Bound::run`] does the
 //! rest. The only module that imports every other; `main` and the tests share it.
 
+mod parts;
+
 use std::{
     io,
-    net::{SocketAddr, TcpListener as StdTcpListener},
+    net::{IpAddr, SocketAddr, TcpListener as StdTcpListener},
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -11,16 +13,18 @@ use std::{
 
 use anyhow::{Context as _, anyhow};
 use futures::FutureExt as _;
-use tokio::{net::TcpListener, runtime::Handle, sync::oneshot, task::JoinSet, time::timeout};
+use tokio::{net::TcpListener, runtime::Handle, sync::oneshot, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use self::parts::Parts;
 use crate::{
     admin::{self, Admin},
     config::Config,
     dns, grpc,
     kubernetes::Kubernetes,
     metrics::Metrics,
+    net::{self, ConnectionCaps, DescriptorBudget},
     registry::{self, Unrecovered},
     store::{self, DataDir, RecoveryProgress},
     zone::{Publisher, Zone, ZoneConfig},
@@ -28,6 +32,9 @@ use crate::{
 
 /// How long everything may take to end after it was told to stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Threads of the admin listener: a long list on one does not delay a probe on the other.
+const ADMIN_THREADS: usize = 2;
 
 /// How often a recovery logs its progress; one that is shorter logs nothing.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
@@ -47,8 +54,8 @@ pub struct Bound {
 ///
 /// # Errors
 /// What another process holds, or what cannot be bound, by name.
-pub fn bind(config: Config) -> anyhow::Result<Bound> {
-    raise_open_files();
+pub fn bind(mut config: Config) -> anyhow::Result<Bound> {
+    share_descriptors(&mut config)?;
     let data_dir = DataDir::lock(&config.data_dir)?;
     let grpc = listen("--grpc-listen", &config.grpc_listen)?;
     let admin = listen("--admin-listen", &config.admin_listen)?;
@@ -73,14 +80,27 @@ fn listen(flag: &str, addresses: &[SocketAddr]) -> anyhow::Result<Vec<StdTcpList
         .collect()
 }
 
-/// Connections and streams need descriptors, and the usual soft limit is 1024.
-fn raise_open_files() {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    if let Err(err) = setrlimit(Resource::Nofile, limit) {
-        warn!(error = &err as &dyn std::error::Error, "the limit on open files stays where it is");
+/// Splits the limit on open files among the listeners, and says which of them gets less than its flag.
+fn share_descriptors(config: &mut Config) -> anyhow::Result<()> {
+    let limit = net::raise_open_files_limit();
+    let dns = &mut config.dns;
+    let sockets = config.grpc_listen.len() + config.admin_listen.len() + dns.listen.len() * (1 + dns.threads.get());
+    let wanted =
+        ConnectionCaps { grpc: config.grpc.connections, dns: dns.tcp.connections, admin: config.admin_connections };
+    let DescriptorBudget { caps, limit } = DescriptorBudget::split(limit, sockets, wanted)?;
+    for (flag, wanted, granted) in [
+        ("--grpc-connections", wanted.grpc, caps.grpc),
+        ("--tcp-connections", wanted.dns, caps.dns),
+        ("--admin-connections", wanted.admin, caps.admin),
+    ] {
+        if granted < wanted {
+            warn!("{flag} {wanted}: lowered to {granted}, because the limit on open files (RLIMIT_NOFILE) is {limit}");
+        }
     }
+    config.grpc.connections = caps.grpc;
+    dns.tcp.connections = caps.dns;
+    config.admin_connections = caps.admin;
+    Ok(())
 }
 
 impl Bound {
@@ -120,6 +140,8 @@ impl Bound {
             registry,
             kubernetes,
             drain,
+            grpc: grpc_limits,
+            admin_connections,
             grpc_listen: _,
             admin_listen: _,
             dns: _,
@@ -130,7 +152,7 @@ impl Bound {
             None => None,
         };
         let metrics = Arc::new(Metrics::new());
-        let (zone, publisher) = Zone::new(with_name_servers(zone, &dns.addresses()));
+        let (zone, publisher) = Zone::new(with_name_servers(zone, &dns.reachable_addresses()?));
         let (registry, unrecovered) = registry::new(registry, Arc::clone(&metrics));
         let status = registry.status().clone();
 
@@ -147,7 +169,8 @@ impl Bound {
             status: status.clone(),
             metrics: Arc::clone(&metrics),
         };
-        parts.spawn("the admin listeners", admin::run(from_std(admin)?, pages, stop_answers.clone()));
+        let admin = admin::run(admin, pages, admin_connections, stop_answers.clone());
+        parts.spawn("the admin listeners", net::run_on_runtime("admin", ADMIN_THREADS, admin)?);
 
         if let Some(kubernetes) = kubernetes {
             let mirror = kubernetes.run(registry.clone(), Arc::clone(&metrics), stop_answers.clone());
@@ -155,7 +178,7 @@ impl Bound {
         }
 
         let services = grpc::ServerContext { registry, validator, metrics };
-        let calls = grpc::run(from_std(grpc)?, services, stop_grpc.clone());
+        let calls = grpc::run(from_std(grpc)?, services, grpc_limits, stop_grpc.clone());
         let then_writer = stop_writer.clone();
         parts.spawn("the gRPC listeners", async move {
             let ended = calls.await;
@@ -167,58 +190,23 @@ impl Bound {
         let writer = spawn_writer(recovery, ready, stop_writer.clone())?;
         parts.spawn("the registry", async { writer.await.context("its thread panicked")? });
 
-        let failed = tokio::select! {
+        let mut failed = tokio::select! {
             () = shutdown => None,
-            failed = parts.first() => Some(failed),
+            failed = parts.first_end() => Some(failed),
         };
         status.drain();
         stop_grpc.cancel();
         if failed.is_none() {
             info!(?drain, "shutting down: registrations are refused, DNS answers until the drain time is over");
-            tokio::time::sleep(drain).await;
+            failed = parts.drain(drain).await;
         }
         stop_writer.cancel();
         stop_answers.cancel();
-        if timeout(STOP_TIMEOUT, parts.rest()).await.is_err() {
-            warn!("not everything stopped in time; what was acknowledged is safe");
+        match timeout(STOP_TIMEOUT, parts.end()).await {
+            Ok(failed_last) => failed = failed.or(failed_last),
+            Err(_) => warn!("not everything stopped in time; what was acknowledged is safe"),
         }
         failed.map_or(Ok(()), Err)
-    }
-}
-
-/// The tasks that make up the server, by name. None of them ends before it is told to, unless it
-/// failed, and then the others must not go on as if the server were whole.
-#[derive(Debug, Default)]
-struct Parts(JoinSet<(&'static str, anyhow::Result<()>)>);
-
-impl Parts {
-    fn spawn<E: Into<anyhow::Error>>(
-        &mut self,
-        name: &'static str,
-        part: impl Future<Output = Result<(), E>> + Send + 'static,
-    ) {
-        self.0.spawn(async move { (name, part.await.map_err(Into::into)) });
-    }
-
-    /// Why the first of them ended.
-    async fn first(&mut self) -> anyhow::Error {
-        match self.0.join_next().await {
-            Some(Ok((name, Err(err)))) => err.context(format!("{name} failed")),
-            Some(Ok((name, Ok(())))) => anyhow!("{name} ended without being told to"),
-            Some(Err(err)) => anyhow!(err).context("a part of the server panicked"),
-            None => anyhow!("nothing was started"),
-        }
-    }
-
-    /// Waits for all that are left, now that they were told to stop.
-    async fn rest(&mut self) {
-        while let Some(ended) = self.0.join_next().await {
-            match ended {
-                Ok((_, Ok(()))) => {}
-                Ok((name, Err(err))) => warn!("{name} failed while stopping: {err:#}"),
-                Err(err) => warn!("a part of the server panicked while stopping: {err}"),
-            }
-        }
     }
 }
 
@@ -289,17 +277,12 @@ fn from_std(listeners: Vec<StdTcpListener>) -> io::Result<Vec<TcpListener>> {
     listeners.into_iter().map(TcpListener::from_std).collect()
 }
 
-/// Where no addresses of the zone's name server were given, they are the bound ones that others
-/// can reach.
-fn with_name_servers(zone: ZoneConfig, bound: &[SocketAddr]) -> ZoneConfig {
+/// Where no addresses of the zone's name server were given, they are those that others can reach.
+fn with_name_servers(zone: ZoneConfig, reachable: &[IpAddr]) -> ZoneConfig {
     if !zone.ns_addresses.is_empty() {
         return zone;
     }
-    let reachable = bound.iter().map(SocketAddr::ip).filter(|ip| !ip.is_loopback());
-    let mut ns_addresses: Vec<_> = reachable.collect();
-    ns_addresses.sort_unstable();
-    ns_addresses.dedup();
-    ZoneConfig { ns_addresses, ..zone }
+    ZoneConfig { ns_addresses: reachable.to_vec(), ..zone }
 }
 
 #[cfg(test)]
@@ -329,11 +312,8 @@ mod tests {
             ns_addresses: ns.iter().map(|ip| ip.parse().expect("an address")).collect(),
             publish_not_ready: false,
         };
-        let bound: Vec<SocketAddr> = ["127.0.0.1:53", "10.0.0.2:53", "10.0.0.2:54", "[::1]:53"]
-            .iter()
-            .map(|address| address.parse().expect("an address"))
-            .collect();
-        assert_eq!(with_name_servers(zone(&[]), &bound).ns_addresses, zone(&["10.0.0.2"]).ns_addresses);
-        assert_eq!(with_name_servers(zone(&["10.9.9.9"]), &bound).ns_addresses, zone(&["10.9.9.9"]).ns_addresses);
+        let reachable: Vec<IpAddr> = zone(&["10.0.0.2", "10.0.0.3"]).ns_addresses;
+        assert_eq!(with_name_servers(zone(&[]), &reachable).ns_addresses, reachable);
+        assert_eq!(with_name_servers(zone(&["10.9.9.9"]), &reachable).ns_addresses, zone(&["10.9.9.9"]).ns_addresses);
     }
 }

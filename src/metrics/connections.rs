@@ -1,0 +1,90 @@
+//! Metrics of the TCP connections of every listener.
+
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::{metrics::gauge::Gauge, registry::Registry};
+
+use super::labels::{EnumCounter, EnumGauge, label_enum};
+
+label_enum! {
+    /// What a listener serves.
+    pub enum ListenerKind {
+        /// Registrants and readers.
+        Grpc => "grpc",
+        /// DNS over TCP.
+        Dns => "dns",
+        /// The operator's HTTP.
+        Admin => "admin",
+    }
+}
+
+label_enum! {
+    /// Why the server refused or ended a connection.
+    pub enum CloseReason {
+        /// As many connections as there may be, and none that could be closed instead.
+        Full => "full",
+        /// As many connections of that peer as there may be.
+        PeerFull => "peer_full",
+        /// Closed for a new connection, or for memory.
+        Evicted => "evicted",
+        /// Nothing was asked for too long.
+        Idle => "idle",
+        /// As old as a connection may be.
+        MaxAge => "max_age",
+        /// A request took too long to arrive.
+        SlowRequest => "slow_request",
+        /// The peer took too long to read its answers.
+        SlowReader => "slow_reader",
+        /// What came can be no request.
+        Malformed => "malformed",
+    }
+}
+
+/// Connections of all listeners.
+#[derive(Debug)]
+pub struct ConnectionMetrics {
+    /// Open.
+    pub open: EnumGauge<ListenerKind>,
+    /// The most that may be open.
+    pub max: EnumGauge<ListenerKind>,
+    /// Accepted and admitted.
+    pub accepted: EnumCounter<ListenerKind>,
+    /// Failed accepts.
+    pub accept_errors: EnumCounter<ListenerKind>,
+    /// Refused or ended by the server.
+    pub closed: EnumCounter<(ListenerKind, CloseReason)>,
+    /// Bytes that are held for TCP peers of DNS: answers that they do not read, questions that they
+    /// do not finish.
+    pub dns_held_bytes: Gauge<u64, AtomicU64>,
+}
+
+impl ConnectionMetrics {
+    /// Makes them and adds them to `all`.
+    pub(super) fn register(all: &mut Registry) -> Self {
+        let all = all.sub_registry_with_prefix("gangplank");
+        let dns_held_bytes = Gauge::default();
+        all.register(
+            "dns_tcp_held_bytes",
+            "Answers that TCP peers do not read and questions that they do not finish, in bytes",
+            dns_held_bytes.clone(),
+        );
+        Self {
+            open: EnumGauge::register(all, "connections", "listener", "Open TCP connections"),
+            max: EnumGauge::register(all, "connections_max", "listener", "The most TCP connections that may be open"),
+            accepted: EnumCounter::register(all, "connections_accepted", "listener", "TCP connections accepted"),
+            accept_errors: EnumCounter::register(
+                all,
+                "accept_errors",
+                "listener",
+                "Times that a connection could not be accepted",
+            ),
+            closed: EnumCounter::register(
+                all,
+                "connections_closed",
+                ("listener", "reason"),
+                "TCP connections that the server refused or ended, by reason",
+            ),
+            dns_held_bytes,
+        }
+    }
+}
