@@ -42,6 +42,8 @@ label_enum! {
         Forbidden => "forbidden",
         /// 422 and other faults of the request: the server's rules or an admission policy.
         Invalid => "invalid",
+        /// 500 because an admission webhook failed.
+        WebhookFailed => "webhook_failed",
         /// 429, or another answer with `Retry-After`.
         Busy => "busy",
         /// 5xx
@@ -62,6 +64,8 @@ label_enum! {
         Forbidden => "forbidden",
         /// The API server refuses the object.
         Invalid => "invalid",
+        /// An admission webhook fails, and its failurePolicy is Fail.
+        Webhook => "webhook",
     }
 }
 

@@ -5,8 +5,9 @@
 //! are held. Without a mirror nothing is ever behind.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     mem,
+    net::IpAddr,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -39,8 +40,31 @@ struct ServiceProgress {
     since: UnixMillis,
     /// Whether it is among the dirty.
     queued: bool,
-    /// Who waits for which generation.
-    waiters: Vec<(u64, oneshot::Sender<()>)>,
+    waiters: Vec<Waiter>,
+    /// What Kubernetes has though something of the service is refused.
+    partial: PartialConfirmation,
+}
+
+/// Who waits for a generation of a service.
+#[derive(Debug)]
+struct Waiter {
+    generation: u64,
+    /// What was registered or removed; `None` for a name, which no slice has.
+    address: Option<IpAddr>,
+    sender: oneshot::Sender<()>,
+}
+
+/// Slices up to a generation, without the addresses in slices that were refused.
+#[derive(Debug, Default)]
+struct PartialConfirmation {
+    generation: u64,
+    outdated: HashSet<IpAddr>,
+}
+
+impl PartialConfirmation {
+    fn covers(&self, generation: u64, address: Option<IpAddr>) -> bool {
+        generation <= self.generation && address.is_none_or(|address| !self.outdated.contains(&address))
+    }
 }
 
 /// How far behind the mirror is as a whole.
@@ -76,6 +100,7 @@ impl MirrorProgress {
                 since: received,
                 queued: false,
                 waiters: Vec::new(),
+                partial: PartialConfirmation::default(),
             });
             progress.generation = progress.generation.max(generation);
             if !mem::replace(&mut progress.queued, true) {
@@ -111,7 +136,7 @@ impl MirrorProgress {
         let mut unmirrored = self.lock();
         let Some(progress) = unmirrored.services.get_mut(service) else { return false };
         let (reached, waiters): (Vec<_>, Vec<_>) =
-            mem::take(&mut progress.waiters).into_iter().partition(|(wanted, _)| *wanted <= generation);
+            mem::take(&mut progress.waiters).into_iter().partition(|waiter| waiter.generation <= generation);
         if progress.generation <= generation {
             unmirrored.services.remove(service);
         } else {
@@ -120,27 +145,53 @@ impl MirrorProgress {
         }
         drop(unmirrored);
         // One that gave up has dropped its receiver.
-        for (_, waiter) in reached {
-            let _ = waiter.send(());
+        for waiter in reached {
+            let _ = waiter.sender.send(());
         }
         true
     }
 
-    /// Completes when Kubernetes has `generation` of `service`: at once where nothing is behind.
-    /// There is no timeout; dropping the future ends the wait.
-    pub fn confirmed(&self, service: &ServiceKey, generation: u64) -> impl Future<Output = ()> + Send + use<> {
+    /// Kubernetes has the slices of `service` up to `generation`, except those with `outdated`
+    /// addresses. The service stays behind until [`confirm`](Self::confirm).
+    pub fn confirm_slices(&self, service: &ServiceKey, generation: u64, outdated: HashSet<IpAddr>) {
+        let mut unmirrored = self.lock();
+        let Some(progress) = unmirrored.services.get_mut(service) else { return };
+        progress.partial = PartialConfirmation { generation, outdated };
+        let (reached, waiters): (Vec<_>, Vec<_>) = mem::take(&mut progress.waiters)
+            .into_iter()
+            .partition(|waiter| progress.partial.covers(waiter.generation, waiter.address));
+        progress.waiters = waiters;
+        drop(unmirrored);
+        for waiter in reached {
+            let _ = waiter.sender.send(());
+        }
+    }
+
+    /// Completes when Kubernetes has `generation` of `service`, as far as the slice of `address` is
+    /// concerned: at once where nothing is behind. There is no timeout; dropping the future ends the wait.
+    pub fn confirmed(
+        &self,
+        service: &ServiceKey,
+        generation: u64,
+        address: Option<IpAddr>,
+    ) -> impl Future<Output = ()> + Send + use<> {
         let receiver = {
             let mut unmirrored = self.lock();
-            unmirrored.services.get_mut(service).map(|progress| {
+            unmirrored.services.get_mut(service).and_then(|progress| {
+                // A later generation than its last change has nothing new of this service.
+                let generation = generation.min(progress.generation);
+                if progress.partial.covers(generation, address) {
+                    return None;
+                }
                 if progress.waiters.len() == progress.waiters.capacity() {
                     // Drop cancelled waiters only when the list is full, then let it double before the
                     // next sweep: amortised O(1), though thousands may wait for one service.
-                    progress.waiters.retain(|(_, waiter)| !waiter.is_closed());
+                    progress.waiters.retain(|waiter| !waiter.sender.is_closed());
                     progress.waiters.reserve(progress.waiters.len());
                 }
                 let (sender, receiver) = oneshot::channel();
-                progress.waiters.push((generation, sender));
-                receiver
+                progress.waiters.push(Waiter { generation, address, sender });
+                Some(receiver)
             })
         };
         async move {
@@ -187,8 +238,8 @@ mod tests {
         assert_eq!(mirror_progress.take_dirty().now_or_never(), None);
         assert_eq!(mirror_progress.lag(), MirrorLag { services: 2, since: Some(UnixMillis(1)) });
 
-        let mut seven = Box::pin(mirror_progress.confirmed(&key("web"), 7));
-        let mut eight = Box::pin(mirror_progress.confirmed(&key("web"), 8));
+        let mut seven = Box::pin(mirror_progress.confirmed(&key("web"), 7, None));
+        let mut eight = Box::pin(mirror_progress.confirmed(&key("web"), 8, None));
         assert!(mirror_progress.confirm(&key("web"), 7));
         assert_eq!((seven.as_mut().now_or_never(), eight.as_mut().now_or_never()), (Some(()), None));
         mirror_progress.mark_dirty([(key("web"), 9, UnixMillis(4))]);
@@ -196,7 +247,7 @@ mod tests {
         assert!(mirror_progress.confirm(&key("web"), 9));
         assert_eq!(eight.now_or_never(), Some(()));
         assert!(!mirror_progress.confirm(&key("web"), 9), "it was not behind any more");
-        assert_eq!(mirror_progress.confirmed(&key("web"), 9).now_or_never(), Some(()));
+        assert_eq!(mirror_progress.confirmed(&key("web"), 9, None).now_or_never(), Some(()));
         assert_eq!(mirror_progress.lag().services, 1);
     }
 
@@ -206,7 +257,7 @@ mod tests {
         mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1))]);
         let mut patient = Vec::new();
         for n in 0..10_000 {
-            let waits = Box::pin(mirror_progress.confirmed(&key("web"), 7));
+            let waits = Box::pin(mirror_progress.confirmed(&key("web"), 7, None));
             if n % 100 == 0 {
                 patient.push(waits);
             }
@@ -221,7 +272,29 @@ mod tests {
     fn nothing_is_behind_without_a_mirror() {
         let mirror_progress = MirrorProgress::new(false);
         mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1))]);
-        assert_eq!(mirror_progress.confirmed(&key("web"), 7).now_or_never(), Some(()));
+        assert_eq!(mirror_progress.confirmed(&key("web"), 7, None).now_or_never(), Some(()));
         assert_eq!(mirror_progress.lag(), MirrorLag::default());
+    }
+
+    #[test]
+    fn registration_waits_for_its_own_slice_only() {
+        let mirror_progress = MirrorProgress::new(true);
+        let [refused, accepted] = ["10.0.0.1", "10.0.0.2"].map(|text| text.parse::<IpAddr>().ok());
+        mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1))]);
+        let waiters = || {
+            [refused, accepted, None].map(|address| mirror_progress.confirmed(&key("web"), 7, address).now_or_never())
+        };
+        assert_eq!(waiters(), [None; 3]);
+        let mut early = [refused, accepted].map(|address| Box::pin(mirror_progress.confirmed(&key("web"), 7, address)));
+        mirror_progress.confirm_slices(&key("web"), 7, refused.into_iter().collect());
+        assert_eq!(early.each_mut().map(|waiter| waiter.as_mut().now_or_never()), [None, Some(())]);
+        // So do those who come later, and those who changed nothing in a later generation.
+        assert_eq!(waiters(), [None, Some(()), Some(())]);
+        assert_eq!(mirror_progress.confirmed(&key("web"), 9, accepted).now_or_never(), Some(()));
+        assert_eq!(mirror_progress.lag().services, 1, "the service is behind nevertheless");
+        mirror_progress.mark_dirty([(key("web"), 8, UnixMillis(1))]);
+        assert_eq!(mirror_progress.confirmed(&key("web"), 8, accepted).now_or_never(), None);
+        assert!(mirror_progress.confirm(&key("web"), 8));
+        assert_eq!(waiters(), [Some(()); 3]);
     }
 }

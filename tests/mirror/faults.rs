@@ -3,12 +3,15 @@
 
 use std::{env, time::Duration};
 
+use gangplank::grpc::proto::registry::RegistrationType;
+
 use super::{
     MirrorHarness, dns_probe::DnsProbe, every_address, make_namespace, private_cluster_lock, resolve, serve_by,
     wait_for_addresses,
 };
 use crate::support::{
     cluster::Cluster,
+    http,
     proxy::{Call, Fault, Proxy},
     server::Server,
     stream::{Stream, message},
@@ -167,12 +170,103 @@ fn refused_slice_does_not_delay_the_other_slices() {
     let full = on.proxy.inject(Fault::answer(403), slices_of("quota", "create"));
     assert_eq!(on.stream.register("quota", "web", "2001:db8::1").0, 202, "it needs a slice of its own");
     full.wait_hits(1);
-    assert_eq!(on.stream.remove("quota", "web", "10.0.0.1").0, 202);
+    // What is in another slice than the refused one is confirmed, though the service is behind.
+    assert_eq!(on.stream.remove("quota", "web", "10.0.0.1").0, 204);
     on.wait_for("web", &["10.0.0.2"]);
+    assert_eq!(on.register("web", "10.0.0.3"), 201);
+    assert_eq!(on.register("web", "10.0.0.3"), 200);
+    on.wait_behind(1.0);
+    assert!(full.hits() <= 3, "{full:?}: a refused slice is not written again with every change");
     full.lift();
-    assert!(matches!(on.register("web", "10.0.0.3"), 201 | 202));
     on.wait_for("web", &["10.0.0.2", "10.0.0.3", "2001:db8::1"]);
     on.end();
+}
+
+#[test]
+fn refused_service_does_not_delay_registrations_in_its_slices() {
+    let Some(mut on) = Faulty::start("amended") else { return };
+    let refused =
+        on.proxy.inject(Fault::answer(422), |call| call.is("update", "services") && call.namespace == "amended");
+    // Another port, so that the Service changes too.
+    let mut other = message(RegistrationType::Register, "amended", "web", "10.0.0.2");
+    other.ports[0].name = "admin".into();
+    other.ports[0].port = 9090;
+    assert_eq!(on.stream.exchange(vec![other]).0, [201]);
+    refused.wait_hits(1);
+    for n in 3..20 {
+        assert_eq!(on.register("web", &format!("10.0.0.{n}")), 201);
+    }
+    assert!(refused.hits() <= 4, "{refused:?}: the refused Service is not written again with every change");
+    on.wait_behind(1.0);
+    refused.lift();
+    on.wait_behind(0.0);
+    on.end();
+}
+
+/// Hundreds of services of one namespace behind a webhook that hangs.
+#[test]
+fn hanging_namespace_does_not_delay_the_others() {
+    const HANGING: usize = 300;
+    let Some(mut on) = Faulty::start("healthy") else { return };
+    make_namespace(on.harness.cluster, &mut on.stream, "stuck");
+    let hung = on.proxy.inject(Fault::Hang, |call| call.namespace == "stuck" && call.is_write());
+    let many = (0..HANGING).map(|n| {
+        message(RegistrationType::Register, "stuck", &format!("s{n}"), &format!("10.1.{}.{}", n / 250, n % 250))
+    });
+    let (statuses, _) = on.stream.exchange(many.collect());
+    assert_eq!(statuses, [202; HANGING]);
+    hung.wait_hits(16);
+    // Until requests have timed out and are tried again.
+    for n in 0.. {
+        let service = format!("s{n}");
+        assert_eq!(on.register(&service, "10.0.1.1"), 201, "after {hung:?}");
+        assert_eq!(on.register(&service, "10.0.1.2"), 201, "after {hung:?}");
+        if hung.hits() >= 20 {
+            break;
+        }
+    }
+    let asked = |call: &Call| call.namespace == "stuck" && call.is_write();
+    assert!(on.proxy.count(asked) < 40, "{}", on.proxy.count(asked));
+    hung.lift();
+    wait_until("all are mirrored", || (every_address(on.harness.cluster, "stuck").len() == HANGING + 1).then_some(()));
+    on.end();
+}
+
+/// An empty data directory begins a new term, and every slice is written again under it.
+#[test]
+fn registration_does_not_wait_for_the_restamping_of_all_slices() {
+    const SERVICES: usize = 800;
+    let Some(cluster) = Cluster::private() else { return };
+    let _lock = private_cluster_lock();
+    let kubeconfig = cluster.kubeconfig_for_gangplank();
+    let mut server: Server = serve_by(&kubeconfig, &[]);
+    let mut stream = Stream::open(server.grpc);
+    make_namespace(&cluster, &mut stream, "restamp");
+    let many = (0..SERVICES).map(|n| {
+        message(RegistrationType::Register, "restamp", &format!("s{n}"), &format!("10.1.{}.{}", n / 250, n % 250))
+    });
+    stream.exchange(many.collect());
+    wait_until("all are mirrored", || (every_address(&cluster, "restamp").len() == SERVICES + 1).then_some(()));
+    server.kill9();
+    // Slow enough that it lasts for some seconds on any machine.
+    let server = serve_by(&kubeconfig, &["--kubernetes-qps", "100"]);
+    let mut stream = Stream::open(server.grpc);
+    let waiting = || {
+        let (_, text) = http::get(server.admin, "/metrics");
+        let length = text.lines().find_map(|line| line.strip_prefix("gangplank_mirror_queue_length "));
+        length.expect("it is there").parse::<f64>().expect("a number")
+    };
+    wait_until("slices are written again", || (waiting() > 0.0).then_some(()));
+    let mut during = 0;
+    while waiting() > 0.0 {
+        // A service that is new, and one that waits for its own turn.
+        for service in [format!("new{during}"), format!("s{}", SERVICES - 1 - during)] {
+            let (status, took) = stream.register("restamp", &service, "10.2.0.1");
+            assert_eq!(status, 201, "{service} after {took:?}, while {} wait", waiting());
+        }
+        during += 1;
+    }
+    assert!(during >= 3, "{during} rounds during the restamping");
 }
 
 #[test]
@@ -243,7 +337,7 @@ fn writes_respect_the_rate_limit() {
     make_namespace(&cluster, &mut stream, "rate");
     proxy.forget_calls();
     let steady = DnsProbe::start(server.dns, "rate");
-    let register = gangplank::grpc::proto::registry::RegistrationType::Register;
+    let register = RegistrationType::Register;
     let bulk =
         (0..services).map(|n| message(register, "rate", &format!("s{n}"), &format!("10.0.{}.{}", n / 250, n % 250)));
     let (statuses, took) = stream.exchange(bulk.collect());

@@ -6,6 +6,7 @@
 
 use std::{
     future::{Ready, ready},
+    net::IpAddr,
     time::Duration,
 };
 
@@ -13,7 +14,7 @@ use futures::future::Either;
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
-    model::ServiceKey,
+    model::{Address, ServiceKey},
     registry::{Command, Outcome, RegistryHandle},
 };
 
@@ -24,7 +25,7 @@ const MIRROR_TIMEOUT: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct MirrorWait {
     /// What, and until when at most; `None` without a mirror.
-    wanted: Option<(ServiceKey, Instant)>,
+    wanted: Option<(ServiceKey, Option<IpAddr>, Instant)>,
 }
 
 impl MirrorWait {
@@ -33,12 +34,16 @@ impl MirrorWait {
         if !registry.mirror_progress().is_mirrored() {
             return Self { wanted: None };
         }
-        let service = match command {
-            Command::Register { service, .. }
-            | Command::Unregister { service, .. }
-            | Command::SetReady { service, .. } => service.clone(),
+        let (service, address) = match command {
+            Command::Register { service, instance } => (service, instance.address()),
+            Command::Unregister { service, address, .. } => (service, address),
+            Command::SetReady { service, id, .. } => (service, &id.address),
         };
-        Self { wanted: Some((service, Instant::now() + MIRROR_TIMEOUT)) }
+        let ip = match address {
+            Address::Ip(ip) => Some(*ip),
+            Address::Name(_) => None,
+        };
+        Self { wanted: Some((service.clone(), ip, Instant::now() + MIRROR_TIMEOUT)) }
     }
 
     /// Whether Kubernetes has what `outcome` left in `generation`, as soon as it has, or when it
@@ -52,8 +57,8 @@ impl MirrorWait {
         let stands = matches!(outcome, Outcome::Created | Outcome::Updated | Outcome::Unchanged | Outcome::Removed(_));
         match self.wanted.filter(|_| stands) {
             None => Either::Left(ready(true)),
-            Some((service, until)) => {
-                let confirmed = registry.mirror_progress().confirmed(&service, generation);
+            Some((service, address, until)) => {
+                let confirmed = registry.mirror_progress().confirmed(&service, generation, address);
                 Either::Right(async move { timeout_at(until, confirmed).await.is_ok() })
             }
         }

@@ -97,12 +97,19 @@ pub(super) enum ApiError {
     /// The server's rules or an admission policy refuse the object.
     #[error("refused: {0}")]
     Invalid(String),
+    /// An admission webhook of the cluster failed, and its failurePolicy is Fail. A fault of this object,
+    /// not of the server; nothing was stored.
+    #[error("refused, because a webhook failed: {0}")]
+    WebhookFailed(String),
     /// The server is overloaded and says how long to wait.
     #[error("the API server is busy; it asks to wait {}", humantime::format_duration(*.0))]
     Busy(Duration),
     /// The server failed.
     #[error("the API server failed: {0}")]
     Server(String),
+    /// No answer within [`REQUEST_TIMEOUT`]: perhaps of this object alone, behind a webhook that hangs.
+    #[error("no answer from the API server: not within {}", humantime::format_duration(REQUEST_TIMEOUT))]
+    TimedOut,
     /// No answer: the request may or may not have been carried out.
     #[error("no answer from the API server: {0}")]
     Unknown(String),
@@ -117,7 +124,13 @@ impl ApiError {
         };
         let seconds = status.details.as_ref().map_or(0, |details| details.retry_after_seconds);
         let retry_after = (seconds > 0).then(|| Duration::from_secs(seconds.into()));
+        // The API server's own words: no field of the Status says that a webhook is behind the code.
+        // A webhook that denies chooses the code, 500 and 429 too; they mean the object nevertheless.
+        let denied = status.message.starts_with("admission webhook ") && status.message.contains("denied the request");
         match status.code {
+            401 | 403 if denied => Self::Forbidden(message()),
+            _ if denied => Self::Invalid(message()),
+            500..=599 if status.message.contains("failed calling webhook") => Self::WebhookFailed(message()),
             404 => Self::NotFound,
             409 if status.reason == "AlreadyExists" => Self::AlreadyExists,
             409 | 410 => Self::Conflict,
@@ -136,9 +149,10 @@ impl ApiError {
             Self::Conflict | Self::AlreadyExists => RequestOutcome::Conflict,
             Self::NamespaceTerminating | Self::Forbidden(_) => RequestOutcome::Forbidden,
             Self::Invalid(_) => RequestOutcome::Invalid,
+            Self::WebhookFailed(_) => RequestOutcome::WebhookFailed,
             Self::Busy(_) => RequestOutcome::Busy,
             Self::Server(_) => RequestOutcome::ServerError,
-            Self::Unknown(_) => RequestOutcome::Unknown,
+            Self::TimedOut | Self::Unknown(_) => RequestOutcome::Unknown,
         }
     }
 }
@@ -234,6 +248,9 @@ impl ApiClient {
         match &result {
             Err(ApiError::Busy(retry_after)) => self.rate_limiter.failed(Some(*retry_after)),
             Err(ApiError::Server(_) | ApiError::Unknown(_)) => self.rate_limiter.failed(None),
+            // One object may hang while the server answers for the others. A server that hangs as a
+            // whole gets no more than a request per slot and timeout.
+            Err(ApiError::TimedOut) => {}
             _ => self.rate_limiter.answered(),
         }
         result
@@ -248,7 +265,7 @@ impl ApiClient {
             Ok((head, body.collect_bytes().await?))
         });
         let result = match answered.await {
-            Err(err) => Err(ApiError::Unknown(err)),
+            Err(err) => Err(err),
             Ok((head, body)) if head.status.is_success() => serde_json::from_slice(&body)
                 .map_err(|err| ApiError::Unknown(format!("its answer cannot be read: {err}"))),
             Ok((head, body)) => {
@@ -286,11 +303,11 @@ fn encode(object: &impl Serialize) -> Vec<u8> {
 }
 
 /// The answer, or why there is none within [`REQUEST_TIMEOUT`].
-async fn within<T>(answer: impl Future<Output = Result<T, kube::Error>>) -> Result<T, String> {
+async fn within<T>(answer: impl Future<Output = Result<T, kube::Error>>) -> Result<T, ApiError> {
     match timeout(REQUEST_TIMEOUT, answer).await {
         Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(err)) => Err(chain(&err)),
-        Err(_) => Err(format!("not within {}", humantime::format_duration(REQUEST_TIMEOUT))),
+        Ok(Err(err)) => Err(ApiError::Unknown(chain(&err))),
+        Err(_) => Err(ApiError::TimedOut),
     }
 }
 
@@ -339,5 +356,19 @@ mod tests {
         assert_eq!(fault(429, "", None), ApiError::Busy(DEFAULT_RETRY_AFTER));
         assert_eq!(fault(503, "", Some(3)), ApiError::Busy(Duration::from_secs(3)));
         assert_eq!(fault(500, "InternalError", None), ApiError::Server("so".into()));
+    }
+
+    fn with_message(code: u16, message: &str) -> ApiError {
+        ApiError::of(&Status { code, message: message.into(), ..Status::default() })
+    }
+
+    #[test]
+    fn failed_webhook_is_a_fault_of_the_object() {
+        let text = r#"Internal error occurred: failed calling webhook "a.b.c": failed to call webhook: Post "https://127.0.0.1:1/?timeout=1s": dial tcp 127.0.0.1:1: connect: connection refused"#;
+        assert_eq!(with_message(500, text), ApiError::WebhookFailed(text.into()));
+        for code in [400, 404, 409, 429, 500, 503] {
+            let denied = r#"admission webhook "a.b.c" denied the request: no"#;
+            assert_eq!(with_message(code, denied), ApiError::Invalid(denied.into()), "{code}");
+        }
     }
 }

@@ -27,6 +27,8 @@ pub(super) struct RateLimiter {
     /// Size of the bucket.
     burst: u32,
     state: Mutex<State>,
+    /// First come, first served: whoever waits for a token holds it.
+    turn: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -45,11 +47,13 @@ impl RateLimiter {
             interval: Duration::from_secs(1) / per_second,
             burst: per_second.saturating_mul(2),
             state: Mutex::new(State { full_at: now, paused_until: now, failures: 0 }),
+            turn: tokio::sync::Mutex::default(),
         }
     }
 
     /// Waits until a request may be made.
     pub(super) async fn acquire(&self) {
+        let _turn = self.turn.lock().await;
         loop {
             let wait = self.take(Instant::now());
             match wait {

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
@@ -18,24 +18,18 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 pub(super) use self::reconcile::Reconciler;
-use self::{reconcile::ReconcileOutcome, work_queue::WorkQueue};
+use self::{
+    reconcile::ReconcileOutcome,
+    work_queue::{Priority, WorkQueue},
+};
 use crate::{
     kubernetes::{api::ApiError, cache::ChangedKey},
     metrics::Blocked,
     model::{ServiceKey, UnixMillis},
 };
 
-/// Services that are reconciled at once.
-const MAX_CONCURRENT_RECONCILES: usize = 16;
-
-/// When a blocked service is retried: a right may be granted, a policy changed.
+/// When a service is retried that waits for its namespace or for its name. The watch reports both.
 const BLOCKED_BACKOFF: Duration = Duration::from_secs(30);
-
-/// The same the first time: an API server that has just started knows nobody's rights for a moment.
-const FIRST_BLOCKED_BACKOFF: Duration = Duration::from_secs(1);
-
-/// Shortest wait before a refused service is retried, though it changes.
-const MIN_REFUSED_BACKOFF: Duration = Duration::from_secs(2);
 
 const GAUGE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -93,17 +87,17 @@ impl Mirror {
     pub(super) async fn run(mut self, stop: CancellationToken) {
         let registered = self.reconciler.registry.catalog().services().into_iter().map(|(service, _)| service);
         let services: HashSet<ServiceKey> = registered.chain(self.reconciler.cache.managed_services()).collect();
-        self.add(services);
+        self.add(services, Priority::Resync);
 
         let mirror_progress = Arc::clone(self.reconciler.registry.mirror_progress());
+        // What was unmirrored at the start: nobody waits for that any more.
+        self.add(mirror_progress.take_dirty().now_or_never().unwrap_or_default(), Priority::Resync);
         let cluster = Arc::clone(&self.reconciler.cache);
         let mut gauges = interval(GAUGE_INTERVAL);
         gauges.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut running = FuturesUnordered::new();
         loop {
-            while running.len() < MAX_CONCURRENT_RECONCILES
-                && let Some(service) = self.queue.next(Instant::now())
-            {
+            while let Some(service) = self.queue.next(Instant::now()) {
                 let (reconciler, outcome_unknown) =
                     (Arc::clone(&self.reconciler), self.outcome_unknown.remove(&service));
                 running.push(async move {
@@ -111,7 +105,7 @@ impl Mirror {
                     (service, outcome)
                 });
             }
-            let due = self.queue.next_due().filter(|_| running.len() < MAX_CONCURRENT_RECONCILES);
+            let due = self.queue.next_due();
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return,
@@ -119,7 +113,7 @@ impl Mirror {
                     self.handle_outcome(service, outcome).await;
                 }
                 Some(()) = self.publishing.next(), if !self.publishing.is_empty() => {}
-                dirty = mirror_progress.take_dirty() => self.add(dirty),
+                dirty = mirror_progress.take_dirty() => self.add(dirty, Priority::Live),
                 changed = cluster.changed() => self.changed(changed),
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
                 _ = gauges.tick() => self.set_gauges(),
@@ -127,9 +121,9 @@ impl Mirror {
         }
     }
 
-    fn add(&mut self, services: impl IntoIterator<Item = ServiceKey>) {
+    fn add(&mut self, services: impl IntoIterator<Item = ServiceKey>, priority: Priority) {
         let now = Instant::now();
-        services.into_iter().for_each(|service| self.queue.add(service, now));
+        services.into_iter().for_each(|service| self.queue.add(service, priority, now));
     }
 
     /// Queues the services that changed in the cluster; for a namespace, those registered in it.
@@ -137,14 +131,14 @@ impl Mirror {
         let mut namespaces = HashSet::new();
         for changed in changed {
             match changed {
-                ChangedKey::Service(service) => self.add([service]),
+                ChangedKey::Service(service) => self.add([service], Priority::Resync),
                 ChangedKey::Namespace(namespace) => drop(namespaces.insert(namespace)),
             }
         }
         if !namespaces.is_empty() {
             let services = self.reconciler.registry.catalog().services().into_iter().map(|(service, _)| service);
             let inside: Vec<_> = services.filter(|service| namespaces.contains(service.namespace())).collect();
-            self.add(inside);
+            self.add(inside, Priority::Resync);
         }
     }
 
@@ -153,34 +147,27 @@ impl Mirror {
         match outcome {
             ReconcileOutcome::Done(generation) => {
                 self.unblock(&service);
-                self.queue.done(service.clone(), now);
+                self.queue.done(&service, now);
                 report(&self.reconciler, service, generation).await;
             }
             ReconcileOutcome::RequeueAfter(generation, wait) => {
                 self.unblock(&service);
-                self.queue.requeue_after(service.clone(), wait, now);
+                self.queue.requeue_after(&service, wait, now);
                 report(&self.reconciler, service, generation).await;
             }
             ReconcileOutcome::Blocked(reason, err) => {
-                let again = self.blocked.contains_key(&service);
-                let wait = if again { BLOCKED_BACKOFF } else { FIRST_BLOCKED_BACKOFF };
-                match reason {
-                    // The watch reports when that changes.
-                    Blocked::Namespace | Blocked::ForeignService => {
-                        self.queue.requeue_after(service.clone(), wait, now);
-                    }
-                    Blocked::Forbidden | Blocked::Invalid => {
-                        self.queue.refused(service.clone(), wait, MIN_REFUSED_BACKOFF.min(wait), now);
-                    }
-                }
+                // Refused objects back off one by one; the service may change meanwhile.
+                let wait = self.reconciler.retry_refused_after(&service).unwrap_or(BLOCKED_BACKOFF);
+                self.queue.requeue_after(&service, wait, now);
                 self.block(service, reason, &err);
             }
             ReconcileOutcome::Failed(err) => {
                 debug!(%service, %err, "not mirrored yet; will be retried");
-                if matches!(err, ApiError::Unknown(_) | ApiError::Server(_)) {
+                let no_result = matches!(err, ApiError::Unknown(_) | ApiError::TimedOut | ApiError::Server(_));
+                if no_result {
                     self.outcome_unknown.insert(service.clone());
                 }
-                self.queue.failed(service, now);
+                self.queue.failed(&service, no_result, now);
             }
         }
     }
@@ -214,6 +201,7 @@ impl Mirror {
             Blocked::ForeignService => "ForeignService",
             Blocked::Forbidden => "Forbidden",
             Blocked::Invalid => "Refused",
+            Blocked::Webhook => "WebhookFailed",
         };
         let event = Event {
             type_: EventType::Warning,

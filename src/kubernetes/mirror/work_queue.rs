@@ -1,17 +1,40 @@
-//! The queue of services to reconcile, as client-go's workqueue.
+//! The queue of services to reconcile, as client-go's workqueue with priorities and fair shares.
 //!
 //! Level-triggered: a service is queued at most once, however often it changed, and what is written
 //! is the state when its turn comes. A service that changes while it is reconciled is queued again
 //! afterwards, debounced: filling a service costs a few large writes instead of many small ones.
+//!
+//! Among the services that are due, live changes come before the comparison after a start and
+//! repairs; within a priority the namespaces take turns. Concurrency is limited in total, per
+//! namespace (less for one whose requests fail or hang), and for retries: no number of services
+//! that cannot be written delays the others.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, VecDeque},
     time::Duration,
 };
 
 use tokio::time::Instant;
 
 use crate::model::ServiceKey;
+
+/// Services that are reconciled at once.
+const MAX_CONCURRENT: usize = 32;
+
+/// Services of one namespace that are reconciled at once.
+const MAX_CONCURRENT_PER_NAMESPACE: usize = MAX_CONCURRENT / 2;
+
+/// The same of a namespace in which requests fail: one for retries, one for what has not failed yet.
+const MIN_CONCURRENT_PER_NAMESPACE: usize = 2;
+
+/// Services that failed last time and are reconciled at once.
+const MAX_CONCURRENT_RETRIES: usize = MAX_CONCURRENT / 4;
+
+/// Services of [`Priority::Resync`] that are reconciled at once; the rest is free for live changes.
+const MAX_CONCURRENT_RESYNCS: usize = MAX_CONCURRENT / 2;
+
+/// Of so many services that are started one may be of a lower priority than the highest that waits.
+const LOWER_PRIORITY_SHARE: u64 = 4;
 
 /// Backoff after the first failure of a service; it doubles with each further one.
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
@@ -27,20 +50,39 @@ const DEBOUNCE: Duration = Duration::from_millis(20);
 /// Longest time that debouncing delays a service.
 const MAX_DEBOUNCE: Duration = Duration::from_millis(100);
 
+/// Why a service is reconciled; the first comes first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Priority {
+    /// A registration changed, and somebody may wait for the answer.
+    Live,
+    /// The last reconcile failed.
+    Retry,
+    /// The comparison after a start, a repair, a recheck.
+    Resync,
+}
+
+const PRIORITIES: [Priority; 3] = [Priority::Live, Priority::Retry, Priority::Resync];
+
 /// The queue. Time is an argument.
 #[derive(Debug, Default)]
 pub(super) struct WorkQueue {
     items: HashMap<ServiceKey, QueueItem>,
-    due: BTreeSet<(Instant, ServiceKey)>,
+    /// Services that are not due yet.
+    delayed: BTreeSet<(Instant, ServiceKey)>,
+    /// Services that are due, by priority.
+    ready: [ReadyServices; PRIORITIES.len()],
+    namespaces: HashMap<Box<str>, NamespaceShare>,
+    /// Running services, by the priority that they were started with.
+    running: [usize; PRIORITIES.len()],
+    started: u64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct QueueItem {
-    /// `None` while the service is being reconciled.
-    due: Option<Instant>,
-    running: bool,
-    /// The service changed while it was being reconciled.
-    dirty: bool,
+    priority: Priority,
+    state: ItemState,
+    /// The service changed while it was being reconciled, and how.
+    dirty: Option<Priority>,
     /// While debounced: the latest moment at which the service is due.
     debounced_until: Option<Instant>,
     failures: u32,
@@ -48,147 +90,303 @@ struct QueueItem {
     not_before: Option<Instant>,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ItemState {
+    Delayed(Instant),
+    Ready,
+    Running,
+}
+
+/// How many services of a namespace may run: halved by a failure, one more with a success.
+#[derive(Debug)]
+struct NamespaceShare {
+    running: usize,
+    retries: usize,
+    limit: usize,
+}
+
+/// Services of one priority, first in, first out in each namespace.
+#[derive(Debug, Default)]
+struct ReadyServices {
+    by_namespace: HashMap<Box<str>, VecDeque<ServiceKey>>,
+    /// The namespaces with a service, in the order of their turns.
+    turns: VecDeque<Box<str>>,
+}
+
 impl WorkQueue {
-    /// `service` has changed: it is due now, unless it is debounced, backing off or running.
-    pub(super) fn add(&mut self, service: ServiceKey, now: Instant) {
-        let item = self.items.entry(service.clone()).or_default();
-        if item.running {
-            item.dirty = true;
-        } else if let Some(until) = item.debounced_until {
-            self.set_due(service, until.min(now + DEBOUNCE), false);
-        } else {
-            self.set_due(service, now, true);
+    /// `service` is to be reconciled: it is due now, unless it is debounced, backing off or running.
+    pub(super) fn add(&mut self, service: ServiceKey, priority: Priority, now: Instant) {
+        let Some(item) = self.items.get_mut(&service) else {
+            self.items.insert(service.clone(), QueueItem::new(priority));
+            return self.schedule(&service, now);
+        };
+        match item.state {
+            ItemState::Running => item.dirty = Some(item.dirty.map_or(priority, |before| before.min(priority))),
+            ItemState::Ready if item.failures == 0 && priority < item.priority => {
+                // It moves ahead: the entry under the lower priority is removed.
+                let before = std::mem::replace(&mut item.priority, priority);
+                self.ready[before as usize].remove(&service);
+                self.ready[priority as usize].push(service);
+            }
+            ItemState::Ready => {}
+            ItemState::Delayed(due) => {
+                if item.failures == 0 {
+                    item.priority = item.priority.min(priority);
+                }
+                let at = item.debounced_until.map_or_else(|| now.min(due), |until| until.min(now + DEBOUNCE));
+                self.schedule(&service, at);
+            }
         }
     }
 
-    /// Takes the next service that is due. It counts as running until [`done`](Self::done),
-    /// [`requeue_after`](Self::requeue_after), [`refused`](Self::refused) or
-    /// [`failed`](Self::failed) is called for it.
+    /// Takes the next service that is due and within the limits. It counts as running until
+    /// [`done`](Self::done), [`requeue_after`](Self::requeue_after) or [`failed`](Self::failed) is
+    /// called for it.
     pub(super) fn next(&mut self, now: Instant) -> Option<ServiceKey> {
-        if self.due.first()?.0 > now {
+        while let Some((due, _)) = self.delayed.first()
+            && *due <= now
+            && let Some((_, service)) = self.delayed.pop_first()
+        {
+            let item = self.items.get_mut(&service).expect("what is delayed has an item");
+            item.state = ItemState::Ready;
+            self.ready[item.priority as usize].push(service);
+        }
+        if self.running.iter().sum::<usize>() >= MAX_CONCURRENT {
             return None;
         }
-        let (_, service) = self.due.pop_first()?;
-        let item = self.items.entry(service.clone()).or_default();
-        *item = QueueItem { running: true, failures: item.failures, ..QueueItem::default() };
+        let turn = (self.started / LOWER_PRIORITY_SHARE) % 2;
+        let order = match self.started % LOWER_PRIORITY_SHARE {
+            0 if turn == 0 => [Priority::Resync, Priority::Live, Priority::Retry],
+            0 => [Priority::Retry, Priority::Live, Priority::Resync],
+            _ => PRIORITIES,
+        };
+        let service = order.into_iter().find_map(|priority| self.take(priority))?;
+        self.started += 1;
         Some(service)
     }
 
-    /// When the next service is due.
+    fn take(&mut self, priority: Priority) -> Option<ServiceKey> {
+        let running = self.running[priority as usize];
+        match priority {
+            Priority::Retry if running >= MAX_CONCURRENT_RETRIES => return None,
+            Priority::Resync if running >= MAX_CONCURRENT_RESYNCS => return None,
+            _ => {}
+        }
+        let namespaces = &self.namespaces;
+        let service = self.ready[priority as usize]
+            .pop(|namespace| namespaces.get(namespace).is_none_or(|share| share.has_room(priority)))?;
+        self.running[priority as usize] += 1;
+        let share = self.namespaces.entry(service.namespace().into()).or_default();
+        share.running += 1;
+        share.retries += usize::from(priority == Priority::Retry);
+        let item = self.items.get_mut(&service).expect("what is ready has an item");
+        *item = QueueItem { state: ItemState::Running, failures: item.failures, ..QueueItem::new(priority) };
+        Some(service)
+    }
+
+    /// When the next service that is not due yet will be.
     pub(super) fn next_due(&self) -> Option<Instant> {
-        self.due.first().map(|(at, _)| *at)
+        self.delayed.first().map(|(at, _)| *at)
     }
 
     /// `service` is reconciled and leaves the queue, unless it changed meanwhile.
-    pub(super) fn done(&mut self, service: ServiceKey, now: Instant) {
-        let dirty = self.items.get(&service).is_some_and(|item| item.dirty);
-        self.items.remove(&service);
-        if dirty {
-            self.items.entry(service.clone()).or_default().debounced_until = Some(now + MAX_DEBOUNCE);
-            self.add(service, now);
+    pub(super) fn done(&mut self, service: &ServiceKey, now: Instant) {
+        self.stopped(service, ShareChange::Grow);
+        if let Some(item) = self.items.remove(service)
+            && let Some(priority) = item.dirty
+        {
+            let debounced_until = Some(now + MAX_DEBOUNCE);
+            self.items.insert(service.clone(), QueueItem { debounced_until, ..QueueItem::new(priority) });
+            self.schedule(service, now + DEBOUNCE);
         }
     }
 
     /// `service` is due again after `wait`, or when it changes.
-    pub(super) fn requeue_after(&mut self, service: ServiceKey, wait: Duration, now: Instant) {
-        let Some(item) = self.items.get_mut(&service) else { return };
-        (item.running, item.failures) = (false, 0);
-        let at = if item.dirty { now } else { now + wait };
-        self.set_due(service, at, false);
-    }
-
-    /// `service` was refused: it is due again after `wait`, or when it changes, but not within
-    /// `min_wait`, so that a refused write is not repeated at the rate of changes.
-    pub(super) fn refused(&mut self, service: ServiceKey, wait: Duration, min_wait: Duration, now: Instant) {
-        let Some(item) = self.items.get_mut(&service) else { return };
-        (item.running, item.failures, item.not_before) = (false, 0, Some(now + min_wait));
-        let at = if item.dirty { now } else { now + wait };
-        self.set_due(service, at, false);
+    pub(super) fn requeue_after(&mut self, service: &ServiceKey, wait: Duration, now: Instant) {
+        self.stopped(service, ShareChange::Grow);
+        let Some(item) = self.items.get_mut(service) else { return };
+        let dirty = item.dirty;
+        *item = QueueItem::new(dirty.unwrap_or(Priority::Resync));
+        if dirty.is_some() {
+            // Debounced as after `done`: a service may be requeued after every single change.
+            item.debounced_until = Some(now + MAX_DEBOUNCE);
+        }
+        self.schedule(service, now + if dirty.is_some() { DEBOUNCE } else { wait });
     }
 
     /// `service` failed: it is due again after a backoff that grows with each failure in a row. A
     /// change does not shorten the backoff, so that a service that cannot be written is not retried
-    /// at the rate of changes.
-    pub(super) fn failed(&mut self, service: ServiceKey, now: Instant) {
-        let Some(item) = self.items.get_mut(&service) else { return };
-        let doublings = item.failures.min(16);
-        (item.running, item.failures) = (false, item.failures + 1);
-        let backoff = FIRST_BACKOFF.saturating_mul(1 << doublings).min(MAX_BACKOFF);
+    /// at the rate of changes. With `suspect_namespace`, fewer services of its namespace run at once.
+    pub(super) fn failed(&mut self, service: &ServiceKey, suspect_namespace: bool, now: Instant) {
+        self.stopped(service, if suspect_namespace { ShareChange::Halve } else { ShareChange::Keep });
+        let Some(item) = self.items.get_mut(service) else { return };
+        let failures = item.failures + 1;
+        let backoff = FIRST_BACKOFF.saturating_mul(1 << item.failures.min(16)).min(MAX_BACKOFF);
         // Jitter, so that services that failed together are not retried together.
-        self.set_due(service, now + backoff.mul_f64(0.5 + fastrand::f64() / 2.0), false);
+        let due = now + backoff.mul_f64(0.5 + fastrand::f64() / 2.0);
+        *item = QueueItem { failures, not_before: Some(due), ..QueueItem::new(Priority::Retry) };
+        self.schedule(service, due);
     }
 
     /// Number of services that wait.
     pub(super) fn len(&self) -> usize {
-        self.due.len()
+        self.items.len() - self.running.iter().sum::<usize>()
     }
 
-    fn set_due(&mut self, service: ServiceKey, at: Instant, only_sooner: bool) {
-        let item = self.items.entry(service.clone()).or_default();
-        let at = item.not_before.map_or(at, |not_before| not_before.max(at));
-        if let Some(before) = item.due {
-            if only_sooner && (before <= at || item.failures > 0) {
-                return;
-            }
-            self.due.remove(&(before, service.clone()));
+    fn stopped(&mut self, service: &ServiceKey, change: ShareChange) {
+        let Some(item) = self.items.get(service) else { return };
+        self.running[item.priority as usize] -= 1;
+        let share = self.namespaces.entry(service.namespace().into()).or_default();
+        share.running -= 1;
+        share.retries -= usize::from(item.priority == Priority::Retry);
+        share.limit = match change {
+            ShareChange::Grow => (share.limit + 1).min(MAX_CONCURRENT_PER_NAMESPACE),
+            ShareChange::Keep => share.limit,
+            ShareChange::Halve => (share.limit / 2).max(MIN_CONCURRENT_PER_NAMESPACE),
+        };
+        if share.running == 0 && share.limit == MAX_CONCURRENT_PER_NAMESPACE {
+            self.namespaces.remove(service.namespace());
         }
-        item.due = Some(at);
-        self.due.insert((at, service));
+    }
+
+    /// Makes a service that does not run due at `at`.
+    fn schedule(&mut self, service: &ServiceKey, at: Instant) {
+        let Some(item) = self.items.get_mut(service) else { return };
+        if let ItemState::Delayed(before) = item.state {
+            self.delayed.remove(&(before, service.clone()));
+        }
+        let at = item.not_before.map_or(at, |not_before| not_before.max(at));
+        item.state = ItemState::Delayed(at);
+        self.delayed.insert((at, service.clone()));
+    }
+}
+
+/// What a result means for the share of its namespace.
+#[derive(Debug, Clone, Copy)]
+enum ShareChange {
+    Grow,
+    Keep,
+    Halve,
+}
+
+impl QueueItem {
+    fn new(priority: Priority) -> Self {
+        // `schedule` follows wherever an item is made.
+        let state = ItemState::Running;
+        Self { priority, state, dirty: None, debounced_until: None, failures: 0, not_before: None }
+    }
+}
+
+impl Default for NamespaceShare {
+    fn default() -> Self {
+        Self { running: 0, retries: 0, limit: MAX_CONCURRENT_PER_NAMESPACE }
+    }
+}
+
+impl NamespaceShare {
+    fn has_room(&self, priority: Priority) -> bool {
+        self.running < self.limit && (priority != Priority::Retry || self.retries < self.limit / 2)
+    }
+}
+
+impl ReadyServices {
+    fn push(&mut self, service: ServiceKey) {
+        if let Some(services) = self.by_namespace.get_mut(service.namespace()) {
+            return services.push_back(service);
+        }
+        self.turns.push_back(service.namespace().into());
+        self.by_namespace.insert(service.namespace().into(), [service].into());
+    }
+
+    /// Takes the first service of the next namespace that has `room`; then it is the others' turn.
+    fn pop(&mut self, has_room: impl Fn(&str) -> bool) -> Option<ServiceKey> {
+        // Only namespaces that run something are passed over: a few dozen at most.
+        let turn = self.turns.iter().position(|namespace| has_room(namespace))?;
+        let namespace = self.turns.remove(turn)?;
+        let services = self.by_namespace.get_mut(&namespace)?;
+        let service = services.pop_front();
+        if services.is_empty() {
+            self.by_namespace.remove(&namespace);
+        } else {
+            self.turns.push_back(namespace);
+        }
+        service
+    }
+
+    fn remove(&mut self, service: &ServiceKey) {
+        let Some(services) = self.by_namespace.get_mut(service.namespace()) else { return };
+        services.retain(|other| other != service);
+        if services.is_empty() {
+            self.by_namespace.remove(service.namespace());
+            self.turns.retain(|namespace| **namespace != *service.namespace());
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
     use crate::model::Validator;
 
+    fn in_namespace(namespace: &str, name: &str) -> ServiceKey {
+        Validator { zone_wire_len: 15, names_allowed: false }.service(namespace, name).expect("valid")
+    }
+
     fn key(name: &str) -> ServiceKey {
-        Validator { zone_wire_len: 15, names_allowed: false }.service("prod", name).expect("valid")
+        in_namespace("prod", name)
+    }
+
+    /// All that may run at once.
+    fn take_all(queue: &mut WorkQueue, now: Instant) -> Vec<ServiceKey> {
+        std::iter::from_fn(|| queue.next(now)).collect()
     }
 
     #[test]
     fn service_is_queued_and_runs_once() {
         let (mut queue, now) = (WorkQueue::default(), Instant::now());
-        queue.add(key("web"), now);
-        queue.add(key("web"), now);
+        queue.add(key("web"), Priority::Live, now);
+        queue.add(key("web"), Priority::Live, now);
         assert_eq!(queue.next(now), Some(key("web")));
-        queue.add(key("web"), now);
+        queue.add(key("web"), Priority::Live, now);
         assert_eq!((queue.next(now), queue.len()), (None, 0), "running");
-        queue.done(key("web"), now);
+        queue.done(&key("web"), now);
         assert_eq!(queue.next(now + DEBOUNCE), Some(key("web")), "it changed while it ran");
-        queue.done(key("web"), now);
+        queue.done(&key("web"), now);
         assert_eq!((queue.next(now), queue.next_due()), (None, None));
+        assert!(queue.items.is_empty() && queue.namespaces.is_empty(), "{queue:?}");
     }
 
     #[test]
     fn changes_while_running_are_debounced_with_a_limit() {
         let (mut queue, begun) = (WorkQueue::default(), Instant::now());
-        queue.add(key("web"), begun);
+        queue.add(key("web"), Priority::Live, begun);
         assert_eq!(queue.next(begun), Some(key("web")));
-        queue.add(key("web"), begun);
-        queue.done(key("web"), begun);
+        queue.add(key("web"), Priority::Live, begun);
+        queue.done(&key("web"), begun);
         assert_eq!(queue.next_due(), Some(begun + DEBOUNCE));
         let mut now = begun;
         while queue.next_due() > Some(now) {
             now += DEBOUNCE / 2;
-            queue.add(key("web"), now);
+            queue.add(key("web"), Priority::Live, now);
         }
         assert_eq!(queue.next_due(), Some(begun + MAX_DEBOUNCE));
         assert_eq!(queue.next(now), Some(key("web")));
-        queue.done(key("web"), now);
-        queue.add(key("web"), now);
+        queue.done(&key("web"), now);
+        queue.add(key("web"), Priority::Live, now);
         assert_eq!(queue.next(now), Some(key("web")), "the next change is not debounced");
     }
 
     #[test]
     fn backoff_grows_with_failures_whatever_changes() {
         let (mut queue, mut now) = (WorkQueue::default(), Instant::now());
-        queue.add(key("web"), now);
+        queue.add(key("web"), Priority::Live, now);
         let mut waits = Vec::new();
         for _ in 0..12 {
             assert_eq!(queue.next(now), Some(key("web")));
-            queue.failed(key("web"), now);
-            queue.add(key("web"), now);
+            queue.failed(&key("web"), true, now);
+            queue.add(key("web"), Priority::Live, now);
             let due = queue.next_due().expect("requeued");
             waits.push(due - now);
             now = due;
@@ -200,29 +398,90 @@ mod tests {
     #[test]
     fn change_shortens_a_requeue() {
         let (mut queue, now) = (WorkQueue::default(), Instant::now());
-        queue.add(key("web"), now);
+        queue.add(key("web"), Priority::Live, now);
         assert_eq!(queue.next(now), Some(key("web")));
-        queue.requeue_after(key("web"), Duration::from_secs(30), now);
+        queue.requeue_after(&key("web"), Duration::from_secs(30), now);
         assert_eq!((queue.next(now), queue.next_due()), (None, Some(now + Duration::from_secs(30))));
-        queue.add(key("web"), now);
+        queue.add(key("web"), Priority::Live, now);
         assert_eq!(queue.next(now), Some(key("web")));
     }
 
     #[test]
-    fn refused_service_is_not_retried_at_the_rate_of_changes() {
+    fn live_change_is_next_whatever_waits_after_a_start() {
         let (mut queue, now) = (WorkQueue::default(), Instant::now());
-        let (wait, min_wait) = (Duration::from_secs(30), Duration::from_secs(2));
-        queue.add(key("web"), now);
-        assert_eq!(queue.next(now), Some(key("web")));
-        queue.refused(key("web"), wait, min_wait, now);
-        assert_eq!(queue.next_due(), Some(now + wait));
-        queue.add(key("web"), now);
-        queue.add(key("web"), now);
-        assert_eq!(queue.next_due(), Some(now + min_wait));
-        let later = now + min_wait;
+        for n in 0..1000 {
+            queue.add(key(&format!("s{n}")), Priority::Resync, now);
+        }
+        let running = take_all(&mut queue, now);
+        assert_eq!(running.len(), MAX_CONCURRENT_RESYNCS);
+        queue.add(in_namespace("other", "new"), Priority::Live, now);
+        assert_eq!(queue.next(now), Some(in_namespace("other", "new")), "a slot is free for it");
+        // In the same namespace, and also for one that waits already: with the next slot but one.
+        queue.add(key("s900"), Priority::Live, now);
+        queue.add(key("new"), Priority::Live, now);
+        let mut next = Vec::new();
+        for service in &running[..4] {
+            queue.done(service, now);
+            next.extend(queue.next(now));
+        }
+        assert!(next[..3].contains(&key("s900")) && next[..3].contains(&key("new")), "{next:?}");
+        assert_eq!(queue.len(), 1000 + 1 - MAX_CONCURRENT_RESYNCS - 4);
+    }
+
+    #[test]
+    fn lower_priorities_are_not_starved() {
+        let (mut queue, now) = (WorkQueue::default(), Instant::now());
+        queue.add(key("old"), Priority::Resync, now);
+        let mut begun = 0;
+        for n in 0..100 {
+            queue.add(key(&format!("live{n}")), Priority::Live, now);
+            let service = queue.next(now).expect("something is due");
+            queue.done(&service, now);
+            begun = n;
+            if service == key("old") {
+                break;
+            }
+        }
+        assert!(begun < 20, "{begun} live changes came before it");
+    }
+
+    #[test]
+    fn namespace_that_hangs_leaves_the_slots_to_the_others() {
+        let (mut queue, mut now) = (WorkQueue::default(), Instant::now());
+        for n in 0..1000 {
+            queue.add(in_namespace("hanging", &format!("s{n}")), Priority::Live, now);
+        }
+        let mut hanging = take_all(&mut queue, now);
+        assert_eq!(hanging.len(), MAX_CONCURRENT_PER_NAMESPACE);
+        for _ in 0..10 {
+            now += Duration::from_secs(10);
+            hanging.iter().for_each(|service| queue.failed(service, true, now));
+            hanging = take_all(&mut queue, now);
+            assert!(hanging.len() <= MIN_CONCURRENT_PER_NAMESPACE, "{hanging:?}");
+        }
+        // One of its own that has not failed yet waits for one slot, the others' for none.
+        for n in 0..10 {
+            queue.add(key(&format!("s{n}")), Priority::Live, now);
+        }
+        assert_eq!(take_all(&mut queue, now).iter().filter(|service| service.namespace() == "prod").count(), 10);
+        // The share grows again with each success.
+        for _ in 0..MAX_CONCURRENT_PER_NAMESPACE {
+            hanging.drain(..).for_each(|service| queue.done(&service, now));
+            hanging = take_all(&mut queue, now);
+        }
+        assert!(hanging.len() > MIN_CONCURRENT_PER_NAMESPACE, "{hanging:?}");
+    }
+
+    #[test]
+    fn retries_of_many_namespaces_do_not_fill_the_slots() {
+        let (mut queue, now) = (WorkQueue::default(), Instant::now());
+        let all: HashSet<_> = (0..MAX_CONCURRENT).map(|n| in_namespace(&format!("n{n}"), "web")).collect();
+        all.iter().for_each(|service| queue.add(service.clone(), Priority::Live, now));
+        assert_eq!(take_all(&mut queue, now).len(), MAX_CONCURRENT);
+        all.iter().for_each(|service| queue.failed(service, true, now));
+        let later = now + MAX_BACKOFF;
+        assert_eq!(take_all(&mut queue, later).len(), MAX_CONCURRENT_RETRIES);
+        queue.add(key("web"), Priority::Live, later);
         assert_eq!(queue.next(later), Some(key("web")));
-        queue.add(key("web"), later); // while it runs
-        queue.refused(key("web"), wait, min_wait, later);
-        assert_eq!(queue.next_due(), Some(later + min_wait));
     }
 }

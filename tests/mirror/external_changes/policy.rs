@@ -12,6 +12,7 @@ use crate::{
         cluster::{Cluster, Who},
         dns::{Over, answers},
         proxy::{Fault, Proxy},
+        stream::Stream,
         wait_until,
     },
 };
@@ -84,8 +85,63 @@ fn objects_refused_by_a_policy_are_retried_slowly_and_reported() {
         wait_for_addresses(cluster, namespace, "web", &["10.50.0.1"]);
         wait_until("the metric is down again", || (gauge(shown) == 0.0).then_some(()));
         let tries = proxy.count(|call| call.is("create", "endpointslices") && call.namespace == namespace);
-        // One at the start, one soon after it, and one every half minute.
-        let most = 3 + usize::try_from(begun.elapsed().as_secs() / 30).expect("small");
+        // The backoff doubles from a second to half a minute.
+        let most = 7 + usize::try_from(begun.elapsed().as_secs() / 30).expect("small");
         assert!((2..=most).contains(&tries), "{tries} tries within {:?}", begun.elapsed());
     }
+}
+
+/// A webhook that cannot be reached and fails closed, for slices in one namespace; waits until it is asked.
+fn break_webhook(cluster: &Cluster, namespace: &str) {
+    let webhook = json!({"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration",
+        "metadata": {"name": namespace},
+        "webhooks": [{"name": "slices.example.org", "failurePolicy": "Fail", "sideEffects": "None",
+            "admissionReviewVersions": ["v1"],
+            // Nothing listens on port 1.
+            "clientConfig": {"url": "https://127.0.0.1:1/"},
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}},
+            "rules": [{"apiGroups": ["discovery.k8s.io"], "apiVersions": ["v1"],
+                "resources": ["endpointslices"], "operations": ["CREATE", "UPDATE"]}]}]});
+    cluster.apply(&webhook.to_string());
+    let probe = json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": {"name": "probe"}, "endpoints": []});
+    let path = format!("/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices?dryRun=All");
+    wait_until("the webhook is asked", || {
+        let (status, answer) = cluster.request(Who::Admin, "POST", &path, Some(&probe)).expect("the API server runs");
+        (status == 500 && answer["message"].as_str()?.contains("failed calling webhook")).then_some(())
+    });
+}
+
+#[test]
+fn failing_webhook_blocks_its_own_objects_only() {
+    let Some(mut harness) = MirrorHarness::with_controllers(&[]) else { return };
+    let cluster = harness.cluster;
+    let proxy = Proxy::start(cluster);
+    harness.restart_empty_with(proxy.kubeconfig(), &[]);
+    harness.create_namespace("webhook-none");
+    harness.create_namespace("webhook");
+    break_webhook(cluster, "webhook");
+    let gauge = || harness.metric("gangplank_mirror_services_blocked{reason=\"webhook\"}");
+    let begun = Instant::now();
+    let mut stream = Stream::open(harness.server.grpc);
+    for n in 0..20 {
+        assert_eq!(stream.register("webhook", &format!("s{n}"), "10.51.0.1").0, 202);
+    }
+    wait_until("the metric shows them", || (gauge() == 20.0).then_some(()));
+    wait_until("an event shows it", || {
+        let said = cluster.kubectl(&["describe", "service", "s0", "-n", "webhook"]);
+        (said.contains("WebhookFailed") && said.contains("failed calling webhook")).then_some(())
+    });
+    for n in 0..50 {
+        let (status, took) = stream.register("webhook-none", "web", &format!("10.51.1.{n}"));
+        assert_eq!(status, 201, "after {took:?}");
+    }
+    cluster.kubectl(&["delete", "validatingwebhookconfiguration", "webhook"]);
+    for n in 0..20 {
+        wait_for_addresses(cluster, "webhook", &format!("s{n}"), &["10.51.0.1"]);
+    }
+    wait_until("the metric is down again", || (gauge() == 0.0).then_some(()));
+    let tries = proxy.count(|call| call.is("create", "endpointslices") && call.namespace == "webhook");
+    let most = 20 * (7 + usize::try_from(begun.elapsed().as_secs() / 30).expect("small"));
+    assert!((40..=most).contains(&tries), "{tries} tries within {:?}", begun.elapsed());
 }

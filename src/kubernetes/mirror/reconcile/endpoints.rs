@@ -3,7 +3,7 @@
 
 use k8s_openapi::api::core::v1::Endpoints;
 
-use super::{DesiredState, Reconciler, is_ours, refused_writes::is_refusal};
+use super::{DesiredState, Reconciler, is_ours, object_backoff, refused_writes::is_refusal};
 use crate::{
     kubernetes::{
         api::{ApiError, Preconditions},
@@ -50,7 +50,7 @@ impl Reconciler {
         if !self.options.endpoints_object || !may_exist {
             return Ok(Ok(()));
         }
-        match self.delete_endpoints(desired.service).await {
+        match self.unless_refused(desired, object_backoff::ENDPOINTS, self.delete_endpoints(desired.service)).await {
             Err(err) if !is_refusal(&err) => Err(err),
             done => Ok(done),
         }

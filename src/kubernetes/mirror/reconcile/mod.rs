@@ -9,6 +9,7 @@
 //! The result of a write is applied to the [`ClusterCache`] at once; the watch confirms it later.
 
 mod endpoints;
+mod object_backoff;
 mod refused_writes;
 mod service;
 mod slices;
@@ -22,6 +23,7 @@ use std::{
 use k8s_openapi::{api::discovery::v1::EndpointSlice, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use tokio::time::Instant;
 
+use self::{object_backoff::ObjectBackoff, refused_writes::is_refusal};
 use super::Options;
 use crate::{
     kubernetes::{
@@ -69,12 +71,15 @@ pub(in crate::kubernetes) struct Reconciler {
     term: u64,
     /// Services of ours without instances, and since when.
     empty_since: Mutex<HashMap<ServiceKey, Instant>>,
+    refused_objects: Mutex<ObjectBackoff>,
 }
 
 /// What Kubernetes should show of one service.
 struct DesiredState<'a> {
     service: &'a ServiceKey,
     generation: u64,
+    /// The last change of this service.
+    changed: u64,
     instances: &'a CowTree<Arc<Instance>>,
 }
 
@@ -88,23 +93,41 @@ impl Reconciler {
         writer: String,
         term: u64,
     ) -> Self {
-        Self { api, cache, registry, metrics, options, writer, term, empty_since: Mutex::default() }
+        Self {
+            api,
+            cache,
+            registry,
+            metrics,
+            options,
+            writer,
+            term,
+            empty_since: Mutex::default(),
+            refused_objects: Mutex::default(),
+        }
     }
 
     /// Reconciles `service`. With `outcome_unknown`, an earlier write may or may not have been
     /// carried out, so the objects are read from the API server first.
     pub(super) async fn reconcile(&self, service: &ServiceKey, outcome_unknown: bool) -> ReconcileOutcome {
         if outcome_unknown && let Err(err) = self.refresh(service).await {
-            // Not `err` itself: the outcome of the earlier write is still unknown.
-            return ReconcileOutcome::Failed(ApiError::Unknown(err.to_string()));
+            return ReconcileOutcome::Failed(match err {
+                ApiError::TimedOut => err,
+                // Not `err` itself: the outcome of the earlier write is still unknown.
+                _ => ApiError::Unknown(err.to_string()),
+            });
         }
         for _ in 0..MAX_CONFLICT_RETRIES {
             // The generation first: instances that are read after it contain it.
             let published = self.registry.catalog().generation();
             let registered = self.registry.catalog().get(service).unwrap_or_default();
             let generation = published.max(registered.generation);
-            match self.attempt(&DesiredState { service, generation, instances: &registered.instances }).await {
-                Ok(outcome) => return outcome,
+            let desired =
+                DesiredState { service, generation, changed: registered.generation, instances: &registered.instances };
+            match self.attempt(&desired).await {
+                Ok(outcome) => {
+                    self.refused_objects().forget(service);
+                    return outcome;
+                }
                 Err(ApiError::Conflict | ApiError::AlreadyExists | ApiError::NotFound) => {}
                 Err(err @ ApiError::NamespaceTerminating) => {
                     return ReconcileOutcome::Blocked(Blocked::Namespace, err.to_string());
@@ -113,6 +136,9 @@ impl Reconciler {
                     return ReconcileOutcome::Blocked(Blocked::Forbidden, err.to_string());
                 }
                 Err(err @ ApiError::Invalid(_)) => return ReconcileOutcome::Blocked(Blocked::Invalid, err.to_string()),
+                Err(err @ ApiError::WebhookFailed(_)) => {
+                    return ReconcileOutcome::Blocked(Blocked::Webhook, err.to_string());
+                }
                 Err(err) => return ReconcileOutcome::Failed(err),
             }
         }
@@ -128,7 +154,7 @@ impl Reconciler {
                 self.forget_empty(desired.service);
                 return Ok(ReconcileOutcome::Done(desired.generation));
             }
-            NamespaceState::Absent if self.options.create_namespaces => self.create_namespace(desired.service).await?,
+            NamespaceState::Absent if self.options.create_namespaces => self.create_namespace(desired).await?,
             NamespaceState::Absent => {
                 let err = format!("the namespace {} does not exist", desired.service.namespace());
                 return Ok(ReconcileOutcome::Blocked(Blocked::Namespace, err));
@@ -161,7 +187,7 @@ impl Reconciler {
                 // A finalizer holds the Service. Its slices stay right until it is gone; then the
                 // watch reports the deletion, and the Service is created again.
                 let uid = existing.metadata.uid.as_deref().unwrap_or_default();
-                self.apply(desired, &observed, self.plan(desired, &observed, uid, false)).await?;
+                self.write_slices(desired, &observed, uid).await?;
                 return Ok(ReconcileOutcome::RequeueAfter(desired.generation, DELETING_RECHECK_INTERVAL));
             }
             ServiceState::Ours(existing) => existing.metadata.uid.clone().unwrap_or_default(),
@@ -174,16 +200,16 @@ impl Reconciler {
         };
         // The slices first: the Service's own fields are for people and tools, and a server that
         // refuses them must not hold up the endpoints.
-        self.apply(desired, &observed, self.plan(desired, &observed, &uid, false)).await?;
+        self.write_slices(desired, &observed, &uid).await?;
         endpoints_deleted?;
         if let ServiceState::Ours(existing) = &observed.service
             && !empty
             && let Some(amended) = services::amend(existing, desired.instances)
         {
-            self.replace_service(desired.service, &amended).await?;
+            self.replace_service(desired, &amended).await?;
         }
         if self.options.endpoints_object && matches!(observed.service, ServiceState::Ours(_) | ServiceState::Absent) {
-            self.write_endpoints(desired, &uid).await?;
+            self.unless_refused(desired, object_backoff::ENDPOINTS, self.write_endpoints(desired, &uid)).await?;
         }
         match &observed.service {
             ServiceState::Ours(existing) if empty => self.delete_lingering(desired, existing).await,
@@ -208,6 +234,38 @@ impl Reconciler {
             }
         }
         Ok(())
+    }
+
+    /// Awaits `write` of the named object, unless the object backs off: then the earlier refusal is
+    /// the result, and no request is made.
+    async fn unless_refused<T>(
+        &self,
+        desired: &DesiredState<'_>,
+        object: &str,
+        write: impl Future<Output = Result<T, ApiError>>,
+    ) -> Result<T, ApiError> {
+        if let Some(err) = self.refused_objects().refusal(desired.service, object, desired.changed, Instant::now()) {
+            return Err(err);
+        }
+        let result = write.await;
+        match &result {
+            Ok(_) => self.refused_objects().accepted(desired.service, object),
+            Err(err) if is_refusal(err) => {
+                self.refused_objects().refused(desired.service, object, desired.changed, err, Instant::now());
+            }
+            Err(_) => {}
+        }
+        result
+    }
+
+    /// When the first refused object of `service` may be written again; `None` without one.
+    pub(super) fn retry_refused_after(&self, service: &ServiceKey) -> Option<Duration> {
+        self.refused_objects().retry_after(service, Instant::now())
+    }
+
+    fn refused_objects(&self) -> std::sync::MutexGuard<'_, ObjectBackoff> {
+        // Nothing panics while it holds the lock.
+        self.refused_objects.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn forget_empty(&self, service: &ServiceKey) {

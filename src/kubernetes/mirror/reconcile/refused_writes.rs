@@ -34,6 +34,11 @@ impl PlannedWrite<'_> {
         }
     }
 
+    /// The addresses in its slice, before or after it.
+    fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.addresses_before().iter().copied().chain(self.write.addresses())
+    }
+
     /// The addresses that it adds to its slice.
     fn added(&self) -> impl Iterator<Item = IpAddr> {
         self.write.addresses().filter(|ip| !self.addresses_before().contains(ip))
@@ -47,6 +52,8 @@ pub(super) struct RefusedWrites {
     pub(super) err: Option<ApiError>,
     /// Addresses that are not in their new slices because of a refusal.
     missing: HashSet<IpAddr>,
+    /// All addresses in slices that are not as planned, before or after.
+    pub(super) outdated: HashSet<IpAddr>,
 }
 
 impl RefusedWrites {
@@ -63,6 +70,7 @@ impl RefusedWrites {
             Ok(()) => Ok(false),
             Err(err) if is_refusal(&err) => {
                 self.missing.extend(planned.added());
+                self.outdated.extend(planned.addresses());
                 self.err.get_or_insert(err);
                 Ok(true)
             }
@@ -80,6 +88,7 @@ impl RefusedWrites {
                 let held_back = planned.removes_any(&self.missing);
                 if held_back {
                     self.missing.extend(planned.added());
+                    self.outdated.extend(planned.addresses());
                 }
                 !held_back
             });
@@ -89,7 +98,7 @@ impl RefusedWrites {
 
 /// Whether the API server understood the request and refuses it.
 pub(super) fn is_refusal(err: &ApiError) -> bool {
-    matches!(err, ApiError::Forbidden(_) | ApiError::Invalid(_))
+    matches!(err, ApiError::Forbidden(_) | ApiError::Invalid(_) | ApiError::WebhookFailed(_))
 }
 
 #[cfg(test)]
@@ -148,6 +157,9 @@ mod tests {
         assert_eq!(refused.record(&created, Err(refusal())), Ok(true));
         refused.hold_back(&mut pending);
         assert_eq!(left(&pending), ["c", "d"], "a write that only removes is still made");
+        let mut outdated: Vec<String> = refused.outdated.iter().map(ToString::to_string).collect();
+        outdated.sort();
+        assert_eq!(outdated, ["10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4"], "those of the slices a, b and e");
         // An address that is in the slice already is not missing when the write is refused.
         let replaced = planned(c, SliceWrite::Replace(slice("c", &["10.0.0.5", "10.0.0.7"])));
         assert_eq!(refused.record(&replaced, Err(ApiError::Invalid("another".into()))), Ok(true));

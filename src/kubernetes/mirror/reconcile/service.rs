@@ -7,7 +7,7 @@ use k8s_openapi::{
 use tokio::time::Instant;
 use tracing::info;
 
-use super::{DesiredState, ReconcileOutcome, Reconciler};
+use super::{DesiredState, ReconcileOutcome, Reconciler, object_backoff};
 use crate::{
     kubernetes::{
         api::{ApiError, Preconditions},
@@ -18,11 +18,12 @@ use crate::{
 };
 
 impl Reconciler {
-    pub(super) async fn create_namespace(&self, service: &ServiceKey) -> Result<(), ApiError> {
-        let name = service.namespace();
+    pub(super) async fn create_namespace(&self, desired: &DesiredState<'_>) -> Result<(), ApiError> {
+        let name = desired.service.namespace();
         let labels = Some([(names::SERVICE.to_owned(), names::OWNED.to_owned())].into());
         let metadata = ObjectMeta { name: Some(name.into()), labels, ..ObjectMeta::default() };
-        match self.api.create_namespace(&Namespace { metadata, ..Namespace::default() }).await {
+        let namespace = Namespace { metadata, ..Namespace::default() };
+        match self.unless_refused(desired, object_backoff::NAMESPACE, self.api.create_namespace(&namespace)).await {
             Ok(_) => info!(namespace = name, "created the namespace"),
             Err(ApiError::AlreadyExists) => {}
             Err(err) => return Err(err),
@@ -33,7 +34,8 @@ impl Reconciler {
     /// Creates the Service and returns its uid.
     pub(super) async fn create_service(&self, desired: &DesiredState<'_>) -> Result<String, ApiError> {
         let service = services::desired(desired.service, desired.instances);
-        match self.api.create(desired.service.namespace(), &service).await {
+        let create = self.api.create(desired.service.namespace(), &service);
+        match self.unless_refused(desired, object_backoff::SERVICE, create).await {
             Ok(created) => {
                 self.cache.service_written(&created);
                 Ok(created.metadata.uid.unwrap_or_default())
@@ -46,8 +48,10 @@ impl Reconciler {
         }
     }
 
-    pub(super) async fn replace_service(&self, service: &ServiceKey, amended: &Service) -> Result<(), ApiError> {
-        match self.api.replace(service.namespace(), service.name(), amended).await {
+    pub(super) async fn replace_service(&self, desired: &DesiredState<'_>, amended: &Service) -> Result<(), ApiError> {
+        let service = desired.service;
+        let replace = self.api.replace(service.namespace(), service.name(), amended);
+        match self.unless_refused(desired, object_backoff::SERVICE, replace).await {
             Ok(written) => {
                 self.cache.service_written(&written);
                 Ok(())
@@ -73,7 +77,8 @@ impl Reconciler {
         }
         let preconditions = Preconditions::of(&existing.metadata);
         let uid = preconditions.uid;
-        match self.api.delete::<Service>(desired.service.namespace(), preconditions).await {
+        let delete = self.api.delete::<Service>(desired.service.namespace(), preconditions);
+        match self.unless_refused(desired, object_backoff::SERVICE, delete).await {
             Ok(()) | Err(ApiError::NotFound) => self.cache.service_deleted(desired.service, uid),
             Err(ApiError::Conflict) => {
                 self.read_service(desired.service).await?;

@@ -26,18 +26,26 @@ impl Reconciler {
     /// Deletes everything of ours under a service.
     pub(super) async fn withdraw(&self, desired: &DesiredState<'_>, observed: &ObservedState) -> Result<(), ApiError> {
         let endpoints_deleted = self.withdraw_endpoints(desired, observed).await?;
-        self.apply(desired, observed, self.plan(desired, observed, "", true)).await?;
+        let refused = self.apply(desired, observed, self.plan(desired, observed, "", true)).await?;
+        refused.err.map_or(Ok(()), Err)?;
         endpoints_deleted
     }
 
-    /// The writes that make the slices match; with `withdraw`, those that delete them all.
-    pub(super) fn plan(
+    /// Makes the slices match. Registrations in slices that do are confirmed at once, whatever becomes
+    /// of the other slices and of the Service.
+    pub(super) async fn write_slices(
         &self,
         desired: &DesiredState<'_>,
         observed: &ObservedState,
         uid: &str,
-        withdraw: bool,
-    ) -> Vec<SliceWrite> {
+    ) -> Result<(), ApiError> {
+        let refused = self.apply(desired, observed, self.plan(desired, observed, uid, false)).await?;
+        self.registry.mirror_progress().confirm_slices(desired.service, desired.generation, refused.outdated);
+        refused.err.map_or(Ok(()), Err)
+    }
+
+    /// The writes that make the slices match; with `withdraw`, those that delete them all.
+    fn plan(&self, desired: &DesiredState<'_>, observed: &ObservedState, uid: &str, withdraw: bool) -> Vec<SliceWrite> {
         let none = CowTree::default();
         let options = PlanOptions {
             service: desired.service,
@@ -58,18 +66,19 @@ impl Reconciler {
     /// Executes `writes`: new slices several at once, then the others one by one, because their
     /// order keeps an endpoint that moves from being missing. Each result goes into the cache,
     /// also when another write fails; a refusal holds back only the writes that depend on it.
-    pub(super) async fn apply(
+    async fn apply(
         &self,
         desired: &DesiredState<'_>,
         observed: &ObservedState,
         writes: Vec<SliceWrite>,
-    ) -> Result<(), ApiError> {
+    ) -> Result<RefusedWrites, ApiError> {
         let cached: HashMap<&str, &ObservedSlice> = observed.slices.iter().map(|slice| (&*slice.name, slice)).collect();
         let (creates, others): (Vec<_>, Vec<_>) =
             writes.into_iter().partition(|write| matches!(write, SliceWrite::Create(_)));
         let created = stream::iter(creates)
             .map(|write| async move {
-                let result = self.write(desired.service, &write, None).await;
+                let write_once = self.write(desired.service, &write, None);
+                let result = self.unless_refused(desired, write.name(), write_once).await;
                 (PlannedWrite { before: None, write }, result)
             })
             .buffer_unordered(MAX_CONCURRENT_CREATES)
@@ -82,12 +91,13 @@ impl Reconciler {
             others.into_iter().map(|write| PlannedWrite { before: cached.get(write.name()).copied(), write }).collect();
         refused.hold_back(&mut pending);
         while let Some(planned) = pending.pop_front() {
-            let result = self.write(desired.service, &planned.write, planned.before).await;
+            let write_once = self.write(desired.service, &planned.write, planned.before);
+            let result = self.unless_refused(desired, planned.write.name(), write_once).await;
             if refused.record(&planned, result)? {
                 refused.hold_back(&mut pending);
             }
         }
-        refused.err.map_or(Ok(()), Err)
+        Ok(refused)
     }
 
     /// Executes one write; `before` is the cached slice of its name.
