@@ -23,11 +23,11 @@ use crate::{
 };
 
 pub(super) const EXAMPLES: &str = "\
-First comes every registered instance (CHANGE is present), then every change. -o json
-prints one object a line, by its \"type\": \"snapshot\" and \"synced\", then
-\"added\", \"updated\" or \"removed\" with a cursor and the times at which the
-change was received, durable, visible and acknowledged. --from CURSOR goes on
-after that change.
+First comes every registered instance (CHANGE is present), then every change.
+-o json prints one object a line, by its \"type\": \"snapshot\" and \"synced\",
+then \"added\", \"updated\" or \"removed\" with a cursor and the times at which
+the change was received, durable, visible and acknowledged. --from CURSOR goes
+on after that change.
 
 Examples:
   gangplank watch
