@@ -14,7 +14,7 @@ fn endpoints_object_follows_without_a_second_slice() {
         return;
     };
     let cluster = harness.cluster;
-    cluster.create_namespace("endpoints");
+    harness.create_namespace("endpoints");
     let path = "/api/v1/namespaces/endpoints/endpoints/web";
     harness.mirrored("endpoints", "web", "10.40.0.1", "http=8080");
     let standing = cluster.get_json(path);
@@ -57,7 +57,7 @@ fn endpoints_object_follows_without_a_second_slice() {
 fn endpoints_object_is_deleted_when_its_service_is_taken_over() {
     let Some(harness) = MirrorHarness::with_controllers(&["--endpoints-object"]) else { return };
     let cluster = harness.cluster;
-    cluster.create_namespace("endpoints-left");
+    harness.create_namespace("endpoints-left");
     harness.mirrored("endpoints-left", "web", "10.41.0.1", "http=8080");
     let path = "/api/v1/namespaces/endpoints-left/endpoints/web";
     assert!(object(cluster, path).is_some());
@@ -88,7 +88,7 @@ fn endpoints_object_is_deleted_when_its_service_is_taken_over() {
 fn edited_or_deleted_endpoints_object_is_repaired() {
     let Some(harness) = MirrorHarness::with_controllers(&["--endpoints-object"]) else { return };
     let cluster = harness.cluster;
-    cluster.create_namespace("endpoints-edited");
+    harness.create_namespace("endpoints-edited");
     harness.mirrored("endpoints-edited", "web", "10.42.0.1", "http=8080");
     let path = "/api/v1/namespaces/endpoints-edited/endpoints/web";
     let ours =

@@ -20,7 +20,7 @@ use crate::{
 fn joined_name_is_answered_with_pods_and_instances() {
     let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
     let cluster = harness.cluster;
-    cluster.create_namespace("joined");
+    harness.create_namespace("joined");
     let a = || answers(harness.server.dns, Over::Udp, "web.joined.svc.cluster.local.", RecordType::A);
     let srv = || answers(harness.server.dns, Over::Udp, "_http._tcp.web.joined.svc.cluster.local.", RecordType::SRV);
     let service =
@@ -78,7 +78,7 @@ fn joined_name_is_answered_with_pods_and_instances() {
 fn joined_name_without_instances_is_answered_with_pods() {
     let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
     let cluster = harness.cluster;
-    cluster.create_namespace("pods-only");
+    harness.create_namespace("pods-only");
     create(cluster, &service_path("pods-only", ""), &native("web", &json!({"gangplank.dev/service": "joined"})));
     create(cluster, &slice_path("pods-only", ""), &foreign_slice("web", "by-hand", "10.21.9.1"));
     let a = || answers(harness.server.dns, Over::Udp, "web.pods-only.svc.cluster.local.", RecordType::A);

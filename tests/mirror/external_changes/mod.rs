@@ -133,7 +133,7 @@ impl MirrorHarness {
 fn external_edits_of_slices_are_reverted() {
     let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
     let cluster = harness.cluster;
-    cluster.create_namespace("edits");
+    harness.create_namespace("edits");
     for address in ["10.3.0.1", "10.3.0.2"] {
         harness.mirrored("edits", "web", address, "http=8080");
     }
@@ -194,7 +194,7 @@ fn external_edits_of_slices_are_reverted() {
 fn slice_given_to_another_manager_is_left_alone() {
     let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
     let cluster = harness.cluster;
-    cluster.create_namespace("given-away");
+    harness.create_namespace("given-away");
     harness.mirrored("given-away", "web", "10.4.0.1", "http=8080");
     let [slice] = &slices(cluster, "given-away", "web")[..] else { panic!("one slice") };
     let given = edit(cluster, &slice_path("given-away", name(slice)), &|slice| {
@@ -215,7 +215,7 @@ fn slice_given_to_another_manager_is_left_alone() {
 fn deleted_slices_are_recreated() {
     let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
     let cluster = harness.cluster;
-    cluster.create_namespace("deleted");
+    harness.create_namespace("deleted");
     let all = ["10.5.0.1", "10.5.0.2", "10.5.0.3"];
     for (address, port) in all.into_iter().zip(["http=8080", "http=8081", "http=8082"]) {
         harness.mirrored("deleted", "web", address, port);
@@ -260,7 +260,7 @@ fn deleted_slices_are_recreated() {
 fn foreign_slices_are_left_alone() {
     let Some(harness) = MirrorHarness::with_controllers(&["--service-linger", "0s"]) else { return };
     let cluster = harness.cluster;
-    cluster.create_namespace("beside");
+    harness.create_namespace("beside");
     // Under the very name that ours would have, and under another.
     let first = first_name("beside", "web");
     let all: Vec<Value> = [first.as_str(), "by-hand"]
@@ -292,7 +292,7 @@ fn foreign_slices_are_left_alone() {
 fn external_edits_of_the_service_are_reverted() {
     let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
     let cluster = harness.cluster;
-    cluster.create_namespace("service-edits");
+    harness.create_namespace("service-edits");
     harness.mirrored("service-edits", "web", "10.7.0.1", "http=8080");
     let path = service_path("service-edits", "web");
     let right = cluster.get_json(&path);

@@ -18,7 +18,7 @@ use crate::{
 fn recreated_namespace_gets_its_services_and_slices_back() {
     let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
     let cluster = harness.cluster;
-    cluster.create_namespace("again");
+    harness.create_namespace("again");
     harness.mirrored("again", "web", "10.30.0.1", "http=8080");
     admin(cluster, "DELETE", "/api/v1/namespaces/again", None);
     soon("registrations are refused", || {
@@ -85,7 +85,7 @@ fn empty_service_is_deleted_after_the_linger_time() {
     const LINGER: Duration = Duration::from_secs(3);
     let Some(harness) = MirrorHarness::with_controllers(&["--service-linger", "3s"]) else { return };
     let cluster = harness.cluster;
-    cluster.create_namespace("linger");
+    harness.create_namespace("linger");
     let path = service_path("linger", "web");
     harness.mirrored("linger", "web", "10.32.0.1", "http=8080");
     let before = cluster.get_json(&path);

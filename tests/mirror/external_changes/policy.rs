@@ -49,7 +49,7 @@ fn objects_refused_by_a_policy_are_retried_slowly_and_reported() {
         [("policy-422", "Invalid", "invalid", "Refused"), ("policy-403", "Forbidden", "forbidden", "Forbidden")];
     let gauge = |shown| harness.metric(&format!("gangplank_mirror_services_blocked{{reason=\"{shown}\"}}"));
     for (namespace, reason, ..) in cases {
-        cluster.create_namespace(namespace);
+        harness.create_namespace(namespace);
         refuse(cluster, namespace, reason);
     }
     let begun = Instant::now();

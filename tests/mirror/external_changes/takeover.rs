@@ -53,7 +53,7 @@ fn signal(harness: &MirrorHarness, name: &str) {
 fn deleted_service_is_recreated_with_its_slices() {
     let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
     let cluster = harness.cluster;
-    cluster.create_namespace("gone");
+    harness.create_namespace("gone");
     for (address, port) in [("10.10.0.1", "http=8080"), ("10.10.0.2", "http=8081"), ("2001:db8::1", "http=8080")] {
         harness.mirrored("gone", "web", address, port);
     }
@@ -87,7 +87,7 @@ fn deleted_service_is_recreated_with_its_slices() {
 fn service_held_by_a_finalizer_is_served_until_it_is_gone() {
     let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
     let cluster = harness.cluster;
-    cluster.create_namespace("held");
+    harness.create_namespace("held");
     harness.mirrored("held", "web", "10.13.0.1", "http=8080");
     let path = service_path("held", "web");
     let held = edit(cluster, &path, &|service| service["metadata"]["finalizers"] = json!(["example.com/hold"]));
@@ -111,7 +111,7 @@ fn service_held_by_a_finalizer_is_served_until_it_is_gone() {
 fn name_taken_over_by_a_foreign_service_is_released_until_free() {
     let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
     let cluster = harness.cluster;
-    cluster.create_namespace("taken");
+    harness.create_namespace("taken");
     ready_pod(cluster, "taken", "web-0", "web", "10.11.9.9");
     harness.mirrored("taken", "web", "10.11.0.1", "http=8080");
     harness.mirrored("taken", "web", "10.11.0.2", "http=8081");
@@ -143,7 +143,7 @@ fn name_taken_over_by_a_foreign_service_is_released_until_free() {
 fn service_without_our_label_is_foreign() {
     let Some(harness) = MirrorHarness::with_controllers(&[]) else { return };
     let cluster = harness.cluster;
-    cluster.create_namespace("disowned");
+    harness.create_namespace("disowned");
     harness.mirrored("disowned", "web", "10.12.0.1", "http=8080");
     let path = service_path("disowned", "web");
     let disowned = edit(cluster, &path, &|service| {
