@@ -5,13 +5,16 @@
 //! entry says since when it is unmirrored, and unmirrored removals have entries too; without it a
 //! compaction drops all that.
 //!
-//! A merge streams the old snapshot and holds in memory what the closed segments changed. It runs
-//! on a thread of its own, reads durable files only, and changes nothing that the journal writes
-//! to: registrations never wait for it. When it fails, the old files stay, and only space is lost.
+//! A merge streams the old snapshot and holds what the closed segments changed in a window of keys
+//! ([`ClosedChanges`]), as many as fit [`MAX_WINDOW_BYTES`]; then it reads the segments again for the
+//! next window. So its memory has a bound, whatever the segments hold, and costs reads instead.
+//!
+//! It runs on a thread of its own, reads durable files only, and changes nothing that the journal
+//! writes to: registrations never wait for it. When it fails, the old files stay, and only space is
+//! lost.
 
 use std::{
     io,
-    iter::Peekable,
     path::PathBuf,
     sync::{
         Arc,
@@ -39,6 +42,16 @@ const SNAPSHOT_FRAME_BYTES: usize = 256 << 10;
 /// Bytes after which the new snapshot is synced, so that the sync of a batch never waits behind a
 /// whole snapshot in the disk's queue.
 const SYNC_INTERVAL: u64 = 8 << 20;
+
+/// Most bytes of changes that a merge holds at once, counted as they are encoded; in memory they take
+/// about twice as much. A full segment of the default size fits, so that only large stores, which
+/// compact several segments together, need more than one window.
+#[cfg(not(test))]
+pub(super) const MAX_WINDOW_BYTES: usize = 64 << 20;
+
+/// So small that every test of the store merges in many windows.
+#[cfg(test)]
+pub(super) const MAX_WINDOW_BYTES: usize = 256;
 
 /// Ending of a corrupt file that was set aside.
 pub(super) const CORRUPT_SUFFIX: &str = ".corrupt";
@@ -197,17 +210,21 @@ fn merge(
     file: &mut dyn File,
     stop: &AtomicBool,
 ) -> Result<u64, CompactionError> {
-    let mut source = MergeInput { context, lossy: plan.lossy, stop, generation: 0 };
-    let mut changes = ClosedChanges::default();
-    for segment in &plan.segments {
-        source.entries(FileId::journal(segment.number), segment.len, &mut |entry, generation| {
-            changes.take(entry, generation);
-            Ok(())
-        })?;
-    }
-    let ClosedChanges { entries, services, mut term } = changes;
-    let mut changes = entries.into_iter().peekable();
-    let mut writer = SnapshotWriter::begin(context, file_id, file, source.generation)?;
+    let window = |first| -> Result<(ClosedChanges, u64), CompactionError> {
+        let mut source = MergeInput { context, lossy: plan.lossy, stop, generation: 0 };
+        let mut changes = ClosedChanges::from_key(first, MAX_WINDOW_BYTES);
+        for segment in &plan.segments {
+            source.entries(FileId::journal(segment.number), segment.len, &mut |entry, generation| {
+                changes.take(entry, generation);
+                Ok(())
+            })?;
+        }
+        Ok((changes, source.generation))
+    };
+    let (mut changes, generation) = window(Vec::new())?;
+    let mut term = changes.term;
+    let mut source = MergeInput { context, lossy: plan.lossy, stop, generation };
+    let mut writer = SnapshotWriter::begin(context, file_id, file, generation)?;
     if let Some(old) = plan.snapshot {
         let mut last = Vec::new();
         source.entries(FileId::snapshot(old.number), old.len, &mut |mut entry, generation| {
@@ -223,16 +240,24 @@ fn merge(
                 return Ok(());
             }
             writer.generation = writer.generation.max(generation);
+            while let Some(end) = changes.end.take_if(|end| *end <= key) {
+                writer.changes_before(&mut changes, None)?;
+                (changes, _) = window(end)?;
+            }
             writer.changes_before(&mut changes, Some(&key))?;
-            if changes.peek().is_none_or(|(changed, _)| *changed != key) {
-                services.settle(&key, &mut entry, generation);
+            if !changes.entries.contains_key(&key) {
+                changes.services.settle(&key, &mut entry, generation);
                 writer.instance(entry)?;
             }
             last = key;
             Ok(())
         })?;
     }
-    writer.changes_before(&mut changes, None)?;
+    loop {
+        writer.changes_before(&mut changes, None)?;
+        let Some(end) = changes.end.take() else { break };
+        (changes, _) = window(end)?;
+    }
     writer.term(term.unwrap_or(0))?;
     writer.generation = source.generation;
     writer.end()
@@ -323,13 +348,9 @@ impl<'m> SnapshotWriter<'m> {
         Ok(Self { context, file_id, file, frame: FrameBuffer::new(), generation, at: HEADER_LEN as u64, synced: 0 })
     }
 
-    /// Writes the changes whose keys are before `key`.
-    fn changes_before(
-        &mut self,
-        changes: &mut Peekable<impl Iterator<Item = (Vec<u8>, Entry)>>,
-        key: Option<&Vec<u8>>,
-    ) -> io::Result<()> {
-        while let Some((_, entry)) = changes.next_if(|(changed, _)| key.is_none_or(|key| changed < key)) {
+    /// Writes the changes whose keys are before `key`, or all that are held.
+    fn changes_before(&mut self, changes: &mut ClosedChanges, key: Option<&Vec<u8>>) -> io::Result<()> {
+        while let Some(entry) = changes.pop_before(key) {
             self.instance(entry)?;
         }
         Ok(())

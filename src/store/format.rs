@@ -252,6 +252,11 @@ impl Entry {
         matches!(self.body, Some(EntryBody::Remove(_)))
     }
 
+    /// Bytes that the entry takes in a file, without its length.
+    pub(super) fn size(&self) -> usize {
+        self.encoded_len()
+    }
+
     /// The generation since which an entry from a frame of `generation` is unmirrored; 0 if
     /// Kubernetes has it.
     pub(super) fn since(&self, generation: u64) -> u64 {
