@@ -152,7 +152,7 @@ impl MirrorProgress {
     }
 
     /// Kubernetes has the slices of `service` up to `generation`, except those with `outdated`
-    /// addresses. The service stays behind until [`confirm`](Self::confirm).
+    /// addresses. The service stays behind until `confirm`.
     pub fn confirm_slices(&self, service: &ServiceKey, generation: u64, outdated: HashSet<IpAddr>) {
         let mut unmirrored = self.lock();
         let Some(progress) = unmirrored.services.get_mut(service) else { return };

@@ -10,7 +10,7 @@
 //!    slices and confirms words only while it is certain to hold the Lease.
 //! 3. **Take-over.** A new writer lists all slices after it has the Lease, and [merges](takeover) them with its
 //!    directory and its outbox. It serves at once; it need not write a slice before.
-//! 4. **Slices.** What a writer makes of a [`slice`] that it sees follows from the slice's term: a higher one deposes the writer,
+//! 4. **Slices.** What a writer makes of a [slice](mod@slice) that it sees follows from the slice's term: a higher one deposes the writer,
 //!    a lower one is a late request, whose words are merged.
 //! 5. **Confirmation.** A word is [confirmed](confirm) when its slice was seen in this term while the Lease was safely held, or when the Lease
 //!    was renewed since. Only then it leaves the outbox.

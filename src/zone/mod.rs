@@ -7,7 +7,7 @@
 //! 3. Names are published from the root down and removed from the leaves up: a name is never there
 //!    without the names above it (RFC 8020). An address leads to a host name as long as the service
 //!    has the host. The SOA serial comes last, so that a client that sees a serial sees its generation.
-//! 4. Before the zone is ready a miss means nothing: every lookup in the zone is [`Lookup::NotReady`].
+//! 4. Before the zone is ready a miss means nothing: every lookup in the zone is `Lookup::NotReady`.
 //!
 //! No packets here: `dns` renders the records.
 
