@@ -138,7 +138,7 @@ pub struct Watch {
     stream: Streaming<WatchResponse>,
     /// A service of the snapshot of which more parts may come.
     part: Option<(ServiceKey, Service)>,
-    /// What was read already and stands behind what was given out.
+    /// Messages that were read together with the last one that was returned, and come next.
     read: VecDeque<WatchEvent>,
 }
 

@@ -199,7 +199,7 @@ fn routes(context: &ServerContext, stop: &CancellationToken) -> io::Result<(Rout
 }
 
 /// Health is what registrants go by: serving means that registrations are accepted. Readers are
-/// told the same, though what stands can be read as long as the process runs.
+/// told the same, though what is registered can be read as long as the process runs.
 async fn follow_health(status: &Status, mut health: HealthReporter, stop: &CancellationToken) {
     let mut phases = status.watch();
     let mut said = ServingStatus::NotServing;

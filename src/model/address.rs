@@ -117,7 +117,7 @@ impl fmt::Debug for Address {
 }
 
 /// The host label of an instance that gave none: its address with dashes, `10-0-0-1` or
-/// `2001-db8--1`. Where the address begins or ends in `::` a `0` stands at that end, because a
+/// `2001-db8--1`. Where the address begins or ends in `::` a `0` is added at that end, because a
 /// label may not begin or end with a dash (RFC 1123 §2.1) and glibc and Go refuse one that does.
 ///
 /// It lives on the stack: answers are rendered with it, without an allocation.

@@ -233,7 +233,7 @@ impl FrameBuffer {
         self.0.extend_from_slice(payload);
     }
 
-    /// Fills in the frame's beginning for `offset` of the file in `place` and gives the whole.
+    /// Fills in the frame's beginning for `offset` of the file in `place` and returns the whole.
     pub(super) fn finish(&mut self, frame: &Frame, file_id: FileId, offset: u64) -> &[u8] {
         debug_assert!(self.payload_len() <= MAX_PAYLOAD, "a writer finishes a frame long before");
         let length = u32::try_from(self.payload_len()).expect("a frame is finished before MAX_PAYLOAD");

@@ -219,7 +219,7 @@ pub(super) fn bytes(message: &RegistrationMsg) -> usize {
     ];
     let texts: usize = texts.into_iter().map(String::len).sum();
     let ports: usize = message.ports.iter().map(|port| port.name.len() + PORT_BYTES).sum();
-    // What identifies the instance stands in the response and again in the command.
+    // What identifies the instance is needed twice: in the response and in the command.
     MESSAGE_BYTES + 2 * texts + ports
 }
 

@@ -176,7 +176,7 @@ async fn a_client_that_does_not_read_its_answers_is_not_read_either() {
         RegistrationMsg { request_id: n.to_string(), ..message(0) }
     });
     let mut answers = client.registration_event(messages).await.expect("served").into_inner();
-    // The sender stands still when all windows are full.
+    // The sender stops when all windows are full.
     let before = stands_still(&sent).await;
     assert!(before < 30_000, "{before} messages were taken although no answer was read");
     for n in 0..ALL {

@@ -1,4 +1,4 @@
-//! Watches: what they say, applied to a map, is what stands.
+//! Watches: their events, applied to a map, make it equal to the catalog.
 
 use std::collections::BTreeMap;
 

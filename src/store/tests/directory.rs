@@ -148,7 +148,7 @@ fn remove(put: &Record) -> Record {
     Record::Remove { service, id }
 }
 
-/// What stands in `tests/fixtures/store/v1`, by batches: a snapshot of the first, a closed
+/// The contents of `tests/fixtures/store/v1`, by batches: a snapshot of the first, a closed
 /// segment with the second, the newest segment with the third. It must never change.
 fn fixture() -> [Vec<Record>; 3] {
     let port = |number, protocol, name: &str| PortSpec { number, protocol, name: name.into() };

@@ -18,7 +18,7 @@ use crate::{
     model::{Instance, InstanceId, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis, testing::VALIDATOR},
 };
 
-/// What stands, by service and identity.
+/// The registered instances, by service and identity.
 type Model = BTreeMap<(ServiceKey, InstanceId), Arc<Instance>>;
 
 fn apply(model: &mut Model, record: &Record) {

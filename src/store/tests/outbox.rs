@@ -144,7 +144,7 @@ fn mirrored_changes_take_no_space_in_a_snapshot() {
     let expected = [with_removal, without, without];
     assert!(lengths.iter().zip(expected.iter().cycle()).all(|(length, expected)| length == expected), "{lengths:?}");
 
-    // Without anything that stands, only the term is left.
+    // Without any registered instance, only the term is left.
     journal.append(1000, &[remove("web"), mirrored("web", 999)]).expect("a good disk");
     journal.append(1001, &[mirrored("web", 1000)]).expect("a good disk");
     compact(&mut journal);
@@ -242,7 +242,7 @@ fn outbox_switched_off_and_on_is_never_too_small() {
                     unmirrored += usize::from(there);
                     forgotten += usize::from(!there);
                 }
-                // Whoever starts without a term gives up the removals, and begins one.
+                // A start without a term drops the removals, and begins a term.
                 if ledger.term == 0 {
                     ledger.last.retain(|_, (_, record)| !matches!(record, Record::Remove { .. }));
                     generation += 1;
