@@ -39,7 +39,7 @@ use tokio_util::sync::CancellationToken;
 pub use answer::{Context, MAX_TCP, MAX_UDP, Response, Transport, answer};
 
 use crate::{
-    metrics::{ListenerKind, Metrics, dns::Listener},
+    metrics::{ListenerKind, Metrics, dns::ListenerLabels},
     net::{self, ConnectionLimiter, EvictionPolicy},
     zone::Zone,
 };
@@ -133,16 +133,16 @@ impl Bound {
         let mut workers = 1;
         let mut tcp_listeners = Vec::new();
         for Sockets { address, tcp, udp } in sockets {
-            let listener = |proto| Listener {
+            let listener = |proto| ListenerLabels {
                 server: format!("dns://{address}"),
                 proto,
                 family: if address.is_ipv4() { "1" } else { "2" },
                 zone: format!("{}.", zone.origin()),
             };
-            let responder = |tally| Responder { zone: Arc::clone(&zone), nsid: Arc::clone(&nsid), tally };
+            let responder = |counters| Responder { zone: Arc::clone(&zone), nsid: Arc::clone(&nsid), counters };
             workers = workers.max(udp.len());
             for (index, socket) in udp.into_iter().enumerate() {
-                let responder = responder(metrics.dns.sole(&listener("udp")));
+                let responder = responder(metrics.dns.single_writer(&listener("udp")));
                 let stopping = Arc::clone(&stopping);
                 let serve = move || udp::serve(&socket, address, &responder, &stopping);
                 match net::run_in_thread(format!("dns-udp-{index}"), serve) {
@@ -150,7 +150,7 @@ impl Bound {
                     Err(err) => started = Err(err),
                 }
             }
-            tcp_listeners.push((address, tcp, responder(metrics.dns.shared(&listener("tcp")))));
+            tcp_listeners.push((address, tcp, responder(metrics.dns.multi_writer(&listener("tcp")))));
         }
         let connections = Arc::clone(&metrics.connections);
         let limiter = ConnectionLimiter::new(

@@ -8,7 +8,7 @@ use std::{
 
 use super::answer::{Context, Transport, answer};
 use crate::{
-    metrics::dns::{Query, Tally},
+    metrics::dns::{AnsweredQuery, DnsCounters},
     zone::Zone,
 };
 
@@ -17,7 +17,7 @@ use crate::{
 pub(super) struct Responder {
     pub(super) zone: Arc<Zone>,
     pub(super) nsid: Arc<[u8]>,
-    pub(super) tally: Arc<Tally>,
+    pub(super) counters: Arc<DnsCounters>,
 }
 
 impl Responder {
@@ -36,11 +36,11 @@ impl Responder {
         // thread goes on for everybody else.
         let answered = catch_unwind(AssertUnwindSafe(|| answer(&self.zone.pin(), &context, rng, packet, out)));
         let Ok(reply) = answered else {
-            self.tally.panicked();
+            self.counters.panicked();
             return None;
         };
         let reply = reply?;
-        self.tally.query(&Query {
+        self.counters.query(&AnsweredQuery {
             in_zone: reply.in_zone,
             rtype: reply.rtype,
             rcode: reply.rcode,

@@ -82,7 +82,7 @@ pub(super) fn answer_all(mut socket: impl DatagramSocket, responder: &Responder,
             Ok(received) => received,
             Err(err) if is_transient(&err) => continue,
             Err(err) => {
-                responder.tally.receive_failed();
+                responder.counters.receive_failed();
                 // Logged once per outage, however long it lasts.
                 if !std::mem::replace(&mut is_failing, true) {
                     tracing::warn!(error = %err, "a UDP socket for DNS cannot receive; trying again");

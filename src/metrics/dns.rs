@@ -1,6 +1,6 @@
 //! Metrics of the DNS listeners, named and labelled as CoreDNS has them.
 //!
-//! Each writer counts in a [`Tally`] of its own, in plain cells that no other thread writes; the
+//! Each writer counts in a [`DnsCounters`] of its own, in plain cells that no other thread writes; the
 //! scrape adds them up. So a query costs a few additions and shares no cache line.
 
 use std::{
@@ -32,7 +32,7 @@ const DURATIONS: usize = 20;
 
 /// One listener, as labels.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Listener {
+pub struct ListenerLabels {
     /// `dns://` and the address it is bound to.
     pub server: String,
     /// `udp` or `tcp`.
@@ -45,7 +45,7 @@ pub struct Listener {
 
 /// One answered query.
 #[derive(Debug, Clone, Copy)]
-pub struct Query {
+pub struct AnsweredQuery {
     /// Whether the name is in the zone.
     pub in_zone: bool,
     /// The type; `None` where no question was read, or one was of a type without a name of its own.
@@ -60,11 +60,11 @@ pub struct Query {
     pub took: Duration,
 }
 
-/// A cell of a tally.
+/// One number, which one thread writes, or several do.
 #[derive(Debug, Default)]
-struct Cell(AtomicU64);
+struct LocalCounter(AtomicU64);
 
-impl Cell {
+impl LocalCounter {
     fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -80,19 +80,23 @@ impl Cell {
 }
 
 #[derive(Debug)]
-struct Histogram<const N: usize> {
-    buckets: [Cell; N],
-    above: Cell,
-    sum: Cell,
+struct LocalHistogram<const N: usize> {
+    buckets: [LocalCounter; N],
+    above: LocalCounter,
+    sum: LocalCounter,
 }
 
-impl<const N: usize> Default for Histogram<N> {
+impl<const N: usize> Default for LocalHistogram<N> {
     fn default() -> Self {
-        Self { buckets: std::array::from_fn(|_| Cell::default()), above: Cell::default(), sum: Cell::default() }
+        Self {
+            buckets: std::array::from_fn(|_| LocalCounter::default()),
+            above: LocalCounter::default(),
+            sum: LocalCounter::default(),
+        }
     }
 }
 
-impl<const N: usize> Histogram<N> {
+impl<const N: usize> LocalHistogram<N> {
     fn add(&self, bucket: usize, value: u64, shared: bool) {
         self.buckets.get(bucket).unwrap_or(&self.above).add(1, shared);
         self.sum.add(value, shared);
@@ -101,39 +105,39 @@ impl<const N: usize> Histogram<N> {
 
 /// Queries in the zone, or outside of it.
 #[derive(Debug, Default)]
-struct Counts {
+struct ZoneCounters {
     /// By [`RecordType`]; the last is `other`.
-    types: [Cell; RecordType::ALL.len() + 1],
-    rcodes: [Cell; Rcode::ALL.len()],
-    durations: Histogram<DURATIONS>,
-    requests: Histogram<{ SIZES.len() }>,
-    responses: Histogram<{ SIZES.len() }>,
+    types: [LocalCounter; RecordType::ALL.len() + 1],
+    rcodes: [LocalCounter; Rcode::ALL.len()],
+    durations: LocalHistogram<DURATIONS>,
+    requests: LocalHistogram<{ SIZES.len() }>,
+    responses: LocalHistogram<{ SIZES.len() }>,
 }
 
 /// What one writer counts: a UDP thread alone, or the connections of a TCP listener together.
 #[derive(Debug)]
 #[repr(align(128))] // so that no two writers share a cache line, nor a pair of them
-pub struct Tally {
+pub struct DnsCounters {
     shared: bool,
-    outside: Counts,
-    in_zone: Counts,
-    panics: Cell,
-    receive_errors: Cell,
+    outside: ZoneCounters,
+    in_zone: ZoneCounters,
+    panics: LocalCounter,
+    receive_errors: LocalCounter,
 }
 
-impl Tally {
+impl DnsCounters {
     fn new(shared: bool) -> Self {
         Self {
             shared,
-            outside: Counts::default(),
-            in_zone: Counts::default(),
-            panics: Cell::default(),
-            receive_errors: Cell::default(),
+            outside: ZoneCounters::default(),
+            in_zone: ZoneCounters::default(),
+            panics: LocalCounter::default(),
+            receive_errors: LocalCounter::default(),
         }
     }
 
     /// Counts an answered query.
-    pub fn query(&self, query: &Query) {
+    pub fn query(&self, query: &AnsweredQuery) {
         let shared = self.shared;
         let counts = if query.in_zone { &self.in_zone } else { &self.outside };
         counts.types[query.rtype.map_or(OTHER_TYPE, |rtype| rtype as usize)].add(1, shared);
@@ -165,65 +169,69 @@ fn duration_bucket(nanos: u64) -> usize {
 
 /// Metrics of the DNS listeners.
 #[derive(Debug, Clone)]
-pub struct DnsMetrics(Arc<Tallies>);
+pub struct DnsMetrics(Arc<DnsCollector>);
 
 #[derive(Debug, Default)]
-struct Tallies(Mutex<Vec<Group>>);
+struct DnsCollector(Mutex<Vec<ListenerCounters>>);
 
-/// All tallies of one listener.
+/// All counters of one listener.
 #[derive(Debug)]
-struct Group {
-    listener: Listener,
-    tallies: Vec<Arc<Tally>>,
+struct ListenerCounters {
+    listener: ListenerLabels,
+    counters: Vec<Arc<DnsCounters>>,
 }
 
 impl DnsMetrics {
     /// Makes them and adds them to `all`.
     pub(super) fn register(all: &mut Registry) -> Self {
-        let tallies = Arc::new(Tallies::default());
-        all.register_collector(Box::new(Arc::clone(&tallies)));
-        Self(tallies)
+        let counters = Arc::new(DnsCollector::default());
+        all.register_collector(Box::new(Arc::clone(&counters)));
+        Self(counters)
     }
 
-    /// A tally for one thread, which alone may write it.
+    /// Counters for one thread, which alone may write it.
     #[must_use]
-    pub fn sole(&self, listener: &Listener) -> Arc<Tally> {
-        self.add(listener, Tally::new(false))
+    pub fn single_writer(&self, listener: &ListenerLabels) -> Arc<DnsCounters> {
+        self.add(listener, DnsCounters::new(false))
     }
 
-    /// A tally that several threads write.
+    /// Counters that several threads write.
     #[must_use]
-    pub fn shared(&self, listener: &Listener) -> Arc<Tally> {
-        self.add(listener, Tally::new(true))
+    pub fn multi_writer(&self, listener: &ListenerLabels) -> Arc<DnsCounters> {
+        self.add(listener, DnsCounters::new(true))
     }
 
-    fn add(&self, listener: &Listener, tally: Tally) -> Arc<Tally> {
-        let tally = Arc::new(tally);
+    fn add(&self, listener: &ListenerLabels, counters: DnsCounters) -> Arc<DnsCounters> {
+        let counters = Arc::new(counters);
         let mut groups = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
         match groups.iter_mut().find(|group| group.listener == *listener) {
-            Some(group) => group.tallies.push(Arc::clone(&tally)),
-            None => groups.push(Group { listener: listener.clone(), tallies: vec![Arc::clone(&tally)] }),
+            Some(group) => group.counters.push(Arc::clone(&counters)),
+            None => groups.push(ListenerCounters { listener: listener.clone(), counters: vec![Arc::clone(&counters)] }),
         }
-        tally
+        counters
     }
 }
 
-/// Where the counts of one zone are in a tally.
-type InZone = fn(&Tally) -> &Counts;
+/// Where the counts of one zone are among the counters of a writer.
+type ZoneOf = fn(&DnsCounters) -> &ZoneCounters;
 
-impl Group {
-    fn sum(&self, cell: impl Fn(&Tally) -> &Cell) -> u64 {
-        self.tallies.iter().map(|tally| cell(tally).get()).sum()
+impl ListenerCounters {
+    fn sum(&self, cell: impl Fn(&DnsCounters) -> &LocalCounter) -> u64 {
+        self.counters.iter().map(|counters| cell(counters).get()).sum()
     }
 
     /// In the zone and outside: the label, and where its counts are.
-    fn zones(&self) -> [(&str, InZone); 2] {
-        [(&self.listener.zone, |tally| &tally.in_zone), (".", |tally| &tally.outside)]
+    fn zones(&self) -> [(&str, ZoneOf); 2] {
+        [(&self.listener.zone, |counters| &counters.in_zone), (".", |counters| &counters.outside)]
     }
 
-    fn histogram<const N: usize>(&self, counts: InZone, of: fn(&Counts) -> &Histogram<N>) -> (u64, [u64; N], u64) {
-        let buckets = std::array::from_fn(|index| self.sum(|tally| &of(counts(tally)).buckets[index]));
-        (self.sum(|tally| &of(counts(tally)).sum), buckets, self.sum(|tally| &of(counts(tally)).above))
+    fn histogram<const N: usize>(
+        &self,
+        counts: ZoneOf,
+        of: fn(&ZoneCounters) -> &LocalHistogram<N>,
+    ) -> (u64, [u64; N], u64) {
+        let buckets = std::array::from_fn(|index| self.sum(|counters| &of(counts(counters)).buckets[index]));
+        (self.sum(|counters| &of(counts(counters)).sum), buckets, self.sum(|counters| &of(counts(counters)).above))
     }
 }
 
@@ -233,7 +241,7 @@ fn count<const N: usize>(to: &mut MetricEncoder<'_>, labels: [(&str, &str); N], 
     to.encode_family(&labels)?.encode_counter(&number, None::<&NoExemplar>)
 }
 
-fn spread<const N: usize, const B: usize>(
+fn encode_histogram<const N: usize, const B: usize>(
     to: &mut MetricEncoder<'_>,
     labels: [(&str, &str); N],
     ends: [f64; B],
@@ -246,27 +254,27 @@ fn spread<const N: usize, const B: usize>(
     to.encode_family(&labels)?.encode_histogram::<[(&str, &str); 0]>(sum as f64 * unit, all, &rows, None)
 }
 
-impl Collector for Tallies {
+impl Collector for DnsCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let groups = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let e = &mut encoder;
         encode_queries(&groups, e)?;
-        encode_spreads(&groups, e)?;
+        encode_histograms(&groups, e)?;
         encode_receive_errors(&groups, e)
     }
 }
 
-fn encode_queries(groups: &[Group], e: &mut DescriptorEncoder<'_>) -> fmt::Result {
+fn encode_queries(groups: &[ListenerCounters], e: &mut DescriptorEncoder<'_>) -> fmt::Result {
     let mut to =
         e.encode_descriptor("gangplank_dns_requests", "DNS queries that were answered", None, MetricType::Counter)?;
     for group in groups {
-        let Listener { server, proto, family, zone: _ } = &group.listener;
+        let ListenerLabels { server, proto, family, zone: _ } = &group.listener;
         for (zone, counts) in group.zones() {
             let names = RecordType::ALL.iter().map(|rtype| rtype.name()).chain(["other"]);
             for (index, rtype) in names.enumerate() {
                 let labels =
                     [("server", &**server), ("zone", zone), ("proto", proto), ("family", family), ("type", rtype)];
-                count(&mut to, labels, group.sum(|tally| &counts(tally).types[index]))?;
+                count(&mut to, labels, group.sum(|counters| &counts(counters).types[index]))?;
             }
         }
     }
@@ -275,7 +283,9 @@ fn encode_queries(groups: &[Group], e: &mut DescriptorEncoder<'_>) -> fmt::Resul
         for zone in 0..2 {
             for rcode in Rcode::ALL {
                 // Both transports of a server are one here.
-                let sum = |group: &&Group| group.sum(|tally| &group.zones()[zone].1(tally).rcodes[*rcode as usize]);
+                let sum = |group: &&ListenerCounters| {
+                    group.sum(|counters| &group.zones()[zone].1(counters).rcodes[*rcode as usize])
+                };
                 let labels = [("server", server), ("zone", same[0].zones()[zone].0), ("rcode", rcode.name())];
                 count(&mut to, labels, same.iter().map(sum).sum())?;
             }
@@ -283,11 +293,11 @@ fn encode_queries(groups: &[Group], e: &mut DescriptorEncoder<'_>) -> fmt::Resul
     }
     let help = "Packets on which the responder panicked";
     let mut to = e.encode_descriptor("gangplank_panics", help, None, MetricType::Counter)?;
-    let panics: u64 = groups.iter().map(|group| group.sum(|tally| &tally.panics)).sum();
+    let panics: u64 = groups.iter().map(|group| group.sum(|counters| &counters.panics)).sum();
     to.encode_counter(&panics, None::<&NoExemplar>)
 }
 
-fn encode_spreads(groups: &[Group], e: &mut DescriptorEncoder<'_>) -> fmt::Result {
+fn encode_histograms(groups: &[ListenerCounters], e: &mut DescriptorEncoder<'_>) -> fmt::Result {
     let ends: [f64; DURATIONS] = std::array::from_fn(|n| (1u64 << n) as f64 * 1e-6);
     let help = "From the packet in hand to the answer in hand";
     let mut to =
@@ -301,11 +311,11 @@ fn encode_spreads(groups: &[Group], e: &mut DescriptorEncoder<'_>) -> fmt::Resul
                 all.1.iter_mut().zip(buckets).for_each(|(all, one)| *all += one);
                 all.2 += above;
             }
-            spread(&mut to, [("server", server), ("zone", same[0].zones()[zone].0)], ends, 1e-9, all)?;
+            encode_histogram(&mut to, [("server", server), ("zone", same[0].zones()[zone].0)], ends, 1e-9, all)?;
         }
     }
     let ends = SIZES.map(|octets| octets as f64);
-    type Sizes = fn(&Counts) -> &Histogram<{ SIZES.len() }>;
+    type Sizes = fn(&ZoneCounters) -> &LocalHistogram<{ SIZES.len() }>;
     let sizes: [(&str, &str, Sizes); 2] = [
         ("gangplank_dns_request_size", "Octets of queries", |counts| &counts.requests),
         ("gangplank_dns_response_size", "Octets of answers", |counts| &counts.responses),
@@ -313,29 +323,29 @@ fn encode_spreads(groups: &[Group], e: &mut DescriptorEncoder<'_>) -> fmt::Resul
     for (name, help, of) in sizes {
         let mut to = e.encode_descriptor(name, help, Some(&Unit::Bytes), MetricType::Histogram)?;
         for group in groups {
-            let Listener { server, proto, .. } = &group.listener;
+            let ListenerLabels { server, proto, .. } = &group.listener;
             for (zone, counts) in group.zones() {
                 let labels = [("server", &**server), ("zone", zone), ("proto", proto)];
-                spread(&mut to, labels, ends, 1.0, group.histogram(counts, of))?;
+                encode_histogram(&mut to, labels, ends, 1.0, group.histogram(counts, of))?;
             }
         }
     }
     Ok(())
 }
 
-fn encode_receive_errors(groups: &[Group], e: &mut DescriptorEncoder<'_>) -> fmt::Result {
+fn encode_receive_errors(groups: &[ListenerCounters], e: &mut DescriptorEncoder<'_>) -> fmt::Result {
     let help = "Times that a UDP socket could not receive";
     let mut to = e.encode_descriptor("gangplank_dns_udp_receive_errors", help, None, MetricType::Counter)?;
     for group in groups.iter().filter(|group| group.listener.proto == "udp") {
         let labels = [("server", &*group.listener.server)];
-        count(&mut to, labels, group.sum(|tally| &tally.receive_errors))?;
+        count(&mut to, labels, group.sum(|counters| &counters.receive_errors))?;
     }
     Ok(())
 }
 
 /// The groups of each server: UDP and TCP of one address.
-fn by_server(groups: &[Group]) -> Vec<(&str, Vec<&Group>)> {
-    let mut servers: Vec<(&str, Vec<&Group>)> = Vec::new();
+fn by_server(groups: &[ListenerCounters]) -> Vec<(&str, Vec<&ListenerCounters>)> {
+    let mut servers: Vec<(&str, Vec<&ListenerCounters>)> = Vec::new();
     for group in groups {
         let server = group.listener.server.as_str();
         match servers.iter_mut().find(|(known, _)| *known == server) {
@@ -351,12 +361,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_scrape_adds_up_what_every_thread_counted() {
+    fn scrape_is_the_sum_of_all_threads() {
         let mut registry = Registry::default();
         let metrics = DnsMetrics::register(&mut registry);
-        let udp = Listener { server: "dns://127.0.0.1:53".into(), proto: "udp", family: "1", zone: "z.".into() };
-        let tcp = Listener { proto: "tcp", ..udp.clone() };
-        let query = Query {
+        let udp = ListenerLabels { server: "dns://127.0.0.1:53".into(), proto: "udp", family: "1", zone: "z.".into() };
+        let tcp = ListenerLabels { proto: "tcp", ..udp.clone() };
+        let query = AnsweredQuery {
             in_zone: true,
             rtype: Some(RecordType::A),
             rcode: Rcode::NoError,
@@ -364,11 +374,11 @@ mod tests {
             response: 600,
             took: Duration::from_nanos(1500),
         };
-        let tally = metrics.sole(&udp);
-        tally.query(&query);
-        tally.query(&Query { in_zone: false, rtype: None, rcode: Rcode::Refused, ..query });
-        metrics.sole(&udp).query(&query);
-        let shared = metrics.shared(&tcp);
+        let counters = metrics.single_writer(&udp);
+        counters.query(&query);
+        counters.query(&AnsweredQuery { in_zone: false, rtype: None, rcode: Rcode::Refused, ..query });
+        metrics.single_writer(&udp).query(&query);
+        let shared = metrics.multi_writer(&tcp);
         shared.query(&query);
         shared.panicked();
 
@@ -392,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn durations_fall_into_the_first_bucket_that_holds_them() {
+    fn duration_bucket_is_the_first_that_holds_it() {
         for (nanos, bucket) in [(0, 0), (1, 0), (1000, 0), (1001, 1), (2000, 1), (2001, 2), (4000, 2), (1 << 40, 31)] {
             assert_eq!(duration_bucket(nanos), bucket, "{nanos}");
         }

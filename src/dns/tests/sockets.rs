@@ -22,7 +22,7 @@ use crate::{
         responder::Responder,
         udp::{DatagramSocket, answer_all},
     },
-    metrics::{Metrics, dns::Listener},
+    metrics::{Metrics, dns::ListenerLabels},
 };
 
 const WEB: &str = "web.prod.svc.cluster.local.";
@@ -259,9 +259,9 @@ impl DatagramSocket for BrokenSocket<'_> {
 #[test]
 fn unknown_error_of_a_socket_is_counted_and_the_next_question_is_answered() {
     let metrics = Metrics::new();
-    let listener = Listener { server: "dns://test".into(), proto: "udp", family: "1", zone: "z.".into() };
-    let tally = metrics.dns.sole(&listener);
-    let responder = Responder { zone: Arc::clone(&sample_zone().zone), nsid: Arc::new([]), tally };
+    let listener = ListenerLabels { server: "dns://test".into(), proto: "udp", family: "1", zone: "z.".into() };
+    let counters = metrics.dns.single_writer(&listener);
+    let responder = Responder { zone: Arc::clone(&sample_zone().zone), nsid: Arc::new([]), counters };
     let (mut answers, stopping) = (0, AtomicBool::new(false));
     answer_all(BrokenSocket { calls: 0, answers: &mut answers, stopping: &stopping }, &responder, &stopping);
     assert_eq!(answers, 1);
