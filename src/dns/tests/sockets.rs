@@ -9,8 +9,8 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    thread::JoinHandle,
-    time::Duration,
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
 use tokio_util::sync::CancellationToken;
@@ -84,6 +84,15 @@ impl Running {
 
     fn closed(&self, reason: &str) -> f64 {
         self.metric(&format!("gangplank_connections_closed_total{{listener=\"dns\",reason=\"{reason}\"}}"))
+    }
+
+    /// Waits until so many connections are open: one that its peer saw close is counted for a moment longer.
+    fn wait_open(&self, connections: f64) {
+        let begun = Instant::now();
+        while self.metric("gangplank_connections{listener=\"dns\"}") != connections {
+            assert!(begun.elapsed() < Duration::from_secs(10), "{connections} are never open");
+            thread::yield_now();
+        }
     }
 
     fn end(mut self) -> io::Result<()> {
@@ -409,6 +418,7 @@ fn connections_of_one_peer_are_limited() {
     receive(&mut first).expect("an answer");
     first.shutdown(Shutdown::Write).expect("closed");
     assert!(drained(&mut first).is_empty());
+    server.wait_open(1.0);
     let mut next = server.connect();
     send(&mut next, &packet);
     receive(&mut next).expect("an answer");
