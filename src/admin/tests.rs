@@ -249,7 +249,7 @@ async fn what_is_not_there_or_misspelt_says_so_in_json() {
     running.stop().await;
 }
 
-/// Some 3 MB of JSON: far more than what is awaiting for a peer and what the kernel takes.
+/// Some 3 MB of JSON: far more than what is buffered for a peer and what the kernel takes.
 fn many() -> Vec<(ServiceKey, Service)> {
     (0..20_000).map(|number| service("prod", &format!("web-{number:05}"), 1)).collect()
 }

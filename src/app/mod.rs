@@ -202,9 +202,8 @@ impl Bound {
         }
         stop_writer.cancel();
         stop_answers.cancel();
-        match timeout(STOP_TIMEOUT, parts.end()).await {
-            Ok(failed_last) => failed = failed.or(failed_last),
-            Err(_) => warn!("not everything stopped in time; what was acknowledged is safe"),
+        if timeout(STOP_TIMEOUT, parts.end(&mut failed)).await.is_err() {
+            warn!("not everything stopped in time; what was acknowledged is safe");
         }
         failed.map_or(Ok(()), Err)
     }

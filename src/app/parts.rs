@@ -44,13 +44,12 @@ impl Parts {
         }
     }
 
-    /// Waits for all that are left, now that they were told to stop, and returns the first failure.
-    pub(super) async fn end(&mut self) -> Option<anyhow::Error> {
-        let mut first = None;
+    /// Waits for all that are left, now that they are to stop. The first failure goes into `first`, unless there is one: it
+    /// stays known when the caller waits no longer.
+    pub(super) async fn end(&mut self, first: &mut Option<anyhow::Error>) {
         while let Some(ended) = self.0.join_next().await {
-            note(&mut first, failure(ended));
+            note(first, failure(ended));
         }
-        first
     }
 }
 
@@ -83,14 +82,20 @@ mod tests {
         let failed = parts.drain(Duration::from_millis(50)).await.expect("the failure of the first");
         assert_eq!(format!("{failed:#}"), "the first failed: no more disk");
         stop.send(()).expect("the third still runs");
-        assert!(parts.end().await.is_none());
+        let mut last = None;
+        parts.end(&mut last).await;
+        assert!(last.is_none());
     }
 
     #[tokio::test]
-    async fn failure_after_the_drain_is_returned() {
+    async fn failure_after_the_drain_is_known_though_another_part_hangs() {
         let mut parts = Parts::default();
-        parts.spawn("the only one", async { Err(anyhow!("no more disk")) });
-        let failed = parts.end().await.expect("its failure");
-        assert_eq!(format!("{failed:#}"), "the only one failed: no more disk");
+        parts.spawn("the first", async { Err(anyhow!("no more disk")) });
+        parts.spawn("the second", std::future::pending::<anyhow::Result<()>>());
+        let mut failed = None;
+        let ended = tokio::time::timeout(Duration::from_millis(50), parts.end(&mut failed)).await;
+        assert!(ended.is_err(), "the second hangs");
+        let failed = failed.expect("the failure of the first");
+        assert_eq!(format!("{failed:#}"), "the first failed: no more disk");
     }
 }

@@ -29,7 +29,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A quiet connection is probed after this long, and given up [`KEEPALIVE_TIMEOUT`] later: a
-/// watch that hangs on a dead peer would show an old instances for ever.
+/// watch that hangs on a dead peer would show outdated instances for ever.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -77,9 +77,9 @@ pub enum ClientError {
 pub struct Answer {
     /// 201, 200, 204, 400, ….
     pub status: u32,
-    /// For a invalid: the field and the reason.
+    /// For a refusal: the field and the reason.
     pub details: String,
-    /// The generation in which it is served; 0 for a invalid.
+    /// The generation in which it is served; 0 for a refusal.
     pub generation: u64,
 }
 
@@ -244,7 +244,7 @@ impl Client {
         })
     }
 
-    /// Registers one instance. A invalid is an [`Answer`] too.
+    /// Registers one instance. A refusal is an [`Answer`] too.
     ///
     /// # Errors
     /// When the call itself fails.

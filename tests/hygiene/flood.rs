@@ -18,8 +18,10 @@ use hickory_proto::rr::RecordType;
 
 use super::{Target, sized};
 use crate::support::{
+    WAIT_TIMEOUT,
     dns::{Over, ask},
     http,
+    server::Process,
     stream::{Stream, message},
     wait_until,
 };
@@ -118,6 +120,15 @@ impl Latencies {
     }
 }
 
+/// Ends the flood, also when a measurement fails.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Floods one listener of a server, and asks all of them meanwhile. Returns how many connections it closed.
 fn others_go_on(name: &str, of: fn(&Target) -> SocketAddr, greeting: &[u8], unit: &[u8]) -> usize {
     let target = Target::with_services(1);
@@ -128,8 +139,9 @@ fn others_go_on(name: &str, of: fn(&Target) -> SocketAddr, greeting: &[u8], unit
     let to = of(&target);
     thread::scope(|scope| {
         let peers: Vec<_> = (0..PEERS).map(|_| scope.spawn(|| flood(to, greeting, unit, &stop))).collect();
+        let stopped = StopOnDrop(&stop);
         Latencies::measure(&target, requests).print(name);
-        stop.store(true, Ordering::Relaxed);
+        drop(stopped);
         peers.into_iter().map(|peer| peer.join().expect("a flood ends")).sum()
     })
 }
@@ -192,7 +204,7 @@ fn unread_answers_are_bounded_in_the_kernel_and_closed() {
         })
         .collect();
     let open = "gangplank_connections{listener=\"dns\"}";
-    target.wait_metric(open, |open| open > 0.0);
+    wait_until("all are accepted", || (target.metric(open) == peers as f64).then_some(()));
     target.others_are_served();
     let queued = send_queues(target.server.dns.port());
     println!(
@@ -229,20 +241,56 @@ fn slow_reader_is_closed_before_its_answer_is_complete() {
     fill_an_answer(&target);
     let mut peer = TcpStream::connect(target.server.dns).expect("it listens");
     peer.write_all(&frame(false).repeat(64)).expect("it reads");
+    let open = "gangplank_connections{listener=\"dns\"}";
+    target.wait_metric(open, |open| open == 1.0);
     let begun = Instant::now();
     let mut received = 0;
     let mut piece = [0; 200];
-    let ended = wait_until("the slow reader is closed", || {
+    let lived = wait_until("the slow reader is closed", || {
         // 2 000 bytes a second, however often this is called.
         let due = usize::try_from(begun.elapsed().as_millis()).expect("short") * 2;
         while received + piece.len() <= due {
             match peer.read(&mut piece) {
-                Ok(0) | Err(_) => return Some(begun.elapsed()),
+                Ok(0) | Err(_) => break,
                 Ok(read) => received += read,
             }
         }
-        (target.metric("gangplank_connections{listener=\"dns\"}") == 0.0).then(|| begun.elapsed())
+        (target.metric(open) == 0.0).then(|| begun.elapsed())
     });
-    println!("a reader of 2 kB/s is closed after {ended:?} and {received} bytes");
-    assert!(received < 64 * 60_000);
+    println!("a reader of 2 kB/s is closed after {lived:?} and {received} bytes");
+    assert!(lived < Duration::from_secs(15), "10 s are promised, and it lived {lived:?}");
+}
+
+/// Peers of gRPC that connect and call nothing cannot take the descriptors of DNS and admin, nor keep a registrant out.
+#[test]
+fn idle_peers_leave_descriptors_for_the_other_listeners() {
+    const DESCRIPTORS: usize = 512;
+    let data = tempfile::TempDir::new().expect("a temporary directory can be made");
+    let process = Process::serve_within(DESCRIPTORS, data.path());
+    let (_, [grpc, dns, admin]) = process.ready();
+    let idle: Vec<TcpStream> = (0..2 * DESCRIPTORS)
+        .filter_map(|_| {
+            let mut peer = TcpStream::connect(grpc).ok()?;
+            // A peer that the server has closed meanwhile says nothing.
+            peer.write_all(PREFACE).ok()?;
+            Some(peer)
+        })
+        .collect();
+    assert!(idle.len() > DESCRIPTORS / 2, "{} peers could connect", idle.len());
+    // Each on a connection of its own, which takes a descriptor.
+    let questions: Vec<TcpStream> = (0..10)
+        .map(|_| {
+            let mut stream = TcpStream::connect(dns).expect("it listens");
+            stream.set_read_timeout(Some(WAIT_TIMEOUT)).expect("a timeout above zero");
+            stream.write_all(&frame(false)).expect("it reads");
+            stream.read_exact(&mut [0; 14]).expect("an answer comes");
+            stream
+        })
+        .collect();
+    assert_eq!(http::get(admin, "/livez").0, 200);
+    let (status, _) = Stream::open(grpc).register("prod", "web", "10.1.1.1");
+    assert_eq!(status, 201, "the idlest peers made room for a registrant");
+    let open = std::fs::read_dir(format!("/proc/{}/fd", process.pid())).expect("it runs").count();
+    assert!(open < DESCRIPTORS, "{open} descriptors are open");
+    drop((idle, questions));
 }

@@ -94,7 +94,7 @@ impl Server {
 
     /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
-        self.process.child.id()
+        self.process.pid()
     }
 
     /// Kills the server and returns its data directory.
@@ -136,7 +136,18 @@ impl Server {
 impl Process {
     /// Starts `gangplank serve` on free ports and on this data directory; does not wait.
     pub(crate) fn serve<S: AsRef<OsStr>>(data: &Path, flags: &[S]) -> Self {
-        let mut child = Command::new(BINARY)
+        Self::spawn(Command::new(BINARY), data, flags)
+    }
+
+    /// The same, with at most so many open descriptors.
+    pub(crate) fn serve_within(descriptors: usize, data: &Path) -> Self {
+        let mut limited = Command::new("prlimit");
+        limited.arg(format!("--nofile={descriptors}:{descriptors}")).arg(BINARY);
+        Self::spawn::<&str>(limited, data, &[])
+    }
+
+    fn spawn<S: AsRef<OsStr>>(mut gangplank: Command, data: &Path, flags: &[S]) -> Self {
+        let mut child = gangplank
             .args(["serve", "--grpc-listen", "127.0.0.1:0", "--dns-listen", "127.0.0.1:0"])
             .args(["--admin-listen", "127.0.0.1:0", "--data-dir"])
             .arg(data)
@@ -160,6 +171,11 @@ impl Process {
             }
         });
         Self { child, stdout, stderr }
+    }
+
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// The next line on stdout.

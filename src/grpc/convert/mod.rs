@@ -1,4 +1,4 @@
-//! Protobuf ↔ model. Every invalid of a registration is made here or in [`Validator`], and names the
+//! Protobuf ↔ model. Every refusal of an invalid registration is made here or in [`Validator`], and names the
 //! field and the reason; past this module there are no raw texts.
 //!
 //! A removal looks at what identifies an instance and at nothing else: `namespace`,

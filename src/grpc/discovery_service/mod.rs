@@ -1,6 +1,6 @@
 //! The readers' service: what is registered, and every change as it happens.
 //!
-//! It reads immutable values and a ring of changes. NoParameters here can hold up the writer.
+//! It reads immutable values and a ring of changes. Nothing here can delay the writer.
 
 mod cursor;
 mod selection;

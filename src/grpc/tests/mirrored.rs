@@ -28,7 +28,7 @@ async fn an_answer_comes_when_the_slice_has_it() {
 async fn while_kubernetes_is_away_a_stream_stays_pipelined_and_gets_202() {
     let server = TestServer::serving(Registry::mirrored().await, LIMITS).await;
     let mut client = ServiceRegistryClient::new(server.channel().await);
-    // More than can be in batch one by one within the second that each may wait.
+    // More than can be in flight one by one within the second that each may wait.
     let messages = stream::iter((0..3000).map(message));
     let mut answers = client.registration_event(messages).await.expect("served").into_inner();
     for n in 0..3000 {

@@ -162,7 +162,7 @@ async fn a_watch_of_one_service_hears_of_no_other_and_its_cursor_stays_young() {
         let event = soon("the end of the snapshot", watch.next()).await.expect("a good stream").expect("no end");
         assert!(matches!(event, WatchEvent::Synced { .. }), "{event:?}");
     }
-    // NoParameters but others' changes: now and then there is a new cursor.
+    // Only changes of other services: now and then there is a new cursor.
     for n in 0..10 {
         let db = (0..1_000).map(|m| register("db", &format!("10.1.{}.{}", m / 250, 1 + m % 250), n as f32));
         submit(&server, db.collect()).await;
