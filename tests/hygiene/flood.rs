@@ -26,9 +26,6 @@ use crate::support::{
     wait_until,
 };
 
-/// Peers that flood at once.
-const PEERS: usize = 4;
-
 /// A peer sends this much at most, and connects so often at most.
 const MAX_SENT: usize = 1 << 34;
 const MAX_CONNECTIONS: usize = 20_000;
@@ -138,7 +135,7 @@ fn others_go_on(name: &str, of: fn(&Target) -> SocketAddr, greeting: &[u8], unit
     let stop = AtomicBool::new(false);
     let to = of(&target);
     thread::scope(|scope| {
-        let peers: Vec<_> = (0..PEERS).map(|_| scope.spawn(|| flood(to, greeting, unit, &stop))).collect();
+        let peers: Vec<_> = (0..sized(2, 4)).map(|_| scope.spawn(|| flood(to, greeting, unit, &stop))).collect();
         let stopped = StopOnDrop(&stop);
         Latencies::measure(&target, requests).print(name);
         drop(stopped);

@@ -10,7 +10,10 @@ use std::{
     env, fs,
     io::{Read as _, Write as _},
     net::TcpStream,
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -48,16 +51,21 @@ fn sized(short: usize, long: usize) -> usize {
     if env::var("GANGPLANK_ATTACK").is_ok_and(|form| form == "long") { long } else { short }
 }
 
+/// Attacks take turns: each wants the machine for itself, and figures of its own.
+static TURN: Mutex<()> = Mutex::new(());
+
 /// A server that is attacked, with its memory before.
 struct Target {
     server: Server,
     rest: u64,
     next: AtomicU32,
+    _turn: MutexGuard<'static, ()>,
 }
 
 impl Target {
     /// One with this many services of one instance each.
     fn with_services(count: usize) -> Self {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let server = Server::start();
         if count > 0 {
             let mut stream = Stream::open(server.grpc);
@@ -68,7 +76,7 @@ impl Target {
             let (statuses, _) = stream.exchange(messages.collect());
             assert!(statuses.iter().all(|status| *status == 201));
         }
-        let mut target = Self { server, rest: 0, next: AtomicU32::new(0) };
+        let mut target = Self { _turn: turn, server, rest: 0, next: AtomicU32::new(0) };
         target.rest = target.status("VmRSS");
         // Resets the peak, VmHWM.
         fs::write(format!("/proc/{}/clear_refs", target.server.pid()), "5").expect("a process of ours");
