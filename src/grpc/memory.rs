@@ -30,7 +30,8 @@ pub(super) struct Limits {
     pub(super) unanswered: usize,
     /// Bytes of one connection: a part of the total, so that no connection can spend all of it.
     pub(super) per_connection: usize,
-    /// Bytes that every connection may take, even when the total is spent.
+    /// Bytes of each kind (received, unanswered, unsent) that every connection may take, even when
+    /// the total is spent.
     pub(super) guaranteed: usize,
     /// Bytes of responses that one call may have encoded while its peer has not taken them.
     pub(super) unsent_per_call: usize,
@@ -42,7 +43,7 @@ pub(super) const LIMITS: Limits = Limits {
     total: 64 * 1024 * 1024,
     unanswered: 16 * 1024 * 1024,
     per_connection: 16 * 1024 * 1024,
-    guaranteed: 16 * 1024,
+    guaranteed: 8 * 1024,
     unsent_per_call: 16 * 1024,
     unread: Duration::from_secs(10),
 };
@@ -75,6 +76,7 @@ impl MemoryBudget {
             used: AtomicUsize::new(0),
             unanswered: AtomicUsize::new(0),
             received: AtomicUsize::new(0),
+            unsent_bytes: AtomicUsize::new(0),
             open_requests: AtomicUsize::new(0),
             reader: AtomicWaker::new(),
             unsent: Mutex::new(Vec::new()),
@@ -109,6 +111,8 @@ pub(super) struct ConnectionMemory {
     unanswered: AtomicUsize,
     /// The part of `used` that is received and not read by a call.
     received: AtomicUsize,
+    /// The part of `used` that is responses which the peer has not taken.
+    unsent_bytes: AtomicUsize,
     /// Calls whose messages are still read.
     open_requests: AtomicUsize,
     /// The connection's task, when it waits to read its socket.
@@ -118,11 +122,11 @@ pub(super) struct ConnectionMemory {
 }
 
 impl ConnectionMemory {
-    /// Whether more may be read or encoded for this connection.
-    pub(super) fn has_room(&self) -> bool {
-        let used = self.used.load(Relaxed);
+    /// Whether this connection may take more of something, of which it holds `used` bytes.
+    fn has_room(&self, used: usize) -> bool {
         let Limits { total, per_connection, guaranteed, .. } = self.budget.limits;
-        let room = used < guaranteed || (used < per_connection && self.budget.used.load(Relaxed) < total);
+        let room =
+            used < guaranteed || (self.used.load(Relaxed) < per_connection && self.budget.used.load(Relaxed) < total);
         if !room {
             self.budget.metrics.grpc.memory_waits.inc();
         }
@@ -136,7 +140,12 @@ impl ConnectionMemory {
         let room = unanswered < guaranteed
             // One connection may have a quarter.
             || (unanswered < total / 4 && self.budget.unanswered.load(Relaxed) < total);
-        room && self.has_room()
+        room && self.has_room(unanswered)
+    }
+
+    /// Whether another response may be encoded.
+    fn may_encode(&self) -> bool {
+        self.has_room(self.unsent_bytes.load(Relaxed))
     }
 
     /// Charges a registration that was read.
@@ -153,10 +162,10 @@ impl ConnectionMemory {
         self.release(bytes);
     }
 
-    /// Whether the socket may be read. What is received is bounded apart from the rest: a connection
-    /// with many responses under way must still learn that its peer takes them.
+    /// Whether the socket may be read: a connection with many responses under way must still learn
+    /// that its peer takes them.
     pub(super) fn may_receive(&self) -> bool {
-        self.received.load(Relaxed) < self.budget.limits.guaranteed || self.has_room()
+        self.has_room(self.received.load(Relaxed))
     }
 
     /// Wakes this task when the connection has released some memory.
@@ -285,7 +294,7 @@ impl Responses {
     /// some of this call's responses; memory that other calls release wakes nobody here.
     pub(super) fn may_encode(&self, waker: &std::task::Waker) -> bool {
         let limit = self.memory.budget.limits.unsent_per_call;
-        let may = || self.unsent.bytes.load(Relaxed) < limit && self.memory.has_room();
+        let may = || self.unsent.bytes.load(Relaxed) < limit && self.memory.may_encode();
         if may() {
             return true;
         }
@@ -307,6 +316,7 @@ impl Responses {
         if self.unsent.bytes.fetch_add(charge, Relaxed) == 0 {
             self.unsent.progress.store(self.memory.budget.now(), Relaxed);
         }
+        self.memory.unsent_bytes.fetch_add(charge, Relaxed);
         self.memory.charge(charge);
         let (memory, unsent) = (Arc::clone(&self.memory), Arc::clone(&self.unsent));
         bytes::Bytes::from_owner(UnsentChunk { bytes, charge, memory, unsent })
@@ -343,6 +353,7 @@ impl Drop for UnsentChunk {
     fn drop(&mut self) {
         self.unsent.progress.store(self.memory.budget.now(), Relaxed);
         self.unsent.bytes.fetch_sub(self.charge, Relaxed);
+        self.memory.unsent_bytes.fetch_sub(self.charge, Relaxed);
         self.memory.release(self.charge);
         self.unsent.call.wake();
     }
@@ -371,18 +382,35 @@ mod tests {
         let budget = budget();
         let (first, second, third) = (budget.connection(), budget.connection(), budget.connection());
         first.charge_received(600_000);
-        assert!(!first.may_receive() && !first.has_room(), "one connection's part is spent");
-        assert!(second.may_receive() && second.has_room());
+        assert!(!first.may_receive(), "one connection's part is spent");
+        assert!(second.may_receive());
         second.charge_received(400_000);
-        assert!(!second.has_room(), "all of it is spent");
-        assert!(third.has_room() && third.may_receive() && third.may_submit(), "the guaranteed part is there");
+        assert!(!second.may_receive(), "all of it is spent");
+        assert!(third.may_receive() && third.may_submit(), "the guaranteed part is there");
         third.charge_received(10_000);
-        assert!(!third.has_room());
+        assert!(!third.may_receive());
         first.release_received(300_000);
-        assert!(third.has_room() && second.has_room());
+        assert!(third.may_receive() && second.may_receive());
         drop((first, second, third));
         assert_eq!(budget.used.load(Relaxed), 0, "a connection that is gone holds nothing");
         assert_eq!(budget.metrics.grpc.buffered_bytes.get(), 0);
+    }
+
+    #[test]
+    fn what_was_received_is_still_answered_when_it_has_spent_the_budget() {
+        let budget = budget();
+        let (first, second) = (budget.connection(), budget.connection());
+        first.charge_received(600_000);
+        second.charge_received(400_000);
+        assert!(first.may_submit(), "a registration is read");
+        first.charge_unanswered(10_000);
+        assert!(!first.may_submit(), "its guaranteed part is spent");
+        let (call, other) = (first.responses(), first.responses());
+        assert!(call.may_encode(Waker::noop()), "and its response sent");
+        let chunk = call.charged(bytes::Bytes::from_static(&[0; 10_000]));
+        assert!(!other.may_encode(Waker::noop()), "what is unsent is bounded for all calls of a connection");
+        drop(chunk);
+        assert!(other.may_encode(Waker::noop()));
     }
 
     #[test]
@@ -390,7 +418,7 @@ mod tests {
         let budget = budget();
         let (bulk, other) = (budget.connection(), budget.connection());
         bulk.charge_unanswered(100_000);
-        assert!(!bulk.may_submit() && bulk.has_room());
+        assert!(!bulk.may_submit() && bulk.may_receive());
         assert!(other.may_submit());
         bulk.release_unanswered(100_000);
         assert!(bulk.may_submit());

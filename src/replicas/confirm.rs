@@ -4,7 +4,7 @@
 //! the write was seen to have succeeded, or a renewal that began afterwards succeeds. Else the answer could come
 //! from a process that slept while another took over and undid the word.
 
-use std::{collections::HashMap, hash::Hash};
+use std::collections::BTreeMap;
 
 use super::election::BootTime;
 
@@ -12,18 +12,18 @@ use super::election::BootTime;
 #[derive(Debug, Clone)]
 pub struct Confirmations<S> {
     /// By slice: the highest generation that was confirmed in this term.
-    confirmed: HashMap<S, u64>,
+    confirmed: BTreeMap<S, u64>,
     /// By slice: a generation that was seen while the Lease was not safely held, and when.
-    unsafe_since: HashMap<S, (u64, BootTime)>,
+    unsafe_since: BTreeMap<S, (u64, BootTime)>,
 }
 
 impl<S> Default for Confirmations<S> {
     fn default() -> Self {
-        Self { confirmed: HashMap::new(), unsafe_since: HashMap::new() }
+        Self { confirmed: BTreeMap::new(), unsafe_since: BTreeMap::new() }
     }
 }
 
-impl<S: Eq + Hash + Clone> Confirmations<S> {
+impl<S: Ord + Clone> Confirmations<S> {
     /// Kubernetes was seen at `now` to hold `slice` as of `generation`. Returns whether that is confirmed.
     pub fn shown(&mut self, slice: &S, generation: u64, now: BootTime, safe: bool) -> bool {
         if safe {
@@ -38,7 +38,7 @@ impl<S: Eq + Hash + Clone> Confirmations<S> {
     pub fn renewed(&mut self, began: BootTime) -> Vec<(S, u64)> {
         let before = |_: &S, seen: &mut (u64, BootTime)| seen.1 < began;
         let confirmed: Vec<_> =
-            self.unsafe_since.extract_if(before).map(|(slice, (generation, _))| (slice, generation)).collect();
+            self.unsafe_since.extract_if(.., before).map(|(slice, (generation, _))| (slice, generation)).collect();
         for (slice, generation) in &confirmed {
             self.confirm(slice, *generation);
         }

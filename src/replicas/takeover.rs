@@ -1,6 +1,6 @@
 //! How a new writer puts the truth together: from the slices, its directory, and its outbox.
 
-use std::{collections::HashMap, hash::Hash};
+use std::collections::BTreeMap;
 
 use super::{
     election::Tenure,
@@ -23,9 +23,9 @@ pub struct Directory<K, V> {
     /// Its hybrid clock.
     pub clock: HybridClock,
     /// The last word on every key, as of `term`. Empty once another writer is known to have followed.
-    pub words: HashMap<K, Word<V>>,
+    pub words: BTreeMap<K, Word<V>>,
     /// Words that are not confirmed to be in Kubernetes.
-    pub outbox: HashMap<K, Word<V>>,
+    pub outbox: BTreeMap<K, Word<V>>,
     /// The highest age that a dropped tombstone asks for, by the slice it was dropped from.
     pub refuse_before: u64,
 }
@@ -39,8 +39,8 @@ impl<K, V> Directory<K, V> {
             term: 0,
             generation: 0,
             clock: HybridClock::default(),
-            words: HashMap::new(),
-            outbox: HashMap::new(),
+            words: BTreeMap::new(),
+            outbox: BTreeMap::new(),
             refuse_before: 0,
         }
     }
@@ -48,11 +48,11 @@ impl<K, V> Directory<K, V> {
 
 /// The truth with which a tenure begins.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Truth<K: Eq + Hash, V> {
+pub struct Truth<K: Ord, V> {
     /// The last word on every key.
-    pub words: HashMap<K, Word<V>>,
+    pub words: BTreeMap<K, Word<V>>,
     /// Which of them Kubernetes may not have.
-    pub outbox: HashMap<K, Word<V>>,
+    pub outbox: BTreeMap<K, Word<V>>,
     /// Words of this directory that are too old to count. Whoever said them was told 202; this must not be silent.
     pub refused: Vec<(K, Word<V>)>,
     /// The generation to publish.
@@ -80,7 +80,7 @@ pub fn merge<'s, K, V>(
     rules: Rules,
 ) -> Result<Truth<K, V>, HigherTerm>
 where
-    K: Ord + Hash + Clone + 's,
+    K: Ord + Clone + 's,
     V: Clone + PartialEq + 's,
 {
     let highest = slices.clone().map(|slice| slice.term).max().unwrap_or(0);
@@ -90,7 +90,7 @@ where
     let mut clock = directory.clock;
     let mut generation = directory.generation.max(tenure.previous.as_ref().map_or(0, |lease| lease.generation));
     let mut refuse_before = directory.refuse_before;
-    let mut words = HashMap::new();
+    let mut words = BTreeMap::new();
     for slice in slices {
         generation = generation.max(slice.generation);
         refuse_before = refuse_before.max(slice.refuse_before);
@@ -122,7 +122,7 @@ where
             Merged::TooOld => {}
         }
     }
-    let mut outbox = HashMap::new();
+    let mut outbox = BTreeMap::new();
     for (key, word) in &directory.outbox {
         let known = words.get(key).map(|other: &Word<V>| other.stamp);
         let merged = match limit.merge(known, word) {

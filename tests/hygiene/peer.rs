@@ -15,13 +15,19 @@ use h2::{
 };
 use http::Request;
 use prost::Message;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    time::timeout,
+};
 
 /// Windows that never stop the server: what it sends is stopped by TCP alone.
 pub(crate) const NO_WINDOW: u32 = (1 << 31) - 1;
 
 /// The windows of a client that says nothing about them.
 pub(crate) const DEFAULT_WINDOW: u32 = 65_535;
+
+/// Bytes of responses that the kernel keeps for a peer; Linux doubles it for its own use.
+const RECEIVE_BUFFER: u32 = 4096;
 
 /// A call, which is open until the value is dropped: then it is reset.
 pub(crate) struct Call {
@@ -39,7 +45,10 @@ pub(crate) struct Peer {
 
 impl Peer {
     pub(crate) async fn connect(to: SocketAddr, window: u32) -> Self {
-        let stream = TcpStream::connect(to).await.expect("it listens");
+        let socket = TcpSocket::new_v4().expect("a socket");
+        // Otherwise the kernel takes megabytes of responses for a peer that reads nothing.
+        socket.set_recv_buffer_size(RECEIVE_BUFFER).expect("above the least size");
+        let stream = socket.connect(to).await.expect("it listens");
         let mut builder = Builder::new();
         builder.initial_window_size(window).initial_connection_window_size(window.max(DEFAULT_WINDOW));
         builder.max_concurrent_reset_streams(0);

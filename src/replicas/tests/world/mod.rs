@@ -6,7 +6,7 @@ mod network;
 
 use std::{
     cmp::Reverse,
-    collections::{BinaryHeap, HashMap},
+    collections::{BTreeMap, BinaryHeap},
     time::Duration,
 };
 
@@ -161,7 +161,7 @@ pub(super) struct World {
     machines: Vec<Machine>,
     checker: Checker,
     /// Clients that repeat a registration: its value, and who has their stream.
-    sustained: HashMap<Key, (Value, usize)>,
+    sustained: BTreeMap<Key, (Value, usize)>,
     next_value: Value,
     next_directory: u128,
     chaos_until: Micros,
@@ -208,7 +208,7 @@ impl World {
             calls: Vec::new(),
             machines,
             checker: Checker::new(2 * setup.skew),
-            sustained: HashMap::new(),
+            sustained: BTreeMap::new(),
             next_value: 1,
             next_directory: 100,
             chaos_until: 0,
@@ -251,9 +251,9 @@ impl World {
         self.judge()
     }
 
-    /// Requests that the API server got.
-    pub(super) fn requests(&self) -> usize {
-        self.calls.len()
+    /// What the API server saw in all of the history: requests, and each version of each slice.
+    pub(super) fn summary(&self) -> String {
+        format!("{} requests, {} take-overs: {:?} {:?}", self.calls.len(), self.takeovers, self.lease, self.log)
     }
 
     fn owner(&self, event: &Event) -> Option<usize> {
