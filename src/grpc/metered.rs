@@ -182,7 +182,9 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Metered<T> {
 /// A frame that matters here (RFC 9113 §4.1, §6.1, §6.8).
 #[derive(Debug, PartialEq, Eq)]
 enum Frame {
+    /// One that h2 keeps until its call reads it: not an empty one in the middle of a message.
     Data {
+        /// Without padding, which h2 does not keep either.
         len: usize,
     },
     GoAway {
@@ -194,6 +196,10 @@ enum Frame {
 const DATA: u8 = 0;
 const GOAWAY: u8 = 7;
 
+/// Flags of DATA (RFC 9113 §6.1).
+const END_STREAM: u8 = 1;
+const PADDED: u8 = 8;
+
 /// Finds frames in a stream of bytes, whatever pieces it comes in. Keeps no payload.
 #[derive(Debug, Default)]
 struct FrameScanner {
@@ -201,6 +207,8 @@ struct FrameScanner {
     header_len: usize,
     /// Bytes until the next header.
     payload: usize,
+    /// Octets and flags of a DATA frame whose first octet, the length of its padding, is still to come.
+    padded: Option<(usize, u8)>,
     /// The begin of a GOAWAY's payload: the last stream's id and the error code.
     goaway: Option<([u8; 8], usize)>,
 }
@@ -212,6 +220,10 @@ impl FrameScanner {
                 let (payload, rest) = bytes.split_at(self.payload.min(bytes.len()));
                 self.payload -= payload.len();
                 bytes = rest;
+                if let Some((len, flags)) = self.padded.take() {
+                    let padding = 1 + usize::from(payload[0]);
+                    found_data(len.saturating_sub(padding), flags, found);
+                }
                 if let Some((head, len)) = &mut self.goaway {
                     let part = payload.len().min(head.len() - *len);
                     head[*len..*len + part].copy_from_slice(&payload[..part]);
@@ -229,15 +241,25 @@ impl FrameScanner {
             self.header_len += part.len();
             bytes = rest;
             if self.header_len == self.header.len() {
-                let [a, b, c, kind, ..] = self.header;
+                let [a, b, c, kind, flags, ..] = self.header;
                 self.header_len = 0;
                 self.payload = u32::from_be_bytes([0, a, b, c]) as usize;
                 self.goaway = (kind == GOAWAY).then_some(([0; 8], 0));
                 if kind == DATA {
-                    found(Frame::Data { len: self.payload });
+                    if flags & PADDED != 0 && self.payload > 0 {
+                        self.padded = Some((self.payload, flags));
+                    } else {
+                        found_data(self.payload, flags, found);
+                    }
                 }
             }
         }
+    }
+}
+
+fn found_data(len: usize, flags: u8, found: &mut dyn FnMut(Frame)) {
+    if len > 0 || flags & END_STREAM != 0 {
+        found(Frame::Data { len });
     }
 }
 
@@ -250,11 +272,19 @@ mod tests {
         let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
         bytes.extend([0, 0, 0, 4, 0, 0, 0, 0, 0]); // SETTINGS without a payload
         bytes.extend([0, 0, 3, 0, 0, 0, 0, 0, 1, 7, 7, 7]); // DATA of three bytes
+        bytes.extend([0, 0, 0, 0, 0, 0, 0, 0, 1]); // DATA, empty
+        bytes.extend([0, 0, 6, 0, 8, 0, 0, 0, 1, 3, 7, 7, 0, 0, 0]); // DATA of two bytes and three of padding
+        bytes.extend([0, 0, 4, 0, 8, 0, 0, 0, 1, 3, 0, 0, 0]); // DATA, padding alone
         bytes.extend([0, 0, 0, 0, 1, 0, 0, 0, 1]); // DATA, empty, END_STREAM
         bytes.extend([0, 0, 9, 7, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 11, b'x']); // GOAWAY with a text
         bytes.extend([0, 1, 0, 0, 0, 0, 0, 0, 3]); // DATA whose payload is still to come
-        let expected =
-            [Frame::Data { len: 3 }, Frame::Data { len: 0 }, Frame::GoAway { code: 11 }, Frame::Data { len: 256 }];
+        let expected = [
+            Frame::Data { len: 3 },
+            Frame::Data { len: 2 },
+            Frame::Data { len: 0 },
+            Frame::GoAway { code: 11 },
+            Frame::Data { len: 256 },
+        ];
         for piece in 1..bytes.len() {
             let mut scanner = FrameScanner { payload: PREFACE, ..FrameScanner::default() };
             let mut found = Vec::new();

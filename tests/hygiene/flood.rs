@@ -16,7 +16,7 @@ use std::{
 use gangplank::grpc::proto::registry::RegistrationType;
 use hickory_proto::rr::RecordType;
 
-use super::{Target, sized};
+use super::{ALL, MIB, Target, sized};
 use crate::support::{
     WAIT_TIMEOUT,
     dns::{Over, ask},
@@ -26,12 +26,12 @@ use crate::support::{
     wait_until,
 };
 
-/// A peer sends this much at most, and connects so often at most.
+/// A peer sends this much at most, and tries to connect so often at most.
 const MAX_SENT: usize = 1 << 34;
 const MAX_CONNECTIONS: usize = 20_000;
 
 /// The preface of HTTP/2 with empty settings (RFC 9113 §3.4).
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00";
+pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00";
 
 /// PING and SETTINGS, each of which the server answers (RFC 9113 §6.5, §6.7).
 const PING: &[u8] = b"\x00\x00\x08\x06\x00\x00\x00\x00\x00pingpong";
@@ -55,7 +55,10 @@ fn frame(response: bool) -> Vec<u8> {
 fn flood(to: SocketAddr, greeting: &[u8], unit: &[u8], stop: &AtomicBool) -> usize {
     let block = unit.repeat((64 * 1024 / unit.len()).max(1));
     let (mut sent, mut closed) = (0, 0);
-    while !stop.load(Ordering::Relaxed) && sent < MAX_SENT && closed < MAX_CONNECTIONS {
+    for _ in 0..MAX_CONNECTIONS {
+        if stop.load(Ordering::Relaxed) || sent >= MAX_SENT {
+            break;
+        }
         let Ok(mut stream) = TcpStream::connect(to) else { continue };
         stream.set_write_timeout(Some(Duration::from_secs(1))).expect("a timeout above zero");
         let mut answers = stream.try_clone().expect("descriptors are left");
@@ -127,7 +130,7 @@ impl Drop for StopOnDrop<'_> {
 }
 
 /// Floods one listener of a server, and asks all of them meanwhile. Returns how many connections it closed.
-fn others_go_on(name: &str, of: fn(&Target) -> SocketAddr, greeting: &[u8], unit: &[u8]) -> usize {
+pub(super) fn others_go_on(name: &str, of: fn(&Target) -> SocketAddr, greeting: &[u8], unit: &[u8]) -> usize {
     let target = Target::with_services(1);
     target.server.register("prod", "web", "10.1.1.1", "http=8080");
     let requests = sized(50, 500);
@@ -139,6 +142,8 @@ fn others_go_on(name: &str, of: fn(&Target) -> SocketAddr, greeting: &[u8], unit
         let stopped = StopOnDrop(&stop);
         Latencies::measure(&target, requests).print(name);
         drop(stopped);
+        let peak = target.peak_above_rest();
+        assert!(peak <= ALL * MIB, "{name}: {} MiB above rest", peak / MIB);
         peers.into_iter().map(|peer| peer.join().expect("a flood ends")).sum()
     })
 }

@@ -1,0 +1,104 @@
+//! DATA frames that carry little or nothing: what they cost the server, and for how long.
+
+use std::{
+    io::{BufReader, Read as _, Write as _},
+    net::TcpStream,
+    thread,
+};
+
+use super::{LISTS, STREAM, Target, flood, sized};
+use crate::support::WAIT_TIMEOUT;
+
+/// What a connection without work holds of the budget, at most.
+const RELEASED: f64 = 4096.0;
+
+/// A frame of HTTP/2 on the first stream (RFC 9113 §4.1).
+fn frame(kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
+    let [.., a, b, c] = payload.len().to_be_bytes();
+    [&[a, b, c, kind, flags, 0, 0, 0, 1], payload].concat()
+}
+
+/// The preface, and the head of a registration stream that stays open.
+fn open_stream() -> Vec<u8> {
+    // RFC 7541 §6: POST and http by their index, the rest as literals, with indexed names where there are any.
+    let mut head = vec![0x83, 0x86, 0x04];
+    let literal = |head: &mut Vec<u8>, text: &str| {
+        head.push(u8::try_from(text.len()).expect("short"));
+        head.extend(text.bytes());
+    };
+    literal(&mut head, STREAM);
+    head.extend([0x0f, 0x10]);
+    literal(&mut head, "application/grpc");
+    head.push(0);
+    literal(&mut head, "te");
+    literal(&mut head, "trailers");
+    const HEADERS: u8 = 1;
+    const END_HEADERS: u8 = 4;
+    [flood::PREFACE, &frame(HEADERS, END_HEADERS, &head)].concat()
+}
+
+const DATA: u8 = 0;
+const PADDED: u8 = 8;
+
+#[test]
+fn empty_data_frames_close_the_connection_and_starve_nobody() {
+    let closed =
+        flood::others_go_on("empty DATA frames", |target| target.server.grpc, &open_stream(), &frame(DATA, 0, &[]));
+    assert!(closed > 0, "each connection is closed");
+}
+
+#[test]
+fn frames_of_padding_close_the_connection_and_starve_nobody() {
+    let padding = [&[255], &[0; 255][..]].concat();
+    let of = |target: &Target| target.server.grpc;
+    assert!(flood::others_go_on("frames of padding", of, &open_stream(), &frame(DATA, PADDED, &padding)) > 0);
+}
+
+/// Sends a frame so often, as fast as the windows of stream and connection allow (RFC 9113 §6.9).
+fn send_within_windows(peer: &mut TcpStream, frame: &[u8], times: usize) {
+    const WINDOW_UPDATE: u8 = 8;
+    let mut answers = BufReader::new(peer.try_clone().expect("descriptors are left"));
+    let octets = frame.len() - 9;
+    // Of the connection, of the stream.
+    let mut windows = [65_535, 32 * 1024];
+    for _ in 0..times {
+        while windows.iter().any(|window| *window < octets) {
+            let mut head = [0; 9];
+            answers.read_exact(&mut head).expect("the server reads on");
+            let [a, b, c, kind, _, _, _, _, stream] = head;
+            let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+            answers.read_exact(&mut payload).expect("whole frames");
+            if kind == WINDOW_UPDATE {
+                let increment = u32::from_be_bytes(payload[..].try_into().expect("four octets"));
+                windows[usize::from(stream)] += increment as usize;
+            }
+        }
+        peer.write_all(frame).expect("the server reads");
+        windows.iter_mut().for_each(|window| *window -= octets);
+    }
+}
+
+/// A message of 60 kB that comes one byte a frame, each with 255 bytes of padding. The call reads all of
+/// them, so nothing is held, and the budget is whole while the streams are open.
+#[test]
+fn padding_that_was_read_holds_no_memory() {
+    let target = Target::with_services(0);
+    let frames = sized(5_000, 59_000);
+    let byte = frame(DATA, PADDED, &[&[255, 7], &[0; 255][..]].concat());
+    let length = frame(DATA, 0, &[0, 0, 0, 0xea, 0x60]);
+    let open = || {
+        let mut peer = TcpStream::connect(target.server.grpc).expect("it listens");
+        peer.set_read_timeout(Some(WAIT_TIMEOUT)).expect("a timeout above zero");
+        peer.write_all(&[open_stream(), length.clone()].concat()).expect("it reads");
+        send_within_windows(&mut peer, &byte, frames);
+        peer
+    };
+    let peers: Vec<TcpStream> = thread::scope(|scope| {
+        let opening: Vec<_> = (0..4).map(|_| scope.spawn(open)).collect();
+        opening.into_iter().map(|peer| peer.join().expect("a peer")).collect()
+    });
+    target.wait_metric("gangplank_grpc_buffered_bytes", |held| held < RELEASED);
+    target.check("padding", LISTS);
+    assert_eq!(target.metric("gangplank_grpc_streams"), 4.0, "the streams are open");
+    drop(peers);
+}
