@@ -1,12 +1,12 @@
 //! Makes durable changes visible: in DNS, in the catalog, in the change feed, in this order.
 //!
-//! The applier knows nothing of where changes come from or of a journal. The writer drives it
-//! with batches that it has journaled; a follower will drive it with what it sees in a watch.
+//! The applier depends neither on the journal nor on the source of a change. The writer calls it with
+//! journaled batches; a follower will call it with the events of a watch.
 //!
 //! Readers of the catalog and of the zone never see a generation of which a part is missing: the
 //! zone has a service before the catalog has it, and the catalog has all services of a generation
-//! before its generation moves. The feed and the mirror's dirty set come last, because their
-//! readers turn to the catalog at once.
+//! before its generation changes. The feed and the mirror's dirty set come last, because their
+//! readers read the catalog at once.
 
 use std::{
     collections::HashMap,
@@ -31,13 +31,13 @@ pub(super) struct Applier {
     feed: Arc<Feed>,
     mirror_progress: Arc<MirrorProgress>,
     metrics: Arc<Metrics>,
-    /// What others have under Services that ours join. Served in DNS only.
+    /// Endpoints of joined services that are not registered here. Served in DNS only.
     foreign: HashMap<ServiceKey, CowTree<Arc<Instance>>>,
 }
 
-/// A generation that is visible, and that the feed does not have yet.
+/// A generation that is visible, but not yet in the feed.
 #[derive(Debug)]
-#[must_use = "the feed has to be told"]
+#[must_use = "the batch has to be announced to the feed"]
 pub(super) struct AppliedBatch {
     generation: u64,
     events: Vec<Event>,
@@ -63,8 +63,8 @@ impl Applier {
         Self { publisher, catalog, feed, mirror_progress, metrics, foreign: HashMap::new() }
     }
 
-    /// Fills an empty registry with what was stored, as `generation`. The feed begins after it:
-    /// none of this is a change.
+    /// Fills an empty registry with the stored services, as `generation`. The feed begins after that
+    /// generation: recovered services are not changes.
     pub(super) fn load<S>(&mut self, generation: u64, services: IndexMap<ServiceKey, Service, S>) {
         self.catalog.reserve(services.len());
         self.publisher.reserve(services.len(), services.values().flat_map(|service| &service.instances));
@@ -83,8 +83,8 @@ impl Applier {
         self.metrics.registry.set_unservable(self.publisher.unservable());
     }
 
-    /// Makes the changes visible as `generation`. Must not be called before they are durable, at
-    /// `durable`. The caller passes the result to [`Applier::announce`].
+    /// Makes the changes visible as `generation`. Must not be called before the journal has synced
+    /// them, at the time `durable`. The caller passes the result to [`Applier::announce`].
     pub(super) fn apply(&mut self, generation: u64, changes: StagedChanges, durable: UnixMillis) -> AppliedBatch {
         let begun = Instant::now();
         let StagedChanges { mut services, events, .. } = changes;
@@ -99,7 +99,7 @@ impl Applier {
             self.catalog.set(service, staged.after);
         }
         self.catalog.set_generation(generation);
-        // After the catalog: the mirror reads it as soon as it hears of the change.
+        // After the catalog: a marked service wakes the mirror, which reads the catalog at once.
         self.mirror_progress.mark_dirty(events.iter().map(|event| (event.service.clone(), generation, event.received)));
         let visible = UnixMillis::now();
         self.metrics.registry.observe_publish(begun.elapsed());
@@ -110,7 +110,7 @@ impl Applier {
         AppliedBatch { generation, events, durable, visible }
     }
 
-    /// Tells the feed of an applied batch whose registrants had their answers at `acknowledged`.
+    /// Appends an applied batch to the feed; its registrants were answered at `acknowledged`.
     pub(super) fn announce(&self, applied: AppliedBatch, acknowledged: UnixMillis) {
         let AppliedBatch { generation, events, durable, visible } = applied;
         if !events.is_empty() {
@@ -118,9 +118,9 @@ impl Applier {
         }
     }
 
-    /// Serves `instances` of others beside what is registered under `service`, instead of those
-    /// served before. They are not registered: no generation, no journal, no mirror, and they go
-    /// on changing when the journal cannot be written.
+    /// Serves the foreign endpoints `instances` beside the registered instances of `service`, in place
+    /// of its earlier foreign endpoints. Foreign endpoints are not registered: they have no generation,
+    /// are not journaled or mirrored, and continue to change when the journal cannot be written.
     pub(super) fn set_foreign_endpoints(&mut self, service: ServiceKey, instances: Vec<Arc<Instance>>) {
         let mut tree = CowTree::default();
         instances.into_iter().for_each(|instance| drop(tree.put(instance)));
@@ -136,7 +136,8 @@ impl Applier {
         }
     }
 
-    /// Tells the zone that a namespace exists, or no longer. The zone counts: every call must be a change.
+    /// Sets in the zone whether a namespace exists. Each call must be a change, because the zone counts
+    /// namespaces.
     pub(super) fn set_namespace(&mut self, name: &str, exists: bool) {
         self.publisher.set_namespace(name, exists);
     }

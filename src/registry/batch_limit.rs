@@ -1,19 +1,20 @@
-//! How many commands one batch takes, so that the first of them is answered soon however many wait.
+//! How many commands one batch takes, so that the first of them is answered soon, however long the
+//! queue is.
 //!
-//! Most of a batch's time goes by after its size is decided: a command costs about ten times as
-//! much to apply as to decide. So the limit is set by what the commands of earlier batches cost.
-//! The sync does not count, because it costs the same for one command as for a thousand: where it
-//! is slow, larger batches are what keeps the throughput up.
+//! Most of a batch's time is spent after its size is decided: a command costs about ten times as
+//! much to apply as to decide. So the limit follows from the measured cost of commands in earlier
+//! batches. The sync is not part of that cost, because one command costs as much to sync as a
+//! thousand: on a slow disk, larger batches keep the throughput up.
 
 use std::time::Duration;
 
-/// What a batch may take, without its commit.
+/// Time that one batch may take, without its commit.
 pub(super) const MAX_BATCH_TIME: Duration = Duration::from_millis(2);
 
-/// What it may take at most where the commit takes long too: as long as the commit, up to this.
+/// The same where the commit is slow: a batch may take as long as its commit, up to this limit.
 const MAX_SLOW_BATCH_TIME: Duration = Duration::from_millis(20);
 
-/// Smaller batches say little of what a command costs: most of it is the fixed cost of a batch.
+/// Smaller batches are not measured: their time is mostly the fixed cost of a batch.
 const MIN_OBSERVED_COMMANDS: u32 = 16;
 
 /// The measured cost of commands.
@@ -36,7 +37,7 @@ impl BatchLimit {
         self.per_command.saturating_mul(commands) >= self.commit.clamp(MAX_BATCH_TIME, MAX_SLOW_BATCH_TIME)
     }
 
-    /// A batch of so many commands took `total`, of which `commit` was for the journal.
+    /// Records that a batch of so many commands took `total`, of which the journal took `commit`.
     pub(super) fn observe(&mut self, commands: usize, total: Duration, commit: Duration) {
         self.commit = commit;
         let commands = u32::try_from(commands).unwrap_or(u32::MAX);
@@ -64,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn limit_is_what_two_milliseconds_suffice_for() {
+    fn limit_is_as_many_commands_as_fit_into_two_milliseconds() {
         assert_eq!(largest(&BatchLimit::new()), 200);
         let slow = largest(&after(100, 100, 4 * MILLI, Duration::ZERO));
         assert!((50..=51).contains(&slow), "40 µs each, and the limit is {slow}");
@@ -73,13 +74,13 @@ mod tests {
     }
 
     #[test]
-    fn slow_commits_make_batches_larger_up_to_a_bound() {
+    fn slow_commit_raises_the_limit_up_to_a_bound() {
         assert_eq!(largest(&after(1, 100, 11 * MILLI, 10 * MILLI)), 1000);
         assert_eq!(largest(&after(1, 100, 1001 * MILLI, 1000 * MILLI)), 2000);
     }
 
     #[test]
-    fn fixed_cost_of_a_small_batch_is_not_taken_for_the_cost_of_a_command() {
+    fn small_batch_does_not_change_the_cost_per_command() {
         assert_eq!(largest(&after(100, 1, MILLI, Duration::ZERO)), 200);
     }
 }

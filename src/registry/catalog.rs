@@ -14,23 +14,23 @@ pub struct Catalog {
 }
 
 impl Catalog {
-    /// The service as it is now. The clone is cheap and does not change any more.
+    /// The service as it is now, as an immutable value. O(1).
     #[must_use]
     pub fn get(&self, key: &ServiceKey) -> Option<Service> {
         self.services.pin().get(key).cloned()
     }
 
-    /// Every service, in no order. Not a snapshot: what changes meanwhile may or may not be seen,
-    /// and each service carries the generation of its last change.
+    /// Every service, unordered. Not a snapshot: a change during the call may or may not be included.
+    /// Each service carries the generation of its last change.
     #[must_use]
     pub fn services(&self) -> Vec<(ServiceKey, Service)> {
         self.services.pin().iter().map(|(key, service)| (key.clone(), service.clone())).collect()
     }
 
-    /// Every service, as [`Catalog::services`] returns them, in order. Blocks, for a second where a
-    /// million services are registered; stops early, with a part of them, once `cancelled` says so.
+    /// Every service, as [`Catalog::services`] returns them, in order. Blocks, for a second with a
+    /// million services. Returns early, with a part of them, when `cancelled` returns true.
     pub(super) fn sorted(&self, cancelled: &dyn Fn() -> bool) -> Vec<(ServiceKey, Service)> {
-        /// Services between two looks at `cancelled`.
+        /// Services between two calls of `cancelled`.
         const CANCEL_INTERVAL: usize = 1_024;
         let map = self.services.pin();
         let mut services = Vec::with_capacity(map.len());
@@ -62,7 +62,7 @@ impl Catalog {
         self.instances.load(Ordering::Relaxed)
     }
 
-    /// The generation that was applied last. All of it can be read.
+    /// The generation that was applied last. All its changes can be read.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
@@ -86,7 +86,7 @@ impl Catalog {
         self.instances.store(self.instances() + after - before, Ordering::Relaxed);
     }
 
-    /// Tells readers that everything up to `generation` can be read.
+    /// Publishes `generation`; all its services must have been set.
     pub(super) fn set_generation(&self, generation: u64) {
         self.generation.store(generation, Ordering::Release);
     }
@@ -94,7 +94,7 @@ impl Catalog {
 
 #[cfg(test)]
 impl Catalog {
-    /// A catalog that holds `services`, for tests of those who read it.
+    /// A catalog that holds `services`, for tests of its readers.
     pub(crate) fn of(services: impl IntoIterator<Item = (ServiceKey, Service)>) -> Self {
         let catalog = Self::default();
         services.into_iter().for_each(|(key, service)| catalog.set(key, service));

@@ -1,41 +1,42 @@
-//! What Kubernetes says that a registration is checked against. It comes through the handle like
-//! everything else, so that a check never waits for the API server; it is kept in memory only.
+//! Facts about the cluster that registrations are checked against. The mirror sends them through the
+//! registry's handle, so that a check never waits for the API server. They are kept in memory only.
 
 use std::{collections::HashSet, sync::Arc};
 
 use crate::model::{Instance, ServiceKey};
 
-/// One thing that Kubernetes says.
+/// One fact about the cluster, as the API server reports it.
 #[derive(Debug, Clone)]
 pub enum ClusterFact {
-    /// A namespace exists and is not being deleted, or no longer so.
+    /// Whether a namespace exists and is not being deleted.
     Namespace {
         /// Its name.
         name: Box<str>,
-        /// Whether something may be registered in it.
+        /// Whether instances may be registered in it.
         exists: bool,
     },
-    /// Every namespace was named: from now on one that was not does not exist.
+    /// The list of namespaces is complete: a namespace without a [`ClusterFact::Namespace`] does not
+    /// exist.
     NamespacesComplete,
-    /// A Service of this name belongs to somebody else, and does not let external instances
-    /// join; or no longer so.
+    /// Whether a Service of this name exists that the mirror does not manage, and that is not open to
+    /// external instances.
     Service {
         /// Its name.
         service: ServiceKey,
         /// Whether registrations are refused.
         foreign: bool,
     },
-    /// What others have put under a Service that external instances may join: all of it.
+    /// All foreign endpoints of a joined service.
     Endpoints {
         /// Its name.
         service: ServiceKey,
-        /// Its pods, mostly. Served beside ours, never journaled or mirrored.
+        /// Mostly pods. Served beside the registered instances, never journaled or mirrored.
         instances: Vec<Arc<Instance>>,
     },
 }
 
 impl ClusterFact {
-    /// What learning it costs, as a multiple of the cheapest: every instance is published.
+    /// The cost of learning the fact, as a multiple of the cheapest: each instance is published.
     pub(super) fn cost(&self) -> usize {
         match self {
             Self::Namespace { .. } | Self::NamespacesComplete | Self::Service { .. } => 1,
@@ -44,28 +45,28 @@ impl ClusterFact {
     }
 }
 
-/// How registrations are checked where there is a Kubernetes.
+/// How registrations are checked against Kubernetes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NamespacePolicy {
-    /// A namespace that does not exist is created by the mirror, so that it is no reason to refuse.
+    /// Whether the mirror creates missing namespaces. If so, registrations in them are accepted.
     pub create_namespaces: bool,
 }
 
-/// Why a registration is refused that could not be mirrored.
+/// Why a registration is refused: the mirror could not write it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KubernetesRefusal {
-    /// `kube-system`, or `default/kubernetes`: never ours.
+    /// The namespace is `kube-system`, or the service is `default/kubernetes`.
     Reserved,
     /// The namespace does not exist.
     NamespaceAbsent,
-    /// The Service is managed by somebody else.
+    /// The Service exists and is not managed by the mirror.
     ForeignService,
 }
 
-/// What is known of the cluster so far.
+/// The facts that were received so far.
 #[derive(Debug)]
 pub(super) struct ClusterFacts {
-    /// `None` without a Kubernetes: then nothing is refused.
+    /// `None` without Kubernetes: then nothing is refused.
     policy: Option<NamespacePolicy>,
     complete: bool,
     namespaces: HashSet<Box<str>>,
@@ -77,8 +78,8 @@ impl ClusterFacts {
         Self { policy, complete: false, namespaces: HashSet::new(), foreign: HashSet::new() }
     }
 
-    /// Why nothing may be registered under `service`, if so. What is not known yet is no reason:
-    /// while the API server is away registrations go on.
+    /// Why a registration under `service` is refused, or `None`. A fact that was not received yet
+    /// refuses nothing: while the API server is down, registrations are accepted.
     pub(super) fn refuse(&self, service: &ServiceKey) -> Option<KubernetesRefusal> {
         let policy = self.policy?;
         if is_reserved(service) {
@@ -92,7 +93,7 @@ impl ClusterFacts {
         }
     }
 
-    /// Returns whether that changes anything.
+    /// Returns whether that is a change.
     pub(super) fn set_namespace(&mut self, name: Box<str>, exists: bool) -> bool {
         if exists { self.namespaces.insert(name) } else { self.namespaces.remove(&name) }
     }
@@ -110,7 +111,7 @@ impl ClusterFacts {
     }
 }
 
-/// Whether nothing may ever be registered under `service`: it is the cluster's own.
+/// Whether `service` belongs to the cluster itself, so that nothing may be registered under it.
 pub(super) fn is_reserved(service: &ServiceKey) -> bool {
     service.namespace() == "kube-system" || (service.namespace(), service.name()) == ("default", "kubernetes")
 }
@@ -130,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_refused_for_what_is_not_known_yet() {
+    fn namespace_is_refused_only_when_the_list_is_complete() {
         let mut facts = ClusterFacts::new(Some(NamespacePolicy { create_namespaces: false }));
         assert_eq!(facts.refuse(&key("prod", "web")), None);
         assert!(facts.set_namespace("prod".into(), true));

@@ -1,14 +1,14 @@
-//! The journal's side of a batch: its records are durable before anything of it is applied.
+//! Step 2 of a batch: its records are durable before any of its changes is applied.
 //!
-//! After one failure nothing is committed any more: what reached the disk is unknown, and a later
-//! sync that succeeds proves nothing. DNS goes on with what it has.
+//! After one failure no batch is committed until a restart: it is unknown which bytes reached the disk,
+//! and a later successful sync does not prove that they did. DNS continues with the applied changes.
 
 use tracing::error;
 
 use super::{Status, Unavailable};
 use crate::store::{Journal, Record, StoreError};
 
-/// The one who writes the journal.
+/// The only writer of the journal.
 #[derive(Debug)]
 pub(super) struct Committer {
     journal: Journal,
@@ -18,7 +18,7 @@ pub(super) struct Committer {
 }
 
 impl Committer {
-    /// `generation` is the one that is served.
+    /// `generation` is the generation that DNS serves.
     pub(super) fn new(journal: Journal, status: Status, generation: u64) -> Self {
         if let Err(err) = journal.usable() {
             fail(&status, &err);
@@ -31,7 +31,7 @@ impl Committer {
         self.generation
     }
 
-    /// Whether a commit can succeed.
+    /// Checks that no commit has failed.
     ///
     /// # Errors
     /// After a failed commit.
@@ -42,7 +42,7 @@ impl Committer {
         }
     }
 
-    /// For a batch that changes nothing: whether what it is about is still stored.
+    /// Checks, for a batch that changes nothing, that the journal is still in place.
     ///
     /// # Errors
     /// When the data directory was removed.
@@ -53,7 +53,7 @@ impl Committer {
     /// Appends the records of a batch and syncs. With `changes` the batch is a new generation.
     ///
     /// # Errors
-    /// When the journal cannot be written, now or since before.
+    /// When the journal cannot be written, or an earlier write failed.
     pub(super) fn commit(&mut self, records: &[Record], changes: bool) -> Result<(), Unavailable> {
         let generation = self.generation + u64::from(changes);
         self.journal.append(generation, records).map_err(|err| fail(&self.status, &err))?;
@@ -61,11 +61,11 @@ impl Committer {
         Ok(())
     }
 
-    /// As [`Committer::commit`], for changes that come from Kubernetes: they are no part of the
-    /// outbox, so a later start does not take them for something that only this directory knows.
+    /// As [`Committer::commit`], for changes that were read from Kubernetes. They do not enter the
+    /// outbox, because a later start would take the outbox's records for changes that Kubernetes lacks.
     ///
     /// # Errors
-    /// When the journal cannot be written, now or since before.
+    /// When the journal cannot be written, or an earlier write failed.
     pub(super) fn commit_mirrored(&mut self, records: &[Record], changes: bool) -> Result<(), Unavailable> {
         let generation = self.generation + u64::from(changes);
         self.journal.append_mirrored(generation, records).map_err(|err| fail(&self.status, &err))?;

@@ -1,13 +1,14 @@
-//! The comparison with what Kubernetes held at the start, beside the writer and not in its way.
+//! The comparison with the EndpointSlices at the start, on a thread beside the writer's.
 //!
-//! The comparison of a million instances takes a second, and a late API server has it begin while
-//! registrations come in. So it runs on a thread of its own and reads the catalog like any other
-//! reader. It sends its result through the writer's queue in parts, the next one when the last one
-//! is applied. So a submission waits for one part at most.
+//! The comparison of a million instances takes a second. When the API server answers late, the
+//! comparison begins while registrations arrive. So it runs on a thread of its own and reads the
+//! catalog like any other reader. It sends its result through the writer's queue in parts, each after
+//! the previous one is applied, so that a submission waits for one part at most.
 //!
-//! The catalog may change while it is read, and what is read is no snapshot. That does no harm: the
-//! comparison is made instance by instance, and the writer drops the instances that changed since it
-//! began from the result (`MirrorRecords::retain_current`). All others are as they were read.
+//! The catalog may change while it is read, so the comparison does not see a snapshot. The result is
+//! correct nevertheless: instances are compared one by one, and the writer drops from the result the
+//! instances that changed since the comparison began (`MirrorRecords::retain_current`). All other
+//! instances are still as they were read.
 
 use std::sync::Arc;
 
@@ -24,13 +25,13 @@ use super::{
 };
 use crate::store::Record;
 
-/// What the writer is asked for.
+/// Asks the writer for a comparison.
 #[derive(Debug)]
-pub(super) struct Request {
+pub(super) struct ComparisonRequest {
     pub(super) held: KubernetesState,
-    /// The writer's own queue. The writer itself must not keep a sender: its queue would never end.
+    /// The writer's own queue. The writer itself must not keep a sender: its queue would never close.
     pub(super) queue: mpsc::Sender<WriterMessage>,
-    /// Gets the term under which slices are written from now on.
+    /// Receives the term under which the mirror writes slices from now on.
     pub(super) reply: oneshot::Sender<u64>,
 }
 
@@ -38,28 +39,34 @@ pub(super) struct Request {
 #[derive(Debug)]
 pub(super) struct Differences {
     pub(super) records: Vec<Record>,
-    /// Is dropped when the part could not be applied: then no other part may be.
+    /// Dropped without a message when the part could not be applied; then no other part may be sent.
     pub(super) applied: oneshot::Sender<()>,
 }
 
 /// The last message of a comparison.
 #[derive(Debug)]
 pub(super) struct End {
-    /// The term from now on, if it is another than before.
+    /// The new term, if it differs from the stored one.
     pub(super) new_term: Option<u64>,
     pub(super) term: u64,
     pub(super) reply: oneshot::Sender<u64>,
 }
 
 /// Compares in the background, and sends the result in messages of at most `max_records`.
-pub(super) fn start(request: Request, local: LocalState, catalog: Arc<Catalog>, max_records: usize, runtime: &Handle) {
-    // Joined by the runtime when it shuts down; it ends when the writer has gone.
+pub(super) fn start(
+    request: ComparisonRequest,
+    local: LocalState,
+    catalog: Arc<Catalog>,
+    max_records: usize,
+    runtime: &Handle,
+) {
+    // The runtime joins this thread at its shutdown. The thread ends when the writer has ended.
     runtime.spawn_blocking(move || run(request, &local, &catalog, max_records));
 }
 
-fn run(request: Request, local: &LocalState, catalog: &Catalog, max_records: usize) {
-    let Request { mut held, queue, reply } = request;
-    // Reserved names are never ours, even if somebody wrote a slice with our label.
+fn run(request: ComparisonRequest, local: &LocalState, catalog: &Catalog, max_records: usize) {
+    let ComparisonRequest { mut held, queue, reply } = request;
+    // Anyone with access to the API server can label a slice of a reserved service as managed by the mirror.
     held.services.retain(|(service, _)| !is_reserved(service));
     let services = held.services.len();
     let instances: usize = held.services.iter().map(|(_, instances)| instances.len()).sum();
@@ -70,11 +77,11 @@ fn run(request: Request, local: &LocalState, catalog: &Catalog, max_records: usi
         let (applied, is_applied) = oneshot::channel();
         let sent = queue.blocking_send(WriterMessage::Differences(Differences { records: part, applied }));
         if sent.is_err() || is_applied.blocking_recv().is_err() {
-            // The writer has gone or cannot write its journal; it has said so.
+            // The writer has ended, or has logged that it cannot write its journal.
             return;
         }
     }
     let new_term = (term != local.term).then_some(term);
-    // Without a writer nobody waits for the term either.
+    // An error means that the writer has ended; then the caller does not wait for the term either.
     let _ = queue.blocking_send(WriterMessage::Compared(End { new_term, term, reply }));
 }

@@ -1,9 +1,9 @@
-//! The state machine: what a command changes and what its outcome is. Pure: no clock, no I/O, and
-//! nothing that a reader sees.
+//! The state machine: what a command changes and what its outcome is. Pure: it has no clock and no
+//! I/O, and readers do not see its state.
 //!
-//! Commands are checked against the catalog with the changes of the batch laid over it. The batch
-//! is then made durable and applied as a whole, or dropped as a whole; the catalog itself is
-//! never ahead of the journal.
+//! Commands are checked against the catalog overlaid with the changes of the batch. The batch is then
+//! made durable and applied as a whole, or dropped as a whole, so the catalog is never ahead of the
+//! journal.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -13,11 +13,11 @@ use crate::{
     store::Record,
 };
 
-/// All that the commands of one batch come to.
+/// The records and changes of all commands of one batch.
 #[derive(Debug, Default)]
 pub(super) struct DecidedBatch {
-    /// What the journal has to keep, in order. May be empty although something changes: readiness
-    /// is not journaled. May also be more than what changes, see [`Decider::comparison_is_over`].
+    /// Records for the journal, in order. Can be empty although there are changes, because readiness is
+    /// not journaled. Can have records without a change, see [`Decider::comparison_is_over`].
     pub(super) records: Vec<Record>,
     pub(super) changes: StagedChanges,
 }
@@ -35,8 +35,8 @@ pub(super) struct Decider {
     catalog: Arc<Catalog>,
     max_instances: usize,
     facts: ClusterFacts,
-    /// Instances that were registered again, unchanged, and journaled for that. `None` once the
-    /// comparison with Kubernetes is over, or where there is none.
+    /// Unchanged instances that were registered again and journaled for that. `None` after the
+    /// comparison with Kubernetes, and without Kubernetes.
     reregistered: Option<HashSet<(ServiceKey, InstanceId), foldhash::fast::RandomState>>,
     batch: DecidedBatch,
 }
@@ -48,19 +48,19 @@ impl Decider {
         Self { catalog, max_instances, facts, reregistered, batch: DecidedBatch::default() }
     }
 
-    /// What is registered will not give way to what Kubernetes holds any more: registering it again
-    /// needs no record from now on.
+    /// From now on, an unchanged registration needs no record: the comparison with Kubernetes removes
+    /// no stored instance any more.
     pub(super) fn comparison_is_over(&mut self) {
         self.reregistered = None;
     }
 
-    /// What registrations are checked against.
+    /// The facts that registrations are checked against.
     pub(super) fn facts(&mut self) -> &mut ClusterFacts {
         &mut self.facts
     }
 
-    /// Stages what the comparison at the start has decided, whatever the limit says: it was
-    /// accepted once.
+    /// Stages the result of the comparison at the start. The limit of instances does not apply: each
+    /// of these instances was accepted before.
     pub(super) fn replay(&mut self, records: Vec<Record>, now: UnixMillis) {
         for record in records {
             match &record {
@@ -81,7 +81,7 @@ impl Decider {
         }
     }
 
-    /// Returns what was decided since the last call; the next batch begins.
+    /// Returns the decisions since the last call, and begins the next batch.
     pub(super) fn take(&mut self) -> DecidedBatch {
         let DecidedBatch { records, changes } = &self.batch;
         let next = DecidedBatch { records: Vec::with_capacity(records.len()), changes: changes.empty_alike() };
@@ -111,16 +111,16 @@ impl Decider {
                 (Outcome::Created, instance)
             }
             Some(before) if before.same_attributes(&instance) => {
-                // Before the comparison with Kubernetes the stored instance may still be removed, and
-                // this acknowledgement would go with it. A record keeps it. One is enough: a later
-                // change of the instance is journaled anyway.
+                // Until the comparison with Kubernetes is over, it may remove the stored instance, and the
+                // acknowledged registration would be lost. A record in the outbox prevents that. One per
+                // instance is enough: a later change of the instance is journaled anyway.
                 if self.reregistered.as_mut().is_some_and(|seen| seen.insert((key.clone(), before.id()))) {
                     self.batch.records.push(Record::Put { service: key, instance: Arc::clone(before) });
                 }
                 return Outcome::Unchanged;
             }
             Some(before) => {
-                // Readiness and the time of the first registration are the server's, not the registrant's.
+                // A registration sets neither the readiness nor the time of the first registration.
                 let instance = Arc::unwrap_or_clone(instance);
                 let instance = instance.with_ready(before.ready()).with_registered(before.registered());
                 (Outcome::Updated, Arc::new(instance))
@@ -174,7 +174,7 @@ impl Decider {
         }
     }
 
-    /// The service as the batch leaves it so far.
+    /// The service with the changes of the batch so far.
     fn service(&self, key: &ServiceKey) -> Option<Service> {
         self.batch.changes.service(&self.catalog, key)
     }
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn batch_sees_its_own_changes() {
+    fn command_is_decided_with_the_earlier_changes_of_its_batch() {
         let mut decider = empty(10);
         let web = instance("10.0.0.1", 80, 1.0);
         assert_eq!(register(&mut decider, &web), Outcome::Created);

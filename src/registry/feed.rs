@@ -1,7 +1,7 @@
 //! The change feed: every change in order of generation, kept for a while in a ring.
 //!
-//! The writer appends and never waits. A reader takes what it has not seen yet; one that falls
-//! behind further than the ring reaches gets an error and begins again from the catalog.
+//! The writer appends and never waits. A reader takes the batches after its position. When the ring no
+//! longer has the next batch, the reader gets [`Lagged`] and starts again from the catalog.
 
 use std::{
     collections::VecDeque,
@@ -12,17 +12,17 @@ use tokio::sync::watch;
 
 use crate::model::{InstanceChange, ServiceKey, Timeline, UnixMillis};
 
-/// Changes that are kept for readers that come back or fall behind.
+/// Changes that the ring keeps for readers that reconnect or fall behind.
 const MAX_KEPT_EVENTS: usize = 65_536;
 
-/// One change.
+/// One change of one instance.
 #[derive(Debug, Clone)]
 pub struct Event {
-    /// Under this service.
+    /// The service of the instance.
     pub service: ServiceKey,
-    /// What happened.
+    /// The instance before and after.
     pub change: InstanceChange,
-    /// When the registry took the command.
+    /// When the registry received the command.
     pub received: UnixMillis,
 }
 
@@ -39,7 +39,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// The times of `event`, which must be one of this batch.
+    /// The times of `event`, which must be in this batch.
     #[must_use]
     pub fn timeline(&self, event: &Event) -> Timeline {
         Timeline {
@@ -51,12 +51,12 @@ impl Batch {
     }
 }
 
-/// The reader missed changes that the ring no longer keeps.
+/// The ring no longer has the changes that follow the reader's position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("more changes happened than are kept")]
 pub struct Lagged;
 
-/// The last changes, and who waits for the next.
+/// The latest changes, and the channel that wakes readers for the next one.
 #[derive(Debug)]
 pub struct Feed {
     ring: Mutex<Ring>,
@@ -69,19 +69,19 @@ struct Ring {
     batches: VecDeque<Arc<Batch>>,
     /// Changes in all batches.
     events: usize,
-    /// The generation just before the oldest batch: a reader that has seen it has missed nothing.
+    /// The generation just before the oldest batch: a reader at this position can read every batch.
     before: u64,
 }
 
 impl Ring {
-    /// Adds the newest batch. Returns those that are not kept any more, for the caller to drop once
-    /// the lock is released.
+    /// Adds the newest batch. Returns the evicted batches; the caller drops them after it has released
+    /// the lock.
     #[must_use = "dropped outside the lock"]
     fn push(&mut self, batch: Arc<Batch>) -> Vec<Arc<Batch>> {
         self.events += batch.events.len();
         self.batches.push_back(batch);
         let mut evicted = Vec::new();
-        // The newest batch stays, however large.
+        // The newest batch stays even if it alone exceeds the limit: without it every reader would lag.
         while self.events > MAX_KEPT_EVENTS && self.batches.len() > 1 {
             let Some(oldest) = self.batches.pop_front() else { break };
             self.events -= oldest.events.len();
@@ -101,7 +101,7 @@ impl Feed {
         }
     }
 
-    /// A number of this run of the server: generations of a cursor compare within one run only.
+    /// A random number, not 0, of this run of the server. A cursor is valid within one run only.
     #[must_use]
     pub fn epoch(&self) -> u64 {
         self.epoch
@@ -113,7 +113,7 @@ impl Feed {
         Subscription { feed: Arc::clone(self), seen: generation, newest: self.newest.subscribe() }
     }
 
-    /// The feed begins after `generation`: what came before was recovered, not changed.
+    /// Starts the feed after `generation`: recovered services are not changes.
     pub(super) fn start_after(&self, generation: u64) {
         self.lock().before = generation;
         self.newest.send_replace(generation);
@@ -133,7 +133,7 @@ impl Feed {
     }
 }
 
-/// One reader of the feed. It holds its position only, no changes.
+/// One reader of the feed. It holds a position, no changes, so a slow reader costs no memory.
 #[derive(Debug)]
 pub struct Subscription {
     feed: Arc<Feed>,
@@ -151,14 +151,14 @@ impl Subscription {
     /// The next batch; waits until there is one. Cancelling loses nothing.
     ///
     /// # Errors
-    /// When what comes next is no longer kept; the reader must begin again from the catalog.
+    /// When the ring no longer has the next batch; the reader must start again from the catalog.
     pub async fn next(&mut self) -> Result<Arc<Batch>, Lagged> {
         loop {
             if let Some(batch) = self.try_next()? {
                 return Ok(batch);
             }
             if self.newest.changed().await.is_err() {
-                // The feed lives as long as this value holds it.
+                // Unreachable: `self.feed` owns the sender.
                 std::future::pending::<()>().await;
             }
         }
@@ -169,6 +169,7 @@ impl Subscription {
     /// # Errors
     /// As [`Subscription::next`].
     pub fn try_next(&mut self) -> Result<Option<Arc<Batch>>, Lagged> {
+        // Before the ring is read, not after: a batch that is pushed in between wakes the reader again.
         self.newest.mark_unchanged();
         let next = {
             let ring = self.feed.lock();
@@ -205,14 +206,14 @@ mod tests {
     }
 
     #[test]
-    fn evicted_batches_outlive_the_lock() {
+    fn evicted_batch_is_returned_and_not_freed_under_the_lock() {
         let feed = Feed::new();
         let oldest = batch(1, MAX_KEPT_EVENTS);
         assert!(feed.lock().push(Arc::clone(&oldest)).is_empty());
         let evicted = {
             let mut ring = feed.lock();
             let evicted = ring.push(batch(2, 1));
-            // The ring let go of it, and it was not freed: the caller has it.
+            // The ring has evicted the batch without freeing it: the caller owns it.
             assert_eq!((ring.batches.len(), ring.events, ring.before), (1, 1, 1));
             evicted
         };

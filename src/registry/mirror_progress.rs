@@ -1,8 +1,8 @@
-//! What Kubernetes does not have yet, service by service, and who waits until it has.
+//! The services whose latest change is not in Kubernetes yet, and the responses that wait for them.
 //!
-//! The writer marks a service as dirty before it answers for it; the mirror takes the dirty
-//! services, writes them and confirms the generation that it wrote. Only services that are behind
-//! are held. Without a mirror nothing is ever behind.
+//! The writer marks a service as dirty before it answers a change of the service. The mirror takes the
+//! dirty services, writes them and confirms the generation that it wrote; then the service is removed
+//! here. Without a mirror no service is ever behind.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,7 +15,7 @@ use tokio::sync::{Notify, oneshot};
 
 use crate::model::{ServiceKey, UnixMillis};
 
-/// Which services the mirror is behind with.
+/// Which services are behind: their latest change is not in Kubernetes.
 #[derive(Debug)]
 pub struct MirrorProgress {
     /// Whether there is a mirror.
@@ -27,34 +27,34 @@ pub struct MirrorProgress {
 #[derive(Debug, Default)]
 struct Unmirrored {
     services: HashMap<ServiceKey, ServiceProgress, foldhash::fast::RandomState>,
-    /// Marked since the mirror last asked, each once.
+    /// Services that were marked since the last [`MirrorProgress::take_dirty`], each once.
     dirty: Vec<ServiceKey>,
 }
 
 /// One service that is behind.
 #[derive(Debug)]
 struct ServiceProgress {
-    /// Its last change.
+    /// The generation of its last change.
     generation: u64,
     /// When the oldest change that is not mirrored was received.
     since: UnixMillis,
-    /// Whether it is among the dirty.
+    /// Whether the service is in `dirty`.
     queued: bool,
     waiters: Vec<Waiter>,
-    /// What Kubernetes has though something of the service is refused.
+    /// The part that Kubernetes has, while the API server refuses some of the slices.
     partial: PartialConfirmation,
 }
 
-/// Who waits for a generation of a service.
+/// A caller that waits for a generation of a service.
 #[derive(Debug)]
 struct Waiter {
     generation: u64,
-    /// What was registered or removed; `None` for a name, which no slice has.
+    /// The address that was registered or removed; `None` for a host name, which is in no slice.
     address: Option<IpAddr>,
     sender: oneshot::Sender<()>,
 }
 
-/// Slices up to a generation, without the addresses in slices that were refused.
+/// The slices up to a generation, except the addresses in refused slices.
 #[derive(Debug, Default)]
 struct PartialConfirmation {
     generation: u64,
@@ -70,9 +70,9 @@ impl PartialConfirmation {
 /// How far behind the mirror is as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct MirrorLag {
-    /// Services that are not in Kubernetes as they are here.
+    /// Services whose latest change is not in Kubernetes.
     pub services: usize,
-    /// When the oldest change among them was received.
+    /// When the oldest change that is not in Kubernetes was received.
     pub since: Option<UnixMillis>,
 }
 
@@ -81,7 +81,7 @@ impl MirrorProgress {
         Self { mirrored, unmirrored: Mutex::default(), changed: Notify::new() }
     }
 
-    /// Whether there is a mirror to wait for: without one nothing is ever behind.
+    /// Whether there is a mirror; without one no service is ever behind.
     #[must_use]
     pub fn is_mirrored(&self) -> bool {
         self.mirrored
@@ -111,8 +111,8 @@ impl MirrorProgress {
         self.changed.notify_one();
     }
 
-    /// Services that changed since the last call; waits until there is one. For one mirror only.
-    /// Cancelling loses nothing.
+    /// Services that changed since the last call; waits until there is one. Each service is returned to
+    /// one caller only. Cancelling loses nothing.
     pub async fn take_dirty(&self) -> Vec<ServiceKey> {
         loop {
             let dirty = {
@@ -131,7 +131,7 @@ impl MirrorProgress {
         }
     }
 
-    /// Kubernetes has everything of `service` up to `generation`. Returns whether it was behind.
+    /// Records that Kubernetes has `service` up to `generation`. Returns whether the service was behind.
     pub(super) fn confirm(&self, service: &ServiceKey, generation: u64) -> bool {
         let mut unmirrored = self.lock();
         let Some(progress) = unmirrored.services.get_mut(service) else { return false };
@@ -141,18 +141,19 @@ impl MirrorProgress {
             unmirrored.services.remove(service);
         } else {
             progress.waiters = waiters;
+            // Later times of receipt are not kept: the lag is underestimated by the time of one write.
             progress.since = UnixMillis::now();
         }
         drop(unmirrored);
-        // One that gave up has dropped its receiver.
+        // A waiter that timed out has dropped its receiver.
         for waiter in reached {
             let _ = waiter.sender.send(());
         }
         true
     }
 
-    /// Kubernetes has the slices of `service` up to `generation`, except those with `outdated`
-    /// addresses. The service stays behind until `confirm`.
+    /// Records that Kubernetes has the slices of `service` up to `generation`, except those with
+    /// `outdated` addresses. The service stays behind until the mirror confirms all of it.
     pub fn confirm_slices(&self, service: &ServiceKey, generation: u64, outdated: HashSet<IpAddr>) {
         let mut unmirrored = self.lock();
         let Some(progress) = unmirrored.services.get_mut(service) else { return };
@@ -167,8 +168,8 @@ impl MirrorProgress {
         }
     }
 
-    /// Completes when Kubernetes has `generation` of `service`, as far as the slice of `address` is
-    /// concerned: at once where nothing is behind. There is no timeout; dropping the future ends the wait.
+    /// Completes when Kubernetes has the slice of `address` as of `generation` of `service`: at once if
+    /// the service is not behind. There is no timeout; dropping the future ends the wait.
     pub fn confirmed(
         &self,
         service: &ServiceKey,
@@ -178,7 +179,7 @@ impl MirrorProgress {
         let receiver = {
             let mut unmirrored = self.lock();
             unmirrored.services.get_mut(service).and_then(|progress| {
-                // A later generation than its last change has nothing new of this service.
+                // A generation after the last change of the service has the same slices.
                 let generation = generation.min(progress.generation);
                 if progress.partial.covers(generation, address) {
                     return None;
@@ -196,7 +197,7 @@ impl MirrorProgress {
         };
         async move {
             if let Some(receiver) = receiver {
-                // An error means that the registry has ended: nobody can confirm any more.
+                // An error means that the registry has ended, so that no confirmation can follow.
                 let _ = receiver.await;
             }
         }
@@ -252,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn cancelled_waiters_are_dropped_and_others_stay() {
+    fn cancelled_waiters_are_dropped() {
         let mirror_progress = MirrorProgress::new(true);
         mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1))]);
         let mut patient = Vec::new();
@@ -263,7 +264,7 @@ mod tests {
             }
         }
         let held = mirror_progress.lock().services[&key("web")].waiters.len();
-        assert!((100..1_000).contains(&held), "{held} are held for {} who wait", patient.len());
+        assert!((100..1_000).contains(&held), "{held} are held for {} that wait", patient.len());
         assert!(mirror_progress.confirm(&key("web"), 7));
         assert!(patient.into_iter().all(|waits| waits.now_or_never() == Some(())));
     }
@@ -288,7 +289,7 @@ mod tests {
         let mut early = [refused, accepted].map(|address| Box::pin(mirror_progress.confirmed(&key("web"), 7, address)));
         mirror_progress.confirm_slices(&key("web"), 7, refused.into_iter().collect());
         assert_eq!(early.each_mut().map(|waiter| waiter.as_mut().now_or_never()), [None, Some(())]);
-        // So do those who come later, and those who changed nothing in a later generation.
+        // The same holds for later waiters, and for a later generation that did not change the service.
         assert_eq!(waiters(), [None, Some(()), Some(())]);
         assert_eq!(mirror_progress.confirmed(&key("web"), 9, accepted).now_or_never(), Some(()));
         assert_eq!(mirror_progress.lag().services, 1, "the service is behind nevertheless");

@@ -1,55 +1,55 @@
-//! What the journal has to learn about the mirror, and what the comparison at the start needs.
+//! The mirror's confirmations on their way to the journal, and the state of the comparison at the start.
 //!
-//! Confirmations are not worth a sync of their own: they go into the journal with the next batch,
-//! or after a second, or when there are many. One that is lost costs a comparison at the next
-//! start, and nothing else as long as no other directory wrote since.
+//! A confirmation does not need a sync of its own: it is journaled with the next batch, or after a
+//! second, or when many are unsaved. A lost confirmation costs a comparison at the next start, and
+//! nothing else unless another data directory has written to Kubernetes since.
 
 use std::{
     mem,
     time::{Duration, Instant},
 };
 
-use super::restore::{LocalState, Outbox};
+use super::restore::{LatestRecords, LocalState};
 use crate::{model::ServiceKey, store::Record};
 
-/// Confirmations that wait for the next batch's sync before they get one of their own.
+/// Confirmations that wait for the next batch's sync; with more, they are synced at once.
 const MAX_UNSAVED: usize = 1024;
 
-/// How long they wait for it.
+/// How long confirmations wait for the next batch's sync.
 const SAVE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The writer's book-keeping for the mirror. Without a Kubernetes it stays empty.
+/// The writer's records for the mirror. Stays empty without Kubernetes.
 #[derive(Debug, Default)]
 pub(super) struct MirrorRecords {
     comparison: ComparisonState,
-    /// What the mirror has reported and the journal does not have yet.
+    /// Confirmations that are not in the journal yet.
     unsaved: Vec<Record>,
-    /// When it has to be in the journal.
+    /// When `unsaved` has to be journaled; `None` if it is empty.
     save_at: Option<Instant>,
 }
 
-/// How far the comparison with what Kubernetes held at the start is.
+/// The state of the comparison with the EndpointSlices at the start.
 #[derive(Debug, Default)]
 enum ComparisonState {
-    /// Kubernetes has not been read yet.
+    /// The EndpointSlices have not been read yet.
     Awaited(LocalState),
     /// The comparison runs, or its result is being applied.
     Running {
-        /// What was journaled since it began. It is newer than the result of the comparison.
-        newer: Outbox,
+        /// Records that were journaled since the comparison began. They are newer than its result.
+        newer: LatestRecords,
     },
-    /// The comparison is over, has failed, or there is no Kubernetes.
+    /// The comparison is over or has failed, or the server runs without Kubernetes.
     #[default]
     Over,
 }
 
 impl MirrorRecords {
-    /// `local` is one side of the comparison; `None` without a Kubernetes.
+    /// `local` is one side of the comparison; `None` without Kubernetes.
     pub(super) fn new(local: Option<LocalState>) -> Self {
         Self { comparison: local.map_or(ComparisonState::Over, ComparisonState::Awaited), ..Self::default() }
     }
 
-    /// The local side of a comparison that has not begun.
+    /// The local side of the comparison; `None` after its begin.
     pub(super) fn awaited(&self) -> Option<&LocalState> {
         match &self.comparison {
             ComparisonState::Awaited(local) => Some(local),
@@ -61,11 +61,11 @@ impl MirrorRecords {
         matches!(self.comparison, ComparisonState::Over)
     }
 
-    /// Begins the comparison, of which there is one only.
+    /// Begins the comparison. Returns `None` if it was begun before.
     pub(super) fn begin_comparison(&mut self) -> Option<LocalState> {
         match mem::take(&mut self.comparison) {
             ComparisonState::Awaited(local) => {
-                self.comparison = ComparisonState::Running { newer: Outbox::default() };
+                self.comparison = ComparisonState::Running { newer: LatestRecords::default() };
                 Some(local)
             }
             other => {
@@ -75,22 +75,22 @@ impl MirrorRecords {
         }
     }
 
-    /// Takes what was changed since the comparison began out of a part of its result. Everything is
-    /// taken out once the comparison has failed.
+    /// Removes from a part of the result the instances that changed since the comparison began; all of
+    /// them if the comparison has failed.
     pub(super) fn retain_current(&self, records: &mut Vec<Record>) {
         match &self.comparison {
-            ComparisonState::Running { newer } => records.retain(|record| !newer.names(record)),
+            ComparisonState::Running { newer } => records.retain(|record| !newer.covers(record)),
             ComparisonState::Awaited(_) | ComparisonState::Over => records.clear(),
         }
     }
 
-    /// Ends the comparison. Returns whether it had not ended before.
+    /// Ends the comparison. Returns whether it was running.
     pub(super) fn end_comparison(&mut self) -> bool {
         matches!(mem::take(&mut self.comparison), ComparisonState::Running { .. })
     }
 
-    /// Notes what a batch journals while the comparison is not over. Returns the services of which
-    /// Kubernetes may lack something for that.
+    /// Keeps the records of a batch while the comparison is not over. Returns their services, of which
+    /// Kubernetes may not have the latest change; nothing after the comparison.
     pub(super) fn note_unmirrored(&mut self, records: &[Record]) -> Vec<ServiceKey> {
         let outbox = match &mut self.comparison {
             ComparisonState::Awaited(local) => &mut local.outbox,
@@ -103,24 +103,24 @@ impl MirrorRecords {
         services
     }
 
-    /// Kubernetes has these services up to these generations.
+    /// Adds confirmations: Kubernetes has each service up to its generation.
     pub(super) fn confirmed(&mut self, services: Vec<(ServiceKey, u64)>, now: Instant) {
         let records = services.into_iter().map(|(service, generation)| Record::Mirrored { service, generation });
         self.unsaved.extend(records);
         self.save_at.get_or_insert(now + SAVE_INTERVAL);
     }
 
-    /// When what is unsaved has to be in the journal, if there is something.
+    /// When the confirmations have to be journaled; `None` if there are none.
     pub(super) fn save_at(&self) -> Option<Instant> {
         self.save_at
     }
 
-    /// Whether what is unsaved should not wait for the next batch.
+    /// Whether the confirmations have to be journaled without waiting for the next batch.
     pub(super) fn is_due(&self, now: Instant) -> bool {
         self.unsaved.len() >= MAX_UNSAVED || self.save_at.is_some_and(|at| at <= now)
     }
 
-    /// Takes what is unsaved; the caller writes it to the journal.
+    /// Takes the confirmations; the caller journals them.
     pub(super) fn take_unsaved(&mut self) -> Vec<Record> {
         self.save_at = None;
         mem::take(&mut self.unsaved)

@@ -1,24 +1,24 @@
 //! The registry: the one place where anything changes.
 //!
-//! Changes are submitted as [`Command`]s to the [`RegistryHandle`]. One writer takes all that wait as
-//! one batch and makes it durable, then visible, then acknowledged, in this order. Readers use the
-//! [`Catalog`] and never wait for the writer.
+//! Changes are submitted as [`Command`]s to the [`RegistryHandle`]. One writer takes all queued
+//! commands as one batch and makes the batch durable, then visible, then acknowledged, in this order.
+//! Readers use the [`Catalog`] and never wait for the writer.
 //!
 //! There are two ways to follow changes, because followers need different things:
 //!
 //! - The change feed ([`Feed`]) has every change, in order of generation. It is bounded: a reader
-//!   that falls behind gets an error and begins again. gRPC's watches read it.
-//! - The mirror's dirty set ([`MirrorProgress`]) has the services that Kubernetes is behind with,
-//!   each once however often it changed, like a work queue of client-go. It never overflows, knows
-//!   no order, and says nothing of what changed: the mirror reads that from the catalog. It also
-//!   knows who waits until Kubernetes has a change, so the writer marks a service before it answers.
+//!   that falls behind gets an error and starts again. gRPC's watches read it.
+//! - The mirror's dirty set ([`MirrorProgress`]) has the services whose latest change is not in
+//!   Kubernetes, each once however often it changed, like a work queue of client-go. It never
+//!   overflows, has no order, and does not contain the changes: the mirror reads the catalog. It also
+//!   has the responses that wait for Kubernetes, so the writer marks a service before it answers.
 //!
-//! The applier (`apply.rs`) tells both of a change, after the catalog has it. The writer also marks a
-//! service as dirty when it journals an instance without a change (`decide.rs`).
+//! The applier (`apply.rs`) adds a change to both, after the change is in the catalog. The writer also
+//! marks a service as dirty when it journals an instance without a change (`decide.rs`).
 //!
-//! A mirror, where there is one, tells the registry what Kubernetes says ([`ClusterFact`]) and what
-//! the EndpointSlices held at the start ([`KubernetesState`]), and reports what it has written. The
-//! registry knows no more of Kubernetes than that.
+//! With Kubernetes, the mirror sends the registry facts about the cluster ([`ClusterFact`]) and the
+//! contents of the EndpointSlices at the start ([`KubernetesState`]), and confirms the services that it
+//! has written. The registry depends on Kubernetes in no other way.
 
 mod apply;
 mod batch_limit;
@@ -55,20 +55,20 @@ pub use writer::Writer;
 
 use crate::model::{Address, Instance, InstanceId, PortSet, ServiceKey, UnixMillis};
 
-/// Most commands in one submission.
+/// Most commands in one submission; the caller splits longer ones.
 pub const MAX_COMMANDS: usize = 1024;
 
-/// Messages that may wait for the writer; further senders wait.
+/// Messages in the writer's queue; when it is full, senders wait.
 const QUEUE_LEN: usize = 1024;
 
-/// Something to change.
+/// One change that is requested.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Command {
     /// Adds the instance, or replaces the attributes of the one with the same identity.
     Register {
-        /// The service that it is, or will be, an instance of.
+        /// The service of the instance; created with its first instance.
         service: ServiceKey,
-        /// With all attributes; none is merged with those of an earlier registration.
+        /// The instance with all attributes; none is merged with those of an earlier registration.
         instance: Arc<Instance>,
     },
     /// Removes an instance.
@@ -80,7 +80,7 @@ pub enum Command {
         /// The ports of the instance; empty for every instance of the address.
         ports: PortSet,
     },
-    /// Sets whether an instance is served. Not journaled: after a restart it is ready.
+    /// Sets whether an instance is served. Not journaled: after a restart every instance is ready.
     SetReady {
         /// The service of the instance.
         service: ServiceKey,
@@ -94,7 +94,7 @@ pub enum Command {
 /// The result of one command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// A new instance.
+    /// The instance is new.
     Created,
     /// The instance was registered already; its attributes were replaced.
     Updated,
@@ -104,16 +104,16 @@ pub enum Outcome {
     Removed(usize),
     /// There is no such instance.
     NotFound,
-    /// The server holds as many instances as it may.
+    /// The limit of registered instances is reached.
     Full {
         /// [`Options::max_instances`].
         limit: usize,
     },
-    /// It could not be mirrored.
+    /// The mirror could not write the registration.
     Refused(KubernetesRefusal),
 }
 
-/// The answer to a submission, after its batch is durable and visible.
+/// The acknowledgement of a submission, after its batch is durable and visible.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ack {
     /// The generation in which all outcomes are served.
@@ -125,40 +125,40 @@ pub struct Ack {
 /// Why the registry accepts nothing now. A client may try again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Unavailable {
-    /// The store, or what Kubernetes holds, is not read yet.
+    /// The store, or the EndpointSlices, are not read yet.
     #[error("not ready: the server is still loading; try again")]
     NotReady,
     /// The process is about to end.
     #[error("the server is shutting down; try again")]
     ShuttingDown,
-    /// A write or sync failed. Nothing is acknowledged until a restart.
+    /// A write or sync of the journal failed. Nothing is acknowledged until a restart.
     #[error("the server cannot write its journal and accepts nothing until it is restarted")]
     StorageFailed,
 }
 
-/// What waits for the writer.
+/// A message in the writer's queue.
 #[derive(Debug)]
 enum WriterMessage {
     Submit(Submission),
     Learn(Vec<ClusterFact>),
     Mirrored(Vec<(ServiceKey, u64)>),
-    /// What Kubernetes holds: begins the comparison.
-    Restore(comparison::Request),
-    /// A part of what the comparison has found.
+    /// Begins the comparison with Kubernetes.
+    Restore(comparison::ComparisonRequest),
+    /// A part of the result of the comparison.
     Differences(comparison::Differences),
-    /// The comparison has sent everything.
+    /// The comparison has sent its whole result.
     Compared(comparison::End),
 }
 
-/// Where the answer to a submission goes.
-type Reply = oneshot::Sender<Result<Ack, Unavailable>>;
+/// Receives the acknowledgement of a submission.
+type AckSender = oneshot::Sender<Result<Ack, Unavailable>>;
 
-/// Commands, and who waits for their outcomes.
+/// Commands whose outcomes one caller waits for.
 #[derive(Debug)]
 struct Submission {
     commands: Vec<Command>,
     received: UnixMillis,
-    reply: Reply,
+    reply: AckSender,
 }
 
 /// The only way to change anything. Clones are cheap and share one bounded queue.
@@ -192,8 +192,8 @@ impl RegistryHandle {
         Ok(async move { answer.await.unwrap_or_else(|_| Err(status.refusal())) })
     }
 
-    /// Tells the registry what Kubernetes says. When the call returns, the facts hold for
-    /// everything that is submitted afterwards.
+    /// Sends facts about the cluster. Commands that are submitted after this call returns are checked
+    /// against them.
     ///
     /// # Errors
     /// When the writer has ended.
@@ -201,21 +201,21 @@ impl RegistryHandle {
         self.queue.send(WriterMessage::Learn(facts)).await.map_err(|_| self.status.refusal())
     }
 
-    /// Tells the registry what all EndpointSlices of ours hold, once after each start; until then,
-    /// or until a timeout where the store has been compared before, nothing is accepted. Returns
-    /// once the comparison is applied, with the term under which slices are written from now on.
+    /// Sends the contents of all managed EndpointSlices, once after each start. Until then the registry
+    /// accepts nothing, or until a timeout if the store has been compared with Kubernetes before.
+    /// Returns after the comparison is applied, with the term under which the mirror writes slices.
     ///
     /// # Errors
     /// When the writer has ended, or cannot write its journal.
     pub async fn restore(&self, held: KubernetesState) -> Result<u64, Unavailable> {
         let (reply, term) = oneshot::channel();
-        let request = comparison::Request { held, queue: self.queue.clone(), reply };
+        let request = comparison::ComparisonRequest { held, queue: self.queue.clone(), reply };
         self.queue.send(WriterMessage::Restore(request)).await.map_err(|_| self.status.refusal())?;
         term.await.map_err(|_| self.status.refusal())
     }
 
-    /// Kubernetes has everything of each service up to its generation. Those who wait for that are
-    /// notified at once; the journal has it about a second later.
+    /// Confirms that Kubernetes has each service up to its generation. Responses that wait for that are
+    /// sent at once; the journal has the confirmation about a second later.
     ///
     /// # Errors
     /// When the writer has ended.
@@ -227,31 +227,31 @@ impl RegistryHandle {
         self.queue.send(WriterMessage::Mirrored(services)).await.map_err(|_| self.status.refusal())
     }
 
-    /// What Kubernetes does not have yet, and who waits for it.
+    /// The services whose latest change is not in Kubernetes.
     #[must_use]
     pub fn mirror_progress(&self) -> &Arc<MirrorProgress> {
         &self.mirror_progress
     }
 
-    /// What is registered, for readers.
+    /// The registered services, for readers.
     #[must_use]
     pub fn catalog(&self) -> &Arc<Catalog> {
         &self.catalog
     }
 
-    /// Everything that is registered, for those who list it.
+    /// All registered services as of one generation, for lists.
     #[must_use]
     pub fn snapshots(&self) -> &Arc<Snapshots> {
         &self.snapshots
     }
 
-    /// Every change, for readers that follow.
+    /// The change feed, for watches.
     #[must_use]
     pub fn feed(&self) -> &Arc<Feed> {
         &self.feed
     }
 
-    /// Whether registrations are accepted.
+    /// The phase of the registry, which decides whether registrations are accepted.
     #[must_use]
     pub fn status(&self) -> &Status {
         &self.status

@@ -1,4 +1,4 @@
-//! The start: what the store holds becomes the registry, and only then a writer.
+//! The start: the registry is filled from the store before it gets a writer.
 
 use std::{
     sync::Arc,
@@ -21,16 +21,17 @@ use crate::{
     zone::Publisher,
 };
 
-/// How a registry is set up.
+/// The configuration of a registry.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Instances that may be registered; more get [`Outcome::Full`](super::Outcome::Full).
     pub max_instances: usize,
-    /// How registrations are checked where there is a Kubernetes; `None` where there is none.
+    /// How registrations are checked against Kubernetes; `None` without Kubernetes.
     pub kubernetes: Option<NamespacePolicy>,
 }
 
-/// A registry that has not read its store yet. It refuses every submission as not ready.
+/// A registry that has not read its store yet. It refuses every submission with
+/// [`Unavailable::NotReady`](super::Unavailable::NotReady).
 #[derive(Debug)]
 pub struct Unrecovered {
     queue: mpsc::Receiver<WriterMessage>,
@@ -42,7 +43,7 @@ pub struct Unrecovered {
     options: Options,
 }
 
-/// A registry: the handle for everyone, and what becomes its writer.
+/// A registry: its handle, and the state that [`Unrecovered::recover`] makes into its writer.
 #[must_use]
 pub fn new(options: Options, metrics: Arc<Metrics>) -> (RegistryHandle, Unrecovered) {
     let (sender, queue) = mpsc::channel(QUEUE_LEN);
@@ -61,14 +62,14 @@ pub fn new(options: Options, metrics: Arc<Metrics>) -> (RegistryHandle, Unrecove
     (handle, Unrecovered { queue, catalog, feed, status, mirror_progress, metrics, options })
 }
 
-/// Services in the order of their first record. With a million of them a start is a matter of
-/// cache misses: they are published in the order in which they lie in memory, and not hashed
-/// again as they grow.
+/// Services in the order of their first record. With a million services, cache misses dominate the
+/// time of a start: the index map publishes services in the order of their memory, and growing it does
+/// not hash them again.
 type Stored = IndexMap<ServiceKey, Service, foldhash::fast::RandomState>;
 
 impl Unrecovered {
-    /// Reads what `data_dir` holds, publishes it, and only then accepts submissions; with a
-    /// Kubernetes not before [`Writer::await_restore`]. Blocks.
+    /// Reads `data_dir` and publishes its services. The registry accepts submissions afterwards; with
+    /// Kubernetes, after [`Writer::await_restore`]. Blocks.
     ///
     /// # Errors
     /// When the store cannot be read; the registry stays not ready.
@@ -94,11 +95,12 @@ impl Unrecovered {
         for repair in &recovery.repairs {
             warn!("{repair}");
         }
-        // Never back for one data directory, and ahead of what a lost directory had handed out.
+        // The generation never decreases for one data directory. The clock puts it ahead of the generations
+        // of a data directory that was lost.
         let generation = recovery.generation.saturating_add(1).max(unix_seconds());
-        // Stored before it is published: else a start with a clock that was set back would publish
-        // a lower one, and secondaries and cursors would take old data for new. On a failure the
-        // journal is not usable any more, which the committer reports.
+        // The generation is stored before it is published. Otherwise the next start, with a clock that was
+        // set back, would publish a lower one, and secondaries and cursors would take old data for new.
+        // After a failure the journal is unusable, which the committer reports.
         let _ = journal.append(generation, &[]);
 
         let mut applier =
@@ -144,7 +146,7 @@ fn replay(services: &mut Stored, record: Record) {
                 }
             }
         }
-        // Not seen here: the store sums these up in its `Recovery`.
+        // The store does not pass these on: it returns them as a whole in `Recovery`.
         Record::Mirrored { .. } | Record::Term { .. } => {}
     }
 }

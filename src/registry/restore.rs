@@ -1,11 +1,12 @@
-//! What is registered after a start with Kubernetes: the state of the store, that of the
-//! EndpointSlices, and which of them is newer.
+//! Decides after a start with Kubernetes whether the store or the EndpointSlices are newer, and what
+//! has to change in the registry.
 //!
-//! Every data directory writes to Kubernetes under a term of its own, one above every term that it
-//! found there. So a directory whose term no slice exceeds has seen everything that the slices
-//! have, and more: the stored state counts, and the mirror corrects the slices. Otherwise somebody
-//! else wrote since (or the directory is new): then the slices count, with the outbox laid over
-//! them, which is what this directory has acknowledged and Kubernetes was never seen to have.
+//! Every data directory writes to Kubernetes under a term of its own, one above the highest term that
+//! it found there. So if no slice has a higher term than the directory, the store is newer: the stored
+//! state is kept, and the mirror corrects the slices. Otherwise another directory has written to
+//! Kubernetes since, or this directory is new: then the slices are newer, and the outbox is laid over
+//! them. The outbox has the changes that this directory acknowledged and that Kubernetes was never
+//! seen to have.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -15,7 +16,7 @@ use crate::{
     store::Record,
 };
 
-/// What the slices hold, from one complete list.
+/// The contents of the managed EndpointSlices, from one complete list.
 #[derive(Debug, Default)]
 pub struct KubernetesState {
     /// The highest term on any slice; 0 without slices.
@@ -24,29 +25,29 @@ pub struct KubernetesState {
     pub services: Vec<(ServiceKey, Vec<Arc<Instance>>)>,
 }
 
-/// What the store holds beside the instances.
+/// The contents of the store beside the instances.
 #[derive(Debug, Default)]
 pub(super) struct LocalState {
-    /// The term of the data directory; 0 when it never wrote to Kubernetes.
+    /// The term of the data directory; 0 if it never wrote to Kubernetes.
     pub(super) term: u64,
-    pub(super) outbox: Outbox,
+    pub(super) outbox: LatestRecords,
 }
 
 impl LocalState {
-    /// Services of which Kubernetes may not have everything.
+    /// Services whose latest change may not be in Kubernetes.
     pub(super) fn unmirrored(&self, catalog: &Catalog) -> impl Iterator<Item = ServiceKey> {
         let all = if self.term == 0 { catalog.services() } else { Vec::new() };
         all.into_iter().map(|(service, _)| service).chain(self.outbox.0.keys().map(|(service, _)| service.clone()))
     }
 }
 
-/// What Kubernetes was never seen to have, by instance: as registered, or `None` if removed. Its
-/// size is bounded by the instances there are and were, not by how often they change.
+/// The latest record of each instance: the instance as registered, or `None` if it was removed. The
+/// size is bounded by the number of instances that ever existed, not by the number of their changes.
 #[derive(Debug, Default)]
-pub(super) struct Outbox(HashMap<(ServiceKey, InstanceId), Option<Arc<Instance>>, foldhash::fast::RandomState>);
+pub(super) struct LatestRecords(HashMap<(ServiceKey, InstanceId), Option<Arc<Instance>>, foldhash::fast::RandomState>);
 
-impl Outbox {
-    /// Adds what a batch journals; the last record of an instance replaces earlier ones.
+impl LatestRecords {
+    /// Adds the records of a batch; the last record of an instance replaces earlier ones.
     pub(super) fn add(&mut self, records: &[Record]) {
         for record in records {
             match record {
@@ -61,8 +62,8 @@ impl Outbox {
         }
     }
 
-    /// Whether it has the instance that `record` is about.
-    pub(super) fn names(&self, record: &Record) -> bool {
+    /// Whether there is a record for the instance of `record`.
+    pub(super) fn covers(&self, record: &Record) -> bool {
         match record {
             Record::Put { service, instance } => self.0.contains_key(&(service.clone(), instance.id())),
             Record::Remove { service, id } => self.0.contains_key(&(service.clone(), id.clone())),
@@ -76,24 +77,24 @@ impl Outbox {
     }
 }
 
-impl From<Vec<Record>> for Outbox {
+impl From<Vec<Record>> for LatestRecords {
     fn from(records: Vec<Record>) -> Self {
-        let mut outbox = Self::default();
-        outbox.add(&records);
-        outbox
+        let mut latest = Self::default();
+        latest.add(&records);
+        latest
     }
 }
 
-/// What a comparison comes to.
+/// The result of a comparison.
 #[derive(Debug, Default)]
 pub(super) struct Comparison {
     /// The term under which the slices are written from now on.
     pub(super) term: u64,
-    /// What has to change here, each instance once. Kubernetes has all of it.
+    /// The changes to apply to the registry, each instance once. Kubernetes has all of them.
     pub(super) records: Vec<Record>,
 }
 
-/// Decides which state counts; `catalog` is everything that is registered now.
+/// Decides which state is newer; `catalog` is everything that is registered now.
 pub(super) fn compare(local: &LocalState, held: KubernetesState, catalog: &[(ServiceKey, Service)]) -> Comparison {
     if local.term != 0 && local.term >= held.term {
         return Comparison { term: local.term, records: Vec::new() };
@@ -105,7 +106,7 @@ pub(super) fn compare(local: &LocalState, held: KubernetesState, catalog: &[(Ser
         instances.into_iter().for_each(|instance| drop(tree.put(instance)));
     }
     if local.term == 0 {
-        // The directory never wrote to Kubernetes, so what it holds is not there.
+        // The directory never wrote to Kubernetes, so its instances are not in any slice.
         for (service, registered) in catalog {
             let tree = wanted.entry(service.clone()).or_default();
             registered.instances.iter().for_each(|instance| drop(tree.put(Arc::clone(instance))));
@@ -125,7 +126,7 @@ pub(super) fn compare(local: &LocalState, held: KubernetesState, catalog: &[(Ser
     Comparison { term, records }
 }
 
-/// What leads from `catalog` to `wanted`.
+/// The records that turn `catalog` into `wanted`.
 fn differences(wanted: &HashMap<ServiceKey, CowTree<Arc<Instance>>>, catalog: &[(ServiceKey, Service)]) -> Vec<Record> {
     let mut records = Vec::new();
     let nothing = CowTree::default();
@@ -184,8 +185,8 @@ mod tests {
     }
 
     #[test]
-    fn stored_state_counts_when_this_directory_wrote_last() {
-        // Somebody took 10.0.0.2 out of the slice by hand, and a removal was not written yet.
+    fn stored_state_is_kept_when_this_directory_wrote_last() {
+        // 10.0.0.2 was removed from the slice by hand, and a removal was not written yet.
         let held = slices(3, &[("10.0.0.1", 1.0), ("10.0.0.9", 1.0)]);
         let local = local(3, vec![remove("10.0.0.9")]);
         let comparison = compare(&local, held, &catalog(&[("10.0.0.1", 1.0), ("10.0.0.2", 1.0)]));
@@ -193,23 +194,23 @@ mod tests {
     }
 
     #[test]
-    fn empty_directory_takes_what_the_slices_hold_under_a_new_term() {
+    fn empty_directory_takes_the_slices_under_a_new_term() {
         let comparison = compare(&local(0, vec![]), slices(3, &[("10.0.0.1", 2.0)]), &[]);
         assert_eq!(comparison.term, 4);
         assert_eq!(comparison.records, [put("10.0.0.1", 2.0)]);
     }
 
     #[test]
-    fn directory_without_a_term_lays_all_it_holds_over_the_slices() {
+    fn directory_without_a_term_is_laid_over_the_slices() {
         let held = slices(0, &[("10.0.0.1", 2.0), ("10.0.0.2", 1.0)]);
         let comparison = compare(&local(0, vec![]), held, &catalog(&[("10.0.0.1", 5.0), ("10.0.0.3", 1.0)]));
         assert_eq!(comparison.records, [put("10.0.0.2", 1.0)]);
     }
 
     #[test]
-    fn slices_count_over_an_older_directory_except_for_its_outbox() {
-        // Since then somebody else removed .2, added .3 and changed .1; the outbox still has
-        // the change of .4, the removal of .5 and the registration of .6.
+    fn slices_replace_an_older_directory_except_for_its_outbox() {
+        // Since then another directory removed .2, added .3 and changed .1. The outbox still has the
+        // change of .4, the removal of .5 and the registration of .6.
         let held = slices(7, &[("10.0.0.1", 9.0), ("10.0.0.3", 1.0), ("10.0.0.4", 1.0), ("10.0.0.5", 1.0)]);
         let local = local(3, vec![put("10.0.0.4", 4.0), remove("10.0.0.5"), put("10.0.0.6", 1.0)]);
         let had = [("10.0.0.1", 1.0), ("10.0.0.2", 1.0), ("10.0.0.4", 4.0), ("10.0.0.6", 1.0)];
@@ -221,7 +222,7 @@ mod tests {
 
     #[test]
     fn outbox_keeps_the_last_record_of_an_instance_only() {
-        let mut outbox = Outbox::default();
+        let mut outbox = LatestRecords::default();
         for n in 0..100 {
             outbox.add(&[put("10.0.0.1", n as f32), put("10.0.0.2", 1.0), remove("10.0.0.2")]);
         }

@@ -1,15 +1,15 @@
-//! Everything that is registered, in order and exactly as of one generation, for readers that list it.
+//! All registered services in order, exactly as of one generation, for lists.
 //!
 //! A snapshot of a million services takes a second to copy and sort and some 50 MB to hold. So lists
-//! share: one snapshot is built at a time, whoever waits meanwhile takes the next one together, and
-//! only a few lists are sent at once. A list whose client goes away stops the build.
+//! share: one snapshot is built at a time, all lists that wait meanwhile share the next one, and only a
+//! few lists are sent at once. If the client of a list disconnects, the build stops.
 //!
-//! The catalog changes while it is read: it returns every service as it was at some moment of the
-//! reading, no two at the same moment, and nothing for a service that is gone. So the feed is read
-//! from *before* the catalog is, to *behind* everything that the reading can have seen, and the last
-//! change of every instance is put over what was read. An instance that did not change meanwhile was
-//! the same at every moment of the reading. The result is the state as of the generation to which the
-//! feed was read; what the feed returns next follows it.
+//! The catalog changes while it is read: each service is returned as it was at some moment of the read,
+//! each at another moment, and a removed service is missing. So the feed is read from a generation
+//! *before* the read of the catalog to one *after* every change that the read can have seen, and the
+//! last change of each instance replaces the instance as it was read. An instance that did not change
+//! meanwhile was the same at every moment of the read. The result is the state as of the generation to
+//! which the feed was read; the next batch of the feed follows it.
 
 use std::{
     collections::HashMap,
@@ -35,28 +35,28 @@ use crate::{
     model::{InstanceChange, Service, ServiceKey},
 };
 
-/// How many lists there may be.
+/// How many lists are sent and wait.
 #[derive(Debug, Clone, Copy)]
-struct Limits {
-    /// Lists that are sent at once, over gRPC and HTTP together. While everything changes each may
+struct ListLimits {
+    /// Lists that are sent at once, over gRPC and HTTP together. While services change, each list may
     /// hold a snapshot of its own: about 50 bytes per service.
     lists: usize,
-    /// Lists that wait for their turn; the next one is refused.
+    /// Lists that wait for a permit; the next one is refused.
     queued: usize,
-    /// How long a list waits for its turn before it is refused.
+    /// How long a list waits for a permit before it is refused.
     queue_timeout: Duration,
 }
 
-const LIMITS: Limits = Limits { lists: 8, queued: 64, queue_timeout: Duration::from_secs(10) };
+const LIMITS: ListLimits = ListLimits { lists: 8, queued: 64, queue_timeout: Duration::from_secs(10) };
 
-/// From this size on a snapshot is freed on a thread for blocking work: freeing takes some 0.1 µs per
-/// service, and the last reader is a connection's task.
+/// Services of a snapshot above which it is freed on a thread for blocking work: freeing takes some
+/// 0.1 µs per service, and its last reader runs in the task of a connection.
 const MAX_INLINE_DROP: usize = 10_000;
 
 /// Services in order of namespace and name.
 type Services = Vec<(ServiceKey, Service)>;
 
-/// What was registered as of one generation.
+/// The registered services as of one generation.
 #[derive(Debug, Default)]
 pub struct Snapshot {
     services: Services,
@@ -64,7 +64,7 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// The generation as of which it is exact.
+    /// The generation as of which the snapshot is exact.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation
@@ -76,7 +76,7 @@ impl Snapshot {
         &self.services
     }
 
-    /// The services of one namespace, in order.
+    /// The services of one namespace, as a range of [`Snapshot::services`].
     #[must_use]
     pub fn namespace(&self, namespace: &str) -> std::ops::Range<usize> {
         let below = |(key, _): &(ServiceKey, Service)| key.namespace() < namespace;
@@ -97,7 +97,7 @@ impl Drop for Snapshot {
     }
 }
 
-/// A snapshot and the permission to send it: other lists wait until this value is dropped.
+/// A snapshot with the permit to send it: other lists wait until this value is dropped.
 #[derive(Debug)]
 pub struct List {
     snapshot: Arc<Snapshot>,
@@ -115,18 +115,18 @@ impl Deref for List {
 /// Why there is no list.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ListError {
-    /// Too many lists are being sent and wait already.
+    /// Too many lists are being sent and wait already, or the wait timed out.
     #[error("too many lists are being sent and wait already; try again later")]
     Overloaded,
-    /// While the catalog was read, more changed than the feed holds.
+    /// More changes happened during the read of the catalog than the feed keeps.
     #[error(transparent)]
     Lagged(#[from] Lagged),
-    /// The copy was not made.
+    /// The thread that reads the catalog panicked or was cancelled.
     #[error("the catalog could not be read: {0}")]
     Failed(String),
 }
 
-/// Where lists come from.
+/// Builds snapshots and limits the lists that are sent.
 #[derive(Debug)]
 pub struct Snapshots {
     catalog: Arc<Catalog>,
@@ -145,7 +145,7 @@ pub struct Snapshots {
 struct Latest {
     snapshot: Weak<Snapshot>,
     build: u64,
-    /// The next build waits until here, so that builds take half of one core at most.
+    /// Earliest start of the next build, so that builds take half of one core at most.
     not_before: Instant,
 }
 
@@ -154,7 +154,7 @@ impl Snapshots {
         Self::within(LIMITS, catalog, feed, metrics)
     }
 
-    fn within(limits: Limits, catalog: Arc<Catalog>, feed: Arc<Feed>, metrics: Arc<Metrics>) -> Self {
+    fn within(limits: ListLimits, catalog: Arc<Catalog>, feed: Arc<Feed>, metrics: Arc<Metrics>) -> Self {
         Self {
             catalog,
             feed,
@@ -167,20 +167,21 @@ impl Snapshots {
         }
     }
 
-    /// Waits for its turn and returns everything that is registered, not older than this call.
-    /// Cancelling stops the work.
+    /// Waits for a permit and returns all registered services, not older than this call. Cancelling
+    /// stops the build.
     ///
     /// # Errors
-    /// When too many others wait, for longer than 10 s, or the catalog cannot be read.
+    /// When too many lists wait, after 10 s of waiting, or when the catalog cannot be read.
     pub async fn list(&self) -> Result<List, ListError> {
         let permit = self.permit().await?;
         Ok(List { snapshot: self.latest().await?, _permit: permit })
     }
 
-    /// One service, or nothing, as a snapshot of its own. It costs no turn: it is only a reference.
+    /// A snapshot of one service; empty if there is no such service. Needs no permit: the snapshot is one
+    /// reference.
     ///
     /// # Errors
-    /// When more changed meanwhile than the feed holds.
+    /// When more changes happened during the call than the feed keeps.
     pub async fn service(&self, key: &ServiceKey) -> Result<Snapshot, Lagged> {
         let mut feed = self.feed.subscribe(self.catalog.generation());
         let found = self.catalog.get(key).map(|service| (key.clone(), service));
@@ -196,10 +197,10 @@ impl Snapshots {
         Ok(Snapshot { services, generation: feed.seen() })
     }
 
-    /// Waits for the permission to send a list. Whoever sends as much as a list takes one too.
+    /// Waits for the permit to send a list. A caller that sends as much as a list needs a permit too.
     ///
     /// # Errors
-    /// When too many others wait, or for longer than 10 s.
+    /// When too many lists wait, or after 10 s of waiting.
     pub async fn permit(&self) -> Result<ListPermit, ListError> {
         self.next_permit().await.inspect_err(|_| {
             self.metrics.lists.rejected.inc();
@@ -223,7 +224,7 @@ impl Snapshots {
         let begun = self.begun.load(Ordering::Acquire);
         let mut latest = self.latest.lock().await;
         if let Some(snapshot) = latest.snapshot.upgrade() {
-            // A build that began after this call, or nothing that changed since.
+            // Either nothing has changed since the build, or the build began after this call.
             let current = snapshot.generation == self.catalog.generation();
             if current || latest.build > begun {
                 return Ok(snapshot);
@@ -247,7 +248,7 @@ impl Snapshots {
         let mut missed = Vec::new();
         let mut services = {
             let cancelled = CancellationToken::new();
-            // Dropped with this future: the thread stops at the next thousand services.
+            // Dropping this future drops the guard, and the thread stops within a thousand services.
             let _cancel = cancelled.clone().drop_guard();
             let catalog = Arc::clone(&self.catalog);
             let reading = spawn_blocking(move || catalog.sorted(&|| cancelled.is_cancelled()));
@@ -278,7 +279,7 @@ impl Snapshots {
 
 #[cfg(test)]
 impl Snapshots {
-    /// Lists of `catalog`, which does not change, for tests of those who send them.
+    /// Lists of `catalog`, which does not change, for tests of their senders.
     pub(crate) fn of(catalog: Arc<Catalog>, metrics: Arc<Metrics>) -> Self {
         let newest = catalog.services().into_iter().map(|(_, service)| service.generation).max().unwrap_or(0);
         let feed = Arc::new(Feed::new());
@@ -288,7 +289,7 @@ impl Snapshots {
     }
 }
 
-/// The permission to send a list.
+/// The permit to send a list, until it is dropped.
 #[derive(Debug)]
 pub struct ListPermit {
     _permit: OwnedSemaphorePermit,
@@ -301,8 +302,8 @@ impl ListPermit {
     }
 }
 
-/// Puts the last change of every instance in `missed` over what was read. `services` is sorted, before
-/// and after.
+/// Applies the changes in `missed` to the services that were read. `services` is sorted, before and
+/// after.
 fn settle(services: &mut Services, missed: &[Arc<Batch>], wanted: impl Fn(&ServiceKey) -> bool) {
     let mut changed: HashMap<&ServiceKey, Vec<(&InstanceChange, u64)>> = HashMap::new();
     for batch in missed {
@@ -352,7 +353,7 @@ mod tests {
 
     const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
-    fn snapshots(limits: Limits, services: usize) -> Snapshots {
+    fn snapshots(limits: ListLimits, services: usize) -> Snapshots {
         let services = (0..services).map(|n| {
             let key = VALIDATOR.service(["a", "b"][n % 2], &format!("s{n}")).expect("valid");
             let spec = InstanceSpec { address: "10.0.0.1".into(), ..InstanceSpec::default() };
@@ -367,7 +368,7 @@ mod tests {
     async fn lists_of_one_generation_share_one_snapshot() {
         let snapshots = snapshots(LIMITS, 100);
         let lists = futures::future::join_all((0..LIMITS.lists).map(|_| snapshots.list())).await;
-        let lists: Vec<List> = lists.into_iter().collect::<Result<_, _>>().expect("a turn for each");
+        let lists: Vec<List> = lists.into_iter().collect::<Result<_, _>>().expect("a permit for each");
         assert!(lists.iter().all(|list| Arc::ptr_eq(&list.snapshot, &lists[0].snapshot)));
         assert_eq!(snapshots.metrics.lists.snapshots.get(), 1);
         assert!(lists[0].services().is_sorted_by(|(a, _), (b, _)| a < b));
@@ -379,10 +380,10 @@ mod tests {
 
     #[tokio::test]
     async fn lists_beyond_the_limit_wait_and_beyond_the_queue_are_refused() {
-        let limits = Limits { lists: 2, queued: 3, queue_timeout: Duration::from_secs(60) };
+        let limits = ListLimits { lists: 2, queued: 3, queue_timeout: Duration::from_secs(60) };
         let snapshots = snapshots(limits, 1);
-        let first = snapshots.list().await.expect("a turn");
-        let _second = snapshots.list().await.expect("a turn");
+        let first = snapshots.list().await.expect("a permit");
+        let _second = snapshots.list().await.expect("a permit");
         let mut queued: Vec<_> = (0..3).map(|_| Box::pin(snapshots.list())).collect();
         for list in &mut queued {
             assert!(futures::poll!(list).is_pending());
@@ -391,9 +392,9 @@ mod tests {
         assert_eq!(snapshots.list().await.expect_err("the queue is full"), ListError::Overloaded);
         assert_eq!(snapshots.metrics.lists.rejected.get(), 1);
 
-        // The turn of a list that ends goes to the next one; a cancelled wait makes room in the queue.
+        // The permit of a list that ends goes to the next one; a cancelled wait frees its place in the queue.
         drop(first);
-        let third = queued.remove(0).await.expect("its turn has come");
+        let third = queued.remove(0).await.expect("it has the permit");
         assert_eq!(snapshots.metrics.lists.open.get(), 2);
         drop(queued.pop());
         assert_eq!(snapshots.metrics.lists.queued.get(), 1);
@@ -403,11 +404,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_list_that_waits_too_long_is_refused() {
-        let limits = Limits { lists: 1, queued: 1, queue_timeout: Duration::from_millis(10) };
+    async fn list_that_waits_too_long_is_refused() {
+        let limits = ListLimits { lists: 1, queued: 1, queue_timeout: Duration::from_millis(10) };
         let snapshots = snapshots(limits, 1);
-        let _open = snapshots.list().await.expect("a turn");
-        assert_eq!(snapshots.list().await.expect_err("nobody ends"), ListError::Overloaded);
+        let _open = snapshots.list().await.expect("a permit");
+        assert_eq!(snapshots.list().await.expect_err("no list ends"), ListError::Overloaded);
         assert_eq!(snapshots.metrics.lists.queued.get(), 0);
     }
 }

@@ -1,31 +1,32 @@
 //! The changes of one batch, laid over the catalog until the batch is durable.
 //!
-//! The decider reads through them, so that a batch sees its own changes; the
-//! [`Applier`](super::apply::Applier) then makes them visible as a whole. Nothing here knows where
-//! a change comes from: commands of registrants and a comparison with Kubernetes stage theirs alike.
+//! The decider reads the catalog through the staged changes, so that a command is decided with the
+//! earlier changes of its batch. The [`Applier`](super::apply::Applier) then makes all of them visible.
+//! Changes are staged in the same way for commands of registrants and for the comparison with
+//! Kubernetes.
 
 use std::{collections::HashMap, sync::Arc};
 
 use super::{Catalog, Event};
 use crate::model::{InstanceChange, Service, ServiceKey, UnixMillis};
 
-/// What a batch changes, service by service and change by change.
+/// The changes of a batch, by service and in order.
 #[derive(Debug, Default)]
 pub(super) struct StagedChanges {
-    /// Every service that changed.
+    /// The services that changed.
     pub(super) services: HashMap<ServiceKey, StagedService, foldhash::fast::RandomState>,
-    /// For the feed, in order.
+    /// The events for the feed, in order.
     pub(super) events: Vec<Event>,
-    /// Instances more, or fewer, than in the catalog.
+    /// Added minus removed instances.
     growth: isize,
 }
 
 /// One service that changed.
 #[derive(Debug, Default)]
 pub(super) struct StagedService {
-    /// The service with all changes made; its generation is set when it is applied.
+    /// The service after all changes; the applier sets its generation.
     pub(super) after: Service,
-    /// The changes that lead there, in order.
+    /// The changes, in order.
     pub(super) changes: Vec<InstanceChange>,
 }
 
@@ -34,7 +35,7 @@ impl StagedChanges {
         self.services.is_empty()
     }
 
-    /// Nothing staged, with room for as much as `self` holds: batches resemble each other.
+    /// No changes, with the capacity of `self`: consecutive batches have similar sizes.
     pub(super) fn empty_alike(&self) -> Self {
         Self {
             services: HashMap::with_capacity_and_hasher(self.services.len(), self.services.hasher().clone()),
@@ -43,7 +44,7 @@ impl StagedChanges {
         }
     }
 
-    /// The service with what is staged so far.
+    /// The service with its staged changes.
     pub(super) fn service(&self, catalog: &Catalog, key: &ServiceKey) -> Option<Service> {
         match self.services.get(key) {
             Some(staged) => Some(staged.after.clone()),
@@ -51,12 +52,12 @@ impl StagedChanges {
         }
     }
 
-    /// How many instances there are with what is staged so far.
+    /// The number of instances, with the staged changes.
     pub(super) fn instances(&self, catalog: &Catalog) -> usize {
         catalog.instances().saturating_add_signed(self.growth)
     }
 
-    /// Stages one change; `service` is what [`StagedChanges::service`] returned for `key`.
+    /// Stages one change; `service` must be the result of [`StagedChanges::service`] for `key`.
     pub(super) fn stage(
         &mut self,
         key: ServiceKey,

@@ -1,4 +1,5 @@
-//! Whether registrations are accepted, and why not. Readiness, gRPC health and refusals follow it.
+//! Whether registrations are accepted, and why not. Readiness, gRPC health and the errors of refused
+//! submissions follow from the phase.
 
 use std::sync::Arc;
 
@@ -9,19 +10,19 @@ use super::Unavailable;
 /// The phases of a registry's life.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Phase {
-    /// What is stored is being read; DNS does not answer from it yet.
+    /// The store is being read; DNS does not answer from it yet.
     Recovering,
-    /// What is stored is served; what Kubernetes holds is being read.
+    /// DNS serves the stored services; the EndpointSlices are being read.
     Restoring,
     /// Registrations are accepted.
     Ready,
-    /// A write or sync failed with this error. DNS goes on with what it has.
+    /// A write or sync failed with this error. DNS continues with the applied changes.
     StorageFailed(Arc<str>),
-    /// The process is about to end; DNS answers until the drain time is over.
+    /// The process is about to end; DNS answers until the drain timeout.
     Draining,
 }
 
-/// The shared [`Phase`]. A failure of the storage is not undone, and draining is final.
+/// The shared [`Phase`]. A failure of the storage stays until a restart, and draining is final.
 #[derive(Debug, Clone)]
 pub struct Status(watch::Sender<Phase>);
 
@@ -36,13 +37,13 @@ impl Status {
         self.0.borrow().clone()
     }
 
-    /// Sees this phase and every later one.
+    /// A receiver of the current phase and of every later one.
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<Phase> {
         self.0.subscribe()
     }
 
-    /// No more registrations from now on.
+    /// Refuses all submissions from now on.
     pub fn drain(&self) {
         self.0.send_replace(Phase::Draining);
     }
@@ -86,7 +87,7 @@ impl Status {
         }
     }
 
-    /// Why the writer did not answer. The writer is gone, so [`Phase::Ready`] is about to end.
+    /// Why the writer did not answer. The writer has ended, so [`Phase::Ready`] is about to end.
     pub(super) fn refusal(&self) -> Unavailable {
         self.accepting().err().unwrap_or(Unavailable::ShuttingDown)
     }
@@ -94,7 +95,7 @@ impl Status {
 
 #[cfg(test)]
 impl Status {
-    /// A registry in `phase`, for tests of those who read it.
+    /// A registry in `phase`, for tests of its readers.
     pub(crate) fn at(phase: Phase) -> Self {
         Self(watch::Sender::new(phase))
     }

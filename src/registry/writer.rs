@@ -1,14 +1,14 @@
-//! The one writer: everything that waits becomes one batch, and every batch takes four steps in
-//! this order.
+//! The one writer: all queued submissions become one batch, and every batch takes four steps in this
+//! order.
 //!
 //! 1. decide: each command against the state machine
 //! 2. commit: the journal, one sync for the batch: **durable**
 //! 3. apply: zone and catalog: **visible**
 //! 4. answer: every submission's oneshot: **acknowledged**
 //!
-//! So an acknowledged registration survives `kill -9` and already resolves. The change feed comes
-//! last and carries the times of all four. The writer runs on a thread of its own, because a sync
-//! blocks; a client that goes away meanwhile changes nothing, because nobody waits for it here.
+//! So an acknowledged registration survives `kill -9` and already resolves. The change feed comes last
+//! and carries the times of all four steps. The writer runs on a thread of its own, because a sync
+//! blocks. The writer never waits for a client, so a disconnect does not interrupt a batch.
 
 use std::{
     sync::Arc,
@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::{
-    Ack, Catalog, ClusterFact, MirrorProgress, Outcome, Reply, Status, Submission, Unavailable, WriterMessage,
+    Ack, AckSender, Catalog, ClusterFact, MirrorProgress, Outcome, Status, Submission, Unavailable, WriterMessage,
     apply::Applier,
     batch_limit::{BatchLimit, MAX_BATCH_TIME},
     commit::Committer,
@@ -34,22 +34,22 @@ use crate::{
     store::Record,
 };
 
-/// What facts may cost ([`ClusterFact::cost`]) before a batch whose submissions are decided goes
-/// on without further ones: about a millisecond.
+/// Total [`ClusterFact::cost`] of the facts that one batch takes once it has decided a submission:
+/// about a millisecond.
 const MAX_FACTS_COST: usize = 256;
 
-/// Records of a comparison that are applied at once while registrations are accepted: these wait
-/// for about ten milliseconds.
+/// Records of a comparison in one batch while registrations are accepted. Registrations wait about
+/// ten milliseconds for such a batch.
 pub(super) const MAX_DIFFERENCES: usize = 1024;
 
-/// The same while nobody can wait.
+/// The same while registrations are not accepted yet, so that none can wait.
 const MAX_DIFFERENCES_AT_START: usize = 65_536;
 
-/// How long a start waits for the API server before it goes on with what is stored, which another
-/// directory may have changed since.
+/// How long a start waits for the API server before the writer accepts registrations on the stored
+/// state, which another data directory may have changed since.
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The writer: consumes submissions until it is told to stop.
+/// The writer: takes submissions until the stop token is cancelled.
 #[derive(Debug)]
 pub struct Writer {
     pub(super) queue: mpsc::Receiver<WriterMessage>,
@@ -61,7 +61,7 @@ pub struct Writer {
     pub(super) status: Status,
     pub(super) mirror_progress: Arc<MirrorProgress>,
     pub(super) metrics: Arc<Metrics>,
-    /// A message that was taken from the queue and begins the next batch.
+    /// A message that was taken from the queue and is the first of the next batch.
     pub(super) held_over: Option<WriterMessage>,
     pub(super) limit: BatchLimit,
     /// Measures batches; tests replace it.
@@ -71,8 +71,8 @@ pub struct Writer {
 /// Submissions of one batch whose commands were decided, until they are answered.
 #[derive(Debug, Default)]
 struct PendingAcks {
-    replies: Vec<(Reply, Vec<Outcome>)>,
-    /// Commands of all of them.
+    replies: Vec<(AckSender, Vec<Outcome>)>,
+    /// Commands of all submissions.
     commands: usize,
 }
 
@@ -102,20 +102,20 @@ async fn receive(
 }
 
 impl Writer {
-    /// The generation that is served.
+    /// The generation that DNS serves.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.catalog.generation()
     }
 
-    /// Waits for what Kubernetes holds, where there is one, and only then accepts submissions. A
-    /// store that was compared with Kubernetes before waits for 5 s only: its state is good enough
-    /// while the API server is away. Returns false if it was stopped meanwhile. Blocks.
+    /// Waits with Kubernetes for the comparison with its EndpointSlices, then accepts submissions. If
+    /// the store was compared before, the wait is limited to 5 s: the stored state is good enough while
+    /// the API server is down. Returns false if `stop` was cancelled meanwhile. Blocks.
     pub fn await_restore(&mut self, runtime: &Handle, stop: &CancellationToken) -> bool {
         let was_compared = self.mirror_records.awaited().is_some_and(|local| local.term != 0);
         let deadline = Instant::now() + RESTORE_TIMEOUT;
         while !self.mirror_records.comparison_is_over() {
-            // A comparison that has begun will end, with or without the API server.
+            // A comparison that has begun needs no API server any more, so it has no timeout.
             let may_time_out = was_compared && self.mirror_records.awaited().is_some();
             let next = runtime.block_on(async {
                 tokio::select! {
@@ -138,7 +138,8 @@ impl Writer {
         true
     }
 
-    /// Works until `stop`, then answers what still waits. Blocks: run it on a thread of its own.
+    /// Takes submissions until `stop`, then answers those that are still queued. Blocks: needs a thread of
+    /// its own.
     pub fn run(mut self, runtime: &Handle, stop: &CancellationToken) {
         loop {
             let first = runtime.block_on(async {
@@ -146,6 +147,7 @@ impl Writer {
                 let save = async { tokio::time::sleep_until(save_at.unwrap_or_else(Instant::now).into()).await };
                 tokio::select! {
                     biased;
+                    // Before `stop`, whose branch does not look at `held_over`.
                     first = receive(&mut self.held_over, &mut self.queue) => Ok(first),
                     () = stop.cancelled() => {
                         self.queue.close();
@@ -163,7 +165,8 @@ impl Writer {
         self.save_confirmations();
     }
 
-    /// Takes what waits, from `first` on, until a limit is reached, and carries it out.
+    /// Takes messages, from `first` on, until a limit is reached or the queue is empty, and carries them
+    /// out as one batch.
     pub(super) fn batch(&mut self, first: WriterMessage, runtime: &Handle) {
         let mut pending = PendingAcks::default();
         let mut facts_cost = 0;
@@ -177,8 +180,8 @@ impl Writer {
                 WriterMessage::Learn(facts) => {
                     let cost: usize = facts.iter().map(ClusterFact::cost).sum();
                     if !pending.replies.is_empty() && facts_cost + cost > MAX_FACTS_COST {
-                        // Submissions behind the facts have to be decided by them, so the facts
-                        // begin the next batch.
+                        // Submissions after the facts must be checked against them, so no message may
+                        // overtake the facts: they begin the next batch.
                         self.held_over = Some(WriterMessage::Learn(facts));
                         break;
                     }
@@ -186,15 +189,15 @@ impl Writer {
                     facts.into_iter().for_each(|fact| self.learn(fact));
                 }
                 WriterMessage::Mirrored(services) => self.mirror_records.confirmed(services, Instant::now()),
-                // What was decided before must be applied first: the comparison reads the catalog,
-                // and its result is filtered by what is journaled.
+                // Earlier decisions must be applied first: the comparison reads the catalog, and the
+                // journaled records filter its result.
                 WriterMessage::Restore(_) | WriterMessage::Differences(_) | WriterMessage::Compared(_) => {
                     then = Some(message);
                     break;
                 }
             }
-            // Most of a command's cost comes later, in steps 2 and 3, so the clock cannot limit
-            // commands. It limits everything else.
+            // Most of a command's cost comes later, in steps 2 and 3, so the clock cannot limit commands:
+            // `BatchLimit` does. The clock limits facts and confirmations.
             let is_full = self.limit.is_reached(pending.commands)
                 || (self.clock)().saturating_duration_since(begun) >= MAX_BATCH_TIME;
             next = if is_full { None } else { self.queue.try_recv().ok() };
@@ -216,7 +219,7 @@ impl Writer {
     fn decide(&mut self, submission: Submission, pending: &mut PendingAcks) {
         let Submission { commands, received, reply } = submission;
         if let Err(err) = self.committer.usable() {
-            // Not even an answer that changes nothing is right: the catalog may be behind the disk.
+            // Even a command that changes nothing is refused: the catalog may be behind the disk.
             let _ = reply.send(Err(err));
             return;
         }
@@ -225,8 +228,7 @@ impl Writer {
         pending.replies.push((reply, outcomes));
     }
 
-    /// Steps 2 to 4 for everything that was decided since the last batch. Returns how long the
-    /// second took.
+    /// Takes steps 2 to 4 for the decisions since the last batch. Returns the time of the commit.
     fn finish(&mut self, pending: PendingAcks) -> Duration {
         let batch = self.decider.take();
         if batch.is_empty() {
@@ -256,7 +258,7 @@ impl Writer {
         // 3. apply: visible.
         let applied = self.applier.apply(generation, changes, UnixMillis::now());
         self.mirror_progress.mark_dirty(unmirrored.into_iter().map(|service| (service, generation, UnixMillis::now())));
-        // Before the answer: a client that reads the metrics after it finds its change counted.
+        // Before the answer, so that a client which reads the metrics after its answer finds its change counted.
         self.observe(&pending, applied.changes());
         // 4. answer: acknowledged.
         self.answer(pending);
@@ -277,14 +279,15 @@ impl Writer {
         }
     }
 
-    /// Begins the comparison with what Kubernetes holds. A second request gets no answer.
-    fn compare(&mut self, request: comparison::Request, runtime: &Handle) {
+    /// Begins the comparison with the EndpointSlices. A second request is dropped: its caller gets an
+    /// error.
+    fn compare(&mut self, request: comparison::ComparisonRequest, runtime: &Handle) {
         let Some(local) = self.mirror_records.begin_comparison() else { return };
         let max_records = if self.status.accepting().is_ok() { MAX_DIFFERENCES } else { MAX_DIFFERENCES_AT_START };
         comparison::start(request, local, Arc::clone(&self.catalog), max_records, runtime);
     }
 
-    /// A part of what the comparison has found, as a batch of its own.
+    /// Applies a part of the comparison's result as a batch of its own.
     fn apply_differences(&mut self, part: comparison::Differences) {
         let comparison::Differences { mut records, applied: reply } = part;
         self.mirror_records.retain_current(&mut records);
@@ -292,7 +295,7 @@ impl Writer {
         let DecidedBatch { records, changes } = self.decider.take();
         if !records.is_empty() {
             if self.committer.commit_mirrored(&records, !changes.is_empty()).is_err() {
-                // Neither may the rest be applied nor the term be stored: the next start compares again.
+                // The rest is not applied and the term is not stored, so the next start compares again.
                 self.mirror_records.end_comparison();
                 return;
             }
@@ -300,11 +303,11 @@ impl Writer {
             self.observe(&PendingAcks::default(), applied.changes());
             self.applier.announce(applied, UnixMillis::now());
         }
-        // The comparison may have been stopped with its runtime.
+        // An error means that the comparison was stopped together with its runtime.
         let _ = reply.send(());
     }
 
-    /// The whole result is applied: stores the term and answers the request.
+    /// Stores the term and answers the request, after the whole result is applied.
     fn end_comparison(&mut self, end: comparison::End) {
         let comparison::End { new_term, term, reply } = end;
         if !self.mirror_records.end_comparison() {
@@ -313,23 +316,23 @@ impl Writer {
         self.decider.comparison_is_over();
         let stored = new_term.is_none_or(|term| self.committer.commit(&[Record::Term { term }], false).is_ok());
         if stored {
-            // The watch that asked may have ended.
+            // An error means that the watch which sent the request has ended.
             let _ = reply.send(term);
         }
     }
 
-    /// Puts into the journal what has waited for a batch to go with.
+    /// Journals the mirror's confirmations without a batch.
     fn save_confirmations(&mut self) {
         let records = self.mirror_records.take_unsaved();
         if !records.is_empty() && self.committer.usable().is_ok() {
-            // A failure is in the status and in the log.
+            // The committer logs a failure and sets the status.
             let _ = self.committer.commit(&records, false);
         }
     }
 
     fn answer(&self, pending: PendingAcks) {
         for (reply, outcomes) in pending.replies {
-            // A client that went away does not hear the answer.
+            // An error means that the caller was cancelled. The change stays.
             let _ = reply.send(Ok(Ack { generation: self.generation(), outcomes }));
         }
     }

@@ -1,6 +1,5 @@
-//! A submission waits for little else: not for a comparison with Kubernetes, not for a run of
-//! facts, not for all that others submit. Shown by the order of things; the tests call the writer
-//! batch by batch.
+//! The wait of a submission is bounded: a comparison with Kubernetes, a run of facts, and a long queue
+//! delay it by one or two batches. The tests call the writer batch by batch and check the order.
 
 use std::{
     cell::Cell,
@@ -13,11 +12,11 @@ use futures::FutureExt as _;
 
 use super::{writer::MAX_DIFFERENCES, *};
 
-/// The answer to a submission that waits in the queue.
-type Answer = Pin<Box<dyn Future<Output = Result<Ack, Unavailable>> + Send>>;
+/// The acknowledgement of a submission that is in the queue.
+type PendingAck = Pin<Box<dyn Future<Output = Result<Ack, Unavailable>> + Send>>;
 
 impl TestRegistry {
-    fn submit(&self, commands: Vec<Command>) -> Answer {
+    fn submit(&self, commands: Vec<Command>) -> PendingAck {
         let submitted = self.handle.submit(commands).now_or_never().expect("the queue has room");
         Box::pin(submitted.expect("registrations are accepted"))
     }
@@ -26,8 +25,7 @@ impl TestRegistry {
         self.handle.learn(facts).now_or_never().expect("the queue has room").expect("the writer is there");
     }
 
-    /// Has the writer carry out one batch; waits for its first message. Returns how many instances
-    /// more there are.
+    /// Waits for a message and runs the writer for one batch. Returns the number of added instances.
     fn batch(&mut self) -> usize {
         let before = self.handle.catalog().instances();
         let first = self.writer.held_over.take().or_else(|| self.writer.queue.blocking_recv());
@@ -35,8 +33,8 @@ impl TestRegistry {
         self.handle.catalog().instances().saturating_sub(before)
     }
 
-    /// Submits, and has the writer work until the answer is there. Returns by how many instances
-    /// each batch grew the catalog.
+    /// Submits, and runs the writer until the answer is there. Returns the number of instances that each
+    /// batch added.
     fn batches_until_answered(&mut self, commands: Vec<Command>) -> Vec<usize> {
         let mut answer = self.submit(commands);
         let mut batches = Vec::new();
@@ -50,8 +48,8 @@ impl TestRegistry {
     }
 }
 
-/// A directory that was compared with Kubernetes, has `registered` since, confirmed by the mirror,
-/// and is started again without an API server.
+/// A registry that was compared with Kubernetes, executed `registered`, got the confirmation of the
+/// mirror, and was started again without an API server.
 fn started_alone(dir: &TempDir, registered: Vec<Command>) -> TestRegistry {
     let (mut registry, _) = with_kubernetes(dir);
     restore(&mut registry, KubernetesState::default());
@@ -68,7 +66,7 @@ fn started_alone(dir: &TempDir, registered: Vec<Command>) -> TestRegistry {
     registry
 }
 
-/// What another directory wrote to Kubernetes since: `services` services of one instance.
+/// Slices that another directory has written to Kubernetes since: `services` services of one instance.
 fn written_by_another(services: u32) -> KubernetesState {
     let service = |n: u32| {
         let [_, b, c, d] = n.to_be_bytes();
@@ -80,7 +78,7 @@ fn written_by_another(services: u32) -> KubernetesState {
     KubernetesState { term: 7, services: (1..=services).map(service).collect() }
 }
 
-/// A restore that has begun. The writer has its message.
+/// Begins a restore; its message is in the writer's queue.
 fn begin_restore(
     registry: &TestRegistry,
     held: KubernetesState,
@@ -117,17 +115,17 @@ fn registrations_are_acknowledged_while_a_late_restore_is_compared_and_applied()
     assert_eq!(term, Ok(8));
     let most = batches.into_iter().max();
     assert!(most < Some(MAX_DIFFERENCES + 10), "a submission waited for {most:?} instances to be restored");
-    // "web" is gone: it was in Kubernetes, and the other directory does not have it.
+    // "web" was removed: Kubernetes had it once, and the other directory does not have it.
     assert_eq!(registry.handle.catalog().instances(), SERVICES as usize + submitted);
 }
 
 #[test]
-fn what_changes_during_a_comparison_is_newer_than_its_result() {
+fn change_during_a_comparison_replaces_its_result() {
     let dir = tempfile::tempdir().expect("a directory");
     let stored = [1, 2, 3, 4].map(|n| register("web", &format!("10.9.0.{n}"), 80, 1.0)).to_vec();
     let mut registry = started_alone(&dir, stored);
     let service = VALIDATOR.service("prod", "web").expect("valid");
-    // Kubernetes has .1 and .2 with another weight, .3 as it is here, no .4, and a new .5.
+    // Kubernetes has .1 and .2 with another weight, .3 unchanged, no .4, and a new .5.
     let there = [(1, 9.0), (2, 9.0), (3, 1.0), (5, 1.0)].map(|(n, weight)| {
         match register("web", &format!("10.9.0.{n}"), 80, weight) {
             Command::Register { instance, .. } => instance,
@@ -136,8 +134,8 @@ fn what_changes_during_a_comparison_is_newer_than_its_result() {
     });
     let held_there = KubernetesState { term: 7, services: vec![(service.clone(), there.to_vec())] };
     let mut restoring = begin_restore(&registry, held_there);
-    // Behind the request, before the first part of the result: .1 changes, .3 goes, and .4 is
-    // registered again as it is.
+    // After the request, before the first part of the result: .1 changes, .3 is removed, and .4 is
+    // registered again unchanged.
     let gone = Command::Unregister {
         service,
         address: VALIDATOR.address("10.9.0.3").expect("valid"),
@@ -159,7 +157,7 @@ fn what_changes_during_a_comparison_is_newer_than_its_result() {
 }
 
 #[test]
-fn half_applied_comparison_leaves_nothing_in_the_outbox() {
+fn partly_applied_comparison_adds_nothing_to_the_outbox() {
     let dir = tempfile::tempdir().expect("a directory");
     let mut registry = started_alone(&dir, vec![register("web", "10.9.0.1", 80, 1.0)]);
     let restoring = begin_restore(&registry, written_by_another(20_000));
@@ -170,8 +168,8 @@ fn half_applied_comparison_leaves_nothing_in_the_outbox() {
     }
     drop((restoring, registry));
 
-    // The next start compares once more, with the slices of then. What it has of the older ones
-    // must give way to them, unlike what was registered here.
+    // The next start compares again, with the slices of that time. They must replace the instances that
+    // came from older slices, but not the instance that was registered here.
     let (registry, _) = with_kubernetes(&dir);
     assert!(registry.handle.catalog().instances() > 2_000);
     let local = registry.writer.mirror_records.awaited().expect("a comparison is to come");
@@ -182,19 +180,19 @@ thread_local! {
     static MILLIS: Cell<u64> = const { Cell::new(0) };
 }
 
-/// A clock that goes on by a millisecond each time it is read.
+/// A clock that advances by a millisecond each time it is read.
 fn ticking() -> Instant {
     MILLIS.set(MILLIS.get() + 1);
     stopped_clock() + Duration::from_millis(MILLIS.get())
 }
 
 #[test]
-fn batch_is_bounded_by_time_however_much_waits() {
+fn batch_is_bounded_by_time() {
     let dir = tempfile::tempdir().expect("a directory");
     let mut registry = TestRegistry::on(&dir, 1_000_000);
     registry.writer.clock = ticking;
     let answers = (0..5).map(|n| registry.submit(vec![register("web", &format!("10.0.0.{n}"), 80, 1.0)]));
-    let mut answers: Vec<Answer> = answers.collect();
+    let mut answers: Vec<PendingAck> = answers.collect();
     let mut generations = BTreeSet::new();
     for answered in [2, 4, 5] {
         registry.batch();
@@ -209,19 +207,19 @@ fn batch_is_bounded_by_time_however_much_waits() {
 }
 
 #[test]
-fn batch_is_bounded_by_what_its_commands_cost() {
+fn batch_is_bounded_by_the_cost_of_its_commands() {
     let dir = tempfile::tempdir().expect("a directory");
     let mut registry = TestRegistry::on(&dir, 1_000_000);
     registry.writer.clock = stopped_clock;
     let submission = |service: &str| (0..150).map(|n| register(service, &format!("10.0.0.{n}"), 80, 1.0)).collect();
     let mut answers = ["a", "b", "c"].map(|service| registry.submit(submission(service)));
     registry.batch();
-    // Two of them are more than what 2 ms are expected to suffice for.
+    // Two submissions, 300 commands, exceed the 200 that are expected to fit into 2 ms.
     assert_eq!(answers.each_mut().map(|answer| answer.as_mut().now_or_never().is_some()), [true, true, false]);
 }
 
 #[test]
-fn run_of_facts_does_not_hold_back_what_is_decided() {
+fn run_of_facts_does_not_delay_a_decided_submission() {
     let dir = tempfile::tempdir().expect("a directory");
     let (mut registry, _) = with_kubernetes(&dir);
     restore(&mut registry, KubernetesState::default());
@@ -231,7 +229,7 @@ fn run_of_facts_does_not_hold_back_what_is_decided() {
         registry.learn(vec![ClusterFact::Namespace { name: format!("other{n}").into(), exists: true }]);
     }
     registry.learn(vec![ClusterFact::NamespacesComplete]);
-    // "prod" was not named.
+    // No fact names "prod".
     let mut behind = registry.submit(vec![register("web", "10.0.0.2", 80, 1.0)]);
 
     registry.batch();

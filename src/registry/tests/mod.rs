@@ -39,15 +39,14 @@ impl TestRegistry {
         let (reverse_zones, ns_addresses) = (Vec::new(), Vec::new());
         let config = ZoneConfig { origin, ttl: 5, reverse_zones, ns_addresses, publish_not_ready: false };
         let (zone, publisher) = Zone::new(config);
-        let data_dir = DataDir::lock(dir.path()).expect("nobody else has it");
+        let data_dir = DataDir::lock(dir.path()).expect("no other process has it");
         let writer =
             unrecovered.recover(data_dir, &store::Options::default(), publisher, &mut |_| {}).expect("a good store");
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         (Self { handle, writer, metrics, runtime }, zone)
     }
 
-    /// Submits all of them, runs the writer until it has answered, and returns the answers. The
-    /// writer has ended then.
+    /// Submits all of them, runs the writer to its end, and returns the acknowledgements.
     fn run_with(self, submissions: Vec<Vec<Command>>) -> (Vec<Ack>, Arc<Catalog>, Arc<Metrics>) {
         let Self { handle, writer, metrics, runtime } = self;
         let acked = runtime.block_on(async {
@@ -59,7 +58,7 @@ impl TestRegistry {
         });
         let stop = CancellationToken::new();
         stop.cancel();
-        // The writer answers what waits before it ends.
+        // The writer answers queued submissions before it ends.
         writer.run(runtime.handle(), &stop);
         let acks = runtime.block_on(futures::future::join_all(acked));
         let acks = acks.into_iter().map(|ack| ack.expect("carried out")).collect();
@@ -71,7 +70,7 @@ thread_local! {
     static BEGUN: Instant = Instant::now();
 }
 
-/// To a batch under this clock a busy machine makes no difference.
+/// With this clock the size of a batch does not depend on the load of the machine.
 fn stopped_clock() -> Instant {
     BEGUN.with(|begun| *begun)
 }
@@ -90,7 +89,7 @@ fn scrape(metrics: &Metrics) -> String {
     text
 }
 
-/// A journal that is closed marks its end, with one more sync.
+/// Syncs when a journal is closed: one for its end record.
 const AT_THE_END: u64 = 1;
 
 /// Syncs of the journal so far, the one at the start among them.
@@ -133,7 +132,7 @@ fn unchanged_registration_writes_nothing_and_makes_no_generation() {
 /// What identifies an instance, and its weight.
 type Model = BTreeMap<(String, String, u16), f32>;
 
-/// Few services, addresses and ports, so that they meet often.
+/// A command on few services, addresses and ports, so that commands often have the same instance.
 fn any_command(rng: &mut Rng, model: &mut Model, most: usize) -> (Command, Outcome) {
     let service = ["web", "db"][rng.usize(..2)].to_owned();
     let address = format!("10.0.0.{}", rng.u8(1..5));
@@ -204,7 +203,7 @@ fn random_commands_and_restarts_match_the_model() {
     }
 }
 
-/// A registry with a Kubernetes, whose writer waits for it.
+/// A registry with Kubernetes, whose writer waits for the restore.
 fn with_kubernetes(dir: &TempDir) -> (TestRegistry, Arc<Zone>) {
     let metrics = Arc::new(Metrics::new());
     let options =
@@ -214,22 +213,22 @@ fn with_kubernetes(dir: &TempDir) -> (TestRegistry, Arc<Zone>) {
     let (reverse_zones, ns_addresses) = (Vec::new(), Vec::new());
     let config = ZoneConfig { origin, ttl: 5, reverse_zones, ns_addresses, publish_not_ready: false };
     let (zone, publisher) = Zone::new(config);
-    let data_dir = DataDir::lock(dir.path()).expect("nobody else has it");
+    let data_dir = DataDir::lock(dir.path()).expect("no other process has it");
     let options = store::Options { outbox: true, ..store::Options::default() };
     let writer = unrecovered.recover(data_dir, &options, publisher, &mut |_| {}).expect("a good store");
-    // One that drives its own timers: the writer only borrows it.
+    // Multi-threaded, because the writer's `block_on` does not drive the timers of its runtime.
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().expect("a runtime");
     (TestRegistry { handle, writer, metrics, runtime }, zone)
 }
 
-/// Even if nothing is registered, and whatever the clock says at the next start.
+/// Also if nothing is registered, and with any clock at the next start.
 #[test]
 fn published_generation_is_stored_before_the_first_batch() {
     let dir = tempfile::tempdir().expect("a directory");
     for _ in 0..2 {
         let published = TestRegistry::on(&dir, 10).writer.generation();
-        let data_dir = DataDir::lock(dir.path()).expect("nobody else has it");
+        let data_dir = DataDir::lock(dir.path()).expect("no other process has it");
         let options = store::Options::default();
         let (_, stored) = data_dir.recover(&options, Arc::default(), &mut |_| {}, &mut |_| {}).expect("a good store");
         assert_eq!(stored.generation, published);
@@ -239,7 +238,7 @@ fn published_generation_is_stored_before_the_first_batch() {
 }
 
 #[test]
-fn nothing_is_accepted_before_kubernetes_is_read_and_then_its_facts_count() {
+fn registration_is_refused_before_the_restore_and_checked_after_it() {
     let dir = tempfile::tempdir().expect("a directory");
     let (mut registry, _) = with_kubernetes(&dir);
     let submitted = registry.runtime.block_on(registry.handle.submit(vec![register("web", "10.0.0.1", 80, 1.0)]));
@@ -258,7 +257,7 @@ fn nothing_is_accepted_before_kubernetes_is_read_and_then_its_facts_count() {
     assert!(registry.writer.await_restore(registry.runtime.handle(), &stop), "it was not stopped");
     assert_eq!(restoring.join().expect("no panic"), Ok(42));
     assert_eq!(registry.handle.catalog().instances(), 1);
-    assert_eq!(registry.handle.mirror_progress().lag().services, 1, "the mirror has to look at it");
+    assert_eq!(registry.handle.mirror_progress().lag().services, 1, "the mirror has to write the service");
 
     let elsewhere = VALIDATOR.service("stage", "web").expect("valid");
     let Command::Register { instance, .. } = register("web", "10.0.0.8", 80, 1.0) else { panic!("it registers") };
@@ -267,14 +266,14 @@ fn nothing_is_accepted_before_kubernetes_is_read_and_then_its_facts_count() {
     assert_eq!(acks[0].outcomes, [Outcome::Created, Outcome::Refused(KubernetesRefusal::NamespaceAbsent)]);
     assert_eq!(catalog.instances(), 2);
 
-    // The same directory again has a term, and goes on alone where nobody answers.
+    // The same directory has a term now, so the next start does not need the API server.
     let (mut registry, _) = with_kubernetes(&dir);
     assert_eq!(registry.handle.status().phase(), Phase::Restoring);
     assert!(registry.writer.await_restore(registry.runtime.handle(), &stop), "it was not stopped");
     assert_eq!((registry.handle.status().phase(), registry.handle.catalog().instances()), (Phase::Ready, 2));
 }
 
-/// Restores from `restored`, from another thread, while the writer waits for it.
+/// Restores from `in_kubernetes` on another thread, while the writer waits for it.
 fn restore(registry: &mut TestRegistry, in_kubernetes: KubernetesState) -> u64 {
     let handle = registry.handle.clone();
     let restoring = std::thread::spawn(move || {
@@ -298,7 +297,7 @@ fn foreign_endpoints_are_served_and_neither_journaled_nor_mirrored() {
     registry.run_with(Vec::new());
     assert_eq!((zone.services(), handle.catalog().instances()), (1, 0));
     assert_eq!(handle.mirror_progress().lag().services, 0, "nothing to mirror");
-    // So it does not matter to it whether the journal can be written.
+    // No generation and no sync, so a failed journal does not stop them.
     assert_eq!((handle.catalog().generation(), syncs(&metrics)), (generation, synced + AT_THE_END));
 }
 
@@ -314,8 +313,8 @@ fn unchanged_registration_survives_a_comparison_that_drops_the_stored_instance()
     runtime.block_on(handle.queue.send(mirrored)).expect("it is there");
     registry.run_with(vec![vec![known.clone(), gone]]);
 
-    // Nobody answers: it goes on alone, and the same is registered again. Meanwhile another
-    // directory has written to Kubernetes.
+    // The API server is down at the next start, and the same instance is registered again. Meanwhile
+    // another directory has written to Kubernetes.
     let (registry, _) = with_kubernetes(&dir);
     // As after the timeout.
     registry.writer.status.ready();
@@ -331,9 +330,9 @@ fn unchanged_registration_survives_a_comparison_that_drops_the_stored_instance()
     assert_eq!(held, [("db".into(), "10.0.0.3".into()), ("web".into(), "10.0.0.1".into())]);
 }
 
-/// A rule of the policy that became stricter must not make a store "damaged".
+/// A stricter policy must not make an existing store unreadable.
 #[test]
-fn store_with_values_that_the_policy_refuses_now_opens_and_is_served() {
+fn stored_instance_that_the_policy_refuses_now_is_served() {
     let dir = tempfile::tempdir().expect("a directory");
     let service = invariants::parse_service("prod", "1web").expect("two labels");
     let refused = InstanceSpec {
@@ -367,7 +366,7 @@ fn store_with_values_that_the_policy_refuses_now_opens_and_is_served() {
     assert_eq!(rrset.len(), 3);
     drop(reader);
 
-    // What an earlier policy admitted can be removed.
+    // Such an instance can be removed.
     let ids = stored.iter().map(|instance| instance.id());
     let commands = ids.map(|id| Command::Unregister { service: service.clone(), address: id.address, ports: id.ports });
     let (acks, catalog, _) = registry.run_with(vec![commands.collect()]);
