@@ -7,7 +7,8 @@
 //!
 //! A merge streams the old snapshot and holds what the closed segments changed in a window of keys
 //! ([`ClosedChanges`]), as many as fit [`MAX_WINDOW_BYTES`]; then it reads the segments again for the
-//! next window. So its memory has a bound, whatever the segments hold, and costs reads instead.
+//! next window. So its memory has a bound, whatever the segments hold, and costs reads instead: each
+//! window reads all closed segments.
 //!
 //! It runs on a thread of its own, reads durable files only, and changes nothing that the journal
 //! writes to: registrations never wait for it. When it fails, the old files stay, and only space is
@@ -43,9 +44,9 @@ const SNAPSHOT_FRAME_BYTES: usize = 256 << 10;
 /// whole snapshot in the disk's queue.
 const SYNC_INTERVAL: u64 = 8 << 20;
 
-/// Most bytes of changes that a merge holds at once, counted as they are encoded; in memory they take
-/// about twice as much. A full segment of the default size fits, so that only large stores, which
-/// compact several segments together, need more than one window.
+/// Most bytes of changes that a merge holds at once, counted as they are encoded, with their keys. In
+/// memory they take about three times as much. A full segment of the default size needs a few windows
+/// at most; only large stores, which compact several segments together, need more.
 #[cfg(not(test))]
 pub(super) const MAX_WINDOW_BYTES: usize = 64 << 20;
 

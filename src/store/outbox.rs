@@ -1,10 +1,11 @@
 //! The outbox: the changes that Kubernetes lacks, and the term under which it is written to.
 //!
 //! Kubernetes lacks every `Put` and `Remove` from the generation of its batch on, until a later
-//! `Mirrored` of its service names that generation or a higher one. An entry may also say by itself
-//! that it is mirrored: those that a comparison with Kubernetes adds do. A snapshot says of each instance since which generation it is unmirrored, or that it
-//! is mirrored; it keeps a removal as long as that is unmirrored. So the outbox has one entry per
-//! instance at most, and none for what Kubernetes has.
+//! `Mirrored` of its service names that generation or a higher one. An entry may also be marked as
+//! mirrored itself, as those that a comparison with Kubernetes adds are. A snapshot has for each
+//! instance the generation since which it is unmirrored, or the mark that it is mirrored; it keeps a
+//! removal as long as that is unmirrored. So the outbox has one entry per instance at most, and none
+//! for what Kubernetes has.
 //!
 //! A snapshot that is made without the outbox drops removals and the rest of this. So a start
 //! without the outbox resets the term before it may make a snapshot, and counts what such a
@@ -77,25 +78,26 @@ impl Outbox {
     }
 }
 
-/// The last entry per key in the closed segments of a compaction, for the keys of one window: as many
-/// from its first key on as there is room for.
+/// What the closed segments of a compaction hold for the keys of one window: the last entry per key,
+/// and the mirrored services that have instances there. The window has as many keys, from its first
+/// key on, as there is room for.
 #[derive(Debug, Default)]
 pub(super) struct ClosedChanges {
-    /// By the instance's key; each says since when it is unmirrored.
+    /// By the instance's key; in each is set since when it is unmirrored.
     pub(super) entries: BTreeMap<Vec<u8>, Entry>,
     pub(super) services: MirroredServices,
     pub(super) term: Option<u64>,
     first: Vec<u8>,
     /// The first key behind the window; `None` where the window has all keys.
     pub(super) end: Option<Vec<u8>>,
-    /// Of keys, entries and services, as they are encoded.
+    /// Of what is held: [`size`] of each entry, [`service_size`] of each service.
     bytes: usize,
     max_bytes: usize,
 }
 
 impl ClosedChanges {
-    /// A window that begins with the key `first` and has room for `max_bytes`, or for one entry that is
-    /// larger.
+    /// A window that begins with the key `first` and has room for `max_bytes`, or for the entry and the
+    /// service of its first key if those are larger.
     pub(super) fn from_key(first: Vec<u8>, max_bytes: usize) -> Self {
         Self { first, max_bytes, ..Self::default() }
     }
@@ -128,7 +130,7 @@ impl ClosedChanges {
                         self.bytes += covered.size();
                     }
                 }
-                let new = key.len();
+                let new = service_size(&key);
                 let highest = self.services.0.entry(key).or_insert_with(|| {
                     self.bytes += new;
                     0
@@ -141,16 +143,23 @@ impl ClosedChanges {
         }
     }
 
-    /// Ends the window earlier, until what is in it has room.
+    /// Ends the window earlier, until what is in it has room. The next window begins where it ends.
     fn shrink(&mut self) {
-        while self.bytes > self.max_bytes && self.entries.len() > 1 {
-            let (key, entry) = self.entries.pop_last().expect("more than one");
-            self.bytes -= size(&key, &entry);
-            // The service of the window's last key comes before that key, and stays.
-            for service in self.services.0.split_off(&key).into_keys() {
-                self.bytes -= service.len();
+        while self.bytes > self.max_bytes {
+            let entry = self.entries.last_key_value().map(|(key, _)| key);
+            let service = self.services.0.last_key_value().map(|(key, _)| key);
+            // At or before the first key are only its own entry and its own service. They stay: a
+            // window that ends where it begins would be followed by the same one.
+            let Some(end) = entry.max(service).filter(|key| **key > self.first).cloned() else { break };
+            if let Some(entry) = self.entries.remove(&end) {
+                self.bytes -= size(&end, &entry);
             }
-            self.end = Some(key);
+            // A service whose prefix is before the end stays, because the window has keys of its
+            // instances; the next window takes it too, if the end is one of those keys.
+            if self.services.0.remove(&end).is_some() {
+                self.bytes -= service_size(&end);
+            }
+            self.end = Some(end);
         }
     }
 
@@ -164,6 +173,11 @@ impl ClosedChanges {
 /// Bytes that an entry counts for in a window.
 fn size(key: &[u8], entry: &Entry) -> usize {
     key.len() + entry.size()
+}
+
+/// Bytes that a mirrored service counts for in a window: most of what it takes is not its short key.
+fn service_size(key: &[u8]) -> usize {
+    key.len() + size_of::<(Vec<u8>, u64)>()
 }
 
 /// The generation up to which Kubernetes has each service, by the prefix of its instances' keys.
@@ -194,9 +208,9 @@ mod tests {
     use super::*;
     use crate::model::{InstanceSpec, UnixMillis, testing::VALIDATOR};
 
-    fn put(name: &str) -> Entry {
+    fn put(name: &str, address: &str) -> Entry {
         let service = VALIDATOR.service("prod", name).expect("valid");
-        let spec = InstanceSpec { address: "10.0.0.1".into(), ..InstanceSpec::default() };
+        let spec = InstanceSpec { address: address.into(), ..InstanceSpec::default() };
         let instance = VALIDATOR.instance(&service, &spec, UnixMillis(1)).expect("valid").into();
         Entry::from(&Record::Put { service, instance })
     }
@@ -205,31 +219,83 @@ mod tests {
         Entry::from(&Record::Mirrored { service: VALIDATOR.service("prod", name).expect("valid"), generation })
     }
 
-    /// Takes a thousand services, three times and out of order, and says that each is mirrored.
-    fn window(first: Vec<u8>, max_bytes: usize) -> (ClosedChanges, usize) {
-        let mut window = ClosedChanges::from_key(first, max_bytes);
-        let mut most = 0;
-        for n in 0..3_000 {
-            let name = format!("s{:03}", n * 7 % 1_000);
-            window.take(put(&name), n);
-            window.take(mirrored(&name, n), n);
-            most = most.max(window.bytes);
+    /// Takes the records of closed segments into windows of `max_bytes`, as a merge does. Fails if a
+    /// window holds more at any time.
+    fn windows(segments: &[(Entry, u64)], max_bytes: usize) -> Vec<ClosedChanges> {
+        let (mut windows, mut next) = (Vec::new(), Some(Vec::new()));
+        while let Some(first) = next.take() {
+            let mut window = ClosedChanges::from_key(first, max_bytes);
+            for (entry, generation) in segments {
+                window.take(entry.clone(), *generation);
+                assert!(window.bytes <= max_bytes, "{} bytes are held, {max_bytes} are allowed", window.bytes);
+            }
+            assert!(window.end.as_ref().is_none_or(|end| *end > window.first), "an empty window is followed by itself");
+            next = window.end.clone();
+            windows.push(window);
         }
-        (window, most)
+        windows
+    }
+
+    /// Since when the windows say that each instance of an old snapshot is unmirrored.
+    fn settled(windows: &[ClosedChanges], old: &[Entry]) -> Vec<u64> {
+        let settle = |old: &Entry| {
+            let (key, mut entry) = (old.key(), old.clone());
+            let holds =
+                |window: &&ClosedChanges| window.first <= key && window.end.as_ref().is_none_or(|end| key < *end);
+            let [window] = windows.iter().filter(holds).collect::<Vec<_>>()[..] else {
+                panic!("not exactly one window has the key");
+            };
+            window.services.settle(&key, &mut entry, 500);
+            entry.since(0)
+        };
+        old.iter().map(settle).collect()
+    }
+
+    const ADDRESSES: [&str; 3] = ["10.0.0.0", "10.0.0.1", "10.0.0.2"];
+
+    fn name(n: u64) -> String {
+        format!("s{:03}", n * 7 % 1_000)
+    }
+
+    /// A thousand services, three times and out of order; some of the mirrored generations are too
+    /// low for what an old snapshot holds.
+    fn segments(instances: bool) -> Vec<(Entry, u64)> {
+        let mut segments = Vec::new();
+        for n in 0..3_000 {
+            if instances {
+                segments.push((put(&name(n), ADDRESSES[1]), n));
+            }
+            if !instances || n % 3 > 0 {
+                segments.push((mirrored(&name(n), n * 11 % 1_000), n));
+            }
+        }
+        segments
     }
 
     #[test]
     fn windows_are_bounded_and_have_every_key_once() {
-        let (all, unbounded) = window(Vec::new(), usize::MAX);
-        let (expected, max) = (all.entries.into_iter().collect::<Vec<_>>(), 4_096);
-        assert!(unbounded > 10 * max && all.end.is_none());
-        let (mut found, mut next) = (Vec::new(), Some(Vec::new()));
-        while let Some(first) = next {
-            let (mut window, most) = window(first, max);
-            assert!(most <= max, "{most} bytes are held, {max} are allowed");
-            next = window.end.take();
-            found.extend(std::mem::take(&mut window.entries));
+        for (instances, max) in [(true, 4_096), (true, 200), (false, 4_096), (false, 60)] {
+            let segments = segments(instances);
+            let mut unbounded = windows(&segments, usize::MAX);
+            let [all] = &mut unbounded[..] else { panic!("one window has everything") };
+            assert!(all.bytes > 3 * max);
+            // Before, at and behind the key of the entry that may begin or end a window.
+            let old: Vec<Entry> = (0..1_000).flat_map(|n| ADDRESSES.map(|address| put(&name(n), address))).collect();
+            let mut windows = windows(&segments, max);
+            let expected = settled(std::slice::from_ref(all), &old);
+            assert!(expected.contains(&0) && expected.contains(&500));
+            assert_eq!(settled(&windows, &old), expected);
+            let found: Vec<_> = windows.iter_mut().flat_map(|window| std::mem::take(&mut window.entries)).collect();
+            assert_eq!(found, std::mem::take(&mut all.entries).into_iter().collect::<Vec<_>>());
         }
-        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn window_without_room_holds_its_first_key_and_ends_before_the_next() {
+        let segments = [(put("web", ADDRESSES[0]), 1), (put("web", ADDRESSES[1]), 2), (mirrored("web", 1), 3)];
+        let mut window = ClosedChanges::from_key(segments[0].0.key(), 1);
+        segments.iter().for_each(|(entry, generation)| window.take(entry.clone(), *generation));
+        assert_eq!(window.entries.into_keys().collect::<Vec<_>>(), [segments[0].0.key()]);
+        assert_eq!((window.services.0.len(), window.end), (1, Some(segments[1].0.key())));
     }
 }
