@@ -47,6 +47,13 @@ impl<K: Ord + Clone, V: Clone + PartialEq> SliceRecord<K, V> {
         }
     }
 
+    /// Whether a slice that says this has to stay. `expired_before` is that of tombstones: an empty slice still says that older words
+    /// may have been removed.
+    #[must_use]
+    pub fn is_needed(&self, expired_before: u64) -> bool {
+        !self.words.is_empty() || (self.refuse_before > 0 && self.refuse_before >= expired_before)
+    }
+
     /// Drops the oldest tombstones until at most `room` are left. What is dropped is remembered as an age: a put that is no younger
     /// could be one that a dropped tombstone removed.
     pub fn shrink(&mut self, room: usize) {
@@ -94,5 +101,13 @@ mod tests {
         slice.shrink(1);
         assert_eq!(slice.words.keys().copied().collect::<Vec<_>>(), [1, 2]);
         assert_eq!(slice.refuse_before, 20);
+    }
+
+    #[test]
+    fn slice_whose_tombstones_were_all_dropped_stays_as_long_as_they_would_have() {
+        let mut slice = record(5, 1, &[(2, None, 30)]);
+        slice.shrink(0);
+        assert!(slice.words.is_empty() && slice.is_needed(30) && !slice.is_needed(31));
+        assert!(!record(5, 1, &[]).is_needed(0));
     }
 }

@@ -46,7 +46,7 @@ impl TombstoneLifetime {
 pub enum Merged {
     /// The word counts from now on, with the stamp that it has.
     Applied,
-    /// A word that is as young, or younger, is known already.
+    /// A word that is as young, or younger, is known already; or a removal so old that whatever it removes is refused anyway.
     Outranked,
     /// Nothing is known of its key, and the word is so old that its removal may have been forgotten.
     /// Whoever sent it must be told.
@@ -69,13 +69,15 @@ impl AgeLimit {
     }
 
     /// The rule. The younger stamp wins; where nothing is known, a removal leaves its tombstone,
-    /// and a put counts unless it is too old.
+    /// and a put counts, unless it is too old.
     #[must_use]
     pub fn merge<V>(self, known: Option<Stamp>, word: &Word<V>) -> Merged {
         match known {
             Some(known) if word.stamp > known => Merged::Applied,
             Some(_) => Merged::Outranked,
-            None if word.is_tombstone() || word.stamp.clock > self.refused_to => Merged::Applied,
+            None if word.stamp.clock > self.refused_to => Merged::Applied,
+            // With its tombstone the key would be known, and a younger put that is too old, too, would count.
+            None if word.is_tombstone() => Merged::Outranked,
             None => Merged::TooOld,
         }
     }
@@ -99,11 +101,12 @@ mod tests {
     }
 
     #[test]
-    fn old_put_of_an_unknown_key_is_refused_and_an_old_removal_is_not() {
+    fn old_put_of_an_unknown_key_is_refused_and_an_old_removal_leaves_nothing() {
         let limit = AgeLimit::at(HybridClock::default(), 1_000, TombstoneLifetime(400), 0);
         assert_eq!(limit.merge(None, &word(Some(1), 701)), Merged::Applied);
         assert_eq!(limit.merge(None, &word(Some(1), 700)), Merged::TooOld);
-        assert_eq!(limit.merge(None, &word(None, 1)), Merged::Applied);
+        assert_eq!(limit.merge(None, &word(None, 701)), Merged::Applied);
+        assert_eq!(limit.merge(None, &word(None, 700)), Merged::Outranked);
         let full = AgeLimit::at(HybridClock::default(), 1_000, TombstoneLifetime(400), 900);
         assert_eq!(full.merge(None, &word(Some(1), 900)), Merged::TooOld, "a tombstone that young was dropped");
     }

@@ -85,8 +85,11 @@ impl Checker {
         let Some(last) = self.changes.iter().rposition(|change| change.key == key && change.value == value) else {
             return;
         };
-        for change in &mut self.changes[..=last] {
-            if change.key == key && change.answered.is_none_or(|(status, _)| status == 202) {
+        // Before: its change may have been applied at any time until it was answered.
+        let until = self.changes[last].answered.map_or(Micros::MAX, |(_, time)| time);
+        for change in &mut self.changes {
+            let accepted = change.answered.is_none_or(|(status, _)| status == 202);
+            if change.key == key && change.asked <= until && accepted {
                 change.exempt = true;
             }
         }

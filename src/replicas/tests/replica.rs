@@ -266,7 +266,7 @@ impl Replica {
             return;
         }
         for (slice, generation) in self.confirmations.renewed(began) {
-            self.confirmed(slice, generation);
+            self.confirmed(slice, generation, at);
         }
         for slice in 0..self.slices.len() {
             self.mirror(slice, at);
@@ -389,7 +389,7 @@ impl Replica {
         }
     }
 
-    fn wanted(&self, slice: usize) -> Option<Record> {
+    fn wanted(&self, slice: usize, at: Clocks) -> Option<Record> {
         let words: BTreeMap<Key, Word<Value>> = self
             .directory
             .words
@@ -404,8 +404,10 @@ impl Replica {
             words,
             refuse_before: self.directory.refuse_before,
         };
+        let spoken_of = !record.words.is_empty() || self.slices[slice].observed.is_some();
         record.shrink(self.room);
-        (!record.words.is_empty()).then_some(record)
+        let expired_before = self.lifetime.expired_before(self.directory.clock.now(at.wall));
+        (spoken_of && record.is_needed(expired_before)).then_some(record)
     }
 
     /// Brings one slice to what it should be, one request at a time.
@@ -422,7 +424,7 @@ impl Replica {
             self.outputs.push(Output::ReadSlice { id, slice });
             return;
         }
-        let wanted = self.wanted(slice);
+        let wanted = self.wanted(slice, at);
         let generation = self.directory.generation;
         let state = &self.slices[slice];
         let observed = state.observed.as_ref().map(|(_, record)| record);
@@ -556,14 +558,14 @@ impl Replica {
     fn shown(&mut self, slice: usize, generation: u64, at: Clocks) {
         let safe = !self.rules.confirm_only_while_safe || self.election.is_safe(at.now.boot);
         if self.confirmations.shown(&slice, generation, at.now.boot, safe) {
-            self.confirmed(slice, generation);
+            self.confirmed(slice, generation, at);
         } else if !self.rules.outbox_waits_for_confirmation {
-            self.clear_outbox(slice);
+            self.clear_outbox(slice, at);
         }
     }
 
-    fn confirmed(&mut self, slice: usize, generation: u64) {
-        self.clear_outbox(slice);
+    fn confirmed(&mut self, slice: usize, generation: u64, at: Clocks) {
+        self.clear_outbox(slice, at);
         let (done, waiting) = std::mem::take(&mut self.waiting)
             .into_iter()
             .partition(|waiting: &Waiting| waiting.slice == slice && waiting.generation <= generation);
@@ -580,7 +582,8 @@ impl Replica {
     }
 
     /// An entry goes only when its slice carries its stamp or a younger one.
-    fn clear_outbox(&mut self, slice: usize) {
+    fn clear_outbox(&mut self, slice: usize, at: Clocks) {
+        let expired_before = self.lifetime.expired_before(self.directory.clock.now(at.wall));
         let shown = self.slices[slice].observed.as_ref().map(|(_, record)| record);
         let tombstones = self.rules.tombstones_in_slices;
         let words = &self.directory.words;
@@ -593,7 +596,8 @@ impl Replica {
                 None => {
                     // A tombstone that the slice had no room for, or may not hold.
                     let dropped = shown.is_some_and(|record| record.refuse_before >= word.stamp.clock);
-                    !word.is_tombstone() || (tombstones && !dropped && words.contains_key(key))
+                    let expired = word.stamp.clock < expired_before;
+                    !word.is_tombstone() || (tombstones && !dropped && !expired && words.contains_key(key))
                 }
             }
         });

@@ -11,6 +11,7 @@ impl World {
 
     pub(super) fn submit(&mut self, machine: usize, key: Key, value: Value) {
         let op = self.checker.invoked(key, value, machine, self.time);
+        self.tell(|| format!("change {op} for replica {machine}: {key:?} := {value}"));
         let delay = self.random.between(200, 5 * MILLISECOND);
         self.at(self.time + delay, Event::Arrive(machine, op));
     }

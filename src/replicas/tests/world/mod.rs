@@ -305,6 +305,7 @@ impl World {
             Event::HandOver { to, from, epoch, words } => {
                 let current = self.machines[to].epoch;
                 let _ = epoch;
+                self.tell(|| format!("replica {from} hands over to {to}: {words:?}"));
                 self.step(to, current, |replica, at| replica.take_in(at, from, words));
             }
             Event::HandedOver { to, epoch, words } => {
