@@ -5,6 +5,9 @@
 //! crashes, old copies of directories, lost disks, deleted Leases, wall clocks half a second off. A [`checker`] that knows
 //! nothing of the protocol holds every acknowledged change against what is answered in the end.
 //!
+//! `cargo test --lib replicas` runs some hundred histories of each setup. `GANGPLANK_REPLICA_HISTORIES=1000000 cargo test --release --lib
+//! replicas -- --nocapture` runs a million of each on all cores; `GANGPLANK_REPLICA_SEED=7` prints the traces of one seed.
+//!
 //! Not simulated yet: slices edited by hand, restarts while the API server is away for longer than a history, two processes
 //! on copies of one directory.
 
@@ -13,12 +16,11 @@ mod election;
 mod plan;
 mod random;
 mod replica;
+mod search;
 mod world;
 
-use std::collections::BTreeMap;
-
-use checker::Violation;
 use plan::Plan;
+use search::{count, first_wrong, run};
 use world::{Faults, SECOND, Setup, World};
 
 use super::{rules::Rules, word::TombstoneLifetime};
@@ -42,13 +44,20 @@ const SETUP: Setup = Setup {
 const AWAY: Setup = Setup { away: 500 * SECOND, lifetime: TombstoneLifetime(60 * SECOND), ..SETUP };
 
 /// Setups in which the protocol must hold.
-const SETUPS: [(&str, Setup); 6] = [
+const SETUPS: &[(&str, Setup)] = &[
     ("three replicas", SETUP),
     ("two replicas and one slice", Setup { replicas: 2, slices: 1, changes: 50, ..SETUP }),
     ("many keys", Setup { slices: 4, addresses: 6, changes: 80, ..SETUP }),
+    ("no room for tombstones", Setup { room: 0, ..SETUP }),
     ("room for one tombstone a slice", Setup { room: 1, ..SETUP }),
+    ("room for three tombstones a slice", Setup { room: 3, slices: 1, addresses: 8, changes: 80, ..SETUP }),
+    ("no room, away for longer than tombstones live", Setup { room: 0, ..AWAY }),
+    ("room for one, away for longer than tombstones live", Setup { room: 1, ..AWAY }),
+    (
+        "room for three, away for longer than tombstones live",
+        Setup { room: 3, slices: 1, addresses: 8, changes: 80, ..AWAY },
+    ),
     ("away for longer than tombstones live", AWAY),
-    ("clocks that stop in pauses", Setup { faults: Faults { stopping_clocks: true, ..SETUP.faults }, ..SETUP }),
 ];
 
 /// Switches rules off.
@@ -77,42 +86,39 @@ const NEEDED: &[(LeaveOut, Setup)] = &[
     (|rules| (rules.write_only_while_safe, rules.confirm_only_while_safe) = (false, false), SETUP),
 ];
 
-/// Histories of each kind; `GANGPLANK_REPLICA_HISTORIES` asks for more.
-fn histories(short: u64) -> u64 {
-    std::env::var("GANGPLANK_REPLICA_HISTORIES").ok().map_or(short, |text| text.parse().expect("a number"))
+/// Histories of each setup; `GANGPLANK_REPLICA_HISTORIES` asks for more.
+const HISTORIES: u64 = 400;
+
+/// A number from the environment.
+fn variable(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
 }
 
-fn run(setup: &Setup, seed: u64, trace: bool) -> (Vec<Violation>, u64) {
-    let mut world = World::new(*setup, seed, Plan::draw(setup, seed), trace);
-    let found = world.run();
-    (found, world.takeovers)
-}
-
-/// Runs histories with the seeds from 1 on. Returns how many went wrong, by what.
-fn count(name: &str, setup: &Setup, histories: u64) -> BTreeMap<Violation, (u64, u64)> {
-    let mut wrong = BTreeMap::new();
-    let mut takeovers = 0;
-    for seed in 1..=histories {
-        let (found, took) = run(setup, seed, false);
-        takeovers += took;
-        for violation in found {
-            wrong.entry(violation).or_insert((0, seed)).0 += 1;
-        }
-    }
-    eprintln!("{name}: {histories} histories, {takeovers} take-overs, wrong: {wrong:?}");
-    wrong
-}
-
-/// `GANGPLANK_REPLICA_HISTORIES=1000000 cargo test --release replicas` runs a million of each kind. A history that goes wrong is
-/// run again with its trace; the same seed always gives the same history.
+/// A history that goes wrong is run again with its trace; the same seed always gives the same history.
 #[test]
 fn no_acknowledged_word_is_undone() {
-    for (name, setup) in SETUPS {
-        let wrong = count(name, &setup, histories(400));
+    if let Some(seed) = variable("GANGPLANK_REPLICA_SEED") {
+        return replay(seed);
+    }
+    let histories = variable("GANGPLANK_REPLICA_HISTORIES").unwrap_or(HISTORIES);
+    for &(name, setup) in SETUPS {
+        let wrong = count(name, &setup, histories).wrong;
         if let Some((violation, (_, seed))) = wrong.first_key_value() {
             run(&setup, *seed, true);
-            panic!("{name}: {violation:?} with seed {seed}: {wrong:?}");
+            panic!(
+                "{name}: {violation:?} with seed {seed}: {wrong:?}\n\
+                 again: GANGPLANK_REPLICA_SEED={seed} cargo test --lib no_acknowledged_word_is_undone -- --nocapture"
+            );
         }
+    }
+}
+
+/// One history of each setup, with its trace.
+fn replay(seed: u64) {
+    for &(name, setup) in SETUPS {
+        eprintln!("=== {name}, seed {seed}");
+        let (wrong, _) = run(&setup, seed, true);
+        eprintln!("=== {name}, seed {seed}: wrong: {wrong:?}");
     }
 }
 
@@ -122,11 +128,17 @@ fn leaving_a_rule_out_goes_wrong() {
         let mut rules = Rules::ALL;
         leave_out(&mut rules);
         let without = Setup { rules, ..setup };
-        let seed = (1..=MAX_SEARCH).find(|seed| !run(&without, *seed, false).0.is_empty());
-        let seed = seed.unwrap_or_else(|| panic!("number {index}: nothing goes wrong"));
+        let seed = first_wrong(&without, MAX_SEARCH).unwrap_or_else(|| panic!("number {index}: nothing goes wrong"));
         eprintln!("number {index}: seed {seed}");
         assert_eq!(run(&setup, seed, false).0, [], "number {index}: with all rules");
     }
+}
+
+/// The clock by which a writer measures its Lease has to run through suspensions.
+#[test]
+fn clock_that_stops_in_pauses_goes_wrong() {
+    let stopping = Setup { faults: Faults { stopping_clocks: true, ..SETUP.faults }, ..SETUP };
+    assert!(first_wrong(&stopping, MAX_SEARCH).is_some());
 }
 
 #[test]
