@@ -55,7 +55,7 @@ pub(super) const MAX_WINDOW_BYTES: usize = 64 << 20;
 pub(super) const MAX_WINDOW_BYTES: usize = 256;
 
 /// Ending of a corrupt file that was set aside.
-pub(super) const CORRUPT_SUFFIX: &str = ".corrupt";
+const CORRUPT_SUFFIX: &str = ".corrupt";
 
 /// What all parts of an open store use.
 #[derive(Debug, Clone)]
@@ -88,11 +88,21 @@ pub(super) struct CompactionPlan {
     pub(super) keep: Vec<FileId>,
 }
 
+impl CompactionPlan {
+    /// The snapshot that it makes.
+    pub(super) fn snapshot_id(&self) -> FileId {
+        FileId::snapshot(self.segments.last().expect("a plan has a segment").number)
+    }
+}
+
 /// Why a compaction made no snapshot.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CompactionError {
+    /// Of the new snapshot, whose name the messages of the callers have.
     #[error(transparent)]
-    Io(#[from] io::Error),
+    Write(#[from] io::Error),
+    #[error("cannot read {}: {err}", path.display())]
+    Read { path: PathBuf, err: io::Error },
     #[error("{0}")]
     Corrupt(String),
     #[error("stopped")]
@@ -125,7 +135,7 @@ impl CompactionTask {
                 Err(err) => {
                     metrics.compacted(false);
                     warn!(
-                        dir = %context.dir.display(), %err,
+                        dir = %context.dir.display(), snapshot = plan.snapshot_id().number, %err,
                         "the journal was not compacted; nothing is lost, it is tried again when the next segment is full"
                     );
                     None
@@ -162,7 +172,7 @@ pub(super) fn compact(
     stop: &AtomicBool,
 ) -> Result<ClosedFile, CompactionError> {
     let files = &*context.files;
-    let file_id = FileId::snapshot(plan.segments.last().expect("a plan has a segment").number);
+    let file_id = plan.snapshot_id();
     let name = file_id.file_name();
     let mut len = 0;
     let published = write_atomically(files, &name, |file| {
@@ -282,15 +292,16 @@ impl MergeInput<'_> {
         take: &mut dyn FnMut(Entry, u64) -> Result<(), CompactionError>,
     ) -> Result<(), CompactionError> {
         let name = file_id.file_name();
-        let damaged = |what: &dyn std::fmt::Display| CompactionError::Corrupt(format!("{name}: {what}"));
+        let corrupt = |what: &dyn std::fmt::Display| CompactionError::Corrupt(format!("{name}: {what}"));
+        let failed = |err| CompactionError::Read { path: self.context.dir.join(&name), err };
         let file = match self.context.files.open(&name) {
             Err(err) if self.lossy && err.kind() == io::ErrorKind::NotFound => return Ok(()),
-            file => file?,
+            file => file.map_err(failed)?,
         };
-        let header = read_header(&*file, file_id)?;
+        let header = read_header(&*file, file_id).map_err(failed)?;
         let ours = header.as_ref().is_ok_and(|header| header.id == self.context.id);
-        if !self.lossy && (!ours || file.len()? != len) {
-            return Err(damaged(&"is not the file that was there"));
+        if !self.lossy && (!ours || file.len().map_err(failed)? != len) {
+            return Err(corrupt(&"is not the file that was there"));
         }
         if header.is_ok() && !ours {
             return Ok(()); // a file of another store, which recovery has reported
@@ -298,14 +309,14 @@ impl MergeInput<'_> {
         let mut reader = RecordDecoder::default();
         let mut ended = false;
         let mut frames = FrameReader::new(&*file, file_id, len);
-        while let Some(item) = frames.next()? {
+        while let Some(item) = frames.next().map_err(failed)? {
             if self.stop.load(Ordering::Relaxed) {
                 return Err(CompactionError::Stopped);
             }
             let (at, frame, payload) = match item {
                 ScanItem::Frame { at, frame, payload } => (at, frame, payload),
                 ScanItem::Garbage(_) if self.lossy => continue,
-                ScanItem::Garbage(at) => return Err(damaged(&format_args!("bytes {at:?} cannot be read"))),
+                ScanItem::Garbage(at) => return Err(corrupt(&format_args!("bytes {at:?} cannot be read"))),
             };
             self.generation = self.generation.max(frame.generation);
             ended = frame.end;
@@ -313,7 +324,7 @@ impl MergeInput<'_> {
                 Ok(payload) => payload,
                 Err(DecodeError::Invalid(_)) if self.lossy => continue,
                 Err(DecodeError::Invalid(err) | DecodeError::Newer(err)) => {
-                    return Err(damaged(&format_args!("the frame at {}: {err}", at.start)));
+                    return Err(corrupt(&format_args!("the frame at {}: {err}", at.start)));
                 }
             };
             for entry in payload.entries {
@@ -325,7 +336,7 @@ impl MergeInput<'_> {
             }
         }
         if file_id.kind == FileKind::Snapshot && !ended && !self.lossy {
-            return Err(damaged(&"has no end"));
+            return Err(corrupt(&"has no end"));
         }
         Ok(())
     }

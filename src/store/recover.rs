@@ -12,7 +12,7 @@ use tracing::warn;
 use super::{
     Corruption, Journal, Options, Record, RecoveryProgress, RecoveryReport, StoreError,
     clean_stop::{CLEAN_STOP, CleanStop},
-    compaction::{CORRUPT_SUFFIX, ClosedFile, CompactionPlan, StoreContext, compact},
+    compaction::{ClosedFile, CompactionPlan, StoreContext, compact},
     disk::Directory,
     error::IoContext,
     format::{DecodeError, Payload, RecordDecoder},
@@ -281,9 +281,9 @@ fn quarantine(context: &StoreContext, journal: &mut Journal, corruptions: &[Corr
             CleanStop::remove(&*context.files).io_context("remove", context.dir.join(CLEAN_STOP))
         }
         Err(err) => Err(StoreError::Io {
-            operation: "write a new snapshot without the corrupt files in",
-            path: context.dir.clone(),
-            source: Arc::new(std::io::Error::other(format!("{err} (corrupt files keep the ending {CORRUPT_SUFFIX})"))),
+            operation: "leave out what is corrupt and write",
+            path: context.dir.join(plan.snapshot_id().file_name()),
+            source: Arc::new(std::io::Error::other(err.to_string())),
         }),
     }
 }

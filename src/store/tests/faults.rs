@@ -1,6 +1,10 @@
 //! Disks that are full or fail: nothing is acknowledged after that until a restart.
 
-use std::{io::ErrorKind, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::ErrorKind,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 use rustix::io::Errno;
 
@@ -11,7 +15,12 @@ use super::{
 };
 use crate::{
     metrics::Metrics,
-    store::{Journal, Record, disk::Directory as _, frame},
+    store::{
+        Journal, Options, Record,
+        compaction::{CompactionPlan, StoreContext, compact},
+        disk::Directory as _,
+        frame::{self, FileId, Header},
+    },
 };
 
 fn batch(seed: u64) -> Vec<Record> {
@@ -261,39 +270,6 @@ fn empty_snapshot_holds_the_generation() {
     assert_eq!((recovery.generation, read.len()), (7, 0));
 }
 
-/// An input/output error, at each operation of a start: either the start fails or the journal is not
-/// usable, and the file is named.
-#[test]
-fn start_with_an_io_error_names_the_file_and_accepts_nothing() {
-    for clean in [true, false] {
-        let disk = SimulatedDisk::default();
-        let (mut journal, _, mut model) = open(&disk).expect("a new directory");
-        fill(&mut journal, &mut model, 3);
-        let killed = disk.contents();
-        drop(journal);
-        let contents = if clean { disk.contents() } else { killed };
-        for operation in [Operation::Read, Operation::Write, Operation::Sync] {
-            let disk = SimulatedDisk::holding(&contents);
-            disk.fail(operation, Errno::IO, 1);
-            let said = match open(&disk) {
-                Err(err) => err.to_string(),
-                Ok((mut journal, recovery, read)) => {
-                    assert_eq!(read, model, "{operation:?}");
-                    journal.append(4, &batch(4)).expect_err("nothing is accepted");
-                    recovery.repairs.join(" ")
-                }
-            };
-            let file =
-                if clean && operation == Operation::Read { "data/clean-stop" } else { "data/journal-0000000001" };
-            assert!(said.contains(file), "{operation:?}: {said}");
-            disk.clear_faults();
-            let (mut journal, _, read) = open(&disk).expect("a restart");
-            assert_eq!(read, model);
-            journal.append(4, &batch(4)).expect("the disk works again");
-        }
-    }
-}
-
 #[test]
 fn io_error_in_an_append_or_a_new_segment_stops_the_journal() {
     for (operation, rotates) in [
@@ -335,5 +311,178 @@ fn io_error_in_a_compaction_loses_nothing() {
         drop(journal);
         let (_, recovery, read) = open(&disk).expect("a restart");
         assert_eq!((read, recovery.repairs), (model, vec![]), "{operation:?}");
+    }
+}
+
+#[test]
+fn read_error_of_a_compaction_names_the_file() {
+    let mut seen = BTreeSet::new();
+    for operations in 0.. {
+        let disk = SimulatedDisk::default();
+        let (mut journal, _, mut instances) = open(&disk).expect("a new directory");
+        fill(&mut journal, &mut instances, 2);
+        journal.rotate().expect("a good disk");
+        journal.compact();
+        journal.reap();
+        journal.append(3, &batch(3)).expect("a good disk");
+        journal.rotate().expect("a good disk");
+        let (snapshot, segments) = journal.compaction_input();
+        let name = FileId::journal(2).file_name();
+        let bytes = disk.contents().remove(&name).expect("it is there");
+        let header = bytes[..frame::HEADER_LEN].try_into().expect("the length of a header");
+        let context = StoreContext {
+            files: Arc::new(disk.clone()),
+            dir: "data".into(),
+            id: Header::decode(header, FileId::journal(2)).expect("intact").id,
+            outbox: false,
+            metrics: Arc::default(),
+        };
+        let plan = CompactionPlan { snapshot, segments, lossy: false, keep: Vec::new() };
+        disk.fail_after(operations, Errno::IO);
+        let compacted = compact(&context, &plan, &AtomicBool::new(false));
+        let Some((operation, name)) = disk.failed() else { break };
+        if matches!(operation, Operation::Open | Operation::Stat | Operation::Read) {
+            let said = compacted.expect_err("the disk failed").to_string();
+            assert_eq!(said, format!("cannot read data/{name}: {}", std::io::Error::from(Errno::IO)));
+            seen.insert((format!("{operation:?}"), name));
+        }
+    }
+    // Of the snapshot and of the segment.
+    assert_eq!(seen.len(), 6, "{seen:?}");
+}
+
+/// A directory, and what a start from it reads.
+struct Start {
+    contents: BTreeMap<String, Vec<u8>>,
+    options: Options,
+    instances: Model,
+}
+
+/// Directories whose starts go, together, through every operation that a start has.
+fn starts() -> Vec<Start> {
+    let options = Options { segment_bytes: 1 << 30, ..small() };
+    let new = Start { contents: BTreeMap::new(), options: options.clone(), instances: Model::new() };
+
+    let disk = SimulatedDisk::default();
+    let (mut journal, _, mut instances) = open_with(&disk, &options, &Arc::default()).expect("a new directory");
+    fill(&mut journal, &mut instances, 3);
+    let killed = disk.contents();
+    drop(journal);
+    let closed = Start { contents: disk.contents(), options: options.clone(), instances: instances.clone() };
+    let mut contents = killed;
+    contents.get_mut("journal-0000000001").expect("it is there").extend([0xF7; 40]);
+    let torn = Start { contents, options: options.clone(), instances };
+
+    // A snapshot, what it replaced, a closed segment, and a newest one that holds nothing.
+    let disk = SimulatedDisk::default();
+    let (mut journal, _, mut instances) = open_with(&disk, &options, &Arc::default()).expect("a new directory");
+    fill(&mut journal, &mut instances, 2);
+    let obsolete = disk.contents();
+    journal.rotate().expect("a good disk");
+    journal.compact();
+    journal.reap();
+    journal.append(3, &batch(3)).expect("a good disk");
+    batch(3).iter().for_each(|record| apply(&mut instances, record));
+    journal.rotate().expect("a good disk");
+    let mut contents = disk.contents();
+    contents.extend(obsolete);
+    contents.insert("snapshot-0000000002.tmp".into(), vec![1]);
+    let rotated = Start { contents, options: options.clone(), instances };
+
+    // The loss of a batch in the closed segment is accepted.
+    drop(journal);
+    let mut contents = disk.contents();
+    contents.get_mut("journal-0000000002").expect("it is there")[frame::HEADER_LEN + 40] ^= 1;
+    let options = Options { accept_loss: true, ..options };
+    let (_, _, instances) =
+        open_with(&SimulatedDisk::holding(&contents), &options, &Arc::default()).expect("the loss is accepted");
+    let corrupt = Start { contents, options: options.clone(), instances };
+
+    // A start without the outbox resets the term.
+    let disk = SimulatedDisk::default();
+    let with_outbox = Options { outbox: true, accept_loss: false, ..options };
+    let (mut journal, _, mut instances) = open_with(&disk, &with_outbox, &Arc::default()).expect("a new directory");
+    fill(&mut journal, &mut instances, 2);
+    journal.append(3, &[Record::Term { term: 3 }]).expect("a good disk");
+    let options = Options { outbox: false, ..with_outbox };
+    let switched_off = Start { contents: disk.contents(), options, instances };
+
+    vec![new, closed, torn, rotated, corrupt, switched_off]
+}
+
+/// An error with its causes.
+fn chain(err: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(err), |err| err.source()).map(|err| format!("{err}: ")).collect()
+}
+
+/// Each operation of a start fails in turn. The start fails, or succeeds and accepts nothing, and then
+/// the file is named; or it goes on, because the operation was not necessary.
+#[test]
+fn io_error_at_any_operation_of_a_start_loses_nothing() {
+    let (mut refused, mut read_only, mut went_on) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    for (case, start) in starts().iter().enumerate() {
+        for power_cut in [false, true] {
+            for operations in 0.. {
+                let disk = SimulatedDisk::holding(&start.contents);
+                let mut acknowledged = start.instances.clone();
+                disk.fail_after(operations, Errno::IO);
+                let opened = open_with(&disk, &start.options, &Arc::default());
+                let mut opened = opened.map(|(mut journal, recovery, read)| {
+                    assert_eq!(read, start.instances, "case {case}, operation {operations}");
+                    journal.reap();
+                    (journal, recovery)
+                });
+                let Some((operation, name)) = disk.failed() else {
+                    assert!(operations >= 8, "case {case} has {operations} operations");
+                    break;
+                };
+                let place = format!("case {case}, operation {operations}: {operation:?} of {name:?}");
+                // The directory has no name here; a temporary file gets the name that is meant.
+                let file = format!("data/{}", name.trim_end_matches(".tmp"));
+                let file = file.trim_end_matches('/');
+                match &mut opened {
+                    Err(err) => {
+                        let said = chain(err);
+                        assert!(said.contains(file) && said.contains("os error 5"), "{place}: {said}");
+                        refused.insert(format!("{operation:?}"));
+                    }
+                    Ok((journal, recovery)) => match journal.usable() {
+                        Err(err) => {
+                            let said = format!("{} {}", chain(&err), recovery.repairs.join(" "));
+                            assert!(said.contains(file), "{place}: {said}");
+                            journal.append(9, &batch(9)).expect_err("nothing is accepted until a restart");
+                            read_only.insert(format!("{operation:?}"));
+                        }
+                        Ok(()) => {
+                            journal.append(9, &batch(9)).unwrap_or_else(|err| panic!("{place}: {err}"));
+                            batch(9).iter().for_each(|record| apply(&mut acknowledged, record));
+                            went_on.insert(format!("{operation:?}"));
+                        }
+                    },
+                }
+                if power_cut {
+                    disk.cut_after(0);
+                    drop(opened);
+                    disk.power_cut(&mut fastrand::Rng::with_seed(operations));
+                } else {
+                    drop(opened);
+                }
+                let (mut journal, _, read) = open_with(&disk, &start.options, &Arc::default())
+                    .unwrap_or_else(|err| panic!("{place}: {}", chain(&err)));
+                assert_eq!(read, acknowledged, "{place}");
+                journal.append(10, &batch(10)).unwrap_or_else(|err| panic!("{place}: {err}"));
+            }
+        }
+    }
+    // What is read must be read; what cannot be written does not keep DNS from answering; a compaction
+    // is tried again.
+    for operation in ["List", "Open", "Stat", "Read", "Rename", "SyncDir"] {
+        assert!(refused.contains(operation), "{operation} in {refused:?}");
+    }
+    for operation in ["Create", "Write", "Truncate", "Sync", "Rename", "SyncDir"] {
+        assert!(read_only.contains(operation), "{operation} in {read_only:?}");
+    }
+    for operation in ["Remove", "Rename", "SyncDir"] {
+        assert!(went_on.contains(operation), "{operation} in {went_on:?}");
     }
 }

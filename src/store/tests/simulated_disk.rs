@@ -19,7 +19,11 @@ const SECTOR: usize = 512;
 /// What can be told to fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Operation {
+    List,
     Create,
+    Open,
+    /// Length and identity.
+    Stat,
     Read,
     Write,
     Sync,
@@ -95,6 +99,37 @@ struct State {
     off: bool,
     /// What fails, how, and how many times more.
     fault: Option<(Operation, Fault, u32)>,
+    /// How many operations of any kind succeed before one fails.
+    fault_after: Option<(u64, Fault)>,
+    /// The operation that failed after those, and the name of its file.
+    failed: Option<(Operation, String)>,
+}
+
+impl State {
+    /// The error of an operation that is to fail. `name` is the file's, empty for the directory.
+    fn fault(&mut self, operation: Operation, name: &str) -> Option<io::Error> {
+        if let Some((failing, fault, times)) = &mut self.fault
+            && *failing == operation
+            && *times > 0
+        {
+            *times -= 1;
+            return Some((*fault).into());
+        }
+        let (left, fault) = self.fault_after.as_mut()?;
+        if *left > 0 {
+            *left -= 1;
+            return None;
+        }
+        let err = (*fault).into();
+        self.fault_after = None;
+        self.failed = Some((operation, name.into()));
+        Some(err)
+    }
+
+    /// As [`Self::fault`], for an operation that changes nothing and is no place for a power cut.
+    fn read_only(&mut self, operation: Operation, name: &str) -> io::Result<()> {
+        if self.off { Err(off()) } else { self.fault(operation, name).map_or(Ok(()), Err) }
+    }
 }
 
 /// What the system says of an operation that fails.
@@ -148,8 +183,20 @@ impl SimulatedDisk {
         self.state().fault = Some((operation, fault.into(), times));
     }
 
+    /// Has the operation after the next `operations` ones fail, whichever it is.
+    pub(super) fn fail_after(&self, operations: u64, fault: impl Into<Fault>) {
+        self.state().fault_after = Some((operations, fault.into()));
+    }
+
+    /// The operation that failed because of [`Self::fail_after`], and the name of its file; empty for
+    /// the directory.
+    pub(super) fn failed(&self) -> Option<(Operation, String)> {
+        self.state().failed.clone()
+    }
+
     pub(super) fn clear_faults(&self) {
-        self.state().fault = None;
+        let state = &mut *self.state();
+        (state.fault, state.fault_after) = (None, None);
     }
 
     /// Cuts the power and starts the disk again: of what was not synced, any part may be left.
@@ -176,13 +223,13 @@ impl SimulatedDisk {
             }
             inode.cached = inode.durable.clone();
         }
-        (state.off, state.left, state.fault) = (false, None, None);
+        (state.off, state.left, state.fault, state.fault_after) = (false, None, None, None);
     }
 
     /// Starts only the process again: what the system has cached is still there.
     pub(super) fn restart(&self) {
         let state = &mut *self.state();
-        (state.off, state.left, state.fault) = (false, None, None);
+        (state.off, state.left, state.fault, state.fault_after) = (false, None, None, None);
     }
 
     /// The files as they can be read now.
@@ -204,16 +251,12 @@ impl SimulatedDisk {
 
     /// Counts an operation; whether it only begins, because the power goes during it, and the
     /// error it ends with.
-    fn operate(state: &mut State, operation: Operation) -> Result<(), OperationError> {
+    fn operate(state: &mut State, operation: Operation, name: &str) -> Result<(), OperationError> {
         if state.off {
             return Err(OperationError::NoEffect(off()));
         }
-        if let Some((failing, fault, times)) = &mut state.fault
-            && *failing == operation
-            && *times > 0
-        {
-            *times -= 1;
-            return Err(OperationError::Partial(io::Error::from(*fault)));
+        if let Some(err) = state.fault(operation, name) {
+            return Err(OperationError::Partial(err));
         }
         match &mut state.left {
             Some(0) => {
@@ -282,15 +325,16 @@ fn sectors(changes: &[Change]) -> Vec<Change> {
 
 impl Directory for SimulatedDisk {
     fn list(&self) -> io::Result<Vec<String>> {
-        let state = self.state();
-        if state.off { Err(off()) } else { Ok(state.names.keys().cloned().collect()) }
+        let state = &mut *self.state();
+        state.read_only(Operation::List, "")?;
+        Ok(state.names.keys().cloned().collect())
     }
 
     fn create(&self, name: &str) -> io::Result<Box<dyn File>> {
         let state = &mut *self.state();
-        Self::operate(state, Operation::Create)?;
+        Self::operate(state, Operation::Create, name)?;
         if let Some(&inode) = state.names.get(name) {
-            let handle = SimulatedFile { disk: self.clone(), inode };
+            let handle = SimulatedFile { disk: self.clone(), inode, name: name.into() };
             handle.change(state, Change::Truncate(0));
             return Ok(Box::new(handle));
         }
@@ -299,30 +343,28 @@ impl Directory for SimulatedDisk {
         let name_change = NameChange::Link(name.into(), inode);
         name_change.apply(&mut state.names);
         state.pending_names.push(name_change);
-        Ok(Box::new(SimulatedFile { disk: self.clone(), inode }))
+        Ok(Box::new(SimulatedFile { disk: self.clone(), inode, name: name.into() }))
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn File>> {
-        let state = self.state();
-        if state.off {
-            return Err(off());
-        }
+        let state = &mut *self.state();
+        state.read_only(Operation::Open, name)?;
         let inode = *state.names.get(name).ok_or(io::ErrorKind::NotFound)?;
-        Ok(Box::new(SimulatedFile { disk: self.clone(), inode }))
+        Ok(Box::new(SimulatedFile { disk: self.clone(), inode, name: name.into() }))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         let inode = *self.state().names.get(from).ok_or(io::ErrorKind::NotFound)?;
-        self.rename_names(Operation::Rename, NameChange::Rename(from.into(), to.into(), inode))
+        self.rename_names(Operation::Rename, from, NameChange::Rename(from.into(), to.into(), inode))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        self.rename_names(Operation::Remove, NameChange::Unlink(name.into()))
+        self.rename_names(Operation::Remove, name, NameChange::Unlink(name.into()))
     }
 
     fn sync_dir(&self) -> io::Result<()> {
         let state = &mut *self.state();
-        Self::operate(state, Operation::SyncDir)?;
+        Self::operate(state, Operation::SyncDir, "")?;
         for name_change in std::mem::take(&mut state.pending_names) {
             name_change.apply(&mut state.durable_names);
         }
@@ -330,16 +372,17 @@ impl Directory for SimulatedDisk {
     }
 
     fn find_missing(&self, name: &str, identity: FileIdentity) -> io::Result<Option<PathBuf>> {
-        let state = self.state();
+        let state = &mut *self.state();
+        state.read_only(Operation::Stat, name)?;
         let there = state.names.get(name).is_some_and(|inode| *inode as u64 == identity.inode);
         Ok((!there).then(|| PathBuf::from("data").join(name)))
     }
 }
 
 impl SimulatedDisk {
-    fn rename_names(&self, operation: Operation, name_change: NameChange) -> io::Result<()> {
+    fn rename_names(&self, operation: Operation, name: &str, name_change: NameChange) -> io::Result<()> {
         let state = &mut *self.state();
-        let done = Self::operate(state, operation);
+        let done = Self::operate(state, operation, name);
         if matches!(done, Ok(()) | Err(OperationError::Partial(_))) && (done.is_ok() || state.off) {
             name_change.apply(&mut state.names);
             state.pending_names.push(name_change);
@@ -352,6 +395,8 @@ impl SimulatedDisk {
 struct SimulatedFile {
     disk: SimulatedDisk,
     inode: usize,
+    /// Its name when it was opened.
+    name: String,
 }
 
 impl SimulatedFile {
@@ -364,20 +409,14 @@ impl SimulatedFile {
 
 impl File for SimulatedFile {
     fn len(&self) -> io::Result<u64> {
-        Ok(self.disk.state().inodes[self.inode].cached.len() as u64)
+        let state = &mut *self.disk.state();
+        state.read_only(Operation::Stat, &self.name)?;
+        Ok(state.inodes[self.inode].cached.len() as u64)
     }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
         let state = &mut *self.disk.state();
-        if state.off {
-            return Err(off());
-        }
-        if let Some((Operation::Read, fault, times)) = &mut state.fault
-            && *times > 0
-        {
-            *times -= 1;
-            return Err((*fault).into());
-        }
+        state.read_only(Operation::Read, &self.name)?;
         let there = &state.inodes[self.inode].cached;
         let from = index(offset).min(there.len());
         let len = into.len().min(there.len() - from);
@@ -387,7 +426,7 @@ impl File for SimulatedFile {
 
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let state = &mut *self.disk.state();
-        let done = SimulatedDisk::operate(state, Operation::Write);
+        let done = SimulatedDisk::operate(state, Operation::Write, &self.name);
         match &done {
             Ok(()) => self.change(state, Change::Write(offset, bytes.to_vec())),
             // The disk is full or gone in the middle of it.
@@ -401,7 +440,7 @@ impl File for SimulatedFile {
 
     fn truncate(&mut self, len: u64) -> io::Result<()> {
         let state = &mut *self.disk.state();
-        let done = SimulatedDisk::operate(state, Operation::Truncate);
+        let done = SimulatedDisk::operate(state, Operation::Truncate, &self.name);
         if done.is_ok() || state.off {
             self.change(state, Change::Truncate(len));
         }
@@ -410,7 +449,7 @@ impl File for SimulatedFile {
 
     fn sync(&mut self) -> io::Result<()> {
         let state = &mut *self.disk.state();
-        let done = SimulatedDisk::operate(state, Operation::Sync);
+        let done = SimulatedDisk::operate(state, Operation::Sync, &self.name);
         let off = state.off;
         let inode = &mut state.inodes[self.inode];
         match &done {
