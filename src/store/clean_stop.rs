@@ -1,7 +1,7 @@
 //! The clean-stop file: how long the journal was when it was last closed.
 //!
-//! After a crash the end of the active segment may be torn, and nothing says how long it was. A
-//! clean stop has synced all of it and knows. The file is a lower bound, which stays true while the
+//! After a crash the end of the active segment may be torn, and nothing shows how long it was. A
+//! clean stop has synced all of it and records its length. The file is a lower bound, which stays true while the
 //! journal grows, is compacted, or the process crashes later: a journal that is shorter has lost
 //! acknowledged records. So no start has to invalidate the file, and it covers what was written
 //! before the last clean stop even after a crash. Only an accepted loss removes it.

@@ -2,8 +2,8 @@
 //!
 //! A snapshot has the number of a segment and holds the instances at the end of that segment, one
 //! entry each, in the order of their keys, and then the term, if there is one. With the outbox each
-//! entry says since when it is unmirrored, and unmirrored removals have entries too; without it a
-//! compaction drops all that.
+//! entry has the generation since which it is unmirrored, and unmirrored removals have entries too;
+//! without it a compaction drops all that.
 //!
 //! A merge streams the old snapshot and holds what the closed segments changed in a window of keys
 //! ([`ClosedChanges`]), as many as fit [`MAX_WINDOW_BYTES`]; then it reads the segments again for the
@@ -251,11 +251,13 @@ fn merge(
                 return Ok(());
             }
             writer.generation = writer.generation.max(generation);
+            // The key is in a later window. What is left of this one comes before the key.
             while let Some(end) = changes.end.take_if(|end| *end <= key) {
                 writer.changes_before(&mut changes, None)?;
                 (changes, _) = window(end)?;
             }
             writer.changes_before(&mut changes, Some(&key))?;
+            // A changed instance is written with the changes, when a later key, or the end, follows.
             if !changes.entries.contains_key(&key) {
                 changes.services.settle(&key, &mut entry, generation);
                 writer.instance(entry)?;
@@ -264,6 +266,7 @@ fn merge(
             Ok(())
         })?;
     }
+    // The changes behind the last key of the old snapshot, which may fill more windows.
     loop {
         writer.changes_before(&mut changes, None)?;
         let Some(end) = changes.end.take() else { break };
@@ -299,11 +302,11 @@ impl MergeInput<'_> {
             file => file.map_err(failed)?,
         };
         let header = read_header(&*file, file_id).map_err(failed)?;
-        let ours = header.as_ref().is_ok_and(|header| header.id == self.context.id);
-        if !self.lossy && (!ours || file.len().map_err(failed)? != len) {
+        let same_store = header.as_ref().is_ok_and(|header| header.id == self.context.id);
+        if !self.lossy && (!same_store || file.len().map_err(failed)? != len) {
             return Err(corrupt(&"is not the file that was there"));
         }
-        if header.is_ok() && !ours {
+        if header.is_ok() && !same_store {
             return Ok(()); // a file of another store, which recovery has reported
         }
         let mut reader = RecordDecoder::default();

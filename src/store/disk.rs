@@ -51,7 +51,7 @@ pub(super) trait File: fmt::Debug + Send {
     fn identity(&self) -> io::Result<FileIdentity>;
 }
 
-/// Tells a file from every other one that exists at the same time.
+/// Distinguishes a file from every other one that exists at the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct FileIdentity {
     pub(super) device: u64,

@@ -1,4 +1,4 @@
-//! Errors of the store. Each message says what the operator can do.
+//! Errors of the store. Each message has what the operator can do.
 
 use std::{fmt, io, ops::Range, path::PathBuf, sync::Arc};
 
@@ -90,8 +90,8 @@ struct CorruptionList<'a>(&'a PathBuf, &'a [Corruption]);
 impl fmt::Display for CorruptionList<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "acknowledged registrations in {} cannot be read:", self.0.display())?;
-        for damage in self.1 {
-            write!(f, "\n  {damage}")?;
+        for corruption in self.1 {
+            write!(f, "\n  {corruption}")?;
         }
         write!(
             f,

@@ -3,7 +3,7 @@
 //! These types are separate from the model's and do not change with it. What is read passes the
 //! model's [`Validator`] again. A field or a kind of record that is not known here was written by a
 //! later version; protobuf would skip it and a compaction would then lose it, so it is refused. A
-//! later version that adds one does not increase the version number: its records tell.
+//! later version that adds one does not increase the version number: its records show it.
 
 use std::sync::Arc;
 
@@ -102,7 +102,7 @@ struct RemoveEntry {
     since: Option<u64>,
 }
 
-/// Kubernetes has every change of a service up to a generation. Only in segments: a snapshot says
+/// Kubernetes has every change of a service up to a generation. Only in segments: a snapshot has
 /// it in the entries of the instances.
 #[derive(Clone, PartialEq, Message)]
 struct MirroredEntry {

@@ -1,11 +1,11 @@
 //! The open journal: appends batches as frames to the active segment.
 //!
-//! - Only the last batch may not be durable. Each frame says up to where the file was durable.
+//! - All batches but the last are durable. Each frame has the offset up to which the file was durable.
 //! - After a failed write or sync the journal writes nothing more. The system may have dropped
 //!   the dirty pages and report the next sync as a success, so only a restart, which reads the
 //!   file and writes the last batch again, can continue.
-//! - A *sync marker* is a frame without records. Everything before it is durable, which its
-//!   `synced` offset says. One is written when a journal is opened and one when it is closed.
+//! - A *sync marker* is a frame without records. Its `synced` offset is its own: everything before it
+//!   is durable. One is written when a journal is opened and one when it is closed.
 
 use std::{io, sync::Arc, time::Instant};
 
@@ -258,7 +258,7 @@ impl Journal {
     }
 
     fn record_clean_stop(&mut self) -> Result<(), StoreError> {
-        // A directory that is not ours any more has nothing to do with it.
+        // If another directory is at the path now, it must not get this store's clean-stop file.
         self.check_in_place()?;
         let Segment { file_id, end, .. } = self.segment;
         let stop = CleanStop { id: self.context.id, segment: file_id.number, len: end, generation: self.generation };
@@ -275,6 +275,8 @@ impl Journal {
     fn create_next_segment(&mut self) -> Result<(), (FileId, io::Error)> {
         let Segment { file_id, end, .. } = self.segment;
         let next = file_id.number + 1;
+        // All of the closed segment is durable, so the next header may say how long it is. The journal
+        // changes to the next one only when its name is durable: until then a start would not find it.
         self.segment = Segment::create(&self.context, next, end).map_err(|err| (FileId::journal(next), err))?;
         self.closed.push(ClosedFile { number: file_id.number, len: end });
         Ok(())

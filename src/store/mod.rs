@@ -15,7 +15,7 @@
 //! 1. An acknowledged batch is durable, whole. Any other batch is stored whole or not at all
 //!    (`journal.rs`).
 //! 2. What is read is what was written, or the start reports where it is not (`frame.rs`,
-//!    `recover.rs`). A start never drops acknowledged records unless told to.
+//!    `recover.rs`). A start never drops acknowledged records, except with [`Options::accept_loss`].
 //! 3. After a failed write or sync nothing is acknowledged until a restart (`journal.rs`).
 //! 4. Compaction never delays a registration and never loses anything (`compaction.rs`).
 //! 5. Nothing is acknowledged once the directory is removed under the process (`disk.rs`).
@@ -23,10 +23,10 @@
 //! 7. With [`Options::outbox`], every change that Kubernetes lacks is kept until Kubernetes has
 //!    it, removals included (`outbox.rs`).
 //!
-//! Limits. If the last batch is damaged after a crash and before the next start, nothing on the
-//! disk says whether it was acknowledged: it is taken for a torn write, cut off and reported. After
-//! a clean stop, or one more start, a sync marker covers it. Nor can a start notice that somebody
-//! removed or cut what was appended to the active segment since the last clean stop.
+//! Limits. If the last batch becomes corrupt after a crash and before the next start, nothing on the
+//! disk shows whether the batch was acknowledged: it is taken for a torn write, cut off and reported.
+//! After a clean stop, or one more start, a sync marker covers it. Nor can a start notice that
+//! somebody removed or cut what was appended to the active segment since the last clean stop.
 //!
 //! The store is one directory of one process: no replication, no cache. The registry holds the
 //! state in memory.
@@ -137,7 +137,7 @@ pub struct RecoveryReport {
     /// Log messages about torn writes that were cut off and losses that were accepted.
     pub repairs: Vec<String>,
     /// The last term stored. 0 when there was none, or when the directory was used without the
-    /// outbox since: then Kubernetes may lack any instance that was read, whatever the outbox says.
+    /// outbox since: then Kubernetes may lack any instance that was read, whatever the outbox holds.
     pub term: u64,
     /// The changes that Kubernetes lacks, by generation: the last `Put` or `Remove` of each instance
     /// that no later [`Record::Mirrored`] of its service covers. It may name services without
@@ -180,7 +180,7 @@ impl DataDir {
             }
             Err(fs::TryLockError::Error(err)) => return Err(err).io_context("lock", &file),
         }
-        // Only the lock counts. On a full disk the next process is told less about its holder.
+        // Only the lock counts. On a full disk the error of the next process lacks the holder.
         if writable && let Err(err) = write_holder(&mut lock) {
             tracing::warn!(file = %file.display(), %err, "cannot note the pid in the lock file");
         }
@@ -203,7 +203,7 @@ impl DataDir {
         progress: &mut dyn FnMut(RecoveryProgress),
     ) -> Result<(Journal, RecoveryReport), StoreError> {
         let dir = self.0.path().to_owned();
-        recover::StoreOpener { files: Arc::new(self.0), dir, options, metrics }.run(record, progress)
+        recover::StoreOpener { files: Arc::new(self.0), dir, options, metrics }.open(record, progress)
     }
 }
 

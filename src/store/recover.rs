@@ -37,7 +37,7 @@ pub(super) struct StoreOpener<'o> {
 
 impl StoreOpener<'_> {
     /// See [`DataDir::recover`](super::DataDir::recover).
-    pub(super) fn run(
+    pub(super) fn open(
         mut self,
         record: &mut dyn FnMut(Record),
         progress: &mut dyn FnMut(RecoveryProgress),
@@ -52,14 +52,16 @@ impl StoreOpener<'_> {
         for file_id in ids.chain(set.segments.iter().map(|number| FileId::journal(*number))) {
             scans.push(FileScan::read(&*self.files, &self.dir, file_id)?);
         }
+        // Every file but a corrupt one has the id, so any header will do. Without a valid header the id is
+        // that of the clean-stop file, so that the file is not taken for another store's.
         let id = scans.iter().find_map(|scan| Some(scan.header.as_ref().ok()?.id));
         let id = id.or_else(|| clean_stop.map(|stop| stop.id)).unwrap_or_else(StoreId::random);
         let clean_stop = clean_stop.filter(|stop| {
-            let ours = stop.id == id;
-            if !ours {
+            let same_store = stop.id == id;
+            if !same_store {
                 corruptions.push(self.clean_stop_corruption("belongs to the data directory of another gangplank"));
             }
-            ours
+            same_store
         });
         classify(&self.dir, &mut scans, id, clean_stop, &mut corruptions, &mut repairs);
         self.refuse(&corruptions)?;
@@ -237,6 +239,7 @@ impl StoreOpener<'_> {
                 repaired = done;
                 segment
             }
+            // A new directory, or one whose active segment is among the accepted losses.
             None => {
                 let previous_len = found.closed.last().map_or(0, |segment| segment.len);
                 let name = FileId::journal(last + 1).file_name();
@@ -270,6 +273,7 @@ impl StoreOpener<'_> {
 
 /// Writes everything that can be read into a new snapshot and renames the corrupt files.
 fn quarantine(context: &StoreContext, journal: &mut Journal, corruptions: &[Corruption]) -> Result<(), StoreError> {
+    // A compaction reads closed segments only. The active one may be corrupt too, and is set aside then.
     journal.rotate()?;
     let (snapshot, segments) = journal.compaction_input();
     let names = corruptions.iter().filter_map(|corruption| FileId::parse(corruption.path.file_name()?.to_str()?));

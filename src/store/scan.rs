@@ -12,8 +12,8 @@
 //! somebody accepts the loss. Then everything that can be read is merged into a new snapshot, and
 //! the corrupt files are set aside.
 //!
-//! A clean stop leaves no torn write: the [`clean_stop`](super::clean_stop) file says how long the
-//! active segment was.
+//! A clean stop leaves no torn write: the [`clean_stop`](super::clean_stop) file has the length of
+//! the active segment.
 
 use std::{ops::Range, path::Path};
 
@@ -128,6 +128,8 @@ impl FileScan {
                     if let Some(range) = corrupt.last_mut() {
                         range.before.get_or_insert(frame.generation);
                     } else if !frame.more {
+                        // Only before any corrupt range: a torn write is cut off from here on, with
+                        // whatever of its batch reached the disk behind the hole.
                         last_batch_end = at.end;
                     }
                     synced = synced.max(frame.synced);
@@ -154,7 +156,7 @@ impl FileScan {
     }
 }
 
-/// Tells corruption from a torn write.
+/// Distinguishes corruption from torn writes.
 pub(super) fn classify(
     dir: &Path,
     scans: &mut [FileScan],

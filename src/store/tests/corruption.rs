@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use super::{Model, apply, open, open_with, random_batch, simulated_disk::SimulatedDisk, small};
+use super::{Instances, apply, open, open_with, random_batch, simulated_disk::SimulatedDisk, small};
 use crate::store::{
     Options, Record, StoreError,
     clean_stop::CLEAN_STOP,
@@ -12,13 +12,13 @@ use crate::store::{
 
 type Contents = BTreeMap<String, Vec<u8>>;
 
-/// A store and what stood in it after each batch; index 0 is before the first.
+/// A store, and the registered instances after each batch; index 0 is before the first.
 struct Sample {
     /// As a killed process leaves it.
     killed: Contents,
     /// As a clean end leaves it.
     closed: Contents,
-    models: Vec<Model>,
+    states: Vec<Instances>,
 }
 
 /// A snapshot, a closed segment and a newest segment, or one segment only.
@@ -27,13 +27,13 @@ fn sample(with_snapshot: bool) -> Sample {
     let disk = SimulatedDisk::default();
     let options = Options { segment_bytes: 1 << 30, ..small() };
     let (mut journal, ..) = open_with(&disk, &options, &Arc::default()).expect("a new directory");
-    let mut models = vec![Model::new()];
+    let mut states = vec![Instances::new()];
     for generation in 1..=9 {
         let batch = random_batch(rng);
         journal.append(generation, &batch).expect("a good disk");
-        let mut model = models.last().expect("one at least").clone();
-        batch.iter().for_each(|record| apply(&mut model, record));
-        models.push(model);
+        let mut instances = states.last().expect("one at least").clone();
+        batch.iter().for_each(|record| apply(&mut instances, record));
+        states.push(instances);
         if with_snapshot && generation == 3 {
             journal.rotate().expect("a good disk");
             journal.compact();
@@ -45,7 +45,7 @@ fn sample(with_snapshot: bool) -> Sample {
     }
     let killed = disk.contents();
     drop(journal);
-    Sample { killed, closed: disk.contents(), models }
+    Sample { killed, closed: disk.contents(), states }
 }
 
 fn accepting() -> Options {
@@ -62,7 +62,7 @@ fn last_batch(contents: &Contents) -> (String, std::ops::Range<usize>) {
 
 #[test]
 fn torn_write_is_cut_off_and_reported_at_any_byte() {
-    let Sample { killed, models, .. } = sample(false);
+    let Sample { killed, states, .. } = sample(false);
     let (name, frame) = last_batch(&killed);
     for end in frame.start + 1..frame.end {
         for filler in [&[][..], &[0; 40], &[0xFF; 3]] {
@@ -75,15 +75,15 @@ fn torn_write_is_cut_off_and_reported_at_any_byte() {
                 continue;
             }
             let disk = SimulatedDisk::holding(&torn);
-            let (journal, recovery, read) = open(&disk).expect("a torn tail is no damage");
-            assert_eq!(read, models[8], "torn at {end}");
+            let (journal, recovery, read) = open(&disk).expect("a torn tail is no corruption");
+            assert_eq!(read, states[8], "torn at {end}");
             assert_eq!(recovery.generation, 8);
             let expected = format!("cut {} bytes from offset {}", end + filler.len() - frame.start, frame.start);
             assert!(recovery.repairs[0].contains(&expected), "{:?} lacks {expected}", recovery.repairs);
             assert!(recovery.repairs[0].contains("data/journal-0000000001"), "{:?}", recovery.repairs);
             drop(journal);
             let (_, recovery, read) = open(&disk).expect("cut once");
-            assert_eq!((read, recovery.repairs), (models[8].clone(), vec![]));
+            assert_eq!((read, recovery.repairs), (states[8].clone(), vec![]));
         }
     }
 }
@@ -100,7 +100,7 @@ fn batch_of_several_frames_is_atomic() {
     let before = disk.contents()["journal-0000000001"].len();
     journal.append(2, &second).expect("a good disk");
     let whole = disk.contents();
-    let mut expected = Model::new();
+    let mut expected = Instances::new();
     first.iter().for_each(|record| apply(&mut expected, record));
     let len = whole["journal-0000000001"].len();
     for end in before..len {
@@ -133,7 +133,7 @@ fn flipped_bit_is_detected_in_any_byte() {
                     if !clean && *name == newest && tail.contains(&at) {
                         // After a crash nothing on the disk covers the last frame.
                         let (_, recovery, read) = opened.expect("it may be a torn write");
-                        assert_eq!(read, sample.models[8], "{name} at {at}");
+                        assert_eq!(read, sample.states[8], "{name} at {at}");
                         assert_eq!(recovery.repairs.len(), 1, "{name} at {at}");
                         continue;
                     }
@@ -175,7 +175,7 @@ fn truncated_or_missing_file_is_detected_after_a_clean_stop() {
 /// What was seen: after a clean stop a segment cut to a tenth was taken for a torn write.
 #[test]
 fn active_segment_cut_after_a_clean_stop_refuses_until_the_loss_is_accepted() {
-    let Sample { closed, models, .. } = sample(false);
+    let Sample { closed, states, .. } = sample(false);
     let name = "journal-0000000001";
     let len = closed[name].len();
     let mut cut = closed;
@@ -187,7 +187,7 @@ fn active_segment_cut_after_a_clean_stop_refuses_until_the_loss_is_accepted() {
         assert!(said.contains(&place) && said.contains("and up to 9"), "{said}");
     }
     let (journal, recovery, read) = open_with(&disk, &accepting(), &Arc::default()).expect("the loss is accepted");
-    assert_eq!(read, models[usize::try_from(recovery.generation).expect("small")]);
+    assert_eq!(read, states[usize::try_from(recovery.generation).expect("small")]);
     let after_a_crash = SimulatedDisk::holding(&disk.contents());
     drop(journal);
     for disk in [after_a_crash, disk] {
@@ -201,12 +201,12 @@ fn active_segment_cut_after_a_clean_stop_refuses_until_the_loss_is_accepted() {
 fn segment_cut_below_the_last_clean_stop_is_detected_after_a_crash_too() {
     let disk = SimulatedDisk::holding(&sample(false).closed);
     let options = Options { segment_bytes: 1 << 30, ..small() };
-    let (mut journal, _, mut model) = open_with(&disk, &options, &Arc::default()).expect("intact");
+    let (mut journal, _, mut instances) = open_with(&disk, &options, &Arc::default()).expect("intact");
     let stopped_at = disk.contents()["journal-0000000001"].len();
     for generation in 10..=12 {
         let batch = random_batch(&mut fastrand::Rng::with_seed(generation));
         journal.append(generation, &batch).expect("a good disk");
-        batch.iter().for_each(|record| apply(&mut model, record));
+        batch.iter().for_each(|record| apply(&mut instances, record));
     }
     let killed = disk.contents();
     let cut_at = |len: usize| {
@@ -217,7 +217,7 @@ fn segment_cut_below_the_last_clean_stop_is_detected_after_a_crash_too() {
     let frame = stopped_at - FRAME_LEN; // the sync marker of the second start
     assert!(matches!(cut_at(frame - 1), Err(StoreError::Corrupt { .. })));
     let (_, _, read) = cut_at(killed["journal-0000000001"].len()).expect("a crash");
-    assert_eq!(read, model);
+    assert_eq!(read, instances);
     assert_eq!(cut_at(killed["journal-0000000001"].len() - 1).expect("a torn write").1.generation, 11);
 }
 
@@ -234,7 +234,7 @@ fn accepted_loss_keeps_all_other_records_and_the_corrupt_file() {
             assert!(recovery.repairs[0].starts_with(&format!("loss accepted: data/{name}")), "{recovery:?}");
             assert_eq!(recovery.generation, 9);
             if at < HEADER_LEN || name == CLEAN_STOP {
-                assert_eq!(read, sample.models[9], "{name} at {at}: only the header is damaged");
+                assert_eq!(read, sample.states[9], "{name} at {at}: only the header is corrupt");
             }
             let rng = &mut fastrand::Rng::with_seed(at as u64);
             let mut after = read.clone();
@@ -253,7 +253,7 @@ fn accepted_loss_keeps_all_other_records_and_the_corrupt_file() {
 
 #[test]
 fn corrupt_batch_loses_no_other_batch() {
-    let Sample { closed, models, .. } = sample(false);
+    let Sample { closed, states, .. } = sample(false);
     let name = "journal-0000000001";
     let starts: Vec<usize> = closed[name]
         .windows(4)
@@ -269,7 +269,7 @@ fn corrupt_batch_loses_no_other_batch() {
     assert!(said.contains(&file_id) && said.contains("what changed after generation 8 and before 9"), "{said}");
     assert!(said.contains("--accept-loss"), "{said}");
     let (_, _, read) = open_with(&SimulatedDisk::holding(&flipped), &accepting(), &Arc::default()).expect("accepted");
-    assert_eq!(read, models[8]);
+    assert_eq!(read, states[8]);
 }
 
 #[test]
@@ -352,7 +352,7 @@ fn obsolete_files_are_removed_and_foreign_files_stay() {
     let disk = SimulatedDisk::holding(&contents);
     let file = disk.open("notes.txt").expect("it is there");
     assert_eq!(file.len().expect("open"), 1);
-    let (journal, recovery, _) = open(&disk).expect("nothing that counts is damaged");
+    let (journal, recovery, _) = open(&disk).expect("nothing that counts is corrupt");
     assert_eq!(recovery.repairs, Vec::<String>::new());
     drop(journal);
     let names: Vec<String> = disk.contents().into_keys().collect();

@@ -6,7 +6,7 @@ use std::io;
 use fastrand::Rng;
 
 use super::{
-    Ledger, mirror, open_with, random_batch,
+    ExpectedStore, mirror, open_with, random_batch,
     simulated_disk::{Operation, SimulatedDisk},
 };
 use crate::store::Options;
@@ -51,9 +51,9 @@ fn run_history(seed: u64, seen: &mut Coverage) {
     let disk = SimulatedDisk::default();
     let options = Options { accept_loss: false, segment_bytes: rng.u64(100..3000), outbox: rng.bool() };
     let frame_bytes = if rng.bool() { 100 } else { 1 << 20 };
-    let (mut acknowledged, mut generation) = (Ledger { outbox: options.outbox, ..Ledger::default() }, 0);
+    let (mut acknowledged, mut generation) = (ExpectedStore { outbox: options.outbox, ..ExpectedStore::default() }, 0);
     // The batch that was under way when the power went, applied.
-    let mut perhaps: Option<Ledger> = None;
+    let mut perhaps: Option<ExpectedStore> = None;
     for cut in 0..6 {
         let last = cut == 5;
         if !last {
@@ -66,7 +66,7 @@ fn run_history(seed: u64, seen: &mut Coverage) {
             Ok((mut journal, recovery, read)) => {
                 let late = perhaps.as_ref().filter(|_| recovery.generation > generation);
                 let expected = late.unwrap_or(&acknowledged);
-                assert!(expected.agrees(&recovery, &read), "seed {seed}, cut {cut}: read what was never acknowledged");
+                assert!(expected.matches(&recovery, &read), "seed {seed}, cut {cut}: read what was never acknowledged");
                 assert!(recovery.generation >= generation, "seed {seed}, cut {cut}: the generation went back");
                 seen.repairs += recovery.repairs.len() as u64;
                 seen.starts += 1;

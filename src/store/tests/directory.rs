@@ -2,20 +2,20 @@
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, sync::Arc};
 
-use super::{Ledger, Model, VALIDATOR, apply, instance_of, random_batch, service};
+use super::{ExpectedStore, Instances, VALIDATOR, apply, instance_of, random_batch, service};
 use crate::{
     metrics::Metrics,
     model::{InstanceSpec, PortSpec, Protocol, UnixMillis},
     store::{DataDir, Journal, Options, Record, RecoveryReport, StoreError, create_durably},
 };
 
-fn start(path: &Path, options: &Options) -> (Journal, RecoveryReport, Model) {
-    let mut model = Model::new();
+fn start(path: &Path, options: &Options) -> (Journal, RecoveryReport, Instances) {
+    let mut instances = Instances::new();
     let dir = DataDir::lock(path).expect("nobody else has it");
     let (journal, recovery) = dir
-        .recover(options, Arc::new(Metrics::default()), &mut |record| apply(&mut model, &record), &mut |_| {})
+        .recover(options, Arc::new(Metrics::default()), &mut |record| apply(&mut instances, &record), &mut |_| {})
         .expect("a good directory");
-    (journal, recovery, model)
+    (journal, recovery, instances)
 }
 
 #[test]
@@ -118,11 +118,11 @@ fn appended_records_are_replayed_with_progress() {
     let (mut journal, recovery, read) = start(dir.path(), &options);
     assert_eq!((recovery.generation, read.len(), recovery.repairs), (0, 0, vec![]));
     let rng = &mut fastrand::Rng::with_seed(2);
-    let mut model = Model::new();
+    let mut instances = Instances::new();
     for generation in 1..100 {
         let batch = random_batch(rng);
         journal.append(generation, &batch).expect("a good disk");
-        batch.iter().for_each(|record| apply(&mut model, record));
+        batch.iter().for_each(|record| apply(&mut instances, record));
     }
     drop(journal);
     let mut last = None;
@@ -134,7 +134,7 @@ fn appended_records_are_replayed_with_progress() {
     let (read, total) = last.expect("the end is reported");
     assert!(read == total && total > 0);
     let (_, recovery, read) = start(dir.path(), &options);
-    assert_eq!((read, recovery.generation, recovery.repairs), (model, 99, vec![]));
+    assert_eq!((read, recovery.generation, recovery.repairs), (instances, 99, vec![]));
 }
 
 fn put(name: &str, spec: InstanceSpec, registered: u64) -> Record {
@@ -217,10 +217,10 @@ fn copied(fixture: &str, clean_stop: bool) -> tempfile::TempDir {
 fn format_version_1_is_read_with_and_without_a_clean_stop_file() {
     for (name, clean_stop) in [("v1", false), ("v1-clean-stop", true)] {
         let dir = copied(name, clean_stop);
-        let mut model = Model::new();
-        fixture().iter().flatten().for_each(|record| apply(&mut model, record));
+        let mut instances = Instances::new();
+        fixture().iter().flatten().for_each(|record| apply(&mut instances, record));
         let (_, recovery, read) = start(dir.path(), &Options::default());
-        assert_eq!((read, recovery.generation, recovery.repairs), (model, 1_700_000_003, vec![]), "{name}");
+        assert_eq!((read, recovery.generation, recovery.repairs), (instances, 1_700_000_003, vec![]), "{name}");
     }
 }
 
@@ -228,12 +228,12 @@ fn format_version_1_is_read_with_and_without_a_clean_stop_file() {
 fn format_version_1_with_outbox_is_read() {
     for (name, clean_stop) in [("v1-outbox", false), ("v1-clean-stop-outbox", true)] {
         let dir = copied(name, clean_stop);
-        let mut ledger = Ledger { outbox: true, ..Ledger::default() };
+        let mut expected = ExpectedStore { outbox: true, ..ExpectedStore::default() };
         for (batch, generation) in outbox_fixture().iter().zip(1_700_000_001..) {
-            ledger.apply(generation, batch);
+            expected.apply(generation, batch);
         }
         let (_, recovery, read) = start(dir.path(), &Options { outbox: true, ..Options::default() });
-        assert!(ledger.agrees(&recovery, &read), "{recovery:?} and {read:?} are not {ledger:?}");
+        assert!(expected.matches(&recovery, &read), "{recovery:?} and {read:?} are not {expected:?}");
         assert_eq!((recovery.term, recovery.outbox.len(), recovery.generation), (8, 3, 1_700_000_003));
         assert_eq!(recovery.repairs, Vec::<String>::new());
     }

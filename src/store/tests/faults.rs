@@ -9,7 +9,7 @@ use std::{
 use rustix::io::Errno;
 
 use super::{
-    Model, apply, open, open_with, random_put,
+    Instances, apply, open, open_with, random_put,
     simulated_disk::{Operation, SimulatedDisk},
     small,
 };
@@ -29,11 +29,11 @@ fn batch(seed: u64) -> Vec<Record> {
 }
 
 /// Appends batches `1..=count`, all of which succeed.
-fn fill(journal: &mut Journal, model: &mut Model, count: u64) {
+fn fill(journal: &mut Journal, instances: &mut Instances, count: u64) {
     for generation in 1..=count {
         let batch = batch(generation);
         journal.append(generation, &batch).expect("a good disk");
-        batch.iter().for_each(|record| apply(model, record));
+        batch.iter().for_each(|record| apply(instances, record));
     }
 }
 
@@ -46,11 +46,11 @@ fn no_append_succeeds_after_a_failed_write_or_sync_until_a_restart() {
         (Operation::Sync, ErrorKind::StorageFull, "cannot sync data/journal-0000000001"),
     ] {
         let (disk, metrics) = (SimulatedDisk::default(), Arc::new(Metrics::default()));
-        let (mut journal, _, mut model) = open_with(&disk, &small(), &metrics).expect("a new directory");
-        fill(&mut journal, &mut model, 2);
+        let (mut journal, _, mut instances) = open_with(&disk, &small(), &metrics).expect("a new directory");
+        fill(&mut journal, &mut instances, 2);
         assert_eq!(metrics.store.failed.get(), 0);
 
-        // Only once: whoever tries again is told that all is well.
+        // Only once: a second try of the operation would succeed.
         disk.fail(operation, kind, 1);
         let said = journal.append(3, &batch(3)).expect_err("the disk failed").to_string();
         assert!(said.starts_with(says) && said.contains("until gangplank is restarted"), "{said}");
@@ -63,9 +63,9 @@ fn no_append_succeeds_after_a_failed_write_or_sync_until_a_restart() {
         drop(journal);
 
         let (mut journal, _, read) = open_with(&disk, &small(), &metrics).expect("a restart");
-        let mut with_third = model.clone();
+        let mut with_third = instances.clone();
         batch(3).iter().for_each(|record| apply(&mut with_third, record));
-        assert!(read == model || read == with_third, "{operation:?}");
+        assert!(read == instances || read == with_third, "{operation:?}");
         journal.append(5, &batch(5)).expect("the disk works again");
         assert_eq!(metrics.store.failed.get(), 0);
     }
@@ -75,8 +75,8 @@ fn no_append_succeeds_after_a_failed_write_or_sync_until_a_restart() {
 fn failed_segment_creation_stops_the_journal() {
     for operation in [Operation::Create, Operation::Write, Operation::Sync, Operation::Rename, Operation::SyncDir] {
         let disk = SimulatedDisk::default();
-        let (mut journal, _, mut model) = open(&disk).expect("a new directory");
-        fill(&mut journal, &mut model, 2);
+        let (mut journal, _, mut instances) = open(&disk).expect("a new directory");
+        fill(&mut journal, &mut instances, 2);
         disk.fail(operation, ErrorKind::StorageFull, 1);
         let said = journal.rotate().expect_err("the disk is full").to_string();
         assert!(said.starts_with("cannot create data/journal-0000000002: nothing is accepted"), "{said}");
@@ -84,7 +84,7 @@ fn failed_segment_creation_stops_the_journal() {
         drop(journal);
         disk.clear_faults();
         let (mut journal, recovery, read) = open(&disk).expect("a restart");
-        assert_eq!((read, recovery.repairs), (model, vec![]));
+        assert_eq!((read, recovery.repairs), (instances, vec![]));
         journal.append(3, &batch(3)).expect("the disk works again");
     }
 }
@@ -92,14 +92,14 @@ fn failed_segment_creation_stops_the_journal() {
 #[test]
 fn segment_grows_while_descriptors_are_exhausted() {
     let disk = SimulatedDisk::default();
-    let (mut journal, _, mut model) = open_with(&disk, &small(), &Arc::default()).expect("a new directory");
+    let (mut journal, _, mut instances) = open_with(&disk, &small(), &Arc::default()).expect("a new directory");
     let mut generation = 0;
     let mut append = |journal: &mut Journal, batches| {
         for _ in 0..batches {
             generation += 1;
             let batch = batch(generation);
             journal.append(generation, &batch).expect("what is open can be written");
-            batch.iter().for_each(|record| apply(&mut model, record));
+            batch.iter().for_each(|record| apply(&mut instances, record));
         }
     };
     for missing in [Errno::MFILE, Errno::NFILE] {
@@ -116,41 +116,41 @@ fn segment_grows_while_descriptors_are_exhausted() {
         assert!(newest() > before, "the next segment is begun");
     }
     drop(journal);
-    let (_, recovery, read) = open(&disk).expect("nothing is damaged");
-    assert_eq!((read, recovery.repairs), (model, vec![]));
+    let (_, recovery, read) = open(&disk).expect("nothing is corrupt");
+    assert_eq!((read, recovery.repairs), (instances, vec![]));
 }
 
-/// The system drops what it could not write, calls the next sync a success, and still shows it
-/// to whoever reads: nothing may be built on that.
+/// The system drops the pages that it could not write, reports the next sync as a success, and still
+/// returns the pages to readers: a start may not take them for durable.
 #[test]
 fn restart_rewrites_the_batch_of_a_failed_sync() {
     let disk = SimulatedDisk::default();
-    let (mut journal, _, mut model) = open(&disk).expect("a new directory");
-    fill(&mut journal, &mut model, 2);
+    let (mut journal, _, mut instances) = open(&disk).expect("a new directory");
+    fill(&mut journal, &mut instances, 2);
     disk.fail(Operation::Sync, ErrorKind::Other, 1);
     journal.append(3, &batch(3)).expect_err("the sync failed");
     drop(journal);
 
     let (mut journal, _, read) = open(&disk).expect("a restart");
-    batch(3).iter().for_each(|record| apply(&mut model, record));
-    assert_eq!(read, model, "the batch is served now");
+    batch(3).iter().for_each(|record| apply(&mut instances, record));
+    assert_eq!(read, instances, "the batch is served now");
     journal.append(4, &batch(4)).expect("all is well");
-    batch(4).iter().for_each(|record| apply(&mut model, record));
+    batch(4).iter().for_each(|record| apply(&mut instances, record));
     disk.power_cut(&mut fastrand::Rng::with_seed(1));
     drop(journal);
-    let (_, _, read) = open(&disk).expect("nothing is damaged");
-    assert_eq!(read, model);
+    let (_, _, read) = open(&disk).expect("nothing is corrupt");
+    assert_eq!(read, instances);
 }
 
 #[test]
 fn store_is_read_from_a_full_disk() {
     let disk = SimulatedDisk::default();
-    let (mut journal, _, mut model) = open(&disk).expect("a new directory");
-    fill(&mut journal, &mut model, 3);
+    let (mut journal, _, mut instances) = open(&disk).expect("a new directory");
+    fill(&mut journal, &mut instances, 3);
     drop(journal);
     disk.fail(Operation::Write, ErrorKind::StorageFull, u32::MAX);
     let (mut journal, recovery, read) = open(&disk).expect("reading needs no space");
-    assert_eq!(read, model);
+    assert_eq!(read, instances);
     assert!(recovery.repairs[0].contains("the disk is full"), "{:?}", recovery.repairs);
     assert!(journal.usable().is_err());
     disk.clear_faults();
@@ -161,8 +161,8 @@ fn store_is_read_from_a_full_disk() {
 fn failed_compaction_is_retried_and_stops_no_append() {
     for operation in [Operation::Create, Operation::Write, Operation::Sync, Operation::Rename, Operation::SyncDir] {
         let (disk, metrics) = (SimulatedDisk::default(), Arc::new(Metrics::default()));
-        let (mut journal, _, mut model) = open_with(&disk, &small(), &metrics).expect("a new directory");
-        fill(&mut journal, &mut model, 2);
+        let (mut journal, _, mut instances) = open_with(&disk, &small(), &metrics).expect("a new directory");
+        fill(&mut journal, &mut instances, 2);
         journal.rotate().expect("a good disk");
         disk.fail(operation, ErrorKind::StorageFull, 1);
         journal.compact();
@@ -171,7 +171,7 @@ fn failed_compaction_is_retried_and_stops_no_append() {
         assert!(disk.contents().contains_key("journal-0000000001"), "{operation:?}: nothing was removed");
 
         journal.append(3, &batch(3)).expect("registrations go on");
-        batch(3).iter().for_each(|record| apply(&mut model, record));
+        batch(3).iter().for_each(|record| apply(&mut instances, record));
         journal.rotate().expect("a good disk");
         journal.compact();
         journal.reap();
@@ -180,19 +180,19 @@ fn failed_compaction_is_retried_and_stops_no_append() {
         let names: Vec<String> = disk.contents().into_keys().collect();
         assert_eq!(names, ["clean-stop", "journal-0000000003", "snapshot-0000000002"], "{operation:?}");
         let (_, recovery, read) = open(&disk).expect("a restart");
-        assert_eq!((read, recovery.generation, recovery.repairs), (model, 3, vec![]), "{operation:?}");
+        assert_eq!((read, recovery.generation, recovery.repairs), (instances, 3, vec![]), "{operation:?}");
     }
 }
 
 #[test]
 fn obsolete_files_that_cannot_be_removed_go_with_the_next_snapshot() {
     let (disk, metrics) = (SimulatedDisk::default(), Arc::new(Metrics::default()));
-    let (mut journal, _, mut model) = open_with(&disk, &small(), &metrics).expect("a new directory");
-    fill(&mut journal, &mut model, 2);
+    let (mut journal, _, mut instances) = open_with(&disk, &small(), &metrics).expect("a new directory");
+    fill(&mut journal, &mut instances, 2);
     for (generations, times) in [(3..=3, 1), (4..=9, 0)] {
         for generation in generations {
             journal.append(generation, &batch(generation)).expect("a good disk");
-            batch(generation).iter().for_each(|record| apply(&mut model, record));
+            batch(generation).iter().for_each(|record| apply(&mut instances, record));
         }
         journal.rotate().expect("a good disk");
         disk.fail(Operation::Remove, ErrorKind::PermissionDenied, times);
@@ -205,7 +205,7 @@ fn obsolete_files_that_cannot_be_removed_go_with_the_next_snapshot() {
     let names: Vec<String> = disk.contents().into_keys().collect();
     assert_eq!(names, ["clean-stop", "journal-0000000003", "snapshot-0000000002"]);
     let (_, _, read) = open(&disk).expect("a restart");
-    assert_eq!(read, model);
+    assert_eq!(read, instances);
 }
 
 #[test]
@@ -227,35 +227,35 @@ fn write_amplification_of_snapshots_is_below_three() {
 fn start_removes_files_only_after_the_name_of_the_snapshot_is_durable() {
     for seed in 0..50 {
         let disk = SimulatedDisk::default();
-        let (mut journal, _, mut model) = open(&disk).expect("a new directory");
-        fill(&mut journal, &mut model, 2);
+        let (mut journal, _, mut instances) = open(&disk).expect("a new directory");
+        fill(&mut journal, &mut instances, 2);
         journal.rotate().expect("a good disk");
         journal.append(3, &batch(3)).expect("a good disk");
-        batch(3).iter().for_each(|record| apply(&mut model, record));
+        batch(3).iter().for_each(|record| apply(&mut instances, record));
         disk.fail(Operation::SyncDir, ErrorKind::Other, 1);
         journal.compact();
         journal.reap();
         assert!(disk.contents().contains_key("snapshot-0000000001"), "it has its name, but only in memory");
         drop(journal);
         let (journal, _, read) = open(&disk).expect("a restart");
-        assert_eq!(read, model);
+        assert_eq!(read, instances);
         assert!(!disk.contents().contains_key("journal-0000000001"));
         disk.power_cut(&mut fastrand::Rng::with_seed(seed));
         drop(journal);
         let (_, _, read) = open(&disk).unwrap_or_else(|err| panic!("seed {seed}: {err}"));
-        assert_eq!(read, model, "seed {seed}");
+        assert_eq!(read, instances, "seed {seed}");
     }
 }
 
 #[test]
 fn empty_snapshot_holds_the_generation() {
     let (disk, metrics) = (SimulatedDisk::default(), Arc::new(Metrics::default()));
-    let (mut journal, _, mut model) = open_with(&disk, &small(), &metrics).expect("a new directory");
-    fill(&mut journal, &mut model, 2);
+    let (mut journal, _, mut instances) = open_with(&disk, &small(), &metrics).expect("a new directory");
+    fill(&mut journal, &mut instances, 2);
     journal.rotate().expect("a good disk");
     journal.compact();
     journal.reap();
-    let gone = model.into_keys().map(|(service, id)| Record::Remove { service, id });
+    let gone = instances.into_keys().map(|(service, id)| Record::Remove { service, id });
     journal.append(7, &gone.collect::<Vec<_>>()).expect("a good disk");
     journal.rotate().expect("a good disk");
     journal.compact();
@@ -280,8 +280,8 @@ fn io_error_in_an_append_or_a_new_segment_stops_the_journal() {
         (Operation::SyncDir, true),
     ] {
         let disk = SimulatedDisk::default();
-        let (mut journal, _, mut model) = open(&disk).expect("a new directory");
-        fill(&mut journal, &mut model, 2);
+        let (mut journal, _, mut instances) = open(&disk).expect("a new directory");
+        fill(&mut journal, &mut instances, 2);
         disk.fail(operation, Errno::IO, 1);
         if rotates {
             journal.rotate().expect_err("the disk failed");
@@ -291,9 +291,9 @@ fn io_error_in_an_append_or_a_new_segment_stops_the_journal() {
         journal.append(4, &batch(4)).expect_err("only a restart can go on");
         drop(journal);
         let (_, _, read) = open(&disk).expect("a restart");
-        let mut with_third = model.clone();
+        let mut with_third = instances.clone();
         batch(3).iter().for_each(|record| apply(&mut with_third, record));
-        assert!(read == model || read == with_third, "{operation:?}");
+        assert!(read == instances || read == with_third, "{operation:?}");
     }
 }
 
@@ -301,8 +301,8 @@ fn io_error_in_an_append_or_a_new_segment_stops_the_journal() {
 fn io_error_in_a_compaction_loses_nothing() {
     for operation in [Operation::Read, Operation::Write, Operation::Sync, Operation::Rename, Operation::SyncDir] {
         let (disk, metrics) = (SimulatedDisk::default(), Arc::new(Metrics::default()));
-        let (mut journal, _, mut model) = open_with(&disk, &small(), &metrics).expect("a new directory");
-        fill(&mut journal, &mut model, 2);
+        let (mut journal, _, mut instances) = open_with(&disk, &small(), &metrics).expect("a new directory");
+        fill(&mut journal, &mut instances, 2);
         journal.rotate().expect("a good disk");
         disk.fail(operation, Errno::IO, 1);
         journal.compact();
@@ -310,7 +310,7 @@ fn io_error_in_a_compaction_loses_nothing() {
         assert_eq!(metrics.store.compactions_counted(), (0, 1), "{operation:?}");
         drop(journal);
         let (_, recovery, read) = open(&disk).expect("a restart");
-        assert_eq!((read, recovery.repairs), (model, vec![]), "{operation:?}");
+        assert_eq!((read, recovery.repairs), (instances, vec![]), "{operation:?}");
     }
 }
 
@@ -355,13 +355,13 @@ fn read_error_of_a_compaction_names_the_file() {
 struct Start {
     contents: BTreeMap<String, Vec<u8>>,
     options: Options,
-    instances: Model,
+    instances: Instances,
 }
 
 /// Directories whose starts go, together, through every operation that a start has.
 fn starts() -> Vec<Start> {
     let options = Options { segment_bytes: 1 << 30, ..small() };
-    let new = Start { contents: BTreeMap::new(), options: options.clone(), instances: Model::new() };
+    let new = Start { contents: BTreeMap::new(), options: options.clone(), instances: Instances::new() };
 
     let disk = SimulatedDisk::default();
     let (mut journal, _, mut instances) = open_with(&disk, &options, &Arc::default()).expect("a new directory");

@@ -19,36 +19,36 @@ use crate::{
 };
 
 /// The registered instances, by service and identity.
-type Model = BTreeMap<(ServiceKey, InstanceId), Arc<Instance>>;
+type Instances = BTreeMap<(ServiceKey, InstanceId), Arc<Instance>>;
 
-fn apply(model: &mut Model, record: &Record) {
+fn apply(instances: &mut Instances, record: &Record) {
     match record.clone() {
         Record::Put { service, instance } => {
-            model.insert((service, instance.id()), instance);
+            instances.insert((service, instance.id()), instance);
         }
         Record::Remove { service, id } => {
-            model.remove(&(service, id));
+            instances.remove(&(service, id));
         }
         Record::Mirrored { .. } | Record::Term { .. } => {}
     }
 }
 
-/// What is to be known after every batch there ever was: nothing in it is ever dropped.
+/// What a start must find after all batches so far, without any compaction.
 #[derive(Debug, Clone, Default)]
-struct Ledger {
+struct ExpectedStore {
     /// Whether the store keeps the outbox.
     outbox: bool,
-    standing: Model,
-    /// What was last said of each instance, and in which generation.
+    instances: Instances,
+    /// The last `Put` or `Remove` of each instance, with its generation.
     last: BTreeMap<(ServiceKey, InstanceId), (u64, Record)>,
     mirrored: BTreeMap<ServiceKey, u64>,
     term: u64,
 }
 
-impl Ledger {
+impl ExpectedStore {
     fn apply(&mut self, generation: u64, batch: &[Record]) {
         for record in batch {
-            apply(&mut self.standing, record);
+            apply(&mut self.instances, record);
             match record {
                 Record::Mirrored { service, generation } => {
                     let highest = self.mirrored.entry(service.clone()).or_default();
@@ -71,9 +71,9 @@ impl Ledger {
     }
 
     /// Whether a start has found exactly this, in order.
-    fn agrees(&self, recovery: &RecoveryReport, read: &Model) -> bool {
+    fn matches(&self, recovery: &RecoveryReport, read: &Instances) -> bool {
         let found: Vec<_> = recovery.outbox.iter().map(|record| (instance_of(record), record)).collect();
-        self.standing == *read
+        self.instances == *read
             && self.term == recovery.term
             && found.iter().map(|(instance, _)| self.last.get(instance).map(|(generation, _)| generation)).is_sorted()
             && found.len() == self.unmirrored().len()
@@ -82,7 +82,7 @@ impl Ledger {
     }
 }
 
-/// Which instance a record is about, that is about one.
+/// The instance that a `Put` or `Remove` is about.
 fn instance_of(record: &Record) -> (ServiceKey, InstanceId) {
     match record {
         Record::Put { service, instance } => (service.clone(), instance.id()),
@@ -91,8 +91,8 @@ fn instance_of(record: &Record) -> (ServiceKey, InstanceId) {
     }
 }
 
-/// Has Kubernetes take in something, now and then, of what was there before the batch of `generation`.
-fn mirror(batch: &mut Vec<Record>, generation: u64, last: &Ledger, rng: &mut Rng) {
+/// Adds to the batch of `generation`, now and then, that Kubernetes has changes from before it.
+fn mirror(batch: &mut Vec<Record>, generation: u64, last: &ExpectedStore, rng: &mut Rng) {
     for _ in 0..rng.usize(..3) {
         let service = service(SERVICES[rng.usize(..SERVICES.len())]);
         let before = last.mirrored.get(&service).copied().unwrap_or(0);
@@ -114,15 +114,15 @@ fn open_with(
     disk: &SimulatedDisk,
     options: &Options,
     metrics: &Arc<Metrics>,
-) -> Result<(Journal, RecoveryReport, Model), StoreError> {
-    let mut model = Model::new();
+) -> Result<(Journal, RecoveryReport, Instances), StoreError> {
+    let mut instances = Instances::new();
     let files = Arc::new(disk.clone());
     let start = StoreOpener { files, dir: PathBuf::from("data"), options, metrics: Arc::clone(metrics) };
-    let (journal, recovery) = start.run(&mut |record| apply(&mut model, &record), &mut |_| {})?;
-    Ok((journal, recovery, model))
+    let (journal, recovery) = start.open(&mut |record| apply(&mut instances, &record), &mut |_| {})?;
+    Ok((journal, recovery, instances))
 }
 
-fn open(disk: &SimulatedDisk) -> Result<(Journal, RecoveryReport, Model), StoreError> {
+fn open(disk: &SimulatedDisk) -> Result<(Journal, RecoveryReport, Instances), StoreError> {
     open_with(disk, &small(), &Arc::default())
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use fastrand::Rng;
 
 use super::{
-    Ledger, Model, VALIDATOR, instance_of, mirror, open_with, random_batch, service,
+    ExpectedStore, Instances, VALIDATOR, instance_of, mirror, open_with, random_batch, service,
     simulated_disk::{Operation, SimulatedDisk},
 };
 use crate::{
@@ -20,7 +20,7 @@ fn with(outbox: bool) -> Options {
     Options { outbox, segment_bytes: 1 << 30, accept_loss: false }
 }
 
-fn start(disk: &SimulatedDisk, outbox: bool) -> (Journal, RecoveryReport, Model) {
+fn start(disk: &SimulatedDisk, outbox: bool) -> (Journal, RecoveryReport, Instances) {
     open_with(disk, &with(outbox), &Arc::default()).expect("a good disk")
 }
 
@@ -58,7 +58,7 @@ fn snapshot(disk: &SimulatedDisk) -> Vec<u8> {
 /// What a store's outbox is after records of generations from 1 on, whenever it was compacted.
 fn outbox_of(records: &[&Record]) -> Vec<Record> {
     let mut found = Vec::new();
-    // Each bit says whether everything up to a record becomes a snapshot.
+    // A bit is set if everything up to its record becomes a snapshot.
     for ends in 0..1 << records.len() {
         let disk = SimulatedDisk::default();
         let (mut journal, ..) = start(&disk, true);
@@ -182,7 +182,7 @@ fn snapshot_without_outbox_has_no_trace_of_it() {
     // The header has the store's id.
     assert_eq!(snapshot(&plain)[HEADER_LEN..], snapshot(&other)[HEADER_LEN..]);
 
-    // With the outbox again, nothing is said of Kubernetes but that it may lack everything.
+    // With the outbox again, everything counts as unmirrored.
     for disk in [plain, other] {
         let (_, recovery, read) = start(&disk, true);
         assert_eq!((recovery.term, recovery.generation), (0, 3));
@@ -221,46 +221,46 @@ fn outbox_switched_off_and_on_is_never_too_small() {
     let (mut unmirrored, mut forgotten) = (0, 0);
     for seed in 0..60 {
         let rng = &mut Rng::with_seed(seed);
-        let (mut disk, mut ledger, mut generation) = (SimulatedDisk::default(), Ledger::default(), 0);
+        let (mut disk, mut expected, mut generation) = (SimulatedDisk::default(), ExpectedStore::default(), 0);
         for _ in 0..8 {
             let options = Options { segment_bytes: rng.u64(100..2000), ..with(rng.bool()) };
             let (mut journal, recovery, read) = open_with(&disk, &options, &Arc::default()).expect("a good disk");
-            assert_eq!((&read, recovery.generation), (&ledger.standing, generation), "seed {seed}");
-            ledger.outbox = options.outbox;
+            assert_eq!((&read, recovery.generation), (&expected.instances, generation), "seed {seed}");
+            expected.outbox = options.outbox;
             if options.outbox {
-                assert_eq!(recovery.term, ledger.term, "seed {seed}");
+                assert_eq!(recovery.term, expected.term, "seed {seed}");
                 let outbox: Vec<_> = recovery.outbox.iter().map(instance_of).collect();
                 for (record, instance) in recovery.outbox.iter().zip(&outbox) {
-                    let last = ledger.last.get(instance).map(|(_, last)| last);
+                    let last = expected.last.get(instance).map(|(_, last)| last);
                     let gone = last.is_none() && matches!(record, Record::Remove { .. });
                     assert!(last == Some(record) || gone, "seed {seed}: {record:?} is out of date");
                 }
-                for (instance, record) in ledger.unmirrored() {
+                for (instance, record) in expected.unmirrored() {
                     let there = outbox.contains(instance);
-                    let may_be_forgotten = ledger.term == 0 && matches!(record, Record::Remove { .. });
+                    let may_be_forgotten = expected.term == 0 && matches!(record, Record::Remove { .. });
                     assert!(there || may_be_forgotten, "seed {seed}: {record:?} is not there");
                     unmirrored += usize::from(there);
                     forgotten += usize::from(!there);
                 }
                 // A start without a term drops the removals, and begins a term.
-                if ledger.term == 0 {
-                    ledger.last.retain(|_, (_, record)| !matches!(record, Record::Remove { .. }));
+                if expected.term == 0 {
+                    expected.last.retain(|_, (_, record)| !matches!(record, Record::Remove { .. }));
                     generation += 1;
                     let batch = [Record::Term { term: generation }];
                     journal.append(generation, &batch).expect("a good disk");
-                    ledger.apply(generation, &batch);
+                    expected.apply(generation, &batch);
                 }
             } else {
-                ledger.term = 0;
+                expected.term = 0;
             }
             for _ in 0..rng.usize(..20) {
                 let mut batch = random_batch(rng);
                 if options.outbox {
-                    mirror(&mut batch, generation + 1, &ledger, rng);
+                    mirror(&mut batch, generation + 1, &expected, rng);
                 }
                 generation += 1;
                 journal.append(generation, &batch).expect("a good disk");
-                ledger.apply(generation, &batch);
+                expected.apply(generation, &batch);
                 if rng.bool() {
                     journal.reap();
                 }

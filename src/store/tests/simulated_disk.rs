@@ -1,5 +1,5 @@
 //! A disk whose power can be cut: files that forget what was not synced, names that forget
-//! what their directory was not synced for, and a disk that fails when told to.
+//! what their directory was not synced for, and a disk whose operations fail on demand.
 
 use std::{
     collections::BTreeMap,
@@ -16,7 +16,7 @@ use super::super::disk::{Directory, File, FileIdentity};
 /// What a disk writes at once: a cut tears writes at any of these, or at any byte.
 const SECTOR: usize = 512;
 
-/// What can be told to fail.
+/// An operation that can fail on demand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Operation {
     List,
@@ -132,7 +132,7 @@ impl State {
     }
 }
 
-/// What the system says of an operation that fails.
+/// The system's error of an operation that fails.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Fault {
     FileKind(io::ErrorKind),
