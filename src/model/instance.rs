@@ -11,6 +11,7 @@ use super::{
     cow_tree::Row,
     name::{DnsName, Label},
     port::{PortSet, Ports, Protocol},
+    stamp::Stamp,
 };
 
 /// Milliseconds since 1970-01-01 UTC, by the server's clock.
@@ -121,6 +122,7 @@ pub struct Instance {
     pub(super) priority: u16,
     pub(super) ready: bool,
     pub(super) registered: UnixMillis,
+    pub(super) stamp: Stamp,
 }
 
 impl Instance {
@@ -172,6 +174,13 @@ impl Instance {
         self.registered
     }
 
+    /// When it was last registered, in the order that all replicas agree on. The default for one from
+    /// before there were stamps.
+    #[must_use]
+    pub fn stamp(&self) -> Stamp {
+        self.stamp
+    }
+
     /// Its identity within its service.
     #[must_use]
     pub fn id(&self) -> InstanceId {
@@ -190,10 +199,16 @@ impl Instance {
         Self { registered, ..self }
     }
 
+    /// The same instance with another stamp.
+    #[must_use]
+    pub fn with_stamp(self, stamp: Stamp) -> Self {
+        Self { stamp, ..self }
+    }
+
     /// Whether `other` equals this in every attribute that a registrant sets.
     #[must_use]
     pub fn same_attributes(&self, other: &Self) -> bool {
-        let Self { address, ports, host_name, node_name, weight, priority, ready: _, registered: _ } = self;
+        let Self { address, ports, host_name, node_name, weight, priority, ready: _, registered: _, stamp: _ } = self;
         (address, ports, host_name, node_name, weight, priority)
             == (&other.address, &other.ports, &other.host_name, &other.node_name, &other.weight, &other.priority)
     }

@@ -13,6 +13,7 @@ use super::{
     instance::{Instance, UnixMillis, Weight},
     name::{DnsName, Label, NameError, Namespace, ServiceKey, ServiceName},
     port::{PortError, PortSpec, Ports},
+    stamp::Stamp,
 };
 
 /// The invalid field of a registration, named as the wire contract names it.
@@ -120,7 +121,17 @@ impl InstanceSpec {
         };
         let weight = self.weight.map_or_else(|| Ok(Weight::default()), Weight::new);
         let weight = weight.map_err(|err| InvalidInstance::new(Field::Weight, &err))?;
-        Ok(Instance { address, ports, host_name, node_name, weight, priority: self.priority, ready: true, registered })
+        Ok(Instance {
+            address,
+            ports,
+            host_name,
+            node_name,
+            weight,
+            priority: self.priority,
+            ready: true,
+            registered,
+            stamp: Stamp::default(),
+        })
     }
 }
 

@@ -13,6 +13,7 @@ pub mod invariants;
 mod name;
 mod port;
 mod service;
+mod stamp;
 #[cfg(test)]
 pub(crate) mod testing;
 mod validator;
@@ -26,4 +27,5 @@ pub use invariants::{Field, InstanceSpec, InvalidInstance};
 pub use name::{DnsName, Label, MAX_LABEL, MAX_WIRE_NAME, NameError, Namespace, ServiceKey, ServiceName};
 pub use port::{Port, PortError, PortSet, PortSpec, Ports, Protocol};
 pub use service::{Service, Timeline};
+pub use stamp::{HybridClock, Stamp};
 pub use validator::{MAX_INSTANCE_BYTES, MAX_PORT_NAME, Validator};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Instance, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis, Validator};
+use super::{Instance, InstanceSpec, PortSpec, Protocol, ServiceKey, Stamp, UnixMillis, Validator};
 
 /// A policy that admits everything that fits under `cluster.local`.
 pub(crate) const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: true };
@@ -22,6 +22,11 @@ pub(crate) fn spec(address: &str, ports: &[&str]) -> InstanceSpec {
         PortSpec { number: number.parse().expect("a number"), protocol, name: name.into() }
     };
     InstanceSpec { address: address.into(), ports: ports.iter().map(port).collect(), ..InstanceSpec::default() }
+}
+
+/// The instance as a registrant sent it, without the server's stamp.
+pub(crate) fn unstamped(instance: &Arc<Instance>) -> Arc<Instance> {
+    Arc::new(Instance::clone(instance).with_stamp(Stamp::default()))
 }
 
 /// The instance by the invariants alone, as one that was stored, first registered at 0.

@@ -7,7 +7,9 @@
 
 use std::{collections::HashSet, sync::Arc};
 
-use super::{Catalog, Command, NamespacePolicy, Outcome, cluster_facts::ClusterFacts, staged::StagedChanges};
+use super::{
+    Catalog, Command, NamespacePolicy, Outcome, cluster_facts::ClusterFacts, staged::StagedChanges, stamper::Stamper,
+};
 use crate::{
     model::{Address, Instance, InstanceChange, InstanceId, InstanceKey, PortSet, Service, ServiceKey, UnixMillis},
     store::Record,
@@ -35,6 +37,7 @@ pub(super) struct Decider {
     catalog: Arc<Catalog>,
     max_instances: usize,
     facts: ClusterFacts,
+    stamper: Stamper,
     /// Unchanged instances that were registered again and journaled for that. `None` after the
     /// comparison with Kubernetes, and without Kubernetes.
     reregistered: Option<HashSet<(ServiceKey, InstanceId), foldhash::fast::RandomState>>,
@@ -42,16 +45,26 @@ pub(super) struct Decider {
 }
 
 impl Decider {
-    pub(super) fn new(catalog: Arc<Catalog>, max_instances: usize, policy: Option<NamespacePolicy>) -> Self {
+    pub(super) fn new(
+        catalog: Arc<Catalog>,
+        max_instances: usize,
+        policy: Option<NamespacePolicy>,
+        stamper: Stamper,
+    ) -> Self {
         let reregistered = policy.is_some().then(HashSet::default);
         let facts = ClusterFacts::new(policy);
-        Self { catalog, max_instances, facts, reregistered, batch: DecidedBatch::default() }
+        Self { catalog, max_instances, facts, stamper, reregistered, batch: DecidedBatch::default() }
     }
 
     /// From now on, an unchanged registration needs no record: the comparison with Kubernetes removes
     /// no stored instance any more.
     pub(super) fn comparison_is_over(&mut self) {
         self.reregistered = None;
+    }
+
+    /// Stamps what is decided.
+    pub(super) fn stamper(&mut self) -> &mut Stamper {
+        &mut self.stamper
     }
 
     /// The facts that registrations are checked against.
@@ -65,12 +78,14 @@ impl Decider {
         for record in records {
             match &record {
                 Record::Put { service, instance } => {
+                    self.stamper.observe(instance.stamp());
                     let held = self.service(service);
                     let before = held.as_ref().and_then(|held| held.instances.get(&instance.key()).cloned());
                     let change = InstanceChange { before, after: Some(Arc::clone(instance)) };
                     self.batch.changes.stage(service.clone(), held, change, now);
                 }
-                Record::Remove { service, id } => {
+                Record::Remove { service, id, stamp } => {
+                    self.stamper.observe(*stamp);
                     let held = self.service(service);
                     let before = held.as_ref().and_then(|held| held.instances.get(&InstanceKey::from(id)).cloned());
                     self.batch.changes.stage(service.clone(), held, InstanceChange { before, after: None }, now);
@@ -108,7 +123,7 @@ impl Decider {
                 if self.batch.changes.instances(&self.catalog) >= self.max_instances {
                     return Outcome::Full { limit: self.max_instances };
                 }
-                (Outcome::Created, instance)
+                (Outcome::Created, Arc::unwrap_or_clone(instance))
             }
             Some(before) if before.same_attributes(&instance) => {
                 // Until the comparison with Kubernetes is over, it may remove the stored instance, and the
@@ -122,10 +137,10 @@ impl Decider {
             Some(before) => {
                 // A registration sets neither the readiness nor the time of the first registration.
                 let instance = Arc::unwrap_or_clone(instance);
-                let instance = instance.with_ready(before.ready()).with_registered(before.registered());
-                (Outcome::Updated, Arc::new(instance))
+                (Outcome::Updated, instance.with_ready(before.ready()).with_registered(before.registered()))
             }
         };
+        let instance = Arc::new(instance.with_stamp(self.stamper.next(received)));
         self.batch.records.push(Record::Put { service: key.clone(), instance: Arc::clone(&instance) });
         self.batch.changes.stage(key, service, InstanceChange { before, after: Some(instance) }, received);
         outcome
@@ -144,7 +159,8 @@ impl Decider {
         }
         let removed = found.len();
         for instance in found {
-            self.batch.records.push(Record::Remove { service: key.clone(), id: instance.id() });
+            let stamp = self.stamper.next(received);
+            self.batch.records.push(Record::Remove { service: key.clone(), id: instance.id(), stamp });
             self.batch.changes.stage(
                 key.clone(),
                 Some(service.clone()),
@@ -210,7 +226,7 @@ mod tests {
     }
 
     fn empty(max_instances: usize) -> Decider {
-        Decider::new(Arc::new(Catalog::default()), max_instances, None)
+        Decider::new(Arc::new(Catalog::default()), max_instances, None, Stamper::default())
     }
 
     #[test]

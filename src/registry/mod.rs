@@ -34,6 +34,7 @@ mod recover;
 mod restore;
 mod snapshot;
 mod staged;
+mod stamper;
 mod status;
 #[cfg(test)]
 mod tests;

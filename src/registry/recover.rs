@@ -12,11 +12,11 @@ use tracing::{info, warn};
 use super::{
     Catalog, Feed, MirrorProgress, NamespacePolicy, QUEUE_LEN, RegistryHandle, Snapshots, Status, Writer,
     WriterMessage, apply::Applier, batch_limit::BatchLimit, commit::Committer, decide::Decider,
-    mirror_records::MirrorRecords, restore::LocalState,
+    mirror_records::MirrorRecords, restore::LocalState, stamper::Stamper,
 };
 use crate::{
     metrics::Metrics,
-    model::{InstanceKey, Service, ServiceKey, UnixMillis},
+    model::{HybridClock, InstanceKey, Service, ServiceKey, UnixMillis},
     store::{self, DataDir, Record, RecoveryProgress, StoreError},
     zone::Publisher,
 };
@@ -90,7 +90,8 @@ impl Unrecovered {
             options: Options { max_instances, kubernetes },
         } = self;
         let mut services = Stored::default();
-        let mut take = |record| replay(&mut services, record);
+        let mut clock = HybridClock::default();
+        let mut take = |record| replay(&mut services, &mut clock, record);
         let (mut journal, recovery) = data_dir.recover(options, Arc::clone(&metrics), &mut take, progress)?;
         for repair in &recovery.repairs {
             warn!("{repair}");
@@ -103,10 +104,15 @@ impl Unrecovered {
         // After a failure the journal is unusable, which the committer reports.
         let _ = journal.append(generation, &[]);
 
+        let term = if kubernetes.is_some() { recovery.term } else { 0 };
         let mut applier =
             Applier::new(publisher, Arc::clone(&catalog), feed, Arc::clone(&mirror_progress), Arc::clone(&metrics));
         applier.load(generation, services);
-        let local = kubernetes.is_some().then_some(LocalState { term: recovery.term, outbox: recovery.outbox.into() });
+        let local = kubernetes.is_some().then_some(LocalState {
+            term: recovery.term,
+            generation: recovery.generation,
+            outbox: recovery.outbox.into(),
+        });
         if let Some(local) = &local {
             status.restoring();
             let unmirrored = local.unmirrored(&catalog);
@@ -118,7 +124,7 @@ impl Unrecovered {
         info!(services = catalog.len(), instances = catalog.instances(), generation, "recovered");
         Ok(Writer {
             queue,
-            decider: Decider::new(Arc::clone(&catalog), max_instances, kubernetes),
+            decider: Decider::new(Arc::clone(&catalog), max_instances, kubernetes, Stamper::new(clock, term)),
             committer,
             applier,
             mirror_records: MirrorRecords::new(local),
@@ -133,12 +139,14 @@ impl Unrecovered {
     }
 }
 
-fn replay(services: &mut Stored, record: Record) {
+fn replay(services: &mut Stored, clock: &mut HybridClock, record: Record) {
     match record {
         Record::Put { service, instance } => {
+            clock.observe(instance.stamp().clock);
             services.entry(service).or_default().instances.put(instance);
         }
-        Record::Remove { service, id } => {
+        Record::Remove { service, id, stamp } => {
+            clock.observe(stamp.clock);
             if let Some(stored) = services.get_mut(&service) {
                 stored.instances.remove(&InstanceKey::from(&id));
                 if stored.instances.is_empty() {

@@ -2,17 +2,19 @@
 //! has to change in the registry.
 //!
 //! Every data directory writes to Kubernetes under a term of its own, one above the highest term that
-//! it found there. So if no slice has a higher term than the directory, the store is newer: the stored
-//! state is kept, and the mirror corrects the slices. Otherwise another directory has written to
-//! Kubernetes since, or this directory is new: then the slices are newer, and the outbox is laid over
-//! them. The outbox has the changes that this directory acknowledged and that Kubernetes was never
-//! seen to have.
+//! it found there, and every slice shows a generation that its writer had stored before. So if no slice
+//! has a higher term than the directory, nor its term with a higher generation, the store is newer: the
+//! stored state is kept, and the mirror corrects the slices. Otherwise the slices are newer: another
+//! directory has written to Kubernetes since, or this directory is new, or it is an older copy of the one
+//! that wrote. Then the outbox is laid over the slices. The outbox has the changes that this directory
+//! acknowledged and that Kubernetes was never seen to have. Of two words on one instance the one with the
+//! later [`Stamp`] wins, so that an old outbox undoes nothing that was acknowledged after it.
 
 use std::{collections::HashMap, sync::Arc};
 
 use super::Catalog;
 use crate::{
-    model::{CowTree, Instance, InstanceId, InstanceKey, Service, ServiceKey},
+    model::{CowTree, Instance, InstanceId, InstanceKey, Service, ServiceKey, Stamp},
     store::Record,
 };
 
@@ -21,6 +23,8 @@ use crate::{
 pub struct KubernetesState {
     /// The highest term on any slice; 0 without slices.
     pub term: u64,
+    /// The highest generation on any slice of that term.
+    pub generation: u64,
     /// The valid instances, by service.
     pub services: Vec<(ServiceKey, Vec<Arc<Instance>>)>,
 }
@@ -30,6 +34,8 @@ pub struct KubernetesState {
 pub(super) struct LocalState {
     /// The term of the data directory; 0 if it never wrote to Kubernetes.
     pub(super) term: u64,
+    /// The highest generation in the store; it is not lower than that of any slice which this directory wrote.
+    pub(super) generation: u64,
     pub(super) outbox: LatestRecords,
 }
 
@@ -41,10 +47,13 @@ impl LocalState {
     }
 }
 
-/// The latest record of each instance: the instance as registered, or `None` if it was removed. The
-/// size is bounded by the number of instances that ever existed, not by the number of their changes.
+/// The latest record of each instance: its stamp, and the instance as registered, or `None` if it was
+/// removed. The size is bounded by the number of instances that ever existed, not by the number of their
+/// changes.
 #[derive(Debug, Default)]
-pub(super) struct LatestRecords(HashMap<(ServiceKey, InstanceId), Option<Arc<Instance>>, foldhash::fast::RandomState>);
+pub(super) struct LatestRecords(
+    HashMap<(ServiceKey, InstanceId), (Stamp, Option<Arc<Instance>>), foldhash::fast::RandomState>,
+);
 
 impl LatestRecords {
     /// Adds the records of a batch; the last record of an instance replaces earlier ones.
@@ -52,10 +61,11 @@ impl LatestRecords {
         for record in records {
             match record {
                 Record::Put { service, instance } => {
-                    self.0.insert((service.clone(), instance.id()), Some(Arc::clone(instance)));
+                    let latest = (instance.stamp(), Some(Arc::clone(instance)));
+                    self.0.insert((service.clone(), instance.id()), latest);
                 }
-                Record::Remove { service, id } => {
-                    self.0.insert((service.clone(), id.clone()), None);
+                Record::Remove { service, id, stamp } => {
+                    self.0.insert((service.clone(), id.clone()), (*stamp, None));
                 }
                 Record::Mirrored { .. } | Record::Term { .. } => {}
             }
@@ -66,7 +76,7 @@ impl LatestRecords {
     pub(super) fn covers(&self, record: &Record) -> bool {
         match record {
             Record::Put { service, instance } => self.0.contains_key(&(service.clone(), instance.id())),
-            Record::Remove { service, id } => self.0.contains_key(&(service.clone(), id.clone())),
+            Record::Remove { service, id, .. } => self.0.contains_key(&(service.clone(), id.clone())),
             Record::Mirrored { .. } | Record::Term { .. } => false,
         }
     }
@@ -96,7 +106,7 @@ pub(super) struct Comparison {
 
 /// Decides which state is newer; `catalog` is everything that is registered now.
 pub(super) fn compare(local: &LocalState, held: KubernetesState, catalog: &[(ServiceKey, Service)]) -> Comparison {
-    if local.term != 0 && local.term >= held.term {
+    if local.term != 0 && (local.term, local.generation) >= (held.term, held.generation) {
         return Comparison { term: local.term, records: Vec::new() };
     }
     let term = held.term.saturating_add(1);
@@ -109,21 +119,29 @@ pub(super) fn compare(local: &LocalState, held: KubernetesState, catalog: &[(Ser
         // The directory never wrote to Kubernetes, so its instances are not in any slice.
         for (service, registered) in catalog {
             let tree = wanted.entry(service.clone()).or_default();
-            registered.instances.iter().for_each(|instance| drop(tree.put(Arc::clone(instance))));
-        }
-    }
-    for ((service, id), instance) in &local.outbox.0 {
-        match instance {
-            Some(instance) => drop(wanted.entry(service.clone()).or_default().put(Arc::clone(instance))),
-            None => {
-                if let Some(tree) = wanted.get_mut(service) {
-                    tree.remove(&InstanceKey::from(id));
-                }
+            for instance in &registered.instances {
+                merge(tree, &instance.id(), instance.stamp(), Some(instance));
             }
         }
     }
+    for ((service, id), (stamp, instance)) in &local.outbox.0 {
+        merge(wanted.entry(service.clone()).or_default(), id, *stamp, instance.as_ref());
+    }
     let records = differences(&wanted, catalog);
     Comparison { term, records }
+}
+
+/// Applies one word, unless a later one on the same instance is there. Words from before there were stamps
+/// have equal ones: the applied word wins.
+fn merge(tree: &mut CowTree<Arc<Instance>>, id: &InstanceId, stamp: Stamp, word: Option<&Arc<Instance>>) {
+    let key = InstanceKey::from(id);
+    if tree.get(&key).is_some_and(|known| known.stamp() > stamp) {
+        return;
+    }
+    match word {
+        Some(instance) => drop(tree.put(Arc::clone(instance))),
+        None => drop(tree.remove(&key)),
+    }
 }
 
 /// The records that turn `catalog` into `wanted`.
@@ -133,7 +151,11 @@ fn differences(wanted: &HashMap<ServiceKey, CowTree<Arc<Instance>>>, catalog: &[
     for (service, held) in catalog {
         let wanted = wanted.get(service).unwrap_or(&nothing);
         let gone = held.instances.iter().filter(|instance| wanted.get(&instance.key()).is_none());
-        records.extend(gone.map(|instance| Record::Remove { service: service.clone(), id: instance.id() }));
+        records.extend(gone.map(|instance| Record::Remove {
+            service: service.clone(),
+            id: instance.id(),
+            stamp: Stamp::default(),
+        }));
     }
     let held: HashMap<&ServiceKey, &Service> = catalog.iter().map(|(service, held)| (service, held)).collect();
     for (service, wanted) in wanted {
@@ -166,12 +188,12 @@ mod tests {
 
     fn remove(address: &str) -> Record {
         let InstanceId { address, ports } = instance(address, 1.0).id();
-        Record::Remove { service: web(), id: InstanceId { address, ports } }
+        Record::Remove { service: web(), id: InstanceId { address, ports }, stamp: Stamp::default() }
     }
 
     fn slices(term: u64, held: &[(&str, f32)]) -> KubernetesState {
         let instances = held.iter().map(|(address, weight)| instance(address, *weight)).collect();
-        KubernetesState { term, services: vec![(web(), instances)] }
+        KubernetesState { term, generation: 100, services: vec![(web(), instances)] }
     }
 
     fn catalog(held: &[(&str, f32)]) -> Vec<(ServiceKey, Service)> {
@@ -181,7 +203,7 @@ mod tests {
     }
 
     fn local(term: u64, outbox: Vec<Record>) -> LocalState {
-        LocalState { term, outbox: outbox.into() }
+        LocalState { term, generation: 100, outbox: outbox.into() }
     }
 
     #[test]
@@ -220,6 +242,51 @@ mod tests {
         assert_eq!(comparison.records, wanted);
     }
 
+    /// The record with a stamp of this clock.
+    fn at(clock: u64, record: Record) -> Record {
+        let stamp = Stamp { clock, term: 3, generation: 1 };
+        match record {
+            Record::Put { service, instance } => {
+                Record::Put { service, instance: Arc::new(Arc::unwrap_or_clone(instance).with_stamp(stamp)) }
+            }
+            Record::Remove { service, id, .. } => Record::Remove { service, id, stamp },
+            other => other,
+        }
+    }
+
+    #[test]
+    fn older_copy_of_a_directory_takes_what_the_slices_hold() {
+        // The copy was made at generation 100. Then .2 was removed, .3 was added and .1 was changed.
+        let held = KubernetesState { generation: 103, ..slices(3, &[("10.0.0.1", 9.0), ("10.0.0.3", 1.0)]) };
+        let comparison = compare(&local(3, vec![]), held, &catalog(&[("10.0.0.1", 1.0), ("10.0.0.2", 1.0)]));
+        assert_eq!(comparison.term, 4);
+        assert_eq!(comparison.records, [remove("10.0.0.2"), put("10.0.0.1", 9.0), put("10.0.0.3", 1.0)]);
+    }
+
+    #[test]
+    fn later_word_wins_over_an_outbox_that_was_away() {
+        let stamped = |address: &str, clock| match at(clock, put(address, 9.0)) {
+            Record::Put { instance, .. } => instance,
+            _ => unreachable!("a put stays one"),
+        };
+        let instances = vec![stamped("10.0.0.1", 50), stamped("10.0.0.2", 50), stamped("10.0.0.3", 50)];
+        let held = KubernetesState { term: 7, generation: 1, services: vec![(web(), instances)] };
+        let outbox = vec![
+            at(40, put("10.0.0.1", 1.0)),
+            at(40, remove("10.0.0.2")),
+            at(60, put("10.0.0.3", 1.0)),
+            // The store of an earlier version has no stamps.
+            put("10.0.0.4", 1.0),
+        ];
+        let comparison = compare(&local(3, outbox), held, &[]);
+        let mut found = comparison.records;
+        found.sort_by_key(|record| format!("{record:?}"));
+        let kept = |address: &str| Record::Put { service: web(), instance: stamped(address, 50) };
+        let mut wanted = vec![kept("10.0.0.1"), kept("10.0.0.2"), at(60, put("10.0.0.3", 1.0)), put("10.0.0.4", 1.0)];
+        wanted.sort_by_key(|record| format!("{record:?}"));
+        assert_eq!(found, wanted);
+    }
+
     #[test]
     fn outbox_keeps_the_last_record_of_an_instance_only() {
         let mut outbox = LatestRecords::default();
@@ -227,7 +294,7 @@ mod tests {
             outbox.add(&[put("10.0.0.1", n as f32), put("10.0.0.2", 1.0), remove("10.0.0.2")]);
         }
         assert_eq!(outbox.len(), 2);
-        let local = LocalState { term: 3, outbox };
+        let local = LocalState { term: 3, generation: 100, outbox };
         let comparison = compare(&local, slices(7, &[("10.0.0.2", 1.0)]), &[]);
         assert_eq!(comparison.records, [put("10.0.0.1", 99.0)]);
     }

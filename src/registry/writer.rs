@@ -172,6 +172,7 @@ impl Writer {
         let mut facts_cost = 0;
         let mut then = None;
         let begun = (self.clock)();
+        self.decider.stamper().set_generation(self.committer.generation() + 1);
         let mut next = Some(first);
         // 1. decide
         while let Some(message) = next {
@@ -310,6 +311,7 @@ impl Writer {
     /// Stores the term and answers the request, after the whole result is applied.
     fn end_comparison(&mut self, end: comparison::End) {
         let comparison::End { new_term, term, reply } = end;
+        self.decider.stamper().set_term(term);
         if !self.mirror_records.end_comparison() {
             return;
         }

@@ -24,7 +24,7 @@ pub mod election;
 pub mod lease;
 pub mod rules;
 pub mod slice;
-pub mod stamp;
+use crate::model as stamp;
 pub mod takeover;
 #[cfg(test)]
 mod tests;

@@ -11,7 +11,7 @@ use prost::Message;
 
 use super::Record;
 use crate::model::{
-    Instance, InstanceId, InstanceSpec, PortSet, PortSpec, Protocol, ServiceKey, UnixMillis, invariants,
+    Instance, InstanceId, InstanceSpec, PortSet, PortSpec, Protocol, ServiceKey, Stamp, UnixMillis, invariants,
 };
 
 /// The payload of a frame.
@@ -83,6 +83,9 @@ struct PutEntry {
     /// that were made without the outbox.
     #[prost(uint64, optional, tag = "10")]
     since: Option<u64>,
+    /// Absent in stores from before there were stamps.
+    #[prost(message, optional, tag = "11")]
+    stamp: Option<StoredStamp>,
 }
 
 /// The removal of an instance.
@@ -100,6 +103,8 @@ struct RemoveEntry {
     /// As in `PutEntry`. A snapshot holds a removal only while it is unmirrored.
     #[prost(uint64, optional, tag = "5")]
     since: Option<u64>,
+    #[prost(message, optional, tag = "6")]
+    stamp: Option<StoredStamp>,
 }
 
 /// Kubernetes has every change of a service up to a generation. Only in segments: a snapshot has
@@ -132,6 +137,31 @@ struct StoredPort {
     name: String,
 }
 
+/// When a registration or a removal was accepted.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+struct StoredStamp {
+    /// Hybrid logical clock, microseconds since 1970-01-01 UTC.
+    #[prost(uint64, tag = "1")]
+    clock: u64,
+    #[prost(uint64, tag = "2")]
+    term: u64,
+    #[prost(uint64, tag = "3")]
+    generation: u64,
+}
+
+impl StoredStamp {
+    fn new(stamp: Stamp) -> Option<Self> {
+        let Stamp { clock, term, generation } = stamp;
+        (stamp != Stamp::default()).then_some(Self { clock, term, generation })
+    }
+}
+
+impl From<Option<StoredStamp>> for Stamp {
+    fn from(stored: Option<StoredStamp>) -> Self {
+        stored.map_or_else(Self::default, |StoredStamp { clock, term, generation }| Self { clock, term, generation })
+    }
+}
+
 /// Why a payload or an entry cannot be used although its checksum matches.
 #[derive(Debug, PartialEq)]
 pub(super) enum DecodeError {
@@ -145,7 +175,7 @@ impl From<&Record> for Entry {
     fn from(record: &Record) -> Self {
         let body = match record {
             Record::Put { service, instance } => EntryBody::Put(PutEntry::new(service, instance)),
-            Record::Remove { service, id } => EntryBody::Remove(RemoveEntry {
+            Record::Remove { service, id, stamp } => EntryBody::Remove(RemoveEntry {
                 namespace: service.namespace().into(),
                 service: service.name().into(),
                 address: id.address.to_string(),
@@ -156,6 +186,7 @@ impl From<&Record> for Entry {
                     .map(|&(protocol, number)| StoredPort::new(protocol, number, ""))
                     .collect(),
                 since: None,
+                stamp: StoredStamp::new(*stamp),
             }),
             Record::Mirrored { service, generation } => EntryBody::Mirrored(MirroredEntry {
                 namespace: service.namespace().into(),
@@ -184,6 +215,7 @@ impl PutEntry {
             priority: instance.priority().into(),
             registered: instance.registered().0,
             since: None,
+            stamp: StoredStamp::new(instance.stamp()),
         }
     }
 }
@@ -329,7 +361,8 @@ impl RecordDecoder {
                     priority,
                 };
                 let instance = spec.to_instance(UnixMillis(put.registered));
-                Ok(Record::Put { service, instance: Arc::new(instance.map_err(|err| invalid(&err))?) })
+                let instance = instance.map_err(|err| invalid(&err))?.with_stamp(put.stamp.into());
+                Ok(Record::Put { service, instance: Arc::new(instance) })
             }
             Some(EntryBody::Remove(remove)) => {
                 let service = self.service(&remove.namespace, &remove.service)?;
@@ -341,7 +374,8 @@ impl RecordDecoder {
                         _ => return Err(invalid(&format_args!("port {}", port.number))),
                     }
                 }
-                Ok(Record::Remove { service, id: InstanceId { address, ports: PortSet::new(ports) } })
+                let id = InstanceId { address, ports: PortSet::new(ports) };
+                Ok(Record::Remove { service, id, stamp: remove.stamp.into() })
             }
             Some(EntryBody::Mirrored(MirroredEntry { namespace, service, generation })) => {
                 Ok(Record::Mirrored { service: self.service(&namespace, &service)?, generation })
@@ -410,14 +444,16 @@ mod tests {
             (namespace, name) in (label(), label()),
             spec in spec(),
             registered in any::<u64>(),
+            (clock, term, generation) in any::<(u64, u64, u64)>(),
             kind in 0..6u8,
         ) -> Option<Record> {
             let service = invariants::parse_service(&namespace, &name).expect("labels");
-            let instance = spec.to_instance(UnixMillis(registered)).ok()?;
+            let stamp = Stamp { clock, term, generation };
+            let instance = spec.to_instance(UnixMillis(registered)).ok()?.with_stamp(stamp);
             Some(match kind {
                 0 => Record::Term { term: registered },
                 1 => Record::Mirrored { service, generation: registered },
-                2 | 3 => Record::Remove { service, id: instance.id() },
+                2 | 3 => Record::Remove { service, id: instance.id(), stamp },
                 _ => Record::Put { service, instance: Arc::new(instance) },
             })
         }
@@ -462,7 +498,7 @@ mod tests {
         fn keys_are_equal_for_the_same_instance_only(one in record(), other in record()) {
             let id = |record: &Record| match record {
                 Record::Put { service, instance } => Some((service.clone(), instance.id())),
-                Record::Remove { service, id } => Some((service.clone(), id.clone())),
+                Record::Remove { service, id, .. } => Some((service.clone(), id.clone())),
                 Record::Mirrored { .. } | Record::Term { .. } => None,
             };
             let (Some(one), Some(other)) = (one, other) else { return Ok(()) };
@@ -470,7 +506,7 @@ mod tests {
             if let (Some(one), Some(other)) = (id(&one), id(&other)) {
                 prop_assert_eq!(key == other_key, one == other);
                 let (service, id) = one;
-                prop_assert_eq!(&key, &Entry::from(&Record::Remove { service, id }).key());
+                prop_assert_eq!(&key, &Entry::from(&Record::Remove { service, id, stamp: Stamp::default() }).key());
             }
             if let (Some((instance_of, _)), Record::Mirrored { service, .. }) = (id(&one), &other) {
                 prop_assert_eq!(key.starts_with(&other_key), instance_of == *service);

@@ -59,7 +59,7 @@ pub use journal::Journal;
 
 use crate::{
     metrics::Metrics,
-    model::{Instance, InstanceId, ServiceKey, UnixMillis},
+    model::{Instance, InstanceId, ServiceKey, Stamp, UnixMillis},
 };
 use disk::OsDirectory;
 use error::IoContext;
@@ -83,6 +83,8 @@ pub enum Record {
         service: ServiceKey,
         /// Its identity.
         id: InstanceId,
+        /// When it was removed; the default in stores from before there were stamps.
+        stamp: Stamp,
     },
     /// Kubernetes has every change of a service up to a generation. Only with [`Options::outbox`].
     Mirrored {

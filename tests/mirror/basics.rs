@@ -1,6 +1,6 @@
 //! Instances are mirrored, removed, and restored from slices alone.
 
-use std::mem;
+use std::{fs, mem, path::Path};
 
 use gangplank::grpc::proto::registry::RegistrationType;
 use hickory_proto::rr::RecordType;
@@ -136,6 +136,51 @@ fn old_data_directory_yields_to_newer_slices() {
     assert_eq!(a(), ["10.4.0.2", "10.4.0.3"]);
     wait_until("it writes under a higher term", || (term(&harness, "web") == first + 2).then_some(()));
     assert_eq!(addresses(harness.cluster, "terms", "web"), ["10.4.0.2", "10.4.0.3"]);
+}
+
+/// Makes `to` a copy of the directory `from`, which has no subdirectories.
+fn copy_files(from: &Path, to: &Path) {
+    for file in fs::read_dir(to).expect("a directory") {
+        fs::remove_file(file.expect("an entry").path()).expect("a file");
+    }
+    for file in fs::read_dir(from).expect("a directory") {
+        let file = file.expect("an entry");
+        fs::copy(file.path(), to.join(file.file_name())).expect("both are on disk");
+    }
+}
+
+#[test]
+fn older_copy_of_the_data_directory_undoes_nothing() {
+    let Some(mut harness) = MirrorHarness::start(&[]) else { return };
+    harness.create_namespace("copies");
+    for address in ["10.5.0.1", "10.5.0.2"] {
+        assert_eq!(harness.register("copies", "web", address, "http=80").0, Some(0));
+    }
+    assert!(harness.server.terminate().success());
+    let copy = tempfile::tempdir().expect("a directory");
+    copy_files(harness.server.data_dir(), copy.path());
+
+    // The same directory goes on, under the same term.
+    harness.server = harness.server.restart();
+    assert_eq!(harness.deregister("copies", "web", "10.5.0.1").0, Some(0));
+    let output =
+        harness.server.run(&["register", "web", "10.5.0.2", "--port", "http=80", "--priority", "7", "-n", "copies"]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(harness.register("copies", "web", "10.5.0.3", "http=80").0, Some(0));
+    harness.server.kill9();
+
+    copy_files(copy.path(), harness.server.data_dir());
+    harness.server = harness.server.restart();
+    let a = answers(harness.server.dns, Over::Udp, "web.copies.svc.cluster.local.", RecordType::A);
+    assert_eq!(a, ["10.5.0.2", "10.5.0.3"]);
+    let output = harness.server.run(&["ls", "web", "-n", "copies", "-o", "json"]);
+    let listed: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(listed["instances"][0]["priority"], 7, "{listed}");
+    wait_for_addresses(harness.cluster, "copies", "web", &["10.5.0.2", "10.5.0.3"]);
+    wait_until("everything is in Kubernetes", || {
+        (harness.metric("gangplank_mirror_services_behind") == 0.0).then_some(())
+    });
+    assert_eq!(addresses(harness.cluster, "copies", "web"), ["10.5.0.2", "10.5.0.3"]);
 }
 
 #[test]

@@ -25,7 +25,7 @@ const DOWN: &[(&str, &[&str])] = &[
     ("net", &["metrics"]),
     ("zone", &["model"]),
     ("metrics", &["model::Rcode", "model::RecordType"]),
-    ("replicas", &[]),
+    ("replicas", &["model"]),
     ("model", &[]),
 ];
 

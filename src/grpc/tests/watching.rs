@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::*;
 use crate::{
     grpc::client::{ChangeKind, Watch, WatchEvent},
-    model::{Instance, InstanceId, InstanceSpec, ServiceKey, UnixMillis},
+    model::{Instance, InstanceId, InstanceSpec, ServiceKey, UnixMillis, testing::unstamped},
     registry::{Command, Outcome},
 };
 
@@ -65,7 +65,7 @@ async fn restart(watch: &mut Watch) -> &'static str {
 fn catalog_as_world(server: &TestServer) -> InstanceMap {
     let services = server.registry.context.registry.catalog().services();
     let rows = |(key, service): (ServiceKey, crate::model::Service)| {
-        service.instances.iter().map(|i| ((key.clone(), i.id()), Arc::clone(i))).collect::<Vec<_>>()
+        service.instances.iter().map(|i| ((key.clone(), i.id()), unstamped(i))).collect::<Vec<_>>()
     };
     services.into_iter().flat_map(rows).collect()
 }

@@ -31,8 +31,8 @@ pub(super) struct InitialRestore<'a> {
 struct RestoredInstances {
     validator: Validator,
     view: InstanceView,
-    /// The highest term of a slice.
-    term: u64,
+    /// The highest rank of a slice.
+    rank: SliceRank,
     skipped: u64,
 }
 
@@ -80,7 +80,7 @@ impl<'a> InitialRestore<'a> {
 
 impl RestoredInstances {
     fn new(validator: Validator) -> Self {
-        Self { validator, view: InstanceView::default(), term: 0, skipped: 0 }
+        Self { validator, view: InstanceView::default(), rank: SliceRank::default(), skipped: 0 }
     }
 
     fn apply(
@@ -99,7 +99,8 @@ impl RestoredInstances {
             }
             _ => return,
         };
-        self.term = self.term.max(observed.term);
+        let rank = SliceRank { term: observed.term, generation: observed.generation };
+        self.rank = self.rank.max(rank);
         if observed.deleting {
             return;
         }
@@ -107,7 +108,6 @@ impl RestoredInstances {
         for skipped in skipped {
             self.skip(&observed.service, &skipped, metrics);
         }
-        let rank = SliceRank { term: observed.term, generation: observed.generation };
         self.view.apply(&observed.service, &slice.metadata, rank, instances);
     }
 
@@ -120,9 +120,9 @@ impl RestoredInstances {
     }
 
     fn into_state(self) -> KubernetesState {
-        let Self { view, term, .. } = self;
+        let Self { view, rank: SliceRank { term, generation }, .. } = self;
         let services = view.services().map(|service| (service.clone(), view.instances(service)));
-        KubernetesState { term, services: services.collect() }
+        KubernetesState { term, generation, services: services.collect() }
     }
 }
 
@@ -173,8 +173,8 @@ mod tests {
         apply(ObjectEvent::InitApply(gone));
         apply(ObjectEvent::InitDone("9".into()));
         assert_eq!((restored.skipped, metrics.skipped_endpoints.get()), (1, 1));
-        let KubernetesState { term, services } = restored.into_state();
-        assert_eq!(term, 3);
+        let KubernetesState { term, generation, services } = restored.into_state();
+        assert_eq!((term, generation), (3, 1));
         let [(service, instances)] = &services[..] else { panic!("{services:?}") };
         assert_eq!(service.to_string(), "prod/web");
         let said = instances.iter().map(|one| (one.id().to_string(), one.priority())).collect::<Vec<_>>();

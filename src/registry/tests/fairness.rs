@@ -75,7 +75,7 @@ fn written_by_another(services: u32) -> KubernetesState {
             other => panic!("{other:?} registers"),
         }
     };
-    KubernetesState { term: 7, services: (1..=services).map(service).collect() }
+    KubernetesState { term: 7, generation: 1, services: (1..=services).map(service).collect() }
 }
 
 /// Begins a restore; its message is in the writer's queue.
@@ -132,7 +132,7 @@ fn change_during_a_comparison_replaces_its_result() {
             other => panic!("{other:?} registers"),
         }
     });
-    let held_there = KubernetesState { term: 7, services: vec![(service.clone(), there.to_vec())] };
+    let held_there = KubernetesState { term: 7, generation: 1, services: vec![(service.clone(), there.to_vec())] };
     let mut restoring = begin_restore(&registry, held_there);
     // After the request, before the first part of the result: .1 changes, .3 is removed, and .4 is
     // registered again unchanged.

@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::PermissionsExt, path::Path, sync::Arc};
 use super::{ExpectedStore, Instances, VALIDATOR, apply, instance_of, random_batch, service};
 use crate::{
     metrics::Metrics,
-    model::{InstanceSpec, PortSpec, Protocol, UnixMillis},
+    model::{InstanceSpec, PortSpec, Protocol, Stamp, UnixMillis},
     store::{DataDir, Journal, Options, Record, RecoveryReport, StoreError, create_durably},
 };
 
@@ -145,7 +145,7 @@ fn put(name: &str, spec: InstanceSpec, registered: u64) -> Record {
 
 fn remove(put: &Record) -> Record {
     let (service, id) = instance_of(put);
-    Record::Remove { service, id }
+    Record::Remove { service, id, stamp: Stamp::default() }
 }
 
 /// The contents of `tests/fixtures/store/v1`, by batches: a snapshot of the first, a closed

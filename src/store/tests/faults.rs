@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     metrics::Metrics,
+    model::Stamp,
     store::{
         Journal, Options, Record,
         compaction::{CompactionPlan, StoreContext, compact},
@@ -255,7 +256,7 @@ fn empty_snapshot_holds_the_generation() {
     journal.rotate().expect("a good disk");
     journal.compact();
     journal.reap();
-    let gone = instances.into_keys().map(|(service, id)| Record::Remove { service, id });
+    let gone = instances.into_keys().map(|(service, id)| Record::Remove { service, id, stamp: Stamp::default() });
     journal.append(7, &gone.collect::<Vec<_>>()).expect("a good disk");
     journal.rotate().expect("a good disk");
     journal.compact();

@@ -15,7 +15,9 @@ use self::simulated_disk::SimulatedDisk;
 use super::{Journal, Options, Record, RecoveryReport, StoreError, recover::StoreOpener};
 use crate::{
     metrics::Metrics,
-    model::{Instance, InstanceId, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis, testing::VALIDATOR},
+    model::{
+        Instance, InstanceId, InstanceSpec, PortSpec, Protocol, ServiceKey, Stamp, UnixMillis, testing::VALIDATOR,
+    },
 };
 
 /// The registered instances, by service and identity.
@@ -26,7 +28,7 @@ fn apply(instances: &mut Instances, record: &Record) {
         Record::Put { service, instance } => {
             instances.insert((service, instance.id()), instance);
         }
-        Record::Remove { service, id } => {
+        Record::Remove { service, id, .. } => {
             instances.remove(&(service, id));
         }
         Record::Mirrored { .. } | Record::Term { .. } => {}
@@ -86,7 +88,7 @@ impl ExpectedStore {
 fn instance_of(record: &Record) -> (ServiceKey, InstanceId) {
     match record {
         Record::Put { service, instance } => (service.clone(), instance.id()),
-        Record::Remove { service, id } => (service.clone(), id.clone()),
+        Record::Remove { service, id, .. } => (service.clone(), id.clone()),
         other => panic!("{other:?} is about no instance"),
     }
 }
@@ -164,7 +166,9 @@ fn random_put(rng: &mut Rng) -> Record {
 /// Some changes, of which the removals remove what may be there.
 fn random_batch(rng: &mut Rng) -> Vec<Record> {
     let records = (0..rng.usize(1..6)).map(|_| match random_put(rng) {
-        Record::Put { service, instance } if rng.u8(..3) == 0 => Record::Remove { service, id: instance.id() },
+        Record::Put { service, instance } if rng.u8(..3) == 0 => {
+            Record::Remove { service, id: instance.id(), stamp: Stamp::default() }
+        }
         put => put,
     });
     records.collect()

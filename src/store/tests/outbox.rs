@@ -9,7 +9,7 @@ use super::{
     simulated_disk::{Operation, SimulatedDisk},
 };
 use crate::{
-    model::{InstanceSpec, UnixMillis},
+    model::{InstanceSpec, Stamp, UnixMillis},
     store::{
         Journal, Options, Record, RecoveryReport,
         frame::{FRAME_LEN, HEADER_LEN},
@@ -34,7 +34,7 @@ fn put(name: &str, registered: u64) -> Record {
 
 fn remove(name: &str) -> Record {
     let (service, id) = instance_of(&put(name, 0));
-    Record::Remove { service, id }
+    Record::Remove { service, id, stamp: Stamp::default() }
 }
 
 fn mirrored(name: &str, generation: u64) -> Record {

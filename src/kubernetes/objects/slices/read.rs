@@ -141,7 +141,7 @@ fn instance(
     attributes: InstanceAnnotation,
     created: UnixMillis,
 ) -> Result<Instance, String> {
-    let InstanceAnnotation { weight, priority, registered } = attributes;
+    let InstanceAnnotation { weight, priority, registered, stamp } = attributes;
     let hostname = endpoint.hostname.as_deref().unwrap_or_default();
     // The label that spells the own address is the default of an instance without a host name.
     let ip = validator.address(address).map_err(|err| err.to_string())?.ip();
@@ -155,7 +155,7 @@ fn instance(
         priority,
     };
     let registered = if registered == UnixMillis(0) { created } else { registered };
-    spec.to_instance(registered).map_err(|err| err.to_string())
+    Ok(spec.to_instance(registered).map_err(|err| err.to_string())?.with_stamp(stamp))
 }
 
 /// When the slice was created; 1970 when it does not say.

@@ -4,10 +4,11 @@
 //! attributes that are not the default:
 //!
 //! ```json
-//! {"10.0.0.1":{"weight":0.5,"priority":3,"registered":1700000000123}}
+//! {"10.0.0.1":{"weight":0.5,"priority":3,"registered":1700000000123,"stamp":[1700000000123000,3,1700000042]}}
 //! ```
 //!
-//! `registered` is in milliseconds since 1970. `gangplank.dev/ports` is on the slices of a
+//! `registered` is in milliseconds since 1970; `stamp` is the [`Stamp`]: its clock in microseconds since 1970, its
+//! term and its generation. `gangplank.dev/ports` is on the slices of a
 //! part only (see [`SliceGroup`](super::SliceGroup)):
 //! `[{"port":53,"protocol":"TCP","name":"dns"},{"port":53,"protocol":"UDP","name":"dns"}]`.
 //!
@@ -19,10 +20,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::group::MAX_PORTS;
-use crate::model::{PortSpec, Ports, Protocol, UnixMillis, Weight};
+use crate::model::{PortSpec, Ports, Protocol, Stamp, UnixMillis, Weight};
 
-/// Most bytes of one entry with its comma: 41 of the address in quotes and 80 of the rest.
-pub(super) const MAX_ENTRY_BYTES: usize = 128;
+/// Most bytes of one entry with its comma: 41 of the address in quotes, 67 of the stamp and 80 of the rest.
+pub(super) const MAX_ENTRY_BYTES: usize = 192;
+
+/// The highest clock and term of a stamp that is read: a number that somebody wrote by hand must not use up those
+/// that follow. As a clock it is in the year 2255.
+const MAX_STAMP: u64 = 1 << 53;
 
 /// Most bytes of the list of ports; an instance within its 2 KiB needs far fewer.
 pub(super) const MAX_PORT_LIST_BYTES: usize = 16 * 1024;
@@ -33,6 +38,7 @@ pub(super) struct InstanceAnnotation {
     pub(super) weight: Weight,
     pub(super) priority: u16,
     pub(super) registered: UnixMillis,
+    pub(super) stamp: Stamp,
 }
 
 #[derive(Serialize)]
@@ -43,18 +49,21 @@ struct Entry {
     priority: Option<u16>,
     #[serde(skip_serializing_if = "Option::is_none")]
     registered: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stamp: Option<[u64; 3]>,
 }
 
 /// The annotation for these instances; those with default attributes are left out.
 pub(super) fn instances_json(records: impl Iterator<Item = (IpAddr, InstanceAnnotation)>) -> String {
     let not_default = records.filter(|(_, record)| *record != InstanceAnnotation::default());
     let entries = not_default.map(|(ip, record)| {
-        let InstanceAnnotation { weight, priority, registered } = record;
+        let InstanceAnnotation { weight, priority, registered, stamp } = record;
         let weight = Some(weight).filter(|weight| *weight != Weight::default());
         let entry = Entry {
             weight: weight.map(Weight::get),
             priority: Some(priority).filter(|priority| *priority != 0),
             registered: Some(registered.0).filter(|registered| *registered != 0),
+            stamp: (stamp != Stamp::default()).then_some([stamp.clock, stamp.term, stamp.generation]),
         };
         (ip, entry)
     });
@@ -92,17 +101,22 @@ impl InstancesAnnotation {
             weight: Option<f64>,
             priority: Option<u16>,
             registered: Option<u64>,
+            stamp: Option<[u64; 3]>,
         }
         let Some(entry) = self.0.get(address) else { return Ok(InstanceAnnotation::default()) };
-        let Entry { weight, priority, registered } = Entry::deserialize(entry).map_err(|err| err.to_string())?;
+        let Entry { weight, priority, registered, stamp } = Entry::deserialize(entry).map_err(|err| err.to_string())?;
         let weight = match weight {
             None => Weight::default(),
             Some(weight) => exact(weight)
                 .and_then(|weight| Weight::new(weight).ok())
                 .ok_or_else(|| format!("weight: must be a finite number in 0..=655, got {weight}"))?,
         };
-        let registered = UnixMillis(registered.unwrap_or(0));
-        Ok(InstanceAnnotation { weight, priority: priority.unwrap_or(0), registered })
+        let [clock, term, generation] = stamp.unwrap_or_default();
+        if clock > MAX_STAMP || term > MAX_STAMP {
+            return Err(format!("stamp: the clock and the term must be at most {MAX_STAMP}, got {clock} and {term}"));
+        }
+        let (registered, stamp) = (UnixMillis(registered.unwrap_or(0)), Stamp { clock, term, generation });
+        Ok(InstanceAnnotation { weight, priority: priority.unwrap_or(0), registered, stamp })
     }
 }
 
@@ -155,15 +169,17 @@ mod tests {
     use super::*;
 
     fn record(weight: f32, priority: u16, registered: u64) -> InstanceAnnotation {
-        InstanceAnnotation { weight: Weight::new(weight).expect("valid"), priority, registered: UnixMillis(registered) }
+        let (weight, registered) = (Weight::new(weight).expect("valid"), UnixMillis(registered));
+        InstanceAnnotation { weight, priority, registered, stamp: Stamp::default() }
     }
 
     /// These texts exist in clusters: later versions must read them.
     #[test]
     fn json_of_the_annotations_is_stable() {
         let ip = |text: &str| text.parse::<IpAddr>().expect("an address");
+        let stamp = Stamp { clock: 1_700_000_000_123_000, term: 3, generation: 1_700_000_042 };
         let records = [
-            (ip("10.0.0.1"), record(0.5, 3, 1_700_000_000_123)),
+            (ip("10.0.0.1"), InstanceAnnotation { stamp, ..record(0.5, 3, 1_700_000_000_123) }),
             (ip("10.0.0.2"), InstanceAnnotation::default()),
             (ip("10.0.0.3"), record(0.1, 0, 7)),
             (ip("10.0.0.4"), record(0.0, 65_535, 0)),
@@ -171,7 +187,7 @@ mod tests {
         let text = instances_json(records.into_iter());
         assert_eq!(
             text,
-            r#"{"10.0.0.1":{"weight":0.5,"priority":3,"registered":1700000000123},"10.0.0.3":{"weight":0.1,"registered":7},"10.0.0.4":{"weight":0.0,"priority":65535}}"#
+            r#"{"10.0.0.1":{"weight":0.5,"priority":3,"registered":1700000000123,"stamp":[1700000000123000,3,1700000042]},"10.0.0.3":{"weight":0.1,"registered":7},"10.0.0.4":{"weight":0.0,"priority":65535}}"#
         );
         let read = InstancesAnnotation::read(Some(&text)).expect("an object");
         for (ip, record) in records {
@@ -205,6 +221,10 @@ mod tests {
             r#"{"a":{"weight":"1"}}"#,
             r#"{"a":{"priority":65536}}"#,
             r#"{"a":{"registered":-1}}"#,
+            r#"{"a":{"stamp":7}}"#,
+            r#"{"a":{"stamp":[1,2]}}"#,
+            r#"{"a":{"stamp":[9007199254740993,1,1]}}"#,
+            r#"{"a":{"stamp":[1,9007199254740993,1]}}"#,
         ] {
             assert!(InstancesAnnotation::read(Some(bad)).expect("an object").get("a").is_err(), "{bad}");
         }
@@ -223,7 +243,9 @@ mod tests {
     fn largest_entry_is_within_its_limit() {
         let longest: IpAddr = "2001:1db8:1234:5678:9abc:def0:1234:5678".parse().expect("an address");
         for weight in [1.234_567_9e-38, 654.999_94, 1e-45, f32::MIN_POSITIVE] {
-            let text = instances_json([(longest, record(weight, u16::MAX, u64::MAX))].into_iter());
+            let stamp = Stamp { clock: u64::MAX, term: u64::MAX, generation: u64::MAX };
+            let longest_entry = InstanceAnnotation { stamp, ..record(weight, u16::MAX, u64::MAX) };
+            let text = instances_json([(longest, longest_entry)].into_iter());
             assert!(text.len() <= MAX_ENTRY_BYTES, "{text}");
         }
     }

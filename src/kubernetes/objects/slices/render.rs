@@ -69,6 +69,7 @@ impl<'a> SliceEndpoint<'a> {
                 weight: instance.weight(),
                 priority: instance.priority(),
                 registered: instance.registered(),
+                stamp: instance.stamp(),
             },
         }
     }
@@ -187,10 +188,12 @@ pub(super) fn digest(uid: &str, group: &SliceGroup, endpoints: &[SliceEndpoint<'
         content.push(u8::from(*ready));
         text(&mut content, hostname.as_deref());
         text(&mut content, *node);
-        let InstanceAnnotation { weight, priority, registered } = record;
+        let InstanceAnnotation { weight, priority, registered, stamp } = record;
         content.extend(weight.get().to_bits().to_le_bytes());
         content.extend(priority.to_le_bytes());
-        content.extend(registered.0.to_le_bytes());
+        for number in [registered.0, stamp.clock, stamp.term, stamp.generation] {
+            content.extend(number.to_le_bytes());
+        }
     }
     let hash = <Sha256 as sha2::Digest>::digest(&content);
     ContentDigest(hash[..16].try_into().expect("half of 32 octets"))

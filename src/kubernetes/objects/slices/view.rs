@@ -13,7 +13,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use crate::model::{Instance, ServiceKey};
 
-/// Which of two slices is believed about one instance: the later term, then the later generation.
+/// Which of two slices is believed about an instance with equal stamps: the later term, then the later generation.
 /// Slices of other writers have neither.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct SliceRank {
@@ -87,8 +87,8 @@ impl InstanceView {
         gone.iter().for_each(|key| self.remove(key));
     }
 
-    /// The instances of `service`, each once, in order of their keys: from the slice of the highest
-    /// rank; among equal ones a ready instance first, because a pod that moves between slices is in
+    /// The instances of `service`, each once, in order of their keys: the one with the highest stamp; among
+    /// equal ones that from the slice of the highest rank; among those a ready instance first, because a pod that moves between slices is in
     /// two of them for a moment.
     #[must_use]
     pub fn instances(&self, service: &ServiceKey) -> Vec<Arc<Instance>> {
@@ -97,7 +97,7 @@ impl InstanceView {
         let mut all: Vec<(SliceRank, &Arc<Instance>)> =
             slices.flat_map(|slice| slice.instances.iter().map(|instance| (slice.rank, instance))).collect();
         all.sort_by(|(rank, a), (other, b)| {
-            a.key().cmp(&b.key()).then(other.cmp(rank)).then(b.ready().cmp(&a.ready()))
+            a.key().cmp(&b.key()).then(b.stamp().cmp(&a.stamp())).then(other.cmp(rank)).then(b.ready().cmp(&a.ready()))
         });
         all.dedup_by(|(_, later), (_, first)| later.key() == first.key());
         all.into_iter().map(|(_, instance)| Arc::clone(instance)).collect()
@@ -132,7 +132,10 @@ fn key(meta: &ObjectMeta) -> SliceKey {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kubernetes::objects::slices::tests::{HTTP, VALIDATOR, instance, spec, web};
+    use crate::{
+        kubernetes::objects::slices::tests::{HTTP, VALIDATOR, instance, spec, web},
+        model::Stamp,
+    };
 
     fn meta(name: &str) -> ObjectMeta {
         ObjectMeta { namespace: Some("prod".into()), name: Some(name.into()), ..ObjectMeta::default() }
@@ -163,6 +166,10 @@ mod tests {
         assert_eq!(addresses(&view, &web()), ["10.0.0.1 true"], "of equal ranks the ready one");
         view.delete(&meta("a"));
         assert_eq!(addresses(&view, &web()), ["10.0.0.1 false"]);
+        let stamp = Stamp { clock: 1, term: 1, generation: 1 };
+        let stamped = Arc::new((*instances(&["10.0.0.1"])[0]).clone().with_stamp(stamp));
+        view.apply(&web(), &meta("a"), rank(1, 1), vec![stamped]);
+        assert_eq!(addresses(&view, &web()), ["10.0.0.1 true"], "the stamp counts more than the slice's rank");
     }
 
     #[test]

@@ -1,0 +1,58 @@
+//! Stamps what the writer accepts, so that any two words on an instance have an order wherever they meet.
+
+use crate::model::{HybridClock, Stamp, UnixMillis};
+
+/// The writer's clock, with the term and the generation under which it accepts.
+#[derive(Debug, Default)]
+pub(super) struct Stamper {
+    clock: HybridClock,
+    term: u64,
+    generation: u64,
+}
+
+impl Stamper {
+    /// `clock` is not behind any stamp in the store; `term` is 0 without Kubernetes.
+    pub(super) fn new(clock: HybridClock, term: u64) -> Self {
+        Self { clock, term, generation: 0 }
+    }
+
+    /// Another term begins.
+    pub(super) fn set_term(&mut self, term: u64) {
+        self.term = term;
+    }
+
+    /// A batch begins, which will be `generation`.
+    pub(super) fn set_generation(&mut self, generation: u64) {
+        self.generation = generation;
+    }
+
+    /// The stamp of a command that arrived at `received`: later than every one before, even if the wall
+    /// clock was set back.
+    pub(super) fn next(&mut self, received: UnixMillis) -> Stamp {
+        let clock = self.clock.next(received.0.saturating_mul(1_000));
+        Stamp { clock, term: self.term, generation: self.generation }
+    }
+
+    /// Takes note of a stamp of another writer.
+    pub(super) fn observe(&mut self, stamp: Stamp) {
+        self.clock.observe(stamp.clock);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stamps_grow_when_the_wall_clock_is_set_back_and_behind_those_of_others() {
+        let mut stamper = Stamper::new(HybridClock::after(5_000_000), 3);
+        stamper.set_generation(7);
+        let first = stamper.next(UnixMillis(1));
+        assert_eq!(first, Stamp { clock: 5_000_001, term: 3, generation: 7 });
+        assert!(stamper.next(UnixMillis(1)) > first);
+        assert_eq!(stamper.next(UnixMillis(6_000)).clock, 6_000_000);
+        stamper.observe(Stamp { clock: 9_000_000, term: 9, generation: 9 });
+        stamper.set_term(10);
+        assert_eq!(stamper.next(UnixMillis(6_001)), Stamp { clock: 9_000_001, term: 10, generation: 7 });
+    }
+}
