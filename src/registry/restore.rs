@@ -51,9 +51,10 @@ impl LocalState {
 /// removed. The size is bounded by the number of instances that ever existed, not by the number of their
 /// changes.
 #[derive(Debug, Default)]
-pub(super) struct LatestRecords(
-    HashMap<(ServiceKey, InstanceId), (Stamp, Option<Arc<Instance>>), foldhash::fast::RandomState>,
-);
+pub(super) struct LatestRecords(HashMap<(ServiceKey, InstanceId), Word, foldhash::fast::RandomState>);
+
+/// A stamp, and the instance that was registered then, or `None` if it was removed.
+type Word = (Stamp, Option<Arc<Instance>>);
 
 impl LatestRecords {
     /// Adds the records of a batch; the last record of an instance replaces earlier ones.
