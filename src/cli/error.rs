@@ -81,7 +81,7 @@ impl From<ClientError> for CommandError {
             ClientError::Status { .. } => Self::new(ErrorKind::Failed, error.to_string())
                 .hint("check that it is a gangplank server and ready:")
                 .hint("curl http://127.0.0.1:9153/readyz/registrations"),
-            ClientError::Answer(_) => Self::new(ErrorKind::Failed, error.to_string())
+            ClientError::InvalidResponse(_) => Self::new(ErrorKind::Failed, error.to_string())
                 .hint("client and server may be of different versions: gangplank --version"),
         }
     }

@@ -8,7 +8,7 @@ use super::{
     output::{Format, print, print_json, print_yaml},
 };
 use crate::{
-    grpc::client::Answer,
+    grpc::client::MutationResponse,
     model::{InstanceId, InstanceSpec, PortSet},
 };
 
@@ -18,7 +18,7 @@ pub(super) struct Mutation<'a> {
     pub(super) namespace: &'a str,
     pub(super) name: &'a str,
     pub(super) spec: &'a InstanceSpec,
-    pub(super) answer: Answer,
+    pub(super) answer: MutationResponse,
 }
 
 /// A change as JSON and YAML. Fields are added, never renamed.
@@ -39,7 +39,7 @@ impl Mutation<'_> {
         let instance = self.instance();
         let outcome = self.outcome(&instance)?;
         let Self { namespace, name, answer, .. } = self;
-        let Answer { status, details, generation } = answer;
+        let MutationResponse { status, details, generation } = answer;
         let view = MutationView {
             namespace,
             name,
@@ -74,7 +74,7 @@ impl Mutation<'_> {
 
     /// The outcome in a word; an error if the server did not do what was requested.
     fn outcome(&self, instance: &str) -> Result<&'static str, CommandError> {
-        let Self { namespace, name, answer: Answer { status, details, .. }, .. } = self;
+        let Self { namespace, name, answer: MutationResponse { status, details, .. }, .. } = self;
         let subject = format!("instance {namespace}/{name} {instance}");
         let because = if details.is_empty() { String::new() } else { format!(": {details}") };
         let refused = |kind| CommandError::new(kind, format!("{subject} refused{because}"));
@@ -119,7 +119,7 @@ mod tests {
             ports: vec![port(8080, Protocol::Tcp, "http"), port(53, Protocol::Udp, "")],
             ..InstanceSpec::default()
         };
-        let answer = Answer { status, details: details.into(), generation: 1712 };
+        let answer = MutationResponse { status, details: details.into(), generation: 1712 };
         let mutation = Mutation { namespace: "prod", name: "web", spec: &spec, answer };
         let instance = mutation.instance();
         mutation.outcome(&instance).map(|word| mutation.line(&instance, word))

@@ -1,4 +1,5 @@
-//! Around every call: the cap on calls that are open at once, and what is counted.
+//! Wraps every call: limits the open calls, counts the ended ones, and charges responses to the
+//! connection's memory.
 
 use std::{
     convert::Infallible,
@@ -9,10 +10,7 @@ use std::{
     time::Instant,
 };
 
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Sleep, sleep},
-};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{
     Code, Status,
     body::Body,
@@ -25,8 +23,8 @@ use tonic::{
 
 use super::{
     incoming::ConnectionInfo,
-    memory::{ConnectionMemory, Responses},
-    metered::{BUDGET_POLL, FRAME_OVERHEAD},
+    memory::{BudgetTimer, ConnectionMemory, Responses},
+    metered::FRAME_OVERHEAD,
 };
 use crate::{
     metrics::{Method, Metrics},
@@ -34,7 +32,7 @@ use crate::{
     registry::ListPermit,
 };
 
-/// The routes, each call of which takes one of a number of permits until its answer is sent.
+/// The routes. Each call takes one permit until its response is sent.
 #[derive(Debug, Clone)]
 pub(super) struct TrackedRoutes {
     routes: Routes,
@@ -72,7 +70,7 @@ impl Service<Request<Body>> for TrackedRoutes {
         let mut call = OpenCall::new(method, Arc::clone(&self.metrics), Some(permit), in_use);
         let request = match request.extensions().get::<ConnectionInfo>().map(|info| Arc::clone(&info.memory)) {
             Some(memory) => {
-                // Streams charge their own messages to it.
+                // Registration streams charge their messages to the same memory.
                 request.extensions_mut().insert(Arc::clone(&memory));
                 call.responses = Some(memory.responses());
                 request.map(|body| Body::new(MeteredRequest::new(body, memory)))
@@ -84,7 +82,7 @@ impl Service<Request<Body>> for TrackedRoutes {
     }
 }
 
-/// A call that is open. Dropped before its end it was given up by the client.
+/// An open call. If it is dropped before its end, the client has cancelled it.
 #[derive(Debug)]
 struct OpenCall {
     method: Method,
@@ -92,9 +90,9 @@ struct OpenCall {
     began: Instant,
     ended: bool,
     permit: Option<OwnedSemaphorePermit>,
-    /// What is charged for its responses; `None` without a connection.
+    /// The account of its responses; `None` without a connection, in tests.
     responses: Option<Responses>,
-    /// The permission to send as much as a list, kept to the end of the call.
+    /// The permit to send as much as a list, held to the end of the call.
     _list_permit: Option<Arc<ListPermit>>,
     /// Keeps the connection from being closed as idle.
     _in_use: Option<InUse>,
@@ -117,14 +115,14 @@ impl OpenCall {
         }
     }
 
-    /// Follows the response to its status, which is in the trailers, or in the head of one without a
-    /// body.
+    /// Counts the call with its status, which is in the trailers, or in the headers of a response without
+    /// a body.
     fn follow(mut self, mut response: Response<Body>) -> Response<TrackedBody> {
         self._list_permit = response.extensions_mut().remove::<Arc<ListPermit>>();
         if response.headers().contains_key(Status::GRPC_STATUS) {
             self.end(response.headers());
         }
-        response.map(|body| TrackedBody { body, call: self, budget_timer: None })
+        response.map(|body| TrackedBody { body, call: self, budget_timer: BudgetTimer::default() })
     }
 
     fn end(&mut self, trailers: &HeaderMap) {
@@ -150,7 +148,7 @@ impl Drop for OpenCall {
     }
 }
 
-/// As the gRPC libraries spell codes in their metrics.
+/// The spelling of the gRPC libraries in their metrics.
 fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",
@@ -173,18 +171,18 @@ fn code_name(code: Code) -> &'static str {
     }
 }
 
-/// The messages of a call, whose memory is released as they are read.
+/// The messages of a call. Their memory is released as they are read.
 struct MeteredRequest {
     body: Body,
     memory: Arc<ConnectionMemory>,
-    /// What is left of the frame that was read last.
+    /// The rest of the frame that was read last.
     rest: Bytes,
     ended: bool,
 }
 
 impl MeteredRequest {
-    /// tonic copies each frame into its buffer before it decodes one message, and a call that waits
-    /// keeps that buffer: in pieces of this size the buffer stays small.
+    /// Most bytes that tonic gets at once. tonic copies each frame into a buffer before it decodes one
+    /// message, and a waiting call keeps that buffer.
     const PIECE_BYTES: usize = 1024;
 
     fn new(body: Body, memory: Arc<ConnectionMemory>) -> Self {
@@ -233,7 +231,7 @@ impl HttpBody for MeteredRequest {
 impl Drop for MeteredRequest {
     fn drop(&mut self) {
         self.memory.release_received(self.rest.len());
-        // h2 drops what it holds for a call without a word: take the frames that are there instead.
+        // h2 drops the unread frames of a call without a notification, so they are read and released here.
         let mut cx = Context::from_waker(std::task::Waker::noop());
         while !self.ended
             && let Poll::Ready(Some(Ok(frame))) = Pin::new(&mut self.body).poll_frame(&mut cx)
@@ -246,28 +244,19 @@ impl Drop for MeteredRequest {
     }
 }
 
-/// A response on its way, with the call that it belongs to.
+/// The body of a response, and its call.
 #[derive(Debug)]
 pub(super) struct TrackedBody {
     body: Body,
     call: OpenCall,
-    /// Set while there is no memory to encode more.
-    budget_timer: Option<Pin<Box<Sleep>>>,
+    budget_timer: BudgetTimer,
 }
 
 impl TrackedBody {
-    /// Waits for memory, so that what the peer does not take is bounded.
+    /// Waits for memory, which bounds the responses that the peer leaves unread.
     fn poll_budget(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Some(responses) = &self.call.responses else { return Poll::Ready(()) };
-        loop {
-            if responses.may_encode(cx.waker()) {
-                self.budget_timer = None;
-                return Poll::Ready(());
-            }
-            let timer = self.budget_timer.get_or_insert_with(|| Box::pin(sleep(BUDGET_POLL)));
-            ready!(timer.as_mut().poll(cx));
-            timer.as_mut().reset(tokio::time::Instant::now() + BUDGET_POLL);
-        }
+        self.budget_timer.poll_until(cx, |waker| responses.may_encode(waker))
     }
 }
 

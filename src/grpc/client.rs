@@ -1,7 +1,7 @@
 //! The client side of both services, in model types: for the command line and the agent.
 //!
-//! It dials once, at [`Client::connect`], so that a server that is not there is said at once and
-//! not by the first call. It does not retry: who calls it knows whether that makes sense.
+//! [`Client::connect`] dials, so that an unreachable server is an error there and not at the first call.
+//! The client does not retry; the caller decides.
 
 use std::{collections::VecDeque, error::Error, sync::Arc, time::Duration};
 
@@ -28,35 +28,36 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long one unary call may take. A server whose disk hangs answers late or never.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A quiet connection is probed after this long, and given up [`KEEPALIVE_TIMEOUT`] later: a
-/// watch that hangs on a dead peer would show outdated instances for ever.
+/// A connection without traffic is probed with a PING after this long, and closed after
+/// [`KEEPALIVE_TIMEOUT`] without an answer. Otherwise a watch of a dead peer would show outdated
+/// instances for ever.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Most bytes of one answer. A service of a million instances comes to some 100 MB.
+/// Most bytes of one response. A service of a million instances takes some 100 MB.
 const MAX_RESPONSE_BYTES: usize = 256 * 1024 * 1024;
 
-/// Bytes that the server may send ahead of what was read, on one stream and on one connection.
-/// The latter is this large because h2 breaks a connection on which many small messages, such as
-/// changes are, lie unread: more than half of it, each counted as what it lacks of 256 bytes.
+/// Bytes that the server may send before they are read, on one stream and on one connection. The
+/// latter is this large because h2 closes a connection with many small unread DATA frames, such as
+/// changes are: when the sum of 256 bytes minus the length of each reaches half of this window.
 const STREAM_WINDOW: u32 = 1024 * 1024;
 const CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
 
 /// Why a call did not succeed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens there, or not any more.
+    /// No server listens at the URL, or the connection was lost.
     #[error("no gangplank server at {url}")]
     Unreachable {
         /// The URL that was dialled.
         url: String,
-        /// What the transport said.
+        /// The error of the transport.
         source: Box<dyn Error + Send + Sync>,
     },
-    /// The URL is not one.
+    /// The text is not a URL.
     #[error("{url:?} is not a server URL such as http://127.0.0.1:9080")]
     Url {
-        /// What was given.
+        /// The text.
         url: String,
     },
     /// The server answered the call with a gRPC status.
@@ -67,86 +68,85 @@ pub enum ClientError {
         /// Its message.
         message: String,
     },
-    /// The server's answer makes no sense to this version.
+    /// This version cannot read the server's response.
     #[error("the server's answer cannot be read: {0}")]
-    Answer(String),
+    InvalidResponse(String),
 }
 
-/// The outcome of a registration or removal.
+/// The server's response to a registration or removal.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Answer {
+pub struct MutationResponse {
     /// 201, 200, 204, 400, ….
     pub status: u32,
-    /// For a refusal: the field and the reason.
+    /// The field and the reason of a refusal; empty on success.
     pub details: String,
-    /// The generation in which it is served; 0 for a refusal.
+    /// The generation in which DNS serves the change; 0 for a refusal.
     pub generation: u64,
 }
 
-/// What a watch says.
+/// One event of a watch.
 #[derive(Debug, Clone)]
 pub enum WatchEvent {
     /// A service as it is now.
     Snapshot(ServiceKey, Service),
-    /// The snapshot is complete, or, later and now and then, nothing that was asked for has
-    /// changed up to here.
+    /// The snapshot is complete; later, at intervals: no matching change up to this generation.
     Synced {
-        /// Up to which generation.
+        /// All changes up to this generation were sent.
         generation: u64,
-        /// Where to go on.
+        /// Resumes the watch after this event.
         cursor: Vec<u8>,
     },
     /// One change.
     Change {
         /// Added, updated or removed.
         kind: ChangeKind,
-        /// Under this service.
+        /// The service of the instance.
         service: ServiceKey,
-        /// The instance after it, or as it last was.
+        /// The instance after the change; before it, if the instance was removed.
         instance: Arc<Instance>,
-        /// With which generation.
+        /// The generation of the change.
         generation: u64,
-        /// When it reached each station.
+        /// When the server received the change and completed each step.
         timeline: Timeline,
-        /// Where to go on.
+        /// Resumes the watch after this event.
         cursor: Vec<u8>,
     },
-    /// The watch is over and must begin again without a cursor.
+    /// The watch has ended; a new one must start without a cursor.
     Restart {
         /// `slow reader`, `unknown cursor`, `shutting down`.
         reason: &'static str,
-        /// What the server says about it.
+        /// The server's explanation.
         message: String,
     },
 }
 
-/// What happened to an instance.
+/// The kind of a change of an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChangeKind {
-    /// It is new.
+    /// The instance is new.
     Added,
     /// Its attributes or its readiness changed.
     Updated,
-    /// It is gone.
+    /// The instance was removed.
     Removed,
 }
 
-/// A watch that is open.
+/// The events of an open watch.
 #[derive(Debug)]
-pub struct Watch {
+pub struct WatchEvents {
     url: Arc<str>,
     stream: Streaming<WatchResponse>,
-    /// A service of the snapshot of which more parts may come.
+    /// The service of the snapshot that is being received; more parts may follow.
     part: Option<(ServiceKey, Service)>,
-    /// Messages that were read together with the last one that was returned, and come next.
+    /// Events that were decoded and not returned yet.
     read: VecDeque<WatchEvent>,
 }
 
-impl Watch {
+impl WatchEvents {
     /// The next event; `None` when the server ended the stream.
     ///
     /// # Errors
-    /// When the connection breaks or the answer cannot be read.
+    /// When the connection is lost or a message cannot be read.
     pub async fn next(&mut self) -> Result<Option<WatchEvent>, ClientError> {
         loop {
             if let Some(event) = self.read.pop_front() {
@@ -171,7 +171,7 @@ impl Watch {
             Some(Event::Synced(synced)) => WatchEvent::Synced { generation: synced.generation, cursor },
             Some(Event::Change(change)) => change_from_proto(change, cursor)?,
             Some(Event::Restart(restart)) => restart_from_proto(restart),
-            // Something a newer server says: it is not for us.
+            // An event that this version does not know, from a newer server.
             None => return Ok(()),
         };
         self.read.extend(self.part.take().map(|(key, service)| WatchEvent::Snapshot(key, service)));
@@ -190,7 +190,8 @@ fn restart_from_proto(restart: Restart) -> WatchEvent {
     WatchEvent::Restart { reason, message: restart.message }
 }
 
-/// Adds a part to the service it belongs to; returns the service before, when that is whole.
+/// Adds a part to the open service. If the part belongs to another service, the open one is complete and
+/// is returned.
 fn join(open: &mut Option<(ServiceKey, Service)>, key: ServiceKey, part: Service) -> Option<(ServiceKey, Service)> {
     match open {
         Some((open, service)) if *open == key => {
@@ -216,11 +217,11 @@ impl Client {
     /// Dials `url`, for instance `http://127.0.0.1:9080`.
     ///
     /// # Errors
-    /// When it is not a URL or nobody listens there.
+    /// When `url` is not a URL, or no server listens there.
     pub async fn connect(url: &str) -> Result<Self, ClientError> {
         let no_url = || ClientError::Url { url: url.to_owned() };
         let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| no_url())?;
-        // TLS is not there yet; `https` would dial in plaintext.
+        // TLS is not implemented: with `https` the channel would send plaintext.
         if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().host().is_none_or(str::is_empty) {
             return Err(no_url());
         }
@@ -244,16 +245,22 @@ impl Client {
         })
     }
 
-    /// Registers one instance. A refusal is an [`Answer`] too.
+    /// Registers one instance. A refusal is a [`MutationResponse`], not an error.
     ///
     /// # Errors
     /// When the call itself fails.
-    pub async fn register(&mut self, namespace: &str, name: &str, spec: &InstanceSpec) -> Result<Answer, ClientError> {
+    pub async fn register(
+        &mut self,
+        namespace: &str,
+        name: &str,
+        spec: &InstanceSpec,
+    ) -> Result<MutationResponse, ClientError> {
         let answered = self.registry.register(call(info(namespace, name, spec))).await;
         self.answer(answered.map(tonic::Response::into_inner))
     }
 
-    /// Removes one instance; without ports in `spec`, all of its address. Only address and ports count.
+    /// Removes one instance, or without ports in `spec` every instance of its address. Other fields of
+    /// `spec` are ignored.
     ///
     /// # Errors
     /// When the call itself fails.
@@ -262,12 +269,12 @@ impl Client {
         namespace: &str,
         name: &str,
         spec: &InstanceSpec,
-    ) -> Result<Answer, ClientError> {
+    ) -> Result<MutationResponse, ClientError> {
         let answered = self.registry.un_register(call(info(namespace, name, spec))).await;
         self.answer(answered.map(tonic::Response::into_inner))
     }
 
-    /// One service, or `None`.
+    /// One service, or `None` if there is no such service.
     ///
     /// # Errors
     /// When the call itself fails.
@@ -278,7 +285,7 @@ impl Client {
             Err(status) if status.code() == Code::NotFound => return Ok(None),
             Err(status) => return Err(refused(&self.url, status)),
         };
-        let service = answer.service.ok_or_else(|| ClientError::Answer("no service in it".into()))?;
+        let service = answer.service.ok_or_else(|| ClientError::InvalidResponse("no service in it".into()))?;
         service_from_proto(service).map(|(_, service)| Some(service))
     }
 
@@ -292,7 +299,7 @@ impl Client {
         let mut stream = listed.map_err(|status| refused(&self.url, status))?.into_inner();
         let (mut services, mut part) = (Vec::new(), None);
         while let Some(message) = stream.message().await.map_err(|status| refused(&self.url, status))? {
-            let service = message.service.ok_or_else(|| ClientError::Answer("no service in it".into()))?;
+            let service = message.service.ok_or_else(|| ClientError::InvalidResponse("no service in it".into()))?;
             let (key, service) = service_from_proto(service)?;
             services.extend(join(&mut part, key, service));
         }
@@ -300,7 +307,7 @@ impl Client {
         Ok(services)
     }
 
-    /// Watches all, one namespace, or one service; from a cursor, or from a snapshot.
+    /// Watches all services, one namespace, or one service; after a cursor, or from a snapshot on.
     ///
     /// # Errors
     /// When the call itself fails.
@@ -309,7 +316,7 @@ impl Client {
         namespace: Option<&str>,
         service: Option<&str>,
         cursor: Option<Vec<u8>>,
-    ) -> Result<Watch, ClientError> {
+    ) -> Result<WatchEvents, ClientError> {
         let request = WatchRequest {
             namespace: namespace.unwrap_or_default().to_owned(),
             service: service.unwrap_or_default().to_owned(),
@@ -317,16 +324,16 @@ impl Client {
         };
         let opened = self.discovery.watch(request).await;
         let stream = opened.map_err(|status| refused(&self.url, status))?.into_inner();
-        Ok(Watch { url: Arc::clone(&self.url), stream, part: None, read: VecDeque::new() })
+        Ok(WatchEvents { url: Arc::clone(&self.url), stream, part: None, read: VecDeque::new() })
     }
 
-    fn answer(&self, answered: Result<RegistrationResult, Status>) -> Result<Answer, ClientError> {
+    fn answer(&self, answered: Result<RegistrationResult, Status>) -> Result<MutationResponse, ClientError> {
         let result = answered.map_err(|status| refused(&self.url, status))?;
-        Ok(Answer { status: result.status, details: result.status_details, generation: result.generation })
+        Ok(MutationResponse { status: result.status, details: result.status_details, generation: result.generation })
     }
 }
 
-/// A unary call, which does not wait for ever.
+/// A request of a unary call, with a deadline of [`CALL_TIMEOUT`].
 fn call<T>(message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.set_timeout(CALL_TIMEOUT);
@@ -348,11 +355,11 @@ fn info(namespace: &str, name: &str, spec: &InstanceSpec) -> ServiceInfo {
     }
 }
 
-/// A failed call: either the server said no, or there was no server to say it.
+/// The error of a failed call: a status from the server, or an unreachable server.
 fn refused(url: &str, status: Status) -> ClientError {
-    // What came over the wire has no source; what went wrong on this side has.
+    // A status from the wire has no source. An error of this side has one.
     let local = status.source().is_some() && !matches!(status.code(), Code::Cancelled | Code::DeadlineExceeded);
-    // A connection that ends between two calls: hyper cancels the next one before it is sent.
+    // If the connection ends between two calls, hyper cancels the next one before it is sent.
     let chain = std::iter::successors(status.source(), |&err| err.source());
     let unsent = chain.filter_map(|err| err.downcast_ref::<hyper::Error>()).any(hyper::Error::is_canceled);
     if local || unsent {

@@ -1,7 +1,7 @@
 //! The protobuf codec with small buffers.
 //!
-//! tonic keeps two buffers for every stream, as large as the largest thing that went through each, for
-//! as long as the stream is open. With its defaults a stream that once sent a full chunk keeps 64 KiB.
+//! tonic keeps two buffers for every open stream, each as large as the largest chunk that it ever held.
+//! With tonic's defaults, a stream that once sent a full chunk keeps 64 KiB.
 
 use prost::Message;
 use tonic::codec::{BufferSettings, Codec};
@@ -10,7 +10,7 @@ use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 /// Bytes of a new buffer: some ten registrations.
 const BUFFER_BYTES: usize = 1024;
 
-/// Responses are handed to the transport when they reach this size.
+/// Bytes of encoded responses from which on they are passed to the transport.
 const CHUNK_BYTES: usize = 4 * 1024;
 
 /// Encodes `T`, decodes `U`.

@@ -1,9 +1,8 @@
-//! What becomes of an accepted connection: the deadline for the preface, then tonic, until the
-//! connection is idle or old, or must make room.
+//! Serves an accepted connection: a deadline for the preface, then tonic, until the connection is idle,
+//! old or evicted.
 //!
-//! Whoever wraps connections in TLS and finds out who is at the other end does it in
-//! [`serve_connection`], behind the deadline for the first bytes, so that a slow handshake holds up
-//! nobody else.
+//! TLS belongs into [`serve_connection`], under the deadline of the handshake: there a slow handshake
+//! delays no other connection.
 
 use std::{
     convert::Infallible,
@@ -36,17 +35,17 @@ use crate::{
 /// Bytes that every HTTP/2 client sends first (RFC 9113 §3.4).
 const PREFACE: usize = 24;
 
-/// How long a connection without a call may stay open after it was told to go away.
+/// How long a connection without a call may stay open after its GOAWAY frame.
 const GO_AWAY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a connection may last.
+/// Limits on the life of a connection.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Lifetime {
-    /// For the preface of HTTP/2: until then nothing else watches the connection.
+    /// Until the preface of HTTP/2 has arrived; no other timeout applies before.
     pub(super) handshake: Duration,
-    /// Without a call.
+    /// Time without a call.
     pub(super) idle: Duration,
-    /// In all, give or take a tenth. Open streams may go on longer.
+    /// Total time, plus or minus a tenth. Open streams may continue after it.
     pub(super) max_age: Duration,
 }
 
@@ -67,12 +66,12 @@ pub(super) async fn serve_connection<S, B>(
     B: tonic::codegen::Body<Data = Bytes> + Send + 'static,
     B::Error: Into<tonic::codegen::StdError>,
 {
-    // Answers are small, and each is awaited: holding one back for the next only makes it late.
+    // Responses are small and the client waits for each, so Nagle's delay would only slow it down.
     let _ = stream.set_nodelay(true);
     let handle = permit.handle().clone();
-    let greeting = Some((Box::pin(sleep(lifetime.handshake)), 0));
-    let connection = Connection { stream: Metered::new(stream, memory), greeting, permit };
-    // tonic stops when it has no more connections to accept: so there is one that never comes.
+    let handshake = Some((Box::pin(sleep(lifetime.handshake)), 0));
+    let connection = GrpcConnection { stream: Metered::new(stream, memory), handshake, permit };
+    // tonic stops when its stream of connections ends, so the stream stays pending after this one.
     let connections = stream::once(std::future::ready(Ok::<_, io::Error>(connection))).chain(stream::pending());
     let go_away = Notify::new();
     let served = server.serve_with_incoming_shutdown(service, connections, go_away.notified());
@@ -81,14 +80,14 @@ pub(super) async fn serve_connection<S, B>(
         go_away.notify_one();
         close_when_unused(&handle).await;
     };
-    // tonic's errors are those of accepting, which is not its business here.
+    // tonic only reports errors of accepting, and it accepts nothing here.
     let _ = tokio::join!(served, supervised);
 }
 
-/// Waits until the connection should take no more calls: it is idle or old, the server stops, or
-/// the connection has ended.
+/// Waits until the connection should take no more calls: it is idle or old, the server stops, or the
+/// connection has ended.
 async fn until_go_away(handle: &ConnectionHandle, Lifetime { idle, max_age, .. }: Lifetime) {
-    // Not all at once where all clients connected at once.
+    // Spread at random: clients that connected at the same time should not all reconnect at the same time.
     let mut old = pin!(sleep(max_age.mul_f64(0.9 + fastrand::f64() / 5.0)));
     let mut wait = idle;
     loop {
@@ -104,7 +103,7 @@ async fn until_go_away(handle: &ConnectionHandle, Lifetime { idle, max_age, .. }
     }
 }
 
-/// Closes a connection whose peer was told to go away, and has no call, but stays.
+/// Closes a connection that stays open without a call after its GOAWAY frame.
 async fn close_when_unused(handle: &ConnectionHandle) {
     loop {
         tokio::select! {
@@ -118,7 +117,7 @@ async fn close_when_unused(handle: &ConnectionHandle) {
     }
 }
 
-/// What a call knows of its connection.
+/// The connection of a call, in the extensions of its request.
 #[derive(Clone)]
 pub(super) struct ConnectionInfo {
     /// Calls mark their connection as in use.
@@ -126,17 +125,17 @@ pub(super) struct ConnectionInfo {
     pub(super) memory: Arc<ConnectionMemory>,
 }
 
-/// A connection that ends when it is silent at first, or is told to close.
-struct Connection {
+/// A connection that fails after the deadline for its preface, and after [`Signal::Close`].
+struct GrpcConnection {
     stream: Metered<TcpStream>,
-    /// Until when the preface must be here, and how much of it is.
-    greeting: Option<(Pin<Box<Sleep>>, usize)>,
+    /// The deadline for the preface and its bytes so far; `None` after the preface.
+    handshake: Option<(Pin<Box<Sleep>>, usize)>,
     permit: Permit,
 }
 
-impl Connection {
-    /// Fails when the connection was told to close. Checked both ways: one that cannot write does
-    /// not read either.
+impl GrpcConnection {
+    /// Fails after [`Signal::Close`]. Checked by reads and by writes: while a peer takes no responses, h2
+    /// only writes.
     fn check_open(&self) -> io::Result<()> {
         if self.permit.handle().signal() >= Signal::Close {
             return Err(io::ErrorKind::ConnectionAborted.into());
@@ -144,7 +143,7 @@ impl Connection {
         Ok(())
     }
 
-    /// The same for one that has to wait, and is woken to close.
+    /// As [`GrpcConnection::check_open`], and wakes a pending read or write when the signal comes.
     fn poll_open<T>(&self, cx: &mut Context<'_>, pending: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if pending.is_pending() && self.permit.handle().poll_signal(cx, Signal::Close).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
@@ -153,7 +152,7 @@ impl Connection {
     }
 }
 
-impl Connected for Connection {
+impl Connected for GrpcConnection {
     type ConnectInfo = ConnectionInfo;
 
     fn connect_info(&self) -> ConnectionInfo {
@@ -161,12 +160,12 @@ impl Connected for Connection {
     }
 }
 
-impl AsyncRead for Connection {
+impl AsyncRead for GrpcConnection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         self.check_open()?;
         let before = buf.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if let Some((deadline, seen)) = &mut self.greeting {
+        if let Some((deadline, seen)) = &mut self.handshake {
             if read.is_pending() {
                 if deadline.as_mut().poll(cx).is_ready() {
                     self.permit.handle().count_closed(CloseReason::SlowRequest);
@@ -175,7 +174,7 @@ impl AsyncRead for Connection {
             } else {
                 *seen += buf.filled().len() - before;
                 if *seen >= PREFACE {
-                    self.greeting = None;
+                    self.handshake = None;
                 }
             }
         }
@@ -183,7 +182,7 @@ impl AsyncRead for Connection {
     }
 }
 
-impl AsyncWrite for Connection {
+impl AsyncWrite for GrpcConnection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.check_open()?;
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);

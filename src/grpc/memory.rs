@@ -1,45 +1,49 @@
-//! One budget of memory for what gRPC peers send and do not take.
+//! One budget for the memory that gRPC peers can make the server hold.
 //!
-//! Three things pile up while a peer does not do its part: DATA frames that were received and not
-//! read by their call yet, registrations that are not answered yet, and responses that the peer does
-//! not take. Each is charged to its connection and to the budget of the process. A connection that
-//! holds more than its guaranteed part waits while the budget is spent: its socket is not read, its
-//! streams read no more messages, and their responses are not encoded. Every other connection goes on.
-//! A connection with a response that its peer has left unread for [`Limits::unread`] is closed.
+//! Three kinds of memory grow when a peer is fast to send or slow to read: DATA frames that their call
+//! has not read, registrations that are not answered, and responses that the peer has not read. Each is
+//! charged to its connection and to the budget of the process. While the budget is spent, a connection
+//! that holds more than its guaranteed part waits: its socket is not read, its streams read no more
+//! messages, and their responses are not encoded. All other connections continue. A connection whose
+//! peer has left a response unread for [`MemoryLimits::unread`] is closed.
 
 use std::{
+    future::Future,
+    pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
+    task::{Context, Poll, Waker, ready},
     time::{Duration, Instant},
 };
 
 use futures::task::AtomicWaker;
+use tokio::time::{Sleep, sleep};
 use tracing::warn;
 
 use crate::metrics::{ConnectionClosed, LabelEnum as _, Metrics};
 
 /// How much memory peers may take.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
+pub(super) struct MemoryLimits {
     /// Bytes of all connections together.
     pub(super) total: usize,
-    /// Bytes of registrations that are read and not answered, of all connections together. It bounds
-    /// the queue ahead of a registrant that comes new: some 36 000 registrations.
+    /// Bytes of registrations that are read and not answered, of all connections together. Bounds the
+    /// queue ahead of a new registrant to some 36 000 registrations.
     pub(super) unanswered: usize,
     /// Bytes of one connection: a part of the total, so that no connection can spend all of it.
     pub(super) per_connection: usize,
     /// Bytes of each kind (received, unanswered, unsent) that every connection may take, even when
     /// the total is spent.
     pub(super) guaranteed: usize,
-    /// Bytes of responses that one call may have encoded while its peer has not taken them.
+    /// Bytes of encoded responses of one call that the peer has not read.
     pub(super) unsent_per_call: usize,
-    /// How long a peer may take none of a call's responses while some wait for it.
+    /// How long a peer may read none of the encoded responses of a call.
     pub(super) unread: Duration,
 }
 
-pub(super) const LIMITS: Limits = Limits {
+pub(super) const LIMITS: MemoryLimits = MemoryLimits {
     total: 64 * 1024 * 1024,
     unanswered: 16 * 1024 * 1024,
     per_connection: 16 * 1024 * 1024,
@@ -48,13 +52,36 @@ pub(super) const LIMITS: Limits = Limits {
     unread: Duration::from_secs(10),
 };
 
-/// Between two warnings about connections that were closed: an attack must not fill the log.
+/// Between two warnings about closed connections, so that an attack does not fill the log.
 const WARN_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Between two checks of a spent budget: memory that other connections release wakes no waiting task.
+const BUDGET_POLL_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Checks a spent budget at intervals. `None` while the budget has room.
+#[derive(Debug, Default)]
+pub(super) struct BudgetTimer(Option<Pin<Box<Sleep>>>);
+
+impl BudgetTimer {
+    /// Ready as soon as `has_room` returns true. `has_room` gets the task's waker, for memory whose
+    /// release wakes the task before the interval is over.
+    pub(super) fn poll_until(&mut self, cx: &mut Context<'_>, has_room: impl Fn(&Waker) -> bool) -> Poll<()> {
+        loop {
+            if has_room(cx.waker()) {
+                self.0 = None;
+                return Poll::Ready(());
+            }
+            let timer = self.0.get_or_insert_with(|| Box::pin(sleep(BUDGET_POLL_INTERVAL)));
+            ready!(timer.as_mut().poll(cx));
+            timer.as_mut().reset(tokio::time::Instant::now() + BUDGET_POLL_INTERVAL);
+        }
+    }
+}
 
 /// The budget of the process.
 #[derive(Debug)]
 pub(super) struct MemoryBudget {
-    limits: Limits,
+    limits: MemoryLimits,
     used: AtomicUsize,
     unanswered: AtomicUsize,
     epoch: Instant,
@@ -63,7 +90,7 @@ pub(super) struct MemoryBudget {
 }
 
 impl MemoryBudget {
-    pub(super) fn new(limits: Limits, metrics: Arc<Metrics>) -> Arc<Self> {
+    pub(super) fn new(limits: MemoryLimits, metrics: Arc<Metrics>) -> Arc<Self> {
         let last_warning = Mutex::new(None);
         let (used, unanswered) = (AtomicUsize::new(0), AtomicUsize::new(0));
         Arc::new(Self { limits, used, unanswered, epoch: Instant::now(), last_warning, metrics })
@@ -83,7 +110,7 @@ impl MemoryBudget {
         })
     }
 
-    /// Counts a connection that is closed for what its peer did, and logs it now and then.
+    /// Counts a connection that is closed because of its peer, and logs at most one a minute.
     pub(super) fn closed(&self, reason: ConnectionClosed) {
         self.metrics.grpc.connections_closed.at(reason).inc();
         let mut last = self.last_warning.lock().unwrap_or_else(PoisonError::into_inner);
@@ -102,29 +129,29 @@ impl MemoryBudget {
     }
 }
 
-/// What one connection holds.
+/// The memory of one connection.
 #[derive(Debug)]
 pub(super) struct ConnectionMemory {
     budget: Arc<MemoryBudget>,
     used: AtomicUsize,
-    /// The part of `used` that is registrations without an answer.
+    /// The part of `used` for registrations without an answer.
     unanswered: AtomicUsize,
-    /// The part of `used` that is received and not read by a call.
+    /// The part of `used` for DATA frames that no call has read.
     received: AtomicUsize,
-    /// The part of `used` that is responses which the peer has not taken.
+    /// The part of `used` for responses that the peer has not read.
     unsent_bytes: AtomicUsize,
-    /// Calls whose messages are still read.
+    /// Calls that can still read messages.
     open_requests: AtomicUsize,
-    /// The connection's task, when it waits to read its socket.
+    /// The connection's task, while it waits for memory to read its socket.
     reader: AtomicWaker,
-    /// Calls that may have responses which the peer has not taken.
+    /// Calls that may have responses which the peer has not read.
     unsent: Mutex<Vec<Arc<Unsent>>>,
 }
 
 impl ConnectionMemory {
-    /// Whether this connection may take more of something, of which it holds `used` bytes.
+    /// Whether this connection may take more of one kind, of which it holds `used` bytes.
     fn has_room(&self, used: usize) -> bool {
-        let Limits { total, per_connection, guaranteed, .. } = self.budget.limits;
+        let MemoryLimits { total, per_connection, guaranteed, .. } = self.budget.limits;
         let room =
             used < guaranteed || (self.used.load(Relaxed) < per_connection && self.budget.used.load(Relaxed) < total);
         if !room {
@@ -136,9 +163,9 @@ impl ConnectionMemory {
     /// Whether another registration may be read.
     pub(super) fn may_submit(&self) -> bool {
         let unanswered = self.unanswered.load(Relaxed);
-        let Limits { unanswered: total, guaranteed, .. } = self.budget.limits;
+        let MemoryLimits { unanswered: total, guaranteed, .. } = self.budget.limits;
         let room = unanswered < guaranteed
-            // One connection may have a quarter.
+            // At most a quarter for one connection, so that a bulk load does not stop all others.
             || (unanswered < total / 4 && self.budget.unanswered.load(Relaxed) < total);
         room && self.has_room(unanswered)
     }
@@ -148,22 +175,22 @@ impl ConnectionMemory {
         self.has_room(self.unsent_bytes.load(Relaxed))
     }
 
-    /// Charges a registration that was read.
+    /// Charges one registration.
     pub(super) fn charge_unanswered(&self, bytes: usize) {
         self.unanswered.fetch_add(bytes, Relaxed);
         self.budget.unanswered.fetch_add(bytes, Relaxed);
         self.charge(bytes);
     }
 
-    /// Releases registrations that were answered, or whose stream is over.
+    /// Releases registrations that were answered or whose stream has ended.
     pub(super) fn release_unanswered(&self, bytes: usize) {
         self.unanswered.fetch_sub(bytes, Relaxed);
         self.budget.unanswered.fetch_sub(bytes, Relaxed);
         self.release(bytes);
     }
 
-    /// Whether the socket may be read: a connection with many responses under way must still learn
-    /// that its peer takes them.
+    /// Whether the socket may be read. Unsent responses do not count: the WINDOW_UPDATE frames that let
+    /// them go have to be read from the same socket.
     pub(super) fn may_receive(&self) -> bool {
         self.has_room(self.received.load(Relaxed))
     }
@@ -186,13 +213,13 @@ impl ConnectionMemory {
         self.reader.wake();
     }
 
-    /// Charges what came from the socket.
+    /// Charges DATA frames that were received.
     pub(super) fn charge_received(&self, bytes: usize) {
         self.received.fetch_add(bytes, Relaxed);
         self.charge(bytes);
     }
 
-    /// Releases what a call has read; never more than was received.
+    /// Releases DATA frames that a call has read; never more than was charged.
     pub(super) fn release_received(&self, bytes: usize) {
         let taken = self.received.fetch_update(Relaxed, Relaxed, |held| Some(held.saturating_sub(bytes)));
         let held = taken.unwrap_or_default();
@@ -203,17 +230,17 @@ impl ConnectionMemory {
         self.open_requests.fetch_add(1, Relaxed);
     }
 
-    /// When no call is left that could read it, what was received was dropped unread. Without this a
-    /// connection would be charged for ever for frames that arrived after their call's end.
+    /// Releases all received frames when no call is left that could read them: h2 has dropped them.
+    /// Otherwise frames that arrived after the end of their call would stay charged for ever.
     pub(super) fn request_closed(&self) {
         if self.open_requests.fetch_sub(1, Relaxed) == 1 {
             self.release_received(usize::MAX);
         }
     }
 
-    /// A call whose responses are watched until the value is dropped.
+    /// The account of a new call's responses.
     pub(super) fn responses(self: &Arc<Self>) -> Responses {
-        /// Calls in the list from which on those that are over are looked for.
+        /// Length of the list from which on ended calls are removed.
         const PRUNE_LEN: usize = 256;
         let unsent = Arc::new(Unsent::default());
         let mut calls = self.lock_unsent();
@@ -225,7 +252,7 @@ impl ConnectionMemory {
         Responses { memory: Arc::clone(self), unsent }
     }
 
-    /// Whether the peer has taken none of a call's responses for too long.
+    /// Whether the peer has left the responses of some call unread for too long.
     pub(super) fn is_unread(&self) -> bool {
         let now = self.budget.now();
         let deadline = u64::try_from(self.budget.limits.unread.as_millis()).unwrap_or(u64::MAX);
@@ -237,12 +264,12 @@ impl ConnectionMemory {
         calls.iter().any(overdue)
     }
 
-    /// Whether any response waits for the peer.
+    /// Whether some response has not been read by the peer.
     pub(super) fn has_unsent(&self) -> bool {
         self.lock_unsent().iter().any(|call| call.bytes.load(Relaxed) > 0)
     }
 
-    /// How often to look at [`ConnectionMemory::is_unread`].
+    /// How often to check [`ConnectionMemory::is_unread`].
     pub(super) fn unread_interval(&self) -> Duration {
         self.budget.limits.unread / 8
     }
@@ -252,37 +279,37 @@ impl ConnectionMemory {
     }
 
     fn lock_unsent(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Unsent>>> {
-        // Each change of the list is one call; a panic cannot leave it half made.
+        // Each change of the list is one call, so a poisoned lock guards a consistent list.
         self.unsent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for ConnectionMemory {
     fn drop(&mut self) {
-        // Calls and responses hold this value, so only frames that nobody read are left.
+        // Calls and responses hold this value, so only unread frames are still charged.
         let left = self.used.load(Relaxed);
         self.release(left);
     }
 }
 
-/// The responses of one call that its peer has not taken.
+/// The responses of one call that its peer has not read.
 #[derive(Debug, Default)]
 struct Unsent {
     bytes: AtomicUsize,
-    /// When the peer last took something, or the first of them was encoded: milliseconds since the
-    /// budget was made.
+    /// When the peer last read some of them, or the first one was encoded: milliseconds since
+    /// `MemoryBudget::epoch`.
     progress: AtomicU64,
     call: AtomicWaker,
 }
 
 impl Unsent {
-    /// False for a call that is over and whose responses were taken.
+    /// False for an ended call whose responses were all read.
     fn is_needed(self: &Arc<Self>) -> bool {
         Arc::strong_count(self) > 1 || self.bytes.load(Relaxed) > 0
     }
 }
 
-/// The responses of one call.
+/// The account of the responses of one open call.
 #[derive(Debug)]
 pub(super) struct Responses {
     memory: Arc<ConnectionMemory>,
@@ -290,8 +317,8 @@ pub(super) struct Responses {
 }
 
 impl Responses {
-    /// Whether another response may be encoded. Otherwise the task is woken when the peer has taken
-    /// some of this call's responses; memory that other calls release wakes nobody here.
+    /// Whether another response may be encoded. If not, `waker` is woken when the peer has read some of
+    /// this call's responses, but not when other calls release memory: the caller polls for that.
     pub(super) fn may_encode(&self, waker: &std::task::Waker) -> bool {
         let limit = self.memory.budget.limits.unsent_per_call;
         let may = || self.unsent.bytes.load(Relaxed) < limit && self.memory.may_encode();
@@ -299,15 +326,15 @@ impl Responses {
             return true;
         }
         self.unsent.call.register(waker);
-        // What was released before the waker was there has woken nobody.
+        // Again: memory that was released just before the waker was registered has woken no task.
         may()
     }
 
-    /// Charges encoded responses until the returned bytes are dropped, which the transport does when
-    /// they are written to the socket.
+    /// Charges encoded responses until the returned bytes are dropped: the transport drops them after it
+    /// has written them to the socket.
     pub(super) fn charged(&self, bytes: bytes::Bytes) -> bytes::Bytes {
-        /// What a chunk costs besides its bytes: its part of the encoder's buffer, and h2's slot for
-        /// the frame, in a slab that doubles when it grows and keeps its size.
+        /// Bytes of a chunk besides its content: its part of the encoder's buffer, and h2's slot for the
+        /// frame, in a slab that doubles when it grows and never shrinks.
         const CHUNK_OVERHEAD: usize = 1024;
         if bytes.is_empty() {
             return bytes;
@@ -325,7 +352,7 @@ impl Responses {
 
 impl Drop for Responses {
     fn drop(&mut self) {
-        // What the transport still holds of a call that is over keeps its charge and its deadline.
+        // The transport still holds responses of the ended call: they keep their charge and their deadline.
         if self.unsent.bytes.load(Relaxed) > 0 {
             return;
         }
@@ -336,6 +363,7 @@ impl Drop for Responses {
     }
 }
 
+/// An encoded response that is charged until it is dropped.
 struct UnsentChunk {
     bytes: bytes::Bytes,
     charge: usize,
@@ -366,7 +394,7 @@ mod tests {
     use super::*;
 
     fn budget() -> Arc<MemoryBudget> {
-        let limits = Limits {
+        let limits = MemoryLimits {
             total: 1_000_000,
             unanswered: 400_000,
             per_connection: 600_000,
@@ -378,26 +406,26 @@ mod tests {
     }
 
     #[test]
-    fn no_connection_can_spend_the_budget_and_each_has_its_guaranteed_part() {
+    fn connection_has_its_guaranteed_part_when_the_budget_is_spent() {
         let budget = budget();
         let (first, second, third) = (budget.connection(), budget.connection(), budget.connection());
         first.charge_received(600_000);
-        assert!(!first.may_receive(), "one connection's part is spent");
+        assert!(!first.may_receive(), "the part of one connection is spent");
         assert!(second.may_receive());
         second.charge_received(400_000);
-        assert!(!second.may_receive(), "all of it is spent");
+        assert!(!second.may_receive(), "the budget is spent");
         assert!(third.may_receive() && third.may_submit(), "the guaranteed part is there");
         third.charge_received(10_000);
         assert!(!third.may_receive());
         first.release_received(300_000);
         assert!(third.may_receive() && second.may_receive());
         drop((first, second, third));
-        assert_eq!(budget.used.load(Relaxed), 0, "a connection that is gone holds nothing");
+        assert_eq!(budget.used.load(Relaxed), 0, "a closed connection has released its memory");
         assert_eq!(budget.metrics.grpc.buffered_bytes.get(), 0);
     }
 
     #[test]
-    fn what_was_received_is_still_answered_when_it_has_spent_the_budget() {
+    fn received_registration_is_answered_when_the_budget_is_spent() {
         let budget = budget();
         let (first, second) = (budget.connection(), budget.connection());
         first.charge_received(600_000);
@@ -408,13 +436,13 @@ mod tests {
         let (call, other) = (first.responses(), first.responses());
         assert!(call.may_encode(Waker::noop()), "and its response sent");
         let chunk = call.charged(bytes::Bytes::from_static(&[0; 10_000]));
-        assert!(!other.may_encode(Waker::noop()), "what is unsent is bounded for all calls of a connection");
+        assert!(!other.may_encode(Waker::noop()), "unsent responses are bounded for all calls of a connection");
         drop(chunk);
         assert!(other.may_encode(Waker::noop()));
     }
 
     #[test]
-    fn one_connection_has_a_quarter_of_the_unanswered_registrations() {
+    fn unanswered_registrations_of_one_connection_are_limited_to_a_quarter() {
         let budget = budget();
         let (bulk, other) = (budget.connection(), budget.connection());
         bulk.charge_unanswered(100_000);
@@ -425,14 +453,14 @@ mod tests {
     }
 
     #[test]
-    fn responses_are_charged_until_they_are_written_and_unread_ones_are_noticed() {
+    fn response_is_charged_and_unread_until_it_is_written() {
         let memory = budget().connection();
         let call = memory.responses();
         assert!(!memory.has_unsent() && !memory.is_unread());
         let chunk = call.charged(bytes::Bytes::from_static(&[0; 16_000]));
         assert!(!call.may_encode(Waker::noop()), "the call has as much unsent as it may");
         drop(call);
-        assert!(memory.has_unsent() && memory.is_unread(), "also when the call is over");
+        assert!(memory.has_unsent() && memory.is_unread(), "also after the end of the call");
         drop(chunk);
         assert!(!memory.has_unsent() && !memory.is_unread());
         assert_eq!(memory.used.load(Relaxed), 0);

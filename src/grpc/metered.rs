@@ -1,9 +1,9 @@
-//! A connection whose DATA frames are charged as they arrive, and which is not read while its peer has
-//! spent its memory.
+//! A connection whose DATA frames are charged to its memory as they arrive. While that memory is spent,
+//! the connection is not read.
 //!
-//! h2 holds what a call has not read yet: it bounds the payload by its windows but not the frames, each
-//! of which costs some 250 bytes besides, so that 32 KiB of frames of one byte take 8 MiB. The frames
-//! are counted here, by their headers, on their way to h2.
+//! h2 holds the frames that a call has not read. Its windows bound their payload, but each frame costs
+//! some 250 bytes besides, so that 32 KiB of frames of one byte take 8 MiB. So the frames are counted
+//! here, by their headers, on their way to h2.
 
 use std::{
     future::Future,
@@ -11,7 +11,6 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
 };
 
 use tokio::{
@@ -20,16 +19,13 @@ use tokio::{
 };
 use tonic::transport::server::Connected;
 
-use super::memory::ConnectionMemory;
+use super::memory::{BudgetTimer, ConnectionMemory};
 use crate::metrics::ConnectionClosed;
 
-/// What a DATA frame costs besides its payload: h2's slot for it.
+/// Bytes of a DATA frame besides its payload: its slot in h2.
 pub(super) const FRAME_OVERHEAD: usize = 256;
 
-/// Between two looks at the budget while it is spent: others release it without waking anybody.
-pub(super) const BUDGET_POLL: Duration = Duration::from_millis(100);
-
-/// Bytes of the client's preface, which is no frame (RFC 9113 §3.4).
+/// Bytes of the client's preface, which is not a frame (RFC 9113 §3.4).
 const PREFACE: usize = 24;
 
 /// A connection with its memory.
@@ -38,9 +34,8 @@ pub(super) struct Metered<T> {
     memory: Arc<ConnectionMemory>,
     received: FrameScanner,
     sent: FrameScanner,
-    /// Set while the socket is not read.
-    budget_timer: Option<Pin<Box<Sleep>>>,
-    /// Set while responses wait for the peer.
+    budget_timer: BudgetTimer,
+    /// Set while the peer has responses to read.
     unread_timer: Option<Pin<Box<Sleep>>>,
 }
 
@@ -51,19 +46,19 @@ impl<T> Metered<T> {
             memory,
             received: FrameScanner { payload: PREFACE, ..FrameScanner::default() },
             sent: FrameScanner::default(),
-            budget_timer: None,
+            budget_timer: BudgetTimer::default(),
             unread_timer: None,
         }
     }
 
-    /// Fails once the peer has left a response unread for too long. On both ways: a connection that
-    /// cannot write does not read either.
+    /// Fails when the peer has left a response unread for too long. Checked by reads and by writes: while
+    /// a peer takes no responses, h2 only writes.
     fn check_unread(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let interval = self.memory.unread_interval();
         let Some(timer) = &mut self.unread_timer else {
             if self.memory.has_unsent() {
                 let mut timer = Box::pin(sleep(interval));
-                // Registers the task; it cannot be over yet.
+                // Registers the task with the timer, which cannot have elapsed yet.
                 let _ = timer.as_mut().poll(cx);
                 self.unread_timer = Some(timer);
             }
@@ -84,18 +79,14 @@ impl<T> Metered<T> {
     }
 
     fn poll_budget(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        loop {
-            if self.memory.may_receive() {
-                self.budget_timer = None;
-                return Poll::Ready(());
+        let memory = &self.memory;
+        self.budget_timer.poll_until(cx, |waker| {
+            let may_receive = memory.may_receive();
+            if !may_receive {
+                memory.register_reader(waker);
             }
-            self.memory.register_reader(cx.waker());
-            let timer = self.budget_timer.get_or_insert_with(|| Box::pin(sleep(BUDGET_POLL)));
-            if timer.as_mut().poll(cx).is_pending() {
-                return Poll::Pending;
-            }
-            timer.as_mut().reset(Instant::now() + BUDGET_POLL);
-        }
+            may_receive
+        })
     }
 }
 
@@ -118,7 +109,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Metered<T> {
         let read = Pin::new(&mut this.io).poll_read(cx, buf);
         let memory = &this.memory;
         this.received.scan(&buf.filled()[before..], &mut |frame| {
-            if let Frame::Data { len } = frame {
+            if let Http2Frame::Data { len } = frame {
                 memory.charge_received(len + FRAME_OVERHEAD);
             }
         });
@@ -130,8 +121,8 @@ impl<T: AsyncWrite + Unpin> Metered<T> {
     fn scan_sent(&mut self, bytes: &[u8]) {
         let memory = &self.memory;
         self.sent.scan(bytes, &mut |frame| {
-            // 0 is NO_ERROR: the server stops, or the connection is old (RFC 9113 §7).
-            if let Frame::GoAway { code: 1.. } = frame {
+            // RFC 9113 §7: 0 is NO_ERROR, which the server sends when it stops or when the connection is old.
+            if let Http2Frame::GoAway { code: 1.. } = frame {
                 memory.budget().closed(ConnectionClosed::ProtocolError);
             }
         });
@@ -179,9 +170,9 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Metered<T> {
     }
 }
 
-/// A frame that matters here (RFC 9113 §4.1, §6.1, §6.8).
+/// A frame of HTTP/2, of the kinds that are counted (RFC 9113 §4.1, §6.1, §6.8).
 #[derive(Debug, PartialEq, Eq)]
-enum Frame {
+enum Http2Frame {
     /// One that h2 keeps until its call reads it: not an empty one in the middle of a message.
     Data {
         /// Without padding, which h2 does not keep either.
@@ -200,7 +191,7 @@ const GOAWAY: u8 = 7;
 const END_STREAM: u8 = 1;
 const PADDED: u8 = 8;
 
-/// Finds frames in a stream of bytes, whatever pieces it comes in. Keeps no payload.
+/// Finds frames in a stream of bytes that arrives in arbitrary pieces. Keeps no payload.
 #[derive(Debug, Default)]
 struct FrameScanner {
     header: [u8; 9],
@@ -209,12 +200,12 @@ struct FrameScanner {
     payload: usize,
     /// Octets and flags of a DATA frame whose first octet, the length of its padding, is still to come.
     padded: Option<(usize, u8)>,
-    /// The begin of a GOAWAY's payload: the last stream's id and the error code.
+    /// The first bytes of a GOAWAY's payload, and how many: the last stream's id and the error code.
     goaway: Option<([u8; 8], usize)>,
 }
 
 impl FrameScanner {
-    fn scan(&mut self, mut bytes: &[u8], found: &mut dyn FnMut(Frame)) {
+    fn scan(&mut self, mut bytes: &[u8], found: &mut dyn FnMut(Http2Frame)) {
         while !bytes.is_empty() {
             if self.payload > 0 {
                 let (payload, rest) = bytes.split_at(self.payload.min(bytes.len()));
@@ -231,7 +222,7 @@ impl FrameScanner {
                     if *len == head.len() {
                         let [_, _, _, _, code @ ..] = *head;
                         self.goaway = None;
-                        found(Frame::GoAway { code: u32::from_be_bytes(code) });
+                        found(Http2Frame::GoAway { code: u32::from_be_bytes(code) });
                     }
                 }
                 continue;
@@ -257,9 +248,9 @@ impl FrameScanner {
     }
 }
 
-fn found_data(len: usize, flags: u8, found: &mut dyn FnMut(Frame)) {
+fn found_data(len: usize, flags: u8, found: &mut dyn FnMut(Http2Frame)) {
     if len > 0 || flags & END_STREAM != 0 {
-        found(Frame::Data { len });
+        found(Http2Frame::Data { len });
     }
 }
 
@@ -268,7 +259,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn frames_are_found_whatever_pieces_they_come_in() {
+    fn frames_are_found_in_pieces_of_any_size() {
         let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
         bytes.extend([0, 0, 0, 4, 0, 0, 0, 0, 0]); // SETTINGS without a payload
         bytes.extend([0, 0, 3, 0, 0, 0, 0, 0, 1, 7, 7, 7]); // DATA of three bytes
@@ -279,11 +270,11 @@ mod tests {
         bytes.extend([0, 0, 9, 7, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 11, b'x']); // GOAWAY with a text
         bytes.extend([0, 1, 0, 0, 0, 0, 0, 0, 3]); // DATA whose payload is still to come
         let expected = [
-            Frame::Data { len: 3 },
-            Frame::Data { len: 2 },
-            Frame::Data { len: 0 },
-            Frame::GoAway { code: 11 },
-            Frame::Data { len: 256 },
+            Http2Frame::Data { len: 3 },
+            Http2Frame::Data { len: 2 },
+            Http2Frame::Data { len: 0 },
+            Http2Frame::GoAway { code: 11 },
+            Http2Frame::Data { len: 256 },
         ];
         for piece in 1..bytes.len() {
             let mut scanner = FrameScanner { payload: PREFACE, ..FrameScanner::default() };

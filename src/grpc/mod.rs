@@ -1,7 +1,7 @@
 //! gRPC: the registrants' service, the readers' service, health and reflection.
 //!
-//! `tonic` and protobuf types stop here: what comes in is converted once, in `convert`, and what
-//! goes to the registry are model types.
+//! `tonic` and protobuf types stay inside this module: `convert` converts each message once, and the
+//! registry gets model types.
 
 mod call_tracker;
 pub mod client;
@@ -56,47 +56,51 @@ pub mod proto {
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 }
 
-/// What the gRPC services need.
+/// The context that the gRPC services share.
 #[derive(Debug, Clone)]
 pub struct ServerContext {
-    /// Where changes go, and what readers read.
+    /// Receives changes, and serves readers.
     pub registry: RegistryHandle,
-    /// What registrations are measured against.
+    /// Parses and checks registrations.
     pub validator: Validator,
-    /// What is counted.
+    /// The metrics of the process.
     pub metrics: Arc<Metrics>,
 }
 
-/// Limits on connections, which operators set.
+/// Limits on connections; configurable.
 #[derive(Debug, Clone, Copy)]
 pub struct ConnectionLimits {
-    /// Connections in all. When there is no room the idlest without a call is closed.
+    /// Open connections. At the limit, the idlest connection without a call is closed for a new one.
     pub connections: usize,
     /// A connection without a call is closed after this long.
     pub idle: Duration,
-    /// A connection takes no new calls after about this long; open streams go on.
+    /// A connection takes no new calls after about this long; open streams continue.
     pub max_age: Duration,
 }
 
-/// Limits that only tests change.
+/// Limits that are not configurable; tests lower them.
 #[derive(Debug, Clone, Copy)]
-struct Limits {
-    /// Calls and streams that may be open at once, on all listeners together. Beyond it a call
-    /// is answered RESOURCE_EXHAUSTED.
+struct ServerLimits {
+    /// Open calls and streams on all listeners together. At the limit, a new call is answered with
+    /// RESOURCE_EXHAUSTED.
     calls: usize,
-    /// How long a peer may take to send the preface of HTTP/2: until then nothing else watches it.
+    /// How long a peer may take to send the preface of HTTP/2; no other timeout applies before.
     handshake: Duration,
-    /// How long clients have to take their last answers after the stop; then connections are closed.
+    /// How long clients may take to read their last responses after the stop; then connections are closed.
     grace: Duration,
-    /// What peers may send and not take.
-    memory: memory::Limits,
+    /// Memory that peers may take.
+    memory: memory::MemoryLimits,
 }
 
-const LIMITS: Limits =
-    Limits { calls: 12_000, handshake: Duration::from_secs(5), grace: Duration::from_secs(5), memory: memory::LIMITS };
+const LIMITS: ServerLimits = ServerLimits {
+    calls: 12_000,
+    handshake: Duration::from_secs(5),
+    grace: Duration::from_secs(5),
+    memory: memory::LIMITS,
+};
 
-/// Calls and streams that may be open at once on one connection; the client is told and waits or
-/// opens another connection.
+/// Open calls and streams on one connection (SETTINGS_MAX_CONCURRENT_STREAMS); with more, the client
+/// waits or opens another connection.
 const MAX_CALLS_PER_CONNECTION: u32 = 200;
 
 /// Most bytes of one message from a client: a registration has a few hundred.
@@ -105,29 +109,30 @@ const MAX_MESSAGE_BYTES: usize = 64 * 1024;
 /// Most bytes of a call's headers.
 const MAX_HEADER_LIST_BYTES: u32 = 16 * 1024;
 
-/// Bytes that a client may send ahead of what was read, on one stream: some 400 registrations.
+/// Bytes that a client may send on one stream before they are read: some 400 registrations.
 ///
-/// The two windows are chosen together. h2 takes small DATA frames that wait to be read for an
-/// attack: each counts what it lacks to 256 bytes, and when that adds up to half the connection's
-/// window, the connection is closed with ENHANCE_YOUR_CALM, "too_many_data_frames". A registrant
-/// that pipelines writes just such frames, of 40 bytes and more. A registry that is slow for a
-/// moment must slow its clients down, not lose them: with these windows all
-/// [`MAX_CALLS_PER_CONNECTION`] streams may stand full of registrations before it comes to that.
+/// The two windows are chosen together. h2 treats many small unread DATA frames as an attack: each
+/// frame counts as 256 bytes minus its length, and when the sum reaches half of the connection's
+/// window, h2 closes the connection with ENHANCE_YOUR_CALM, "too_many_data_frames". A registrant that
+/// pipelines sends such frames, of 40 bytes and more. A slow registry must delay its clients, not
+/// disconnect them. With these windows, all [`MAX_CALLS_PER_CONNECTION`] streams can be full of
+/// registrations without reaching that sum.
 const STREAM_WINDOW: u32 = 32 * 1024;
 
-/// Bytes that a client may send ahead of what was read, on all streams of one connection. It
-/// never fills: what can lie here in all is bounded by the calls times [`STREAM_WINDOW`].
+/// Bytes that a client may send on all streams of one connection before they are read. This window
+/// never fills, because the unread bytes are bounded by the calls times [`STREAM_WINDOW`].
 const CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
 
-/// A quiet connection is probed after this long, and given up [`KEEPALIVE_TIMEOUT`] later: so
-/// half-open peers (a machine that lost power) are noticed.
+/// A connection without traffic is probed with a PING after this long, and closed after
+/// [`KEEPALIVE_TIMEOUT`] without an answer. This detects half-open peers, such as a machine that lost
+/// power.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What answers for each service, and for the server as a whole (the empty name).
+/// Names in the health service: each service, and the server as a whole (the empty name).
 const HEALTH_SERVICES: [&str; 3] = ["", "registry.ServiceRegistry", "gangplank.v1.Discovery"];
 
-/// Serves on every listener until `stop`: then streams are told, and what was read is answered.
+/// Serves on every listener until `stop`. Then the messages that were read are answered, and streams end.
 ///
 /// # Errors
 /// The first listener that fails stops all.
@@ -144,12 +149,12 @@ async fn serve(
     listeners: Vec<TcpListener>,
     context: ServerContext,
     ConnectionLimits { connections, idle, max_age }: ConnectionLimits,
-    limits: Limits,
+    limits: ServerLimits,
     stop: CancellationToken,
 ) -> io::Result<()> {
     let (routes, health) = routes(&context, &stop)?;
-    // Its builder has the server serving from the start; nobody may see that.
-    say(&health, ServingStatus::NotServing).await;
+    // tonic-health reports SERVING from its creation, which no client may see.
+    set_health(&health, ServingStatus::NotServing).await;
     let routes = TrackedRoutes::new(routes, Arc::new(Semaphore::new(limits.calls)), Arc::clone(&context.metrics));
     let budget = MemoryBudget::new(limits.memory, Arc::clone(&context.metrics));
     let metrics = Arc::clone(&context.metrics.connections);
@@ -161,7 +166,7 @@ async fn serve(
             incoming::serve_connection(stream, permit, budget.connection(), server.clone(), routes.clone(), lifetime)
         })
     });
-    // Without a listener too this lasts until the stop.
+    // Without a listener too, this future must not end before the stop.
     future::join3(future::join_all(servers), follow_health(context.registry.status(), health, &stop), stop.cancelled())
         .await;
     Ok(())
@@ -181,7 +186,6 @@ fn routes(context: &ServerContext, stop: &CancellationToken) -> io::Result<(Rout
     let registry = RegistryService::new(context.clone(), stop.clone());
     let discovery = DiscoveryService::new(context.clone(), stop.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
-    // Requests for reflection and health are small too.
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
@@ -191,18 +195,18 @@ fn routes(context: &ServerContext, stop: &CancellationToken) -> io::Result<(Rout
         .add_service(DiscoveryServer::new(discovery).max_decoding_message_size(MAX_MESSAGE_BYTES))
         .add_service(health_service.max_decoding_message_size(MAX_MESSAGE_BYTES))
         .add_service(reflection().build_v1().map_err(io::Error::other)?.max_decoding_message_size(MAX_MESSAGE_BYTES))
-        // Older grpcurl and others ask for this one.
+        // Older clients, such as old releases of grpcurl, only use v1alpha.
         .add_service(
             reflection().build_v1alpha().map_err(io::Error::other)?.max_decoding_message_size(MAX_MESSAGE_BYTES),
         );
     Ok((routes, health))
 }
 
-/// Health is what registrants go by: serving means that registrations are accepted. Readers are
-/// told the same, though what is registered can be read as long as the process runs.
+/// Sets the health status to SERVING exactly while registrations are accepted. The same status is set for
+/// the readers' service, although readers are served as long as the process runs.
 async fn follow_health(status: &Status, mut health: HealthReporter, stop: &CancellationToken) {
     let mut phases = status.watch();
-    let mut said = ServingStatus::NotServing;
+    let mut reported = ServingStatus::NotServing;
     loop {
         let serving = match *phases.borrow_and_update() {
             Phase::Ready if !stop.is_cancelled() => ServingStatus::Serving,
@@ -210,9 +214,9 @@ async fn follow_health(status: &Status, mut health: HealthReporter, stop: &Cance
                 ServingStatus::NotServing
             }
         };
-        if said != serving {
-            said = serving;
-            say(&health, serving).await;
+        if reported != serving {
+            reported = serving;
+            set_health(&health, serving).await;
         }
         if stop.is_cancelled() {
             break;
@@ -222,13 +226,13 @@ async fn follow_health(status: &Status, mut health: HealthReporter, stop: &Cance
             () = stop.cancelled() => {}
         }
     }
-    // Ends the streams of those who watch, after they saw the last word.
+    // Ends the streams of health watchers, after they have received NOT_SERVING.
     for name in HEALTH_SERVICES {
         health.clear_service_status(name).await;
     }
 }
 
-async fn say(health: &HealthReporter, status: ServingStatus) {
+async fn set_health(health: &HealthReporter, status: ServingStatus) {
     for name in HEALTH_SERVICES {
         health.set_service_status(name, status).await;
     }

@@ -16,8 +16,8 @@ use crate::{
     },
 };
 
-/// Instances in one message of a list or of a watch's snapshot: some 6 KB, because a stream keeps
-/// buffers as large as its largest message. 2 KiB each at most, which stays below the 4 MiB that gRPC
+/// Instances in one message of a list or of a watch's snapshot: some 6 KB, because a stream keeps buffers
+/// as large as its largest message. At 2 KiB per instance, a message stays far below the 4 MiB that gRPC
 /// clients accept.
 pub(in crate::grpc) const MAX_INSTANCES_PER_MESSAGE: usize = 64;
 
@@ -60,7 +60,7 @@ fn instance_to_proto(instance: &Instance) -> v1::Instance {
     }
 }
 
-/// The service as one message, however large.
+/// The service as one message, of unbounded size.
 pub(in crate::grpc) fn service_to_proto(key: &ServiceKey, service: &Service) -> v1::Service {
     instances_to_proto(key, service, service.created(), 0, service.instances.len())
 }
@@ -92,7 +92,7 @@ fn instances_to_proto(
     }
 }
 
-/// A change, with everything but its cursor.
+/// A change as a message, without its cursor.
 pub(in crate::grpc) fn change_to_proto(
     service: &ServiceKey,
     change: &InstanceChange,
@@ -120,12 +120,12 @@ pub(in crate::grpc) fn change_to_proto(
     }
 }
 
-/// The two names of a service in an answer.
+/// The key of a service in a response.
 fn key_from_proto(namespace: &str, name: &str) -> Result<ServiceKey, ClientError> {
-    invariants::parse_service(namespace, name).map_err(|err| ClientError::Answer(err.to_string()))
+    invariants::parse_service(namespace, name).map_err(|err| ClientError::InvalidResponse(err.to_string()))
 }
 
-/// A service in an answer, or a part of one.
+/// A service in a response, or a part of one.
 pub(in crate::grpc) fn service_from_proto(service: v1::Service) -> Result<(ServiceKey, Service), ClientError> {
     let key = key_from_proto(&service.namespace, &service.name)?;
     let instances = service.instances.into_iter().map(|instance| instance_from_proto(&key, instance).map(Arc::new));
@@ -133,18 +133,19 @@ pub(in crate::grpc) fn service_from_proto(service: v1::Service) -> Result<(Servi
     Ok((key, Service { instances, generation: service.generation }))
 }
 
-/// A change in an answer.
+/// A change in a response.
 pub(in crate::grpc) fn change_from_proto(change: v1::Change, cursor: Vec<u8>) -> Result<WatchEvent, ClientError> {
     let kind = match v1::change::Kind::try_from(change.kind) {
         Ok(v1::change::Kind::Added) => ChangeKind::Added,
         Ok(v1::change::Kind::Updated) => ChangeKind::Updated,
         Ok(v1::change::Kind::Removed) => ChangeKind::Removed,
         Ok(v1::change::Kind::Unspecified) | Err(_) => {
-            return Err(ClientError::Answer(format!("a change of kind {}", change.kind)));
+            return Err(ClientError::InvalidResponse(format!("a change of kind {}", change.kind)));
         }
     };
     let service = key_from_proto(&change.namespace, &change.service)?;
-    let instance = change.instance.ok_or_else(|| ClientError::Answer("a change without an instance".into()))?;
+    let instance =
+        change.instance.ok_or_else(|| ClientError::InvalidResponse("a change without an instance".into()))?;
     let instance = Arc::new(instance_from_proto(&service, instance)?);
     let v1::Timeline { received, durable, visible, acknowledged } = change.timeline.unwrap_or_default();
     let timeline = Timeline {
@@ -157,7 +158,8 @@ pub(in crate::grpc) fn change_from_proto(change: v1::Change, cursor: Vec<u8>) ->
 }
 
 fn instance_from_proto(service: &ServiceKey, instance: v1::Instance) -> Result<Instance, ClientError> {
-    let unreadable = |err: &dyn std::fmt::Display| ClientError::Answer(format!("an instance of {service}: {err}"));
+    let unreadable =
+        |err: &dyn std::fmt::Display| ClientError::InvalidResponse(format!("an instance of {service}: {err}"));
     let mut ports = Vec::with_capacity(instance.ports.len());
     for port in instance.ports {
         let protocol = protocol_from_proto(port.protocol)

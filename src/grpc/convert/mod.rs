@@ -1,10 +1,10 @@
-//! Protobuf ↔ model. Every refusal of an invalid registration is made here or in [`Validator`], and names the
-//! field and the reason; past this module there are no raw texts.
+//! Protobuf ↔ model. Invalid registrations are refused here or by [`Validator`], with the field and the
+//! reason. Behind this module there are no unchecked texts.
 //!
-//! A removal looks at what identifies an instance and at nothing else: `namespace`,
-//! `service_name`, `ipaddress`, and the numbers and protocols of `ports`. Whatever attributes a
-//! client leaves in the message (names, weight, priority) are not looked at, so that the message
-//! that registered an instance also removes it. Reserved fields are refused in both.
+//! A removal uses only the fields that identify an instance: `namespace`, `service_name`, `ipaddress`,
+//! and the numbers and protocols of `ports`. Other attributes (names, weight, priority) are not even
+//! checked, so that the message that registered an instance also removes it. Reserved fields are refused
+//! in both.
 
 mod discovery;
 
@@ -28,17 +28,17 @@ use crate::{
     registry::{Command, KubernetesRefusal, Outcome, Unavailable},
 };
 
-/// Most bytes of a `request_id`. It is echoed, never kept.
+/// Most bytes of a `request_id`, which is only echoed.
 const MAX_REQUEST_ID: usize = 128;
 
-/// Most ports in a message: each takes 12 bytes or more of what an instance may carry. It keeps
-/// the search for doubles, which compares each with each, short.
+/// Most ports in a message: each takes at least 12 of the bytes of an instance. The limit bounds the
+/// search for duplicate ports, which is quadratic.
 const MAX_PORTS: usize = MAX_INSTANCE_BYTES / 12;
 
-/// Longest `status_details` in bytes; texts that came from outside are shown in part.
+/// Longest `status_details` in bytes; longer texts are cut.
 const MAX_DETAILS: usize = 512;
 
-/// What a message costs beyond its texts, in bytes: the structs it becomes.
+/// Bytes of the structs of a message and of one port, beyond their texts.
 const MESSAGE_BYTES: usize = 256;
 const PORT_BYTES: usize = 128;
 
@@ -66,7 +66,8 @@ fn shorten(text: &mut String, most: usize) {
     }
 }
 
-/// What an answer repeats of its message: the fields that say which instance was meant.
+/// Builds the response to a message. Holds the fields that the response repeats: those that identify the
+/// instance, and the request's id.
 #[derive(Debug, Default)]
 pub(super) struct ResponseBuilder {
     kind: i32,
@@ -78,18 +79,18 @@ pub(super) struct ResponseBuilder {
 }
 
 impl ResponseBuilder {
-    /// The answer to a message that was refused here.
-    pub(super) fn invalid(self, invalid: InvalidMessage) -> RegistrationResponse {
+    /// The response to a message that was refused here.
+    pub(super) fn refused(self, invalid: InvalidMessage) -> RegistrationResponse {
         self.answer(RegistrationStatus::Invalid, invalid.0, 0)
     }
 
-    /// The answer to a message that the registry did not take.
+    /// The response to a message that the registry did not accept.
     pub(super) fn unavailable(self, err: Unavailable) -> RegistrationResponse {
         self.answer(RegistrationStatus::Unavailable, err.to_string(), 0)
     }
 
-    /// The answer to a message that the registry carried out, in `generation`; `mirrored` says
-    /// whether Kubernetes has it too, where there is one.
+    /// The response to a message that the registry carried out in `generation`. `mirrored` is false while
+    /// Kubernetes does not have the change yet.
     pub(super) fn completed(self, outcome: Outcome, generation: u64, mirrored: bool) -> RegistrationResponse {
         match outcome {
             Outcome::Created | Outcome::Updated | Outcome::Unchanged | Outcome::Removed(_) if !mirrored => {
@@ -130,7 +131,7 @@ impl ResponseBuilder {
                 RegistrationStatus::Conflict,
                 format!(
                     "service_name: the Service {namespace}/{service_name} is not managed by gangplank; label it \
-                     gangplank.dev/service=joined to let external instances stand beside its own"
+                     gangplank.dev/service=joined to let external instances join it"
                 ),
             ),
         };
@@ -152,7 +153,8 @@ impl ResponseBuilder {
     }
 }
 
-/// A unary call as the message of the stream that says the same.
+/// The stream's message with the content of a unary call. Destructured, so that a new field does not
+/// compile until it is copied.
 pub(super) fn message(kind: RegistrationType, info: ServiceInfo) -> RegistrationMsg {
     let ServiceInfo {
         namespace,
@@ -191,7 +193,7 @@ pub(super) fn message(kind: RegistrationType, info: ServiceInfo) -> Registration
     }
 }
 
-/// The answer on the stream as the result of a unary call.
+/// The result of a unary call with the content of the stream's response.
 pub(super) fn result(response: RegistrationResponse) -> RegistrationResult {
     let RegistrationResponse {
         r#type: _,
@@ -207,7 +209,7 @@ pub(super) fn result(response: RegistrationResponse) -> RegistrationResult {
     RegistrationResult { namespace, service_name, ipaddress, ports, status, status_details, request_id, generation }
 }
 
-/// Bytes of memory that a message takes until it is answered, roughly and from above.
+/// Upper estimate of the bytes of memory that a message takes until it is answered.
 pub(super) fn bytes(message: &RegistrationMsg) -> usize {
     let texts = [
         &message.namespace,
@@ -219,11 +221,11 @@ pub(super) fn bytes(message: &RegistrationMsg) -> usize {
     ];
     let texts: usize = texts.into_iter().map(String::len).sum();
     let ports: usize = message.ports.iter().map(|port| port.name.len() + PORT_BYTES).sum();
-    // What identifies the instance is needed twice: in the response and in the command.
+    // Twice, because both the response and the command have the fields that identify the instance.
     MESSAGE_BYTES + 2 * texts + ports
 }
 
-/// Takes a message apart: what its answer repeats, and the command, or why there is none.
+/// Splits a message into the builder of its response and the command, or the reason why it is invalid.
 pub(super) fn parse(
     message: RegistrationMsg,
     validator: &Validator,
@@ -270,8 +272,8 @@ pub(super) fn parse(
     (response, command)
 }
 
-/// Fields whose numbers are taken but which mean nothing yet: one that is set is refused,
-/// because a setting silently ignored would be a lie.
+/// Refuses reserved fields that are set. They have no effect yet, and a client must not take a field that
+/// is ignored for one that works.
 fn reserved(message: &RegistrationMsg) -> Result<(), InvalidMessage> {
     let set = [
         (message.ttl.is_some(), "ttl"),
@@ -302,7 +304,7 @@ fn register(
         .map_err(|_| InvalidMessage(format!("priority: must be 0..=65535 (RFC 2782), got {priority}")))?;
     let protocols = protocols(&response.ports)?;
 
-    // The texts are lent to the spec and taken back for the answer: nothing is copied.
+    // The texts move into the spec for its check, and back into the response: no text is copied.
     let ports = response.ports.iter_mut().zip(protocols).map(|(port, protocol)| PortSpec {
         number: port.port.into(),
         protocol,
@@ -318,7 +320,8 @@ fn register(
     Ok(Command::Register { service, instance: Arc::new(instance?) })
 }
 
-/// By the invariants alone: what an earlier version or another zone admitted can be removed.
+/// Checks the invariants only, not the policy: an instance that an earlier version or another zone
+/// admitted can be removed.
 fn unregister(response: &ResponseBuilder) -> Result<Command, InvalidMessage> {
     let service = invariants::parse_service(&response.namespace, &response.service_name)
         .map_err(|err| InvalidMessage::new(&err))?;
@@ -352,7 +355,7 @@ fn protocols(ports: &[NamedPort]) -> Result<Vec<Protocol>, InvalidMessage> {
     ports.iter().enumerate().map(known).collect()
 }
 
-/// A port as it goes out.
+/// A port as a message.
 pub(super) fn port_to_proto(number: i64, protocol: Protocol, name: &str) -> NamedPort {
     let protocol = match protocol {
         Protocol::Tcp => WireProtocol::Tcp,
@@ -360,7 +363,7 @@ pub(super) fn port_to_proto(number: i64, protocol: Protocol, name: &str) -> Name
         Protocol::Sctp => WireProtocol::Sctp,
     };
     NamedPort {
-        // What does not fit is no port either way, and the server says so.
+        // A number that does not fit is not a port either; the server refuses -1.
         port: i32::try_from(number).unwrap_or(-1),
         name: name.to_owned(),
         protocol: protocol.into(),
@@ -392,16 +395,16 @@ mod tests {
         }
     }
 
-    fn invalid(message: RegistrationMsg) -> String {
+    fn refusal(message: RegistrationMsg) -> String {
         let (response, command) = parse(message, &VALIDATOR, UnixMillis(1));
-        let response = response.invalid(command.expect_err("must be refused"));
+        let response = response.refused(command.expect_err("must be refused"));
         assert_eq!(response.status, 400);
         assert_eq!(response.generation, 0);
         response.status_details
     }
 
     #[test]
-    fn a_good_one_becomes_a_command_and_is_echoed_as_it_came() {
+    fn registration_becomes_a_command_and_is_echoed() {
         let (response, command) =
             parse(RegistrationMsg { ipaddress: "10.0.0.1".into(), ..good() }, &VALIDATOR, UnixMillis(7));
         let Ok(Command::Register { service, instance }) = command else { panic!("{command:?}") };
@@ -425,7 +428,7 @@ mod tests {
     #[test]
     fn each_refusal_names_its_field() {
         let health_check = HealthCheck::default();
-        for (bad, says) in [
+        for (bad, expected) in [
             (RegistrationMsg { namespace: "Prod".into(), ..good() }, "namespace: must consist of"),
             (RegistrationMsg { namespace: String::new(), ..good() }, "namespace: must not be empty"),
             (RegistrationMsg { service_name: "1web".into(), ..good() }, "service_name: must begin with a letter"),
@@ -475,13 +478,13 @@ mod tests {
             (RegistrationMsg { r#type: RegistrationType::Drain.into(), ..good() }, "type: DRAIN is not supported"),
             (RegistrationMsg { r#type: 9, ..good() }, "type: 9 is none"),
         ] {
-            let said = invalid(bad);
-            assert!(said.starts_with(says), "{said:?} should begin with {says:?}");
+            let details = refusal(bad);
+            assert!(details.starts_with(expected), "{details:?} should begin with {expected:?}");
         }
     }
 
     #[test]
-    fn long_texts_are_not_repeated_whole() {
+    fn long_texts_are_cut_in_the_response() {
         let long = "ä".repeat(30_000);
         for bad in [
             RegistrationMsg { namespace: long.clone(), ..good() },
@@ -492,23 +495,23 @@ mod tests {
             RegistrationMsg { node_name: long.clone(), ..good() },
             RegistrationMsg { ports: vec![port(1, &long)], ..good() },
         ] {
-            let said = invalid(bad);
-            assert!(said.len() <= MAX_DETAILS, "{} bytes: {said}", said.len());
+            let details = refusal(bad);
+            assert!(details.len() <= MAX_DETAILS, "{} bytes: {details}", details.len());
         }
         let (response, refused) = parse(RegistrationMsg { request_id: long, ..good() }, &VALIDATOR, UnixMillis(1));
-        let response = response.invalid(refused.expect_err("too long"));
+        let response = response.refused(refused.expect_err("too long"));
         assert!(response.request_id.len() <= MAX_REQUEST_ID && response.request_id.ends_with('…'));
     }
 
     #[test]
-    fn what_was_refused_is_echoed_whole() {
+    fn refused_message_is_echoed() {
         let (response, command) = parse(RegistrationMsg { weight: Some(-1.0), ..good() }, &VALIDATOR, UnixMillis(1));
-        let response = response.invalid(command.expect_err("the weight is below 0"));
+        let response = response.refused(command.expect_err("the weight is below 0"));
         assert_eq!((response.ipaddress.as_str(), response.ports), ("10.0.0.1", good().ports));
     }
 
     #[test]
-    fn a_removal_looks_at_identity_alone() {
+    fn removal_uses_only_the_fields_of_identity() {
         let message = RegistrationMsg {
             r#type: RegistrationType::Unregister.into(),
             host_name: "not a label".into(),
@@ -527,9 +530,9 @@ mod tests {
         assert_eq!(command, Ok(expected));
 
         let bad = RegistrationMsg { ports: vec![port(80, ""), port(65_536, "")], ..message.clone() };
-        assert_eq!(invalid(bad), "ports[1]: must be 1..=65535, got 65536");
+        assert_eq!(refusal(bad), "ports[1]: must be 1..=65535, got 65536");
         let bad = RegistrationMsg { ttl: Some(Duration::default()), ..message };
-        assert!(invalid(bad).starts_with("ttl: not supported yet"));
+        assert!(refusal(bad).starts_with("ttl: not supported yet"));
     }
 
     #[test]

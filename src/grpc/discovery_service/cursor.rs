@@ -1,37 +1,37 @@
-//! Where a watch can go on: 20 bytes that mean nothing to anyone else.
+//! A position in the change feed from which a watch resumes: 20 bytes, opaque to clients.
 
 /// Bytes of an encoded cursor.
 const ENCODED_BYTES: usize = 20;
 
-/// All changes of a generation, in [`Cursor::seen`].
+/// [`Cursor::seen`] of a cursor after all changes of its generation.
 const ALL: u32 = u32::MAX;
 
-/// A place in the feed of one run of the server. Generations of another run compare to nothing.
+/// A position in the feed of one run of the server. A cursor of another run is invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Cursor {
     epoch: u64,
     generation: u64,
-    /// So many changes of the generation were seen, counted before any filter.
+    /// Number of changes of the generation before the position, counted before any filter.
     seen: u32,
 }
 
 impl Cursor {
-    /// Behind everything of `generation`.
+    /// The position after all changes of `generation`.
     pub(super) fn after(epoch: u64, generation: u64) -> Self {
         Self { epoch, generation, seen: ALL }
     }
 
-    /// Behind the first `seen` of the `of` changes of `generation`.
+    /// The position after the first `seen` of the `of` changes of `generation`.
     pub(super) fn within(epoch: u64, generation: u64, seen: usize, of: usize) -> Self {
         let seen = if seen < of { u32::try_from(seen).unwrap_or(ALL) } else { ALL };
         Self { epoch, generation, seen }
     }
 
-    /// The generation up to which everything was seen, and how many changes of the next one.
+    /// The last generation that is wholly before the position, and the number of changes of the next one.
     pub(super) fn position(self) -> (u64, usize) {
         match self.seen {
             ALL => (self.generation, 0),
-            // decode() lets no generation 0 pass.
+            // Not below 0: `decode` refuses generation 0.
             seen => (self.generation.saturating_sub(1), seen as usize),
         }
     }
@@ -40,7 +40,7 @@ impl Cursor {
         [&self.epoch.to_be_bytes()[..], &self.generation.to_be_bytes(), &self.seen.to_be_bytes()].concat()
     }
 
-    /// Reads a cursor of the run `epoch`, which has come to `newest`. `None` for any other.
+    /// Reads a cursor of the run `epoch`, whose last generation is `newest`. `None` if it is invalid.
     pub(super) fn decode(bytes: &[u8], epoch: u64, newest: u64) -> Option<Self> {
         let bytes: &[u8; ENCODED_BYTES] = bytes.try_into().ok()?;
         let (run, rest) = bytes.split_first_chunk()?;
@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cursor_reads_back_in_its_run_and_in_no_other() {
+    fn cursor_is_valid_in_its_run_only() {
         let whole = Cursor::after(7, 100);
         let part = Cursor::within(7, 100, 3, 9);
         for cursor in [whole, part] {

@@ -1,6 +1,6 @@
-//! The readers' service: what is registered, and every change as it happens.
+//! The readers' service: lists and watches of the registered services.
 //!
-//! It reads immutable values and a ring of changes. Nothing here can delay the writer.
+//! The service reads immutable values and a ring of changes, so it cannot delay the writer.
 
 mod cursor;
 mod selection;
@@ -15,7 +15,7 @@ use tonic::{Request, Response, Status};
 use self::{
     cursor::Cursor,
     selection::{Filter, Messages},
-    watch::Watch,
+    watch::FeedWatch,
 };
 use super::{
     ServerContext,
@@ -45,7 +45,7 @@ impl DiscoveryService {
         Self { context, stop }
     }
 
-    /// Before the recovery is complete, "there is none" would be a lie.
+    /// Fails until the recovery is complete: before, a stored service would be reported as missing.
     fn ready(&self) -> Result<(), Status> {
         match self.context.registry.status().phase() {
             Phase::Recovering | Phase::Restoring => Err(Status::unavailable(Unavailable::NotReady.to_string())),
@@ -55,7 +55,7 @@ impl DiscoveryService {
 
     fn service(&self, namespace: &str, name: &str) -> Result<ServiceKey, Status> {
         self.context.validator.service(namespace, name).map_err(|InvalidInstance { field, reason }| {
-            // These requests call the name of a service otherwise than registrations do.
+            // The field is `name` in these requests, and `service_name` in registrations.
             let field = if field == Field::ServiceName { "name".into() } else { field.to_string() };
             Status::invalid_argument(format!("{field}: {reason}"))
         })
@@ -73,7 +73,7 @@ impl DiscoveryService {
     }
 }
 
-/// A list that cannot be sent now: the client may try again.
+/// The status of a list that cannot be sent now. The client may retry.
 fn list_error(err: ListError) -> Status {
     match err {
         ListError::Overloaded => Status::resource_exhausted(err.to_string()),
@@ -93,7 +93,7 @@ impl Discovery for DiscoveryService {
         let service =
             catalog.get(&key).ok_or_else(|| Status::not_found(format!("nothing is registered under {key}")))?;
         let generation = generation.max(service.generation);
-        // One message, however large: as much as a list.
+        // A large service is one message as large as a list, so it needs a list's permit.
         let permit = match service.instances.len() {
             ..=MAX_INSTANCES_PER_MESSAGE => None,
             _ => Some(Arc::new(self.context.registry.snapshots().permit().await.map_err(list_error)?)),
@@ -101,7 +101,7 @@ impl Discovery for DiscoveryService {
         let service = Some(convert::service_to_proto(&key, &service));
         let mut response = Response::new(GetServiceResponse { service, generation });
         if let Some(permit) = permit {
-            // The call keeps the permit until the client has the message.
+            // `TrackedRoutes` holds the permit until the client has read the message.
             response.extensions_mut().insert(permit);
         }
         Ok(response)
@@ -137,11 +137,11 @@ impl Discovery for DiscoveryService {
         let filter = self.filter(namespace, &service)?;
         let registry = &self.context.registry;
         let watch = if cursor.is_empty() {
-            Watch::from_snapshot(&self.context, filter, self.stop.clone()).await?
+            FeedWatch::from_snapshot(&self.context, filter, self.stop.clone()).await?
         } else {
             match Cursor::decode(&cursor, registry.feed().epoch(), registry.catalog().generation()) {
-                Some(cursor) => Watch::resume(&self.context, filter, cursor, self.stop.clone()),
-                None => Watch::ended(
+                Some(cursor) => FeedWatch::resume(&self.context, filter, cursor, self.stop.clone()),
+                None => FeedWatch::ended(
                     &self.context,
                     Reason::UnknownCursor,
                     "the cursor is not of this run of the server; watch again without one",

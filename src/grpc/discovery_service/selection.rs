@@ -1,4 +1,4 @@
-//! Which services a reader asked for, and the messages that carry them.
+//! The filter of a list or watch, and the messages of the services that match it.
 
 use std::ops::{Deref, Range};
 
@@ -11,7 +11,7 @@ use crate::{
     registry::Snapshot,
 };
 
-/// Which services a reader asked for.
+/// The services that a request selects.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Filter {
     All,
@@ -40,12 +40,12 @@ impl Filter {
     }
 }
 
-/// The services of a snapshot as messages, each made when it is asked for: what a slow client does not
-/// take yet costs no memory.
+/// The services of a snapshot as messages. Each message is encoded when the transport polls for it, so a
+/// slow client costs no memory.
 pub(super) struct Messages<S> {
     snapshot: S,
     remaining: Range<usize>,
-    /// The next instance of the first remaining service, and when that service was created.
+    /// The rank of the next instance of the first remaining service, and when that service was created.
     partly_sent: Option<(usize, Option<UnixMillis>)>,
 }
 
@@ -107,9 +107,9 @@ mod tests {
         Command::Register { service, instance: Arc::new(instance) }
     }
 
-    /// Every snapshot is the state as of its generation, whatever changes while it is taken.
+    /// A snapshot is the state as of its generation, also if services change during its build.
     #[tokio::test(flavor = "multi_thread")]
-    async fn snapshots_are_exact_while_everything_changes() {
+    async fn snapshot_is_exact_under_concurrent_changes() {
         let registry = Registry::working(1_000);
         let handle = registry.context.registry.clone();
         let mut feed = handle.feed().subscribe(handle.catalog().generation());
@@ -122,7 +122,7 @@ mod tests {
         let listing = async {
             let mut lists = Vec::new();
             for _ in 0..200 {
-                let list = handle.snapshots().list().await.expect("a turn");
+                let list = handle.snapshots().list().await.expect("a permit");
                 lists.push((list.generation(), by_service(list.services())));
                 let key = VALIDATOR.service("prod", "a").expect("valid");
                 let one = handle.snapshots().service(&key).await.expect("the feed holds enough");

@@ -1,7 +1,7 @@
-//! One watch: a snapshot if it begins without a cursor, then every change, until it must end.
+//! One watch: a snapshot if it starts without a cursor, then every change, until it ends.
 //!
-//! A watch reads from the feed when its client takes messages, and so never holds up anyone. When the
-//! feed has moved past a slow client, the client is told so and its watch ends.
+//! A watch reads the feed only as fast as its client reads messages, and delays no one else. When the feed
+//! no longer has the next change for a slow client, the watch ends with a restart message.
 
 use std::sync::Arc;
 
@@ -23,25 +23,25 @@ use crate::{
     registry::{Batch, Lagged, ListError, Subscription},
 };
 
-/// After this many changes that the filter dropped, the client gets a new cursor. Otherwise its cursor
-/// would grow so old that the feed no longer holds what follows it.
-const CURSOR_AGE: usize = 8_192;
+/// Filtered changes after which the client gets a new cursor. Otherwise its cursor could become older
+/// than the feed.
+const MAX_CURSOR_AGE: usize = 8_192;
 
-/// A watch.
-pub(super) struct Watch {
+/// A watch of the change feed.
+pub(super) struct FeedWatch {
     feed: Subscription,
     epoch: u64,
     filter: Filter,
     stop: CancellationToken,
-    /// What is left of the snapshot. It holds a turn among the lists until the last message.
+    /// The rest of the snapshot. It holds a list's permit until its last message.
     snapshot: Box<dyn Iterator<Item = v1::Service> + Send>,
-    /// The generation of the snapshot, until the client has all of it.
+    /// The generation of the snapshot, until all of it is sent.
     snapshot_generation: Option<u64>,
     /// The batch that is being sent, and the index of its next change.
     batch: Option<(Arc<Batch>, usize)>,
-    /// Changes of the first batch that the client has, when it resumes within a batch.
+    /// Changes of the first batch that the client already has, if the cursor is within a batch.
     seen: usize,
-    /// Changes that the filter dropped since the client last got a cursor.
+    /// Filtered changes since the client last got a cursor.
     dropped: usize,
     metrics: Arc<Metrics>,
     state: WatchState,
@@ -54,7 +54,7 @@ enum WatchState {
     Ended,
 }
 
-impl Watch {
+impl FeedWatch {
     fn new(context: &ServerContext, feed: Subscription, filter: Filter, stop: CancellationToken) -> Self {
         Self {
             feed,
@@ -71,10 +71,10 @@ impl Watch {
         }
     }
 
-    /// Starts with everything that is registered now.
+    /// Starts with a snapshot of the selected services.
     ///
     /// # Errors
-    /// When too many lists are being sent already.
+    /// When too many lists are being sent and wait already.
     pub(super) async fn from_snapshot(
         context: &ServerContext,
         filter: Filter,
@@ -84,7 +84,7 @@ impl Watch {
         type Source = Box<dyn Iterator<Item = v1::Service> + Send>;
         let taking = async {
             Ok::<(u64, Source), ListError>(match &filter {
-                // One service is not worth a copy of all of them.
+                // For one service, a copy of the whole catalog is not needed.
                 Filter::Service(key) => {
                     let snapshot = Box::new(snapshots.service(key).await?);
                     (snapshot.generation(), Box::new(Messages::new(snapshot, &filter)))
@@ -117,7 +117,7 @@ impl Watch {
         Self { seen, ..Self::new(context, feed, filter, stop) }
     }
 
-    /// Sends nothing but the restart message.
+    /// A watch that sends the restart message only.
     pub(super) fn ended(context: &ServerContext, reason: Reason, message: &'static str) -> Self {
         let registry = &context.registry;
         let feed = registry.feed().subscribe(registry.catalog().generation());
@@ -156,13 +156,13 @@ impl Watch {
         }
     }
 
-    /// The next message, if it needs no waiting.
+    /// The next message that can be sent without waiting for the feed.
     fn ready(&mut self) -> Option<WatchResponse> {
         if let Some(part) = self.snapshot.next() {
             return Some(WatchResponse { event: Some(Event::Snapshot(part)), cursor: Vec::new() });
         }
         if let Some(generation) = self.snapshot_generation.take() {
-            // Ends its turn: the next list may begin.
+            // Releases the list's permit.
             self.snapshot = Box::new(std::iter::empty());
             return Some(self.synced(generation));
         }
@@ -180,7 +180,7 @@ impl Watch {
         }
         let generation = batch.generation;
         self.batch = None;
-        (self.dropped >= CURSOR_AGE).then(|| self.synced(generation))
+        (self.dropped >= MAX_CURSOR_AGE).then(|| self.synced(generation))
     }
 
     fn synced(&mut self, generation: u64) -> WatchResponse {
@@ -189,7 +189,7 @@ impl Watch {
         WatchResponse { event: Some(Event::Synced(Synced { generation })), cursor }
     }
 
-    /// Waits for the next batch, or for the end.
+    /// Waits for the next batch, or for the stop.
     async fn wait(&mut self) {
         tokio::select! {
             biased;

@@ -1,8 +1,8 @@
-//! How long an answer waits for Kubernetes.
+//! How long a response waits for Kubernetes.
 //!
-//! DNS has a change before its answer goes out, always. Where there is a mirror the answer waits a
-//! moment longer, so that 201, 200 and 204 also mean that the EndpointSlice has it; when that takes
-//! too long the answer is 202 and the slice follows.
+//! DNS always has a change before its response is sent. With a mirror, the response also waits for the
+//! EndpointSlice: 201, 200 and 204 mean that the slice has the change. When that takes too long, the
+//! response is 202 and the slice follows.
 
 use std::{
     future::{Ready, ready},
@@ -18,18 +18,18 @@ use crate::{
     registry::{Command, Outcome, RegistryHandle},
 };
 
-/// Counted from the moment at which the message was read.
+/// How long a response may wait for its slice, from the time at which its message was read.
 const MIRROR_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What has to be waited for after a command is carried out.
+/// The slice that the response to a command waits for.
 #[derive(Debug)]
 pub(super) struct MirrorWait {
-    /// What, and until when at most; `None` without a mirror.
+    /// The service, the address of its slice, and the deadline; `None` without a mirror.
     wanted: Option<(ServiceKey, Option<IpAddr>, Instant)>,
 }
 
 impl MirrorWait {
-    /// What `command`, which was read just now, will have to wait for.
+    /// The wait for `command`; its timeout begins now.
     pub(super) fn of(command: &Command, registry: &RegistryHandle) -> Self {
         if !registry.mirror_progress().is_mirrored() {
             return Self { wanted: None };
@@ -46,16 +46,17 @@ impl MirrorWait {
         Self { wanted: Some((service.clone(), ip, Instant::now() + MIRROR_TIMEOUT)) }
     }
 
-    /// Whether Kubernetes has what `outcome` left in `generation`, as soon as it has, or when it
-    /// was waited for long enough. Ready at once where nothing is to be had.
+    /// Returns true when Kubernetes has the change of `generation`, and false after the timeout. Returns true
+    /// at once without a mirror, and for an outcome without a change to mirror.
     pub(super) fn wait(
         self,
         registry: &RegistryHandle,
         outcome: Outcome,
         generation: u64,
     ) -> Either<Ready<bool>, impl Future<Output = bool> + Send + use<>> {
-        let stands = matches!(outcome, Outcome::Created | Outcome::Updated | Outcome::Unchanged | Outcome::Removed(_));
-        match self.wanted.filter(|_| stands) {
+        let is_mirrored =
+            matches!(outcome, Outcome::Created | Outcome::Updated | Outcome::Unchanged | Outcome::Removed(_));
+        match self.wanted.filter(|_| is_mirrored) {
             None => Either::Left(ready(true)),
             Some((service, address, until)) => {
                 let confirmed = registry.mirror_progress().confirmed(&service, generation, address);

@@ -38,13 +38,13 @@ impl RegistryService {
         Self { context, stop }
     }
 
-    /// Carries out one message. A call that is dropped meanwhile tears nothing: once handed in,
-    /// the registry carries it out.
+    /// Carries out one message. If the call is cancelled meanwhile, the registry still carries out a
+    /// submitted command as a whole.
     async fn carry_out(&self, message: RegistrationMsg) -> RegistrationResult {
         let (response, command) = convert::parse(message, &self.context.validator, UnixMillis::now());
         let mut unavailable = None;
         let response = match command {
-            Err(invalid) => response.invalid(invalid),
+            Err(invalid) => response.refused(invalid),
             Ok(command) => match self.submit_one(command).await {
                 Ok((outcome, generation, mirrored)) => response.completed(outcome, generation, mirrored),
                 Err(err) => {
@@ -57,12 +57,12 @@ impl RegistryService {
         convert::result(response)
     }
 
-    /// What became of it, in which generation, and whether Kubernetes has it.
+    /// Returns the outcome, its generation, and whether Kubernetes has the change.
     async fn submit_one(&self, command: Command) -> Result<(Outcome, u64, bool), Unavailable> {
         let registry = &self.context.registry;
         let mirror_wait = MirrorWait::of(&command, registry);
         let Ack { generation, outcomes } = registry.submit(vec![command]).await?.await?;
-        // One outcome per command; a missing one cannot be called done.
+        // One outcome per command; without one the command must not be reported as done.
         let outcome = outcomes.first().copied().ok_or(Unavailable::ShuttingDown)?;
         let mirrored = mirror_wait.wait(registry, outcome, generation).await;
         Ok((outcome, generation, mirrored))
@@ -94,7 +94,7 @@ impl ServiceRegistry for RegistryService {
     }
 }
 
-/// Counts an answer; `unavailable` is why the registry did not take the message, if so.
+/// Counts a response; `unavailable` is the reason if the registry did not accept the message.
 fn count(metrics: &Metrics, response: &RegistrationResponse, unavailable: Option<Unavailable>) {
     let status = RegistrationStatus::from_code(response.status);
     let refused = match unavailable {

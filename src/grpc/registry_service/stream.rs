@@ -1,16 +1,16 @@
 //! One registration stream: messages in, exactly one response each, in order.
 //!
-//! There is no task behind a stream. The transport polls for the next response, and only when the
-//! client takes responses; every poll first reads and submits the messages that have arrived, then
-//! returns the next response. So a client that does not read its responses is not read either, and
-//! the memory of a stream is bounded: [`MAX_IN_FLIGHT`] batches and [`MAX_STREAM_BYTES`] of messages, and less while the
-//! memory of its connection is spent: then a stream reads one message at a time.
+//! A stream has no task of its own. The transport polls for the next response, and only while the client
+//! reads responses. Each poll first reads and submits the messages that have arrived, then returns the
+//! next response. So the server does not read from a client that does not read its responses, and the
+//! memory of a stream is bounded: [`MAX_IN_FLIGHT`] batches and [`MAX_STREAM_BYTES`] of messages. While
+//! the memory of the connection is spent, a stream reads one message at a time.
 //!
-//! Order holds by construction: batches are a queue, a batch's messages are a list, invalid
-//! messages keep their place in the list, and no batch is submitted before the one ahead of it is.
+//! Responses keep the order of the messages, because batches are a queue, the messages of a batch are a
+//! list, invalid messages keep their place in that list, and batches are submitted in order.
 //!
-//! When a client goes away its stream is dropped: the writer carries out what was submitted, and a
-//! batch that still waits for the writer's queue is discarded whole.
+//! When a client disconnects, its stream is dropped: the writer carries out submitted batches, and a batch
+//! that still waits for the writer's queue is discarded as a whole.
 
 use std::{
     collections::VecDeque,
@@ -38,19 +38,18 @@ use crate::{
     registry::{Ack, Command, MAX_COMMANDS, Outcome, Unavailable},
 };
 
-/// Batches of one stream that may be with the registry, or wait for Kubernetes, while more is
-/// read.
+/// Unanswered batches of one stream; with more, the stream is not read.
 const MAX_IN_FLIGHT: usize = 4;
 
-/// Bytes of memory that the unanswered messages of one stream may take. The check comes before a
-/// message is read, so one more message (64 KiB on the wire at most) may exceed it.
+/// Bytes of memory of the unanswered messages of one stream. The check comes before a message is read, so
+/// one more message (at most 64 KiB on the wire) may exceed the limit.
 const MAX_STREAM_BYTES: usize = 1024 * 1024;
 
-type Acknowledgement = Pin<Box<dyn Future<Output = Result<Ack, Unavailable>> + Send>>;
-type Submission = Pin<Box<dyn Future<Output = Result<Acknowledgement, Unavailable>> + Send>>;
+type AckFuture = Pin<Box<dyn Future<Output = Result<Ack, Unavailable>> + Send>>;
+type SubmitFuture = Pin<Box<dyn Future<Output = Result<AckFuture, Unavailable>> + Send>>;
 
-/// A message that was read: its response so far, and either what the response waits for after the
-/// registry has answered, or why the message never went to the registry.
+/// The response to a message that was read, with its wait for Kubernetes, or with the reason why the
+/// message was not submitted.
 type PendingResponse = (ResponseBuilder, Result<MirrorWait, InvalidMessage>);
 
 /// Messages that were read together and are one submission to the registry.
@@ -62,9 +61,9 @@ struct InFlightBatch {
 
 enum Stage {
     /// Waits for room in the registry's queue.
-    Submitting(Submission),
-    /// In the registry's queue, or with the writer.
-    Submitted(Acknowledgement),
+    Submitting(SubmitFuture),
+    /// In the registry's queue, or being carried out.
+    Submitted(AckFuture),
     /// The registry has answered.
     Completed(Result<Ack, Unavailable>),
 }
@@ -93,7 +92,7 @@ impl CompletedBatch {
     fn next_outcome(&mut self) -> Result<Outcome, Unavailable> {
         match self.unavailable {
             Some(err) => Err(err),
-            // One outcome per command; a command without one must not be called done.
+            // One outcome per command; without one the command must not be reported as done.
             None => self.outcomes.next().ok_or(Unavailable::ShuttingDown),
         }
     }
@@ -117,7 +116,7 @@ pub(in crate::grpc) struct RegistrationStream<S> {
     inbound_state: InboundState,
     in_flight: VecDeque<InFlightBatch>,
     completed: CompletedBatch,
-    /// Of all batches, the completed one included. Charged to `memory`.
+    /// Bytes of all batches, including the completed one. Charged to `memory`.
     bytes: usize,
     memory: Arc<ConnectionMemory>,
 }
@@ -159,8 +158,8 @@ where
         }
     }
 
-    /// Whether another message may be read, with `bytes` more of this stream than are counted yet. A
-    /// stream that holds nothing may always read one: it would wait for ever otherwise.
+    /// Whether another message may be read; `bytes` are those of the current batch. A stream without
+    /// unanswered messages may always read one: no response of it could release memory and wake it.
     fn may_read(&self, bytes: usize) -> bool {
         match self.bytes + bytes {
             0 => true,
@@ -176,7 +175,7 @@ where
                 match submission.as_mut().poll(cx) {
                     Poll::Ready(Ok(acknowledgement)) => batch.stage = Stage::Submitted(acknowledgement),
                     Poll::Ready(Err(err)) => batch.stage = Stage::Completed(Err(err)),
-                    // Nothing behind it was read yet: only the newest batch ever waits here.
+                    // Only the newest batch can be pending: no further batch is read before it is submitted.
                     Poll::Pending => return false,
                 }
             }
@@ -187,7 +186,7 @@ where
     /// Reads the messages that have arrived as one batch. Returns whether anything was read, the
     /// end of the stream included.
     fn read_batch(&mut self, cx: &mut Context<'_>) -> bool {
-        // The stop counts between batches only: every message that was read is answered.
+        // The stop takes effect between batches only, so that every message that was read is answered.
         if self.stop.as_mut().poll(cx).is_ready() {
             self.inbound_state = InboundState::Failed(Status::unavailable("shutting down"));
             return true;
@@ -241,7 +240,7 @@ where
         let registry = self.context.registry.clone();
         Stage::Submitting(Box::pin(async move {
             let acknowledgement = registry.submit(commands).await?;
-            Ok(Box::pin(acknowledgement) as Acknowledgement)
+            Ok(Box::pin(acknowledgement) as AckFuture)
         }))
     }
 
@@ -257,7 +256,7 @@ where
                     return Poll::Ready(None);
                 };
                 let mirror_wait = match pending {
-                    Err(invalid) => return self.counted(response.invalid(invalid), None),
+                    Err(invalid) => return self.counted(response.refused(invalid), None),
                     Ok(mirror_wait) => mirror_wait,
                 };
                 let outcome = match self.completed.next_outcome() {

@@ -1,4 +1,4 @@
-//! Every limit refuses in its own words, counts it, and lets everyone else go on.
+//! Each limit returns its own error, is counted, and does not affect other clients.
 
 use futures::stream;
 use tokio::{
@@ -12,7 +12,7 @@ use super::*;
 use crate::grpc::proto::registry::{ServiceInfo, service_registry_client::ServiceRegistryClient};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_oversized_message_ends_the_stream_behind_the_answers_before_it() {
+async fn oversized_message_ends_the_stream_after_earlier_answers() {
     let server = TestServer::start().await;
     let mut client = ServiceRegistryClient::new(server.channel().await);
     let large = RegistrationMsg { host_name: "x".repeat(MAX_MESSAGE_BYTES), ..message(1) };
@@ -28,8 +28,8 @@ async fn an_oversized_message_ends_the_stream_behind_the_answers_before_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn more_calls_than_the_cap_are_turned_away_until_one_ends() {
-    let server = TestServer::serving(Registry::working(10), Limits { calls: 2, ..LIMITS }).await;
+async fn call_beyond_the_limit_is_refused_until_another_ends() {
+    let server = TestServer::serving(Registry::working(10), ServerLimits { calls: 2, ..LIMITS }).await;
     let mut client = ServiceRegistryClient::new(server.channel().await);
     let mut open = Vec::new();
     for n in 0..2 {
@@ -57,8 +57,8 @@ async fn more_calls_than_the_cap_are_turned_away_until_one_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_says_nothing_or_something_else_is_let_go() {
-    let limits = Limits { handshake: Duration::from_millis(50), ..LIMITS };
+async fn silent_connection_is_closed_at_the_handshake_timeout() {
+    let limits = ServerLimits { handshake: Duration::from_millis(50), ..LIMITS };
     let server = TestServer::serving(Registry::working(10), limits).await;
     let mut silent = TcpStream::connect(server.address).await.expect("it listens");
     let mut rest = Vec::new();
@@ -66,7 +66,7 @@ async fn who_says_nothing_or_something_else_is_let_go() {
     assert!(closed.is_ok() || closed.is_err_and(|err| err.kind() == io::ErrorKind::ConnectionReset));
     server.metric("gangplank_connections{listener=\"grpc\"} 0").await;
 
-    // Whoever said the preface in time may take its time from there on.
+    // A connection whose preface came in time has no handshake timeout any more.
     let mut client = server.client().await;
     server.metric("gangplank_connections{listener=\"grpc\"} 1").await;
     let key = VALIDATOR.service("prod", "web").expect("valid");
@@ -74,8 +74,8 @@ async fn who_says_nothing_or_something_else_is_let_go() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_stop_ends_streams_and_waits_for_nobody_for_long() {
-    let limits = Limits { grace: Duration::from_millis(200), ..LIMITS };
+async fn stop_ends_streams_and_closes_stuck_connections_after_the_grace_period() {
+    let limits = ServerLimits { grace: Duration::from_millis(200), ..LIMITS };
     let mut server = TestServer::serving(Registry::working(1_000_000), limits).await;
     let mut client = ServiceRegistryClient::new(server.channel().await);
     let (send, messages) = tokio::sync::mpsc::channel(1);
@@ -84,10 +84,10 @@ async fn the_stop_ends_streams_and_waits_for_nobody_for_long() {
     let mut answers = opened.expect("served").into_inner();
     assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
 
-    // One more client sends without end and reads nothing.
-    let mut deaf = ServiceRegistryClient::new(server.channel().await);
+    // Another client sends without end and reads nothing.
+    let mut stuck = ServiceRegistryClient::new(server.channel().await);
     let endless = stream::iter((0..).map(|_| message(0)));
-    let _answers = deaf.registration_event(endless).await.expect("served");
+    let _answers = stuck.registration_event(endless).await.expect("served");
 
     server.ended().await;
     let end = soon("the end", answers.message()).await.expect_err("it stops");
@@ -97,7 +97,7 @@ async fn the_stop_ends_streams_and_waits_for_nobody_for_long() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unknown_method_is_one_label() {
+async fn unknown_methods_share_one_label() {
     let server = TestServer::start().await;
     let mut channel = tonic::client::Grpc::new(server.channel().await);
     channel.ready().await.expect("connected");
@@ -119,7 +119,7 @@ async fn closed(mut stream: TcpStream) {
     assert!(closed.is_ok() || closed.is_err_and(|err| err.kind() == io::ErrorKind::ConnectionReset));
 }
 
-/// A connection that says the preface and nothing else.
+/// A connection that sends the preface only.
 async fn idle_peer(server: &TestServer) -> TcpStream {
     let mut stream = TcpStream::connect(server.address).await.expect("it listens");
     // RFC 9113 §3.4: the preface and an empty SETTINGS frame.
@@ -128,7 +128,7 @@ async fn idle_peer(server: &TestServer) -> TcpStream {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn idle_connections_are_closed_for_new_ones_and_those_in_use_stay() {
+async fn idle_connection_is_evicted_for_a_new_one() {
     let limits = ConnectionLimits { connections: 3, ..CONNECTIONS };
     let server = TestServer::with_connections(Registry::working(10), LIMITS, limits).await;
     let mut client = ServiceRegistryClient::new(server.channel().await);
@@ -141,7 +141,7 @@ async fn idle_connections_are_closed_for_new_ones_and_those_in_use_stay() {
     server.metric("gangplank_connections{listener=\"grpc\"} 2").await;
     let _second = idle_peer(&server).await;
     server.metric("gangplank_connections{listener=\"grpc\"} 3").await;
-    // The stream's connection is the oldest, and in use: the first idle one has to go.
+    // The stream's connection is the oldest but in use, so the first idle one is closed.
     let _third = idle_peer(&server).await;
     closed(first).await;
     server.metric("gangplank_connections_closed_total{listener=\"grpc\",reason=\"evicted\"} 1").await;
@@ -173,7 +173,7 @@ async fn connection_without_a_call_is_closed_when_idle() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn old_connection_is_replaced_and_its_stream_goes_on() {
+async fn old_connection_takes_no_new_calls_and_its_stream_continues() {
     let limits = ConnectionLimits { max_age: Duration::from_millis(50), ..CONNECTIONS };
     let server = TestServer::with_connections(Registry::working(10), LIMITS, limits).await;
     let mut client = ServiceRegistryClient::new(server.channel().await);
@@ -184,7 +184,7 @@ async fn old_connection_is_replaced_and_its_stream_goes_on() {
     server.metric("gangplank_connections_closed_total{listener=\"grpc\",reason=\"max_age\"} 1").await;
     send.send(message(1)).await.expect("it is read");
     assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
-    // A call that meets the end of the old connection fails in tonic's client; the next one opens another.
+    // A call during the end of the old connection fails in tonic's client; the next one opens a new connection.
     let mut answered = client.register(ServiceInfo::default()).await;
     for _ in 0..10 {
         if answered.is_ok() {

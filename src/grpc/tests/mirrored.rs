@@ -1,4 +1,4 @@
-//! With a mirror an answer says whether Kubernetes has it, and waits for that a second at most.
+//! With a mirror, a response waits at most a second for Kubernetes, and its status tells the result.
 
 use futures::stream;
 
@@ -6,7 +6,7 @@ use super::*;
 use crate::grpc::proto::registry::service_registry_client::ServiceRegistryClient;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_comes_when_the_slice_has_it() {
+async fn answer_waits_for_the_slice() {
     let server = TestServer::serving(Registry::mirrored().await, LIMITS).await;
     let mirror = server.registry.context.registry.clone();
     let mut client = ServiceRegistryClient::new(server.channel().await);
@@ -16,7 +16,7 @@ async fn an_answer_comes_when_the_slice_has_it() {
 
     for (sent, status) in [(message(1), 201), (removal(1), 204)] {
         sender.send(sent).await.expect("the stream is open");
-        let changed = soon("the mirror's news", mirror.mirror_progress().take_dirty()).await;
+        let changed = soon("a dirty service", mirror.mirror_progress().take_dirty()).await;
         let generation = mirror.catalog().generation();
         mirror.mirrored(changed.into_iter().map(|service| (service, generation)).collect()).await.expect("it is there");
         let answer = soon("an answer", answers.message()).await.expect("a good stream").expect("one per message");
@@ -25,10 +25,10 @@ async fn an_answer_comes_when_the_slice_has_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_kubernetes_is_away_a_stream_stays_pipelined_and_gets_202() {
+async fn stream_stays_pipelined_and_gets_202_without_the_api_server() {
     let server = TestServer::serving(Registry::mirrored().await, LIMITS).await;
     let mut client = ServiceRegistryClient::new(server.channel().await);
-    // More than can be in flight one by one within the second that each may wait.
+    // One by one, each message would wait for a second.
     let messages = stream::iter((0..3000).map(message));
     let mut answers = client.registration_event(messages).await.expect("served").into_inner();
     for n in 0..3000 {
@@ -36,7 +36,7 @@ async fn while_kubernetes_is_away_a_stream_stays_pipelined_and_gets_202() {
         assert_eq!((answer.status, &*answer.request_id), (202, &*n.to_string()));
         assert!(answer.generation > 0 && answer.status_details.contains("not in Kubernetes yet"), "{answer:?}");
     }
-    // The very same again is not in Kubernetes either.
+    // An unchanged registration of the same instance is not in Kubernetes either.
     let again = stream::iter([message(7)]);
     let mut answers = client.registration_event(again).await.expect("served").into_inner();
     let answer = soon("an answer", answers.message()).await.expect("a good stream").expect("one per message");

@@ -1,4 +1,4 @@
-//! The services as clients meet them: a real server on loopback, a real registry behind it.
+//! The services over the network: a real server on loopback with a real registry.
 
 mod limits;
 mod mirrored;
@@ -26,10 +26,10 @@ use crate::{
 
 pub(super) const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
-/// Longest that a test waits for anything.
+/// How long a test waits for one event.
 const TEST_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Limits that nothing here reaches by itself.
+/// Limits that no test reaches unless it lowers them.
 const CONNECTIONS: ConnectionLimits =
     ConnectionLimits { connections: 1000, idle: Duration::from_secs(600), max_age: Duration::from_secs(3600) };
 
@@ -37,7 +37,7 @@ async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(TEST_TIMEOUT, future).await.unwrap_or_else(|_| panic!("{what}: not within {TEST_TIMEOUT:?}"))
 }
 
-/// A registry with a store of its own, which may not be recovered or written yet.
+/// A registry with a store of its own; a test starts its recovery and its writer.
 pub(super) struct Registry {
     pub(super) context: ServerContext,
     unrecovered: Option<Unrecovered>,
@@ -63,7 +63,7 @@ impl Registry {
         }
     }
 
-    /// From now on submissions are taken; they wait until [`Registry::write`].
+    /// From now on submissions are queued; they wait for [`Registry::write`].
     fn recover(&mut self) {
         let unrecovered = self.unrecovered.take().expect("recovered once");
         let config = ZoneConfig {
@@ -74,7 +74,7 @@ impl Registry {
             publish_not_ready: false,
         };
         let (_, publisher) = Zone::new(config);
-        let data_dir = DataDir::lock(self.dir.path()).expect("nobody else has it");
+        let data_dir = DataDir::lock(self.dir.path()).expect("no other process has it");
         let writer = unrecovered.recover(data_dir, &Options::default(), publisher, &mut |_| {});
         self.writer = Some(writer.expect("an empty store"));
     }
@@ -89,7 +89,7 @@ impl Registry {
         });
     }
 
-    /// One with a mirror, which is the test itself, and a Kubernetes that holds nothing.
+    /// A registry with an empty Kubernetes, whose mirror is the test itself.
     pub(super) async fn mirrored() -> Self {
         let rules = registry::NamespacePolicy { create_namespaces: true };
         let mut registry = Self::with(registry::Options { max_instances: 1_000_000, kubernetes: Some(rules) });
@@ -127,11 +127,11 @@ impl TestServer {
         Self::serving(Registry::working(1_000_000), LIMITS).await
     }
 
-    async fn serving(registry: Registry, limits: Limits) -> Self {
+    async fn serving(registry: Registry, limits: ServerLimits) -> Self {
         Self::with_connections(registry, limits, CONNECTIONS).await
     }
 
-    async fn with_connections(registry: Registry, limits: Limits, connections: ConnectionLimits) -> Self {
+    async fn with_connections(registry: Registry, limits: ServerLimits, connections: ConnectionLimits) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
         let address = listener.local_addr().expect("bound");
         let stop = CancellationToken::new();
@@ -152,7 +152,7 @@ impl TestServer {
         Endpoint::from_shared(self.url()).expect("a URL").connect().await.expect("it listens")
     }
 
-    /// Stops it and waits until it has.
+    /// Stops the server and waits for its end.
     async fn ended(&mut self) {
         self.stop.cancel();
         let ended = soon("the server ends", self.running.join_next()).await;

@@ -1,4 +1,4 @@
-//! The registration stream: one answer per message, in order, whatever happens to either end.
+//! The registration stream: one answer per message, in order, also when either side stops.
 
 use std::{
     ops::Range,
@@ -36,7 +36,7 @@ pub(super) async fn register_all(server: &TestServer, which: Range<u32>) {
 async fn ten_thousand_pipelined_messages_get_one_answer_each_in_order() {
     let server = TestServer::start().await;
     let mut client = ServiceRegistryClient::new(server.channel().await);
-    // Every kind of message in turn, so that refused ones stand between others in every batch.
+    // Every kind of message in turn, so that every batch has refused messages between others.
     let messages = (0..10_000).map(|n| match n % 5 {
         0 | 1 => message(n),
         2 => RegistrationMsg { weight: Some(-1.0), ..message(n) },
@@ -68,7 +68,7 @@ async fn ten_thousand_pipelined_messages_get_one_answer_each_in_order() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_comes_before_the_next_message_is_sent() {
+async fn message_is_answered_without_waiting_for_the_next() {
     let server = TestServer::start().await;
     let mut client = ServiceRegistryClient::new(server.channel().await);
     let (send, messages) = tokio::sync::mpsc::channel(1);
@@ -82,7 +82,7 @@ async fn an_answer_comes_before_the_next_message_is_sent() {
     }
 }
 
-/// A stream of these messages and what comes `then`, without a network.
+/// A stream of `messages`, then of `then`, without a network.
 fn registration_stream<M, T>(
     registry: &Registry,
     messages: M,
@@ -104,10 +104,10 @@ where
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_goes_away_tears_nothing() {
+async fn submitted_batch_is_carried_out_after_a_disconnect() {
     let mut registry = Registry::new(1_000_000);
     registry.recover();
-    // The writer does not write yet: the client is gone before anything is carried out.
+    // The writer does not run yet: the client disconnects before a command is carried out.
     let mut gone =
         registration_stream(&registry, (0..1_500).map(message), stream::pending(), &CancellationToken::new());
     assert!(poll!(gone.next()).is_pending());
@@ -117,11 +117,11 @@ async fn a_client_that_goes_away_tears_nothing() {
     let mut later = registration_stream(&registry, [message(9_999)], stream::empty(), &CancellationToken::new());
     let answer = soon("an answer", later.next()).await.expect("one per message").expect("answered");
     assert_eq!(answer.status, 201);
-    assert_eq!(context.registry.catalog().instances(), 1_501, "all that was handed in is there");
+    assert_eq!(context.registry.catalog().instances(), 1_501, "all submitted commands were carried out");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_the_stop_what_was_read_is_answered_and_the_stream_ends_unavailable() {
+async fn stop_answers_read_messages_and_ends_the_stream_as_unavailable() {
     let mut registry = Registry::new(1_000_000);
     registry.recover();
     let stop = CancellationToken::new();
@@ -140,12 +140,12 @@ async fn at_the_stop_what_was_read_is_answered_and_the_stream_ends_unavailable()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_holds_a_bounded_number_of_unanswered_messages() {
+async fn unanswered_messages_of_a_stream_are_bounded() {
     let mut registry = Registry::new(1_000_000);
     registry.recover();
     let read = AtomicUsize::new(0);
-    // Nobody writes, so that nothing is ever answered: small messages are bounded by their
-    // number, large ones by their bytes.
+    // The writer does not run, so no message is answered. Small messages are bounded by their number, large
+    // ones by their bytes.
     for (texts, most) in [(0, 4 * MAX_COMMANDS), (30_000, 35)] {
         read.store(0, Ordering::Relaxed);
         let endless = stream::iter(0..).map(|n| {
@@ -154,7 +154,7 @@ async fn a_stream_holds_a_bounded_number_of_unanswered_messages() {
         });
         let stop = CancellationToken::new();
         let mut open = pin!(registration_stream(&registry, [], endless, &stop));
-        // Refused ones are answered at once; then nobody takes the answers.
+        // Refused messages are answered at once; the test reads only the first answer.
         let first = poll!(open.next());
         assert_eq!(matches!(first, Poll::Ready(Some(Ok(_)))), texts > 0);
         assert!(read.load(Ordering::Relaxed) <= most, "{} read", read.load(Ordering::Relaxed));
@@ -162,7 +162,7 @@ async fn a_stream_holds_a_bounded_number_of_unanswered_messages() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_does_not_read_its_answers_is_not_read_either() {
+async fn client_that_does_not_read_answers_is_not_read() {
     const ALL: u32 = 200_000;
     let server = TestServer::start().await;
     let endpoint = Endpoint::from_shared(server.url()).expect("a URL");
@@ -170,14 +170,14 @@ async fn a_client_that_does_not_read_its_answers_is_not_read_either() {
     let mut client = ServiceRegistryClient::new(endpoint.connect().await.expect("it listens"));
     let sent = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&sent);
-    // All of them are refused or change nothing after the first: this is about the transport.
+    // All messages but the first change nothing, so the transport is the limit.
     let messages = stream::iter(0..ALL).map(move |n| {
         counted.fetch_add(1, Ordering::Relaxed);
         RegistrationMsg { request_id: n.to_string(), ..message(0) }
     });
     let mut answers = client.registration_event(messages).await.expect("served").into_inner();
     // The sender stops when all windows are full.
-    let before = stands_still(&sent).await;
+    let before = until_blocked(&sent).await;
     assert!(before < 30_000, "{before} messages were taken although no answer was read");
     for n in 0..ALL {
         let answer = soon("an answer", answers.message()).await.expect("a good stream").expect("one per message");
@@ -187,7 +187,7 @@ async fn a_client_that_does_not_read_its_answers_is_not_read_either() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registry_that_stands_still_does_not_cost_its_clients_their_connection() {
+async fn blocked_registry_does_not_close_connections() {
     const STREAMS: u32 = 16;
     const EACH: u32 = 5_000;
     let mut registry = Registry::new(1_000_000);
@@ -199,7 +199,7 @@ async fn a_registry_that_stands_still_does_not_cost_its_clients_their_connection
     for which in 0..STREAMS {
         let (channel, sent) = (channel.clone(), Arc::clone(&sent));
         clients.spawn(async move {
-            // Between messages the sender has nothing, so that each is a DATA frame of its own.
+            // Each message is yielded alone, so that it is a DATA frame of its own.
             let messages = stream::unfold(0, move |n| {
                 let sent = Arc::clone(&sent);
                 async move {
@@ -216,14 +216,14 @@ async fn a_registry_that_stands_still_does_not_cost_its_clients_their_connection
             }
         });
     }
-    stands_still(&sent).await;
+    until_blocked(&sent).await;
     server.registry.write();
     let ended = soon("all are answered", clients.join_all()).await;
     assert_eq!(ended.len(), STREAMS as usize);
 }
 
-/// Waits until nothing more is sent; returns how much was.
-async fn stands_still(sent: &AtomicUsize) -> usize {
+/// Waits until the senders are blocked; returns the number of messages that were sent.
+async fn until_blocked(sent: &AtomicUsize) -> usize {
     let mut before = usize::MAX;
     while before != sent.load(Ordering::Relaxed) {
         before = sent.load(Ordering::Relaxed);

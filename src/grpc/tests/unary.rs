@@ -1,4 +1,4 @@
-//! Single calls: every status, health, reflection, and what the client makes of failures.
+//! Unary calls: every status, health, reflection, and the client's errors.
 
 use tonic::Code;
 use tonic_health::pb::{HealthCheckRequest, health_check_response, health_client::HealthClient};
@@ -22,7 +22,7 @@ fn spec(address: &str) -> InstanceSpec {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_status_by_single_calls() {
+async fn each_outcome_has_its_status() {
     let server = TestServer::serving(Registry::working(2), LIMITS).await;
     let mut client = server.client().await;
     let web = spec("10.0.0.1");
@@ -72,7 +72,7 @@ async fn every_status_by_single_calls() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn before_the_recovery_nothing_is_taken_and_nothing_denied() {
+async fn calls_are_unavailable_before_the_recovery() {
     let server = TestServer::serving(Registry::new(10), LIMITS).await;
     let mut client = server.client().await;
     let answer = client.register("prod", "web", &spec("10.0.0.1")).await.expect("answered");
@@ -91,7 +91,7 @@ async fn before_the_recovery_nothing_is_taken_and_nothing_denied() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_thousand_instances_are_read_back_as_they_were_written() {
+async fn registered_instances_are_read_back_unchanged() {
     let server = TestServer::start().await;
     let mut client = server.client().await;
     let key = VALIDATOR.service("prod", "web").expect("valid");
@@ -110,10 +110,10 @@ async fn ten_thousand_instances_are_read_back_as_they_were_written() {
 
     let catalog = server.registry.context.registry.catalog();
     let read = client.service(&key).await.expect("answered").expect("it is there");
-    let awaiting = catalog.get(&key).expect("it is there");
+    let registered = catalog.get(&key).expect("it is there");
     assert_eq!(read.instances.len(), 10_000);
-    assert!(read.instances.iter().cloned().eq(awaiting.instances.iter().map(unstamped)));
-    assert_eq!(read.generation, awaiting.generation);
+    assert!(read.instances.iter().cloned().eq(registered.instances.iter().map(unstamped)));
+    assert_eq!(read.generation, registered.generation);
 
     let all = client.services(None).await.expect("answered");
     let names: Vec<_> = all.iter().map(|(key, service)| (key.to_string(), service.instances.len())).collect();
@@ -130,11 +130,11 @@ async fn ten_thousand_instances_are_read_back_as_they_were_written() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_client_says_when_nobody_listens_and_what_is_no_url() {
+async fn client_tells_an_unreachable_server_from_an_invalid_url() {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
     let url = format!("http://{}", listener.local_addr().expect("bound"));
     drop(listener);
-    let err = Client::connect(&url).await.expect_err("nobody listens");
+    let err = Client::connect(&url).await.expect_err("no server listens");
     assert!(matches!(err, ClientError::Unreachable { .. }), "{err}");
     assert_eq!(err.to_string(), format!("no gangplank server at {url}"));
     for url in ["", "127.0.0.1:9080", "ftp://host", "https://127.0.0.1:9080", "http://", "not a url"] {
@@ -142,7 +142,7 @@ async fn the_client_says_when_nobody_listens_and_what_is_no_url() {
         assert!(matches!(err, ClientError::Url { .. }), "{url:?}: {err}");
     }
 
-    // Somebody listens who speaks something else, and hangs up.
+    // A listener that closes each connection at once.
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
     let url = format!("http://{}", listener.local_addr().expect("bound"));
     let mut hanging_up = JoinSet::new();
@@ -185,7 +185,7 @@ async fn health_follows_the_phase_of_the_registry() {
     server.registry.context.registry.status().drain();
     assert_eq!(next().await.expect("a status").status, NotServing as i32);
     server.stop.cancel();
-    assert!(next().await.is_none(), "who watches health does not hold up the stop");
+    assert!(next().await.is_none(), "an open health watch does not delay the stop");
     server.ended().await;
 }
 

@@ -1,17 +1,17 @@
-//! Watches: their events, applied to a map, make it equal to the catalog.
+//! Watches: a map that applies their events equals the catalog.
 
 use std::collections::BTreeMap;
 
 use super::*;
 use crate::{
-    grpc::client::{ChangeKind, Watch, WatchEvent},
+    grpc::client::{ChangeKind, WatchEvent, WatchEvents},
     model::{Instance, InstanceId, InstanceSpec, ServiceKey, UnixMillis, testing::unstamped},
     registry::{Command, Outcome},
 };
 
 type InstanceMap = BTreeMap<(ServiceKey, InstanceId), Arc<Instance>>;
 
-/// Applies an event; whatever is no news is an error of the watch.
+/// Applies an event; fails if it does not change the map.
 fn apply(instances: &mut InstanceMap, event: WatchEvent) -> Option<(u64, Vec<u8>)> {
     match event {
         WatchEvent::Snapshot(key, service) => {
@@ -38,8 +38,8 @@ fn apply(instances: &mut InstanceMap, event: WatchEvent) -> Option<(u64, Vec<u8>
     }
 }
 
-/// Reads until everything up to `generation` was said; returns the last cursor.
-async fn follow(watch: &mut Watch, instances: &mut InstanceMap, generation: u64) -> Vec<u8> {
+/// Reads events up to `generation`; returns the last cursor.
+async fn follow(watch: &mut WatchEvents, instances: &mut InstanceMap, generation: u64) -> Vec<u8> {
     loop {
         let event = soon("an event", watch.next()).await.expect("a good stream").expect("no end");
         if let Some((seen, cursor)) = apply(instances, event)
@@ -50,7 +50,7 @@ async fn follow(watch: &mut Watch, instances: &mut InstanceMap, generation: u64)
     }
 }
 
-async fn restart(watch: &mut Watch) -> &'static str {
+async fn restart(watch: &mut WatchEvents) -> &'static str {
     loop {
         match soon("an event", watch.next()).await.expect("a good stream").expect("a restart before the end") {
             WatchEvent::Restart { reason, .. } => {
@@ -62,7 +62,7 @@ async fn restart(watch: &mut Watch) -> &'static str {
     }
 }
 
-fn catalog_as_world(server: &TestServer) -> InstanceMap {
+fn catalog_as_map(server: &TestServer) -> InstanceMap {
     let services = server.registry.context.registry.catalog().services();
     let rows = |(key, service): (ServiceKey, crate::model::Service)| {
         service.instances.iter().map(|i| ((key.clone(), i.id()), unstamped(i))).collect::<Vec<_>>()
@@ -88,10 +88,10 @@ async fn submit(server: &TestServer, commands: Vec<Command>) -> (u64, Vec<Outcom
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn a_watch_is_exact_while_everything_changes() {
+async fn watch_is_exact_under_concurrent_changes() {
     let server = TestServer::start().await;
     let handle = server.registry.context.registry.clone();
-    // A service that comes and goes, one that grows and shrinks, and changes in place.
+    // A service that is created and removed, one that grows and shrinks, and changes in place.
     let mut writing = JoinSet::new();
     writing.spawn(async move {
         let mut last = 0;
@@ -106,14 +106,14 @@ async fn a_watch_is_exact_while_everything_changes() {
         }
         last
     });
-    // Watches that begin at every stage of it.
+    // Watches that start at different times meanwhile.
     let mut watches = Vec::new();
     let mut client = server.client().await;
     for _ in 0..40 {
         watches.push((client.watch(None, None, None).await.expect("it watches"), InstanceMap::new()));
     }
     let last = writing.join_next().await.expect("it runs").expect("it did not panic");
-    let expected = catalog_as_world(&server);
+    let expected = catalog_as_map(&server);
     for (watch, instances) in &mut watches {
         follow(watch, instances, last).await;
         assert_eq!(*instances, expected);
@@ -124,12 +124,14 @@ async fn a_watch_is_exact_while_everything_changes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cursor_goes_on_exactly_behind_the_change_it_came_with() {
+async fn cursor_resumes_after_its_change() {
     let server = TestServer::start().await;
     let mut client = server.client().await;
     let mut watch = client.watch(None, None, None).await.expect("it watches");
-    let Ok(Some(WatchEvent::Synced { cursor: empty, .. })) = watch.next().await else { panic!("nothing stands") };
-    // One generation of many changes: every place in it is one to go on from.
+    let Ok(Some(WatchEvent::Synced { cursor: empty, .. })) = watch.next().await else {
+        panic!("nothing is registered")
+    };
+    // One generation of many changes: a watch can resume after each of them.
     let commands: Vec<_> = (1..=20).map(|n| register("web", &format!("10.0.0.{n}"), 1.0)).collect();
     let (generation, _) = submit(&server, commands).await;
     let mut cursors = vec![empty];
@@ -149,7 +151,7 @@ async fn a_cursor_goes_on_exactly_behind_the_change_it_came_with() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_watch_of_one_service_hears_of_no_other_and_its_cursor_stays_young() {
+async fn filtered_watch_gets_its_own_changes_and_fresh_cursors() {
     let server = TestServer::start().await;
     let mut client = server.client().await;
     submit(&server, vec![register("web", "10.0.0.1", 1.0), register("db", "10.0.0.2", 1.0)]).await;
@@ -162,7 +164,7 @@ async fn a_watch_of_one_service_hears_of_no_other_and_its_cursor_stays_young() {
         let event = soon("the end of the snapshot", watch.next()).await.expect("a good stream").expect("no end");
         assert!(matches!(event, WatchEvent::Synced { .. }), "{event:?}");
     }
-    // Only changes of other services: now and then there is a new cursor.
+    // Changes of other services only: the watch gets a new cursor at intervals.
     for n in 0..10 {
         let db = (0..1_000).map(|m| register("db", &format!("10.1.{}.{}", m / 250, 1 + m % 250), n as f32));
         submit(&server, db.collect()).await;
@@ -181,7 +183,7 @@ async fn a_watch_of_one_service_hears_of_no_other_and_its_cursor_stays_young() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_watch_that_cannot_go_on_says_why_and_ends() {
+async fn watch_that_cannot_continue_ends_with_a_restart() {
     let mut server = TestServer::start().await;
     let mut client = server.client().await;
     for cursor in [vec![1], vec![0; 20], vec![255; 20]] {
@@ -189,9 +191,9 @@ async fn a_watch_that_cannot_go_on_says_why_and_ends() {
         assert_eq!(restart(&mut watch).await, "unknown cursor");
     }
     let mut old = client.watch(None, None, None).await.expect("it watches");
-    let Ok(Some(WatchEvent::Synced { cursor, .. })) = old.next().await else { panic!("nothing stands") };
+    let Ok(Some(WatchEvent::Synced { cursor, .. })) = old.next().await else { panic!("nothing is registered") };
 
-    // More changes than the ring holds, while one client does not read and one comes back late.
+    // More changes than the ring holds, while one client does not read and another resumes late.
     let slow = Endpoint::from_shared(server.url()).expect("a URL");
     let slow = slow.initial_stream_window_size(65_535).initial_connection_window_size(65_535);
     let channel = slow.connect().await.expect("it listens");
