@@ -9,8 +9,8 @@ pub struct Rules {
     pub write_only_while_safe: bool,
     /// An outbox entry goes when its word is confirmed, not when the write of its slice succeeds.
     pub outbox_waits_for_confirmation: bool,
-    /// A word is confirmed only by a slice that this writer wrote in this term.
-    pub confirm_only_own_slices: bool,
+    /// A slice of this writer's term confirms only if it says what this writer sent last: hands keep annotations, or write them.
+    pub confirm_only_what_was_sent: bool,
     /// A registration that changes nothing gets a new stamp.
     pub stamp_unchanged: bool,
     /// The removal of what is not there leaves a tombstone.
@@ -41,7 +41,7 @@ impl Rules {
         confirm_only_while_safe: true,
         write_only_while_safe: true,
         outbox_waits_for_confirmation: true,
-        confirm_only_own_slices: true,
+        confirm_only_what_was_sent: true,
         stamp_unchanged: true,
         tombstone_for_absent: true,
         tombstones_in_slices: true,

@@ -24,26 +24,46 @@ pub struct SliceRecord<K, V> {
 pub enum Judgement {
     /// A higher term: this writer is deposed.
     Outranks,
-    /// This writer's own, in this term.
+    /// This writer's own, in this term, as it sent it last.
     Own,
+    /// Says that it is this writer's own, in this term, but not what this writer sent last: an older version, or a hand changed it
+    /// and left the annotations as they were. It confirms nothing; what differs is overwritten.
+    Altered,
     /// From a lower term: a request of the writer before that came late, or one not rewritten yet.
     Late,
-    /// Of this term, but not by this writer: a hand did it. It is overwritten.
+    /// Of this term, but not by this writer, or of a term that no Lease can have handed out: a hand did it. It is overwritten.
     Forged,
 }
 
+/// What a writer knows when it judges a slice.
+#[derive(Debug, Clone, Copy)]
+pub struct Writer<'a, K, V> {
+    /// Its directory.
+    pub id: DirectoryId,
+    /// Its term.
+    pub term: u64,
+    /// The highest term that a Lease can have handed out: [`Election::highest_term`](super::election::Election::highest_term).
+    pub highest_term: u64,
+    /// What this writer sent last for the slice in this term.
+    pub sent: Option<&'a SliceRecord<K, V>>,
+}
+
 impl<K: Ord + Clone, V: Clone + PartialEq> SliceRecord<K, V> {
-    /// How the writer `me` of `term` takes this slice.
+    /// How `writer` takes this slice.
     #[must_use]
-    pub fn judge(&self, term: u64, me: DirectoryId) -> Judgement {
-        if self.term > term {
+    pub fn judge(&self, writer: Writer<'_, K, V>) -> Judgement {
+        if self.term > writer.highest_term {
+            Judgement::Forged
+        } else if self.term > writer.term {
             Judgement::Outranks
-        } else if self.term < term {
+        } else if self.term < writer.term {
             Judgement::Late
-        } else if self.writer == me {
+        } else if self.writer != writer.id {
+            Judgement::Forged
+        } else if writer.sent == Some(self) {
             Judgement::Own
         } else {
-            Judgement::Forged
+            Judgement::Altered
         }
     }
 
@@ -88,11 +108,15 @@ mod tests {
 
     #[test]
     fn term_and_writer_say_what_a_slice_is() {
-        let judged = |term, writer| record(term, writer, &[]).judge(5, ME);
-        assert_eq!(judged(6, 1), Judgement::Outranks);
-        assert_eq!(judged(5, 1), Judgement::Own);
-        assert_eq!(judged(5, 2), Judgement::Forged);
-        assert_eq!(judged(4, 1), Judgement::Late);
+        let sent = record(5, 1, &[(1, Some(1), 1)]);
+        let judged =
+            |slice: SliceRecord<u8, u8>| slice.judge(Writer { id: ME, term: 5, highest_term: 9, sent: Some(&sent) });
+        assert_eq!(judged(record(10, 1, &[])), Judgement::Forged, "no Lease had that term");
+        assert_eq!(judged(record(6, 1, &[])), Judgement::Outranks);
+        assert_eq!(judged(sent.clone()), Judgement::Own);
+        assert_eq!(judged(record(5, 1, &[])), Judgement::Altered, "a word is missing");
+        assert_eq!(judged(record(5, 2, &[])), Judgement::Forged);
+        assert_eq!(judged(record(4, 1, &[])), Judgement::Late);
     }
 
     #[test]

@@ -67,7 +67,8 @@ pub struct Truth<K: Ord, V> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HigherTerm(pub u64);
 
-/// Puts the truth together. `slices` is a quorum list that was begun after the Lease was taken.
+/// Puts the truth together. `slices` is a quorum list that was begun after the Lease was taken. A slice with a term above
+/// `highest_term` has it from a hand: its words count, its term does not.
 ///
 /// # Errors
 /// When a slice has the term of `tenure` or a higher one: the Lease must be taken with a higher term, then listed again.
@@ -75,6 +76,7 @@ pub fn merge<'s, K, V>(
     tenure: &Tenure,
     slices: impl Iterator<Item = &'s SliceRecord<K, V>> + Clone,
     directory: &Directory<K, V>,
+    highest_term: u64,
     wall: u64,
     lifetime: TombstoneLifetime,
     rules: Rules,
@@ -83,7 +85,8 @@ where
     K: Ord + Clone + 's,
     V: Clone + PartialEq + 's,
 {
-    let highest = slices.clone().map(|slice| slice.term).max().unwrap_or(0);
+    let terms = slices.clone().map(|slice| slice.term).filter(|term| *term <= highest_term);
+    let highest = terms.max().unwrap_or(0);
     if highest >= tenure.term {
         return Err(HigherTerm(highest));
     }

@@ -95,6 +95,18 @@ impl Checker {
         }
     }
 
+    /// What a hand made of `key` stood when a take-over began: changes asked for before the hand's count no more. `value` is one that
+    /// the hand wrote.
+    pub(super) fn edited(&mut self, key: Key, edited: Micros, value: Option<Value>, listed: Micros) {
+        for change in self.changes.iter_mut().filter(|change| change.key == key && change.asked <= edited) {
+            change.exempt = true;
+        }
+        if let Some(value) = value {
+            let answered = Some((0, listed));
+            self.changes.push(Change { key, value, machine: usize::MAX, asked: edited, answered, exempt: true });
+        }
+    }
+
     /// An acknowledged change that `value` contradicts.
     fn undone(&self, key: Key, value: Value, now: Micros, confirmed_only: bool) -> Result<(), Violation> {
         let mut explained = (value == 0).then_some(0);

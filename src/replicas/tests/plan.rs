@@ -3,8 +3,19 @@
 use super::{
     random::Random,
     replica::Key,
-    world::{Disk, MILLISECOND, Micros, SECOND, Setup},
+    world::{
+        Disk, MILLISECOND, Micros, SECOND, Setup,
+        edits::{Annotations, Edit},
+    },
 };
+
+/// Whom a fault hits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Target {
+    Machine(usize),
+    /// Whoever holds the Lease then.
+    Holder,
+}
 
 /// Something that happens to a history.
 #[derive(Debug, Clone)]
@@ -22,7 +33,7 @@ pub(super) enum Fault {
         key: Key,
     },
     Crash {
-        machine: usize,
+        machine: Target,
         time: Micros,
         disk: Disk,
     },
@@ -31,12 +42,12 @@ pub(super) enum Fault {
     },
     /// The process stops and goes on (SIGSTOP, a suspended machine).
     Pause {
-        machine: usize,
+        machine: Target,
         time: Micros,
     },
     /// The API server cannot be reached.
     CutOff {
-        machine: usize,
+        machine: Target,
         time: Micros,
     },
     /// The other replicas cannot be reached.
@@ -61,6 +72,12 @@ pub(super) enum Fault {
         machine: usize,
     },
     DeleteLease,
+    /// A hand edits a slice.
+    Edit {
+        slice: usize,
+        edit: Edit,
+        annotations: Annotations,
+    },
 }
 
 impl Fault {
@@ -93,6 +110,14 @@ impl Plan {
         if setup.faults.old_copies {
             draw_old_copies(setup, &mut random, heal, &mut faults, &mut hot);
         }
+        if setup.faults.edits {
+            draw_edits(setup, &mut random, heal, &mut faults, &mut hot);
+        }
+        if let Some(aim) = setup.aim {
+            for _ in 0..random.between(1, 3) {
+                draw_aimed(setup, aim, &mut random, heal, &mut faults, &mut hot);
+            }
+        }
         let all: Vec<Key> = (0..setup.slices)
             .flat_map(|slice| (0..setup.addresses).map(move |address| Key { slice, address }))
             .collect();
@@ -124,7 +149,8 @@ impl Plan {
 }
 
 fn draw_fault(setup: &Setup, random: &mut Random) -> Option<Fault> {
-    let machine = random.between(0, setup.replicas as u64) as usize;
+    let index = random.between(0, setup.replicas as u64) as usize;
+    let machine = Target::Machine(index);
     let long = if random.percent(30) { setup.away.max(60 * SECOND) } else { 40 * SECOND };
     let time = random.between(SECOND, long);
     let fault = match random.between(0, 13) {
@@ -143,12 +169,106 @@ fn draw_fault(setup: &Setup, random: &mut Random) -> Option<Fault> {
         4..=6 => Fault::CutOff { machine, time },
         7 => Fault::Chaos { time: time.min(60 * SECOND) },
         8 => Fault::Down { time: time.min(40 * SECOND) },
-        9 => Fault::Release { machine },
-        10 => Fault::Alone { machine, time },
+        9 => Fault::Release { machine: index },
+        10 => Fault::Alone { machine: index, time },
         11 if setup.faults.deleted_leases => Fault::DeleteLease,
         _ => Fault::Chaos { time: time.min(60 * SECOND) },
     };
     Some(fault)
+}
+
+/// A sequence of faults that is aimed at one rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Aim {
+    /// A hand writes a slice's generation while a change waits for the slice, and the writer is lost soon after.
+    EditWhileWaiting,
+    /// The Lease is deleted when a writer that was away for longer than it lasts comes back.
+    LeaseDeletedAfterAbsence,
+    /// A deposed writer hands over to one that is lost before Kubernetes has the words.
+    ReceiverLost,
+}
+
+fn draw_aimed(
+    setup: &Setup,
+    aim: Aim,
+    random: &mut Random,
+    heal: Micros,
+    faults: &mut Vec<(Micros, Fault)>,
+    hot: &mut Vec<Micros>,
+) {
+    let slice = random.between(0, setup.slices as u64) as usize;
+    let key = Key { slice, address: random.between(0, setup.addresses as u64) as usize };
+    let begin = random.between(25 * SECOND, heal - 45 * SECOND);
+    let machine = Target::Holder;
+    hot.push(begin);
+    match aim {
+        Aim::EditWhileWaiting => {
+            faults.push((begin - SECOND, Fault::Chaos { time: random.between(2 * SECOND, 10 * SECOND) }));
+            faults.push((begin, Fault::Register { key, sustained: false }));
+            let edited = begin + random.between(10 * MILLISECOND, 900 * MILLISECOND);
+            let annotations = Annotations::HigherGeneration;
+            faults.push((edited, Fault::Edit { slice, edit: Edit::Nothing, annotations }));
+            let crashed = edited + random.between(100 * MILLISECOND, 3 * SECOND);
+            let time = random.between(SECOND, 40 * SECOND);
+            faults.push((crashed, Fault::Crash { machine, time, disk: Disk::Lost }));
+        }
+        Aim::LeaseDeletedAfterAbsence => {
+            let time = random.between(15 * SECOND, 40 * SECOND);
+            let away =
+                if random.percent(50) { Fault::Pause { machine, time } } else { Fault::CutOff { machine, time } };
+            faults.push((begin, away));
+            let back = begin + time;
+            faults.push((back + random.between(0, 2 * SECOND) - SECOND, Fault::DeleteLease));
+            hot.push(back - 3 * SECOND);
+            hot.push(back);
+        }
+        Aim::ReceiverLost => {
+            let time = random.between(17 * SECOND, 30 * SECOND);
+            faults.push((begin, Fault::CutOff { machine, time }));
+            faults.push((begin + random.between(0, time), Fault::Register { key, sustained: false }));
+            let back = begin + time;
+            let cut = back + random.between(0, 4 * SECOND);
+            faults.push((cut, Fault::CutOff { machine, time: random.between(2 * SECOND, 10 * SECOND) }));
+            let crashed = cut + random.between(0, 6 * SECOND);
+            faults
+                .push((crashed, Fault::Crash { machine, time: random.between(SECOND, 30 * SECOND), disk: Disk::Lost }));
+            hot.push(back);
+        }
+    }
+}
+
+/// Edits by hand, some of them close together.
+fn draw_edits(
+    setup: &Setup,
+    random: &mut Random,
+    heal: Micros,
+    faults: &mut Vec<(Micros, Fault)>,
+    hot: &mut Vec<Micros>,
+) {
+    for _ in 0..random.between(1, 5) {
+        let near = hot[random.between(0, hot.len() as u64) as usize];
+        let mut time = if random.percent(50) { near } else { random.between(8 * SECOND, heal - 10 * SECOND) };
+        hot.push(time);
+        for _ in 0..random.between(1, 4) {
+            time += random.between(0, 3 * SECOND);
+            let slice = random.between(0, setup.slices as u64) as usize;
+            let edit = match random.between(0, 10) {
+                0..3 => Edit::RemoveWord,
+                3 | 4 => Edit::ChangeValue,
+                5 | 6 => Edit::DropTombstone,
+                7 | 8 => Edit::DeleteSlice,
+                _ => Edit::Nothing,
+            };
+            let annotations = match random.between(0, 10) {
+                0..5 => Annotations::Kept,
+                5 => Annotations::LowerTerm,
+                6 => Annotations::HigherTerm,
+                7 => Annotations::AbsurdTerm,
+                _ => Annotations::HigherGeneration,
+            };
+            faults.push((time.min(heal - 10 * SECOND), Fault::Edit { slice, edit, annotations }));
+        }
+    }
 }
 
 /// Copies of directories, and crashes soon after one was made, with changes between.
@@ -169,6 +289,7 @@ fn draw_old_copies(
         let crashed = copied + random.between(50 * MILLISECOND, 4 * SECOND);
         if random.percent(50) {
             let time = random.between(SECOND, 20 * SECOND);
+            let machine = Target::Machine(machine);
             faults.push((crashed, Fault::Crash { machine, time, disk: Disk::Copy }));
             hot.push(copied + (crashed - copied) / 2);
         }

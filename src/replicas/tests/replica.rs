@@ -7,7 +7,7 @@ use super::super::{
     election::{Action, BootTime, Deposed, Election, Now, Role, Tenure},
     lease::{DirectoryId, LeaseRecord, LeaseWrite, ObservedLease, RequestId, ResourceVersion},
     rules::Rules,
-    slice::{Judgement, SliceRecord},
+    slice::{Judgement, SliceRecord, Writer},
     stamp::Stamp,
     takeover::{self, Directory, HigherTerm},
     word::{AgeLimit, Merged, TombstoneLifetime, Word},
@@ -95,6 +95,8 @@ struct SliceState {
     in_flight: Option<u64>,
     /// The record that the request writes.
     writing: Option<Record>,
+    /// The record that was sent last in this term.
+    sent: Option<Record>,
     /// Its outcome is not known: read before writing.
     unknown: bool,
     /// It has to be written in this term even if it says the same.
@@ -316,7 +318,15 @@ impl Replica {
             directory.words.clear();
         }
         let records = list.iter().flatten().map(|(_, record)| record);
-        let truth = match takeover::merge(tenure, records, &directory, at.wall, self.lifetime, self.rules) {
+        let truth = match takeover::merge(
+            tenure,
+            records,
+            &directory,
+            self.election.highest_term(at.now),
+            at.wall,
+            self.lifetime,
+            self.rules,
+        ) {
             Ok(truth) => truth,
             Err(HigherTerm(term)) => {
                 let actions = self.election.outranked(term);
@@ -412,7 +422,9 @@ impl Replica {
 
     /// Brings one slice to what it should be, one request at a time.
     fn mirror(&mut self, slice: usize, at: Clocks) {
-        let Some(term) = self.election.writing() else { return };
+        if !self.is_writer() {
+            return;
+        }
         if self.slices[slice].in_flight.is_some()
             || (self.rules.write_only_while_safe && !self.election.is_safe(at.now.boot))
         {
@@ -428,15 +440,13 @@ impl Replica {
         let generation = self.directory.generation;
         let state = &self.slices[slice];
         let observed = state.observed.as_ref().map(|(_, record)| record);
-        let own = observed.is_none_or(|record| record.judge(term, self.directory.id) == Judgement::Own);
         let same = observed.map(|record| &record.words) == wanted.as_ref().map(|record| &record.words)
             && observed.map(|record| record.refuse_before) == wanted.as_ref().map(|record| record.refuse_before);
         let awaited = self.waiting.iter().any(|waiting| waiting.slice == slice)
             || self.handed_in.iter().any(|handed| handed.needs.iter().any(|need| need.0 == slice));
-        // A word counts as shown only by a slice that carries this term: a late write of the term before could still undo another.
-        let must_own = state.rewrite || (awaited && self.rules.confirm_only_own_slices);
-        if same && (own || !must_own) {
-            self.slices[slice].rewrite = false;
+        // Whoever wrote it: every request that a former writer may still have under way expects this version, or an older one, and
+        // says what this version says, or something younger.
+        if same && !state.rewrite {
             if awaited || self.directory.outbox.keys().any(|key| key.slice == slice) {
                 self.shown(slice, generation, at);
             }
@@ -447,6 +457,7 @@ impl Replica {
         let output = match (wanted, expected) {
             (Some(record), expected) => {
                 self.slices[slice].writing = Some(record.clone());
+                self.slices[slice].sent = Some(record.clone());
                 Output::WriteSlice { id, slice, expected, record }
             }
             (None, Some(expected)) => Output::DeleteSlice { id, slice, expected },
@@ -521,21 +532,36 @@ impl Replica {
     fn observe(&mut self, at: Clocks, slice: usize, found: Option<Observed>) {
         let writing = self.election.writing();
         self.slices[slice].observed.clone_from(&found);
-        if let Some((_, record)) = &found {
+        if let Some((_, record)) = &found
+            && record.term <= self.election.highest_term(at.now)
+        {
             let actions = self.election.outranked(record.term);
             self.act(at, actions);
         }
         let Some(term) = writing.filter(|_| self.is_writer()) else { return };
         if let Some((_, record)) = found {
-            match record.judge(term, self.directory.id) {
+            match self.judge(slice, &record, term, at) {
                 Judgement::Late if self.rules.merge_late_writes => self.merge_late(at, &record),
-                Judgement::Own if record.generation <= self.directory.generation => {
-                    self.shown(slice, record.generation, at);
-                }
-                _ => {}
+                Judgement::Own => self.shown(slice, record.generation, at),
+                // The annotations, too, are put right.
+                Judgement::Altered | Judgement::Forged => self.slices[slice].rewrite = true,
+                Judgement::Late | Judgement::Outranks => {}
             }
         }
         self.mirror(slice, at);
+    }
+
+    fn judge(&self, slice: usize, record: &Record, term: u64, at: Clocks) -> Judgement {
+        let highest_term = self.election.highest_term(at.now);
+        let sent = self.slices[slice].sent.as_ref();
+        match record.judge(Writer { id: self.directory.id, term, highest_term, sent }) {
+            Judgement::Altered
+                if !self.rules.confirm_only_what_was_sent && record.generation <= self.directory.generation =>
+            {
+                Judgement::Own
+            }
+            judgement => judgement,
+        }
     }
 
     /// Words of a request that a former writer sent and that was carried out late.

@@ -68,6 +68,7 @@ impl World {
                 self.submit(writer, key, 0);
             }
             Fault::Crash { machine, time, disk } => {
+                let Some(machine) = self.target(machine) else { return };
                 if self.machines[machine].replica.is_some() {
                     self.crash(machine);
                     self.lose(machine, disk);
@@ -84,11 +85,15 @@ impl World {
                 }
             }
             Fault::Pause { machine, time } => {
+                let Some(machine) = self.target(machine) else { return };
                 if self.machines[machine].paused_until < self.time {
                     self.pause(machine, time);
                 }
             }
-            Fault::CutOff { machine, time } => self.machines[machine].cut_off_until = self.time + time,
+            Fault::CutOff { machine, time } => {
+                let Some(machine) = self.target(machine) else { return };
+                self.machines[machine].cut_off_until = self.time + time;
+            }
             Fault::Alone { machine, time } => self.machines[machine].alone_until = self.time + time,
             Fault::Chaos { time } => self.chaos_until = self.time + time,
             Fault::Down { time } => self.down_until = self.time + time,
@@ -97,9 +102,20 @@ impl World {
                 self.machines[machine].copies.push(copy);
             }
             Fault::Release { machine } => self.release(machine),
+            Fault::Edit { slice, edit, annotations } => self.edit(slice, edit, annotations),
             Fault::DeleteLease => {
                 self.version += 1;
                 self.lease = None;
+            }
+        }
+    }
+
+    fn target(&self, target: Target) -> Option<usize> {
+        match target {
+            Target::Machine(machine) => Some(machine),
+            Target::Holder => {
+                let holder = self.lease.as_ref()?.record.holder;
+                self.machines.iter().position(|machine| machine.directory.id == holder)
             }
         }
     }

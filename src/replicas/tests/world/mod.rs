@@ -1,6 +1,7 @@
 //! The world around the replicas: an API server with compare-and-swap, requests that are late or lost, watches that
 //! lag, clocks that differ, and the faults of a [`Plan`]. Everything is drawn from one seed.
 
+pub(super) mod edits;
 mod faults;
 mod network;
 
@@ -20,7 +21,7 @@ use super::{
         word::{TombstoneLifetime, Word},
     },
     checker::{Checker, Violation},
-    plan::{Fault, Plan},
+    plan::{Aim, Fault, Plan, Target},
     random::Random,
     replica::{Clocks, Key, Observed, Output, Record, Replica, SliceWrite, Value},
 };
@@ -52,6 +53,8 @@ pub(super) struct Setup {
     /// Percent of registrations whose client repeats them on the next writer when its stream ends.
     pub(super) sustained: u64,
     pub(super) faults: Faults,
+    /// Faults that are aimed at a rule, besides the others.
+    pub(super) aim: Option<Aim>,
     /// How long after the last fault everything must be in order.
     pub(super) settle: Micros,
 }
@@ -62,6 +65,8 @@ pub(super) struct Faults {
     pub(super) lost_disks: bool,
     pub(super) old_copies: bool,
     pub(super) deleted_leases: bool,
+    /// Hands edit slices.
+    pub(super) edits: bool,
     /// The clock by which a writer measures its Lease stops while its process is paused.
     pub(super) stopping_clocks: bool,
 }
@@ -160,6 +165,8 @@ pub(super) struct World {
     calls: Vec<Call>,
     machines: Vec<Machine>,
     checker: Checker,
+    /// What hands did to slices and nobody has put right yet.
+    edited: BTreeMap<Key, edits::Edited>,
     /// Clients that repeat a registration: its value, and who has their stream.
     sustained: BTreeMap<Key, (Value, usize)>,
     next_value: Value,
@@ -208,6 +215,7 @@ impl World {
             calls: Vec::new(),
             machines,
             checker: Checker::new(2 * setup.skew),
+            edited: BTreeMap::new(),
             sustained: BTreeMap::new(),
             next_value: 1,
             next_directory: 100,

@@ -62,11 +62,16 @@ impl World {
                     Response::Conflict
                 }
             }
-            Request::List(_) | Request::ListAndWatch => Response::List(self.slices.clone(), self.log.len()),
+            Request::List(_) => {
+                self.edits_are_listed();
+                Response::List(self.slices.clone(), self.log.len())
+            }
+            Request::ListAndWatch => Response::List(self.slices.clone(), self.log.len()),
             Request::ReadSlice(_, slice) => Response::Slice(self.slices[slice].clone()),
             Request::WriteSlice(_, slice, expected, record) => {
                 if self.slices[slice].as_ref().map(|(version, _)| *version) == expected {
                     self.version += 1;
+                    self.put_right(slice, &record);
                     self.change(slice, Some((self.version, record)));
                     Response::Written(self.version)
                 } else {
