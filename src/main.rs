@@ -58,6 +58,8 @@ async fn main() -> ExitCode {
 /// Serves until SIGTERM or SIGINT; a second signal ends the process at once.
 async fn run(serve: ServeArgs, log: &LogArgs) -> anyhow::Result<()> {
     telemetry::init(log)?;
+    // Before anything is announced: whoever waits for that may send a signal at once.
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut hangup = signal(SignalKind::hangup())?;
     // Without a handler SIGHUP, which asks other servers to reload, would kill this one undrained.
     let ignored_hangups = async {
@@ -69,7 +71,6 @@ async fn run(serve: ServeArgs, log: &LogArgs) -> anyhow::Result<()> {
     for (what, address) in bound.listeners()? {
         announce(format_args!("listening {what} {address}"));
     }
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut signalled = async move || tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} };
     let (first, told) = tokio::sync::oneshot::channel();
     let second = async {

@@ -16,5 +16,6 @@ mod mirror;
 mod process;
 mod read_your_writes;
 mod rfc8906;
+mod stopping;
 mod structure;
 mod support;

@@ -33,6 +33,9 @@ use crate::{
 /// How long everything may take to end after it was told to stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// The part that holds the data directory.
+const REGISTRY: &str = "the registry";
+
 /// Threads of the admin listener: a long list on one does not delay a probe on the other.
 const ADMIN_THREADS: usize = 2;
 
@@ -188,7 +191,7 @@ impl Bound {
 
         let recovery = Recovery { unrecovered, data_dir, store, publisher, zone };
         let writer = spawn_writer(recovery, ready, stop_writer.clone())?;
-        parts.spawn("the registry", async { writer.await.context("its thread panicked")? });
+        parts.spawn(REGISTRY, async { writer.await.context("its thread panicked")? });
 
         let mut failed = tokio::select! {
             () = shutdown => None,
@@ -203,7 +206,12 @@ impl Bound {
         stop_writer.cancel();
         stop_answers.cancel();
         if timeout(STOP_TIMEOUT, parts.end(&mut failed)).await.is_err() {
-            warn!("not everything stopped in time; what was acknowledged is safe");
+            let running = parts.running();
+            warn!("not everything stopped in time: {}; what was acknowledged is safe", running.join(", "));
+            // Any other part only holds connections.
+            if running.contains(&REGISTRY) {
+                failed.get_or_insert_with(|| anyhow!("{REGISTRY} did not stop in time: the journal was not closed"));
+            }
         }
         failed.map_or(Ok(()), Err)
     }

@@ -1,10 +1,10 @@
 //! The tasks that make up the server, by name.
 
-use std::{pin::pin, time::Duration};
+use std::{collections::HashMap, pin::pin, time::Duration};
 
 use anyhow::anyhow;
 use tokio::{
-    task::{JoinError, JoinSet},
+    task::{Id, JoinError, JoinSet},
     time::sleep,
 };
 use tracing::error;
@@ -12,7 +12,13 @@ use tracing::error;
 /// The running parts. None of them ends before it is told to, unless it failed; then the others must
 /// not go on as if the server were whole.
 #[derive(Debug, Default)]
-pub(super) struct Parts(JoinSet<(&'static str, anyhow::Result<()>)>);
+pub(super) struct Parts {
+    tasks: JoinSet<anyhow::Result<()>>,
+    names: HashMap<Id, &'static str>,
+}
+
+/// A part that has ended, by name, and how.
+type Ended = (&'static str, Result<anyhow::Result<()>, JoinError>);
 
 impl Parts {
     pub(super) fn spawn<E: Into<anyhow::Error>>(
@@ -20,13 +26,31 @@ impl Parts {
         name: &'static str,
         part: impl Future<Output = Result<(), E>> + Send + 'static,
     ) {
-        self.0.spawn(async move { (name, part.await.map_err(Into::into)) });
+        let task = self.tasks.spawn(async move { part.await.map_err(Into::into) });
+        self.names.insert(task.id(), name);
+    }
+
+    /// The parts that have not ended, sorted.
+    pub(super) fn running(&self) -> Vec<&'static str> {
+        let mut names: Vec<_> = self.names.values().copied().collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// The next part that ends. Cancelling loses nothing.
+    async fn join_next(&mut self) -> Option<Ended> {
+        let (id, ended) = match self.tasks.join_next_with_id().await? {
+            Ok((id, ended)) => (id, Ok(ended)),
+            Err(err) => (err.id(), Err(err)),
+        };
+        let name = self.names.remove(&id).expect("every part has a name");
+        Some((name, ended))
     }
 
     /// Waits for the first part that ends, and returns why.
     pub(super) async fn first_end(&mut self) -> anyhow::Error {
-        match self.0.join_next().await {
-            Some(Ok((name, Ok(())))) => anyhow!("{name} ended without being told to"),
+        match self.join_next().await {
+            Some((name, Ok(Ok(())))) => anyhow!("{name} ended without being told to"),
             Some(ended) => failure(ended).expect("the other case of success is above"),
             None => anyhow!("nothing was started"),
         }
@@ -39,7 +63,7 @@ impl Parts {
         loop {
             tokio::select! {
                 () = &mut time => return first,
-                Some(ended) = self.0.join_next() => note(&mut first, failure(ended)),
+                Some(ended) = self.join_next() => note(&mut first, failure(ended)),
             }
         }
     }
@@ -47,7 +71,7 @@ impl Parts {
     /// Waits for all that are left, now that they are to stop. The first failure goes into `first`, unless there is one: it
     /// stays known when the caller waits no longer.
     pub(super) async fn end(&mut self, first: &mut Option<anyhow::Error>) {
-        while let Some(ended) = self.0.join_next().await {
+        while let Some(ended) = self.join_next().await {
             note(first, failure(ended));
         }
     }
@@ -60,11 +84,10 @@ fn note(first: &mut Option<anyhow::Error>, failure: Option<anyhow::Error>) {
     first.get_or_insert(err);
 }
 
-fn failure(ended: Result<(&'static str, anyhow::Result<()>), JoinError>) -> Option<anyhow::Error> {
+fn failure((name, ended): Ended) -> Option<anyhow::Error> {
     match ended {
-        Ok((_, Ok(()))) => None,
-        Ok((name, Err(err))) => Some(err.context(format!("{name} failed"))),
-        Err(err) => Some(anyhow!(err).context("a part of the server panicked")),
+        Ok(ended) => ended.err().map(|err| err.context(format!("{name} failed"))),
+        Err(err) => Some(anyhow!(err).context(format!("{name} panicked"))),
     }
 }
 
@@ -95,6 +118,7 @@ mod tests {
         let mut failed = None;
         let ended = tokio::time::timeout(Duration::from_millis(50), parts.end(&mut failed)).await;
         assert!(ended.is_err(), "the second hangs");
+        assert_eq!(parts.running(), ["the second"]);
         let failed = failed.expect("the failure of the first");
         assert_eq!(format!("{failed:#}"), "the first failed: no more disk");
     }
