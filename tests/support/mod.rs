@@ -9,6 +9,7 @@ pub(crate) mod coredns;
 pub(crate) mod dns;
 pub(crate) mod http;
 pub(crate) mod ledger;
+pub(crate) mod namespace;
 pub(crate) mod proxy;
 pub(crate) mod server;
 pub(crate) mod stream;
