@@ -38,7 +38,7 @@ const PING: &[u8] = b"\x00\x00\x08\x06\x00\x00\x00\x00\x00pingpong";
 const SETTINGS: &[u8] = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00";
 
 /// `web.prod.svc.cluster.local A`, framed, with the QR bit as given (RFC 1035 §4.1.1).
-fn frame(response: bool) -> Vec<u8> {
+pub(super) fn frame(response: bool) -> Vec<u8> {
     let flags = if response { 0x80 } else { 0 };
     let mut message = vec![0, 1, flags, 0, 0, 1, 0, 0, 0, 0, 0, 0];
     for label in ["web", "prod", "svc", "cluster", "local"] {

@@ -3,6 +3,7 @@
 //! Each test attacks a real server from outside, in a small form. `GANGPLANK_ATTACK=long` makes it the
 //! size of the ones that once succeeded (100 000 services, 12 000 streams); the figures are printed.
 
+mod crowd;
 mod data_frames;
 mod flood;
 mod peer;
