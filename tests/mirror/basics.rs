@@ -5,8 +5,11 @@ use std::{fs, mem, path::Path};
 use gangplank::grpc::proto::registry::RegistrationType;
 use hickory_proto::rr::RecordType;
 
-use super::{MirrorHarness, addresses, object, slices, wait_for_addresses};
+use serde_json::json;
+
+use super::{MirrorHarness, addresses, object, service_path, slices, wait_for_addresses};
 use crate::support::{
+    cluster::Who,
     dns::{Over, answers},
     stream::{Stream, message},
     wait_until,
@@ -225,5 +228,41 @@ fn pending_writes_are_finished_before_exit() {
     for n in [0, 75, 149] {
         let name = format!("s{n}.drained.svc.cluster.local.");
         assert_eq!(answers(harness.server.dns, Over::Udp, &name, RecordType::A).len(), 1, "{name}");
+    }
+}
+
+#[test]
+fn registrations_under_names_of_others_are_counted_as_403_and_409() {
+    let Some(harness) = MirrorHarness::start(&[]) else { return };
+    harness.create_namespace("refusals");
+    let theirs = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
+        "spec": {"clusterIP": "None"}});
+    let path = service_path("refusals", "");
+    let created = harness.cluster.request(Who::Admin, "POST", &path, Some(&theirs)).expect("the API server runs");
+    assert_eq!(created.0, 201, "{}", created.1);
+    let mut stream = Stream::open(harness.server.grpc);
+    wait_until("the Service of others is known", || {
+        let (status, _) = stream.register("refusals", "web", "10.0.0.1");
+        if status != 409 {
+            stream.remove("refusals", "web", "10.0.0.1");
+        }
+        (status == 409).then_some(())
+    });
+    for (namespace, service, status) in
+        [("refusals", "web", 409), ("kube-system", "web", 403), ("default", "kubernetes", 403)]
+    {
+        for kind in ["register", "unregister"] {
+            let series = format!(r#"gangplank_registrations_total{{type="{kind}",status="{status}"}}"#);
+            let before = harness.metric(&series);
+            let (answered, _) = match kind {
+                "register" => stream.register(namespace, service, "10.0.0.1"),
+                _ => stream.remove(namespace, service, "10.0.0.1"),
+            };
+            // What is not there can be removed of anything.
+            let expected = if kind == "register" { status } else { 404 };
+            assert_eq!(answered, expected, "{kind} {namespace}/{service}");
+            let counted = harness.metric(&series) - before;
+            assert_eq!(counted, if answered == status { 1.0 } else { 0.0 }, "{kind} {namespace}/{service}");
+        }
     }
 }

@@ -1,17 +1,21 @@
 //! Services of others that external instances join.
 
+use std::{fs, thread};
+
+use gangplank::grpc::proto::registry::RegistrationType;
 use hickory_proto::rr::RecordType;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
-    MirrorHarness, create, edit, foreign_slice, name, soon,
+    MirrorHarness, admin, create, edit, foreign_slice, name, soon,
     takeover::{native, ready_pod},
 };
 use crate::{
-    mirror::{addresses, service_path, slice_path, slices, wait_for_addresses},
+    mirror::{addresses, every_address, service_path, slice_path, slices, wait_for_addresses},
     support::{
         dns::{Over, answers},
-        proxy::Fault,
+        proxy::{Call, Fault},
+        stream::{Stream, message},
         wait_until,
     },
 };
@@ -108,4 +112,85 @@ fn start_waits_for_the_pods_of_joined_names() {
     });
     harness.restart_empty_with(proxy.kubeconfig(), &[]);
     assert_eq!((a(&harness), refused.hits()), (vec!["10.22.9.1".to_owned()], 3), "once it is ready");
+}
+
+/// Connections of ours to a port of 127.0.0.1.
+fn connections_to(port: u16) -> usize {
+    const ESTABLISHED: &str = "01";
+    let table = fs::read_to_string("/proc/net/tcp").expect("Linux has it");
+    let peer = format!("0100007F:{port:04X}");
+    let rows = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
+    rows.filter(|fields| fields[2] == peer && fields[3] == ESTABLISHED).count()
+}
+
+/// More names than the selector of the watch takes.
+#[test]
+fn hundreds_of_joined_names_share_one_watch_and_their_services_are_untouched() {
+    const JOINED: usize = 120;
+    const NAMESPACE: &str = "many-joined";
+    let Some((harness, proxy)) = MirrorHarness::behind_a_proxy() else { return };
+    let cluster = harness.cluster;
+    let port = proxy.url().rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port");
+    harness.create_namespace(NAMESPACE);
+    let (name, pod, instance) = (|n| format!("web-{n}"), |n| format!("10.24.9.{n}"), |n| format!("10.24.0.{n}"));
+    thread::scope(|scope| {
+        for part in 0..4 {
+            scope.spawn(move || {
+                for n in (part..JOINED).step_by(4) {
+                    let labels = json!({"gangplank.dev/service": "joined"});
+                    create(cluster, &service_path(NAMESPACE, ""), &native(&name(n), &labels));
+                    let slice = foreign_slice(&name(n), &format!("by-hand-{n}"), &pod(n));
+                    create(cluster, &slice_path(NAMESPACE, ""), &slice);
+                }
+            });
+        }
+    });
+    let services = || -> Vec<Value> {
+        let mut list = cluster.get_json(&service_path(NAMESPACE, ""));
+        list["items"].as_array_mut().map(std::mem::take).expect("a list")
+    };
+    let theirs = services();
+    assert_eq!(theirs.len(), JOINED);
+    let answered = |n| {
+        let name = format!("{}.{NAMESPACE}.svc.cluster.local.", name(n));
+        answers(harness.server.dns, Over::Udp, &name, RecordType::A)
+    };
+    wait_until("every pod is answered", || (0..JOINED).all(|n| answered(n) == [pod(n)]).then_some(()));
+    let open = r#"gangplank_kubernetes_watches{resource="joined"}"#;
+    wait_until("the watch is open", || (harness.metric(open) == 1.0).then_some(()));
+    let of_joined = |call: &Call| call.is("watch", "endpointslices") && call.path.contains("service-name");
+    let last = proxy.calls().into_iter().rfind(of_joined).expect("a watch");
+    assert!(!last.path.contains("web-"), "more names than the URL takes: {}", last.path);
+    let connections = connections_to(port);
+
+    let mut stream = Stream::open(harness.server.grpc);
+    let all = |kind| (0..JOINED).map(|n| message(kind, NAMESPACE, &name(n), &instance(n))).collect();
+    let (statuses, took) = stream.exchange(all(RegistrationType::Register));
+    assert!(statuses.iter().all(|status| matches!(status, 201 | 202)), "{statuses:?}");
+    for n in 0..JOINED {
+        assert_eq!(answered(n), [instance(n), pod(n)]);
+    }
+    wait_until("every instance is in Kubernetes", || {
+        let all = every_address(cluster, NAMESPACE);
+        (0..JOINED).all(|n| all.get(&name(n)) == Some(&vec![instance(n), pod(n)])).then_some(())
+    });
+    println!(
+        "{JOINED} joined names: {connections} connections to the API server, {} with registrations, which took {took:?}",
+        connections_to(port)
+    );
+    assert!(connections <= 16, "{connections} connections for {JOINED} names");
+    assert_eq!(harness.metric(open), 1.0);
+    assert_eq!(services(), theirs, "no Service was written to");
+
+    // The cluster is shared: nothing is left that later tests would watch.
+    let (statuses, _) = stream.exchange(all(RegistrationType::Unregister));
+    assert!(statuses.iter().all(|status| matches!(status, 202 | 204)), "{statuses:?}");
+    wait_until("only pods are left", || {
+        let all = every_address(cluster, NAMESPACE);
+        (0..JOINED).all(|n| all.get(&name(n)) == Some(&vec![pod(n)])).then_some(())
+    });
+    assert_eq!(services(), theirs);
+    admin(cluster, "DELETE", &service_path(NAMESPACE, ""), None);
+    admin(cluster, "DELETE", &slice_path(NAMESPACE, ""), None);
+    wait_until("no pod is answered", || (harness.metric(open) == 0.0 && answered(0).is_empty()).then_some(()));
 }
