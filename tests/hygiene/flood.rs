@@ -194,7 +194,7 @@ fn fill_an_answer(target: &Target) {
 /// Large answers over TCP that are never read: what the kernel holds for them is bounded, and their connections are closed.
 #[test]
 fn unread_answers_are_bounded_in_the_kernel_and_closed() {
-    let target = Target::with_services(1);
+    let mut target = Target::with_services(1);
     fill_an_answer(&target);
     let peers = sized(100, 500);
     let mut unread: Vec<TcpStream> = (0..peers)
@@ -215,6 +215,7 @@ fn unread_answers_are_bounded_in_the_kernel_and_closed() {
         (queued >> 10) / peers
     );
     assert!(queued <= peers * 512 * 1024, "{queued} bytes wait in the kernel");
+    target.end_turn();
     wait_until("all are closed", || (target.metric(open) == 0.0).then_some(()));
     for peer in &mut unread {
         peer.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout above zero");

@@ -61,7 +61,7 @@ struct Target {
     server: Server,
     rest: u64,
     next: AtomicU32,
-    _turn: MutexGuard<'static, ()>,
+    turn: Option<MutexGuard<'static, ()>>,
 }
 
 impl Target {
@@ -78,11 +78,16 @@ impl Target {
             let (statuses, _) = stream.exchange(messages.collect());
             assert!(statuses.iter().all(|status| *status == 201));
         }
-        let mut target = Self { _turn: turn, server, rest: 0, next: AtomicU32::new(0) };
+        let mut target = Self { turn: Some(turn), server, rest: 0, next: AtomicU32::new(0) };
         target.rest = target.status("VmRSS");
         // Resets the peak, VmHWM.
         fs::write(format!("/proc/{}/clear_refs", target.server.pid()), "5").expect("a process of ours");
         target
+    }
+
+    /// Lets the next attack begin. For tests that only wait for a deadline of the server from here on.
+    fn end_turn(&mut self) {
+        self.turn = None;
     }
 
     /// A figure of /proc/PID/status, in bytes.
@@ -215,11 +220,12 @@ fn lists_that_are_begun_and_reset_leave_nothing() {
 
 #[test]
 fn unread_watches_are_bounded_and_closed() {
-    let target = Target::with_services(sized(30_000, 100_000));
+    let mut target = Target::with_services(sized(30_000, 100_000));
     let runtime = runtime();
     let request = framed(&[WatchRequest::default()]);
     let peers = runtime.block_on(unread(&target, 4, 100, DEFAULT_WINDOW, WATCH, request));
     target.check("400 unread watches", LISTS);
+    target.end_turn();
     assert!(target.metric("gangplank_lists_rejected_total") > 0.0, "more lists than may wait were asked for");
     target.wait_metric(UNREAD, |closed| closed >= 1.0);
     drop(peers);
@@ -230,7 +236,7 @@ fn unread_watches_are_bounded_and_closed() {
 
 #[test]
 fn unread_json_lists_are_bounded_and_closed() {
-    let target = Target::with_services(sized(30_000, 100_000));
+    let mut target = Target::with_services(sized(30_000, 100_000));
     let peers: Vec<TcpStream> = (0..250)
         .map(|_| {
             let mut stream = TcpStream::connect(target.server.admin).expect("it listens");
@@ -239,6 +245,7 @@ fn unread_json_lists_are_bounded_and_closed() {
         })
         .collect();
     target.check("250 unread JSON lists", LISTS);
+    target.end_turn();
     // The lists get their turns one after the other, and each is cut off or refused.
     target.wait_metric("gangplank_lists_rejected_total", |lists| lists > 0.0);
     target.wait_metric("gangplank_lists_queued", |lists| lists == 0.0);
@@ -253,7 +260,7 @@ fn unread_json_lists_are_bounded_and_closed() {
 
 #[test]
 fn unread_registration_responses_have_one_budget() {
-    let target = Target::with_services(0);
+    let mut target = Target::with_services(0);
     let runtime = runtime();
     let (connections, calls) = (sized(10, 60), 199);
     // The same registration again and again: nothing is written, everything is answered.
@@ -261,6 +268,7 @@ fn unread_registration_responses_have_one_budget() {
     let messages = framed(vec![&registration; 4_000]);
     let peers = runtime.block_on(unread(&target, connections, calls, NO_WINDOW, STREAM, messages));
     target.check(&format!("{} streams with unread responses", connections * calls), ALL);
+    target.end_turn();
     target.wait_metric(UNREAD, |closed| closed >= 1.0);
     drop(peers);
     target.wait_metric("gangplank_grpc_buffered_bytes", |bytes| bytes < 4096.0);
@@ -269,7 +277,7 @@ fn unread_registration_responses_have_one_budget() {
 
 #[test]
 fn unread_tiny_frames_are_bounded() {
-    let target = Target::with_services(0);
+    let mut target = Target::with_services(0);
     let runtime = runtime();
     let (connections, calls) = (sized(10, 60), 20);
     // The begin of a message of 32 KiB that never ends, one byte a frame, and answers that nobody reads.
@@ -298,6 +306,7 @@ fn unread_tiny_frames_are_bounded() {
         peers
     });
     target.check("frames of one byte", ALL);
+    target.end_turn();
     target.wait_metric(UNREAD, |closed| closed >= 1.0);
     drop(peers);
     target.wait_metric("gangplank_grpc_buffered_bytes", |bytes| bytes < 4096.0);
