@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use super::election::BootTime;
+use super::time::BootTime;
 
 /// What Kubernetes was seen to hold of each slice, and since when it counts.
 #[derive(Debug, Clone)]

@@ -7,12 +7,18 @@
 //! measures on its own clock since when its last successful renewal began. With the constants below a writer stops
 //! confirming five seconds before anybody else may begin, whatever the offset between the clocks, as long as they run
 //! at rates that differ by less than a fifth.
+//!
+//! A process that starts while the API server is away goes on with what its directory holds: it answers from it and takes
+//! registrations with 202 ([`Election::may_accept`]). It stops as soon as it reads a Lease that another directory holds, or sees
+//! a higher term than its directory's, and the directory remembers that. While it acquires its own Lease, or one that is
+//! missing, it goes on. Several replicas may accept at a time; of two words on one instance the younger stamp counts in the end.
 
 use std::time::Duration;
 
 use super::{
-    lease::{DirectoryId, LeaseRecord, LeaseWrite, ObservedLease, RequestId, ResourceVersion},
+    lease::{DirectoryId, LeaseRecord, LeaseWrite, ObservedLease, Opened, RequestId, ResourceVersion},
     rules::Rules,
+    time::{BootTime, Now},
 };
 
 /// How long a Lease must not change before another replica takes it (client-go: `LeaseDuration`).
@@ -28,19 +34,6 @@ pub const RETRY_PERIOD: Duration = Duration::from_secs(2);
 /// How far a term may be ahead of everything that could have led to it. A Lease's term is one more than any before it, or the
 /// time in seconds; so many more acquisitions than seconds since 1970, before anybody here has seen one of them, do not happen.
 pub const MAX_TERM_LEAD: u64 = 1_000_000;
-
-/// Time since some moment in the past, by a clock that never goes back and goes on through suspensions
-/// (CLOCK_BOOTTIME).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
-pub struct BootTime(pub Duration);
-
-impl BootTime {
-    /// Time from `earlier` until now; nothing where `earlier` is later.
-    #[must_use]
-    pub const fn since(self, earlier: Self) -> Duration {
-        self.0.saturating_sub(earlier.0)
-    }
-}
 
 /// What a replica is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -94,6 +87,11 @@ pub enum Action {
     Renewed(BootTime),
     /// This replica is a follower from now on.
     Deposed(Deposed),
+    /// Another replica writes: registrations are refused from now on, and nothing is answered from the directory, not after
+    /// another restart either.
+    Followed,
+    /// A higher term than that of the directory's words was seen: they are forgotten, except for the outbox.
+    Superseded,
 }
 
 /// Why a replica that was to write does not.
@@ -116,6 +114,10 @@ pub struct Election {
     role: Role,
     /// The highest term that was ever seen anywhere.
     known_term: u64,
+    /// The term of the directory's words, until a higher one is seen.
+    held: Option<u64>,
+    /// Whether this process, which has not written yet, goes on with the directory: it answers from it, and takes registrations.
+    accepting: bool,
     /// The highest generation that this replica published, for the Lease.
     generation: u64,
     /// The Lease's version when it last changed, and when that was noticed.
@@ -145,27 +147,19 @@ enum Pending {
     Release,
 }
 
-/// The environment's say in an acquisition.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Now {
-    /// Since boot.
-    pub boot: BootTime,
-    /// The wall clock, in seconds since the Unix epoch.
-    pub unix_seconds: u64,
-    /// Whether the wall clock agrees with the API server's to a second: only then may the Lease be taken.
-    pub clock_agrees: bool,
-}
-
 impl Election {
-    /// A replica with the directory `me`. `known_term` is the highest term that the directory holds. `resume` says
-    /// that no other process can be acting for this directory.
+    /// A replica with the directory `me`.
     #[must_use]
-    pub const fn new(me: DirectoryId, known_term: u64, resume: bool, rules: Rules) -> Self {
+    pub const fn new(me: DirectoryId, opened: Opened, rules: Rules) -> Self {
+        let Opened { term, followed, resume } = opened;
+        let held = if term > 0 { Some(term) } else { None };
         Self {
             rules,
             me,
             role: Role::Follower,
-            known_term,
+            known_term: term,
+            held,
+            accepting: term > 0 && !followed,
             generation: 0,
             unchanged: None,
             lease: None,
@@ -190,6 +184,14 @@ impl Election {
             Role::Writer { term } => Some(term),
             _ => None,
         }
+    }
+
+    /// Whether this replica answers from its directory and takes registrations: the writer, and a process that has read no
+    /// Lease but its directory's own since it started, if nobody is known to have written after that directory. Only the writer
+    /// confirms: others answer 202.
+    #[must_use]
+    pub const fn may_accept(&self) -> bool {
+        self.accepting || self.writing().is_some()
     }
 
     /// The highest term that was seen.
@@ -287,8 +289,10 @@ impl Election {
         }
         let version = found.as_ref().map(|lease| lease.version);
         let record = found.map(|lease| lease.record);
+        let mut actions = Vec::new();
         if let Some(record) = &record {
             self.known_term = self.known_term.max(record.term);
+            actions = self.seen(record.term, record.holder != self.me);
         }
         self.lease.clone_from(&record);
         // Measured from the end of the first reading to the begin of the last: both ends on the safe side.
@@ -302,7 +306,7 @@ impl Election {
             Some(record) => record.released || (self.resume && record.holder == self.me),
         };
         if !now.clock_agrees || !(free || began.since(still_since) >= LEASE_DURATION) {
-            return Vec::new();
+            return actions;
         }
         let term = match &record {
             Some(record) => record.term.max(self.known_term) + 1,
@@ -318,7 +322,22 @@ impl Election {
         let listed_after = hold.then_some(BootTime(Duration::MAX));
         self.role = Role::Acquiring(Tenure { term, previous: record, listed_after });
         let id = self.request(Pending::Acquire);
-        vec![Action::WriteLease { id, expected: version, record: self.record(term) }]
+        actions.push(Action::WriteLease { id, expected: version, record: self.record(term) });
+        actions
+    }
+
+    /// `term` was seen; `elsewhere` if it is another replica's.
+    fn seen(&mut self, term: u64, elsewhere: bool) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let higher = self.held.take_if(|held| term > *held).is_some();
+        if self.accepting && (higher || elsewhere) {
+            self.accepting = false;
+            actions.push(Action::Followed);
+        }
+        if higher {
+            actions.push(Action::Superseded);
+        }
+        actions
     }
 
     /// The answer to [`Action::WriteLease`], whose request began at `began`.
@@ -391,6 +410,7 @@ impl Election {
                     next = next.max(now.unix_seconds + 1);
                 }
                 self.known_term = next;
+                self.held = Some(next);
                 self.role = Role::Writer { term: next };
                 self.version = lower.map(|lease| lease.version);
                 vec![Action::Rewrite, self.renew(next)]
@@ -410,6 +430,8 @@ impl Election {
         if self.rules.serve_only_while_safe && !self.is_safe(now) {
             return self.give_up();
         }
+        self.held = Some(tenure.term);
+        self.accepting = false;
         self.role = Role::Writer { term: tenure.term };
         Vec::new()
     }
@@ -419,17 +441,23 @@ impl Election {
     pub fn outranked(&mut self, term: u64) -> Vec<Action> {
         self.known_term = self.known_term.max(term);
         match &self.role {
-            Role::Writer { term: mine } if term > *mine => self.depose(Deposed::Outranked(term)),
+            Role::Writer { term: mine } if term > *mine => {
+                self.held = None;
+                self.depose(Deposed::Outranked(term))
+            }
             // A take-over that finds a slice of its own term or a higher one takes a higher term, then lists again.
             Role::TakingOver(tenure) if term >= tenure.term => {
                 let tenure = Tenure { term: self.known_term + 1, ..tenure.clone() };
                 let record = self.record(tenure.term);
+                let mut actions = self.seen(term, false);
                 self.role = Role::Acquiring(tenure);
                 // A renewal may be under way with the same version: one of the two conflicts. Nobody waits for its answer.
                 let id = self.request(Pending::Acquire);
-                vec![Action::WriteLease { id, expected: self.version, record }]
+                actions.push(Action::WriteLease { id, expected: self.version, record });
+                actions
             }
-            _ => Vec::new(),
+            Role::Writer { .. } => Vec::new(),
+            Role::Follower | Role::Acquiring(_) | Role::TakingOver(_) => self.seen(term, false),
         }
     }
 

@@ -16,6 +16,9 @@
 //!    was renewed since. Only then it leaves the outbox.
 //! 6. **Hand-over.** A replica that writes no more sends its outbox to the one that does, until each word is confirmed,
 //!    outranked, or refused as too old. Nothing is dropped silently.
+//! 7. **Without the API server.** A writer, and a replica that starts with a directory after which nobody is known to have written,
+//!    answers and takes registrations with 202. Copies of one directory are replicas of their own: see
+//!    [`DirectoryId`](lease::DirectoryId).
 //!
 //! The server does not run this yet: one process writes, and nothing elects it.
 
@@ -28,4 +31,5 @@ use crate::model as stamp;
 pub mod takeover;
 #[cfg(test)]
 mod tests;
+pub mod time;
 pub mod word;

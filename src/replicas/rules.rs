@@ -29,6 +29,8 @@ pub struct Rules {
     pub hold_after_missing_lease: bool,
     /// A writer whose Lease is missing or went back takes it again only while it is safe.
     pub recreate_only_while_safe: bool,
+    /// A directory that is not certainly the same one on the same boot gets a new identity when it is opened.
+    pub renew_identity: bool,
     /// The directory's words count at a take-over only if no slice and no Lease has a higher term than the directory.
     pub directory_needs_newest_term: bool,
     /// A handed-over word is acknowledged when it is confirmed, not when it is journaled.
@@ -51,6 +53,7 @@ impl Rules {
         serve_only_while_safe: true,
         hold_after_missing_lease: true,
         recreate_only_while_safe: true,
+        renew_identity: true,
         directory_needs_newest_term: true,
         acknowledge_hand_over_when_confirmed: true,
     };

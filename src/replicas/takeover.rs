@@ -22,7 +22,9 @@ pub struct Directory<K, V> {
     pub generation: u64,
     /// Its hybrid clock.
     pub clock: HybridClock,
-    /// The last word on every key, as of `term`. Empty once another writer is known to have followed.
+    /// Whether another replica is known to have written since `term`, or to write: then nothing is answered from here any more.
+    pub followed: bool,
+    /// The last word on every key, as of `term`. Empty once a higher term was seen.
     pub words: BTreeMap<K, Word<V>>,
     /// Words that are not confirmed to be in Kubernetes.
     pub outbox: BTreeMap<K, Word<V>>,
@@ -37,6 +39,7 @@ impl<K, V> Directory<K, V> {
         Self {
             id,
             term: 0,
+            followed: false,
             generation: 0,
             clock: HybridClock::default(),
             words: BTreeMap::new(),

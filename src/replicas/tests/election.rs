@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::super::{election::*, lease::*, rules::Rules};
+use super::super::{election::*, lease::*, rules::Rules, time::*};
 
 const ME: DirectoryId = DirectoryId(1);
 const OTHER: DirectoryId = DirectoryId(2);
@@ -21,7 +21,7 @@ fn lease(version: u64, term: u64, holder: DirectoryId) -> Option<Option<Observed
 }
 
 fn candidate() -> Election {
-    Election::new(ME, 0, false, Rules::ALL)
+    Election::new(ME, Opened { term: 0, followed: false, resume: false }, Rules::ALL)
 }
 
 /// A tick, and the answer to the read that it asks for.
@@ -75,7 +75,7 @@ fn released_lease_is_taken_at_once() {
 
 #[test]
 fn own_lease_is_taken_at_once_only_by_the_process_that_certainly_follows() {
-    let mut sure = Election::new(ME, 7, true, Rules::ALL);
+    let mut sure = Election::new(ME, Opened { term: 7, followed: false, resume: true }, Rules::ALL);
     assert_eq!(written(&read(&mut sure, 0, lease(5, 7, ME))).2.term, 8);
     assert_eq!(read(&mut candidate(), 0, lease(5, 7, ME)), []);
 }
@@ -161,6 +161,31 @@ fn slice_of_a_higher_term_in_a_take_over_makes_the_term_higher() {
     let (id, expected, record) = written(&election.outranked(30));
     assert_eq!((expected, record.term), (Some(ResourceVersion(6)), 31));
     assert_eq!(election.lease_written(id, boot(1), ok), [Action::TakeOver], "listed again");
+}
+
+#[test]
+fn restarted_replica_accepts_until_it_reads_a_lease_that_another_holds() {
+    let started = |followed| Election::new(ME, Opened { term: 7, followed, resume: true }, Rules::ALL);
+    assert!(!candidate().may_accept(), "a directory without a term");
+    assert!(!started(true).may_accept(), "another wrote after it");
+
+    let mut election = started(false);
+    assert!(election.may_accept());
+    assert_eq!(read(&mut election, 0, None), [], "the API server is away");
+    assert!(election.may_accept());
+    assert_eq!(read(&mut election, 2, lease(5, 8, OTHER)), [Action::Followed, Action::Superseded]);
+    assert!(!election.may_accept());
+
+    let mut election = started(false);
+    assert_eq!(read(&mut election, 0, lease(5, 7, OTHER)), [Action::Followed], "the words are as young as any");
+    assert!(!election.may_accept());
+
+    let mut election = started(false);
+    assert_eq!(read(&mut election, 0, lease(5, 7, ME)).len(), 1, "acquires");
+    assert!(election.may_accept(), "nobody wrote since");
+
+    let mut election = started(false);
+    assert_eq!(election.outranked(8), [Action::Followed, Action::Superseded], "a slice shows it");
 }
 
 #[test]

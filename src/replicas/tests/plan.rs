@@ -36,6 +36,8 @@ pub(super) enum Fault {
         machine: Target,
         time: Micros,
         disk: Disk,
+        /// The machine boots meanwhile.
+        boots: bool,
     },
     CrashAll {
         time: Micros,
@@ -113,8 +115,9 @@ impl Plan {
         if setup.faults.edits {
             draw_edits(setup, &mut random, heal, &mut faults, &mut hot);
         }
-        if let Some(aim) = setup.aim {
+        if !setup.aims.is_empty() {
             for _ in 0..random.between(1, 3) {
+                let aim = setup.aims[random.between(0, setup.aims.len() as u64) as usize];
                 draw_aimed(setup, aim, &mut random, heal, &mut faults, &mut hot);
             }
         }
@@ -163,7 +166,7 @@ fn draw_fault(setup: &Setup, random: &mut Random) -> Option<Fault> {
             } else {
                 Disk::Kept
             };
-            Fault::Crash { machine, time: time.min(setup.away), disk }
+            Fault::Crash { machine, time: time.min(setup.away), disk, boots: random.percent(30) }
         }
         2 | 3 => Fault::Pause { machine, time: time.min(60 * SECOND) },
         4..=6 => Fault::CutOff { machine, time },
@@ -186,6 +189,10 @@ pub(super) enum Aim {
     LeaseDeletedAfterAbsence,
     /// A deposed writer hands over to one that is lost before Kubernetes has the words.
     ReceiverLost,
+    /// Replicas start while the API server is away, or out of their reach.
+    StartAlone,
+    /// A replica starts with a copy of a living replica's directory, and both go on.
+    Twins,
 }
 
 fn draw_aimed(
@@ -210,7 +217,7 @@ fn draw_aimed(
             faults.push((edited, Fault::Edit { slice, edit: Edit::Nothing, annotations }));
             let crashed = edited + random.between(100 * MILLISECOND, 3 * SECOND);
             let time = random.between(SECOND, 40 * SECOND);
-            faults.push((crashed, Fault::Crash { machine, time, disk: Disk::Lost }));
+            faults.push((crashed, Fault::Crash { machine, time, disk: Disk::Lost, boots: false }));
         }
         Aim::LeaseDeletedAfterAbsence => {
             let time = random.between(15 * SECOND, 40 * SECOND);
@@ -230,9 +237,45 @@ fn draw_aimed(
             let cut = back + random.between(0, 4 * SECOND);
             faults.push((cut, Fault::CutOff { machine, time: random.between(2 * SECOND, 10 * SECOND) }));
             let crashed = cut + random.between(0, 6 * SECOND);
-            faults
-                .push((crashed, Fault::Crash { machine, time: random.between(SECOND, 30 * SECOND), disk: Disk::Lost }));
+            let time = random.between(SECOND, 30 * SECOND);
+            faults.push((crashed, Fault::Crash { machine, time, disk: Disk::Lost, boots: false }));
             hot.push(back);
+        }
+        Aim::StartAlone => {
+            let away = random.between(15 * SECOND, 60 * SECOND);
+            let all = random.percent(50);
+            if all {
+                faults.push((begin, Fault::Down { time: away }));
+            }
+            for _ in 0..random.between(1, 4) {
+                let index = random.between(0, setup.replicas as u64) as usize;
+                let machine = if random.percent(60) { Target::Holder } else { Target::Machine(index) };
+                let crashed = (begin + random.between(0, 12 * SECOND)).saturating_sub(2 * SECOND);
+                if !all {
+                    faults.push((crashed.min(begin), Fault::CutOff { machine, time: away }));
+                }
+                let disk = if random.percent(80) { Disk::Kept } else { Disk::Copy };
+                let time = random.between(SECOND, 15 * SECOND);
+                faults.push((crashed, Fault::Crash { machine, time, disk, boots: random.percent(50) }));
+                hot.push(crashed + time);
+            }
+            hot.push(begin + away);
+        }
+        Aim::Twins => {
+            let index = random.between(0, setup.replicas as u64) as usize;
+            let twin = Target::Machine((index + 1) % setup.replicas);
+            let of = if random.percent(50) { Target::Holder } else { Target::Machine(index) };
+            let time = random.between(SECOND, 5 * SECOND);
+            faults.push((begin, Fault::Crash { machine: twin, time, disk: Disk::CopyOf(of), boots: true }));
+            let again = begin + time + random.between(SECOND, 10 * SECOND);
+            if random.percent(70) {
+                let time = random.between(SECOND, 5 * SECOND);
+                faults.push((again, Fault::Crash { machine: twin, time, disk: Disk::Kept, boots: false }));
+                hot.push(again);
+            }
+            if random.percent(30) {
+                faults.push((begin, Fault::Down { time: random.between(SECOND, 30 * SECOND) }));
+            }
         }
     }
 }
@@ -290,7 +333,7 @@ fn draw_old_copies(
         if random.percent(50) {
             let time = random.between(SECOND, 20 * SECOND);
             let machine = Target::Machine(machine);
-            faults.push((crashed, Fault::Crash { machine, time, disk: Disk::Copy }));
+            faults.push((crashed, Fault::Crash { machine, time, disk: Disk::Copy, boots: random.percent(30) }));
             hot.push(copied + (crashed - copied) / 2);
         }
     }

@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 
 use super::super::{
     confirm::Confirmations,
-    election::{Action, BootTime, Deposed, Election, Now, Role, Tenure},
-    lease::{DirectoryId, LeaseRecord, LeaseWrite, ObservedLease, RequestId, ResourceVersion},
+    election::{Action, Deposed, Election, Role, Tenure},
+    lease::{DirectoryId, LeaseRecord, LeaseWrite, ObservedLease, Opened, RequestId, ResourceVersion},
     rules::Rules,
     slice::{Judgement, SliceRecord, Writer},
     stamp::Stamp,
     takeover::{self, Directory, HigherTerm},
+    time::{BootTime, Now},
     word::{AgeLimit, Merged, TombstoneLifetime, Word},
 };
 
@@ -129,8 +130,6 @@ pub(super) struct Replica {
     pub(super) election: Election,
     /// What is durable: changed only together with what an output promises.
     pub(super) directory: Directory<Key, Value>,
-    /// Whether the directory's words are still those of its term: not after another writer was followed.
-    fresh: bool,
     slices: Vec<SliceState>,
     confirmations: Confirmations<usize>,
     waiting: Vec<Waiting>,
@@ -158,9 +157,12 @@ impl Replica {
             rules,
             lifetime,
             room,
-            election: Election::new(directory.id, directory.term, resume, rules),
+            election: Election::new(
+                directory.id,
+                Opened { term: directory.term, followed: directory.followed, resume },
+                rules,
+            ),
             directory,
-            fresh: true,
             slices: vec![SliceState::default(); slices],
             confirmations: Confirmations::default(),
             waiting: Vec::new(),
@@ -180,13 +182,17 @@ impl Replica {
         self.election.writing().is_some()
     }
 
+    pub(super) fn may_accept(&self) -> bool {
+        self.election.may_accept()
+    }
+
     pub(super) fn is_taking_over(&self) -> bool {
         matches!(self.election.role(), Role::TakingOver(_))
     }
 
     /// What this replica answers for `key`.
     pub(super) fn answers(&self, key: Key) -> Value {
-        let word = if self.is_writer() {
+        let word = if self.may_accept() {
             self.directory.words.get(&key)
         } else {
             self.slices[key.slice].observed.as_ref().and_then(|(_, record)| record.words.get(&key))
@@ -254,6 +260,11 @@ impl Replica {
                 }
                 Action::Renewed(began) => self.renewed(began, at),
                 Action::Deposed(reason) => self.deposed(reason),
+                Action::Followed => {
+                    self.directory.followed = true;
+                    self.outputs.push(Output::Stepped);
+                }
+                Action::Superseded => self.directory.words.clear(),
             }
         }
     }
@@ -289,9 +300,9 @@ impl Replica {
             // What this directory holds besides its outbox is an older copy of what the new writer holds.
             Deposed::Outranked(_) => {
                 self.directory.words.clear();
-                self.fresh = false;
+                self.directory.followed = true;
             }
-            Deposed::LeaseLost => self.fresh = true,
+            Deposed::LeaseLost => {}
             Deposed::NotAcquired => return,
         }
         self.outputs.push(Output::Stepped);
@@ -313,15 +324,11 @@ impl Replica {
     }
 
     fn take_over(&mut self, at: Clocks, tenure: &Tenure, list: &[Option<Observed>]) {
-        let mut directory = self.directory.clone();
-        if !self.fresh {
-            directory.words.clear();
-        }
         let records = list.iter().flatten().map(|(_, record)| record);
         let truth = match takeover::merge(
             tenure,
             records,
-            &directory,
+            &self.directory,
             self.election.highest_term(at.now),
             at.wall,
             self.lifetime,
@@ -339,10 +346,17 @@ impl Replica {
         }
         self.act(at, actions);
         let takeover::Truth { words, outbox, refused, generation, clock, refuse_before } = truth;
-        self.directory =
-            Directory { id: self.directory.id, term: tenure.term, generation, clock, words, outbox, refuse_before };
+        self.directory = Directory {
+            id: self.directory.id,
+            term: tenure.term,
+            followed: false,
+            generation,
+            clock,
+            words,
+            outbox,
+            refuse_before,
+        };
         self.election.published(generation);
-        self.fresh = false;
         if !refused.is_empty() {
             self.outputs.push(Output::Refused(refused));
         }
@@ -359,10 +373,15 @@ impl Replica {
 
     /// A registration or a removal (`value` is `None`) from a client.
     pub(super) fn submit(&mut self, at: Clocks, op: usize, key: Key, value: Option<Value>) -> bool {
-        if !self.is_writer() {
+        if !self.may_accept() {
             return false;
         }
         let status = self.decide(at, key, value);
+        if !self.is_writer() {
+            eprintln!("ACC");
+            self.outputs.push(Output::Answer { op, status: 202 });
+            return true;
+        }
         self.waiting.push(Waiting { op, slice: key.slice, generation: self.directory.generation, status });
         self.mirror(key.slice, at);
         true

@@ -3,8 +3,9 @@
 use super::*;
 
 impl World {
+    /// A replica that takes registrations.
     pub(super) fn writer(&mut self) -> Option<usize> {
-        let writes = |machine: &Machine| machine.replica.as_ref().is_some_and(Replica::is_writer);
+        let writes = |machine: &Machine| machine.replica.as_ref().is_some_and(Replica::may_accept);
         let writers: Vec<usize> = (0..self.machines.len()).filter(|index| writes(&self.machines[*index])).collect();
         (!writers.is_empty()).then(|| writers[self.random.between(0, writers.len() as u64) as usize])
     }
@@ -67,11 +68,12 @@ impl World {
                 self.sustained.remove(&key);
                 self.submit(writer, key, 0);
             }
-            Fault::Crash { machine, time, disk } => {
+            Fault::Crash { machine, time, disk, boots } => {
                 let Some(machine) = self.target(machine) else { return };
                 if self.machines[machine].replica.is_some() {
                     self.crash(machine);
                     self.lose(machine, disk);
+                    self.machines[machine].boots += u32::from(boots);
                     self.at(self.time + time, Event::Restart(machine));
                 }
             }
@@ -98,8 +100,8 @@ impl World {
             Fault::Chaos { time } => self.chaos_until = self.time + time,
             Fault::Down { time } => self.down_until = self.time + time,
             Fault::Copy { machine } => {
-                let copy = self.machines[machine].directory.clone();
-                self.machines[machine].copies.push(copy);
+                let machine = &mut self.machines[machine];
+                machine.copies.push((machine.directory.clone(), machine.opened));
             }
             Fault::Release { machine } => self.release(machine),
             Fault::Edit { slice, edit, annotations } => self.edit(slice, edit, annotations),
@@ -127,7 +129,7 @@ impl World {
             if self.random.percent(50) {
                 let epoch = self.machines[index].epoch;
                 self.step(index, epoch, |replica, at| {
-                    if replica.is_writer() {
+                    if replica.may_accept() {
                         replica.decide(at, key, (value != 0).then_some(value));
                     }
                 });
@@ -142,11 +144,11 @@ impl World {
 
     pub(super) fn lose(&mut self, index: usize, disk: Disk) {
         let machine = &self.machines[index];
-        let directory = match disk {
+        let (directory, opened) = match disk {
             Disk::Kept => return,
             Disk::Lost => {
                 self.next_directory += 1;
-                Directory::new(DirectoryId(self.next_directory))
+                (Directory::new(DirectoryId(self.next_directory)), (index, machine.boots))
             }
             Disk::Copy => {
                 if machine.copies.is_empty() {
@@ -154,6 +156,10 @@ impl World {
                 }
                 let chosen = self.random.between(0, self.machines[index].copies.len() as u64) as usize;
                 self.machines[index].copies[chosen].clone()
+            }
+            Disk::CopyOf(of) => {
+                let Some(of) = self.target(of).filter(|of| *of != index) else { return };
+                (self.machines[of].directory.clone(), self.machines[of].opened)
             }
         };
         // A 202 that only the lost directory had is lost with it, as it says.
@@ -166,6 +172,7 @@ impl World {
             .collect();
         lost.into_iter().for_each(|key| self.checker.lost_with_directory(key, index));
         self.machines[index].directory = directory;
+        self.machines[index].opened = opened;
     }
 
     pub(super) fn restart(&mut self, index: usize) {
@@ -174,13 +181,18 @@ impl World {
         }
         let Setup { rules, lifetime, room, slices, .. } = self.setup;
         let machine = &mut self.machines[index];
+        let here = (index, machine.boots);
+        let resume = std::mem::replace(&mut machine.opened, here) == here;
+        if !resume && rules.renew_identity {
+            self.next_directory += 1;
+            machine.directory.id = DirectoryId(self.next_directory);
+        }
         machine.epoch += 1;
         machine.watch += 1;
         (machine.watching, machine.listing) = (false, false);
         let mut directory = machine.directory.clone();
         directory.clock = HybridClock::after(directory.clock.last());
-        // The same machine, the same boot: nobody else can be acting for this directory.
-        machine.replica = Some(Replica::start(directory, slices, rules, lifetime, room, true));
+        machine.replica = Some(Replica::start(directory, slices, rules, lifetime, room, resume));
         let epoch = machine.epoch;
         let begin = self.time + self.random.between(0, 300 * MILLISECOND);
         self.at(begin, Event::Tick(index, epoch));

@@ -13,11 +13,11 @@ use std::{
 
 use super::{
     super::{
-        election::{BootTime, Now},
         lease::{DirectoryId, LeaseRecord, LeaseWrite, ObservedLease, RequestId, ResourceVersion},
         rules::Rules,
         stamp::{HybridClock, Stamp},
         takeover::Directory,
+        time::{BootTime, Now},
         word::{TombstoneLifetime, Word},
     },
     checker::{Checker, Violation},
@@ -54,7 +54,7 @@ pub(super) struct Setup {
     pub(super) sustained: u64,
     pub(super) faults: Faults,
     /// Faults that are aimed at a rule, besides the others.
-    pub(super) aim: Option<Aim>,
+    pub(super) aims: &'static [Aim],
     /// How long after the last fault everything must be in order.
     pub(super) settle: Micros,
 }
@@ -127,7 +127,10 @@ enum Event {
 struct Machine {
     replica: Option<Replica>,
     directory: Directory<Key, Value>,
-    copies: Vec<Directory<Key, Value>>,
+    /// On which machine, and at which of its boots, the directory was opened last.
+    opened: (usize, u32),
+    copies: Vec<(Directory<Key, Value>, (usize, u32))>,
+    boots: u32,
     /// Grows with every start: what belongs to a former process is dropped.
     epoch: u32,
     paused_until: Micros,
@@ -185,7 +188,9 @@ impl World {
             .map(|index| Machine {
                 replica: None,
                 directory: Directory::new(DirectoryId(index as u128 + 1)),
+                opened: (index, 0),
                 copies: Vec::new(),
+                boots: 0,
                 epoch: 0,
                 paused_until: 0,
                 stopped: 0,
@@ -290,7 +295,7 @@ impl World {
             Event::TimedOut(call) => self.answered(call, None),
             Event::Watch(machine, epoch, watch) => self.watch(machine, epoch, watch),
             Event::Arrive(machine, op) => {
-                if self.machines[machine].replica.as_ref().is_some_and(Replica::is_writer) {
+                if self.machines[machine].replica.as_ref().is_some_and(Replica::may_accept) {
                     self.machines[machine].arrived.push(op);
                     let epoch = self.machines[machine].epoch;
                     let delay = self.random.between(200, 4 * MILLISECOND);
@@ -528,4 +533,6 @@ pub(super) enum Disk {
     Lost,
     /// An older copy takes its place.
     Copy,
+    /// A copy of the directory of a replica that may be alive takes its place.
+    CopyOf(Target),
 }

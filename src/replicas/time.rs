@@ -1,0 +1,27 @@
+//! Time, as the protocol is told it.
+
+use std::time::Duration;
+
+/// Time since some moment in the past, by a clock that never goes back and goes on through suspensions
+/// (CLOCK_BOOTTIME).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct BootTime(pub Duration);
+
+impl BootTime {
+    /// Time from `earlier` until now; nothing where `earlier` is later.
+    #[must_use]
+    pub const fn since(self, earlier: Self) -> Duration {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
+/// The environment's say in an acquisition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Now {
+    /// Since boot.
+    pub boot: BootTime,
+    /// The wall clock, in seconds since the Unix epoch.
+    pub unix_seconds: u64,
+    /// Whether the wall clock agrees with the API server's to a second: only then may the Lease be taken.
+    pub clock_agrees: bool,
+}
