@@ -20,13 +20,13 @@ use crate::{
     zone::ZoneConfig,
 };
 
-/// Longest TTL that may be set, in seconds: an hour without a change is long for a service.
+/// Largest `--ttl` in seconds. Clients cache a removed instance for that long.
 const MAX_TTL: u32 = 3600;
 
-/// Longest duration that may be set: a deadline must fit the clock.
+/// Longest duration of any flag, so that a deadline never overflows the clock.
 const MAX_DURATION: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Smallest journal segment in bytes: below that, closing segments is most of the work.
+/// Smallest `--segment-bytes`. With smaller segments the journal would mostly close segments.
 const MIN_SEGMENT: u64 = 4096;
 
 /// The flags of `gangplank serve`. Every flag is an environment variable too, lists with commas.
@@ -90,7 +90,7 @@ pub struct ServeArgs {
     #[arg(long, env = "GANGPLANK_DNS_THREADS", value_name = "N")]
     dns_threads: Option<NonZeroUsize>,
 
-    /// A network whose reverse zone is ours: its other addresses are NXDOMAIN instead of REFUSED; repeatable
+    /// A network whose reverse zone is served: its unknown addresses are NXDOMAIN instead of REFUSED; repeatable
     #[arg(long, env = "GANGPLANK_REVERSE_ZONE", value_name = "CIDR", value_delimiter = ',')]
     reverse_zone: Vec<String>,
 
@@ -102,11 +102,11 @@ pub struct ServeArgs {
     #[arg(long, env = "GANGPLANK_PUBLISH_NOT_READY", value_parser = FalseyValueParser::new())]
     publish_not_ready: bool,
 
-    /// What NSID (RFC 5001) says of this server [default: the host name]
+    /// The name server identifier, NSID (RFC 5001) [default: the host name]
     #[arg(long, env = "GANGPLANK_NSID", value_name = "TEXT")]
     nsid: Option<String>,
 
-    /// Listen for gRPC beyond loopback without TLS: whoever reaches the port may register anything
+    /// Listen for gRPC beyond loopback without TLS: every client that reaches the port may register anything
     #[arg(long, env = "GANGPLANK_INSECURE", value_parser = FalseyValueParser::new())]
     insecure: bool,
 
@@ -196,19 +196,19 @@ pub struct Config {
     pub admin_connections: usize,
     /// The DNS listeners.
     pub dns: DnsConfig,
-    /// The zone, with the addresses of its name server as far as they were given.
+    /// The zone; without addresses of its name server if no flag gives them.
     pub zone: ZoneConfig,
-    /// What registrations are measured against.
+    /// Parses and checks registrations.
     pub validator: Validator,
     /// Where registrations are kept.
     pub data_dir: PathBuf,
-    /// How the store is opened.
+    /// Options of the store.
     pub store: store::Options,
-    /// How many instances may be registered, and where.
+    /// Options of the registry.
     pub registry: registry::Options,
-    /// The mirror, where there is one.
+    /// Options of the mirror; `None` without Kubernetes.
     pub kubernetes: Option<kubernetes::Options>,
-    /// How long DNS goes on answering after SIGTERM.
+    /// How long DNS answers after SIGTERM.
     pub drain: Duration,
 }
 
@@ -216,9 +216,9 @@ impl ServeArgs {
     /// Checks the flags.
     ///
     /// # Errors
-    /// The first flag that is invalid, the reason, and what to do.
+    /// The first invalid flag, with the reason.
     pub fn check(self) -> anyhow::Result<Config> {
-        // Without `..`: a flag that nobody uses does not compile.
+        // Without `..`, so that an unused flag does not compile.
         let Self {
             grpc_listen,
             dns_listen,
@@ -259,7 +259,7 @@ impl ServeArgs {
             && !insecure
         {
             bail!(
-                "--grpc-listen {open}: whoever reaches this address could register anything, because there is no TLS yet. \
+                "--grpc-listen {open}: every client that reaches this address could register anything, because there is no TLS yet. \
                  Listen on a loopback address (127.0.0.1:{port}), or, where the network itself is trusted, add --insecure",
                 port = open.port()
             );
@@ -397,7 +397,7 @@ mod tests {
 
     #[test]
     fn errors_name_the_invalid_flag() {
-        for (flags, says) in [
+        for (flags, expected) in [
             (["--ttl", "3601"], "--ttl 3601"),
             (["--zone", "a..b"], "--zone \"a..b\""),
             (["--reverse-zone", "10.0.0.0"], "--reverse-zone \"10.0.0.0\""),
@@ -414,7 +414,7 @@ mod tests {
             (["--tcp-message", "25h"], "--tcp-message: must be at most 1day"),
         ] {
             let err = check(&flags).expect_err("refused");
-            assert!(err.contains(says), "{err:?} should contain {says:?}");
+            assert!(err.contains(expected), "{err:?} should contain {expected:?}");
         }
     }
 

@@ -22,7 +22,7 @@
 //!    never decreases for one data directory. Its low 32 bits are the SOA serial, answers to
 //!    registrants carry it, and the change feed is ordered by it.
 //! 6. **Readers do not disturb the writer.** Lists read the catalog, watches the change feed. A
-//!    watch that falls further behind than the feed reaches is told to restart.
+//!    watch that falls further behind than the feed reaches ends with a restart message.
 //! 7. **Unknown is not absent.** Until the store is recovered, a name that is not found gets
 //!    SERVFAIL, never NXDOMAIN, and registrations get "try again". When the disk fails,
 //!    registrations stop and DNS continues.

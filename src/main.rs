@@ -24,11 +24,11 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 #[command(version, arg_required_else_help = true, max_term_width = 100)]
 struct Gangplank {
     #[command(subcommand)]
-    command: Command,
+    command: CliCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum CliCommand {
     /// Run the server: takes registrations over gRPC, answers DNS
     Serve {
         #[command(flatten)]
@@ -43,8 +43,8 @@ enum Command {
 #[tokio::main]
 async fn main() -> ExitCode {
     match Gangplank::parse().command {
-        Command::Client(subcommand) => cli::run(subcommand).await,
-        Command::Serve { serve, log } => match run(*serve, &log).await {
+        CliCommand::Client(subcommand) => cli::run(subcommand).await,
+        CliCommand::Serve { serve, log } => match run(*serve, &log).await {
             Ok(()) => ExitCode::SUCCESS,
             Err(err) => {
                 // Not `eprintln!`, which panics where stderr cannot be written.
@@ -72,13 +72,13 @@ async fn run(serve: ServeArgs, log: &LogArgs) -> anyhow::Result<()> {
         announce(format_args!("listening {what} {address}"));
     }
     let mut signalled = async move || tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} };
-    let (first, told) = tokio::sync::oneshot::channel();
+    let (first, shutdown) = tokio::sync::oneshot::channel();
     let second = async {
         signalled().await;
         let _ = first.send(());
         signalled().await;
     };
-    let shutdown = async { told.await.unwrap_or(()) };
+    let shutdown = async { shutdown.await.unwrap_or(()) };
     tokio::select! {
         ended = bound.run(shutdown, |generation| announce(format_args!("ready generation {generation}"))) => ended,
         () = ignored_hangups => unreachable!("the stream of signals does not end"),
@@ -86,8 +86,8 @@ async fn run(serve: ServeArgs, log: &LogArgs) -> anyhow::Result<()> {
     }
 }
 
-/// Prints a line on stdout. Unlike `println!` it does not panic when stdout is closed or its disk is
-/// full: the server goes on.
+/// Prints a line on stdout. Unlike `println!` it does not panic when stdout is closed or its disk is full,
+/// so the server continues.
 fn announce(line: fmt::Arguments<'_>) {
     let _ = writeln!(io::stdout(), "{line}");
 }

@@ -27,7 +27,7 @@ fn read(printed: &str) -> Vec<Answer> {
 }
 
 #[test]
-fn a_go_client_of_the_frozen_contract_works_unchanged() {
+fn go_client_of_the_frozen_contract_works() {
     let Some(gotool) = tools::require("gotool") else { return };
     registrant(&|server, command| {
         let server = server.grpc.to_string();
@@ -37,12 +37,12 @@ fn a_go_client_of_the_frozen_contract_works_unchanged() {
 }
 
 #[test]
-fn a_python_client_of_the_frozen_contract_works_unchanged() {
+fn python_client_of_the_frozen_contract_works() {
     python_registrant("frozen");
 }
 
 #[test]
-fn a_python_client_of_todays_contract_works() {
+fn python_client_of_the_current_contract_works() {
     python_registrant("current");
 }
 

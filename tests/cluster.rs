@@ -186,7 +186,7 @@ fn admission_policy_limits_the_account_to_labelled_objects() {
 }
 
 #[test]
-fn corednss_kubernetes_plugin_answers_from_the_cluster() {
+fn coredns_kubernetes_plugin_answers_from_the_cluster() {
     let (Some(cluster), Some(program)) = (Cluster::shared(), tools::require("coredns")) else { return };
     cluster.create_namespace("plugin");
     create(cluster, &services("plugin"), &service("web", &owned()));
@@ -205,7 +205,7 @@ fn corednss_kubernetes_plugin_answers_from_the_cluster() {
 }
 
 #[test]
-fn the_api_server_stops_and_starts_and_keeps_its_state() {
+fn api_server_keeps_its_state_across_a_restart() {
     let Some(mut cluster) = Cluster::private() else { return };
     let url = cluster.api_server_url();
     cluster.create_namespace("prod");
@@ -250,7 +250,7 @@ fn controllers_collect_garbage_and_end_namespaces() {
 }
 
 #[test]
-fn the_proxy_passes_requests_on_and_counts_them() {
+fn proxy_forwards_and_counts_requests() {
     let Some(cluster) = Cluster::shared() else { return };
     cluster.create_namespace("proxied");
     let proxy = Proxy::start(cluster);
@@ -275,7 +275,7 @@ fn the_proxy_passes_requests_on_and_counts_them() {
 }
 
 #[test]
-fn the_proxy_refuses_drops_and_hangs_as_told() {
+fn proxy_injects_refusals_drops_and_hangs() {
     let Some(cluster) = Cluster::shared() else { return };
     cluster.create_namespace("faults");
     let proxy = Proxy::start(cluster);
@@ -333,7 +333,7 @@ fn exists(cluster: &Cluster, path: &str) -> bool {
 }
 
 #[test]
-fn kube_client_works_through_the_proxy_and_sees_its_faults() {
+fn kube_client_works_through_the_proxy_and_gets_its_faults() {
     let Some(cluster) = Cluster::shared() else { return };
     cluster.create_namespace("client");
     create(cluster, &services("client"), &service("web", &owned()));
@@ -356,7 +356,7 @@ fn kube_client_works_through_the_proxy_and_sees_its_faults() {
 }
 
 #[test]
-fn the_proxy_streams_watches_and_stalls_ends_and_cuts_them() {
+fn proxy_streams_watches_and_injects_their_faults() {
     let Some(cluster) = Cluster::shared() else { return };
     cluster.create_namespace("watched");
     let proxy = Proxy::start(cluster);

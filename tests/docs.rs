@@ -81,7 +81,7 @@ fn docs_kubernetes() {
 }
 
 #[test]
-fn every_page_is_replayed_and_says_what_to_do_next() {
+fn every_page_is_replayed_and_has_next_steps() {
     for entry in fs::read_dir(Path::new(ROOT).join("docs")).expect("there is a folder of pages") {
         let page = entry.expect("it can be read").file_name().into_string().expect("ASCII");
         let replayed = include_str!("docs.rs").contains(&format!("replay(\"docs/{page}\""));

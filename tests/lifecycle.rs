@@ -39,7 +39,7 @@ fn refused(flags: &[&str]) -> String {
 }
 
 #[test]
-fn sigterm_takes_readiness_down_first_and_dns_answers_until_the_drain_time_is_over() {
+fn sigterm_makes_the_server_unready_and_dns_answers_until_the_end_of_the_drain() {
     let mut server = Server::start_with(&["--drain", "5s"]);
     server.register("prod", "web", "10.0.0.1", "http=8080");
     assert_eq!(http::get(server.admin, "/readyz").0, 200);
@@ -69,7 +69,7 @@ fn sighup_does_not_end_the_process() {
 }
 
 #[test]
-fn a_second_process_on_the_data_directory_is_refused_and_told_who_holds_it() {
+fn second_process_on_the_data_directory_is_refused_with_its_holder() {
     let server = Server::start();
     let dir = server.data_dir().display().to_string();
     let any = "127.0.0.1:0";
@@ -78,7 +78,7 @@ fn a_second_process_on_the_data_directory_is_refused_and_told_who_holds_it() {
 }
 
 #[test]
-fn a_second_process_on_an_address_is_refused_and_told_which() {
+fn second_process_on_an_address_is_refused_with_the_address() {
     let server = Server::start();
     let any = "127.0.0.1:0".to_owned();
     for (flag, taken) in
@@ -179,7 +179,7 @@ fn newest_segment(data: &Path) -> PathBuf {
 
 /// The next registration notices: it is refused, and so is one that would change nothing.
 #[test]
-fn removed_data_directory_or_lock_refuses_registrations_and_dns_goes_on() {
+fn removed_data_directory_or_lock_refuses_registrations_and_not_dns() {
     let remove_all = |path: &Path| fs::remove_dir_all(path).expect("the directory is there");
     let remove_lock = |path: &Path| fs::remove_file(path.join("LOCK")).expect("the lock is there");
     for (remove, unchanged) in [(&remove_all as &dyn Fn(&Path), false), (&remove_all, true), (&remove_lock, false)] {
@@ -309,7 +309,7 @@ impl Drop for SmallDisk {
 }
 
 #[test]
-fn a_full_disk_stops_registrations_until_a_restart_and_dns_goes_on() {
+fn full_disk_stops_registrations_until_a_restart_and_not_dns() {
     let Some(disk) = SmallDisk::mount() else { return };
     let mut process = Process::serve(disk.0.path(), &["--drain", "0s"]);
     let (_, [grpc, dns, admin]) = process.ready();

@@ -12,7 +12,7 @@ use crate::support::{
 };
 
 #[test]
-fn names_beyond_255_octets_are_not_served_and_the_rest_is() {
+fn only_names_up_to_255_octets_are_served_in_a_longer_zone() {
     let host = "h".repeat(60);
     let zone = format!("{0}.{0}.{1}.local", "z".repeat(63), "z".repeat(50));
     let server = Server::start();

@@ -14,7 +14,7 @@ use crate::support::{
 const WEB: &str = "web.prod.svc.cluster.local.";
 
 #[test]
-fn a_registration_survives_kill_9() {
+fn registration_survives_kill_9() {
     let mut server = Server::start();
     server.register("prod", "web", "10.0.0.1", "http=8080");
     server.register("prod", "web", "10.0.0.2", "http=8080");
@@ -33,7 +33,7 @@ fn a_registration_survives_kill_9() {
 }
 
 #[test]
-fn a_removal_survives_kill_9() {
+fn removal_survives_kill_9() {
     let mut server = Server::start();
     server.register("prod", "web", "10.0.0.1", "http=8080");
     let output = server.run(&["deregister", "web", "10.0.0.1", "-n", "prod"]);
@@ -44,7 +44,7 @@ fn a_removal_survives_kill_9() {
 }
 
 #[test]
-fn the_generation_never_goes_back() {
+fn generation_never_decreases() {
     let server = Server::start();
     let generation = |server: &Server| -> u64 {
         let line = server.greeting.last().expect("it greets");
@@ -57,7 +57,7 @@ fn the_generation_never_goes_back() {
 }
 
 #[test]
-fn sigterm_ends_it_with_exit_code_0() {
+fn sigterm_exits_0() {
     let mut server = Server::start_with(&["--drain", "100ms"]);
     server.register("prod", "web", "10.0.0.1", "http=8080");
     let status = server.terminate();

@@ -1,7 +1,7 @@
-//! JSON responses of any length, rendered a page at a time as the peer takes them.
+//! JSON responses of any length, rendered page by page as the peer reads them.
 //!
-//! A list of a million services takes hundreds of megabytes of JSON. No more than one page of it
-//! exists at once, and when the peer goes away nothing is rendered any more.
+//! A list of a million services takes hundreds of megabytes of JSON. At most one page of it exists at
+//! once, and rendering stops when the peer disconnects.
 
 use std::{
     convert::Infallible,
@@ -22,7 +22,7 @@ use crate::{
     registry::Snapshot,
 };
 
-/// Bytes of one page. A page ends with the instance that reaches this size.
+/// Bytes of one page. The instance that reaches this size is the last of its page.
 const PAGE_BYTES: usize = 64 * 1024;
 
 /// Responds with `{"services": […]}`, 200: the services of `range`.
@@ -38,14 +38,15 @@ pub(super) fn service(snapshot: Snapshot) -> Response {
     respond(Pages::new(Box::new(snapshot), 0..1, "", "\n"))
 }
 
-/// Responds that something is wrong: `{"error": "…"}`.
+/// Responds with `{"error": "…"}`.
 pub(super) fn error(status: StatusCode, err: &str) -> Response {
     (status, axum::Json(serde_json::json!({ "error": err }))).into_response()
 }
 
 fn respond<S: Deref<Target = Snapshot> + Send + 'static>(pages: Pages<S>) -> Response {
     let pages = stream::unfold(pages, async |mut pages| {
-        // One page is some 100 µs of work; a peer that reads quickly must not keep others waiting.
+        // A page takes some 100 µs to render, and a fast reader makes its task always ready: without the
+        // budget the task would not yield to other connections.
         tokio::task::consume_budget().await;
         let page = pages.next_page()?;
         Some((Ok::<_, Infallible>(page), pages))
@@ -57,11 +58,11 @@ fn respond<S: Deref<Target = Snapshot> + Send + 'static>(pages: Pages<S>) -> Res
 struct Pages<S> {
     snapshot: S,
     remaining: Range<usize>,
-    /// The first remaining service, when a part of it is rendered: its next instance.
+    /// The rank of the next instance of the first remaining service, if a part of it is rendered.
     partly_rendered: Option<(usize, TrafficShares)>,
-    /// What comes before the next service.
+    /// The text before the next service.
     separator: &'static str,
-    /// What comes after the last one; `None` when the response is complete.
+    /// The text after the last service; `None` when the response is complete.
     end: Option<&'static str>,
 }
 
@@ -81,7 +82,7 @@ impl<S: Deref<Target = Snapshot>> Pages<S> {
         while page.len() < PAGE_BYTES {
             let services = self.snapshot.services();
             let Some((key, service)) = services.get(self.remaining.clone()).and_then(|rest| rest.first()) else {
-                // An empty list has its start here.
+                // Without a service, the start of the list has not been written yet.
                 if self.separator != "," {
                     page.write_all(self.separator.as_bytes())?;
                 }

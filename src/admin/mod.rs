@@ -1,9 +1,8 @@
 //! The operator's HTTP listener: metrics, liveness, readiness, the services as JSON.
 //!
-//! It only reads, and never waits for the writer. It is plain HTTP/1.1 without identity: it
-//! belongs on loopback or a management network. Connections are few and short-lived: there is a
-//! cap on them, and deadlines for peers that send or read too slowly, so that nobody can keep the
-//! probes out.
+//! The pages only read, and never wait for the writer. The listener is plain HTTP/1.1 without
+//! authentication: it belongs on loopback or a management network. A cap on connections, and deadlines
+//! for peers that send or read too slowly, keep it open for probes.
 
 mod json;
 mod pages;
@@ -32,33 +31,33 @@ use crate::{
     zone::Zone,
 };
 
-/// What the pages are made from.
+/// The state that the pages show.
 #[derive(Debug, Clone)]
 pub struct Admin {
-    /// Whether DNS can answer.
+    /// The zone, for the readiness of DNS.
     pub zone: Arc<Zone>,
-    /// What is registered.
+    /// The registered services, for lists.
     pub snapshots: Arc<Snapshots>,
-    /// Whether registrations are accepted.
+    /// The phase of the registry, for the readiness of registrations.
     pub status: Status,
-    /// What was counted.
+    /// The metrics of the process.
     pub metrics: Arc<Metrics>,
 }
 
 /// Limits on connections.
 #[derive(Debug, Clone, Copy)]
-struct Limits {
-    /// Connections of all listeners together; when there is no room, the idlest is closed.
+struct AdminLimits {
+    /// Connections of all listeners together; at the limit, the idlest is closed for a new one.
     connections: usize,
-    /// A request must arrive, and an idle connection ask again, within this long.
+    /// How long the headers of a request may take to arrive, and how long a connection may be idle.
     request: Duration,
-    /// A peer that takes nothing of its answer for this long is cut off.
+    /// How long a peer may read nothing of its response before its connection is closed.
     unread: Duration,
-    /// After `stop`, answers that are under way may still take this long.
+    /// How long unfinished responses may take after the stop.
     grace: Duration,
 }
 
-impl Default for Limits {
+impl Default for AdminLimits {
     fn default() -> Self {
         Self {
             connections: 256,
@@ -69,12 +68,12 @@ impl Default for Limits {
     }
 }
 
-/// Serves on every listener, `connections` at once, until `stop`; answers under way then get two
-/// seconds.
+/// Serves at most `connections` connections on all listeners until `stop`. Unfinished responses then get
+/// two seconds.
 ///
 /// # Errors
-/// When a listener cannot be watched. A failing accept is tried again and logged: probes must come
-/// back when descriptors do.
+/// When a listener cannot be registered with the runtime. A failed accept is logged and retried, so that
+/// probes work again as soon as descriptors are free.
 pub async fn run(
     listeners: Vec<StdTcpListener>,
     admin: Admin,
@@ -82,28 +81,28 @@ pub async fn run(
     stop: CancellationToken,
 ) -> io::Result<()> {
     let listeners = listeners.into_iter().map(TcpListener::from_std).collect::<io::Result<_>>()?;
-    run_within(Limits { connections, ..Limits::default() }, listeners, admin, stop).await;
+    run_within(AdminLimits { connections, ..AdminLimits::default() }, listeners, admin, stop).await;
     Ok(())
 }
 
-async fn run_within(limits: Limits, listeners: Vec<TcpListener>, admin: Admin, stop: CancellationToken) {
+async fn run_within(limits: AdminLimits, listeners: Vec<TcpListener>, admin: Admin, stop: CancellationToken) {
     let metrics = Arc::clone(&admin.metrics.connections);
     let limiter = ConnectionLimiter::new(ListenerKind::Admin, limits.connections, None, EvictionPolicy::Any, metrics);
     let router = pages::router(admin);
     let serve = |listener| {
         let router = router.clone();
         net::serve(listener, Arc::clone(&limiter), limits.grace, stop.clone(), move |stream, permit| {
-            converse(stream, permit, router.clone(), limits)
+            serve_connection(stream, permit, router.clone(), limits)
         })
     };
-    // Without a listener too this lasts until the stop.
+    // Without a listener too, this future must not end before the stop.
     future::join(future::join_all(listeners.into_iter().map(serve)), stop.cancelled()).await;
 }
 
-/// One connection, request after request, until the peer closes it, a deadline passes, the server
-/// stops or needs the room.
-async fn converse(stream: TcpStream, permit: Permit, router: Router, limits: Limits) {
-    cut_off_unread(&stream, limits.unread);
+/// Serves the requests of one connection until the peer closes it, a deadline passes, the server stops or
+/// the connection is evicted.
+async fn serve_connection(stream: TcpStream, permit: Permit, router: Router, limits: AdminLimits) {
+    set_unread_timeout(&stream, limits.unread);
     let handle = permit.handle();
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(limits.request);
@@ -127,14 +126,14 @@ async fn converse(stream: TcpStream, permit: Permit, router: Router, limits: Lim
         }
     };
     if let Err(err) = ended {
-        // A peer that went away, was too slow or does not speak HTTP: nobody has to act.
+        // The peer disconnected, was too slow or does not speak HTTP: no action is needed.
         debug!(error = %err, "an admin connection ended early");
     }
 }
 
-/// Lets the kernel cut a peer off that leaves its answer unread (RFC 5482 §2 describes the
-/// timeout; Linux keeps it for a closed window too).
-fn cut_off_unread(stream: &TcpStream, after: Duration) {
+/// Makes the kernel reset the connection of a peer that leaves its response unread for `after`. RFC 5482 §2
+/// describes the timeout for unacknowledged data; Linux applies it to a closed window too.
+fn set_unread_timeout(stream: &TcpStream, after: Duration) {
     #[cfg(any(target_os = "linux", target_os = "android"))]
     if let Err(err) = socket2::SockRef::from(stream).set_tcp_user_timeout(Some(after)) {
         debug!(error = %err, "an admin connection without a limit on unread answers");

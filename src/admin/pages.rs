@@ -1,4 +1,4 @@
-//! The pages and who answers them.
+//! The pages and their handlers.
 
 use axum::{
     Router,
@@ -15,7 +15,7 @@ use crate::{
     registry::{ListError, Phase, Unavailable},
 };
 
-/// What `GET /` and every unknown path show. A test asks for each of them.
+/// The text of `GET /` and of every unknown path. A test requests each page that it names.
 pub(super) const INDEX: &str = "\
 GET /metrics                                        counters and gauges, OpenMetrics text
 GET /livez                                          200 while the process runs
@@ -28,7 +28,7 @@ GET /api/v1/namespaces/{namespace}/services/{name}  one service
 Both readyz pages answer in JSON to ?format=json or `Accept: application/json`.
 ";
 
-/// OpenMetrics 1.0 §4.1: the type that says which format the text has.
+/// The content type of OpenMetrics text (OpenMetrics 1.0 §4.1).
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 pub(super) fn router(admin: Admin) -> Router {
@@ -63,8 +63,8 @@ async fn readyz_registrations(State(admin): State<Admin>, uri: Uri, headers: Hea
     show(&Readiness::of_registrations(&admin), &uri, &headers)
 }
 
-/// A probe may send any query; what is unknown is ignored, because a probe that failed for its
-/// spelling would restart a healthy process.
+/// Renders as text or JSON. Unknown query parameters are ignored: a misspelt parameter must not fail a
+/// probe, because a failed probe restarts the process.
 fn show(readiness: &Readiness, uri: &Uri, headers: &HeaderMap) -> Response {
     let status = if readiness.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let asked = uri.query().is_some_and(|query| query.split('&').any(|pair| pair == "format=json"));
@@ -75,7 +75,8 @@ fn show(readiness: &Readiness, uri: &Uri, headers: &HeaderMap) -> Response {
     (status, readiness.to_text()).into_response()
 }
 
-/// The list takes no parameters; a filter that is misspelt must not look like a list of everything.
+/// The list has no parameters. Unknown ones are refused: a client must not take an unfiltered list for a
+/// filtered one.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct NoParameters {}
@@ -94,7 +95,7 @@ async fn services_of_namespace(State(admin): State<Admin>, Path(namespace): Path
     }
 }
 
-/// Before the store is read there is no list: a part of it would look like all of it.
+/// 503 during the recovery: a part of the services would look like all of them.
 fn recovering(admin: &Admin) -> Option<Response> {
     let recovering = admin.status.phase() == Phase::Recovering;
     recovering.then(|| json::error(StatusCode::SERVICE_UNAVAILABLE, &Unavailable::NotReady.to_string()))

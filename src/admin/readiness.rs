@@ -1,4 +1,4 @@
-//! Whether the process can do its two jobs, and if not, why not.
+//! Whether the process can serve DNS and accept registrations, and if not, why not.
 
 use std::fmt::Write as _;
 
@@ -7,13 +7,13 @@ use serde::Serialize;
 use super::Admin;
 use crate::registry::Phase;
 
-/// One thing that must hold.
+/// One condition of a readiness page.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(super) struct Check {
     /// Stable: `dns` or `registrations`.
     id: &'static str,
     ready: bool,
-    /// What is wrong and what to do about it; `None` when all is well.
+    /// The fault and its remedy; `None` if ready.
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
 }
@@ -24,7 +24,7 @@ impl Check {
     }
 }
 
-/// What a readiness page says.
+/// The content of a readiness page.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(super) struct Readiness {
     ready: bool,
@@ -32,12 +32,12 @@ pub(super) struct Readiness {
 }
 
 impl Readiness {
-    /// Whether DNS answers from everything that is stored, and goes on doing so.
+    /// Whether DNS answers from the whole store and is not about to stop.
     pub(super) fn of_dns(admin: &Admin) -> Self {
         Self::of(vec![dns(admin.zone.is_ready(), &admin.status.phase())])
     }
 
-    /// Whether a registration would be accepted and served, as the gRPC health service says.
+    /// Whether a registration would be accepted and served; equal to the status of the gRPC health service.
     pub(super) fn of_registrations(admin: &Admin) -> Self {
         let phase = admin.status.phase();
         Self::of(vec![dns(admin.zone.is_ready(), &phase), registrations(&phase)])
@@ -51,7 +51,7 @@ impl Readiness {
         self.ready
     }
 
-    /// `ready`, or one line for each thing that is not.
+    /// `ready`, or one line for each failed check.
     pub(super) fn to_text(&self) -> String {
         if self.ready {
             return "ready\n".into();
@@ -68,15 +68,15 @@ impl Readiness {
 
 fn dns(loaded: bool, phase: &Phase) -> Check {
     let fault = if *phase == Phase::Draining {
-        Some("shutting down: answers go on until the drain time is over".into())
+        Some("shutting down: DNS answers until the drain time is over".into())
     } else if !loaded && *phase == Phase::Restoring {
         Some(
-            "what Kubernetes holds is still being read: every name that is not known yet gets SERVFAIL until then; the \
-             log says why when it does not answer"
+            "the EndpointSlices are still being read: every name that is not known yet gets SERVFAIL until then; the log \
+             has the reason if the API server does not answer"
                 .into(),
         )
     } else if !loaded {
-        Some("what is stored is still being loaded: every name that is not known yet gets SERVFAIL until then".into())
+        Some("the store is still being loaded: every name that is not known yet gets SERVFAIL until then".into())
     } else {
         None
     };
@@ -86,10 +86,10 @@ fn dns(loaded: bool, phase: &Phase) -> Check {
 fn registrations(phase: &Phase) -> Check {
     let fault = match phase {
         Phase::Ready => None,
-        Phase::Recovering => Some("the journal is still being read; the log shows how far it is".into()),
-        Phase::Restoring => {
-            Some("what Kubernetes holds is still being read; the log says why when it does not answer".into())
-        }
+        Phase::Recovering => Some("the journal is still being read; the log has the progress".into()),
+        Phase::Restoring => Some(
+            "the EndpointSlices are still being read; the log has the reason if the API server does not answer".into(),
+        ),
         Phase::StorageFailed(err) => Some(format!(
             "the journal cannot be written ({err}): nothing is accepted until a restart; fix the data directory's \
              disk, then restart gangplank"
@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failed_disk_stops_registrations_and_not_dns() {
+    fn failed_storage_makes_registrations_unready_and_not_dns() {
         let phase = Phase::StorageFailed("No space left on device".into());
         assert!(Readiness::of(vec![dns(true, &phase)]).is_ready());
         let both = Readiness::of(vec![dns(true, &phase), registrations(&phase)]);
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn draining_takes_both_down() {
+    fn draining_server_is_unready_for_dns_and_registrations() {
         let both = Readiness::of(vec![dns(true, &Phase::Draining), registrations(&Phase::Draining)]);
         assert_eq!(both.to_text().lines().count(), 2);
         let shown = serde_json::to_value(&both).expect("JSON");
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn ready_says_so_and_nothing_else() {
+    fn ready_page_has_no_reasons() {
         let both = Readiness::of(vec![dns(true, &Phase::Ready), registrations(&Phase::Ready)]);
         assert!(both.is_ready());
         assert_eq!(both.to_text(), "ready\n");

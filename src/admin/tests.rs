@@ -1,4 +1,4 @@
-//! The real listener on a free port, asked by hand over TCP.
+//! The real listener on a free port, with requests over raw TCP.
 
 use std::{net::SocketAddr, time::Instant};
 
@@ -16,7 +16,7 @@ use crate::{
     zone::ZoneConfig,
 };
 
-/// Long enough for a slow machine; nothing waits for it when all is well.
+/// How long a test waits for one event; long enough for a slow machine.
 const TEST_TIMEOUT: Duration = Duration::from_secs(20);
 
 fn service(namespace: &str, name: &str, instances: u8) -> (ServiceKey, Service) {
@@ -28,16 +28,16 @@ fn service(namespace: &str, name: &str, instances: u8) -> (ServiceKey, Service) 
     (key.clone(), Service { instances: instances.collect(), generation: 7 })
 }
 
-/// An admin listener that runs, and what its pages are made from.
-struct Running {
+/// A running admin listener and the state that its pages show.
+struct TestAdmin {
     address: SocketAddr,
     admin: Admin,
     stop: CancellationToken,
     tasks: JoinSet<()>,
 }
 
-impl Running {
-    async fn start(limits: Limits, services: Vec<(ServiceKey, Service)>, phase: Phase) -> Self {
+impl TestAdmin {
+    async fn start(limits: AdminLimits, services: Vec<(ServiceKey, Service)>, phase: Phase) -> Self {
         let config = ZoneConfig {
             origin: DnsName::parse("cluster.local").expect("valid"),
             ttl: 5,
@@ -58,7 +58,7 @@ impl Running {
     }
 
     async fn with(services: Vec<(ServiceKey, Service)>) -> Self {
-        Self::start(Limits::default(), services, Phase::Ready).await
+        Self::start(AdminLimits::default(), services, Phase::Ready).await
     }
 
     /// A connection over which `request` was sent.
@@ -68,17 +68,17 @@ impl Running {
         stream
     }
 
-    async fn get(&self, path: &str) -> Answer {
+    async fn get(&self, path: &str) -> HttpResponse {
         self.ask(path, "*/*").await
     }
 
-    async fn ask(&self, path: &str, accept: &str) -> Answer {
+    async fn ask(&self, path: &str, accept: &str) -> HttpResponse {
         let request = format!("GET {path} HTTP/1.1\r\nHost: test\r\nAccept: {accept}\r\nConnection: close\r\n\r\n");
         let mut stream = self.send(&request).await;
-        Answer::read(&mut stream).await
+        HttpResponse::read(&mut stream).await
     }
 
-    /// Stops it and waits for its end.
+    /// Stops the listener and waits for its end.
     async fn stop(mut self) {
         self.stop.cancel();
         let ended = timeout(TEST_TIMEOUT, self.tasks.join_next()).await.expect("it ends after stop");
@@ -87,13 +87,13 @@ impl Running {
 }
 
 #[derive(Debug)]
-struct Answer {
+struct HttpResponse {
     status: u16,
     content_type: String,
     body: String,
 }
 
-impl Answer {
+impl HttpResponse {
     /// Reads until the peer closes.
     async fn read(stream: &mut TcpStream) -> Self {
         let mut bytes = Vec::new();
@@ -131,8 +131,8 @@ fn unchunked(mut rest: &str) -> String {
 }
 
 #[tokio::test]
-async fn every_page_of_the_index_is_there() {
-    let running = Running::with(vec![service("prod", "web", 1)]).await;
+async fn every_page_of_the_index_exists() {
+    let running = TestAdmin::with(vec![service("prod", "web", 1)]).await;
     let mut pages = 0;
     for line in pages::INDEX.lines().filter_map(|line| line.strip_prefix("GET ")) {
         let path = line.split(' ').next().expect("a path").replace("{namespace}", "prod").replace("{name}", "web");
@@ -152,7 +152,7 @@ async fn every_page_of_the_index_is_there() {
 
 #[tokio::test]
 async fn metrics_are_openmetrics() {
-    let running = Running::with(vec![]).await;
+    let running = TestAdmin::with(vec![]).await;
     running.admin.metrics.registry.set_registered(2, 3, 1712);
     let answer = running.get("/metrics").await;
     assert_eq!(answer.status, 200);
@@ -164,11 +164,11 @@ async fn metrics_are_openmetrics() {
 
 #[tokio::test]
 async fn readiness_follows_the_zone_and_the_registry() {
-    let running = Running::start(Limits::default(), vec![], Phase::Recovering).await;
+    let running = TestAdmin::start(AdminLimits::default(), vec![], Phase::Recovering).await;
     assert_eq!(running.get("/livez").await.status, 200);
     let loading = running.get("/readyz").await;
     assert_eq!(loading.status, 503);
-    assert!(loading.body.starts_with("not ready: dns: what is stored is still being loaded"), "{}", loading.body);
+    assert!(loading.body.starts_with("not ready: dns: the store is still being loaded"), "{}", loading.body);
     let both = running.get("/readyz/registrations").await;
     assert_eq!((both.status, both.body.lines().count()), (503, 2), "{}", both.body);
     for path in ["/api/v1/services", "/api/v1/namespaces/prod/services", "/api/v1/namespaces/prod/services/web"] {
@@ -178,7 +178,7 @@ async fn readiness_follows_the_zone_and_the_registry() {
     }
     running.stop().await;
 
-    let running = Running::with(vec![]).await;
+    let running = TestAdmin::with(vec![]).await;
     running.admin.zone.set_ready();
     for path in ["/readyz", "/readyz/registrations"] {
         let ready = running.get(path).await;
@@ -197,8 +197,8 @@ async fn readiness_follows_the_zone_and_the_registry() {
 }
 
 #[tokio::test]
-async fn a_failed_journal_leaves_dns_ready() {
-    let running = Running::start(Limits::default(), vec![], Phase::StorageFailed("disk full".into())).await;
+async fn dns_is_ready_with_a_failed_journal() {
+    let running = TestAdmin::start(AdminLimits::default(), vec![], Phase::StorageFailed("disk full".into())).await;
     running.admin.zone.set_ready();
     assert_eq!(running.get("/readyz").await.status, 200);
     let registrations = running.get("/readyz/registrations").await;
@@ -210,7 +210,7 @@ async fn a_failed_journal_leaves_dns_ready() {
 #[tokio::test]
 async fn services_are_listed_in_order() {
     let services = vec![service("prod", "web", 2), service("dev", "web", 1), service("prod", "api", 1)];
-    let running = Running::with(services).await;
+    let running = TestAdmin::with(services).await;
     let names = |list: Value| -> Vec<String> {
         let services = list["services"].as_array().expect("a list").clone();
         services.iter().map(|one| format!("{}/{}", one["namespace"], one["name"]).replace('"', "")).collect()
@@ -231,8 +231,8 @@ async fn services_are_listed_in_order() {
 }
 
 #[tokio::test]
-async fn what_is_not_there_or_misspelt_says_so_in_json() {
-    let running = Running::with(vec![service("prod", "web", 1)]).await;
+async fn unknown_service_is_404_and_invalid_name_is_400_in_json() {
+    let running = TestAdmin::with(vec![service("prod", "web", 1)]).await;
     for (path, status, word) in [
         ("/api/v1/namespaces/prod/services/db", 404, "there is no service prod/db"),
         ("/api/v1/namespaces/Prod/services/web", 400, "namespace: must consist of lower-case letters"),
@@ -249,14 +249,14 @@ async fn what_is_not_there_or_misspelt_says_so_in_json() {
     running.stop().await;
 }
 
-/// Some 3 MB of JSON: far more than what is buffered for a peer and what the kernel takes.
+/// Some 3 MB of JSON: far more than the buffers of the server and the kernel for one connection.
 fn many() -> Vec<(ServiceKey, Service)> {
     (0..20_000).map(|number| service("prod", &format!("web-{number:05}"), 1)).collect()
 }
 
 #[tokio::test]
-async fn a_long_list_comes_whole() {
-    let running = Running::with(many()).await;
+async fn long_list_is_complete() {
+    let running = TestAdmin::with(many()).await;
     let list = running.get("/api/v1/services").await.json();
     let services = list["services"].as_array().expect("a list");
     assert_eq!(services.len(), 20_000);
@@ -277,9 +277,9 @@ async fn first_line(stream: &mut TcpStream) -> String {
 }
 
 #[tokio::test]
-async fn stop_waits_for_no_reader() {
+async fn stop_closes_idle_unread_and_half_sent_connections() {
     let grace = Duration::from_millis(50);
-    let running = Running::start(Limits { grace, ..Limits::default() }, many(), Phase::Ready).await;
+    let running = TestAdmin::start(AdminLimits { grace, ..AdminLimits::default() }, many(), Phase::Ready).await;
     let mut idle = running.send(LIVEZ).await;
     assert_eq!(first_line(&mut idle).await, "HTTP/1.1 200 OK\r\n");
     let mut unread = running.send(LIST).await;
@@ -293,9 +293,9 @@ async fn stop_waits_for_no_reader() {
 }
 
 #[tokio::test]
-async fn a_request_must_arrive_in_time() {
+async fn slowly_sent_request_closes_the_connection() {
     let request = Duration::from_millis(50);
-    let running = Running::start(Limits { request, ..Limits::default() }, vec![], Phase::Ready).await;
+    let running = TestAdmin::start(AdminLimits { request, ..AdminLimits::default() }, vec![], Phase::Ready).await;
     let began = Instant::now();
     let mut half = running.send("GET /livez HTT").await;
     let mut rest = Vec::new();
@@ -309,20 +309,21 @@ async fn a_request_must_arrive_in_time() {
 }
 
 #[tokio::test]
-async fn a_peer_that_reads_nothing_is_cut_off() {
+async fn unread_response_closes_the_connection() {
     let unread = Duration::from_millis(100);
-    let limits = Limits { unread, connections: 1, ..Limits::default() };
-    let running = Running::start(limits, many(), Phase::Ready).await;
+    let limits = AdminLimits { unread, connections: 1, ..AdminLimits::default() };
+    let running = TestAdmin::start(limits, many(), Phase::Ready).await;
     let mut stuck = running.send(LIST).await;
     assert_eq!(first_line(&mut stuck).await, "HTTP/1.1 200 OK\r\n");
-    // It holds the only place: the next one is served once it is gone.
+    // The stuck connection has the only place, so the next request is served only after its end.
     assert_eq!(running.get("/livez").await.status, 200);
     running.stop().await;
 }
 
 #[tokio::test]
 async fn full_listener_closes_the_idlest_connection() {
-    let running = Running::start(Limits { connections: 1, ..Limits::default() }, vec![], Phase::Ready).await;
+    let running =
+        TestAdmin::start(AdminLimits { connections: 1, ..AdminLimits::default() }, vec![], Phase::Ready).await;
     let mut first = running.send(LIVEZ).await;
     assert_eq!(first_line(&mut first).await, "HTTP/1.1 200 OK\r\n");
     let mut second = running.send(LIVEZ).await;

@@ -1,5 +1,6 @@
-//! The composition root: [`bind`] acquires what another process may hold, [`Bound::run`] does the
-//! rest. The only module that imports every other; `main` and the tests share it.
+//! The composition root: [`bind`] acquires the resources that another process may hold, and
+//! [`BoundServer::run`] starts and stops the parts. The only module that imports all others; `main` and the
+//! tests share it.
 
 mod parts;
 
@@ -30,7 +31,7 @@ use crate::{
     zone::{Publisher, Zone, ZoneConfig},
 };
 
-/// How long everything may take to end after it was told to stop.
+/// How long all parts may take to end after the stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The part that holds the data directory.
@@ -39,31 +40,31 @@ const REGISTRY: &str = "the registry";
 /// Threads of the admin listener: a long list on one does not delay a probe on the other.
 const ADMIN_THREADS: usize = 2;
 
-/// How often a recovery logs its progress; one that is shorter logs nothing.
+/// How often a recovery logs its progress; a shorter recovery logs nothing.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A process that holds its data directory and its addresses, and does not serve yet.
+/// A server that holds its data directory and its addresses, and does not serve yet.
 #[derive(Debug)]
-pub struct Bound {
+pub struct BoundServer {
     config: Config,
     data_dir: DataDir,
-    dns: dns::Bound,
+    dns: dns::BoundSockets,
     grpc: Vec<StdTcpListener>,
     admin: Vec<StdTcpListener>,
 }
 
-/// Locks the data directory, then binds the addresses: a conflict with another process shows before
-/// anything is served.
+/// Locks the data directory, then binds the addresses, so that a conflict with another process is found
+/// before the server serves.
 ///
 /// # Errors
-/// What another process holds, or what cannot be bound, by name.
-pub fn bind(mut config: Config) -> anyhow::Result<Bound> {
+/// Names the directory or address that another process holds or that cannot be bound.
+pub fn bind(mut config: Config) -> anyhow::Result<BoundServer> {
     share_descriptors(&mut config)?;
     let data_dir = DataDir::lock(&config.data_dir)?;
     let grpc = listen("--grpc-listen", &config.grpc_listen)?;
     let admin = listen("--admin-listen", &config.admin_listen)?;
     let dns = dns::bind(&config.dns).context("--dns-listen")?;
-    Ok(Bound { config, data_dir, dns, grpc, admin })
+    Ok(BoundServer { config, data_dir, dns, grpc, admin })
 }
 
 fn listen(flag: &str, addresses: &[SocketAddr]) -> anyhow::Result<Vec<StdTcpListener>> {
@@ -83,7 +84,7 @@ fn listen(flag: &str, addresses: &[SocketAddr]) -> anyhow::Result<Vec<StdTcpList
         .collect()
 }
 
-/// Splits the limit on open files among the listeners, and says which of them gets less than its flag.
+/// Splits the limit on open files among the listeners. Logs a warning for each that gets less than its flag.
 fn share_descriptors(config: &mut Config) -> anyhow::Result<()> {
     let limit = net::raise_open_files_limit();
     let dns = &mut config.dns;
@@ -106,11 +107,11 @@ fn share_descriptors(config: &mut Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-impl Bound {
-    /// Every listener: what it serves, and its address with the real port.
+impl BoundServer {
+    /// Every listener: its protocol (`grpc`, `dns` or `admin`), and its address with the real port.
     ///
     /// # Errors
-    /// When the system does not say.
+    /// When the system does not return an address.
     pub fn listeners(&self) -> io::Result<Vec<(&'static str, SocketAddr)>> {
         let mut all = Vec::new();
         for listener in &self.grpc {
@@ -123,19 +124,19 @@ impl Bound {
         Ok(all)
     }
 
-    /// Serves until `shutdown`, then drains: readiness goes down and registrations are refused
-    /// first, DNS answers until the drain time is over. Calls `ready` with the generation once
-    /// what was stored is served.
+    /// Serves until `shutdown`, then drains: first the server becomes unready and refuses
+    /// registrations, and DNS answers until the drain time is over. Calls `ready` with the generation
+    /// when DNS serves the stored services.
     ///
     /// # Errors
-    /// The first part that fails stops all others.
+    /// The first part that fails; its failure stops all others.
     pub async fn run(
         self,
         shutdown: impl Future<Output = ()>,
         ready: impl FnOnce(u64) + Send + 'static,
     ) -> anyhow::Result<()> {
         let Self { config, data_dir, dns, grpc, admin } = self;
-        // Without `..`: an unused setting does not compile. `bind` used the others.
+        // Without `..`, so that an unused setting does not compile. `bind` uses those with `_`.
         let Config {
             zone,
             validator,
@@ -159,7 +160,7 @@ impl Bound {
         let (registry, unrecovered) = registry::new(registry, Arc::clone(&metrics));
         let status = registry.status().clone();
 
-        // Registrations stop first, then the writer that answers them, answers last.
+        // In the order of the stop: registrations first, then the writer that answers them, then DNS.
         let [stop_grpc, stop_writer, stop_answers] = std::array::from_fn(|_| CancellationToken::new());
         let mut parts = Parts::default();
 
@@ -217,7 +218,7 @@ impl Bound {
     }
 }
 
-/// What the registry's thread needs to start.
+/// The parameters of the registry's thread.
 #[derive(Debug)]
 struct Recovery {
     unrecovered: Unrecovered,
@@ -227,8 +228,8 @@ struct Recovery {
     zone: Arc<Zone>,
 }
 
-/// Recovers, then runs the writer, on a thread of its own, because both block. The receiver gets the
-/// result.
+/// Recovers the store, then runs the writer, on a thread of its own, because both block. The receiver gets
+/// the result.
 fn spawn_writer(
     recovery: Recovery,
     ready: impl FnOnce(u64) + Send + 'static,
@@ -256,7 +257,7 @@ fn spawn_writer(
     thread::Builder::new()
         .name("registry".into())
         .spawn(move || {
-            // Nobody may be left to hear it, when the server stopped during a recovery.
+            // The receiver is gone if the server has stopped during the recovery.
             let _ = ended.send(work());
         })
         .context("the registry's thread cannot be started")?;
@@ -284,7 +285,7 @@ fn from_std(listeners: Vec<StdTcpListener>) -> io::Result<Vec<TcpListener>> {
     listeners.into_iter().map(TcpListener::from_std).collect()
 }
 
-/// Where no addresses of the zone's name server were given, they are those that others can reach.
+/// The zone with addresses of its name server: the configured ones, else `reachable`.
 fn with_name_servers(zone: ZoneConfig, reachable: &[IpAddr]) -> ZoneConfig {
     if !zone.ns_addresses.is_empty() {
         return zone;

@@ -9,8 +9,7 @@ use tokio::{
 };
 use tracing::error;
 
-/// The running parts. None of them ends before it is told to, unless it failed; then the others must
-/// not go on as if the server were whole.
+/// The running parts. A part ends before the stop only if it fails; then all others are stopped too.
 #[derive(Debug, Default)]
 pub(super) struct Parts {
     tasks: JoinSet<anyhow::Result<()>>,
@@ -47,16 +46,16 @@ impl Parts {
         Some((name, ended))
     }
 
-    /// Waits for the first part that ends, and returns why.
+    /// Waits for the first part that ends, and returns its failure.
     pub(super) async fn first_end(&mut self) -> anyhow::Error {
         match self.join_next().await {
-            Some((name, Ok(Ok(())))) => anyhow!("{name} ended without being told to"),
+            Some((name, Ok(Ok(())))) => anyhow!("{name} ended before the stop"),
             Some(ended) => failure(ended).expect("the other case of success is above"),
             None => anyhow!("nothing was started"),
         }
     }
 
-    /// Lets the parts go on for `time`, in which some of them end, and returns the first failure.
+    /// Waits for `time`, in which some parts end. Returns the first failure.
     pub(super) async fn drain(&mut self, time: Duration) -> Option<anyhow::Error> {
         let mut first = None;
         let mut time = pin!(sleep(time));
@@ -68,8 +67,8 @@ impl Parts {
         }
     }
 
-    /// Waits for all that are left, now that they are to stop. The first failure goes into `first`, unless there is one: it
-    /// stays known when the caller waits no longer.
+    /// Waits for the end of all remaining parts, after their stop. The first failure is stored in `first`,
+    /// unless that has one already. It is not returned, because the caller may cancel the wait.
     pub(super) async fn end(&mut self, first: &mut Option<anyhow::Error>) {
         while let Some(ended) = self.join_next().await {
             note(first, failure(ended));
@@ -96,7 +95,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn failure_in_the_drain_is_returned_and_the_others_go_on() {
+    async fn failure_in_the_drain_is_returned_and_the_others_continue() {
         let mut parts = Parts::default();
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         parts.spawn("the first", async { Err(anyhow!("no more disk")) });

@@ -24,7 +24,7 @@ pub(super) struct NamespaceArgs {
 
 impl NamespaceArgs {
     /// The namespace of `service`: that of `NAMESPACE/NAME`, or that of `-n`.
-    pub(super) fn of<'a>(&'a self, service: &'a ServiceName) -> &'a str {
+    pub(super) fn of<'a>(&'a self, service: &'a ServiceArg) -> &'a str {
         service.namespace.as_deref().unwrap_or_else(|| self.get())
     }
 
@@ -45,7 +45,7 @@ pub(super) struct ScopeArgs {
 
 impl ScopeArgs {
     /// The namespace to ask the server for; `None` for all.
-    pub(super) fn of<'a>(&'a self, service: Option<&'a ServiceName>) -> Option<&'a str> {
+    pub(super) fn of<'a>(&'a self, service: Option<&'a ServiceArg>) -> Option<&'a str> {
         let named = service.and_then(|service| service.namespace.as_deref());
         if self.all_namespaces { named } else { named.or_else(|| Some(self.namespace.get())) }
     }
@@ -53,12 +53,12 @@ impl ScopeArgs {
 
 /// A service as a person types it: `web`, or `prod/web`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct ServiceName {
+pub(super) struct ServiceArg {
     pub(super) namespace: Option<String>,
     pub(super) name: String,
 }
 
-impl std::str::FromStr for ServiceName {
+impl std::str::FromStr for ServiceArg {
     type Err = String;
 
     /// Splits the text. The server checks whether the parts are valid names.
@@ -189,7 +189,7 @@ mod tests {
         assert_eq!(args.of(&"web".parse().expect("valid")), "test");
         assert_eq!(NamespaceArgs { namespace: None }.of(&"web".parse().expect("valid")), "default");
         for bad in ["", "/", "prod/", "/web", "a/b/c"] {
-            assert!(bad.parse::<ServiceName>().is_err(), "{bad:?}");
+            assert!(bad.parse::<ServiceArg>().is_err(), "{bad:?}");
         }
     }
 }

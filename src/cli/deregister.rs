@@ -1,7 +1,7 @@
 //! `gangplank deregister`: removes an instance.
 
 use super::{
-    args::{AddressArg, NamespaceArgs, ServerArgs, ServiceName, port},
+    args::{AddressArg, NamespaceArgs, ServerArgs, ServiceArg, port},
     error::CommandError,
     mutation::Mutation,
     output::OutputArgs,
@@ -26,7 +26,7 @@ Exit codes: 0 done, 1 failed or refused, 2 wrong usage, 3 not registered";
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The service: NAME, or NAMESPACE/NAME
-    service: ServiceName,
+    service: ServiceArg,
     /// The address, with ports or without: 10.0.0.1, 10.0.0.1:8080, [2001:db8::1]:80
     address: AddressArg,
     /// A port of the instance; repeatable. Its name does not matter

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    args::{ScopeArgs, ServerArgs, ServiceName, check_namespace, key},
+    args::{ScopeArgs, ServerArgs, ServiceArg, check_namespace, key},
     error::{CommandError, ErrorKind},
     output::{Format, NONE, OutputArgs, Table, age, percent, print, print_json, print_yaml},
 };
@@ -36,7 +36,7 @@ Exit codes: 0 done, also if there are no services; 1 failed, 2 wrong usage,
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The service whose instances are listed: NAME, or NAMESPACE/NAME
-    service: Option<ServiceName>,
+    service: Option<ServiceArg>,
     #[command(flatten)]
     scope: ScopeArgs,
     #[command(flatten)]

@@ -150,7 +150,7 @@ mod tests {
         let absent = outcome(404, "namespace: prod does not exist in Kubernetes").expect_err("refused");
         assert_eq!(absent.kind, ErrorKind::NotFound);
         assert!(absent.to_string().contains("kubectl create namespace prod"), "{absent}");
-        let foreign = outcome(409, "service_name: somebody else's").expect_err("refused");
+        let foreign = outcome(409, "service_name: not managed").expect_err("refused");
         assert!(foreign.to_string().contains("gangplank.dev/service=joined"), "{foreign}");
         let line = outcome(202, "").expect("durable and served");
         assert!(line.ends_with("accepted, not in Kubernetes yet, generation 1712\n"), "{line}");

@@ -1,7 +1,7 @@
 //! `gangplank register`: registers one instance.
 
 use super::{
-    args::{AddressArg, NamespaceArgs, ServerArgs, ServiceName, port},
+    args::{AddressArg, NamespaceArgs, ServerArgs, ServiceArg, port},
     error::CommandError,
     mutation::Mutation,
     output::OutputArgs,
@@ -27,7 +27,7 @@ usage, 3 no such namespace in Kubernetes";
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The service: NAME, or NAMESPACE/NAME
-    service: ServiceName,
+    service: ServiceArg,
     /// IPv4 or IPv6 address, with ports or without: 10.0.0.1, 10.0.0.1:8080,
     /// [2001:db8::1]:80
     address: AddressArg,

@@ -10,7 +10,7 @@ use std::{
 use serde::Serialize;
 
 use super::{
-    args::{ScopeArgs, ServerArgs, ServiceName, check_namespace, key},
+    args::{ScopeArgs, ServerArgs, ServiceArg, check_namespace, key},
     error::{CommandError, ErrorKind},
     output::{Format, OutputArgs, age, colour_allowed, print, print_yaml},
 };
@@ -35,14 +35,14 @@ Examples:
   gangplank watch -A -o json
   gangplank watch -A -o json --from 0a1b2c3d4e5f
 
-Exit codes: 0 interrupted with Ctrl-C, 1 the server is away, stops, or says to
-start again (the reason is on standard error), 2 wrong usage";
+Exit codes: 0 interrupted with Ctrl-C, 1 the server is unreachable, stops, or
+ends the watch (the reason is on standard error), 2 wrong usage";
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Only this service: NAME, or NAMESPACE/NAME
     #[arg(conflicts_with = "all_namespaces")]
-    service: Option<ServiceName>,
+    service: Option<ServiceArg>,
     #[command(flatten)]
     scope: ScopeArgs,
     /// Go on after the change that carried this cursor, without a snapshot

@@ -42,19 +42,19 @@ const NOT_READY: u16 = 14;
 /// Octets of that option.
 const EXTENDED_ERROR_LEN: usize = 6;
 
-/// How a packet came.
+/// The transport of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transport {
-    /// The size is what the client can take, 1232 octets at most.
+    /// An answer has at most the octets that the client accepts, and at most 1232.
     Udp,
-    /// The size is what two octets can count.
+    /// An answer has at most 65 535 octets.
     Tcp,
 }
 
-/// What an answer depends on beside zone and packet.
+/// The inputs of an answer beside zone and packet.
 #[derive(Debug, Clone, Copy)]
 pub struct Context<'c> {
-    /// How the packet came.
+    /// The transport of the packet.
     pub transport: Transport,
     /// The name server identifier (RFC 5001).
     pub nsid: &'c [u8],
@@ -62,27 +62,27 @@ pub struct Context<'c> {
 
 /// An answer that was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Response {
+pub struct AnswerSummary {
     /// Its octets.
     pub len: usize,
     /// Its response code.
     pub rcode: Rcode,
-    /// The type asked for; `None` where no question was read, or one was of an unnamed type.
+    /// The queried type; `None` if no question was read, or its type has no name.
     pub rtype: Option<RecordType>,
-    /// Whether the name asked for is in the zone.
+    /// Whether the queried name is in the zone.
     pub in_zone: bool,
 }
 
-/// Answers `packet` into `out`; `None` where silence is the answer. Over UDP `out` should have
-/// [`MAX_UDP`] octets, over TCP [`MAX_TCP`]; with less the answer is cut shorter.
+/// Writes the answer to `packet` into `out`; `None` if the packet gets no answer. Over UDP `out` should have
+/// [`MAX_UDP`] octets, over TCP [`MAX_TCP`]; a smaller `out` truncates the answer.
 pub fn answer(
     zone: &ZoneReader<'_>,
     context: &Context<'_>,
     rng: &mut fastrand::Rng,
     packet: &[u8],
     out: &mut [u8],
-) -> Option<Response> {
-    // Without a whole header there is no id to answer with.
+) -> Option<AnswerSummary> {
+    // Without a whole header there is no id for an answer.
     if packet.len() < HEADER || packet[2] & QR != 0 || out.len() < HEADER {
         return None;
     }
@@ -99,13 +99,13 @@ pub fn answer(
         (Transport::Udp, None) => MIN_UDP.into(),
     };
     let limit = limit.min(out.len());
-    Request { zone, context, packet, question: &question }.write(rng, &mut out[..limit])
+    Query { zone, context, packet, question: &question }.write(rng, &mut out[..limit])
 }
 
 /// RFC 1035 §4.1.1: the answer to a packet whose question was not read is a header alone.
-fn header_only(packet: &[u8], rcode: Rcode, out: &mut [u8]) -> Response {
+fn header_only(packet: &[u8], rcode: Rcode, out: &mut [u8]) -> AnswerSummary {
     out[..HEADER].copy_from_slice(&header(packet, rcode, false, SectionCounts::default(), 0));
-    Response { len: HEADER, rcode, rtype: None, in_zone: false }
+    AnswerSummary { len: HEADER, rcode, rtype: None, in_zone: false }
 }
 
 /// The header of the answer to `packet`: RD and CD are copied, RA, Z and AD are clear (RFC 6840
@@ -123,15 +123,15 @@ fn header(packet: &[u8], rcode: Rcode, questions: bool, sections: SectionCounts,
 }
 
 /// One well-formed query that is being answered.
-struct Request<'m, 'z> {
+struct Query<'m, 'z> {
     zone: &'m ZoneReader<'z>,
     context: &'m Context<'m>,
     packet: &'m [u8],
     question: &'m Question,
 }
 
-/// What a question gets: the lookup in terms of a message.
-enum Outcome<'z> {
+/// The content of an answer: the result of the lookup in terms of a message.
+enum AnswerContent<'z> {
     /// Records, NOERROR.
     Records(Hit<'z>),
     /// No records but the SOA: NOERROR or NXDOMAIN.
@@ -140,7 +140,7 @@ enum Outcome<'z> {
     Error(Rcode),
 }
 
-impl Outcome<'_> {
+impl AnswerContent<'_> {
     fn rcode(&self) -> Rcode {
         match self {
             Self::Records(_) => Rcode::NoError,
@@ -149,19 +149,19 @@ impl Outcome<'_> {
     }
 }
 
-impl<'m> Request<'m, '_> {
-    fn write(&self, rng: &mut fastrand::Rng, out: &mut [u8]) -> Option<Response> {
+impl<'m> Query<'m, '_> {
+    fn write(&self, rng: &mut fastrand::Rng, out: &mut [u8]) -> Option<AnswerSummary> {
         let Question { name, qtype, end, edns, .. } = self.question;
-        let outcome = self.outcome();
-        let rcode = outcome.rcode();
+        let content = self.content();
+        let rcode = content.rcode();
         let opt = edns.map(|edns| OptRecord { dnssec_ok: edns.dnssec_ok, nsid: self.nsid(&edns, out.len()), rcode });
         let mut w = WireWriter::new(out, opt.as_ref().map_or(0, OptRecord::len));
         w.put(&[0; HEADER]).and_then(|()| w.put(&self.packet[HEADER..*end])).ok()?;
         let mut renderer = ResponseRenderer { w, zone: self.zone, name, rng, sections: SectionCounts::default() };
-        match &outcome {
-            Outcome::Records(hit) => renderer.hit(hit),
-            Outcome::Negative(_, apex) => renderer.negative(*apex),
-            Outcome::Error(_) => {}
+        match &content {
+            AnswerContent::Records(hit) => renderer.hit(hit),
+            AnswerContent::Negative(_, apex) => renderer.negative(*apex),
+            AnswerContent::Error(_) => {}
         }
         let ResponseRenderer { mut w, sections, .. } = renderer;
         w.release();
@@ -170,7 +170,7 @@ impl<'m> Request<'m, '_> {
         }
         let header = header(self.packet, rcode, true, sections, opt.is_some().into());
         w.written()[..HEADER].copy_from_slice(&header);
-        Some(Response {
+        Some(AnswerSummary {
             len: w.len(),
             rcode,
             rtype: RecordType::from_number(*qtype),
@@ -178,29 +178,29 @@ impl<'m> Request<'m, '_> {
         })
     }
 
-    fn outcome(&self) -> Outcome<'m> {
+    fn content(&self) -> AnswerContent<'m> {
         let Question { name, qtype, qclass, edns, .. } = self.question;
         let rtype = RecordType::from_number(*qtype);
-        // Nobody transfers this zone.
+        // Zone transfers are not supported.
         let transfer = matches!(rtype, Some(RecordType::Axfr | RecordType::Ixfr));
         if edns.is_some_and(|edns| edns.version > 0) {
-            // RFC 6891 §6.1.3: a version that is not spoken here.
-            return Outcome::Error(Rcode::BadVers);
+            // RFC 6891 §6.1.3: the only version is 0.
+            return AnswerContent::Error(Rcode::BadVers);
         }
         if transfer || !CLASSES.contains(qclass) {
-            return Outcome::Error(Rcode::Refused);
+            return AnswerContent::Error(Rcode::Refused);
         }
         match self.zone.lookup(name, rtype) {
-            Lookup::Hit(hit) => Outcome::Records(hit),
-            Lookup::NoData(apex) => Outcome::Negative(Rcode::NoError, apex),
-            Lookup::NxDomain(apex) => Outcome::Negative(Rcode::NxDomain, apex),
-            Lookup::OutOfZone => Outcome::Error(Rcode::Refused),
-            Lookup::NotReady => Outcome::Error(Rcode::ServFail),
+            Lookup::Hit(hit) => AnswerContent::Records(hit),
+            Lookup::NoData(apex) => AnswerContent::Negative(Rcode::NoError, apex),
+            Lookup::NxDomain(apex) => AnswerContent::Negative(Rcode::NxDomain, apex),
+            Lookup::OutOfZone => AnswerContent::Error(Rcode::Refused),
+            Lookup::NotReady => AnswerContent::Error(Rcode::ServFail),
         }
     }
 
-    /// The identifier, if it was asked for. It is left out where it and the question alone would
-    /// fill half of a small packet: the records need the room.
+    /// The identifier, if it was requested. Left out if the identifier and the question would fill more than
+    /// half of a small packet, because the records need the room.
     fn nsid(&self, edns: &Edns, room: usize) -> Option<&[u8]> {
         let needs = self.question.end + OPT_FIXED + 4 + self.context.nsid.len();
         (edns.nsid && needs <= room / 2).then_some(self.context.nsid)

@@ -13,7 +13,7 @@ use super::{TcpLimits, wildcard};
 /// Attempts to find a port that is free for both transports.
 const MAX_BIND_ATTEMPTS: usize = 16;
 
-/// Connections that may wait to be accepted.
+/// Connections that wait to be accepted; the kernel drops more.
 const BACKLOG: i32 = 1024;
 
 /// Requested receive buffer of each UDP socket in bytes: a burst of a few thousand queries. The
@@ -27,7 +27,7 @@ const TCP_SEND_BUFFER: usize = 32 << 10;
 /// Receive buffer of each TCP connection in bytes, which the kernel doubles: dozens of questions.
 const TCP_RECEIVE_BUFFER: usize = 16 << 10;
 
-/// What is bound to one address.
+/// The sockets of one address.
 #[derive(Debug)]
 pub(super) struct Sockets {
     /// With its real port.
@@ -42,7 +42,7 @@ impl Sockets {
         let mut attempts = if address.port() == 0 { MAX_BIND_ATTEMPTS } else { 1 };
         loop {
             attempts -= 1;
-            // 1. TCP, which no second process can have as well.
+            // 1. TCP first: without SO_REUSEPORT the kernel refuses a second process.
             let tcp = bind_tcp(address, limits).map_err(|err| bind_error(address, "TCP", &err))?;
             let bound = tcp.local_addr()?;
             // 2. UDP on the same port.
@@ -57,13 +57,13 @@ impl Sockets {
 
 fn bind_tcp(address: SocketAddr, limits: &TcpLimits) -> io::Result<TcpListener> {
     let socket = socket(address, Type::STREAM, Protocol::TCP)?;
-    // Connections of an earlier run that linger do not keep the port; a listener that lives does.
+    // Allows the port despite connections of an earlier run in TIME_WAIT, but not beside another listener.
     socket.set_reuse_address(true)?;
     // Accepted connections inherit these three.
     socket.set_send_buffer_size(TCP_SEND_BUFFER)?;
     socket.set_recv_buffer_size(TCP_RECEIVE_BUFFER)?;
-    // The kernel keeps what was written and not read after the socket was closed, for minutes, where
-    // the peer's window is closed (RFC 5482 §2; Linux counts a closed window too).
+    // If the peer's window is closed, the kernel keeps unread answers for minutes after the socket is
+    // closed. This timeout ends that (RFC 5482 §2; Linux applies it to a closed window too).
     socket.set_tcp_user_timeout(Some(limits.message))?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
@@ -72,8 +72,8 @@ fn bind_tcp(address: SocketAddr, limits: &TcpLimits) -> io::Result<TcpListener> 
 }
 
 fn bind_udp(address: SocketAddr, threads: NonZeroUsize) -> io::Result<Vec<UdpSocket>> {
-    // With SO_REUSEPORT a second process of the same user would share the port in silence: a
-    // socket without it fails if anybody has the port.
+    // With SO_REUSEPORT a second process of the same user would share the port without an error. A socket
+    // without that option cannot be bound if another process has the port.
     socket(address, Type::DGRAM, Protocol::UDP)?.bind(&address.into())?;
     let one = |_| {
         let socket = socket(address, Type::DGRAM, Protocol::UDP)?;
@@ -117,7 +117,7 @@ pub(super) fn without_covered(listen: &[SocketAddr]) -> Vec<SocketAddr> {
             other.ip().is_unspecified() && other.is_ipv4() == address.is_ipv4() && other.port() == address.port()
         };
         let is_covered = !address.ip().is_unspecified() && listen.iter().any(|other| is_wildcard(&other));
-        // Port 0 is another port each time.
+        // Each bind of port 0 takes another port, so two of them are not duplicates.
         if address.port() == 0 || !is_covered && !addresses.contains(&address) {
             addresses.push(address);
         }

@@ -1,13 +1,13 @@
 //! The DNS listeners: UDP and TCP in front of one pure function, packet in, packet out.
 //!
-//! 1. [`answer()`] decides everything; UDP and TCP move octets and enforce limits.
+//! 1. [`answer()`] computes every answer; UDP and TCP move octets and enforce limits.
 //! 2. UDP threads are those of the operating system, each with a socket of its own. TCP runs on a
 //!    runtime of its own, within caps: a flood of registrations does not reach it, nor its own UDP.
-//! 3. An answer leaves from the address that was asked. A wildcard is one socket per thread, which is
-//!    told the address of each packet.
+//! 3. An answer leaves from the address that was asked. A wildcard is one socket per thread, and
+//!    the kernel reports the destination address of each packet.
 //! 4. Every thread and task is joined, and the first that fails stops the rest.
 //!
-//! Nothing here changes the zone, and no answer is logged.
+//! This module only reads the zone, and logs no answers.
 
 mod answer;
 mod bind;
@@ -36,7 +36,7 @@ use futures::future;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-pub use answer::{Context, MAX_TCP, MAX_UDP, Response, Transport, answer};
+pub use answer::{AnswerSummary, Context, MAX_TCP, MAX_UDP, Transport, answer};
 
 use crate::{
     metrics::{ListenerKind, Metrics, dns::ListenerLabels},
@@ -69,9 +69,9 @@ pub struct TcpLimits {
     pub connections: usize,
     /// Connections of one peer address; `None` for no limit, because CoreDNS is one peer.
     pub per_peer: Option<usize>,
-    /// A connection that asks nothing for this long is closed.
+    /// A connection without a question for this long is closed.
     pub idle: Duration,
-    /// A message must arrive whole, and its answer be taken, within this long.
+    /// How long a message may take to arrive, and how long its answer may take to be read.
     pub message: Duration,
     /// Questions that may wait on one connection.
     pub pipelined: usize,
@@ -79,7 +79,7 @@ pub struct TcpLimits {
 
 /// Sockets that are bound and do not answer yet.
 #[derive(Debug)]
-pub struct Bound {
+pub struct BoundSockets {
     sockets: Vec<Sockets>,
     nsid: Arc<[u8]>,
     tcp: TcpLimits,
@@ -89,23 +89,24 @@ pub struct Bound {
 ///
 /// # Errors
 /// When an address cannot be bound; the error names it.
-pub fn bind(config: &DnsConfig) -> io::Result<Bound> {
+pub fn bind(config: &DnsConfig) -> io::Result<BoundSockets> {
     let DnsConfig { listen, threads, nsid, tcp } = config;
     let addresses = bind::without_covered(listen);
     let sockets =
         addresses.into_iter().map(|address| Sockets::bind(address, *threads, tcp)).collect::<io::Result<_>>()?;
     let nsid = nsid[..nsid.len().min(MAX_NSID)].into();
-    Ok(Bound { sockets, nsid, tcp: tcp.clone() })
+    Ok(BoundSockets { sockets, nsid, tcp: tcp.clone() })
 }
 
-impl Bound {
+impl BoundSockets {
     /// The addresses that were bound, with their real ports.
     #[must_use]
     pub fn addresses(&self) -> Vec<SocketAddr> {
         self.sockets.iter().map(|sockets| sockets.address).collect()
     }
 
-    /// The addresses at which others can ask: wildcards are replaced by the machine's addresses.
+    /// The addresses at which other machines reach the sockets: wildcards are replaced by the machine's
+    /// addresses.
     ///
     /// # Errors
     /// When the system does not list them.

@@ -1,6 +1,6 @@
 //! Parsing of queries: the header, the one question and the OPT record, in one pass.
 //!
-//! Nothing is copied but the name. Records that a query should not carry are skipped.
+//! Only the name is copied. Records that do not belong in a query are skipped.
 
 use crate::zone::QName;
 
@@ -41,13 +41,13 @@ pub(super) struct Question {
 /// The OPT record of a query (RFC 6891).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Edns {
-    /// The UDP payload that the sender can take.
+    /// The UDP payload size of the sender, in octets.
     pub(super) size: u16,
     /// The version; only 0 exists.
     pub(super) version: u8,
     /// The flag DO.
     pub(super) dnssec_ok: bool,
-    /// Whether the server should say who it is.
+    /// Whether the name server identifier is requested (RFC 5001).
     pub(super) nsid: bool,
 }
 

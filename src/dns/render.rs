@@ -1,7 +1,7 @@
 //! Records to wire format: one function per kind of RRset.
 //!
-//! Owners are pointers into the question (RFC 1035 §4.1.4), so that they keep the case that was
-//! asked. SRV targets are spelled out (RFC 2782) and in lower case.
+//! Owners are pointers into the question (RFC 1035 §4.1.4), so that they keep the case of the question.
+//! SRV targets are written out (RFC 2782), in lower case.
 
 use std::net::IpAddr;
 
@@ -14,7 +14,7 @@ use crate::{
     zone::{AddressRecord, Addresses, Apex, Hit, PtrRecord, QName, Rrset, ServiceRecords, SrvRecord, ZoneReader},
 };
 
-/// Which version of Kubernetes' DNS specification is answered, as TXT.
+/// The implemented version of Kubernetes' DNS specification, as TXT.
 const VERSION: &[u8] = b"1.1.0";
 
 /// Seconds that the version may be cached: it changes with a release at most.
@@ -23,12 +23,12 @@ const VERSION_TTL: u32 = 28_800;
 /// Largest TTL of an SOA, in seconds, whatever the zone's TTL.
 const MAX_SOA_TTL: u32 = 300;
 
-/// Seconds between a secondary's looks at the SOA, if there were one; then between its tries, and
-/// until it gives up (RFC 1035 §3.3.13).
+/// REFRESH, RETRY and EXPIRE of the SOA in seconds (RFC 1035 §3.3.13). Only secondaries use them, and
+/// zone transfers are refused.
 const REFRESH_RETRY_EXPIRE: [u32; 3] = [7200, 1800, 86_400];
 
-/// Most names in the answer to one PTR question. No client reads more, and an address that a
-/// hundred thousand services share would fill every packet.
+/// Most names in the answer to one PTR question. An address that a hundred thousand services share would
+/// otherwise fill every packet.
 pub(super) const MAX_PTR: usize = 64;
 
 /// Octets of a record before its RDATA, when the owner is a pointer.
@@ -46,7 +46,7 @@ pub(super) struct ResponseRenderer<'r, 'z, 'o> {
     pub(super) sections: SectionCounts,
 }
 
-/// Records per section, and whether one that had to be there is not.
+/// Records per section, and whether a required record is missing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct SectionCounts {
     pub(super) answers: u16,
@@ -95,16 +95,16 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
         }
     }
 
-    /// The name that was asked.
+    /// The queried name.
     fn asked(&self) -> OwnerName<'r> {
         OwnerName { at: HEADER, name: HostName { target: None, service: self.name.suffix(0) } }
     }
 
-    /// Counts a record of the answer, or that it is missing.
+    /// Counts a record of the answer section, or sets TC if it did not fit.
     fn answered(&mut self, written: WriteResult) -> WriteResult {
         match written {
             Ok(()) => self.sections.answers += 1,
-            // RFC 2181 §9: TC is for data that had to be there.
+            // RFC 2181 §9: TC is set for missing required data only.
             Err(NoSpace) => self.sections.truncated = true,
         }
         written
@@ -164,8 +164,8 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
         if all.is_err() {
             return;
         }
-        // Rows are in order of their targets: equal ones are neighbours, except
-        // where the first record drawn splits them.
+        // Rows are sorted by target, so equal targets are adjacent, except for the target at which the draw
+        // starts: its rows can be at both ends.
         let (mut seen, mut opening) = (None, None);
         let _ = set.visit_from(first, |SrvRecord { target, .. }| {
             let name = OwnerName { at: at + FIXED + SRV_FIXED, name: HostName { target: Some(target), service } };
@@ -179,7 +179,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
         });
     }
 
-    /// RFC 2181 §9: what merely helps is left out by whole RRsets, without TC.
+    /// RFC 2181 §9: additional data is left out by whole RRsets, without TC.
     fn additional(&mut self, owner: OwnerName<'_>, found: Addresses<'_>) -> WriteResult {
         if let Some(v4) = found.v4 {
             self.additional_rrset(owner, RecordType::A, v4)?;
@@ -199,7 +199,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
     where
         AddressRecord<I>: Row,
     {
-        // Known before a thousand records are written and taken back.
+        // Checked first, so that up to a thousand records are not written and then discarded.
         if set.len() * (FIXED + size_of::<I>()) > self.w.room() {
             return Err(NoSpace);
         }

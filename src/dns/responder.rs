@@ -1,4 +1,4 @@
-//! From a packet to a counted answer: what UDP and TCP share.
+//! Answers a packet and counts the answer, for UDP and TCP.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -12,7 +12,7 @@ use crate::{
     zone::Zone,
 };
 
-/// Answers packets from one zone and counts the answers; a transport has one or several.
+/// Answers packets from one zone and counts the answers.
 #[derive(Debug, Clone)]
 pub(super) struct Responder {
     pub(super) zone: Arc<Zone>,
@@ -32,22 +32,22 @@ impl Responder {
     ) -> Option<usize> {
         let begun = Instant::now();
         let context = Context { transport, nsid: &self.nsid };
-        // No packet should make `answer` panic. If one does, its sender gets no answer, and the
-        // thread goes on for everybody else.
+        // No packet should make `answer` panic. If one does, its sender gets no answer, and the thread
+        // continues with the next packet.
         let answered = catch_unwind(AssertUnwindSafe(|| answer(&self.zone.pin(), &context, rng, packet, out)));
-        let Ok(reply) = answered else {
+        let Ok(answer) = answered else {
             self.counters.panicked();
             return None;
         };
-        let reply = reply?;
+        let answer = answer?;
         self.counters.query(&AnsweredQuery {
-            in_zone: reply.in_zone,
-            rtype: reply.rtype,
-            rcode: reply.rcode,
+            in_zone: answer.in_zone,
+            rtype: answer.rtype,
+            rcode: answer.rcode,
             request: packet.len(),
-            response: reply.len,
+            response: answer.len,
             took: begun.elapsed(),
         });
-        Some(reply.len)
+        Some(answer.len)
     }
 }

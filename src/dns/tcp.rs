@@ -1,10 +1,10 @@
-//! DNS over TCP (RFC 7766, RFC 9210): a small loop of our own, because every limit counts.
+//! DNS over TCP (RFC 7766, RFC 9210), with a limit on every resource that a peer can take.
 //!
-//! A connection is one task that reads what is there, answers it, writes the answers together and
-//! only then reads on. So no peer has more unanswered questions than one turn's worth, and a peer
-//! that does not read its answers is not read from either. After each turn that did not wait for
-//! the peer the task yields: whatever a peer sends, the others get their turns. An idle connection
-//! holds a few hundred bytes; the large buffer for an answer belongs to the thread.
+//! A connection is one task that reads the available octets, answers the questions, writes the answers
+//! together and only then reads again. So the unanswered questions of a peer are bounded by one turn, and
+//! the server does not read from a peer that does not read its answers. A turn that did not wait for the
+//! peer ends with a yield, so that a fast peer does not delay the others. An idle connection holds a few
+//! hundred bytes; the large buffer for an answer belongs to the thread.
 
 use std::{
     cell::RefCell,
@@ -42,22 +42,22 @@ const PREFIX: usize = 2;
 /// Octets of a header (RFC 1035 §4.1.1): no shorter message can be answered.
 const HEADER: usize = 12;
 
-/// Octets that are read at a time: several questions, or a piece of a long one.
+/// Octets of one read: several questions, or a part of a long one.
 const READ_SIZE: usize = 4096;
 
-/// Answers are collected and written together; this many octets are enough to write.
+/// Octets of collected answers from which on they are written.
 const WRITE_THRESHOLD: usize = 65_536;
 
-/// Bytes that may be held for all peers together, in answers that they do not read and questions
-/// that they do not finish. Beyond it the peer that stalls most loses a connection.
+/// Bytes of unread answers and unfinished questions of all peers together. Beyond this limit, the peer with
+/// the most stalled connections loses one.
 const MAX_HELD_BYTES: usize = 32 << 20;
 
 thread_local! {
-    /// Where an answer is written before its length is known.
+    /// Buffer for one answer: the length, which precedes the answer, is known only after it is written.
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; MAX_TCP].into());
 }
 
-/// What the connections of all TCP listeners share.
+/// The state that the connections of all TCP listeners share.
 #[derive(Debug)]
 pub(super) struct Shared {
     limits: TcpLimits,
@@ -71,7 +71,7 @@ impl Shared {
         Arc::new(Self { limits, limiter, held: AtomicUsize::new(0), metrics })
     }
 
-    /// Notes that `bytes` are held for a connection that waits for its peer.
+    /// Counts `bytes` that are held while `connection` waits for its peer.
     fn hold(self: &Arc<Self>, bytes: usize, connection: &ConnectionHandle) -> Held {
         let all = self.held.fetch_add(bytes, Ordering::Relaxed) + bytes;
         self.metrics.connections.dns_held_bytes.set(all as u64);
@@ -83,7 +83,7 @@ impl Shared {
     }
 }
 
-/// Bytes that are held while this lives.
+/// Counted bytes, until the value is dropped.
 struct Held {
     bytes: usize,
     shared: Arc<Shared>,
@@ -97,13 +97,13 @@ impl Drop for Held {
     }
 }
 
-/// Accepts until `stop`, then waits until every connection has its answers.
+/// Accepts until `stop`, then waits until the read questions of every connection are answered.
 pub(super) async fn serve(listener: TcpListener, responder: Responder, shared: Arc<Shared>, stop: CancellationToken) {
-    // An answer is written, and the end of it taken, within one deadline each.
+    // One deadline for the last answers, and one for the end of the connection.
     let grace = shared.limits.message * 2;
     net::serve(listener, Arc::clone(&shared.limiter), grace, stop, move |stream, permit| {
         let (responder, shared) = (responder.clone(), Arc::clone(&shared));
-        async move { Connection::new(stream, permit, responder, shared).serve().await }
+        async move { TcpConnection::new(stream, permit, responder, shared).serve().await }
     })
     .await;
 }
@@ -112,31 +112,32 @@ pub(super) async fn serve(listener: TcpListener, responder: Responder, shared: A
 type EarlyEnd = Option<CloseReason>;
 
 /// One connection.
-struct Connection {
+struct TcpConnection {
     permit: Permit,
     stream: TcpStream,
     responder: Responder,
     shared: Arc<Shared>,
     rng: fastrand::Rng,
     received: Vec<u8>,
-    /// When to stop waiting, and the reason to close the connection then.
+    /// When the current wait ends, and the reason with which the connection is then closed.
     deadline: (Instant, CloseReason),
-    /// Fires at the deadline or before: a deadline that moves on does not touch it.
+    /// Elapses at the deadline or before: a later deadline does not reset it, which would cost a lock of the
+    /// runtime's timers.
     timer: Pin<Box<Sleep>>,
     /// Whether the task has waited for the peer since it last yielded.
     has_waited: bool,
 }
 
-/// What a wait is for.
+/// The direction of a wait.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Direction {
     Read,
     Write,
 }
 
-impl Connection {
+impl TcpConnection {
     fn new(stream: TcpStream, permit: Permit, responder: Responder, shared: Arc<Shared>) -> Self {
-        // An answer is not held back for more to send.
+        // Answers are collected here, so Nagle's delay would only make them late.
         let _ = stream.set_nodelay(true);
         let until = Instant::now() + shared.limits.idle;
         Self {
@@ -158,12 +159,12 @@ impl Connection {
                 self.permit.handle().count_closed(reason);
             }
             if reason != Some(CloseReason::Malformed) {
-                // Nobody reads what is still in the socket's buffer: reset, it is freed at once.
+                // The peer does not read the socket's buffer. A reset frees the buffer at once.
                 let _ = socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
             }
         }
         let Self { permit, stream, .. } = self;
-        // Counted out before the peer can see its end: a peer that reconnects at once finds room.
+        // Released before the socket is closed, so that a peer that reconnects at once is admitted.
         drop(permit);
         drop(stream);
     }
@@ -176,12 +177,12 @@ impl Connection {
             }
             self.deadline = match self.deadline {
                 _ if self.received.is_empty() => self.after(self.shared.limits.idle, CloseReason::Idle),
-                // The clock runs from a message's first octet, however slowly the others come.
+                // The deadline counts from the first octet of a message: further octets do not extend it.
                 (_, CloseReason::SlowRequest) if !has_answered => self.deadline,
                 _ => self.after(self.shared.limits.message, CloseReason::SlowRequest),
             };
         }
-        // The peer has said all, or the server stops: what came is answered before the end.
+        // The peer has closed its side, or the server stops: received questions are answered before the end.
         while self.received.len() < WRITE_THRESHOLD && self.read_now()?.is_some_and(|octets| octets > 0) {}
         self.answer_all().await?;
         self.stream.shutdown().await.map_err(|_| None)
@@ -191,13 +192,12 @@ impl Connection {
         (Instant::now() + time, reason)
     }
 
-    /// Reads what is there, waiting for it if need be. Returns false when the peer has said all, or
-    /// the server stops.
+    /// Waits for octets and reads them. Returns false when the peer has closed its side or the server stops.
     async fn read(&mut self) -> Result<bool, EarlyEnd> {
         if !std::mem::take(&mut self.has_waited) {
             yield_now().await;
         }
-        // A question that is this long and not whole is held for a peer that may never finish it.
+        // The buffer of a long unfinished question counts, because its peer may never finish it.
         let _held =
             (self.received.len() > READ_SIZE).then(|| self.shared.hold(self.received.capacity(), self.permit.handle()));
         loop {
@@ -211,7 +211,7 @@ impl Connection {
         }
     }
 
-    /// Reads what is there already; `None` when nothing is.
+    /// Reads the available octets without waiting; `None` if there are none.
     fn read_now(&mut self) -> Result<Option<usize>, EarlyEnd> {
         self.received.reserve(READ_SIZE);
         match self.stream.try_read_buf(&mut self.received) {
@@ -220,14 +220,13 @@ impl Connection {
         }
     }
 
-    /// Answers every whole message and keeps the beginning of the next one; returns whether there
-    /// was one.
+    /// Answers every complete message and keeps the rest. Returns whether there was a complete message.
     async fn answer_all(&mut self) -> Result<bool, EarlyEnd> {
         let (mut taken, mut answers) = (0, Vec::new());
         loop {
             let turn = self.answer_some(taken, &mut answers);
             taken += turn.octets;
-            // RFC 7766 §6.2.1.1: what was asked in one go is answered in one go.
+            // RFC 7766 §6.2.1.1: the answers to pipelined questions are written together.
             self.write(&answers).await?;
             if turn.is_malformed {
                 return Err(Some(CloseReason::Malformed));
@@ -248,14 +247,14 @@ impl Connection {
         Ok(taken > 0)
     }
 
-    /// Answers the whole messages that `received` has from `begin` on, as many as one turn may.
+    /// Answers the complete messages in `received` from `begin` on, up to the limits of one turn.
     fn answer_some(&mut self, begin: usize, answers: &mut Vec<u8>) -> Turn {
         SCRATCH.with_borrow_mut(|scratch| {
             let mut turn = Turn { octets: 0, is_malformed: false };
             for _ in 0..self.shared.limits.pipelined.max(1) {
                 let Some((message, octets)) = split_message(&self.received[begin + turn.octets..]) else { break };
-                // Over UDP such packets get no answer. A peer that sends them over TCP speaks no DNS,
-                // or wants the server to work for nothing.
+                // Over UDP such packets get no answer. Over TCP they would cost work and keep the
+                // connection open, so the connection is closed.
                 if message.len() < HEADER || is_response(message) {
                     turn.is_malformed = true;
                     break;
@@ -274,8 +273,8 @@ impl Connection {
         })
     }
 
-    /// Writes `answers`. A peer that does not take all of them within the deadline loses the
-    /// connection, however steadily it reads: the time is for the whole, not for each piece.
+    /// Writes `answers`. The deadline is for all of them together, so a peer that reads steadily but too slowly
+    /// loses the connection too.
     async fn write(&mut self, answers: &[u8]) -> Result<(), EarlyEnd> {
         let mut rest = answers;
         let mut held = None;
@@ -304,7 +303,7 @@ impl Connection {
     }
 
     fn poll_wait(&mut self, cx: &mut Context<'_>, direction: Direction) -> Poll<Result<(), EarlyEnd>> {
-        // Answers that are on their way are finished after the stop too.
+        // After the stop, answers are still written to their end.
         let at_least = if direction == Direction::Read { Signal::Drain } else { Signal::Close };
         if let Poll::Ready(signal) = self.permit.handle().poll_signal(cx, at_least) {
             return Poll::Ready(if signal == Signal::Drain { Ok(()) } else { Err(None) });
@@ -328,18 +327,18 @@ impl Connection {
     }
 }
 
-/// What one turn took from the received octets.
+/// The result of one turn: the octets of the answered messages.
 struct Turn {
     octets: usize,
     is_malformed: bool,
 }
 
-/// Whether QR is set (RFC 1035 §4.1.1): answers to answers would make loops.
+/// Whether QR is set (RFC 1035 §4.1.1): an answer to a response could start a loop of two servers.
 fn is_response(message: &[u8]) -> bool {
     message[2] & 0x80 != 0
 }
 
-/// The message that `received` begins with and the octets it takes with its length, if it is whole.
+/// The first message of `received` and its octets including the length, if the message is complete.
 fn split_message(received: &[u8]) -> Option<(&[u8], usize)> {
     let (prefix, rest) = received.split_first_chunk::<PREFIX>()?;
     let len = usize::from(u16::from_be_bytes(*prefix));

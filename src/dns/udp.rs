@@ -1,7 +1,7 @@
 //! DNS over UDP: one thread, one socket, one packet at a time.
 //!
-//! The threads are those of the operating system: neither a registration nor a slow peer over TCP
-//! ever delays one.
+//! The threads are those of the operating system, so that neither a registration nor a slow peer over TCP
+//! delays them.
 
 use std::{
     io,
@@ -17,24 +17,22 @@ use super::{
     wildcard::WildcardSocket,
 };
 
-/// How long a receive waits: so often a thread without packets looks at the stop signal.
+/// How long a receive waits, and so how often a thread without packets checks the stop flag.
 const STOP_POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Pause after an error that a socket did not recover from at once: the thread must neither spin
-/// nor end.
+/// Pause after a lasting error of a socket, so that the thread neither spins nor ends.
 const RECEIVE_BACKOFF: Duration = Duration::from_millis(50);
 
-/// Longest query that is read whole, in octets: one question and an OPT record take far less. The
-/// rest of a longer packet is dropped, and its beginning is a FORMERR.
+/// Longest query in octets; one question and an OPT record take far less. The kernel drops the rest of a
+/// longer packet, and the answer is FORMERR.
 const MAX_QUERY: usize = 4096;
 
 /// A socket whose answers leave from the address that was asked.
 pub(super) trait DatagramSocket {
-    /// Who asked.
+    /// The sender of a packet.
     type Peer;
 
-    /// Receives a packet and returns its octets and its sender, or `None` where there is nobody to
-    /// answer.
+    /// Receives a packet and returns its octets and its sender; `None` for a sender that cannot be answered.
     fn receive(&mut self, packet: &mut [u8]) -> io::Result<(usize, Option<Self::Peer>)>;
 
     fn send(&mut self, answer: &[u8], peer: &Self::Peer) -> io::Result<()>;
@@ -46,7 +44,7 @@ impl DatagramSocket for &UdpSocket {
 
     fn receive(&mut self, packet: &mut [u8]) -> io::Result<(usize, Option<SocketAddr>)> {
         let (octets, peer) = self.recv_from(packet)?;
-        // Port 0 belongs to nobody, and sending to it fails.
+        // Port 0 is reserved (RFC 6335 §6), and sending to it fails.
         Ok((octets, Some(peer).filter(|peer| peer.port() != 0)))
     }
 
@@ -76,7 +74,7 @@ pub(super) fn answer_all(mut socket: impl DatagramSocket, responder: &Responder,
     let mut packet = [0; MAX_QUERY];
     let mut out = [0; MAX_UDP as usize];
     let mut is_failing = false;
-    // A relaxed load of a flag that nobody writes until the end: it stays in every core's cache.
+    // A relaxed load of a flag that is written once, at the stop: it stays in every core's cache.
     while !stopping.load(Ordering::Relaxed) {
         let (octets, peer) = match socket.receive(&mut packet) {
             Ok(received) => received,
@@ -96,14 +94,14 @@ pub(super) fn answer_all(mut socket: impl DatagramSocket, responder: &Responder,
         }
         let Some(peer) = peer else { continue };
         if let Some(len) = responder.respond(Transport::Udp, &mut rng, &packet[..octets], &mut out) {
-            // A lost answer is a lost datagram: the resolver asks again.
+            // An answer that cannot be sent is a lost datagram: the resolver retries.
             let _ = socket.send(&out[..len], &peer);
         }
     }
 }
 
-/// Whether the error says nothing about the socket: the timeout passed, or an earlier answer met a
-/// closed port or an unreachable host.
+/// Whether the error is not a fault of the socket: the receive timed out, or the kernel reports an ICMP
+/// error of an earlier answer to a closed port or an unreachable host.
 fn is_transient(err: &io::Error) -> bool {
     use io::ErrorKind as E;
     matches!(

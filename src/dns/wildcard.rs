@@ -1,8 +1,7 @@
-//! A UDP socket on a wildcard address: it tells to which address a packet was sent, and answers
-//! from there.
+//! A UDP socket on a wildcard address that answers from the address to which the query was sent.
 //!
-//! One socket per thread serves every address of the machine, also those that are added later; an
-//! address that is still in duplicate detection does no harm.
+//! One socket per thread serves every address of the machine, also addresses that are added later. Unlike
+//! one socket per address, it does not fail for an address that is still in duplicate address detection.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -23,13 +22,13 @@ use super::udp::DatagramSocket;
 /// A socket that is bound to `0.0.0.0` or `[::]`.
 pub(super) struct WildcardSocket<'s> {
     socket: &'s UdpSocket,
-    /// Where the kernel writes the address of a received packet.
+    /// Buffer in which the kernel writes the destination address of a received packet.
     received: Vec<u8>,
     /// Header, peer and source of the answer: allocated once, not for each answer.
     sent: MultiHeaders<SockaddrStorage>,
 }
 
-/// Who asked, and at which of our addresses.
+/// The sender of a query, and the local address to which it was sent.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Peer {
     address: SockaddrStorage,
@@ -42,7 +41,7 @@ enum LocalAddress {
     V6(libc::in6_pktinfo),
 }
 
-/// Makes the kernel tell the local address of each packet (RFC 3542 §6.2 for IPv6).
+/// Makes the kernel report the local address of each packet (RFC 3542 §6.2 for IPv6).
 pub(super) fn request_local_addresses(socket: &UdpSocket, bound: SocketAddr) -> io::Result<()> {
     match bound {
         SocketAddr::V4(_) => setsockopt(socket, sockopt::Ipv4PacketInfo, &true)?,
@@ -53,7 +52,7 @@ pub(super) fn request_local_addresses(socket: &UdpSocket, bound: SocketAddr) -> 
 
 impl<'s> WildcardSocket<'s> {
     pub(super) fn new(socket: &'s UdpSocket, bound: SocketAddr) -> Self {
-        // Exactly as long as the one message that is sent: the kernel refuses padding behind it.
+        // Exactly as long as the one control message of an answer: the kernel refuses padding after it.
         let sent = match bound {
             SocketAddr::V4(_) => cmsg_space!(libc::in_pktinfo),
             SocketAddr::V6(_) => cmsg_space!(libc::in6_pktinfo),
@@ -98,8 +97,8 @@ impl DatagramSocket for WildcardSocket<'_> {
     }
 }
 
-/// The source of the answer to a packet. `None` for broadcast and multicast: nobody asks DNS that
-/// way, and an answer would tell a spoofed peer of every server at once.
+/// The source of the answer to a packet. `None` for broadcast and multicast: resolvers do not use them, and
+/// with a spoofed sender every server of the network would answer the victim.
 fn unicast_v4(info: libc::in_pktinfo) -> Option<LocalAddress> {
     // ip(7): on receipt `ipi_spec_dst` is the local address, `ipi_addr` the packet's destination. The
     // interface stays open: the route to the peer decides, as for a socket bound to the address.
@@ -109,12 +108,12 @@ fn unicast_v4(info: libc::in_pktinfo) -> Option<LocalAddress> {
 
 fn unicast_v6(info: libc::in6_pktinfo) -> Option<LocalAddress> {
     let address = std::net::Ipv6Addr::from(info.ipi6_addr.s6_addr);
-    // A link-local address means nothing without its interface; any other is left to routing.
+    // A link-local address needs its interface. For any other address, routing selects the interface.
     let ipi6_ifindex = if address.is_unicast_link_local() { info.ipi6_ifindex } else { 0 };
     (!address.is_multicast()).then_some(LocalAddress::V6(libc::in6_pktinfo { ipi6_ifindex, ..info }))
 }
 
-/// Port 0 belongs to nobody, and sending to it fails.
+/// Port 0 is reserved (RFC 6335 §6), and sending to it fails.
 fn has_port(address: &SockaddrStorage) -> bool {
     let port = |v4: Option<u16>, v6: Option<u16>| v4.or(v6).unwrap_or(0);
     port(address.as_sockaddr_in().map(|v4| v4.port()), address.as_sockaddr_in6().map(|v6| v6.port())) != 0

@@ -12,14 +12,14 @@ use crate::{
 /// Class IN.
 const IN: u16 = 1;
 
-/// What a pointer can reach (RFC 1035 §4.1.4): 14 bits.
+/// Largest offset of a compression pointer: 14 bits (RFC 1035 §4.1.4).
 const MAX_POINTER: usize = 0x3fff;
 
-/// The buffer has no room for it (Knot: `KNOT_ESPACE`).
+/// The record or field does not fit into the buffer (Knot: `KNOT_ESPACE`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct NoSpace;
 
-/// `Ok` if everything was written, else nothing was.
+/// `Ok` if all octets were written.
 pub(super) type WriteResult = Result<(), NoSpace>;
 
 /// Writes a message into a buffer of fixed size.
@@ -31,7 +31,7 @@ pub(super) struct WireWriter<'o> {
     end: usize,
 }
 
-/// The owner of a record: a compression pointer where one reaches, else the name written out.
+/// The owner of a record: a compression pointer if the offset is small enough, else the name.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct OwnerName<'a> {
     /// Its offset in the message.
@@ -50,7 +50,7 @@ pub(super) struct HostName<'a> {
 }
 
 impl<'o> WireWriter<'o> {
-    /// A message in all of `out`, the last `reserved` octets of which are kept for the OPT record.
+    /// A writer of a message into `out`, whose last `reserved` octets are reserved for the OPT record.
     pub(super) fn new(out: &'o mut [u8], reserved: usize) -> Self {
         let end = out.len().saturating_sub(reserved);
         Self { out, at: 0, end }
@@ -99,7 +99,7 @@ impl<'o> WireWriter<'o> {
         self.put(&number.to_be_bytes())
     }
 
-    /// Writes all that `part` writes, or nothing.
+    /// Runs `part`, and discards its octets if it fails.
     pub(super) fn whole<T>(&mut self, part: impl FnOnce(&mut Self) -> Result<T, NoSpace>) -> Result<T, NoSpace> {
         let mark = self.at;
         let written = part(self);
@@ -115,7 +115,7 @@ impl<'o> WireWriter<'o> {
         self.put(label)
     }
 
-    /// A pointer to `at`, or `name` where a pointer does not reach.
+    /// A pointer to `at`, or `name` if a pointer cannot have that offset.
     pub(super) fn pointer_or(&mut self, at: usize, name: impl FnOnce(&mut Self) -> WriteResult) -> WriteResult {
         match u16::try_from(at) {
             Ok(offset) if at <= MAX_POINTER => self.u16(0xc000 | offset),
@@ -123,7 +123,7 @@ impl<'o> WireWriter<'o> {
         }
     }
 
-    /// The name of a host, spelled out.
+    /// The name of a host, without compression.
     pub(super) fn host(&mut self, host: HostName<'_>) -> WriteResult {
         match host.target {
             Some(HostLabel::Dashed(ip)) => self.dashed(*ip)?,
@@ -133,8 +133,8 @@ impl<'o> WireWriter<'o> {
         self.put(host.service)
     }
 
-    /// The label of an address with dashes. That of an IPv4 address is in most SRV records, so
-    /// that it does without the formatting machinery.
+    /// The label of an address with dashes. IPv4 has its own encoder, because most SRV records have such a
+    /// label and `core::fmt` would dominate their cost.
     pub(super) fn dashed(&mut self, ip: IpAddr) -> WriteResult {
         match ip {
             IpAddr::V4(ip) => {
@@ -159,6 +159,7 @@ impl<'o> WireWriter<'o> {
             let [c0, c1] = IN.to_be_bytes();
             let [s0, s1, s2, s3] = ttl.to_be_bytes();
             w.put(&[t0, t1, c0, c1, s0, s1, s2, s3, 0, 0])?;
+            // RDLENGTH is 0 above and set after RDATA is written.
             let begin = w.at;
             rdata(w)?;
             let len = u16::try_from(w.at - begin).map_err(|_| NoSpace)?;
@@ -168,7 +169,7 @@ impl<'o> WireWriter<'o> {
     }
 }
 
-/// `10-0-0-1`, and how many octets of it count.
+/// `10-0-0-1`, and its length in octets.
 fn dashed_v4(ip: Ipv4Addr) -> ([u8; 15], usize) {
     let (mut text, mut len) = ([b'-'; 15], 0);
     for (index, octet) in ip.octets().into_iter().enumerate() {

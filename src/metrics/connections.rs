@@ -21,21 +21,21 @@ label_enum! {
 label_enum! {
     /// Why the server refused or ended a connection.
     pub enum CloseReason {
-        /// As many connections as there may be, and none that could be closed instead.
+        /// The limit is reached, and no connection can be evicted.
         Full => "full",
-        /// As many connections of that peer as there may be.
+        /// The limit of the peer is reached.
         PeerFull => "peer_full",
         /// Closed for a new connection, or for memory.
         Evicted => "evicted",
-        /// Nothing was asked for too long.
+        /// No request for too long.
         Idle => "idle",
-        /// As old as a connection may be.
+        /// The maximum age is reached.
         MaxAge => "max_age",
         /// A request took too long to arrive.
         SlowRequest => "slow_request",
         /// The peer took too long to read its answers.
         SlowReader => "slow_reader",
-        /// What came can be no request.
+        /// The octets are not a request.
         Malformed => "malformed",
     }
 }

@@ -21,7 +21,7 @@ use prometheus_client::{
 
 use crate::model::{Rcode, RecordType};
 
-/// Where types without a name of their own are counted: behind all others.
+/// Index of the counter for types without a name: after all others.
 const OTHER_TYPE: usize = RecordType::ALL.len();
 
 /// Upper ends of the size buckets in octets, those of CoreDNS.
@@ -48,7 +48,7 @@ pub struct ListenerLabels {
 pub struct AnsweredQuery {
     /// Whether the name is in the zone.
     pub in_zone: bool,
-    /// The type; `None` where no question was read, or one was of a type without a name of its own.
+    /// The type; `None` if no question was read, or its type has no name.
     pub rtype: Option<RecordType>,
     /// The response code of the answer.
     pub rcode: Rcode,
@@ -56,11 +56,11 @@ pub struct AnsweredQuery {
     pub request: usize,
     /// Octets of the answer.
     pub response: usize,
-    /// From the packet in hand to the answer in hand.
+    /// Time from the received packet to the written answer.
     pub took: Duration,
 }
 
-/// One number, which one thread writes, or several do.
+/// One counter, written by one thread or by several.
 #[derive(Debug, Default)]
 struct LocalCounter(AtomicU64);
 
@@ -73,7 +73,7 @@ impl LocalCounter {
         if shared {
             self.0.fetch_add(number, Ordering::Relaxed);
         } else {
-            // One writer only: no need for the bus to be locked.
+            // With one writer a plain load and store suffice, without a locked instruction.
             self.0.store(self.get().wrapping_add(number), Ordering::Relaxed);
         }
     }
@@ -114,7 +114,7 @@ struct ZoneCounters {
     responses: LocalHistogram<{ SIZES.len() }>,
 }
 
-/// What one writer counts: a UDP thread alone, or the connections of a TCP listener together.
+/// The counters of one writer: a UDP thread alone, or all connections of a TCP listener.
 #[derive(Debug)]
 #[repr(align(128))] // so that no two writers share a cache line, nor a pair of them
 pub struct DnsCounters {
@@ -282,7 +282,7 @@ fn encode_queries(groups: &[ListenerCounters], e: &mut DescriptorEncoder<'_>) ->
     for (server, same) in by_server(groups) {
         for zone in 0..2 {
             for rcode in Rcode::ALL {
-                // Both transports of a server are one here.
+                // UDP and TCP of one server are summed.
                 let sum = |group: &&ListenerCounters| {
                     group.sum(|counters| &group.zones()[zone].1(counters).rcodes[*rcode as usize])
                 };

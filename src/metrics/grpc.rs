@@ -15,8 +15,8 @@ use prometheus_client::{
 
 use super::labels::{EnumCounter, LabelEnum, label_enum};
 
-/// A method as metrics name it. Whatever is not in [`Method::ALL`] is [`Method::UNKNOWN`], so that
-/// a client cannot make label values.
+/// A method as labels. Every method that is not in [`Method::ALL`] is [`Method::UNKNOWN`], so that a client
+/// cannot create series.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Method {
     grpc_type: &'static str,
@@ -40,7 +40,7 @@ impl Method {
         Self::new("bidi_stream", "grpc.reflection.v1alpha.ServerReflection", "ServerReflectionInfo"),
     ];
 
-    /// What is not served.
+    /// Any other method.
     pub const UNKNOWN: Self = Self::new("unknown", "unknown", "unknown");
 
     const fn new(grpc_type: &'static str, grpc_service: &'static str, grpc_method: &'static str) -> Self {
@@ -59,7 +59,7 @@ impl Method {
 }
 
 label_enum! {
-    /// What a registration asked for.
+    /// The type of a registration message.
     pub enum RegistrationKind {
         /// REGISTER
         Register => "register",
@@ -87,7 +87,7 @@ label_enum! {
         Forbidden => "403",
         /// There is nothing to remove, or no such namespace.
         NotFound => "404",
-        /// A Service of this name belongs to somebody else.
+        /// A Service of this name is not managed by the mirror.
         Conflict => "409",
         /// Try again later.
         Unavailable => "503",
@@ -122,11 +122,11 @@ impl RegistrationStatus {
 }
 
 label_enum! {
-    /// Why a watch was told to begin again.
+    /// The reason of a restart message.
     pub enum WatchEnd {
         /// More changes happened than are kept.
         SlowReader => "slow_reader",
-        /// The cursor is none of this run.
+        /// The cursor is not of this run.
         UnknownCursor => "unknown_cursor",
         /// The server stops.
         ShuttingDown => "shutting_down",
@@ -161,7 +161,7 @@ pub struct GrpcMetrics {
     pub streams_rejected: Counter,
     /// Connections that the server closed.
     pub connections_closed: EnumCounter<ConnectionClosed>,
-    /// Bytes that are held for peers: received and not read, not answered, and not taken.
+    /// Bytes that are held for peers: unread frames, unanswered registrations, unread responses.
     pub buffered_bytes: Gauge,
     /// Times that a call or a connection found no memory left for it and waited.
     pub memory_waits: Counter,
@@ -170,7 +170,7 @@ pub struct GrpcMetrics {
 }
 
 impl GrpcMetrics {
-    /// Makes them and adds them to `all`.
+    /// Creates the metrics and adds them to `all`. Series of known methods start at 0.
     pub(super) fn register(all: &mut Registry) -> Self {
         let handled = Family::<Handled, Counter>::default();
         // 0.1 ms to 26 s.
@@ -193,7 +193,7 @@ impl GrpcMetrics {
             all,
             "gangplank_grpc_watch_restarts",
             "reason",
-            "Watches told to begin again, by reason",
+            "Watches that were ended with a restart message, by reason",
         );
         let connections_closed = EnumCounter::register(
             all,
@@ -237,7 +237,7 @@ impl GrpcMetrics {
         self.handling.get_or_create(&method).observe(after.as_secs_f64());
     }
 
-    /// Counts a watch that is told to begin again.
+    /// Counts a watch that ends with a restart message.
     pub fn watch_restarted(&self, err: WatchEnd) {
         self.watch_restarts.at(err).inc();
     }

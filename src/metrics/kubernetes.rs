@@ -17,11 +17,11 @@ label_enum! {
         Namespaces => "namespaces",
         /// Services.
         Services => "services",
-        /// EndpointSlices of ours.
+        /// Managed EndpointSlices.
         Slices => "slices",
         /// EndpointSlices of others under a Service that external instances joined.
         Joined => "joined",
-        /// Endpoints objects of ours.
+        /// Managed Endpoints objects.
         Endpoints => "endpoints",
     }
 }

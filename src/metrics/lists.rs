@@ -1,4 +1,4 @@
-//! Metrics of lists: readers that are sent everything that is registered.
+//! Metrics of lists: responses with all registered services.
 
 use std::sync::atomic::AtomicU64;
 
@@ -12,7 +12,7 @@ use prometheus_client::{
 pub struct ListMetrics {
     /// Lists that are being sent.
     pub open: Gauge<u64, AtomicU64>,
-    /// Lists that wait for their turn.
+    /// Lists that wait for a permit.
     pub queued: Gauge<u64, AtomicU64>,
     /// Lists that were refused, because the queue was full or the wait too long.
     pub rejected: Counter,

@@ -30,7 +30,7 @@ label_enum! {
 }
 
 label_enum! {
-    /// What came of a request.
+    /// The outcome of a request.
     pub enum RequestOutcome {
         /// Done.
         Ok => "ok",
@@ -54,11 +54,11 @@ label_enum! {
 }
 
 label_enum! {
-    /// Why a service is not in Kubernetes as it should be, and cannot be for now.
+    /// Why a service cannot be mirrored now.
     pub enum Blocked {
         /// Its namespace does not exist or is being deleted.
         Namespace => "namespace",
-        /// A Service of its name belongs to somebody else.
+        /// A Service of its name is not managed by the mirror.
         ForeignService => "foreign_service",
         /// The account lacks a right.
         Forbidden => "forbidden",
@@ -74,14 +74,14 @@ label_enum! {
 pub struct MirrorMetrics {
     requests: EnumCounter<(Verb, RequestOutcome)>,
     request_seconds: Histogram,
-    /// Services that are not in Kubernetes as they are here.
+    /// Services whose latest change is not in Kubernetes.
     pub behind: Gauge<u64, AtomicU64>,
     /// Age in seconds of the oldest change that Kubernetes does not have.
     pub lag_seconds: Gauge<f64, AtomicU64>,
-    /// Services that wait for their turn, or for a second try.
+    /// Services in the work queue, including those in backoff.
     pub queue: Gauge<u64, AtomicU64>,
     blocked: EnumGauge<Blocked>,
-    /// External changes of our objects that were reverted.
+    /// External changes of managed objects that were reverted.
     pub repaired: Counter,
 }
 

@@ -1,4 +1,4 @@
-//! Every metric, made once. A leaf: anyone may import it.
+//! Every metric, made once. Any module may import this one; it imports none.
 //!
 //! Names follow CoreDNS for DNS, etcd for gRPC; label values come from closed sets, never from an
 //! error's text or from the wire.
@@ -45,7 +45,7 @@ pub struct Metrics {
     pub registry: RegistryMetrics,
     /// The journal and its snapshots.
     pub store: StoreMetrics,
-    /// What is watched in Kubernetes.
+    /// The watches on Kubernetes.
     pub kubernetes: KubernetesMetrics,
     /// The Kubernetes mirror.
     pub mirror: MirrorMetrics,

@@ -7,7 +7,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-/// Adds them to `all`. They never change, so nobody holds them.
+/// Adds the metrics to `all`. They are constant, so no handle is kept.
 pub(super) fn register(all: &mut Registry) {
     // The encoder adds `_info` to the name.
     all.register(
@@ -29,7 +29,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_build_and_the_start_are_there() {
+    fn version_and_start_time_are_exposed() {
         let mut all = Registry::default();
         register(&mut all);
         let mut text = String::new();

@@ -1,4 +1,4 @@
-//! Metrics of the registry: what is registered, what the writer did, what was refused.
+//! Metrics of the registry: instances, batches, outcomes of commands, refused submissions.
 //!
 //! The writer calls [`RegistryMetrics::observe_batch`] and the setters once per batch; every
 //! handle is made once, so that a call is a few atomic adds.
@@ -16,11 +16,11 @@ use prometheus_client::{
 
 use super::labels::{EnumCounter, label_enum};
 
-/// A gauge of what cannot be negative.
+/// A gauge of a value that is never negative.
 type Level = Gauge<u64, AtomicU64>;
 
 label_enum! {
-    /// What came of one command that the writer carried out.
+    /// The outcome of one command.
     pub enum CommandOutcome {
         /// A new instance.
         Created => "created",
@@ -30,7 +30,7 @@ label_enum! {
         Unchanged => "unchanged",
         /// Instances were removed.
         Removed => "removed",
-        /// There was nothing to remove.
+        /// There was no such instance.
         NotFound => "not_found",
         /// The instance limit is reached.
         Full => "full",
@@ -40,7 +40,7 @@ label_enum! {
 }
 
 label_enum! {
-    /// Why a registration or removal never reached the writer.
+    /// Why a registration or removal was refused before it reached the writer.
     pub enum RefusalReason {
         /// A field is invalid.
         Invalid => "invalid",
@@ -133,9 +133,8 @@ impl RegistryMetrics {
         metrics
     }
 
-    /// One batch was carried out: of so many submissions with so many commands, which changed so
-    /// many instances. `generation` is the one that is served now; without a change it is the
-    /// one before.
+    /// Counts one batch, with its submissions, commands and changed instances. `generation` is the generation
+    /// that DNS serves after the batch.
     pub fn observe_batch(&self, submissions: usize, commands: usize, changed: usize, generation: u64) {
         self.batches.inc();
         self.batch_submissions.observe(submissions as f64);
@@ -144,39 +143,39 @@ impl RegistryMetrics {
         self.generation.set(generation);
     }
 
-    /// How long one change took from being received to being served.
+    /// Observes the time from the receipt of a change until DNS serves it.
     pub fn observe_programming(&self, took: Duration) {
         self.programming.observe(took.as_secs_f64());
     }
 
-    /// How long a durable batch took to become visible.
+    /// Observes the time from the sync of a batch until DNS serves it.
     pub fn observe_publish(&self, took: Duration) {
         self.publish.observe(took.as_secs_f64());
     }
 
-    /// Counts `commands` that ended so.
+    /// Counts `commands` with this outcome.
     pub fn count(&self, outcome: CommandOutcome, commands: usize) {
         self.outcomes.at(outcome).inc_by(commands as u64);
     }
 
-    /// Counts one message that never reached the writer.
+    /// Counts one message that was refused before it reached the writer.
     pub fn refused(&self, reason: RefusalReason) {
         self.refusals.at(reason).inc();
     }
 
-    /// What is registered now; also called once after a recovery.
+    /// Sets the registered services and instances and the generation; also called after a recovery.
     pub fn set_registered(&self, services: usize, instances: usize, generation: u64) {
         self.services.set(services as u64);
         self.instances.set(instances as u64);
         self.generation.set(generation);
     }
 
-    /// How many instances have a name that DNS cannot carry.
+    /// Sets the number of instances whose names are too long for DNS.
     pub fn set_unservable(&self, instances: u64) {
         self.unservable.set(instances);
     }
 
-    /// How many submissions wait.
+    /// Sets the number of messages in the writer's queue.
     pub fn set_queue_length(&self, submissions: usize) {
         self.queue.set(submissions as u64);
     }

@@ -84,7 +84,7 @@ impl InvalidInstance {
     }
 }
 
-/// An instance as a client wrote it, before it is checked. Texts are empty where nothing was said.
+/// An instance as a client sent it, before it is checked. Missing texts are empty.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct InstanceSpec {
     /// An IP address or a DNS name.

@@ -272,7 +272,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn label_rfc1123_2_1() {
+    fn rfc1123_2_1_labels_are_letters_digits_and_inner_hyphens() {
         for good in ["a", "0", "web-1", "1-2", &"x".repeat(63)] {
             assert_eq!(Label::parse(good).expect(good).as_str(), good);
         }

@@ -23,7 +23,7 @@ pub const MAX_PORT_NAME: usize = MAX_LABEL - 1;
 pub struct Validator {
     /// Octets of the zone's name in a message: what is left of 255 is for the service.
     pub zone_wire_len: usize,
-    /// Whether an instance may be a DNS name, which needs somebody to look it up.
+    /// Whether the address of an instance may be a DNS name. Resolving names is not implemented.
     pub names_allowed: bool,
 }
 
@@ -168,7 +168,7 @@ mod tests {
 
     #[test]
     fn refusals_name_the_field() {
-        for (bad, says) in [
+        for (bad, expected) in [
             (InstanceSpec { address: "10.0.0".into(), ..spec() }, "ipaddress: neither"),
             (InstanceSpec { address: "127.0.0.1".into(), ..spec() }, "ipaddress: 127.0.0.1: loopback"),
             (
@@ -200,8 +200,8 @@ mod tests {
                 "ports[0]: name: must have at most 62 characters",
             ),
         ] {
-            let said = refused(&bad);
-            assert!(said.starts_with(says), "{said:?} should begin with {says:?}");
+            let err = refused(&bad);
+            assert!(err.starts_with(expected), "{err:?} should begin with {expected:?}");
         }
         assert!(
             VALIDATOR
@@ -213,12 +213,12 @@ mod tests {
     #[test]
     fn names_and_sizes_beyond_the_limits_are_refused() {
         let ports = (1..200).map(|n| PortSpec { number: n, name: format!("p{n}"), ..PortSpec::default() });
-        let said = refused(&InstanceSpec { ports: ports.collect(), ..spec() });
-        assert!(said.starts_with("instance: carries"), "{said}");
+        let err = refused(&InstanceSpec { ports: ports.collect(), ..spec() });
+        assert!(err.starts_with("instance: carries"), "{err}");
 
         let narrow = Validator { zone_wire_len: 200, ..VALIDATOR };
         let long = InstanceSpec { host_name: "h".repeat(60), ..spec() };
-        let said = narrow.instance(&service(), &long, UnixMillis(0)).expect_err("too long").to_string();
-        assert!(said.contains("255 are allowed"), "{said}");
+        let err = narrow.instance(&service(), &long, UnixMillis(0)).expect_err("too long").to_string();
+        assert!(err.contains("255 are allowed"), "{err}");
     }
 }

@@ -107,7 +107,7 @@ impl Serialize for InstanceView<'_> {
         let Self { instance, share } = self;
         let mut fields = serializer.serialize_struct("Instance", 9)?;
         fields.serialize_field("address", &DisplayText(instance.address()))?;
-        fields.serialize_field("ports", &PortList(instance.ports().as_slice()))?;
+        fields.serialize_field("ports", &PortListView(instance.ports().as_slice()))?;
         fields.serialize_field("host_name", &instance.host_name().map(|label| label.as_str()))?;
         fields.serialize_field("node_name", &instance.node_name().map(|name| name.as_str()))?;
         fields.serialize_field("weight", &instance.weight().get())?;
@@ -119,9 +119,9 @@ impl Serialize for InstanceView<'_> {
     }
 }
 
-struct PortList<'a>(&'a [Port]);
+struct PortListView<'a>(&'a [Port]);
 
-impl Serialize for PortList<'_> {
+impl Serialize for PortListView<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         #[derive(Serialize)]
         struct PortView<'a> {

@@ -12,15 +12,16 @@ use tracing::{debug, info, warn};
 
 use super::limiter::{ConnectionLimiter, Permit};
 
-/// Pause after an accept that failed for a reason that lasts, such as no descriptors left (EMFILE):
-/// the loop must neither spin nor end. The connection waits in the backlog meanwhile.
+/// Pause after an accept that failed for a lasting reason, such as no free descriptors (EMFILE), so that
+/// the loop neither spins nor ends. The connection waits in the backlog meanwhile.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 
-/// How long connections may take to end after they were closed by force.
+/// How long connections may take to end after [`Signal::Close`](super::Signal::Close).
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Accepts connections until `stop` and runs `connection` for each that the limiter admits. After
-/// `stop` the connections are told to drain; those that are open after `grace` are closed.
+/// Accepts connections until `stop` and runs `connection` for each that the limiter admits. After `stop`
+/// the connections get [`Signal::Drain`](super::Signal::Drain); those that are still open after `grace` are
+/// closed.
 pub async fn serve<F>(
     listener: TcpListener,
     limiter: Arc<ConnectionLimiter>,
@@ -33,8 +34,8 @@ pub async fn serve<F>(
     let mut connections = JoinSet::new();
     let accepting = async {
         loop {
-            // Kept across the turns of the inner loop: dropped, it would close the connection that
-            // waits for room.
+            // Outside of the inner loop: each turn would drop the future, and with it the connection
+            // that waits for admission.
             let mut next = pin!(admitted(&listener, &limiter));
             loop {
                 tokio::select! {
@@ -42,7 +43,7 @@ pub async fn serve<F>(
                         connections.spawn(connection(stream, permit));
                         break;
                     }
-                    // Reaped as they end, so that the set holds open connections only.
+                    // Joined as they end, so that the set holds open connections only.
                     Some(ended) = connections.join_next() => {
                         if let Err(err) = ended {
                             warn!(error = %err, listener = limiter.listener(), "a connection's task panicked");
@@ -64,12 +65,12 @@ pub async fn serve<F>(
     }
 }
 
-/// The next connection that the limiter admits, however long that takes.
+/// Waits for the next connection that the limiter admits.
 async fn admitted(listener: &TcpListener, limiter: &Arc<ConnectionLimiter>) -> (TcpStream, Permit) {
     loop {
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
-            // The peer went away before its turn: nothing is wrong with the listener.
+            // The peer disconnected before the accept, which is no fault of the listener.
             Err(err) if is_peer_gone(&err) => continue,
             Err(err) => {
                 // Logged once per outage, however long it lasts.
@@ -83,7 +84,7 @@ async fn admitted(listener: &TcpListener, limiter: &Arc<ConnectionLimiter>) -> (
         if limiter.accept_succeeded() {
             info!(listener = limiter.listener(), "connections are accepted again");
         }
-        // A connection that is not admitted is closed at once: a peer that knows can go elsewhere.
+        // A refused connection is closed at once, so that the peer can try another server.
         if let Ok(permit) = limiter.acquire(peer.ip()).await {
             return (stream, permit);
         }

@@ -1,15 +1,15 @@
-//! How the limit on open files is split among the listeners.
+//! Splits the limit on open files among the listeners.
 
 use std::io;
 
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tracing::warn;
 
-/// Descriptors that no connection may take: the store's segments and snapshots, DNS over UDP, the
-/// API server's connections, the runtimes' own. At most a quarter of a small limit.
+/// Descriptors that are reserved for the store's segments and snapshots, DNS over UDP, connections to the
+/// API server, and the runtimes. At most a quarter of a small limit.
 const RESERVED_DESCRIPTORS: usize = 512;
 
-/// What counts as the limit where there is none: Linux' own default for one process (fs.nr_open).
+/// The limit that is assumed for RLIM_INFINITY: Linux' default for one process (fs.nr_open).
 const UNLIMITED: usize = 1 << 20;
 
 /// Connections that may be open, by kind of listener.
@@ -23,10 +23,10 @@ pub struct ConnectionCaps {
     pub admin: usize,
 }
 
-/// The process' limit on open files (RLIMIT_NOFILE), split.
+/// The process' limit on open files (RLIMIT_NOFILE), split among the listeners.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DescriptorBudget {
-    /// What each kind of listener gets: what was wanted, or less.
+    /// The connections that each kind of listener gets: at most those that were wanted.
     pub caps: ConnectionCaps,
     /// The limit that was split.
     pub limit: usize,
@@ -35,9 +35,8 @@ pub struct DescriptorBudget {
 impl DescriptorBudget {
     /// Splits `limit` descriptors, of which `in_use` are taken already.
     ///
-    /// Where they do not suffice for all that is wanted, admin comes first, because its share is
-    /// small and probes depend on it, up to an eighth; then gRPC and DNS get half of the rest each,
-    /// or more where the other wants less.
+    /// If they do not suffice, admin gets up to an eighth first, because its share is small and probes
+    /// depend on it. gRPC and DNS get half of the rest each, or more if the other wants less.
     ///
     /// # Errors
     /// When not even one connection of each kind fits.
@@ -55,13 +54,13 @@ impl DescriptorBudget {
     }
 }
 
-/// Raises the soft limit on open files to the hard one, because the usual soft limit is 1024, and
-/// returns the limit that holds: the old one where the kernel refuses.
+/// Raises the soft limit on open files to the hard limit, because the usual soft limit is 1024. Returns
+/// the limit in effect: the old one if the kernel refuses.
 pub fn raise_open_files_limit() -> usize {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     if let Err(err) = setrlimit(Resource::Nofile, limit) {
-        warn!(error = &err as &dyn std::error::Error, "the limit on open files stays where it is");
+        warn!(error = &err as &dyn std::error::Error, "the limit on open files cannot be raised");
     }
     let limit = getrlimit(Resource::Nofile).current;
     limit.map_or(UNLIMITED, |limit| usize::try_from(limit).unwrap_or(UNLIMITED).min(UNLIMITED))
@@ -86,12 +85,12 @@ mod tests {
     }
 
     #[test]
-    fn small_limit_is_shared_and_large_limit_grants_what_is_wanted() {
+    fn small_limit_is_shared_and_large_limit_grants_all() {
         let caps = |limit| DescriptorBudget::split(limit, 0, WANTED).expect("enough for one each").caps;
         assert_eq!(caps(20_000), WANTED);
         // 1024 - 256 in reserve = 768; an eighth for admin, half of the rest each.
         assert_eq!(caps(1024), ConnectionCaps { grpc: 336, dns: 336, admin: 96 });
-        // DNS gets all that it wants, and gRPC what is left.
+        // DNS gets all that it wants, and gRPC gets the rest.
         assert_eq!(caps(10_000), ConnectionCaps { grpc: 10_000 - 512 - 256 - 4096, dns: 4096, admin: 256 });
     }
 }

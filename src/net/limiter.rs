@@ -1,4 +1,4 @@
-//! Who may be connected, and who has to go when there is no room.
+//! Admits connections up to a limit, and evicts one for a new one at the limit.
 
 use std::{
     cmp::Reverse,
@@ -18,28 +18,28 @@ use tokio::{sync::Notify, time::timeout};
 
 use crate::metrics::{CloseReason, ConnectionMetrics, LabelEnum as _, ListenerKind};
 
-/// How long a new connection waits for an evicted one to be gone.
+/// How long a new connection waits for the end of an evicted one.
 const EVICTION_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Most victims that one search remembers.
+/// Most candidates for eviction that one search keeps.
 const MAX_CANDIDATES: usize = 64;
 
 /// Which connections may be closed for a new one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EvictionPolicy {
-    /// Those that are not in use. When all are in use the new one is refused.
+    /// Connections that are not in use. If all are in use, the new one is refused.
     Unused,
-    /// Any; those that are not in use first.
+    /// Any connection; those that are not in use first.
     Any,
 }
 
-/// What a connection is told.
+/// The instruction to a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Signal {
-    /// Go on.
+    /// Continue.
     Serve = 0,
-    /// Finish what was begun, then end: the server stops.
+    /// Finish the requests that have begun, then end: the server stops.
     Drain = 1,
     /// End now.
     Close = 2,
@@ -66,7 +66,7 @@ pub struct ConnectionLimiter {
     max_per_peer: Option<usize>,
     policy: EvictionPolicy,
     metrics: Arc<ConnectionMetrics>,
-    /// Where the clock of [`ConnectionState::last_used`] begins.
+    /// The zero of [`ConnectionState::last_used`].
     started: Instant,
     accepting: AtomicBool,
     table: Mutex<ConnectionTable>,
@@ -79,7 +79,7 @@ struct ConnectionTable {
     next_id: u64,
     open: HashMap<u64, Arc<ConnectionState>>,
     per_peer: HashMap<IpAddr, usize>,
-    /// What the last search for victims found, the idlest last. Checked again before use.
+    /// The result of the last search, the idlest last. A candidate is checked again before its eviction.
     candidates: Vec<Candidate>,
     draining: bool,
 }
@@ -97,11 +97,12 @@ struct ConnectionState {
     peer: IpAddr,
     /// Requests, streams or answers that are not finished.
     in_use: AtomicUsize,
-    /// When the peer last began or ended something, in microseconds of the limiter's clock.
+    /// When the peer last began or ended a request, in microseconds since [`ConnectionLimiter::started`].
     last_used: AtomicU64,
     signal: AtomicU8,
-    /// Who reads and writes, and who looks after the connection; one task may be both.
+    /// The task that reads and writes.
     io_waker: AtomicWaker,
+    /// The task that closes the connection; can be the same task.
     owner_waker: AtomicWaker,
 }
 
@@ -123,8 +124,8 @@ impl ConnectionState {
 }
 
 impl ConnectionLimiter {
-    /// A limiter that admits `max` connections, and of one peer `max_per_peer`. A peer is an IPv4
-    /// address or an IPv6 /64, because one host has all of those.
+    /// A limiter that admits `max` connections, and `max_per_peer` of one peer. A peer is an IPv4 address
+    /// or an IPv6 /64, because one host can have all addresses of a /64.
     #[must_use]
     pub fn new(
         kind: ListenerKind,
@@ -158,22 +159,22 @@ impl ConnectionLimiter {
         self.accepting.swap(false, Ordering::Relaxed)
     }
 
-    /// Notes that accepting works. Returns whether it failed before.
+    /// Records a successful accept. Returns whether it ends an outage.
     pub(super) fn accept_succeeded(&self) -> bool {
         !self.accepting.load(Ordering::Relaxed) && !self.accepting.swap(true, Ordering::Relaxed)
     }
 
-    /// Admits a connection of `peer`. Where there is no room, the idlest connection of the peer that
-    /// has most is closed first.
+    /// Admits a connection of `peer`. At the limit, the idlest connection of the peer with the most
+    /// connections is closed first.
     ///
     /// # Errors
-    /// When the peer has as many as it may, nobody can be closed, or the server stops.
+    /// When the peer is at its limit, no connection can be evicted within a second, or the server stops.
     pub async fn acquire(self: &Arc<Self>, peer: IpAddr) -> Result<Permit, CloseReason> {
         let peer = peer_group(peer);
         let admitted = async {
             let mut victim = None;
             loop {
-                // Listens before it looks, so that no release is missed in between.
+                // Enabled before the check, so that a release in between is not missed.
                 let mut released = pin!(self.released.notified());
                 released.as_mut().enable();
                 if let Some(permit) = self.try_acquire(peer, &mut victim)? {
@@ -186,7 +187,7 @@ impl ConnectionLimiter {
         admitted.inspect_err(|&reason| self.count_closed(reason))
     }
 
-    /// `None` when `victim` was told to make room and has not ended yet.
+    /// `None` while `victim`, an evicted connection, has not ended yet.
     fn try_acquire(
         self: &Arc<Self>,
         peer: IpAddr,
@@ -200,7 +201,7 @@ impl ConnectionLimiter {
             return Err(CloseReason::PeerFull);
         }
         if table.open.len() >= self.max {
-            // Somebody else may have taken the place of an earlier victim.
+            // If the earlier victim has ended, another new connection has taken its place.
             if victim.as_ref().is_none_or(|victim| victim.signal() == Signal::Ended) {
                 let next = table.idlest(self.policy).ok_or(CloseReason::Full)?;
                 drop(table);
@@ -228,8 +229,8 @@ impl ConnectionLimiter {
         Ok(Some(Permit(ConnectionHandle { connection, limiter: Arc::clone(self) })))
     }
 
-    /// Closes the connection that has been in use for longest without progress, of the peer that has
-    /// most of those: it holds memory for answers that nobody reads.
+    /// Closes the connection that has been in use without progress for the longest time, of the peer with
+    /// the most such connections. Such a connection holds memory for answers that its peer does not read.
     pub fn evict_stalled(&self) {
         let victim = self.table().most_stalled();
         if let Some(victim) = victim {
@@ -242,13 +243,13 @@ impl ConnectionLimiter {
         victim.raise(Signal::Close);
     }
 
-    /// Tells all connections to finish, and admits no others.
+    /// Sends [`Signal::Drain`] to all connections, and admits no more.
     pub(super) fn drain(&self) {
         self.table().draining = true;
         self.raise_all(Signal::Drain);
     }
 
-    /// Tells all connections to end now.
+    /// Sends [`Signal::Close`] to all connections.
     pub(super) fn close_all(&self) {
         self.raise_all(Signal::Close);
     }
@@ -268,16 +269,16 @@ impl ConnectionLimiter {
     }
 
     fn table(&self) -> MutexGuard<'_, ConnectionTable> {
-        // Nothing panics while it holds the lock.
+        // No code panics while it holds the lock, so a poisoned lock guards a consistent table.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl ConnectionTable {
-    /// The idlest connection of the peer that has most, which has not been told to close yet.
+    /// The idlest connection of the peer with the most connections that is not being closed already.
     fn idlest(&mut self, policy: EvictionPolicy) -> Option<Arc<ConnectionState>> {
-        // A search looks at every connection. Under a flood of new ones each would search; so one
-        // search serves several evictions.
+        // A search is O(connections). In a flood every new connection would search, so the candidates of
+        // one search serve several evictions.
         for found in [false, true] {
             if found {
                 self.search(policy);
@@ -313,7 +314,7 @@ impl ConnectionTable {
             |connection: &Arc<ConnectionState>| (connection.is_in_use(), connection.last_used.load(Ordering::Relaxed));
         let of_heaviest = self.open.values().filter(|connection| connection.peer == heaviest).filter(evictable);
         let mut found: Vec<_> = of_heaviest.map(|one| (idleness(one), Arc::clone(one))).collect();
-        // As long as the peer stays the heaviest; one at a time where peers have equally many.
+        // Only as many as the heaviest peer may lose before another one is the heaviest.
         let mut wanted = (1 + most - second).min(MAX_CANDIDATES);
         if found.is_empty() {
             found = self.open.values().filter(evictable).map(|one| (idleness(one), Arc::clone(one))).collect();
@@ -337,12 +338,12 @@ fn peer_group(peer: IpAddr) -> IpAddr {
     }
 }
 
-/// The right of one connection to be open, until it is dropped.
+/// The permit of one open connection, until it is dropped.
 #[derive(Debug)]
 pub struct Permit(ConnectionHandle);
 
 impl Permit {
-    /// A reference for those who use or look after the connection.
+    /// The handle of the connection, for its tasks.
     #[must_use]
     pub fn handle(&self) -> &ConnectionHandle {
         &self.0
@@ -383,47 +384,47 @@ impl ConnectionHandle {
         InUse(self.clone())
     }
 
-    /// Notes that the peer did something.
+    /// Records progress of the peer.
     pub fn touch(&self) {
         self.connection.last_used.store(self.limiter.now(), Ordering::Relaxed);
     }
 
-    /// How long the connection was not in use; `None` while it is.
+    /// How long the connection has not been in use; `None` while it is in use.
     #[must_use]
     pub fn idle_for(&self) -> Option<Duration> {
         let idle = self.limiter.now().saturating_sub(self.connection.last_used.load(Ordering::Relaxed));
         (!self.connection.is_in_use()).then_some(Duration::from_micros(idle))
     }
 
-    /// What the connection is told.
+    /// The strongest signal so far.
     #[must_use]
     pub fn signal(&self) -> Signal {
         self.connection.signal()
     }
 
-    /// Tells the connection to end now.
+    /// Sends [`Signal::Close`] to the connection.
     pub fn close(&self) {
         self.connection.raise(Signal::Close);
     }
 
-    /// Counts that the server ended the connection.
+    /// Counts that the server ends the connection.
     pub fn count_closed(&self, reason: CloseReason) {
         self.limiter.count_closed(reason);
     }
 
-    /// Ready when the signal is `at_least` that. For the one task that reads and writes: an
-    /// unchanged signal costs two atomic operations, no lock and no list of waiters.
+    /// Ready when the signal is at least `at_least`. For the one task that reads and writes: an unchanged
+    /// signal costs two atomic operations, no lock and no list of waiters.
     pub fn poll_signal(&self, cx: &mut Context<'_>, at_least: Signal) -> Poll<Signal> {
         Self::poll(&self.connection.io_waker, &self.connection, cx, at_least)
     }
 
-    /// The same for the one task that looks after the connection.
+    /// The same for the one task that closes the connection.
     pub async fn signalled(&self, at_least: Signal) -> Signal {
         std::future::poll_fn(|cx| Self::poll(&self.connection.owner_waker, &self.connection, cx, at_least)).await
     }
 
     fn poll(waker: &AtomicWaker, connection: &ConnectionState, cx: &mut Context<'_>, at_least: Signal) -> Poll<Signal> {
-        // Registered before the look: a signal in between wakes the task.
+        // Registered before the check, so that a signal in between wakes the task.
         waker.register(cx.waker());
         let signal = connection.signal();
         if signal >= at_least { Poll::Ready(signal) } else { Poll::Pending }

@@ -14,7 +14,7 @@ pub fn run_in_thread(
 ) -> io::Result<impl Future<Output = io::Result<()>> + Send> {
     let (done, ended) = oneshot::channel::<()>();
     let thread = thread::Builder::new().name(name).spawn(move || {
-        // Dropped when the thread ends, also by a panic.
+        // Dropped when the thread ends, also after a panic.
         let _done = done;
         work()
     })?;
@@ -24,9 +24,8 @@ pub fn run_in_thread(
     })
 }
 
-/// Runs `work` to its end on a runtime of its own with `workers` threads. Nothing that other
-/// runtimes poll can delay it, except for the processor itself, which the kernel shares out fairly
-/// by thread.
+/// Runs `work` to its end on a runtime of its own with `workers` threads. Tasks of other runtimes do not
+/// delay it, except that they share the processor, which the kernel divides fairly among threads.
 ///
 /// # Errors
 /// When the threads cannot be started; the future returns the error of `work`, or that it panicked.

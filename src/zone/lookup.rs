@@ -78,7 +78,7 @@ enum ReverseFamily {
 }
 
 impl ReverseFamily {
-    /// Bits that one label stands for.
+    /// Address bits of one label.
     fn label_bits(self) -> usize {
         match self {
             Self::V4 => 8,
@@ -136,8 +136,8 @@ impl ReverseName {
         })
     }
 
-    /// The zone among `networks` in which the name lies: how many labels its apex has below the
-    /// suffix. A network that does not end at a label's border is as many zones as it takes.
+    /// The longest of `networks` whose reverse zone contains the name: the number of labels that its apex
+    /// has below the suffix. A network whose prefix does not end at a label is several zones.
     fn apex(&self, networks: &[(IpAddr, u8)]) -> Option<usize> {
         let inside = |(network, prefix): &(IpAddr, u8)| {
             let (family, network) = match network {
@@ -153,7 +153,7 @@ impl ReverseName {
     }
 }
 
-/// What `name` has of `rtype`.
+/// Looks up the records of `rtype` at `name`.
 pub(super) fn lookup<'v>(zone: &'v ZoneReader<'_>, name: &QName, rtype: QuestionType) -> Lookup<'v> {
     match zone.labels_below_origin(name) {
         Some(_) if !zone.is_ready() => Lookup::NotReady,
@@ -232,12 +232,12 @@ fn in_reverse<'v>(zone: &'v ZoneReader<'_>, name: &QName, reverse: ReverseName, 
     let apex_labels = reverse.apex(zone.reverse_zones());
     let address = reverse.address();
     if !zone.is_ready() {
-        // Any address could turn out to be an instance's.
+        // After the recovery any address may be that of an instance.
         return if apex_labels.is_some() || address.is_some() { Lookup::NotReady } else { Lookup::OutOfZone };
     }
     let found = address.and_then(|ip| Some((zone.ptr_records(ip)?, ip)));
-    // Outside of the reverse zones only the addresses of instances are ours: the owner of
-    // the SOA in a negative answer is the name itself.
+    // Outside of the reverse zones only the addresses of instances are served. Each is a zone of its
+    // own, so the owner of the SOA in a negative answer is the name itself.
     let Some(labels) = apex_labels else {
         return match found {
             Some((names, ip)) if takes(rtype, RecordType::Ptr) => Lookup::Hit(Hit::Ptr(names, ip)),

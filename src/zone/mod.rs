@@ -54,7 +54,7 @@ pub struct ZoneConfig {
     pub origin: DnsName,
     /// Seconds that an answer may be cached, 0..=3600.
     pub ttl: u32,
-    /// Networks whose reverse names are answered as a zone of ours: address and prefix length.
+    /// Networks whose reverse zones are served: address and prefix length.
     pub reverse_zones: Vec<(IpAddr, u8)>,
     /// Addresses of `ns.dns.<origin>`.
     pub ns_addresses: Vec<IpAddr>,

@@ -51,8 +51,8 @@ impl Publisher {
         self.zone.serial.store(generation as u32, Ordering::Release);
     }
 
-    /// A namespace exists even without a service of ours, or does so no longer. Must be called once
-    /// for each change: calls are counted.
+    /// Sets whether a namespace exists in Kubernetes, also without a registered service. Must be called once
+    /// for each change, because calls are counted.
     pub fn set_namespace(&mut self, name: &str, exists: bool) {
         if exists {
             self.count_namespace_in(name);
@@ -104,8 +104,8 @@ impl Publisher {
             (true, false) => {
                 services.insert(service.clone(), new);
             }
-            // RFC 8020: NXDOMAIN for the namespace would deny the service to everyone who asks a
-            // resolver that caches it. So the namespace comes first, and goes last.
+            // RFC 8020: a resolver that has cached NXDOMAIN for the namespace denies all its services. So
+            // the namespace is added before its first service, and removed after its last.
             (false, false) => {
                 self.count_namespace_in(service.namespace());
                 services.insert(service.clone(), new);

@@ -41,14 +41,14 @@ const DATA: u8 = 0;
 const PADDED: u8 = 8;
 
 #[test]
-fn empty_data_frames_close_the_connection_and_starve_nobody() {
+fn empty_data_frames_close_the_connection_and_do_not_delay_others() {
     let closed =
         flood::others_go_on("empty DATA frames", |target| target.server.grpc, &open_stream(), &frame(DATA, 0, &[]));
     assert!(closed > 0, "each connection is closed");
 }
 
 #[test]
-fn frames_of_padding_close_the_connection_and_starve_nobody() {
+fn frames_of_padding_close_the_connection_and_do_not_delay_others() {
     let padding = [&[255], &[0; 255][..]].concat();
     let of = |target: &Target| target.server.grpc;
     assert!(flood::others_go_on("frames of padding", of, &open_stream(), &frame(DATA, PADDED, &padding)) > 0);

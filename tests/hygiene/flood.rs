@@ -153,32 +153,32 @@ fn dns(target: &Target) -> SocketAddr {
 }
 
 #[test]
-fn frames_of_zero_length_close_the_connection_and_starve_nobody() {
+fn frames_of_zero_length_close_the_connection_and_do_not_delay_others() {
     assert!(others_go_on("zero-length frames", dns, &[], &[0, 0]) > 0, "each connection is closed");
 }
 
 #[test]
-fn frames_below_a_header_close_the_connection_and_starve_nobody() {
+fn frames_below_a_header_close_the_connection_and_do_not_delay_others() {
     assert!(others_go_on("frames of 11 octets", dns, &[], &[0, 11, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]) > 0);
 }
 
 #[test]
-fn responses_close_the_connection_and_starve_nobody() {
+fn responses_close_the_connection_and_do_not_delay_others() {
     assert!(others_go_on("frames with QR=1", dns, &[], &frame(true)) > 0);
 }
 
 #[test]
-fn flood_of_questions_starves_nobody() {
+fn flood_of_questions_does_not_delay_others() {
     others_go_on("questions over TCP", dns, &[], &frame(false));
 }
 
 #[test]
-fn flood_of_pings_and_settings_starves_nobody() {
+fn flood_of_pings_and_settings_does_not_delay_others() {
     others_go_on("PING and SETTINGS", |target| target.server.grpc, PREFACE, &[PING, SETTINGS].concat());
 }
 
 #[test]
-fn flood_of_requests_to_admin_starves_nobody() {
+fn flood_of_requests_to_admin_does_not_delay_others() {
     others_go_on("GET /livez", |target| target.server.admin, &[], b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n");
 }
 

@@ -181,7 +181,7 @@ async fn unread(
 }
 
 #[test]
-fn lists_that_are_begun_and_reset_leave_nothing() {
+fn reset_lists_leave_no_work_and_no_memory() {
     let target = Target::with_services(sized(30_000, 100_000));
     let runtime = runtime();
     let calls = sized(200, 1_000);

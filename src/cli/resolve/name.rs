@@ -6,7 +6,7 @@ use hickory_proto::rr::Name;
 
 use crate::{
     cli::{
-        args::{self, ServiceName},
+        args::{self, ServiceArg},
         error::{CommandError, ErrorKind},
     },
     model::ServiceKey,
@@ -46,7 +46,7 @@ impl QueryTarget {
         }
         let zone = zone.trim_end_matches('.').to_ascii_lowercase();
         if text.contains('/') {
-            let service: ServiceName = text.parse().map_err(|err: String| CommandError::new(ErrorKind::Usage, err))?;
+            let service: ServiceArg = text.parse().map_err(|err: String| CommandError::new(ErrorKind::Usage, err))?;
             let namespace = service.namespace.as_deref().unwrap_or(namespace);
             return Self::of(&format!("{}.{namespace}.svc.{zone}", service.name), &zone);
         }

@@ -49,7 +49,7 @@ impl Reply {
             .map_or_else(|| ResponseCode::from_low(low), |edns| ResponseCode::from(edns.rcode_high(), low))
     }
 
-    /// Which server instance answered (RFC 5001), if it says so.
+    /// The name server identifier (RFC 5001), if the answer has one.
     pub(super) fn nsid(&self) -> Option<String> {
         match self.message.edns.as_ref()?.option(EdnsCode::NSID)? {
             EdnsOption::NSID(who) if !who.as_ref().is_empty() => {
@@ -66,7 +66,7 @@ pub(super) enum QueryError {
     /// No answer within the given time.
     #[error("no answer within {} s", .0.as_secs())]
     Timeout(Duration),
-    /// The socket failed; over UDP also because an ICMP error says that nobody listens.
+    /// The socket failed; over UDP also after an ICMP error, which means that no server listens.
     #[error(transparent)]
     Io(#[from] io::Error),
     /// The message is malformed, or not an answer to this query.
@@ -148,8 +148,8 @@ fn question(name: &Name, kind: RecordType) -> Result<(Vec<u8>, u16), QueryError>
 /// Parses `octets` as the answer to this query (RFC 5452 §4).
 fn read(octets: &[u8], id: u16, name: &Name, kind: RecordType) -> Result<Message, QueryError> {
     let message = Message::from_vec(octets).map_err(|err| QueryError::InvalidAnswer(err.to_string()))?;
-    let ours = message.metadata.message_type == MessageType::Response && message.metadata.id == id;
+    let is_response = message.metadata.message_type == MessageType::Response && message.metadata.id == id;
     // A server that could not parse the query may return no question section.
     let echoed = message.queries.iter().all(|query| query.name() == name && query.query_type() == kind);
-    if ours && echoed { Ok(message) } else { Err(QueryError::InvalidAnswer("it answers another query".into())) }
+    if is_response && echoed { Ok(message) } else { Err(QueryError::InvalidAnswer("it answers another query".into())) }
 }

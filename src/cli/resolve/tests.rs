@@ -171,10 +171,10 @@ async fn rcodes_have_their_exit_codes() {
 #[tokio::test]
 async fn unreachable_server_fails_at_once() {
     let socket = UdpSocket::bind("127.0.0.1:0").await.expect("a free port");
-    let nobody = socket.local_addr().expect("bound");
+    let unused = socket.local_addr().expect("bound");
     drop(socket);
-    let err = query::query(nobody, &name("web."), RecordType::A, false).await.expect_err("nobody listens");
-    let failure = query_failed(nobody, &name("web."), RecordType::A, &err);
+    let err = query::query(unused, &name("web."), RecordType::A, false).await.expect_err("no server listens");
+    let failure = query_failed(unused, &name("web."), RecordType::A, &err);
     assert_eq!(failure.kind, ErrorKind::Failed);
     assert!(failure.to_string().contains("Connection refused"), "{failure}");
     assert!(failure.to_string().contains("gangplank serve"), "{failure}");

@@ -120,14 +120,14 @@ fn reverse_zone_of_one_address_or_all() {
 }
 
 #[test]
-fn the_longest_network_that_holds_the_name_is_its_zone() {
+fn longest_network_that_contains_the_name_is_its_zone() {
     let zone = zones(&[("10.0.0.0", 8), ("10.20.0.0", 16)]);
     assert_no_name(&zone, "9.0.20.10.in-addr.arpa.", PTR, "20.10.in-addr.arpa.");
     assert_no_name(&zone, "9.0.21.10.in-addr.arpa.", PTR, "10.in-addr.arpa.");
 }
 
 #[test]
-fn an_address_of_many_services_is_answered_with_64_names() {
+fn address_of_many_services_is_answered_with_64_names() {
     let mut zone = TestZone::new(config());
     for n in 0..200 {
         zone.add(&format!("s{n}.prod"), &spec("10.0.0.1", &[]));

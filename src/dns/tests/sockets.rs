@@ -123,7 +123,7 @@ fn receive(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
     Ok(message)
 }
 
-/// Reads until the server ends the connection, and says what came before.
+/// Reads until the server ends the connection, and returns the octets before the end.
 fn drained(stream: &mut TcpStream) -> Vec<u8> {
     let mut rest = Vec::new();
     match stream.read_to_end(&mut rest) {
@@ -296,7 +296,7 @@ fn address_in_use_is_refused_and_named() {
     let address = foreign.local_addr().expect("bound").as_socket().expect("an address").to_string();
     let error = bind(&dns_config(&[&address], limits())).expect_err("taken").to_string();
     assert!(error.contains(&format!("over UDP on {address}")), "{error}");
-    let error = bind(&dns_config(&["192.0.2.1:0"], limits())).expect_err("not ours").to_string();
+    let error = bind(&dns_config(&["192.0.2.1:0"], limits())).expect_err("not an address of this machine").to_string();
     assert!(error.contains("not an address of this machine"), "{error}");
 }
 
@@ -441,7 +441,7 @@ fn full_server_closes_the_idlest_connection_for_a_new_one() {
     assert_eq!(server.closed("evicted"), 1.0);
     assert!(drained(&mut kept[1]).is_empty(), "the idlest is closed");
     send(&mut kept[0], &packet);
-    receive(&mut kept[0]).expect("the other goes on");
+    receive(&mut kept[0]).expect("the other is served");
     server.end().expect("ends well");
 }
 

@@ -9,7 +9,20 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
 use super::*;
-use crate::grpc::proto::registry::{ServiceInfo, service_registry_client::ServiceRegistryClient};
+use crate::grpc::proto::registry::{RegistrationResponse, ServiceInfo, service_registry_client::ServiceRegistryClient};
+
+/// Opens a registration stream and registers the `n`th instance on it. The stream stays open while the
+/// sender exists.
+async fn open_stream(
+    client: &mut ServiceRegistryClient<Channel>,
+    n: u32,
+) -> (tokio::sync::mpsc::Sender<RegistrationMsg>, tonic::Streaming<RegistrationResponse>) {
+    let (send, messages) = tokio::sync::mpsc::channel(1);
+    send.send(message(n)).await.expect("it is read");
+    let mut answers = client.registration_event(ReceiverStream::new(messages)).await.expect("served").into_inner();
+    assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
+    (send, answers)
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn oversized_message_ends_the_stream_after_earlier_answers() {
@@ -33,12 +46,7 @@ async fn call_beyond_the_limit_is_refused_until_another_ends() {
     let mut client = ServiceRegistryClient::new(server.channel().await);
     let mut open = Vec::new();
     for n in 0..2 {
-        let (send, messages) = tokio::sync::mpsc::channel(1);
-        send.send(message(n)).await.expect("it is read");
-        let opened = client.registration_event(ReceiverStream::new(messages)).await;
-        let mut answers = opened.expect("served").into_inner();
-        assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
-        open.push((send, answers));
+        open.push(open_stream(&mut client, n).await);
     }
     server.metric("gangplank_grpc_streams 2").await;
     let turned_away = client.register(ServiceInfo::default()).await.expect_err("too many");
@@ -78,11 +86,7 @@ async fn stop_ends_streams_and_closes_stuck_connections_after_the_grace_period()
     let limits = ServerLimits { grace: Duration::from_millis(200), ..LIMITS };
     let mut server = TestServer::serving(Registry::working(1_000_000), limits).await;
     let mut client = ServiceRegistryClient::new(server.channel().await);
-    let (send, messages) = tokio::sync::mpsc::channel(1);
-    send.send(message(0)).await.expect("it is read");
-    let opened = client.registration_event(ReceiverStream::new(messages)).await;
-    let mut answers = opened.expect("served").into_inner();
-    assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
+    let (_send, mut answers) = open_stream(&mut client, 0).await;
 
     // Another client sends without end and reads nothing.
     let mut stuck = ServiceRegistryClient::new(server.channel().await);
@@ -132,10 +136,7 @@ async fn idle_connection_is_evicted_for_a_new_one() {
     let limits = ConnectionLimits { connections: 3, ..CONNECTIONS };
     let server = TestServer::with_connections(Registry::working(10), LIMITS, limits).await;
     let mut client = ServiceRegistryClient::new(server.channel().await);
-    let (send, messages) = tokio::sync::mpsc::channel(1);
-    send.send(message(0)).await.expect("it is read");
-    let mut answers = client.registration_event(ReceiverStream::new(messages)).await.expect("served").into_inner();
-    assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
+    let (send, mut answers) = open_stream(&mut client, 0).await;
 
     let first = idle_peer(&server).await;
     server.metric("gangplank_connections{listener=\"grpc\"} 2").await;
@@ -155,10 +156,7 @@ async fn connection_is_refused_when_all_are_in_use() {
     let limits = ConnectionLimits { connections: 1, ..CONNECTIONS };
     let server = TestServer::with_connections(Registry::working(10), LIMITS, limits).await;
     let mut client = ServiceRegistryClient::new(server.channel().await);
-    let (send, messages) = tokio::sync::mpsc::channel(1);
-    send.send(message(0)).await.expect("it is read");
-    let mut answers = client.registration_event(ReceiverStream::new(messages)).await.expect("served").into_inner();
-    assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
+    let (_send, _answers) = open_stream(&mut client, 0).await;
     closed(TcpStream::connect(server.address).await.expect("it listens")).await;
     server.metric("gangplank_connections_closed_total{listener=\"grpc\",reason=\"full\"} 1").await;
 }
@@ -177,10 +175,7 @@ async fn old_connection_takes_no_new_calls_and_its_stream_continues() {
     let limits = ConnectionLimits { max_age: Duration::from_millis(50), ..CONNECTIONS };
     let server = TestServer::with_connections(Registry::working(10), LIMITS, limits).await;
     let mut client = ServiceRegistryClient::new(server.channel().await);
-    let (send, messages) = tokio::sync::mpsc::channel(1);
-    send.send(message(0)).await.expect("it is read");
-    let mut answers = client.registration_event(ReceiverStream::new(messages)).await.expect("served").into_inner();
-    assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
+    let (send, mut answers) = open_stream(&mut client, 0).await;
     server.metric("gangplank_connections_closed_total{listener=\"grpc\",reason=\"max_age\"} 1").await;
     send.send(message(1)).await.expect("it is read");
     assert_eq!(answers.message().await.expect("a good stream").expect("an answer").status, 201);
