@@ -37,6 +37,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// The part that holds the data directory.
 const REGISTRY: &str = "the registry";
 
+/// Connections that may wait to be accepted, as for DNS over TCP; net.core.somaxconn may say less.
+const BACKLOG: i32 = 1024;
+
 /// Threads of the admin listener: a long list on one does not delay a probe on the other.
 const ADMIN_THREADS: usize = 2;
 
@@ -70,6 +73,9 @@ pub fn bind(mut config: Config) -> anyhow::Result<BoundServer> {
 fn listen(flag: &str, addresses: &[SocketAddr]) -> anyhow::Result<Vec<StdTcpListener>> {
     let one = |address: &SocketAddr| {
         let listener = StdTcpListener::bind(address)?;
+        // The 128 of std overflow when thousands of clients reconnect at once, and each that is dropped waits for
+        // a second before it tries again.
+        socket2::SockRef::from(&listener).listen(BACKLOG)?;
         listener.set_nonblocking(true)?;
         Ok(listener)
     };
