@@ -58,7 +58,7 @@ async fn main() -> ExitCode {
 /// Serves until SIGTERM or SIGINT; a second signal ends the process at once.
 async fn run(serve: ServeArgs, log: &LogArgs) -> anyhow::Result<()> {
     telemetry::init(log)?;
-    // Before anything is announced: whoever waits for that may send a signal at once.
+    // Before the first line on stdout: a supervisor that waits for that line may send a signal at once.
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut hangup = signal(SignalKind::hangup())?;
     // Without a handler SIGHUP, which asks other servers to reload, would kill this one undrained.

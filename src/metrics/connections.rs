@@ -59,7 +59,6 @@ pub struct ConnectionMetrics {
 }
 
 impl ConnectionMetrics {
-    /// Makes them and adds them to `all`.
     pub(super) fn register(all: &mut Registry) -> Self {
         let all = all.sub_registry_with_prefix("gangplank");
         let dns_held_bytes = Gauge::default();

@@ -182,7 +182,6 @@ struct ListenerCounters {
 }
 
 impl DnsMetrics {
-    /// Makes them and adds them to `all`.
     pub(super) fn register(all: &mut Registry) -> Self {
         let counters = Arc::new(DnsCollector::default());
         all.register_collector(Box::new(Arc::clone(&counters)));

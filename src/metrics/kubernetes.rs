@@ -55,7 +55,6 @@ pub struct KubernetesMetrics {
 }
 
 impl KubernetesMetrics {
-    /// Makes them and adds them to `all`.
     pub(super) fn register(all: &mut Registry) -> Self {
         let kubernetes = all.sub_registry_with_prefix("gangplank_kubernetes");
         let metrics = Self {

@@ -12,7 +12,7 @@ pub(super) fn register(all: &mut Registry) {
     // The encoder adds `_info` to the name.
     all.register(
         "gangplank_build",
-        "A metric with a constant value of 1 that says which build runs",
+        "A metric with a constant value of 1, labelled with the version of the build",
         Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]),
     );
     // The metrics are made when the process starts; the name is the one every exporter uses.

@@ -72,7 +72,6 @@ pub struct RegistryMetrics {
 }
 
 impl RegistryMetrics {
-    /// Makes them and adds them to `all`.
     pub(super) fn register(all: &mut Registry) -> Self {
         // The buckets of CoreDNS, 1 ms to 524 s by twos.
         let programming = Histogram::new(exponential_buckets(0.001, 2.0, 20));

@@ -39,7 +39,6 @@ pub struct StoreMetrics {
 }
 
 impl StoreMetrics {
-    /// Makes them and adds them to `all`.
     pub(super) fn register(all: &mut Registry) -> Self {
         let store = all.sub_registry_with_prefix("gangplank_store");
         let metrics = Self {

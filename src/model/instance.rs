@@ -213,9 +213,8 @@ impl Instance {
             == (&other.address, &other.ports, &other.host_name, &other.node_name, &other.weight, &other.priority)
     }
 
-    /// Bytes that protobuf takes for the instance, rounded up a little.
-    #[must_use]
-    pub fn encoded_size(&self) -> usize {
+    /// Upper estimate of the bytes of the instance in protobuf.
+    pub(super) fn encoded_size(&self) -> usize {
         // A text takes a tag and a length, a port its own frame and number as well.
         let text = |len: usize| len + 3;
         let ports = self.ports.as_slice().iter();

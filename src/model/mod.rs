@@ -28,4 +28,4 @@ pub use name::{DnsName, Label, MAX_LABEL, MAX_WIRE_NAME, NameError, Namespace, S
 pub use port::{Port, PortError, PortSet, PortSpec, Ports, Protocol};
 pub use service::{Service, Timeline};
 pub use stamp::{HybridClock, Stamp};
-pub use validator::{MAX_INSTANCE_BYTES, MAX_PORT_NAME, Validator};
+pub use validator::{MAX_INSTANCE_BYTES, Validator};

@@ -215,12 +215,12 @@ impl DnsName {
         Ok(Self(text.into()))
     }
 
-    /// Takes `text` as the name of a host elsewhere: any case, two labels or more, the last one
-    /// not all digits, so that a mistyped address is never taken for a name.
+    /// Parses the name of an external host: in any case, of two labels or more. The last label must not
+    /// consist of digits only, so that a mistyped address is not taken for a name.
     ///
     /// # Errors
-    /// When it is none of that.
-    pub fn parse_host(text: &str) -> Result<Self, NameError> {
+    /// When the name breaks one of these rules, or those of [`DnsName::parse`].
+    pub(super) fn parse_host(text: &str) -> Result<Self, NameError> {
         let name = Self::parse(&text.to_ascii_lowercase())?;
         let Some((_, last)) = name.0.rsplit_once('.') else {
             return Err(NameError::OneLabel);

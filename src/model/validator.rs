@@ -11,12 +11,12 @@ use super::{
     port::PortSpec,
 };
 
-/// Most bytes that what one instance carries may take, counted as protobuf would encode it.
-/// Keeps a million instances within memory, and a slice within what Kubernetes stores.
+/// Most bytes of one instance, counted as protobuf would encode it. Bounds the memory of a million
+/// instances, and keeps a slice below the size limit of an object in Kubernetes.
 pub const MAX_INSTANCE_BYTES: usize = 2048;
 
 /// Most characters of a port name: its SRV name is `_name`, one label (RFC 2782).
-pub const MAX_PORT_NAME: usize = MAX_LABEL - 1;
+const MAX_PORT_NAME: usize = MAX_LABEL - 1;
 
 /// What a registration must satisfy beyond the invariants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
