@@ -90,8 +90,6 @@ pub enum Action {
     /// Another replica writes: registrations are refused from now on, and nothing is answered from the directory, not after
     /// another restart either.
     Followed,
-    /// A higher term than that of the directory's words was seen: they are forgotten, except for the outbox.
-    Superseded,
 }
 
 /// Why a replica that was to write does not.
@@ -114,10 +112,9 @@ pub struct Election {
     role: Role,
     /// The highest term that was ever seen anywhere.
     known_term: u64,
-    /// The term of the directory's words, until a higher one is seen.
-    held: Option<u64>,
-    /// Whether this process, which has not written yet, goes on with the directory: it answers from it, and takes registrations.
-    accepting: bool,
+    /// The directory's term, if this process, which has not written yet, goes on with the directory: it answers from it, and
+    /// takes registrations.
+    accepting: Option<u64>,
     /// The highest generation that this replica published, for the Lease.
     generation: u64,
     /// The Lease's version when it last changed, and when that was noticed.
@@ -152,14 +149,12 @@ impl Election {
     #[must_use]
     pub const fn new(me: DirectoryId, opened: Opened, rules: Rules) -> Self {
         let Opened { term, followed, resume } = opened;
-        let held = if term > 0 { Some(term) } else { None };
         Self {
             rules,
             me,
             role: Role::Follower,
             known_term: term,
-            held,
-            accepting: term > 0 && !followed,
+            accepting: if term > 0 && !followed { Some(term) } else { None },
             generation: 0,
             unchanged: None,
             lease: None,
@@ -191,7 +186,7 @@ impl Election {
     /// confirms: others answer 202.
     #[must_use]
     pub const fn may_accept(&self) -> bool {
-        self.accepting || self.writing().is_some()
+        self.accepting.is_some() || self.writing().is_some()
     }
 
     /// The highest term that was seen.
@@ -328,16 +323,8 @@ impl Election {
 
     /// `term` was seen; `elsewhere` if it is another replica's.
     fn seen(&mut self, term: u64, elsewhere: bool) -> Vec<Action> {
-        let mut actions = Vec::new();
-        let higher = self.held.take_if(|held| term > *held).is_some();
-        if self.accepting && (higher || elsewhere) {
-            self.accepting = false;
-            actions.push(Action::Followed);
-        }
-        if higher {
-            actions.push(Action::Superseded);
-        }
-        actions
+        let stops = self.accepting.take_if(|directory| elsewhere || term > *directory).is_some();
+        if stops { vec![Action::Followed] } else { Vec::new() }
     }
 
     /// The answer to [`Action::WriteLease`], whose request began at `began`.
@@ -410,7 +397,6 @@ impl Election {
                     next = next.max(now.unix_seconds + 1);
                 }
                 self.known_term = next;
-                self.held = Some(next);
                 self.role = Role::Writer { term: next };
                 self.version = lower.map(|lease| lease.version);
                 vec![Action::Rewrite, self.renew(next)]
@@ -430,8 +416,7 @@ impl Election {
         if self.rules.serve_only_while_safe && !self.is_safe(now) {
             return self.give_up();
         }
-        self.held = Some(tenure.term);
-        self.accepting = false;
+        self.accepting = None;
         self.role = Role::Writer { term: tenure.term };
         Vec::new()
     }
@@ -441,10 +426,7 @@ impl Election {
     pub fn outranked(&mut self, term: u64) -> Vec<Action> {
         self.known_term = self.known_term.max(term);
         match &self.role {
-            Role::Writer { term: mine } if term > *mine => {
-                self.held = None;
-                self.depose(Deposed::Outranked(term))
-            }
+            Role::Writer { term: mine } if term > *mine => self.depose(Deposed::Outranked(term)),
             // A take-over that finds a slice of its own term or a higher one takes a higher term, then lists again.
             Role::TakingOver(tenure) if term >= tenure.term => {
                 let tenure = Tenure { term: self.known_term + 1, ..tenure.clone() };

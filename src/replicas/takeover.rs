@@ -24,7 +24,7 @@ pub struct Directory<K, V> {
     pub clock: HybridClock,
     /// Whether another replica is known to have written since `term`, or to write: then nothing is answered from here any more.
     pub followed: bool,
-    /// The last word on every key, as of `term`. Empty once a higher term was seen.
+    /// The last word on every key, as of `term`. Empty once this replica was deposed by another.
     pub words: BTreeMap<K, Word<V>>,
     /// Words that are not confirmed to be in Kubernetes.
     pub outbox: BTreeMap<K, Word<V>>,
@@ -70,7 +70,8 @@ pub struct Truth<K: Ord, V> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HigherTerm(pub u64);
 
-/// Puts the truth together. `slices` is a quorum list that was begun after the Lease was taken. A slice with a term above
+/// Puts the truth together. What was in a namespace that was deleted under another writer comes back from an older directory only if neither
+/// the Lease nor any slice is left to show that somebody wrote after that directory. `slices` is a quorum list that was begun after the Lease was taken. A slice with a term above
 /// `highest_term` has it from a hand: its words count, its term does not.
 ///
 /// # Errors

@@ -107,6 +107,24 @@ impl Checker {
         }
     }
 
+    /// The namespace of `key` was deleted at `deleted`, and the writer has forgotten what was in it at `seen`: a removal, if nothing
+    /// but the writer's directory and Kubernetes held the last word. A word that was accepted elsewhere may still come.
+    pub(super) fn namespace_deleted(&mut self, key: Key, deleted: Micros, seen: Micros) {
+        let mut certain = true;
+        for change in self.changes.iter_mut().filter(|change| change.key == key) {
+            change.exempt = true;
+            certain &= match change.answered {
+                Some((200 | 201 | 204 | 404, time)) => time < deleted,
+                Some((503, _)) => true,
+                _ => false,
+            };
+        }
+        if certain {
+            let answered = Some((204, seen));
+            self.changes.push(Change { key, value: 0, machine: usize::MAX, asked: deleted, answered, exempt: false });
+        }
+    }
+
     /// An acknowledged change that `value` contradicts.
     fn undone(&self, key: Key, value: Value, now: Micros, confirmed_only: bool) -> Result<(), Violation> {
         let mut explained = (value == 0).then_some(0);

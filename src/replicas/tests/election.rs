@@ -173,11 +173,11 @@ fn restarted_replica_accepts_until_it_reads_a_lease_that_another_holds() {
     assert!(election.may_accept());
     assert_eq!(read(&mut election, 0, None), [], "the API server is away");
     assert!(election.may_accept());
-    assert_eq!(read(&mut election, 2, lease(5, 8, OTHER)), [Action::Followed, Action::Superseded]);
+    assert_eq!(read(&mut election, 2, lease(5, 8, OTHER)), [Action::Followed]);
     assert!(!election.may_accept());
 
     let mut election = started(false);
-    assert_eq!(read(&mut election, 0, lease(5, 7, OTHER)), [Action::Followed], "the words are as young as any");
+    assert_eq!(read(&mut election, 0, lease(5, 7, OTHER)), [Action::Followed], "though its term is no higher");
     assert!(!election.may_accept());
 
     let mut election = started(false);
@@ -185,7 +185,7 @@ fn restarted_replica_accepts_until_it_reads_a_lease_that_another_holds() {
     assert!(election.may_accept(), "nobody wrote since");
 
     let mut election = started(false);
-    assert_eq!(election.outranked(8), [Action::Followed, Action::Superseded], "a slice shows it");
+    assert_eq!(election.outranked(8), [Action::Followed], "a slice shows it");
 }
 
 #[test]

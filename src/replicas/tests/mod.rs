@@ -3,7 +3,7 @@
 //! Two or three replicas with journals, a Lease and slices behind compare-and-swap; requests that are a minute late or
 //! carried out unseen, watches that lag, partitions, pauses (between a check and its answer, in the middle of a take-over),
 //! crashes, old copies of directories, copies of living ones, lost disks, starts while the API server is away, deleted
-//! Leases, slices edited by hand, wall clocks half a second off. A [`checker`] that knows nothing of the protocol holds every
+//! Leases, slices edited by hand, namespaces deleted, wall clocks half a second off. A [`checker`] that knows nothing of the protocol holds every
 //! acknowledged change against what is answered in the end.
 //!
 //! `cargo test --lib replicas` runs some hundred histories of each setup. For more, and for one:
@@ -55,6 +55,15 @@ const RECEIVER_LOST: Setup = Setup { aims: &[Aim::ReceiverLost], ..SETUP };
 
 const STARTED_ALONE: Setup = Setup { aims: &[Aim::StartAlone], ..SETUP };
 
+/// Without older copies of directories, and without deleted Leases: an older copy of the same term brings back what was in a namespace that
+/// was deleted meanwhile, and so does an older directory, if neither a Lease nor a slice is left that shows a higher term.
+const NAMESPACES: Setup = Setup {
+    replicas: 2,
+    aims: &[Aim::NamespaceDeleted],
+    faults: Faults { old_copies: false, deleted_leases: false, ..SETUP.faults },
+    ..SETUP
+};
+
 const TWINS: Setup = Setup { aims: &[Aim::Twins, Aim::Twins, Aim::StartAlone], ..SETUP };
 
 /// Setups in which the protocol must hold.
@@ -80,6 +89,8 @@ const SETUPS: &[(&str, Setup)] = &[
         Setup { replicas: 2, slices: 1, changes: 50, ..STARTED_ALONE },
     ),
     ("copies of living directories", TWINS),
+    ("namespaces deleted", NAMESPACES),
+    ("namespaces deleted, three replicas", Setup { replicas: 3, ..NAMESPACES }),
     ("slices edited by hand", EDITED),
     ("slices edited by hand, room for one tombstone", Setup { room: 1, ..EDITED }),
 ];
@@ -94,8 +105,7 @@ const MAX_SEARCH: u64 = 20_000;
 /// together, each is the other's second line: merging late writes saves what an unsafe confirmation or an outbox
 /// cleared too early would lose, and the other way round.
 ///
-/// Not in the list: `recreate_only_while_safe` alone, of whose absence merging leaves one wrong history in 10 000, and
-/// `directory_needs_newest_term`.
+/// Not in the list: `recreate_only_while_safe` alone, of whose absence merging leaves one wrong history in 10 000.
 const NEEDED: &[(&str, LeaveOut, Setup)] = &[
     ("stamp_unchanged", |rules| rules.stamp_unchanged = false, SETUP),
     ("tombstone_for_absent", |rules| rules.tombstone_for_absent = false, SETUP),
@@ -125,6 +135,7 @@ const NEEDED: &[(&str, LeaveOut, Setup)] = &[
         LEASE_DELETED,
     ),
     ("acknowledge_hand_over_when_confirmed", |rules| rules.acknowledge_hand_over_when_confirmed = false, RECEIVER_LOST),
+    ("directory_needs_newest_term", |rules| rules.directory_needs_newest_term = false, NAMESPACES),
     ("renew_identity", |rules| rules.renew_identity = false, TWINS),
     ("confirm_only_what_was_sent", |rules| rules.confirm_only_what_was_sent = false, EDITED),
 ];

@@ -74,6 +74,10 @@ pub(super) enum Fault {
         machine: usize,
     },
     DeleteLease,
+    /// The namespace in which a slice is.
+    DeleteNamespace {
+        slice: usize,
+    },
     /// A hand edits a slice.
     Edit {
         slice: usize,
@@ -191,6 +195,8 @@ pub(super) enum Aim {
     ReceiverLost,
     /// Replicas start while the API server is away, or out of their reach.
     StartAlone,
+    /// A namespace is deleted under a writer, and a replica that wrote before takes over again.
+    NamespaceDeleted,
     /// A replica starts with a copy of a living replica's directory, and both go on.
     Twins,
 }
@@ -260,6 +266,23 @@ fn draw_aimed(
                 hot.push(crashed + time);
             }
             hot.push(begin + away);
+        }
+        Aim::NamespaceDeleted => {
+            let begin = begin.min(60 * SECOND);
+            for _ in 0..2 {
+                let address = random.between(0, setup.addresses as u64) as usize;
+                let asked = begin - random.between(SECOND, 5 * SECOND);
+                faults.push((asked, Fault::Register { key: Key { slice, address }, sustained: false }));
+            }
+            let time = random.between(18 * SECOND, 40 * SECOND);
+            let disk = Disk::Kept;
+            faults.push((begin, Fault::Crash { machine, time, disk, boots: random.percent(30) }));
+            let deleted = begin + random.between(17 * SECOND, 30 * SECOND);
+            faults.push((deleted, Fault::DeleteNamespace { slice }));
+            let next = deleted + random.between(100 * MILLISECOND, 15 * SECOND);
+            let time = random.between(20 * SECOND, 60 * SECOND);
+            faults.push((next, Fault::Crash { machine, time, disk, boots: false }));
+            hot.push(deleted);
         }
         Aim::Twins => {
             let index = random.between(0, setup.replicas as u64) as usize;

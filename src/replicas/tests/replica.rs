@@ -264,7 +264,6 @@ impl Replica {
                     self.directory.followed = true;
                     self.outputs.push(Output::Stepped);
                 }
-                Action::Superseded => self.directory.words.clear(),
             }
         }
     }
@@ -378,7 +377,6 @@ impl Replica {
         }
         let status = self.decide(at, key, value);
         if !self.is_writer() {
-            eprintln!("ACC");
             self.outputs.push(Output::Answer { op, status: 202 });
             return true;
         }
@@ -581,6 +579,20 @@ impl Replica {
             }
             judgement => judgement,
         }
+    }
+
+    /// The namespace of `slice` was deleted: that counts as the removal of everything in it, and nothing of it is left.
+    /// Returns whether this replica writes, and so has forgotten it.
+    pub(super) fn namespace_deleted(&mut self, slice: usize) -> bool {
+        if !self.is_writer() {
+            return false;
+        }
+        self.directory.words.retain(|key, _| key.slice != slice);
+        self.directory.outbox.retain(|key, _| key.slice != slice);
+        for waiting in self.waiting.extract_if(.., |waiting| waiting.slice == slice) {
+            self.outputs.push(Output::Answer { op: waiting.op, status: 202 });
+        }
+        true
     }
 
     /// Words of a request that a former writer sent and that was carried out late.

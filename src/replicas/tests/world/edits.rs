@@ -77,6 +77,39 @@ impl World {
         self.change(slice, found);
     }
 
+    /// A namespace, with the slice in it, is deleted; for more than a minute it is away, longer than any request is late.
+    pub(super) fn delete_namespace(&mut self, slice: usize) {
+        self.edit(slice, Edit::DeleteSlice, Annotations::Kept);
+        self.version += 1;
+        self.namespaces
+            .insert(slice, (self.version, self.time, self.time + self.random.between(61 * SECOND, 90 * SECOND)));
+        self.change(slice, None);
+    }
+
+    pub(super) fn namespace_is_away(&self, slice: usize) -> bool {
+        self.namespaces.get(&slice).is_some_and(|(.., until)| *until > self.time)
+    }
+
+    /// The watch shows a replica that a slice is gone as of `version`: if that is because of its namespace, so it says.
+    pub(super) fn show_namespace(&mut self, index: usize, epoch: u32, slice: usize, version: u64) {
+        let Some(&(deletion, deleted, until)) = self.namespaces.get(&slice) else { return };
+        if version < deletion || until < self.time {
+            return;
+        }
+        let mut forgotten = false;
+        self.step(index, epoch, |replica, _| forgotten = replica.namespace_deleted(slice));
+        if !forgotten {
+            return;
+        }
+        let keys = self.keys().filter(|key| key.slice == slice);
+        if self.target(Target::Holder) != Some(index) {
+            // It was deposed and does not know. What only it had accepted is forgotten all the same.
+            keys.for_each(|key| self.checker.lost_with_directory(key, index));
+        } else if self.deletions_seen.insert((slice, deletion)) {
+            keys.for_each(|key| self.checker.namespace_deleted(key, deleted, self.time));
+        }
+    }
+
     /// A replica wrote `record`. Words that are as young as those that a hand took away are put right by it; a late request, sent
     /// before there were such words, puts nothing right.
     pub(super) fn put_right(&mut self, slice: usize, record: &Record) {

@@ -105,6 +105,7 @@ impl World {
             }
             Fault::Release { machine } => self.release(machine),
             Fault::Edit { slice, edit, annotations } => self.edit(slice, edit, annotations),
+            Fault::DeleteNamespace { slice } => self.delete_namespace(slice),
             Fault::DeleteLease => {
                 self.version += 1;
                 self.lease = None;
@@ -112,7 +113,7 @@ impl World {
         }
     }
 
-    fn target(&self, target: Target) -> Option<usize> {
+    pub(super) fn target(&self, target: Target) -> Option<usize> {
         match target {
             Target::Machine(machine) => Some(machine),
             Target::Holder => {

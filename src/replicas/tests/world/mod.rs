@@ -7,7 +7,7 @@ mod network;
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BinaryHeap},
+    collections::{BTreeMap, BTreeSet, BinaryHeap},
     time::Duration,
 };
 
@@ -170,6 +170,9 @@ pub(super) struct World {
     checker: Checker,
     /// What hands did to slices and nobody has put right yet.
     edited: BTreeMap<Key, edits::Edited>,
+    /// Namespaces that were deleted, by slice: as of which version, when, and until when they are away.
+    namespaces: BTreeMap<usize, (u64, Micros, Micros)>,
+    deletions_seen: BTreeSet<(usize, u64)>,
     /// Clients that repeat a registration: its value, and who has their stream.
     sustained: BTreeMap<Key, (Value, usize)>,
     next_value: Value,
@@ -221,6 +224,8 @@ impl World {
             machines,
             checker: Checker::new(2 * setup.skew),
             edited: BTreeMap::new(),
+            namespaces: BTreeMap::new(),
+            deletions_seen: BTreeSet::new(),
             sustained: BTreeMap::new(),
             next_value: 1,
             next_directory: 100,

@@ -69,7 +69,8 @@ impl World {
             Request::ListAndWatch => Response::List(self.slices.clone(), self.log.len()),
             Request::ReadSlice(_, slice) => Response::Slice(self.slices[slice].clone()),
             Request::WriteSlice(_, slice, expected, record) => {
-                if self.slices[slice].as_ref().map(|(version, _)| *version) == expected {
+                let stands = self.slices[slice].as_ref().map(|(version, _)| *version) == expected;
+                if stands && !self.namespace_is_away(slice) {
                     self.version += 1;
                     self.put_right(slice, &record);
                     self.change(slice, Some((self.version, record)));
@@ -129,6 +130,9 @@ impl World {
         }
         let Some((slice, version, found)) = self.log.get(machine.position).cloned() else { return };
         machine.position += 1;
+        if found.is_none() {
+            self.show_namespace(index, epoch, slice, version);
+        }
         self.step(index, epoch, |replica, at| replica.slice_changed(at, slice, version, found));
     }
 
