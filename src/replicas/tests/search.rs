@@ -11,11 +11,7 @@ use std::{
     time::Instant,
 };
 
-use super::{
-    checker::Violation,
-    plan::Plan,
-    world::{Setup, World},
-};
+use super::{checker::Violation, plan::Plan, setup::Setup, world::World};
 
 /// Histories that a thread takes at a time.
 const BATCH: u64 = 64;

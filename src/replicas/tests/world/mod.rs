@@ -14,16 +14,16 @@ use std::{
 use super::{
     super::{
         lease::{DirectoryId, LeaseRecord, LeaseWrite, ObservedLease, RequestId, ResourceVersion},
-        rules::Rules,
         stamp::{HybridClock, Stamp},
         takeover::Directory,
         time::{BootTime, Now},
-        word::{TombstoneLifetime, Word},
+        word::Word,
     },
     checker::{Checker, Violation},
-    plan::{Aim, Fault, Plan, Target},
+    plan::{Fault, Plan, Target},
     random::Random,
     replica::{Clocks, Key, Observed, Output, Record, Replica, SliceWrite, Value},
+    setup::Setup,
 };
 
 /// Microseconds of simulated time.
@@ -33,43 +33,6 @@ pub(super) const SECOND: Micros = 1_000_000;
 
 /// Where the wall clocks begin: late enough that a whole lifetime of tombstones lies behind.
 const EPOCH: Micros = 1_000_000 * SECOND;
-
-/// What a history is made of.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Setup {
-    pub(super) rules: Rules,
-    pub(super) replicas: usize,
-    pub(super) slices: usize,
-    pub(super) addresses: usize,
-    /// Most registrations and removals in a history.
-    pub(super) changes: u64,
-    /// Tombstones that a slice has room for.
-    pub(super) room: usize,
-    pub(super) lifetime: TombstoneLifetime,
-    /// How far wall clocks are from the truth, at most.
-    pub(super) skew: Micros,
-    /// Longest absence of a replica.
-    pub(super) away: Micros,
-    /// Percent of registrations whose client repeats them on the next writer when its stream ends.
-    pub(super) sustained: u64,
-    pub(super) faults: Faults,
-    /// Faults that are aimed at a rule, besides the others.
-    pub(super) aims: &'static [Aim],
-    /// How long after the last fault everything must be in order.
-    pub(super) settle: Micros,
-}
-
-/// Kinds of faults beyond crashes, pauses, partitions and late requests.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Faults {
-    pub(super) lost_disks: bool,
-    pub(super) old_copies: bool,
-    pub(super) deleted_leases: bool,
-    /// Hands edit slices.
-    pub(super) edits: bool,
-    /// The clock by which a writer measures its Lease stops while its process is paused.
-    pub(super) stopping_clocks: bool,
-}
 
 #[derive(Debug, Clone)]
 enum Request {

@@ -1,0 +1,74 @@
+//! Words of a replica that writes no more, on their way to the one that does.
+
+use super::*;
+
+impl Replica {
+    pub(super) fn hand_over(&mut self, at: Clocks) {
+        let Some(lease) = self.election.lease() else { return };
+        let holder = lease.holder;
+        if self.directory.outbox.is_empty()
+            || lease.released
+            || holder == self.directory.id
+            || at.now.boot < self.hand_over_after
+        {
+            return;
+        }
+        self.hand_over_after = BootTime(at.now.boot.0 + HAND_OVER_INTERVAL);
+        let words = self.directory.outbox.iter().map(|(key, word)| (*key, *word)).collect();
+        self.outputs.push(Output::HandOver { holder, words });
+    }
+
+    /// A deposed writer hands its words over.
+    pub(in super::super) fn take_in(&mut self, at: Clocks, from: usize, words: Vec<(Key, Word<Value>)>) {
+        if !self.is_writer() {
+            return;
+        }
+        let mut needs = Vec::new();
+        let mut refused = Vec::new();
+        for &(key, word) in &words {
+            let known = self.directory.words.get(&key).map(|known| known.stamp);
+            let merged = match self.limit(at).merge(known, &word) {
+                Merged::TooOld if !self.rules.refuse_old_puts => Merged::Applied,
+                Merged::Outranked if !self.rules.merge_by_stamp => Merged::Applied,
+                merged => merged,
+            };
+            match merged {
+                Merged::Applied => {
+                    self.directory.generation += 1;
+                    self.directory.words.insert(key, word);
+                    self.directory.outbox.insert(key, word);
+                    self.directory.clock.observe(word.stamp.clock);
+                }
+                Merged::Outranked => {}
+                Merged::TooOld => refused.push((key, word)),
+            }
+            needs.push((key.slice, self.directory.generation));
+        }
+        self.election.published(self.directory.generation);
+        if !refused.is_empty() {
+            self.outputs.push(Output::Refused(refused));
+        }
+        let stamps = words.iter().map(|(key, word)| (*key, word.stamp)).collect();
+        if self.rules.acknowledge_hand_over_when_confirmed {
+            self.handed_in.push(HandedIn { from, words: stamps, needs: needs.clone() });
+        } else {
+            self.outputs.push(Output::HandedOver { to: from, words: stamps });
+        }
+        for (slice, _) in needs {
+            self.mirror(slice, at);
+        }
+    }
+
+    /// The writer has these words.
+    pub(in super::super) fn handed_over(&mut self, words: &[(Key, Stamp)]) {
+        self.hand_over_after = BootTime::default();
+        if self.is_writer() {
+            return;
+        }
+        for (key, stamp) in words {
+            if self.directory.outbox.get(key).is_some_and(|word| word.stamp == *stamp) {
+                self.directory.outbox.remove(key);
+            }
+        }
+    }
+}
