@@ -285,9 +285,12 @@ impl Election {
         let version = found.as_ref().map(|lease| lease.version);
         let record = found.map(|lease| lease.record);
         let mut actions = Vec::new();
+        // A term that nobody can have handed out is a hand's: it says nothing, but the Lease is respected as any other.
+        let highest = self.highest_term(now);
+        let lease_term = record.as_ref().map(|record| record.term).filter(|term| *term <= highest);
+        self.known_term = self.known_term.max(lease_term.unwrap_or(0));
         if let Some(record) = &record {
-            self.known_term = self.known_term.max(record.term);
-            actions = self.seen(record.term, record.holder != self.me);
+            actions = self.seen(lease_term.unwrap_or(0), record.holder != self.me);
         }
         self.lease.clone_from(&record);
         // Measured from the end of the first reading to the begin of the last: both ends on the safe side.
@@ -303,9 +306,9 @@ impl Election {
         if !now.clock_agrees || !(free || began.since(still_since) >= LEASE_DURATION) {
             return actions;
         }
-        let term = match &record {
-            Some(record) => record.term.max(self.known_term) + 1,
-            // Whatever terms were handed out under a Lease that was deleted, and that nobody here has seen, they were
+        let term = match lease_term {
+            Some(_) => self.known_term + 1,
+            // Whatever terms were handed out under a Lease that was deleted, or overwritten by a hand, and that nobody here has seen, they were
             // lower: terms grow by less than one a second.
             None => self.known_term.max(now.unix_seconds) + 1,
         };
@@ -380,7 +383,7 @@ impl Election {
         let Role::Writer { term } = self.role else { return Vec::new() };
         let Some(found) = read else { return Vec::new() };
         match found {
-            Some(ObservedLease { record, .. }) if record.term > term => {
+            Some(ObservedLease { record, .. }) if record.term > term && record.term <= self.highest_term(now) => {
                 let higher = record.term;
                 self.lease = Some(record);
                 self.outranked(higher)
@@ -389,7 +392,7 @@ impl Election {
                 self.version = Some(version);
                 vec![self.renew(term)]
             }
-            // Deleted, or set back to a backup. Who still holds it safely is the only one who can: nobody could have
+            // Deleted, set back to a backup, or written by a hand. Who still holds it safely is the only one who can: nobody could have
             // taken it meanwhile. Anybody else cannot know.
             lower if !self.rules.recreate_only_while_safe || self.is_safe(now.boot) => {
                 let mut next = self.known_term + 1;

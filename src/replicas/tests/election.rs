@@ -144,6 +144,18 @@ fn deleted_lease_is_made_again_only_while_safe() {
 }
 
 #[test]
+fn term_in_a_lease_that_nobody_can_have_handed_out_says_nothing() {
+    let mut election = candidate();
+    assert_eq!(read(&mut election, 0, lease(5, u64::MAX, OTHER)), [], "it may be held all the same");
+    assert_eq!(written(&read(&mut election, 20, lease(5, u64::MAX, OTHER))).2.term, 1_021, "as if it was missing");
+
+    let mut election = writer();
+    let [Action::ReadLease(id)] = renew(&mut election, 29, LeaseWrite::Conflict)[..] else { panic!("a look") };
+    let actions = election.lease_read(id, boot(29), now(29), lease(9, u64::MAX, OTHER));
+    assert_eq!((actions.len(), &actions[0], election.writing()), (2, &Action::Rewrite, Some(9)));
+}
+
+#[test]
 fn paused_take_over_does_not_serve() {
     let mut election = candidate();
     let (id, _, _) = written(&read(&mut election, 0, lease_released()));

@@ -80,6 +80,8 @@ pub(super) enum Fault {
     DeleteNamespace {
         slice: usize,
     },
+    /// A hand writes a term into the Lease that no Lease ever had.
+    EditLease,
     /// A hand edits a slice.
     Edit {
         slice: usize,
@@ -198,6 +200,9 @@ fn draw_edits(
         let near = hot[random.between(0, hot.len() as u64) as usize];
         let mut time = if random.percent(50) { near } else { random.between(8 * SECOND, heal - 10 * SECOND) };
         hot.push(time);
+        if random.percent(15) {
+            faults.push((time.min(heal - 10 * SECOND), Fault::EditLease));
+        }
         for _ in 0..random.between(1, 4) {
             time += random.between(0, 3 * SECOND);
             let slice = random.between(0, setup.slices as u64) as usize;

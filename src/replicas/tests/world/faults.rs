@@ -105,6 +105,13 @@ impl World {
             }
             Fault::Release { machine } => self.release(machine),
             Fault::Edit { slice, edit, annotations } => self.edit(slice, edit, annotations),
+            Fault::EditLease => {
+                self.version += 1;
+                if let Some(lease) = &mut self.lease {
+                    lease.version = ResourceVersion(self.version);
+                    lease.record.term = u64::MAX - self.random.between(0, 2);
+                }
+            }
             Fault::DeleteNamespace { slice } => self.delete_namespace(slice),
             Fault::DeleteLease => {
                 self.version += 1;
