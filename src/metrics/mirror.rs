@@ -55,7 +55,7 @@ label_enum! {
 
 label_enum! {
     /// Why a service cannot be mirrored now.
-    pub enum Blocked {
+    pub enum BlockedService {
         /// Its namespace does not exist or is being deleted.
         Namespace => "namespace",
         /// A Service of its name is not managed by the mirror.
@@ -80,7 +80,7 @@ pub struct MirrorMetrics {
     pub lag_seconds: Gauge<f64, AtomicU64>,
     /// Services in the work queue, including those in backoff.
     pub queue: Gauge<u64, AtomicU64>,
-    blocked: EnumGauge<Blocked>,
+    blocked: EnumGauge<BlockedService>,
     /// External changes of managed objects that were reverted.
     pub repaired: Counter,
 }
@@ -137,7 +137,7 @@ impl MirrorMetrics {
     }
 
     /// One more service is blocked, or one fewer.
-    pub fn blocked(&self, reason: Blocked, more: bool) {
+    pub fn blocked(&self, reason: BlockedService, more: bool) {
         let gauge = self.blocked.at(reason);
         if more {
             gauge.inc()

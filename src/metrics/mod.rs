@@ -26,7 +26,7 @@ pub use guard::GaugeGuard;
 pub use kubernetes::{KubernetesMetrics, RestartReason, Watched};
 pub use labels::{EnumCounter, EnumFamily, EnumGauge, LabelEnum, LabelValues};
 pub use lists::ListMetrics;
-pub use mirror::{Blocked, MirrorMetrics, RequestOutcome, Verb};
+pub use mirror::{BlockedService, MirrorMetrics, RequestOutcome, Verb};
 pub use registry::{CommandOutcome, RefusalReason, RegistryMetrics};
 pub use store::StoreMetrics;
 

@@ -24,7 +24,7 @@ use self::{
 };
 use crate::{
     kubernetes::{api::ApiError, cache::ChangedKey},
-    metrics::Blocked,
+    metrics::BlockedService,
     model::{ServiceKey, UnixMillis},
 };
 
@@ -53,6 +53,43 @@ pub(super) struct Options {
     pub(super) publish_not_ready: bool,
 }
 
+/// Why Kubernetes cannot show a service now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum BlockReason {
+    /// Its namespace does not exist or is being deleted.
+    Namespace,
+    /// The name belongs to a Service of another owner.
+    ForeignService,
+    /// A right is missing, or an admission policy refuses an object.
+    Forbidden,
+    /// The API server refuses an object.
+    Invalid,
+    /// An admission webhook fails.
+    Webhook,
+}
+
+impl BlockReason {
+    fn label(self) -> BlockedService {
+        match self {
+            Self::Namespace => BlockedService::Namespace,
+            Self::ForeignService => BlockedService::ForeignService,
+            Self::Forbidden => BlockedService::Forbidden,
+            Self::Invalid => BlockedService::Invalid,
+            Self::Webhook => BlockedService::Webhook,
+        }
+    }
+
+    fn event_reason(self) -> &'static str {
+        match self {
+            Self::Namespace => "NamespaceAbsent",
+            Self::ForeignService => "ForeignService",
+            Self::Forbidden => "Forbidden",
+            Self::Invalid => "Refused",
+            Self::Webhook => "WebhookFailed",
+        }
+    }
+}
+
 /// The controller.
 pub(super) struct Mirror {
     reconciler: Arc<Reconciler>,
@@ -60,7 +97,7 @@ pub(super) struct Mirror {
     publishing: FuturesUnordered<BoxFuture<'static, ()>>,
     queue: WorkQueue,
     /// Services that Kubernetes cannot show, and why.
-    blocked: HashMap<ServiceKey, Blocked>,
+    blocked: HashMap<ServiceKey, BlockReason>,
     /// Services with a write that may or may not have been carried out.
     outcome_unknown: HashSet<ServiceKey>,
 }
@@ -172,40 +209,33 @@ impl Mirror {
         }
     }
 
-    fn block(&mut self, service: ServiceKey, reason: Blocked, err: &str) {
+    fn block(&mut self, service: ServiceKey, reason: BlockReason, err: &str) {
         let before = self.blocked.insert(service.clone(), reason);
         if before == Some(reason) {
             return;
         }
         warn!(%service, "cannot be mirrored: {err}; DNS answers, and the mirror retries");
         let metrics = &self.reconciler.metrics.mirror;
-        before.into_iter().for_each(|before| metrics.blocked(before, false));
-        metrics.blocked(reason, true);
+        before.into_iter().for_each(|before| metrics.blocked(before.label(), false));
+        metrics.blocked(reason.label(), true);
         // There can be no Event in a namespace that does not exist.
-        if reason != Blocked::Namespace {
+        if reason != BlockReason::Namespace {
             self.publish(&service, reason, err);
         }
     }
 
     fn unblock(&mut self, service: &ServiceKey) {
         if let Some(reason) = self.blocked.remove(service) {
-            self.reconciler.metrics.mirror.blocked(reason, false);
+            self.reconciler.metrics.mirror.blocked(reason.label(), false);
             tracing::info!(%service, "is mirrored again");
         }
     }
 
     /// Publishes an Event about the Service.
-    fn publish(&mut self, service: &ServiceKey, reason: Blocked, err: &str) {
-        let reason = match reason {
-            Blocked::Namespace => "NamespaceAbsent",
-            Blocked::ForeignService => "ForeignService",
-            Blocked::Forbidden => "Forbidden",
-            Blocked::Invalid => "Refused",
-            Blocked::Webhook => "WebhookFailed",
-        };
+    fn publish(&mut self, service: &ServiceKey, reason: BlockReason, err: &str) {
         let event = Event {
             type_: EventType::Warning,
-            reason: reason.into(),
+            reason: reason.event_reason().into(),
             note: Some(format!("external instances are not mirrored: {err}").chars().take(MAX_NOTE_CHARS).collect()),
             action: "Mirror".into(),
             secondary: None,

@@ -24,7 +24,7 @@ use k8s_openapi::{api::discovery::v1::EndpointSlice, apimachinery::pkg::apis::me
 use tokio::time::Instant;
 
 use self::{object_backoff::ObjectBackoff, refused_writes::is_refusal};
-use super::Options;
+use super::{BlockReason, Options};
 use crate::{
     kubernetes::{
         api::{ApiClient, ApiError},
@@ -34,7 +34,7 @@ use crate::{
             services::{self, Ownership},
         },
     },
-    metrics::{Blocked, Metrics},
+    metrics::Metrics,
     model::{CowTree, Instance, ServiceKey},
     registry::RegistryHandle,
 };
@@ -53,7 +53,7 @@ pub(super) enum ReconcileOutcome {
     /// Kubernetes shows the service as of this generation; reconcile again after the duration.
     RequeueAfter(u64, Duration),
     /// Kubernetes cannot show the service until something changes in the cluster.
-    Blocked(Blocked, String),
+    Blocked(BlockReason, String),
     /// A request failed; reconcile again with backoff.
     Failed(ApiError),
 }
@@ -130,14 +130,16 @@ impl Reconciler {
                 }
                 Err(ApiError::Conflict | ApiError::AlreadyExists | ApiError::NotFound) => {}
                 Err(err @ ApiError::NamespaceTerminating) => {
-                    return ReconcileOutcome::Blocked(Blocked::Namespace, err.to_string());
+                    return ReconcileOutcome::Blocked(BlockReason::Namespace, err.to_string());
                 }
                 Err(err @ ApiError::Forbidden(_)) => {
-                    return ReconcileOutcome::Blocked(Blocked::Forbidden, err.to_string());
+                    return ReconcileOutcome::Blocked(BlockReason::Forbidden, err.to_string());
                 }
-                Err(err @ ApiError::Invalid(_)) => return ReconcileOutcome::Blocked(Blocked::Invalid, err.to_string()),
+                Err(err @ ApiError::Invalid(_)) => {
+                    return ReconcileOutcome::Blocked(BlockReason::Invalid, err.to_string());
+                }
                 Err(err @ ApiError::WebhookFailed(_)) => {
-                    return ReconcileOutcome::Blocked(Blocked::Webhook, err.to_string());
+                    return ReconcileOutcome::Blocked(BlockReason::Webhook, err.to_string());
                 }
                 Err(err) => return ReconcileOutcome::Failed(err),
             }
@@ -157,11 +159,11 @@ impl Reconciler {
             NamespaceState::Absent if self.options.create_namespaces => self.create_namespace(desired).await?,
             NamespaceState::Absent => {
                 let err = format!("the namespace {} does not exist", desired.service.namespace());
-                return Ok(ReconcileOutcome::Blocked(Blocked::Namespace, err));
+                return Ok(ReconcileOutcome::Blocked(BlockReason::Namespace, err));
             }
             NamespaceState::Terminating => {
                 let err = format!("the namespace {} is being deleted", desired.service.namespace());
-                return Ok(ReconcileOutcome::Blocked(Blocked::Namespace, err));
+                return Ok(ReconcileOutcome::Blocked(BlockReason::Namespace, err));
             }
             NamespaceState::Unknown => return Err(ApiError::Unknown("the namespaces are not listed yet".into())),
         }
@@ -174,7 +176,7 @@ impl Reconciler {
                     ReconcileOutcome::Done(desired.generation)
                 } else {
                     let err = "a Service of this name belongs to somebody else".into();
-                    ReconcileOutcome::Blocked(Blocked::ForeignService, err)
+                    ReconcileOutcome::Blocked(BlockReason::ForeignService, err)
                 });
             }
             ServiceState::Absent if empty => {
