@@ -37,6 +37,7 @@ impl Replica {
         if self.slices[slice].unknown {
             let id = self.request();
             self.slices[slice].in_flight = Some(id);
+            self.slices[slice].sent_at = (self.slices[slice].version, self.directory.generation);
             self.outputs.push(Output::ReadSlice { id, slice });
             return;
         }
@@ -71,6 +72,7 @@ impl Replica {
             }
         };
         self.slices[slice].in_flight = Some(id);
+        self.slices[slice].sent_at = (self.slices[slice].version, self.directory.generation);
         self.outputs.push(output);
     }
 
@@ -100,9 +102,12 @@ impl Replica {
                 }
             }
             SliceWrite::Deleted => {
-                state.observed = None;
+                let (version, generation) = state.sent_at;
                 state.rewrite = false;
-                let generation = self.directory.generation;
+                // The watch has shown something since, before the deletion or after it.
+                state.unknown = state.version != version;
+                state.observed = None;
+                // Words said since the request was sent are not in what was deleted, nor anywhere else.
                 self.shown(slice, generation, at);
             }
         }
@@ -115,7 +120,9 @@ impl Replica {
             return;
         }
         state.in_flight = None;
-        if let Some(found) = read {
+        // What the watch has shown since the request was sent may be younger than the answer.
+        let current = state.version == state.sent_at.0;
+        if let Some(found) = read.filter(|_| current) {
             state.unknown = false;
             if let Some((version, _)) = &found {
                 state.version = state.version.max(*version);

@@ -97,6 +97,8 @@ struct SliceState {
     version: u64,
     /// The one request that is under way.
     in_flight: Option<u64>,
+    /// `version`, and the generation, when that request was sent.
+    sent_at: (u64, u64),
     /// The record that the request writes.
     writing: Option<Record>,
     /// The record that was sent last in this term.
