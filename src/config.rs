@@ -15,7 +15,7 @@ use clap::{Args, builder::FalseyValueParser};
 use crate::{
     dns::{DnsConfig, MAX_NSID, TcpLimits},
     grpc, kubernetes,
-    model::{DnsName, Validator},
+    model::{DnsName, Namespace, Validator},
     registry, store,
     zone::ZoneConfig,
 };
@@ -117,6 +117,11 @@ pub struct ServeArgs {
     /// How to reach the API server; means --kubernetes [default: the pod's own ServiceAccount]
     #[arg(long, env = "GANGPLANK_KUBECONFIG", value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
+
+    /// Namespace of the Lease gangplank-writer, which every process of one cluster has to share [default: that of the
+    /// ServiceAccount, or of the kubeconfig's context]
+    #[arg(long, env = "GANGPLANK_LEASE_NAMESPACE", value_name = "NAME")]
+    lease_namespace: Option<String>,
 
     /// Create a namespace that does not exist, instead of refusing its registrations with 404
     #[arg(long, env = "GANGPLANK_CREATE_NAMESPACES", value_parser = FalseyValueParser::new())]
@@ -237,6 +242,7 @@ impl ServeArgs {
             insecure,
             kubernetes,
             kubeconfig,
+            lease_namespace,
             create_namespaces,
             slice_endpoints,
             endpoints_object,
@@ -272,7 +278,14 @@ impl ServeArgs {
             humantime::format_duration(MAX_DURATION)
         );
         let kubernetes = kubernetes || kubeconfig.is_some();
-        for (flag, given) in [("--create-namespaces", create_namespaces), ("--endpoints-object", endpoints_object)] {
+        if let Some(namespace) = &lease_namespace {
+            Namespace::parse(namespace).with_context(|| format!("--lease-namespace {namespace:?}"))?;
+        }
+        for (flag, given) in [
+            ("--create-namespaces", create_namespaces),
+            ("--endpoints-object", endpoints_object),
+            ("--lease-namespace", lease_namespace.is_some()),
+        ] {
             ensure!(kubernetes || !given, "{flag}: means nothing without --kubernetes");
         }
         let origin = DnsName::parse(&zone.to_ascii_lowercase()).with_context(|| format!("--zone {zone:?}"))?;
@@ -329,6 +342,7 @@ impl ServeArgs {
             registry: registry::Options { max_instances, kubernetes: kubernetes.then_some(policy) },
             kubernetes: kubernetes.then_some(kubernetes::Options {
                 kubeconfig,
+                lease_namespace,
                 create_namespaces,
                 max_endpoints: slice_endpoints,
                 endpoints_object,

@@ -75,6 +75,8 @@ fn dns(loaded: bool, phase: &Phase) -> Check {
              has the reason if the API server does not answer"
                 .into(),
         )
+    } else if let (false, Phase::Standby(holder)) = (loaded, phase) {
+        Some(format!("on standby: {holder} has the Lease gangplank-writer and answers; every name gets SERVFAIL here"))
     } else if !loaded {
         Some("the store is still being loaded: every name that is not known yet gets SERVFAIL until then".into())
     } else {
@@ -90,6 +92,7 @@ fn registrations(phase: &Phase) -> Check {
         Phase::Restoring => Some(
             "the EndpointSlices are still being read; the log has the reason if the API server does not answer".into(),
         ),
+        Phase::Standby(holder) => Some(format!("on standby: {holder} has the Lease gangplank-writer")),
         Phase::StorageFailed(err) => Some(format!(
             "the journal cannot be written ({err}): nothing is accepted until a restart; fix the data directory's \
              disk, then restart gangplank"

@@ -13,7 +13,6 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow};
-use futures::FutureExt as _;
 use tokio::{net::TcpListener, runtime::Handle, sync::oneshot, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -183,8 +182,9 @@ impl BoundServer {
         parts.spawn("the admin listeners", net::run_on_runtime("admin", ADMIN_THREADS, admin)?);
 
         if let Some(kubernetes) = kubernetes {
-            let mirror = kubernetes.run(registry.clone(), Arc::clone(&metrics), stop_answers.clone());
-            parts.spawn("the Kubernetes mirror", mirror.map(anyhow::Ok));
+            let directory = data_dir.identity()?;
+            let mirror = kubernetes.run(directory, registry.clone(), Arc::clone(&metrics), stop_answers.clone());
+            parts.spawn("the Kubernetes mirror", mirror);
         }
 
         let services = grpc::ServerContext { registry, validator, metrics };

@@ -210,9 +210,12 @@ async fn follow_health(status: &Status, mut health: HealthReporter, stop: &Cance
     loop {
         let serving = match *phases.borrow_and_update() {
             Phase::Ready if !stop.is_cancelled() => ServingStatus::Serving,
-            Phase::Ready | Phase::Recovering | Phase::Restoring | Phase::StorageFailed(_) | Phase::Draining => {
-                ServingStatus::NotServing
-            }
+            Phase::Ready
+            | Phase::Recovering
+            | Phase::Restoring
+            | Phase::Standby(_)
+            | Phase::StorageFailed(_)
+            | Phase::Draining => ServingStatus::NotServing,
         };
         if reported != serving {
             reported = serving;

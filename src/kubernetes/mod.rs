@@ -1,10 +1,11 @@
 //! Kubernetes: what is registered, as headless Services and EndpointSlices, and back.
 //!
-//! Five rooms; imports between them point down:
+//! Six rooms; imports between them point down:
 //!
 //! * [`objects`]: Services, EndpointSlices and Endpoints as pure functions.
 //! * `api`: the client, its rate limit and its errors.
 //! * `cache`: what the cluster holds, fed by the watches and by our own writes.
+//! * `replicas`: the Lease, by which one process at a time writes.
 //! * `watch`: lists and watches; feeds the cache and tells the registry what follows for
 //!   registrations.
 //! * `mirror`: the controller that makes the objects in Kubernetes match the registry.
@@ -15,9 +16,10 @@ mod api;
 mod cache;
 mod mirror;
 pub mod objects;
+mod replicas;
 mod watch;
 
-use std::{fmt, num::NonZeroU32, path::PathBuf, sync::Arc, time::Duration};
+use std::{fmt, future, num::NonZeroU32, path::PathBuf, sync::Arc, time::Duration};
 
 use kube::{
     Client,
@@ -29,21 +31,30 @@ use tracing::info;
 
 pub use api::ConnectError;
 pub use objects::slices::{DEFAULT_MAX_ENDPOINTS, MAX_ENDPOINTS};
+pub use replicas::LeaseLost;
 
 use self::{
     api::ApiClient,
     cache::ClusterCache,
     mirror::{Mirror, Reconciler},
     objects::names,
-    watch::Watch,
+    replicas::{Elector, LeaseClient, ReplicaHandle},
+    watch::{Restored, Watch},
 };
-use crate::{metrics::Metrics, model::Validator, registry::RegistryHandle};
+use crate::{
+    metrics::Metrics,
+    model::Validator,
+    registry::RegistryHandle,
+    replicas::{election::Tenure, lease::DirectoryId},
+};
 
 /// How to reach Kubernetes, and what to write there.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// `None`: the ServiceAccount of the pod.
     pub kubeconfig: Option<PathBuf>,
+    /// Where the Lease is. `None`: the namespace of the ServiceAccount, or of the kubeconfig's context.
+    pub lease_namespace: Option<String>,
     /// Create namespaces that do not exist.
     pub create_namespaces: bool,
     /// Most endpoints in a slice, 1..=1000. Default 100.
@@ -65,6 +76,8 @@ pub struct Kubernetes {
     client: Client,
     /// URL of the API server, for messages.
     server: String,
+    /// Where the Lease is.
+    namespace: String,
     options: Options,
 }
 
@@ -80,16 +93,55 @@ impl Kubernetes {
     /// # Errors
     /// When there is no usable kubeconfig, or no ServiceAccount where none was given.
     pub async fn connect(options: Options) -> Result<Self, ConnectError> {
-        let (client, server) = api::connect(options.kubeconfig.as_deref()).await?;
-        Ok(Self { client, server, options })
+        let api::Connection { client, server, namespace } = api::connect(options.kubeconfig.as_deref()).await?;
+        let namespace = options.lease_namespace.clone().unwrap_or(namespace);
+        Ok(Self { client, server, namespace, options })
     }
 
-    /// Watches the cluster, restores the registry from it, and mirrors the registry into it until
-    /// `stop`. Waits for an API server that does not answer, without a limit.
-    pub async fn run(self, registry: RegistryHandle, metrics: Arc<Metrics>, stop: CancellationToken) {
-        let Self { client, server, options } = self;
+    /// Takes the Lease, restores the registry from the cluster, and mirrors the registry into it until
+    /// `stop`. Waits for the Lease, and for an API server that does not answer, without a limit.
+    /// `directory` identifies the data directory on this machine since its boot.
+    ///
+    /// # Errors
+    /// When another process writes, and this one wrote or accepted registrations.
+    pub async fn run(
+        self,
+        directory: u128,
+        registry: RegistryHandle,
+        metrics: Arc<Metrics>,
+        stop: CancellationToken,
+    ) -> Result<(), LeaseLost> {
+        info!(server = %self.server, "mirroring into Kubernetes");
+        let host = gethostname::gethostname().to_string_lossy().into_owned();
+        let lease = LeaseClient::new(self.client.clone(), self.namespace.clone(), DirectoryId(directory), host.clone());
+        let (elector, mut replica) = Elector::new(lease, registry.clone(), Arc::clone(&metrics));
+        let writing = async {
+            while let Some(tenure) = replica.tenure().await {
+                let outranked = self.write(tenure, &replica, &host, &registry, &metrics, &stop).await;
+                replica.outranked(outranked).await;
+            }
+            future::pending::<()>().await;
+        };
+        tokio::select! {
+            ended = elector.run(stop.clone()) => ended,
+            () = writing => unreachable!("it is pending"),
+        }
+    }
+
+    /// Restores and mirrors under one tenure. Returns only when a slice has a term that is no lower, which
+    /// it returns.
+    async fn write(
+        &self,
+        tenure: Tenure,
+        replica: &ReplicaHandle,
+        host: &str,
+        registry: &RegistryHandle,
+        metrics: &Arc<Metrics>,
+        stop: &CancellationToken,
+    ) -> u64 {
         let Options {
             kubeconfig: _,
+            lease_namespace: _,
             create_namespaces,
             max_endpoints,
             endpoints_object,
@@ -97,34 +149,44 @@ impl Kubernetes {
             linger,
             publish_not_ready,
             validator,
-        } = options;
+        } = self.options;
         let options = mirror::Options { create_namespaces, max_endpoints, endpoints_object, linger, publish_not_ready };
-        info!(%server, "mirroring into Kubernetes");
         let cache = Arc::new(ClusterCache::new());
-        let writer = gethostname::gethostname().to_string_lossy().into_owned();
-        let (started, term) = oneshot::channel();
+        let (started, restored) = oneshot::channel();
         let watch = Watch {
-            client: client.clone(),
-            server,
+            client: self.client.clone(),
+            server: self.server.clone(),
             cache: Arc::clone(&cache),
             registry: registry.clone(),
             validator,
             endpoints: endpoints_object,
-            metrics: Arc::clone(&metrics),
+            metrics: Arc::clone(metrics),
         };
         let watching = async {
             // The registry reports itself why it has ended.
-            let _ = watch.run(started, &stop).await;
+            let _ = watch.run(tenure, started, stop).await;
+            future::pending().await
         };
         let mirroring = async {
             // Nothing is written before the cluster is listed and the registry has compared.
-            let Ok(term) = term.await else { return stop.cancelled().await };
-            let reporter = Reporter { controller: names::MANAGER.into(), instance: Some(writer.clone()) };
-            let events = Recorder::new(client.clone(), reporter);
-            let api = ApiClient::new(client, requests_per_second.get(), Arc::clone(&metrics));
-            let reconciler = Reconciler::new(api, cache, registry, metrics, options, writer, term);
+            let term = match restored.await {
+                Ok(Restored::Outranked(term)) => return term,
+                Ok(Restored::Term(term)) if replica.taken_over().await => term,
+                // The process ends.
+                _ => future::pending().await,
+            };
+            let reporter = Reporter { controller: names::MANAGER.into(), instance: Some(host.into()) };
+            let events = Recorder::new(self.client.clone(), reporter);
+            let fence = replica.fence.clone();
+            let api = ApiClient::new(self.client.clone(), requests_per_second.get(), fence, Arc::clone(metrics));
+            let reconciler =
+                Reconciler::new(api, cache, registry.clone(), Arc::clone(metrics), options, host.into(), term);
             Mirror::new(reconciler, events).run(stop.clone()).await;
+            future::pending().await
         };
-        futures::join!(watching, mirroring);
+        tokio::select! {
+            outranked = mirroring => outranked,
+            outranked = watching => outranked,
+        }
     }
 }

@@ -7,7 +7,7 @@ use prometheus_client::{
 
 use super::{
     guard::GaugeGuard,
-    labels::{EnumCounter, EnumGauge, label_enum},
+    labels::{EnumCounter, EnumGauge, LabelEnum as _, label_enum},
 };
 
 label_enum! {
@@ -42,12 +42,26 @@ label_enum! {
     }
 }
 
-/// Metrics of the watches on Kubernetes.
+label_enum! {
+    /// What this process is to the Lease `gangplank-writer`: the label `role`.
+    pub enum LeaseRole {
+        /// Another process holds the Lease, or none does yet.
+        Standby => "standby",
+        /// This process holds the Lease and reads the slices.
+        TakingOver => "taking_over",
+        /// This process holds the Lease and writes.
+        Writer => "writer",
+    }
+}
+
+/// Metrics of the watches on Kubernetes, and of the Lease.
 #[derive(Debug)]
 pub struct KubernetesMetrics {
     restarts: EnumCounter<(Watched, RestartReason)>,
     lists: EnumCounter<Watched>,
     watching: EnumGauge<Watched>,
+    lease_role: EnumGauge<LeaseRole>,
+    lease_term: Gauge,
     /// 1 once what Kubernetes holds was read for the first time.
     pub synced: Gauge,
     /// Endpoints in our slices that are invalid.
@@ -76,9 +90,17 @@ impl KubernetesMetrics {
                 "resource",
                 "Open watches: one for each resource while it is watched",
             ),
+            lease_role: EnumGauge::register(
+                kubernetes,
+                "lease_role",
+                "role",
+                "1 for what this process is to the Lease gangplank-writer",
+            ),
+            lease_term: Gauge::default(),
             synced: Gauge::default(),
             skipped_endpoints: Counter::default(),
         };
+        kubernetes.register("lease_term", "The highest term that this process has seen", metrics.lease_term.clone());
         kubernetes.register(
             "synced",
             "1 once everything that Kubernetes holds was read for the first time",
@@ -95,6 +117,14 @@ impl KubernetesMetrics {
     /// Counts a list or watch that failed.
     pub fn restarted(&self, resource: Watched, reason: RestartReason) {
         self.restarts.at((resource, reason)).inc();
+    }
+
+    /// Notes what this process is to the Lease, and the highest term that it has seen.
+    pub fn lease(&self, role: LeaseRole, term: u64) {
+        for &other in LeaseRole::ALL {
+            self.lease_role.at(other).set(u64::from(other == role));
+        }
+        self.lease_term.set(i64::try_from(term).unwrap_or(i64::MAX));
     }
 
     /// Counts a complete list.

@@ -23,7 +23,7 @@ pub use connections::{CloseReason, ConnectionMetrics, ListenerKind};
 pub use dns::DnsMetrics;
 pub use grpc::{ConnectionClosed, GrpcMetrics, Method, RegistrationKind, RegistrationStatus, WatchEnd};
 pub use guard::GaugeGuard;
-pub use kubernetes::{KubernetesMetrics, RestartReason, Watched};
+pub use kubernetes::{KubernetesMetrics, LeaseRole, RestartReason, Watched};
 pub use labels::{EnumCounter, EnumFamily, EnumGauge, LabelEnum, LabelValues};
 pub use lists::ListMetrics;
 pub use mirror::{BlockedService, MirrorMetrics, RequestOutcome, Verb};

@@ -46,6 +46,8 @@ label_enum! {
         Invalid => "invalid",
         /// The registry is still recovering.
         NotReady => "not_ready",
+        /// Another process has the Lease.
+        Standby => "standby",
         /// The process is stopping.
         ShuttingDown => "shutting_down",
         /// A write or sync failed.
@@ -256,7 +258,7 @@ mod tests {
             "gangplank_registry_commands_total{outcome=\"created\"} 1",
             "gangplank_registry_commands_total{outcome=\"full\"} 6",
             "gangplank_registry_refused_total{reason=\"invalid\"} 1",
-            "gangplank_registry_refused_total{reason=\"storage_failed\"} 4",
+            "gangplank_registry_refused_total{reason=\"storage_failed\"} 5",
         ] {
             assert!(text.lines().any(|found| found == line), "no line {line:?} in\n{text}");
         }

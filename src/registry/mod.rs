@@ -129,6 +129,9 @@ pub enum Unavailable {
     /// The store, or the EndpointSlices, are not read yet.
     #[error("not ready: the server is still loading; try again")]
     NotReady,
+    /// Another process writes to Kubernetes.
+    #[error("on standby: another gangplank has the Lease gangplank-writer; register there, or try again")]
+    Standby,
     /// The process is about to end.
     #[error("the server is shutting down; try again")]
     ShuttingDown,
@@ -226,6 +229,12 @@ impl RegistryHandle {
             return Ok(());
         }
         self.queue.send(WriterMessage::Mirrored(services)).await.map_err(|_| self.status.refusal())
+    }
+
+    /// Whether the writer has ended: nothing changes any more.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.queue.is_closed()
     }
 
     /// The services whose latest change is not in Kubernetes.

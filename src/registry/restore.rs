@@ -1,11 +1,10 @@
 //! Decides after a start with Kubernetes whether the store or the EndpointSlices are newer, and what
 //! has to change in the registry.
 //!
-//! Every data directory writes to Kubernetes under a term of its own, one above the highest term that
-//! it found there, and every slice shows a generation that its writer had stored before. So if no slice
-//! has a higher term than the directory, nor its term with a higher generation, the store is newer: the
-//! stored state is kept, and the mirror corrects the slices. Otherwise the slices are newer: another
-//! directory has written to Kubernetes since, or this directory is new, or it is an older copy of the one
+//! Whoever writes to Kubernetes does so under a term of its own, higher than any before; slices and the
+//! Lease show the term, and a generation that its writer had stored before. So if neither has a higher
+//! term than the directory, nor its term with a higher generation, the store is newer: the stored state
+//! is kept, and the mirror corrects the slices. Otherwise the slices are newer: another directory has written to Kubernetes since, or this directory is new, or it is an older copy of the one
 //! that wrote. Then the outbox is laid over the slices. The outbox has the changes that this directory
 //! acknowledged and that Kubernetes was never seen to have. Of two words on one instance the one with the
 //! later [`Stamp`] wins, so that an old outbox undoes nothing that was acknowledged after it.
@@ -18,13 +17,15 @@ use crate::{
     store::Record,
 };
 
-/// The contents of the managed EndpointSlices, from one complete list.
+/// The contents of the managed EndpointSlices, from one complete list, and of the Lease.
 #[derive(Debug, Default)]
 pub struct KubernetesState {
-    /// The highest term on any slice; 0 without slices.
+    /// The highest term that anything shows; 0 without slices and without a Lease before.
     pub term: u64,
-    /// The highest generation on any slice of that term.
+    /// The highest generation that anything of that term shows.
     pub generation: u64,
+    /// The term under which this process writes from now on.
+    pub new_term: u64,
     /// The valid instances, by service.
     pub services: Vec<(ServiceKey, Vec<Arc<Instance>>)>,
 }
@@ -107,10 +108,11 @@ pub(super) struct Comparison {
 
 /// Decides which state is newer; `catalog` is everything that is registered now.
 pub(super) fn compare(local: &LocalState, held: KubernetesState, catalog: &[(ServiceKey, Service)]) -> Comparison {
+    // Higher than both, unless the Lease was set back to a backup.
+    let term = held.new_term.max(local.term);
     if local.term != 0 && (local.term, local.generation) >= (held.term, held.generation) {
-        return Comparison { term: local.term, records: Vec::new() };
+        return Comparison { term, records: Vec::new() };
     }
-    let term = held.term.saturating_add(1);
     let mut wanted: HashMap<ServiceKey, CowTree<Arc<Instance>>> = HashMap::new();
     for (service, instances) in held.services {
         let tree = wanted.entry(service).or_default();
@@ -194,7 +196,7 @@ mod tests {
 
     fn slices(term: u64, held: &[(&str, f32)]) -> KubernetesState {
         let instances = held.iter().map(|(address, weight)| instance(address, *weight)).collect();
-        KubernetesState { term, generation: 100, services: vec![(web(), instances)] }
+        KubernetesState { term, generation: 100, new_term: term + 1, services: vec![(web(), instances)] }
     }
 
     fn catalog(held: &[(&str, f32)]) -> Vec<(ServiceKey, Service)> {
@@ -213,7 +215,7 @@ mod tests {
         let held = slices(3, &[("10.0.0.1", 1.0), ("10.0.0.9", 1.0)]);
         let local = local(3, vec![remove("10.0.0.9")]);
         let comparison = compare(&local, held, &catalog(&[("10.0.0.1", 1.0), ("10.0.0.2", 1.0)]));
-        assert_eq!((comparison.term, comparison.records), (3, vec![]));
+        assert_eq!((comparison.term, comparison.records), (4, vec![]));
     }
 
     #[test]
@@ -271,7 +273,7 @@ mod tests {
             _ => unreachable!("a put stays one"),
         };
         let instances = vec![stamped("10.0.0.1", 50), stamped("10.0.0.2", 50), stamped("10.0.0.3", 50)];
-        let held = KubernetesState { term: 7, generation: 1, services: vec![(web(), instances)] };
+        let held = KubernetesState { term: 7, generation: 1, new_term: 8, services: vec![(web(), instances)] };
         let outbox = vec![
             at(40, put("10.0.0.1", 1.0)),
             at(40, remove("10.0.0.2")),

@@ -14,6 +14,8 @@ pub enum Phase {
     Recovering,
     /// DNS serves the stored services; the EndpointSlices are being read.
     Restoring,
+    /// Another process writes to Kubernetes, as this holder of the Lease.
+    Standby(Arc<str>),
     /// Registrations are accepted.
     Ready,
     /// A write or sync failed with this error. DNS continues with the applied changes.
@@ -50,7 +52,7 @@ impl Status {
 
     pub(super) fn ready(&self) {
         self.0.send_if_modified(|phase| {
-            let loading = matches!(phase, Phase::Recovering | Phase::Restoring);
+            let loading = matches!(phase, Phase::Recovering | Phase::Restoring | Phase::Standby(_));
             if loading {
                 *phase = Phase::Ready;
             }
@@ -68,9 +70,24 @@ impl Status {
         });
     }
 
+    /// Another process writes, as `holder`. Returns whether that is new.
+    pub(crate) fn standby(&self, holder: &str) -> bool {
+        self.0.send_if_modified(|phase| {
+            let new = match phase {
+                Phase::Restoring => true,
+                Phase::Standby(before) => &**before != holder,
+                _ => false,
+            };
+            if new {
+                *phase = Phase::Standby(holder.into());
+            }
+            new
+        })
+    }
+
     pub(super) fn storage_failed(&self, err: &str) {
         self.0.send_if_modified(|phase| {
-            let working = matches!(phase, Phase::Recovering | Phase::Restoring | Phase::Ready);
+            let working = matches!(phase, Phase::Recovering | Phase::Restoring | Phase::Standby(_) | Phase::Ready);
             if working {
                 *phase = Phase::StorageFailed(err.into());
             }
@@ -78,10 +95,15 @@ impl Status {
         });
     }
 
-    pub(super) fn accepting(&self) -> Result<(), Unavailable> {
+    /// Whether submissions are accepted.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn accepting(&self) -> Result<(), Unavailable> {
         match *self.0.borrow() {
             Phase::Ready => Ok(()),
             Phase::Recovering | Phase::Restoring => Err(Unavailable::NotReady),
+            Phase::Standby(_) => Err(Unavailable::Standby),
             Phase::StorageFailed(_) => Err(Unavailable::StorageFailed),
             Phase::Draining => Err(Unavailable::ShuttingDown),
         }

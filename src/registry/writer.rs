@@ -20,7 +20,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::{
-    Ack, AckSender, Catalog, ClusterFact, MirrorProgress, Outcome, Status, Submission, Unavailable, WriterMessage,
+    Ack, AckSender, Catalog, ClusterFact, MirrorProgress, Outcome, Phase, Status, Submission, Unavailable,
+    WriterMessage,
     apply::Applier,
     batch_limit::{BatchLimit, MAX_BATCH_TIME},
     commit::Committer,
@@ -102,6 +103,10 @@ async fn receive(
 }
 
 impl Writer {
+    fn is_standby(&self) -> bool {
+        matches!(self.status.phase(), Phase::Standby(_))
+    }
+
     /// The generation that DNS serves.
     #[must_use]
     pub fn generation(&self) -> u64 {
@@ -116,7 +121,7 @@ impl Writer {
         let deadline = Instant::now() + RESTORE_TIMEOUT;
         while !self.mirror_records.comparison_is_over() {
             // A comparison that has begun needs no API server any more, so it has no timeout.
-            let may_time_out = was_compared && self.mirror_records.awaited().is_some();
+            let may_time_out = was_compared && self.mirror_records.awaited().is_some() && !self.is_standby();
             let next = runtime.block_on(async {
                 tokio::select! {
                     biased;
@@ -128,6 +133,8 @@ impl Writer {
             match next {
                 Ok(message) => self.batch(message, runtime),
                 Err(Woken::Stopped) => return false,
+                // Another process has the Lease: it may have changed anything since.
+                Err(Woken::TimedOut) if self.is_standby() => {}
                 Err(Woken::TimedOut) => {
                     warn!("Kubernetes does not answer; going on with what is stored, and its slices follow later");
                     break;

@@ -63,6 +63,14 @@ pub struct Tenure {
     listed_after: Option<BootTime>,
 }
 
+impl Tenure {
+    /// A tenure that begins with the list of the slices.
+    #[must_use]
+    pub const fn new(term: u64, previous: Option<LeaseRecord>) -> Self {
+        Self { term, previous, listed_after: None }
+    }
+}
+
 /// What to do next.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
@@ -211,6 +219,12 @@ impl Election {
     #[must_use]
     pub fn is_safe(&self, now: BootTime) -> bool {
         self.renewed.is_some_and(|began| now.since(began) < RENEW_DEADLINE)
+    }
+
+    /// When the last successful renewal began.
+    #[must_use]
+    pub const fn renewed_at(&self) -> Option<BootTime> {
+        self.renewed
     }
 
     /// This replica has published up to `generation`; the next renewal says so.

@@ -4,7 +4,7 @@
 //! next comes out. So the same code runs in a simulated world, where every rule of [`rules`] is tried with
 //! and without the others, against crashes, pauses, partitions, late requests, old copies of directories and clocks that differ.
 //!
-//! 1. **Words.** Every registration and removal is a [`word`] with a [`stamp`]: hybrid logical clock, term, generation. Of two
+//! 1. **Words.** Every registration and removal is a [`word`] with a [stamp](crate::model::Stamp): hybrid logical clock, term, generation. Of two
 //!    words on one instance the younger counts, wherever they meet. A removal leaves a tombstone.
 //! 2. **Terms.** The [`election`] gives the Lease to one replica at a time, each time with a higher term. A writer writes
 //!    slices and confirms words only while it is certain to hold the Lease.
@@ -20,14 +20,14 @@
 //!    answers and takes registrations with 202. Copies of one directory are replicas of their own: see
 //!    [`DirectoryId`](lease::DirectoryId).
 //!
-//! The server does not run this yet: one process writes, and nothing elects it.
+//! The server runs the election, with every process that does not write on standby. Followers that answer, tombstones and the
+//! hand-over are simulated only.
 
 pub mod confirm;
 pub mod election;
 pub mod lease;
 pub mod rules;
 pub mod slice;
-use crate::model as stamp;
 pub mod takeover;
 #[cfg(test)]
 mod tests;

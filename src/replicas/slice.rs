@@ -94,7 +94,8 @@ impl<K: Ord + Clone, V: Clone + PartialEq> SliceRecord<K, V> {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::stamp::Stamp, *};
+    use super::*;
+    use crate::model::Stamp;
 
     const ME: DirectoryId = DirectoryId(1);
 

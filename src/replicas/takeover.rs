@@ -7,9 +7,9 @@ use super::{
     lease::DirectoryId,
     rules::Rules,
     slice::SliceRecord,
-    stamp::HybridClock,
     word::{AgeLimit, Merged, TombstoneLifetime, Word},
 };
+use crate::model::HybridClock;
 
 /// What a data directory holds.
 #[derive(Debug, Clone)]

@@ -1,6 +1,6 @@
 //! Words, and the one rule by which two copies of the truth become one.
 
-use super::stamp::{HybridClock, Stamp};
+use crate::model::{HybridClock, Stamp};
 
 /// What was said last of one instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -48,8 +48,9 @@ mod tests;
 
 use std::{
     fs,
+    hash::BuildHasher as _,
     io::{self, Read, Seek, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt as _, OpenOptionsExt},
     path::Path,
     sync::Arc,
 };
@@ -187,6 +188,24 @@ impl DataDir {
             tracing::warn!(file = %file.display(), %err, "cannot note the pid in the lock file");
         }
         OsDirectory::new(path.into(), dir, name, lock).map(Self).io_context("open", path)
+    }
+
+    /// Identifies the directory on this machine since its boot. A copy of the directory has another identity, and
+    /// so has the same volume on another machine.
+    ///
+    /// # Errors
+    /// When the system does not say.
+    pub fn identity(&self) -> Result<u128, StoreError> {
+        const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+        let path = self.0.path();
+        let directory = fs::metadata(path).io_context("read", path)?;
+        let boot = fs::read_to_string(BOOT_ID).io_context("read", Path::new(BOOT_ID))?;
+        // Two halves of a hash that need not be stable: after a boot it is another one anyway.
+        let half = |salt: u8| {
+            let hasher = foldhash::quality::FixedState::with_seed(salt.into());
+            u128::from(hasher.hash_one((&boot, directory.dev(), directory.ino())))
+        };
+        Ok(half(1) << 64 | half(2))
     }
 
     /// Passes every stored record to `record`, later ones after earlier ones, and opens the journal.

@@ -9,6 +9,7 @@ mod external_changes;
 mod faults;
 mod figures;
 mod kill_cycles;
+mod lease;
 mod seen_by_coredns;
 mod write_counts;
 
@@ -31,8 +32,7 @@ use crate::support::{
     wait_until,
 };
 
-/// A gangplank that mirrors into a cluster. One at a time: each of two would take the other's
-/// slices for its own.
+/// A gangplank that mirrors into a cluster. One at a time: a second one would wait on standby.
 struct MirrorHarness {
     server: Server,
     cluster: &'static Cluster,
@@ -96,6 +96,7 @@ impl MirrorHarness {
     /// as `kubeconfig` says.
     fn restart_empty_with(&mut self, kubeconfig: &Path, flags: &[&str]) {
         self.server.kill9();
+        self.cluster.release_lease();
         self.server = serve_by(kubeconfig, flags);
     }
 

@@ -19,7 +19,7 @@ const DOWN: &[(&str, &[&str])] = &[
     ("dns", &["metrics", "model", "net", "zone"]),
     ("grpc", &["metrics", "model", "net", "registry"]),
     ("admin", &["metrics", "model", "net", "registry", "zone"]),
-    ("kubernetes", &["metrics", "model", "registry"]),
+    ("kubernetes", &["metrics", "model", "registry", "replicas"]),
     ("registry", &["metrics", "model", "store", "zone"]),
     ("store", &["metrics", "model"]),
     ("net", &["metrics"]),
@@ -34,6 +34,7 @@ const KUBERNETES_ROOMS: &[(&str, &[&str])] = &[
     ("objects", &[]),
     ("api", &["objects"]),
     ("cache", &["objects"]),
+    ("replicas", &["objects", "api"]),
     ("watch", &["objects", "api", "cache"]),
     ("mirror", &["objects", "api", "cache"]),
 ];

@@ -60,7 +60,8 @@ impl Server {
         Self::start_on(data, flags.iter().map(|&flag| flag.to_owned()).collect())
     }
 
-    fn start_on(data: TempDir, flags: Vec<String>) -> Self {
+    /// Starts on this data directory and waits until it is ready.
+    pub(crate) fn start_on(data: TempDir, flags: Vec<String>) -> Self {
         let process = Process::serve(data.path(), &flags);
         let (greeting, [grpc, dns, admin]) = process.ready();
         Self { grpc, dns, admin, greeting, process, data, flags }
@@ -75,6 +76,11 @@ impl Server {
     /// Sends SIGTERM and returns the exit status.
     pub(crate) fn terminate(&mut self) -> ExitStatus {
         self.process.terminate()
+    }
+
+    /// Sends this signal.
+    pub(crate) fn signal(&self, name: &str) {
+        self.process.signal(name);
     }
 
     /// Sends SIGTERM without waiting.
@@ -227,8 +233,14 @@ impl Process {
 
     /// Sends SIGTERM without waiting.
     pub(crate) fn signal_terminate(&self) {
+        self.signal("TERM");
+    }
+
+    /// Sends this signal.
+    pub(crate) fn signal(&self, name: &str) {
         // The shell's builtin kill: a kill program may be missing, and libc::kill is unsafe.
-        let signal = Command::new("sh").args(["-c", "kill -TERM \"$0\"", &self.child.id().to_string()]).status();
+        let script = format!("kill -{name} \"$0\"");
+        let signal = Command::new("sh").args(["-c", &script, &self.child.id().to_string()]).status();
         assert!(signal.expect("there is a shell").success(), "the server still runs");
     }
 

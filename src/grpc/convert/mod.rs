@@ -550,7 +550,8 @@ mod tests {
             assert_eq!((response.status, response.generation), (status, generation), "{outcome:?}");
             assert_eq!(response.status_details.is_empty(), status < 300, "{}", response.status_details);
         }
-        for err in [Unavailable::NotReady, Unavailable::ShuttingDown, Unavailable::StorageFailed] {
+        for err in [Unavailable::NotReady, Unavailable::Standby, Unavailable::ShuttingDown, Unavailable::StorageFailed]
+        {
             let (response, _) = parse(good(), &VALIDATOR, UnixMillis(1));
             let response = response.unavailable(err);
             assert_eq!((response.status, response.status_details), (503, err.to_string()));

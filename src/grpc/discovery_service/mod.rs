@@ -49,6 +49,7 @@ impl DiscoveryService {
     fn ready(&self) -> Result<(), Status> {
         match self.context.registry.status().phase() {
             Phase::Recovering | Phase::Restoring => Err(Status::unavailable(Unavailable::NotReady.to_string())),
+            Phase::Standby(_) => Err(Status::unavailable(Unavailable::Standby.to_string())),
             Phase::Ready | Phase::StorageFailed(_) | Phase::Draining => Ok(()),
         }
     }

@@ -99,6 +99,7 @@ fn count(metrics: &Metrics, response: &RegistrationResponse, unavailable: Option
     let status = RegistrationStatus::from_code(response.status);
     let refused = match unavailable {
         Some(Unavailable::NotReady) => Some(RefusalReason::NotReady),
+        Some(Unavailable::Standby) => Some(RefusalReason::Standby),
         Some(Unavailable::ShuttingDown) => Some(RefusalReason::ShuttingDown),
         Some(Unavailable::StorageFailed) => Some(RefusalReason::StorageFailed),
         None => (status == Some(RegistrationStatus::Invalid)).then_some(RefusalReason::Invalid),

@@ -95,7 +95,8 @@ impl Registry {
         let mut registry = Self::with(registry::Options { max_instances: 1_000_000, kubernetes: Some(rules) });
         registry.recover();
         registry.write();
-        let restored = registry.context.registry.restore(registry::KubernetesState::default());
+        let restored =
+            registry.context.registry.restore(registry::KubernetesState { new_term: 1, ..Default::default() });
         assert_eq!(soon("the start", restored).await, Ok(1));
         registry
     }

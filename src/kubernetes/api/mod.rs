@@ -3,12 +3,13 @@
 //! kube's own retries are off: only the caller knows whether a write is still wanted. Every request
 //! has a timeout, and `Retry-After` is honoured for every answer.
 
+mod fence;
 mod rate_limiter;
 mod retry_after;
 
 use std::{future::Future, path::Path, sync::Arc, time::Duration};
 
-use http::Request;
+use http::{Request, response::Parts};
 use k8s_openapi::{NamespaceResourceScope, Resource, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{
     Client, Config,
@@ -22,6 +23,7 @@ use kube::{
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::time::{Instant, timeout};
 
+pub(super) use self::fence::{Fence, boot_time};
 use self::rate_limiter::RateLimiter;
 use crate::metrics::{Metrics, RequestOutcome, Verb};
 
@@ -53,8 +55,17 @@ pub enum ConnectError {
     Client(#[source] Box<kube::Error>),
 }
 
-/// A client as the mirror needs it, and the server's address for messages.
-pub(super) async fn connect(kubeconfig: Option<&Path>) -> Result<(Client, String), ConnectError> {
+/// What a kubeconfig or a ServiceAccount gives.
+pub(super) struct Connection {
+    pub(super) client: Client,
+    /// The server's URL, for messages.
+    pub(super) server: String,
+    /// The default namespace.
+    pub(super) namespace: String,
+}
+
+/// A client as the mirror needs it.
+pub(super) async fn connect(kubeconfig: Option<&Path>) -> Result<Connection, ConnectError> {
     let mut config = match kubeconfig {
         Some(path) => {
             // kube's errors print their causes and return them as sources too: `chain` prints each once.
@@ -71,9 +82,9 @@ pub(super) async fn connect(kubeconfig: Option<&Path>) -> Result<(Client, String
     config.connect_timeout = Some(CONNECT_TIMEOUT);
     // Watches are quiet for long; every other request has a timeout of its own.
     config.read_timeout = None;
-    let server = config.cluster_url.to_string();
+    let (server, namespace) = (config.cluster_url.to_string(), config.default_namespace.clone());
     let client = Client::try_from(config).map_err(|err| ConnectError::Client(Box::new(err)))?;
-    Ok((retry_after::honoured_by(client), server))
+    Ok(Connection { client: retry_after::honoured_by(client), server, namespace })
 }
 
 /// Why a request failed.
@@ -157,10 +168,11 @@ impl ApiError {
     }
 }
 
-/// Makes requests within the rate limit and counts them.
+/// Makes requests within the rate limit and counts them. Writes wait until no other process can hold the Lease.
 pub(super) struct ApiClient {
     client: Client,
     rate_limiter: RateLimiter,
+    fence: Fence,
     metrics: Arc<Metrics>,
 }
 
@@ -187,8 +199,13 @@ impl<'a> Preconditions<'a> {
 }
 
 impl ApiClient {
-    pub(super) fn new(client: Client, per_second: u32, metrics: Arc<Metrics>) -> Self {
-        Self { client, rate_limiter: RateLimiter::new(per_second), metrics }
+    pub(super) fn new(client: Client, per_second: u32, fence: Fence, metrics: Arc<Metrics>) -> Self {
+        Self { client, rate_limiter: RateLimiter::new(per_second), fence, metrics }
+    }
+
+    /// Waits until what was seen before this call counts, see [`Fence::confirmed`].
+    pub(super) async fn confirmed(&self) {
+        self.fence.confirmed().await;
     }
 
     pub(super) async fn get<K: NamespacedObject>(&self, namespace: &str, name: &str) -> Result<K, ApiError> {
@@ -244,6 +261,9 @@ impl ApiClient {
     ) -> Result<T, ApiError> {
         let request = request.map_err(|err| ApiError::Invalid(err.to_string()))?;
         self.rate_limiter.acquire().await;
+        if matches!(verb, Verb::Create | Verb::Update | Verb::Delete) {
+            self.fence.safe().await;
+        }
         let result = self.send(verb, request).await;
         match &result {
             Err(ApiError::Busy(retry_after)) => self.rate_limiter.failed(Some(*retry_after)),
@@ -257,29 +277,39 @@ impl ApiClient {
     }
 
     async fn send<T: DeserializeOwned>(&self, verb: Verb, request: Request<Vec<u8>>) -> Result<T, ApiError> {
-        let mirror = &self.metrics.mirror;
         let begun = Instant::now();
-        let answered = within(async {
-            let response = self.client.send(request.map(Body::from)).await?;
-            let (head, body) = response.into_parts();
-            Ok((head, body.collect_bytes().await?))
-        });
-        let result = match answered.await {
-            Err(err) => Err(err),
-            Ok((head, body)) if head.status.is_success() => serde_json::from_slice(&body)
-                .map_err(|err| ApiError::Unknown(format!("its answer cannot be read: {err}"))),
-            Ok((head, body)) => {
-                let mut status: Status = serde_json::from_slice(&body).unwrap_or_else(|_| Status {
-                    message: String::from_utf8_lossy(&body).trim().to_owned(),
-                    ..Status::default()
-                });
-                status.code = head.status.as_u16();
-                Err(ApiError::of(&status))
-            }
-        };
-        mirror.request(verb, result.as_ref().err().map_or(RequestOutcome::Ok, ApiError::outcome), begun.elapsed());
+        let (_, result) = exchange(&self.client, request).await;
+        let outcome = result.as_ref().err().map_or(RequestOutcome::Ok, ApiError::outcome);
+        self.metrics.mirror.request(verb, outcome, begun.elapsed());
         result
     }
+}
+
+/// One request, within [`REQUEST_TIMEOUT`]: the head of the answer, if there was one, and what it says.
+pub(super) async fn exchange<T: DeserializeOwned>(
+    client: &Client,
+    request: Request<Vec<u8>>,
+) -> (Option<Parts>, Result<T, ApiError>) {
+    let answered = within(async {
+        let response = client.send(request.map(Body::from)).await?;
+        let (head, body) = response.into_parts();
+        Ok((head, body.collect_bytes().await?))
+    });
+    let (head, body) = match answered.await {
+        Err(err) => return (None, Err(err)),
+        Ok(answer) => answer,
+    };
+    let result = if head.status.is_success() {
+        serde_json::from_slice(&body).map_err(|err| ApiError::Unknown(format!("its answer cannot be read: {err}")))
+    } else {
+        let mut status: Status = serde_json::from_slice(&body).unwrap_or_else(|_| Status {
+            message: String::from_utf8_lossy(&body).trim().to_owned(),
+            ..Status::default()
+        });
+        status.code = head.status.as_u16();
+        Err(ApiError::of(&status))
+    };
+    (Some(head), result)
 }
 
 /// A namespaced object.

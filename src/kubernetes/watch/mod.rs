@@ -26,6 +26,7 @@ use kube::{Api, Client, core::DeserializeGuard};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
+pub(super) use self::restore::Restored;
 use self::{
     handlers::{ClusterFactHandler, EndpointsHandler, OwnSlicesHandler},
     outage::Outages,
@@ -37,6 +38,7 @@ use crate::{
     metrics::{Metrics, Watched},
     model::Validator,
     registry::{RegistryHandle, Unavailable},
+    replicas::election::Tenure,
 };
 
 /// The watches.
@@ -55,17 +57,22 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    /// Watches until `stop`. Sends the term under which slices are written from then on, when the
-    /// registry holds what Kubernetes held.
+    /// Watches until `stop`, and restores the registry under `tenure`. Sends the term under which slices
+    /// are written from then on, when the registry holds what Kubernetes held.
     ///
     /// # Errors
     /// When the registry ends before `stop`, or cannot write its journal.
-    pub(super) async fn run(self, started: oneshot::Sender<u64>, stop: &CancellationToken) -> Result<(), Unavailable> {
+    pub(super) async fn run(
+        self,
+        tenure: Tenure,
+        started: oneshot::Sender<Restored>,
+        stop: &CancellationToken,
+    ) -> Result<(), Unavailable> {
         let outages = Outages::new(self.server.clone());
         let (namespaces_listed, namespaces) = oneshot::channel();
         let (services_listed, services) = oneshot::channel();
         let (joined_listed, joined) = oneshot::channel();
-        let restore = InitialRestore::new(&self.registry, self.validator, &self.metrics.kubernetes, started);
+        let restore = InitialRestore::new(&self.registry, self.validator, &self.metrics.kubernetes, tenure, started);
         let restore = restore.after(namespaces, joined);
         let all = async {
             tokio::select! {

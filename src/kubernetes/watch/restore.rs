@@ -11,17 +11,29 @@ use crate::{
     metrics::KubernetesMetrics,
     model::{ServiceKey, Validator},
     registry::{KubernetesState, RegistryHandle, Unavailable},
+    replicas::election::Tenure,
 };
 
 /// Most log lines about skipped endpoints.
 const MAX_LOG_LINES: u64 = 100;
 
+/// How a restore ends.
+#[derive(Debug)]
+pub(in crate::kubernetes) enum Restored {
+    /// The registry has what the slices hold; they are written under this term.
+    Term(u64),
+    /// A slice has this term, which is no lower than that of the Lease: a higher one is needed first.
+    Outranked(u64),
+}
+
 /// The restore. It holds instances, not objects: those are dropped page by page.
 pub(super) struct InitialRestore<'a> {
     registry: &'a RegistryHandle,
     metrics: &'a KubernetesMetrics,
-    /// Receives the term under which slices are written.
-    started: oneshot::Sender<u64>,
+    /// Under which this process writes.
+    tenure: Tenure,
+    /// Receives the end of the restore.
+    started: oneshot::Sender<Restored>,
     /// What the registry must have learnt before.
     before: Vec<oneshot::Receiver<()>>,
     instances: RestoredInstances,
@@ -41,9 +53,10 @@ impl<'a> InitialRestore<'a> {
         registry: &'a RegistryHandle,
         validator: Validator,
         metrics: &'a KubernetesMetrics,
-        started: oneshot::Sender<u64>,
+        tenure: Tenure,
+        started: oneshot::Sender<Restored>,
     ) -> Self {
-        Self { registry, metrics, started, before: Vec::new(), instances: RestoredInstances::new(validator) }
+        Self { registry, metrics, tenure, started, before: Vec::new(), instances: RestoredInstances::new(validator) }
     }
 
     /// Waits for these before it finishes: every namespace, and the instances of joined Services,
@@ -59,7 +72,12 @@ impl<'a> InitialRestore<'a> {
 
     /// The list is complete.
     pub(super) async fn finish(self) -> Result<(), Unavailable> {
-        let Self { registry, metrics, started, before, instances } = self;
+        let Self { registry, metrics, tenure, started, before, instances } = self;
+        if instances.rank.term >= tenure.term {
+            // The receiver may be gone.
+            let _ = started.send(Restored::Outranked(instances.rank.term));
+            return Ok(());
+        }
         for learnt in before {
             // The senders are dropped early only when everything ends.
             let _ = learnt.await;
@@ -67,13 +85,13 @@ impl<'a> InitialRestore<'a> {
         if instances.skipped > MAX_LOG_LINES {
             tracing::warn!("{} more endpoints of slices were skipped or changed", instances.skipped - MAX_LOG_LINES);
         }
-        let restored = instances.into_state();
+        let restored = instances.into_state(&tenure);
         let (services, found) = (restored.services.len(), restored.term);
         let term = registry.restore(restored).await?;
         tracing::info!(services, found, term, "restored from Kubernetes");
         metrics.synced.set(1);
         // The receiver may be gone.
-        let _ = started.send(term);
+        let _ = started.send(Restored::Term(term));
         Ok(())
     }
 }
@@ -119,10 +137,14 @@ impl RestoredInstances {
         }
     }
 
-    fn into_state(self) -> KubernetesState {
-        let Self { view, rank: SliceRank { term, generation }, .. } = self;
+    /// The Lease as it was before counts too: it outlives slices that are deleted with their last instance.
+    fn into_state(self, tenure: &Tenure) -> KubernetesState {
+        let Self { view, rank, .. } = self;
+        let lease = tenure.previous.as_ref();
+        let lease = lease.map(|lease| SliceRank { term: lease.term, generation: lease.generation });
+        let SliceRank { term, generation } = rank.max(lease.unwrap_or_default());
         let services = view.services().map(|service| (service.clone(), view.instances(service)));
-        KubernetesState { term, generation, services: services.collect() }
+        KubernetesState { term, generation, new_term: tenure.term, services: services.collect() }
     }
 }
 
@@ -173,7 +195,7 @@ mod tests {
         apply(ObjectEvent::InitApply(gone));
         apply(ObjectEvent::InitDone("9".into()));
         assert_eq!((restored.skipped, metrics.skipped_endpoints.get()), (1, 1));
-        let KubernetesState { term, generation, services } = restored.into_state();
+        let KubernetesState { term, generation, new_term: _, services } = restored.into_state(&Tenure::new(4, None));
         assert_eq!((term, generation), (3, 1));
         let [(service, instances)] = &services[..] else { panic!("{services:?}") };
         assert_eq!(service.to_string(), "prod/web");

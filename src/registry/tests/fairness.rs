@@ -52,7 +52,7 @@ impl TestRegistry {
 /// mirror, and was started again without an API server.
 fn started_alone(dir: &TempDir, registered: Vec<Command>) -> TestRegistry {
     let (mut registry, _) = with_kubernetes(dir);
-    restore(&mut registry, KubernetesState::default());
+    restore(&mut registry, KubernetesState { new_term: 1, ..KubernetesState::default() });
     let mut answer = registry.submit(registered);
     registry.batch();
     let generation = answer.as_mut().now_or_never().expect("carried out").expect("accepted").generation;
@@ -75,7 +75,7 @@ fn written_by_another(services: u32) -> KubernetesState {
             other => panic!("{other:?} registers"),
         }
     };
-    KubernetesState { term: 7, generation: 1, services: (1..=services).map(service).collect() }
+    KubernetesState { term: 7, generation: 1, new_term: 8, services: (1..=services).map(service).collect() }
 }
 
 /// Begins a restore; its message is in the writer's queue.
@@ -132,7 +132,8 @@ fn change_during_a_comparison_replaces_its_result() {
             other => panic!("{other:?} registers"),
         }
     });
-    let held_there = KubernetesState { term: 7, generation: 1, services: vec![(service.clone(), there.to_vec())] };
+    let held_there =
+        KubernetesState { term: 7, generation: 1, new_term: 8, services: vec![(service.clone(), there.to_vec())] };
     let mut restoring = begin_restore(&registry, held_there);
     // After the request, before the first part of the result: .1 changes, .3 is removed, and .4 is
     // registered again unchanged.
@@ -222,7 +223,7 @@ fn batch_is_bounded_by_the_cost_of_its_commands() {
 fn run_of_facts_does_not_delay_a_decided_submission() {
     let dir = tempfile::tempdir().expect("a directory");
     let (mut registry, _) = with_kubernetes(&dir);
-    restore(&mut registry, KubernetesState::default());
+    restore(&mut registry, KubernetesState { new_term: 1, ..KubernetesState::default() });
     registry.writer.clock = stopped_clock;
     let mut decided = registry.submit(vec![register("web", "10.0.0.1", 80, 1.0)]);
     for n in 0..600 {

@@ -247,7 +247,8 @@ fn registration_is_refused_before_the_restore_and_checked_after_it() {
     let facts = vec![ClusterFact::Namespace { name: "prod".into(), exists: true }, ClusterFact::NamespacesComplete];
     registry.runtime.block_on(registry.handle.learn(facts)).expect("the registry is there");
     let Command::Register { service, instance } = register("web", "10.0.0.7", 80, 2.0) else { panic!("it registers") };
-    let in_kubernetes = KubernetesState { term: 41, generation: 1, services: vec![(service, vec![instance])] };
+    let in_kubernetes =
+        KubernetesState { term: 41, generation: 1, new_term: 42, services: vec![(service, vec![instance])] };
     let handle = registry.handle.clone();
     let restoring = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
@@ -288,7 +289,7 @@ fn restore(registry: &mut TestRegistry, in_kubernetes: KubernetesState) -> u64 {
 fn foreign_endpoints_are_served_and_neither_journaled_nor_mirrored() {
     let dir = tempfile::tempdir().expect("a directory");
     let (mut registry, zone) = with_kubernetes(&dir);
-    assert_eq!(restore(&mut registry, KubernetesState::default()), 1);
+    assert_eq!(restore(&mut registry, KubernetesState { new_term: 1, ..KubernetesState::default() }), 1);
     let (generation, synced) = (registry.writer.generation(), syncs(&registry.metrics));
     let Command::Register { service, instance } = register("web", "10.0.0.7", 80, 1.0) else { panic!("it registers") };
     let endpoints = ClusterFact::Endpoints { service, instances: vec![instance] };
@@ -305,7 +306,7 @@ fn foreign_endpoints_are_served_and_neither_journaled_nor_mirrored() {
 fn unchanged_registration_survives_a_comparison_that_drops_the_stored_instance() {
     let dir = tempfile::tempdir().expect("a directory");
     let (mut registry, _) = with_kubernetes(&dir);
-    restore(&mut registry, KubernetesState::default());
+    restore(&mut registry, KubernetesState { new_term: 1, ..KubernetesState::default() });
     let (known, gone) = (register("web", "10.0.0.1", 80, 1.0), register("web", "10.0.0.2", 80, 1.0));
     let (handle, service) = (registry.handle.clone(), VALIDATOR.service("prod", "web").expect("valid"));
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
@@ -321,7 +322,8 @@ fn unchanged_registration_survives_a_comparison_that_drops_the_stored_instance()
     let handle = registry.handle.clone();
     let Command::Register { service, instance } = register("db", "10.0.0.3", 80, 1.0) else { panic!("it registers") };
     let answer = runtime.block_on(handle.submit(vec![known])).expect("it is ready");
-    let in_kubernetes = KubernetesState { term: 7, generation: 1, services: vec![(service, vec![instance])] };
+    let in_kubernetes =
+        KubernetesState { term: 7, generation: 1, new_term: 8, services: vec![(service, vec![instance])] };
     std::thread::spawn(move || registry.writer.run(registry.runtime.handle(), &CancellationToken::new()));
     assert_eq!(runtime.block_on(answer).map(|ack| ack.outcomes), Ok(vec![Outcome::Unchanged]));
     assert_eq!(handle.mirror_progress().lag().services, 1, "it is not in Kubernetes yet");

@@ -17,7 +17,7 @@ fn endpoints_object_follows_without_a_second_slice() {
     harness.create_namespace("endpoints");
     let path = "/api/v1/namespaces/endpoints/endpoints/web";
     harness.mirrored("endpoints", "web", "10.40.0.1", "http=8080");
-    let standing = cluster.get_json(path);
+    let standing = soon("there is an Endpoints object", || object(cluster, path));
     assert_eq!(standing["metadata"]["labels"]["endpointslice.kubernetes.io/skip-mirror"], "true");
     assert_eq!(standing["subsets"][0]["addresses"], json!([{"ip": "10.40.0.1"}]));
 
@@ -36,8 +36,12 @@ fn endpoints_object_follows_without_a_second_slice() {
     // It is amended, and what others wrote on it stays.
     edit(cluster, path, &|endpoints| endpoints["metadata"]["annotations"]["example.com/note"] = "a".into());
     harness.mirrored("endpoints", "web", "10.40.0.2", "http=8080");
-    let amended = cluster.get_json(path);
-    assert_eq!(amended["subsets"][0]["addresses"], json!([{"ip": "10.40.0.1"}, {"ip": "10.40.0.2"}]));
+    // 201 says that the slice has it; the Endpoints object follows.
+    let both = json!([{"ip": "10.40.0.1"}, {"ip": "10.40.0.2"}]);
+    let amended = soon("the Endpoints object has both", || {
+        let endpoints = cluster.get_json(path);
+        (endpoints["subsets"][0]["addresses"] == both).then_some(endpoints)
+    });
     assert_eq!(amended["metadata"]["annotations"]["example.com/note"], "a");
     assert_eq!(uid(&amended), uid(&standing));
 

@@ -1,7 +1,5 @@
 //! Services that are deleted, and recreated by somebody else.
 
-use std::process::Command;
-
 use serde_json::{Value, json};
 
 use super::{admin, content, create, edit, name, soon, uid};
@@ -40,13 +38,6 @@ fn canary(cluster: &Cluster, namespace: &str, service: &Value) -> String {
         {"apiVersion": "v1", "kind": "Service", "name": name(service), "uid": uid(service)}]}});
     create(cluster, &path, &canary);
     format!("{path}/canary")
-}
-
-/// Freezes gangplank (SIGSTOP), or resumes it.
-fn signal(harness: &MirrorHarness, name: &str) {
-    let pid = harness.server.pid().to_string();
-    let sent = Command::new("sh").args(["-c", "kill -s \"$0\" \"$1\"", name, &pid]).status();
-    assert!(sent.expect("there is a shell").success(), "the server runs");
 }
 
 #[test]
@@ -117,10 +108,10 @@ fn name_taken_over_by_a_foreign_service_is_released_until_free() {
     harness.mirrored("taken", "web", "10.11.0.2", "http=8081");
     let path = service_path("taken", "web");
     // Gangplank would have its own there again before the second request.
-    signal(&harness, "STOP");
+    harness.server.signal("STOP");
     admin(cluster, "DELETE", &path, None);
     let service = create(cluster, &service_path("taken", ""), &native("web", &json!({})));
-    signal(&harness, "CONT");
+    harness.server.signal("CONT");
     soon("our slices are gone, the pod's are there", || {
         (addresses(cluster, "taken", "web") == ["10.11.9.9"]).then_some(())
     });

@@ -285,7 +285,26 @@ impl Cluster {
         let number = self.files.fetch_add(1, Ordering::Relaxed);
         let path = self.watchdog.folder().join(format!("gangplank-{number}.kubeconfig"));
         self.pki.write_token_kubeconfig(&path, server, &self.token);
+        self.release_lease();
         path
+    }
+
+    /// Releases the Lease of a gangplank that was killed, so that the next test need not wait until it has expired.
+    /// Does nothing while the API server is away.
+    pub(crate) fn release_lease(&self) {
+        const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/gangplank/leases";
+        let path = format!("{LEASES}/gangplank-writer");
+        let Ok((status, mut lease)) = self.request(Who::Admin, "GET", &path, None) else { return };
+        let (method, path) = match status {
+            200 => ("PUT", path.as_str()),
+            _ => ("POST", LEASES),
+        };
+        if status == 404 {
+            lease = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "gangplank-writer"}});
+        }
+        lease["spec"]["holderIdentity"] = json!("");
+        // A conflict is a gangplank that still ends.
+        let _ = self.request(Who::Admin, method, path, Some(&lease));
     }
 
     /// Creates a namespace, which must not exist yet.

@@ -136,7 +136,7 @@ impl Pki {
             "current-context": CONTEXT,
             "clusters": [{ "name": CONTEXT, "cluster": cluster }],
             "users": [{ "name": CONTEXT, "user": user }],
-            "contexts": [{ "name": CONTEXT, "context": { "cluster": CONTEXT, "user": CONTEXT } }],
+            "contexts": [{ "name": CONTEXT, "context": { "cluster": CONTEXT, "user": CONTEXT, "namespace": "gangplank" } }],
         });
         fs::write(path, config.to_string()).expect("the cluster's folder can be written");
     }

@@ -125,6 +125,7 @@ impl Reconciler {
                 DesiredState { service, generation, changed: registered.generation, instances: &registered.instances };
             match self.attempt(&desired).await {
                 Ok(outcome) => {
+                    self.api.confirmed().await;
                     self.refused_objects().forget(service);
                     return outcome;
                 }

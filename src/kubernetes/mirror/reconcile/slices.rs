@@ -40,6 +40,7 @@ impl Reconciler {
         uid: &str,
     ) -> Result<(), ApiError> {
         let refused = self.apply(desired, observed, self.plan(desired, observed, uid, false)).await?;
+        self.api.confirmed().await;
         self.registry.mirror_progress().confirm_slices(desired.service, desired.generation, refused.outdated);
         refused.err.map_or(Ok(()), Err)
     }

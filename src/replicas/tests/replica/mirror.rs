@@ -154,7 +154,7 @@ impl Replica {
             match self.judge(slice, &record, term, at) {
                 Judgement::Late if self.rules.merge_late_writes => self.merge_late(at, &record),
                 Judgement::Own => self.shown(slice, record.generation, at),
-                // The annotations, too, are put right.
+                // The annotations are repaired, too.
                 Judgement::Altered | Judgement::Forged => self.slices[slice].rewrite = true,
                 Judgement::Late | Judgement::Outranks => {}
             }

@@ -11,11 +11,11 @@ use super::super::{
     lease::{DirectoryId, LeaseRecord, LeaseWrite, ObservedLease, Opened, RequestId, ResourceVersion},
     rules::Rules,
     slice::{Judgement, SliceRecord, Writer},
-    stamp::Stamp,
     takeover::{self, Directory, HigherTerm},
     time::{BootTime, Now},
     word::{AgeLimit, Merged, TombstoneLifetime, Word},
 };
+use crate::model::Stamp;
 
 /// An instance: its service, whose slice holds it, and its address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -1,4 +1,4 @@
-//! What hands do to slices, with kubectl: and what of that the protocol has to put right.
+//! What hands do to slices, with kubectl: and what of that the protocol has to repair.
 
 use super::*;
 
@@ -27,7 +27,7 @@ pub(in super::super) enum Annotations {
     HigherGeneration,
 }
 
-/// What a hand did to a key that nobody has put right yet.
+/// What a hand did to a key that is not repaired yet.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Edited {
     time: Micros,
@@ -110,7 +110,7 @@ impl World {
         }
     }
 
-    /// A replica wrote `record`. Words that are as young as those that a hand took away are put right by it; a late request, sent
+    /// A replica wrote `record`. Words that are as young as those that a hand took away are repaired by it; a late request, sent
     /// before there were such words, puts nothing right.
     pub(super) fn put_right(&mut self, slice: usize, record: &Record) {
         self.edited.retain(|key, edited| {
@@ -121,7 +121,7 @@ impl World {
         });
     }
 
-    /// A take-over lists slices. What a hand did to them and nobody has put right is the truth from now on.
+    /// A take-over lists slices. What a hand did to them and is not repaired is the truth from now on.
     pub(super) fn edits_are_listed(&mut self) {
         for (key, edited) in std::mem::take(&mut self.edited) {
             let word = self.slices[key.slice].as_ref().and_then(|(_, record)| record.words.get(&key));

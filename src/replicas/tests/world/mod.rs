@@ -14,7 +14,6 @@ use std::{
 use super::{
     super::{
         lease::{DirectoryId, LeaseRecord, LeaseWrite, ObservedLease, RequestId, ResourceVersion},
-        stamp::{HybridClock, Stamp},
         takeover::Directory,
         time::{BootTime, Now},
         word::Word,
@@ -25,6 +24,7 @@ use super::{
     replica::{Clocks, Key, Observed, Output, Record, Replica, SliceWrite, Value},
     setup::Setup,
 };
+use crate::model::{HybridClock, Stamp};
 
 /// Microseconds of simulated time.
 pub(super) type Micros = u64;
@@ -131,7 +131,7 @@ pub(super) struct World {
     calls: Vec<Call>,
     machines: Vec<Machine>,
     checker: Checker,
-    /// What hands did to slices and nobody has put right yet.
+    /// What hands did to slices and is not repaired yet.
     edited: BTreeMap<Key, edits::Edited>,
     /// Namespaces that were deleted, by slice: as of which version, when, and until when they are away.
     namespaces: BTreeMap<usize, (u64, Micros, Micros)>,

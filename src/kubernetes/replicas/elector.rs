@@ -1,0 +1,375 @@
+//! The task that holds the Lease: drives [`Election`] with the API server's answers and the time.
+//!
+//! A process is on standby until it has taken the Lease, and tells the registry so. After the
+//! take-over it renews the Lease, and gives it up when the process drains and everything that was
+//! accepted is in Kubernetes.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{MissedTickBehavior, interval, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use super::lease::{LeaseClient, LeaseRead};
+use crate::{
+    kubernetes::api::{ApiError, Fence, boot_time},
+    metrics::{LeaseRole, Metrics},
+    registry::{Phase, RegistryHandle},
+    replicas::{
+        election::{Action, Deposed, Election, RETRY_PERIOD, Role, Tenure},
+        lease::{LeaseWrite, Opened, RequestId},
+        rules::Rules,
+        time::{BootTime, Now},
+    },
+};
+
+/// How long a request for the Lease may take: a renewal is repeated in time.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often to look whether everything is mirrored, while draining.
+const DRAIN_POLL: Duration = Duration::from_millis(50);
+
+/// The process may not write any more.
+#[derive(Debug, thiserror::Error)]
+pub enum LeaseLost {
+    /// Another process has taken the Lease.
+    #[error("the Lease {lease} is held by {holder}: this process stops; it waits on standby after a restart")]
+    Held {
+        /// Namespace and name.
+        lease: String,
+        /// Who holds it.
+        holder: String,
+    },
+    /// The Lease is missing or went back, and this process does not know whether another held it meanwhile.
+    #[error(
+        "the Lease {lease} was lost while the API server did not answer: this process stops, to compare after a restart"
+    )]
+    Missing {
+        /// Namespace and name.
+        lease: String,
+    },
+    /// The take-over lasted for longer than the Lease was safely held.
+    #[error("the Lease {lease} could not be kept during the take-over: this process stops, to try again")]
+    NotKept {
+        /// Namespace and name.
+        lease: String,
+    },
+}
+
+/// What the task that takes over says to the elector.
+#[derive(Debug)]
+enum Message {
+    /// Slices and store are compared, and the result is in the journal.
+    TakenOver(oneshot::Sender<()>),
+    /// A slice has this term, which is no lower than that of the take-over.
+    Outranked(u64),
+}
+
+/// The side of the task that takes over.
+#[derive(Debug)]
+pub(in crate::kubernetes) struct ReplicaHandle {
+    tenures: mpsc::Receiver<Tenure>,
+    messages: mpsc::Sender<Message>,
+    pub(in crate::kubernetes) fence: Fence,
+}
+
+impl ReplicaHandle {
+    /// Waits until this process has taken the Lease.
+    pub(in crate::kubernetes) async fn tenure(&mut self) -> Option<Tenure> {
+        self.tenures.recv().await
+    }
+
+    /// The take-over is done. Returns false if the Lease is not held any more; the elector ends the process then.
+    pub(in crate::kubernetes) async fn taken_over(&self) -> bool {
+        let (reply, kept) = oneshot::channel();
+        self.messages.send(Message::TakenOver(reply)).await.is_ok() && kept.await.is_ok()
+    }
+
+    /// A slice has this term: another tenure with a higher one follows.
+    pub(in crate::kubernetes) async fn outranked(&self, term: u64) {
+        // The elector may have ended.
+        let _ = self.messages.send(Message::Outranked(term)).await;
+    }
+}
+
+/// The answer to a request for the Lease.
+enum Answer {
+    Read(RequestId, BootTime, Result<LeaseRead, ApiError>),
+    Written(RequestId, BootTime, LeaseWrite, Option<ApiError>),
+}
+
+/// Holds the Lease, or waits for it.
+pub(in crate::kubernetes) struct Elector {
+    election: Election,
+    client: Arc<LeaseClient>,
+    requests: FuturesUnordered<BoxFuture<'static, Answer>>,
+    registry: RegistryHandle,
+    metrics: Arc<Metrics>,
+    fence: Fence,
+    tenures: mpsc::Sender<Tenure>,
+    messages: mpsc::Receiver<Message>,
+    /// Whether slices are read or written under the Lease: its loss ends the process.
+    active: bool,
+    /// `holderIdentity` as last read.
+    holder: String,
+    clock_agrees: bool,
+    /// The last error of a request, to log each once.
+    failure: Option<ApiError>,
+}
+
+impl Elector {
+    pub(in crate::kubernetes) fn new(
+        client: LeaseClient,
+        registry: RegistryHandle,
+        metrics: Arc<Metrics>,
+    ) -> (Self, ReplicaHandle) {
+        // The id names the boot and the directory's inode: while this process has the lock, no other one can be acting
+        // for it. The term of the words is left out: the comparison at the take-over weighs it.
+        let opened = Opened { term: 0, followed: false, resume: true };
+        let election = Election::new(client.me(), opened, Rules::ALL);
+        let (tenures, receiver) = mpsc::channel(1);
+        let (sender, messages) = mpsc::channel(1);
+        let fence = Fence::new();
+        let handle = ReplicaHandle { tenures: receiver, messages: sender, fence: fence.clone() };
+        let elector = Self {
+            election,
+            client: Arc::new(client),
+            requests: FuturesUnordered::new(),
+            registry,
+            metrics,
+            fence,
+            tenures,
+            messages,
+            active: false,
+            holder: String::new(),
+            clock_agrees: true,
+            failure: None,
+        };
+        (elector, handle)
+    }
+
+    /// Runs until `stop`, then gives the Lease up.
+    ///
+    /// # Errors
+    /// When the Lease is lost while this process writes, or is held by another one while this process accepts
+    /// registrations because the API server was away.
+    pub(in crate::kubernetes) async fn run(mut self, stop: CancellationToken) -> Result<(), LeaseLost> {
+        let mut ticks = interval(RETRY_PERIOD);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut phases = self.registry.status().watch();
+        // Before the store is read there is nothing to compare.
+        let recovered = phases.wait_for(|phase| *phase != Phase::Recovering);
+        if stop.run_until_cancelled(recovered).await.is_none() {
+            return Ok(());
+        }
+        let mut drain = interval(DRAIN_POLL);
+        drain.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let draining = *phases.borrow_and_update() == Phase::Draining;
+            let actions = tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                Some(answer) = self.requests.next(), if !self.requests.is_empty() => self.answered(answer)?,
+                Some(message) = self.messages.recv() => self.told(message),
+                _ = drain.tick(), if draining => {
+                    if self.is_drained() { break } else { Vec::new() }
+                }
+                _ = ticks.tick() => {
+                    self.election.published(self.registry.catalog().generation());
+                    self.election.tick(self.now())
+                }
+                Ok(()) = phases.changed() => Vec::new(),
+            };
+            self.act(actions).await?;
+        }
+        self.release().await;
+        stop.cancelled().await;
+        Ok(())
+    }
+
+    fn now(&self) -> Now {
+        let unix_seconds = crate::model::UnixMillis::now().0 / 1_000;
+        Now { boot: boot_time(), unix_seconds, clock_agrees: self.clock_agrees }
+    }
+
+    fn told(&mut self, message: Message) -> Vec<Action> {
+        match message {
+            Message::Outranked(term) => {
+                self.active = false;
+                self.election.outranked(term)
+            }
+            Message::TakenOver(reply) => {
+                let actions = self.election.taken_over(boot_time());
+                if let (Some(term), Some(began)) = (self.election.writing(), self.election.renewed_at()) {
+                    self.fence.renewed(began);
+                    info!(lease = self.client.name(), term, "this process writes");
+                    // The receiver may have been stopped.
+                    let _ = reply.send(());
+                }
+                actions
+            }
+        }
+    }
+
+    fn answered(&mut self, answer: Answer) -> Result<Vec<Action>, LeaseLost> {
+        match answer {
+            Answer::Read(id, began, read) => {
+                let observed = match read {
+                    Ok(LeaseRead { observed, holder, clock_agrees }) => {
+                        self.holder = holder;
+                        self.note_clock(clock_agrees);
+                        self.note_failure(None);
+                        Some(observed)
+                    }
+                    Err(err) => {
+                        self.note_failure(Some(err));
+                        None
+                    }
+                };
+                let was_read = observed.is_some();
+                let actions = self.election.lease_read(id, began, self.now(), observed);
+                if was_read && *self.election.role() == Role::Follower {
+                    self.stand_by()?;
+                }
+                Ok(actions)
+            }
+            Answer::Written(id, began, written, err) => {
+                self.note_failure(err);
+                Ok(self.election.lease_written(id, began, written))
+            }
+        }
+    }
+
+    /// Another process holds the Lease, or may hold it.
+    fn stand_by(&mut self) -> Result<(), LeaseLost> {
+        let held = self.election.lease().is_some_and(|lease| !lease.released);
+        if held && self.registry.status().accepting().is_ok() {
+            // The API server was away at the start, and registrations were accepted meanwhile.
+            return Err(LeaseLost::Held { lease: self.client.name(), holder: self.holder.clone() });
+        }
+        if held && self.registry.status().standby(&self.holder) {
+            info!(lease = self.client.name(), holder = self.holder, "on standby: another process writes");
+        }
+        Ok(())
+    }
+
+    async fn act(&mut self, actions: Vec<Action>) -> Result<(), LeaseLost> {
+        for action in actions {
+            match action {
+                Action::ReadLease(id) => {
+                    let (client, began) = (Arc::clone(&self.client), boot_time());
+                    self.requests.push(Box::pin(async move {
+                        let read = timeout(REQUEST_TIMEOUT, client.read()).await.unwrap_or(Err(ApiError::TimedOut));
+                        Answer::Read(id, began, read)
+                    }));
+                }
+                Action::WriteLease { id, expected, record } => {
+                    let (client, began) = (Arc::clone(&self.client), boot_time());
+                    self.requests.push(Box::pin(async move {
+                        let (written, err) = timeout(REQUEST_TIMEOUT, client.write(expected, &record))
+                            .await
+                            .unwrap_or((LeaseWrite::Unknown, Some(ApiError::TimedOut)));
+                        Answer::Written(id, began, written, err)
+                    }));
+                }
+                Action::TakeOver => {
+                    let Role::TakingOver(tenure) = self.election.role() else { continue };
+                    self.active = true;
+                    // Room for one: the election begins no other before this one ends.
+                    let _ = self.tenures.send(tenure.clone()).await;
+                }
+                Action::Rewrite => {
+                    if let Some(term) = self.election.writing() {
+                        warn!(
+                            lease = self.client.name(),
+                            term, "the Lease was deleted or set back; this process goes on with a higher term"
+                        );
+                    }
+                }
+                Action::Renewed(began) => {
+                    if self.election.writing().is_some() {
+                        self.fence.renewed(began);
+                    }
+                }
+                Action::Deposed(reason) => self.deposed(reason)?,
+                // For replicas that answer while they follow. This process is on standby, or ends.
+                Action::Followed => {}
+            }
+            self.observe();
+        }
+        Ok(())
+    }
+
+    fn deposed(&mut self, reason: Deposed) -> Result<(), LeaseLost> {
+        self.fence.close();
+        if !std::mem::take(&mut self.active) {
+            return Ok(());
+        }
+        let (lease, holder) = (self.client.name(), self.holder.clone());
+        Err(match reason {
+            Deposed::Outranked(_) => LeaseLost::Held { lease, holder },
+            Deposed::LeaseLost => LeaseLost::Missing { lease },
+            Deposed::NotAcquired => LeaseLost::NotKept { lease },
+        })
+    }
+
+    /// Whether nothing is accepted any more and everything that was is in Kubernetes.
+    fn is_drained(&self) -> bool {
+        self.registry.has_ended() && self.registry.mirror_progress().lag().services == 0
+    }
+
+    /// Gives the Lease up, so that another process need not wait for it to expire.
+    async fn release(&mut self) {
+        self.fence.close();
+        self.election.published(self.registry.catalog().generation());
+        let actions = self.election.release();
+        for action in actions {
+            if let Action::WriteLease { expected, record, .. } = action {
+                match timeout(REQUEST_TIMEOUT, self.client.write(expected, &record)).await {
+                    Ok((LeaseWrite::Written(_), _)) => info!(lease = self.client.name(), "released"),
+                    _ => {
+                        warn!(lease = self.client.name(), "could not be released; another process takes it after 15 s");
+                    }
+                }
+            }
+        }
+        self.observe();
+    }
+
+    fn note_clock(&mut self, agrees: bool) {
+        if self.clock_agrees && !agrees {
+            error!(
+                "the clock of this machine is more than a second from the API server's: this process does not take the Lease until it is set"
+            );
+        }
+        self.clock_agrees = agrees;
+    }
+
+    fn note_failure(&mut self, err: Option<ApiError>) {
+        if self.failure == err {
+            return;
+        }
+        match &err {
+            Some(err @ ApiError::Forbidden(_)) => error!(
+                lease = self.client.name(), %err,
+                "this account may not get, create and update the Lease; grant it as deploy/rbac.yaml does; retrying"
+            ),
+            Some(err) => warn!(lease = self.client.name(), %err, "the Lease cannot be read or written; retrying"),
+            None => {}
+        }
+        self.failure = err;
+    }
+
+    fn observe(&self) {
+        let role = match self.election.role() {
+            Role::Follower | Role::Acquiring(_) => LeaseRole::Standby,
+            Role::TakingOver(_) => LeaseRole::TakingOver,
+            Role::Writer { .. } => LeaseRole::Writer,
+        };
+        self.metrics.kubernetes.lease(role, self.election.known_term());
+    }
+}

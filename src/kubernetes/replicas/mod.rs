@@ -1,0 +1,20 @@
+//! Which process writes: the Lease `gangplank-writer`, by the protocol of [`crate::replicas`].
+//!
+//! One process at a time holds the Lease. Only then it reads the slices, accepts registrations and
+//! writes; every other one waits on standby. A process that loses the Lease while it writes ends, as
+//! controllers with client-go's leader election do: what it has not written yet is in its journal, and
+//! the next start compares by stamps.
+//!
+//! * `lease`: the object, and requests for it.
+//! * `elector`: the task that drives the pure state machine.
+//!
+//! The `Fence` of `api` is what it tells those who write: they ask before they write and before they confirm.
+
+mod elector;
+mod lease;
+
+pub use self::elector::LeaseLost;
+pub(super) use self::{
+    elector::{Elector, ReplicaHandle},
+    lease::LeaseClient,
+};
