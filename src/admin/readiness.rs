@@ -71,8 +71,8 @@ fn dns(loaded: bool, phase: &Phase) -> Check {
         Some("shutting down: DNS answers until the drain time is over".into())
     } else if !loaded && *phase == Phase::Restoring {
         Some(
-            "the EndpointSlices are still being read: every name that is not known yet gets SERVFAIL until then; the log \
-             has the reason if the API server does not answer"
+            "the EndpointSlices in Kubernetes are still being read: every name that is not known yet gets SERVFAIL until \
+             then; the log has the reason if the API server does not answer"
                 .into(),
         )
     } else if let (false, Phase::Standby(holder)) = (loaded, phase) {
@@ -90,7 +90,9 @@ fn registrations(phase: &Phase) -> Check {
         Phase::Ready => None,
         Phase::Recovering => Some("the journal is still being read; the log has the progress".into()),
         Phase::Restoring => Some(
-            "the EndpointSlices are still being read; the log has the reason if the API server does not answer".into(),
+            "the EndpointSlices in Kubernetes are still being read; the log has the reason if the API server does not \
+             answer"
+                .into(),
         ),
         Phase::Standby(holder) => Some(format!("on standby: {holder} has the Lease gangplank-writer")),
         Phase::StorageFailed(err) => Some(format!(

@@ -132,7 +132,7 @@ impl Kubernetes {
     /// it returns.
     async fn write(
         &self,
-        tenure: Tenure,
+        (tenure, highest_term): (Tenure, u64),
         replica: &ReplicaHandle,
         host: &str,
         registry: &RegistryHandle,
@@ -164,7 +164,7 @@ impl Kubernetes {
         };
         let watching = async {
             // The registry reports itself why it has ended.
-            let _ = watch.run(tenure, started, stop).await;
+            let _ = watch.run(tenure, highest_term, started, stop).await;
             future::pending().await
         };
         let mirroring = async {

@@ -31,10 +31,6 @@ pub const RENEW_DEADLINE: Duration = Duration::from_secs(10);
 /// How often the Lease is renewed by its holder, and read by everybody else (client-go: `RetryPeriod`).
 pub const RETRY_PERIOD: Duration = Duration::from_secs(2);
 
-/// How far a term may be ahead of everything that could have led to it. A Lease's term is one more than any before it, or the
-/// time in seconds; so many more acquisitions than seconds since 1970, before anybody here has seen one of them, do not happen.
-pub const MAX_TERM_LEAD: u64 = 1_000_000;
-
 /// What a replica is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Role {
@@ -206,7 +202,7 @@ impl Election {
     /// The highest term that a Lease can have handed out by now. A slice with a higher one was written by a hand.
     #[must_use]
     pub fn highest_term(&self, now: Now) -> u64 {
-        self.known_term.max(now.unix_seconds).saturating_add(MAX_TERM_LEAD)
+        now.highest_term(self.known_term)
     }
 
     /// The Lease as it was last read or written.

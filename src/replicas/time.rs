@@ -15,6 +15,10 @@ impl BootTime {
     }
 }
 
+/// How far a term may be ahead of everything that could have led to it. A Lease's term is one more than any before it, or the
+/// time in seconds; so many more acquisitions than seconds since 1970, before anybody here has seen one of them, do not happen.
+pub const MAX_TERM_LEAD: u64 = 1_000_000;
+
 /// The environment's say in an acquisition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Now {
@@ -24,4 +28,12 @@ pub struct Now {
     pub unix_seconds: u64,
     /// Whether the wall clock agrees with the API server's to a second: only then may the Lease be taken.
     pub clock_agrees: bool,
+}
+
+impl Now {
+    /// The highest term that a Lease can have handed out by now, if `known` is the highest that was seen.
+    #[must_use]
+    pub fn highest_term(self, known: u64) -> u64 {
+        known.max(self.unix_seconds).saturating_add(MAX_TERM_LEAD)
+    }
 }

@@ -199,7 +199,7 @@ async fn watch_that_cannot_continue_ends_with_a_restart() {
     let channel = slow.connect().await.expect("it listens");
     let mut slow = proto::gangplank::v1::discovery_client::DiscoveryClient::new(channel);
     let mut slow = slow.watch(proto::gangplank::v1::WatchRequest::default()).await.expect("it watches").into_inner();
-    for n in 0..150 {
+    for n in 0..70 {
         let web = (0..1_000).map(|m| register("web", &format!("10.1.{}.{}", m / 250, 1 + m % 250), n as f32));
         submit(&server, web.collect()).await;
     }

@@ -33,6 +33,10 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often to look whether everything is mirrored, while draining.
 const DRAIN_POLL: Duration = Duration::from_millis(50);
 
+/// Indices of [`Elector::failures`].
+const READ: usize = 0;
+const WRITE: usize = 1;
+
 /// The process may not write any more.
 #[derive(Debug, thiserror::Error)]
 pub enum LeaseLost {
@@ -72,14 +76,14 @@ enum Message {
 /// The side of the task that takes over.
 #[derive(Debug)]
 pub(in crate::kubernetes) struct ReplicaHandle {
-    tenures: mpsc::Receiver<Tenure>,
+    tenures: mpsc::Receiver<(Tenure, u64)>,
     messages: mpsc::Sender<Message>,
     pub(in crate::kubernetes) fence: Fence,
 }
 
 impl ReplicaHandle {
-    /// Waits until this process has taken the Lease.
-    pub(in crate::kubernetes) async fn tenure(&mut self) -> Option<Tenure> {
+    /// Waits until this process has taken the Lease. The second value is the highest term that a slice can have.
+    pub(in crate::kubernetes) async fn tenure(&mut self) -> Option<(Tenure, u64)> {
         self.tenures.recv().await
     }
 
@@ -110,15 +114,15 @@ pub(in crate::kubernetes) struct Elector {
     registry: RegistryHandle,
     metrics: Arc<Metrics>,
     fence: Fence,
-    tenures: mpsc::Sender<Tenure>,
+    tenures: mpsc::Sender<(Tenure, u64)>,
     messages: mpsc::Receiver<Message>,
     /// Whether slices are read or written under the Lease: its loss ends the process.
     active: bool,
     /// `holderIdentity` as last read.
     holder: String,
     clock_agrees: bool,
-    /// The last error of a request, to log each once.
-    failure: Option<ApiError>,
+    /// The last error of a read, and of a write, to log each once.
+    failures: [Option<ApiError>; 2],
 }
 
 impl Elector {
@@ -147,7 +151,7 @@ impl Elector {
             active: false,
             holder: String::new(),
             clock_agrees: true,
-            failure: None,
+            failures: [None, None],
         };
         (elector, handle)
     }
@@ -222,11 +226,11 @@ impl Elector {
                     Ok(LeaseRead { observed, holder, clock_agrees }) => {
                         self.holder = holder;
                         self.note_clock(clock_agrees);
-                        self.note_failure(None);
+                        self.note_failure(READ, None);
                         Some(observed)
                     }
                     Err(err) => {
-                        self.note_failure(Some(err));
+                        self.note_failure(READ, Some(err));
                         None
                     }
                 };
@@ -238,7 +242,7 @@ impl Elector {
                 Ok(actions)
             }
             Answer::Written(id, began, written, err) => {
-                self.note_failure(err);
+                self.note_failure(WRITE, err);
                 Ok(self.election.lease_written(id, began, written))
             }
         }
@@ -246,7 +250,8 @@ impl Elector {
 
     /// Another process holds the Lease, or may hold it.
     fn stand_by(&mut self) -> Result<(), LeaseLost> {
-        let held = self.election.lease().is_some_and(|lease| !lease.released);
+        let me = self.client.me();
+        let held = self.election.lease().is_some_and(|lease| !lease.released && lease.holder != me);
         if held && self.registry.status().accepting().is_ok() {
             // The API server was away at the start, and registrations were accepted meanwhile.
             return Err(LeaseLost::Held { lease: self.client.name(), holder: self.holder.clone() });
@@ -280,7 +285,8 @@ impl Elector {
                     let Role::TakingOver(tenure) = self.election.role() else { continue };
                     self.active = true;
                     // Room for one: the election begins no other before this one ends.
-                    let _ = self.tenures.send(tenure.clone()).await;
+                    let highest_term = self.election.highest_term(self.now());
+                    let _ = self.tenures.send((tenure.clone(), highest_term)).await;
                 }
                 Action::Rewrite => {
                     if let Some(term) = self.election.writing() {
@@ -349,8 +355,8 @@ impl Elector {
         self.clock_agrees = agrees;
     }
 
-    fn note_failure(&mut self, err: Option<ApiError>) {
-        if self.failure == err {
+    fn note_failure(&mut self, request: usize, err: Option<ApiError>) {
+        if self.failures[request] == err {
             return;
         }
         match &err {
@@ -361,7 +367,7 @@ impl Elector {
             Some(err) => warn!(lease = self.client.name(), %err, "the Lease cannot be read or written; retrying"),
             None => {}
         }
-        self.failure = err;
+        self.failures[request] = err;
     }
 
     fn observe(&self) {

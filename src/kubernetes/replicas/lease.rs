@@ -176,16 +176,13 @@ fn observed(lease: &Lease) -> Result<ObservedLease, ApiError> {
     };
     let holder = lease.spec.as_ref().and_then(|spec| spec.holder_identity.as_deref()).unwrap_or_default();
     let record = LeaseRecord {
-        term: number(names::TERM).filter(|term| *term <= MAX_TERM).unwrap_or(0),
+        term: number(names::TERM).unwrap_or(0),
         holder: parse_holder(holder),
         generation: number(names::GENERATION).unwrap_or(0),
         released: holder.is_empty(),
     };
     Ok(ObservedLease { version: version(&lease.metadata)?, record })
 }
-
-/// The highest term that is believed: a higher one was written by hand, and must not use up the numbers.
-const MAX_TERM: u64 = 1 << 53;
 
 fn version(metadata: &ObjectMeta) -> Result<ResourceVersion, ApiError> {
     let text = metadata.resource_version.as_deref().unwrap_or_default();

@@ -31,7 +31,7 @@ use self::{
     handlers::{ClusterFactHandler, EndpointsHandler, OwnSlicesHandler},
     outage::Outages,
     reflector::Reflector,
-    restore::InitialRestore,
+    restore::{InitialRestore, RestoredInstances},
 };
 use super::{cache::ClusterCache, objects::names};
 use crate::{
@@ -65,6 +65,7 @@ impl Watch {
     pub(super) async fn run(
         self,
         tenure: Tenure,
+        highest_term: u64,
         started: oneshot::Sender<Restored>,
         stop: &CancellationToken,
     ) -> Result<(), Unavailable> {
@@ -72,7 +73,8 @@ impl Watch {
         let (namespaces_listed, namespaces) = oneshot::channel();
         let (services_listed, services) = oneshot::channel();
         let (joined_listed, joined) = oneshot::channel();
-        let restore = InitialRestore::new(&self.registry, self.validator, &self.metrics.kubernetes, tenure, started);
+        let instances = RestoredInstances::new(self.validator, highest_term);
+        let restore = InitialRestore::new(&self.registry, &self.metrics.kubernetes, tenure, instances, started);
         let restore = restore.after(namespaces, joined);
         let all = async {
             tokio::select! {

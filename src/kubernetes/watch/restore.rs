@@ -40,8 +40,10 @@ pub(super) struct InitialRestore<'a> {
 }
 
 /// The instances that our slices hold.
-struct RestoredInstances {
+pub(super) struct RestoredInstances {
     validator: Validator,
+    /// A slice with a higher term has it from a hand: its instances count, its term does not.
+    highest_term: u64,
     view: InstanceView,
     /// The highest rank of a slice.
     rank: SliceRank,
@@ -51,12 +53,12 @@ struct RestoredInstances {
 impl<'a> InitialRestore<'a> {
     pub(super) fn new(
         registry: &'a RegistryHandle,
-        validator: Validator,
         metrics: &'a KubernetesMetrics,
         tenure: Tenure,
+        instances: RestoredInstances,
         started: oneshot::Sender<Restored>,
     ) -> Self {
-        Self { registry, metrics, tenure, started, before: Vec::new(), instances: RestoredInstances::new(validator) }
+        Self { registry, metrics, tenure, started, before: Vec::new(), instances }
     }
 
     /// Waits for these before it finishes: every namespace, and the instances of joined Services,
@@ -97,8 +99,8 @@ impl<'a> InitialRestore<'a> {
 }
 
 impl RestoredInstances {
-    fn new(validator: Validator) -> Self {
-        Self { validator, view: InstanceView::default(), rank: SliceRank::default(), skipped: 0 }
+    pub(super) fn new(validator: Validator, highest_term: u64) -> Self {
+        Self { validator, highest_term, view: InstanceView::default(), rank: SliceRank::default(), skipped: 0 }
     }
 
     fn apply(
@@ -109,7 +111,7 @@ impl RestoredInstances {
     ) {
         let (slice, observed) = match (event, cached) {
             (ObjectEvent::Init, _) => {
-                *self = Self::new(self.validator);
+                *self = Self::new(self.validator, self.highest_term);
                 return;
             }
             (ObjectEvent::InitApply(slice), ObjectEvent::InitApply(CachedSlice { observed: Some(observed), .. })) => {
@@ -117,7 +119,8 @@ impl RestoredInstances {
             }
             _ => return,
         };
-        let rank = SliceRank { term: observed.term, generation: observed.generation };
+        let term = if observed.term <= self.highest_term { observed.term } else { 0 };
+        let rank = SliceRank { term, generation: observed.generation };
         self.rank = self.rank.max(rank);
         if observed.deleting {
             return;
@@ -179,7 +182,7 @@ mod tests {
     #[test]
     fn restore_takes_the_newest_slice_and_starts_over_with_the_list() {
         let metrics = Metrics::new().kubernetes;
-        let mut restored = RestoredInstances::new(VALIDATOR);
+        let mut restored = RestoredInstances::new(VALIDATOR, 9);
         let mut apply = |event: ObjectEvent<EndpointSlice>| {
             let ours = event.filter_map(CachedSlice::read).expect("it has a name");
             restored.apply(&event, &ours, &metrics);
@@ -190,6 +193,7 @@ mod tests {
         apply(ObjectEvent::InitApply(slice("web-1", (1, 5), &[("10.0.0.1", true), ("127.0.0.1", true)])));
         apply(ObjectEvent::InitApply(slice("web-2", (2, 3), &[("10.0.0.1", true), ("10.0.0.2", true)])));
         apply(ObjectEvent::InitApply(slice("web-3", (1, 9), &[("10.0.0.1", true)])));
+        apply(ObjectEvent::InitApply(slice("web-by-hand", (10, 1), &[("10.0.0.2", true)])));
         let mut gone = slice("web-4", (3, 1), &[("10.0.0.4", true)]);
         gone.metadata.deletion_timestamp = serde_json::from_value(json!("2026-01-01T00:00:00Z")).expect("a time");
         apply(ObjectEvent::InitApply(gone));
