@@ -2,13 +2,15 @@
 
 use std::{fs, net::SocketAddr, path::Path, time::Instant};
 
+use gangplank::replicas::election::RETRY_PERIOD;
 use hickory_proto::rr::RecordType;
 use tempfile::TempDir;
 
-use super::{ClusterLock, MirrorHarness, addresses, serve_by, wait_for_addresses};
+use super::{ClusterLock, MirrorHarness, addresses, serve, serve_by, wait_for_addresses};
 use crate::support::{
     dns::{Over, answers},
     http,
+    proxy::{Call, Proxy},
     server::Process,
     stream::Stream,
     wait_until,
@@ -83,6 +85,30 @@ fn second_process_waits_on_standby_and_takes_over() {
     println!("taken over {:?} after a kill", begun.elapsed());
     assert_eq!(a(third.dns, "web.standby"), ["10.6.0.1", "10.6.0.2", "10.6.0.3"]);
     wait_for_addresses(harness.cluster, "standby", "web", &["10.6.0.1", "10.6.0.2", "10.6.0.3"]);
+}
+
+/// The process on standby has just read the Lease when the writer leaves: it does not wait for its next reading.
+#[test]
+fn released_lease_is_taken_at_once() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let proxy = Proxy::start(lock.cluster);
+    let flags = ["--drain", "1s"];
+    let mut harness = MirrorHarness { server: serve(lock.cluster, &flags), cluster: lock.cluster, _lock: lock };
+    harness.create_namespace("at-once");
+    assert_eq!(harness.register("at-once", "web", "10.6.1.1", "http=80").0, Some(0));
+    let second = Other::on_standby(proxy.kubeconfig());
+    let is_watched = |call: &Call| call.is("watch", "leases") && call.status == Some(200);
+    wait_until("the Lease is watched", || (proxy.count(is_watched) > 0).then_some(()));
+    proxy.forget_calls();
+    wait_until("the Lease is read", || (proxy.count(|call| call.is("get", "leases")) > 0).then_some(()));
+    let begun = Instant::now();
+    harness.server.signal_terminate();
+    second.wait_until_it_writes();
+    let took = begun.elapsed();
+    println!("handed over after {took:?}");
+    assert!(took < RETRY_PERIOD.mul_f64(0.75), "{took:?}");
+    assert!(harness.server.exit().success());
+    assert_eq!(a(second.dns, "web.at-once"), ["10.6.1.1"]);
 }
 
 #[test]

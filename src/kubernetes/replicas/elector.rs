@@ -8,8 +8,8 @@ use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
-    sync::{mpsc, oneshot},
-    time::{MissedTickBehavior, interval, timeout},
+    sync::{mpsc, oneshot, watch},
+    time::{Instant, MissedTickBehavior, interval, timeout, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -118,6 +118,8 @@ pub(in crate::kubernetes) struct Elector {
     messages: mpsc::Receiver<Message>,
     /// Whether slices are read or written under the Lease: its loss ends the process.
     active: bool,
+    /// Whether this process waits for the Lease, for its watch.
+    standby: watch::Sender<bool>,
     /// `holderIdentity` as last read.
     holder: String,
     clock_agrees: bool,
@@ -149,6 +151,7 @@ impl Elector {
             tenures,
             messages,
             active: false,
+            standby: watch::Sender::new(false),
             holder: String::new(),
             clock_agrees: true,
             failures: [None, None],
@@ -161,7 +164,17 @@ impl Elector {
     /// # Errors
     /// When the Lease is lost while this process writes, or is held by another one while this process accepts
     /// registrations because the API server was away.
-    pub(in crate::kubernetes) async fn run(mut self, stop: CancellationToken) -> Result<(), LeaseLost> {
+    pub(in crate::kubernetes) async fn run(self, stop: CancellationToken) -> Result<(), LeaseLost> {
+        let (changed, changes) = watch::channel(());
+        let lease_watch = self.client.watch().run(self.standby.subscribe(), &changed);
+        tokio::select! {
+            ended = self.elect(changes, stop) => ended,
+            never = lease_watch => match never {},
+        }
+    }
+
+    /// `changes` says that the Lease changed, while this process is on standby.
+    async fn elect(mut self, mut changes: watch::Receiver<()>, stop: CancellationToken) -> Result<(), LeaseLost> {
         let mut ticks = interval(RETRY_PERIOD);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut phases = self.registry.status().watch();
@@ -184,6 +197,10 @@ impl Elector {
                 }
                 _ = ticks.tick() => {
                     self.election.published(self.registry.catalog().generation());
+                    self.election.tick(self.now())
+                }
+                // A reading that is under way may have begun before the change.
+                Ok(()) = changes.changed(), if *self.standby.borrow() && self.requests.is_empty() => {
                     self.election.tick(self.now())
                 }
                 Ok(()) = phases.changed() => Vec::new(),
@@ -331,11 +348,17 @@ impl Elector {
     /// Gives the Lease up, so that another process need not wait for it to expire.
     async fn release(&mut self) {
         self.fence.close();
+        let deadline = Instant::now() + REQUEST_TIMEOUT;
+        // A renewal that is under way would change the version that the release expects.
+        while self.election.writing().is_some()
+            && let Ok(Some(answer)) = timeout_at(deadline, self.requests.next()).await
+            && self.answered(answer).is_ok()
+        {}
         self.election.published(self.registry.catalog().generation());
         let actions = self.election.release();
         for action in actions {
             if let Action::WriteLease { expected, record, .. } = action {
-                match timeout(REQUEST_TIMEOUT, self.client.write(expected, &record)).await {
+                match timeout_at(deadline, self.client.write(expected, &record)).await {
                     Ok((LeaseWrite::Written(_), _)) => info!(lease = self.client.name(), "released"),
                     _ => {
                         warn!(lease = self.client.name(), "could not be released; another process takes it after 15 s");
@@ -377,5 +400,7 @@ impl Elector {
             Role::Writer { .. } => LeaseRole::Writer,
         };
         self.metrics.kubernetes.lease(role, self.election.known_term());
+        let standby = *self.election.role() == Role::Follower;
+        self.standby.send_if_modified(|before| std::mem::replace(before, standby) != standby);
     }
 }

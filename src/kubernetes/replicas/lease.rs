@@ -25,6 +25,7 @@ use kube::{
 };
 use sha2::{Digest as _, Sha256};
 
+use super::lease_watch::LeaseWatch;
 use crate::{
     kubernetes::{
         api::{ApiError, exchange},
@@ -68,6 +69,11 @@ impl LeaseClient {
         Self { client, namespace, me, host, last: Mutex::default() }
     }
 
+    /// A watch of this Lease.
+    pub(super) fn watch(&self) -> LeaseWatch {
+        LeaseWatch::new(self.client.clone(), &self.namespace)
+    }
+
     /// Where the Lease is, for messages.
     pub(super) fn name(&self) -> String {
         format!("{}/{NAME}", self.namespace)
@@ -85,7 +91,7 @@ impl LeaseClient {
             Err(err) => return Err(err),
         };
         let observed = found.as_ref().map(observed).transpose()?;
-        let holder = found.as_ref().and_then(|lease| lease.spec.as_ref()?.holder_identity.clone()).unwrap_or_default();
+        let holder = found.as_ref().map(holder).unwrap_or_default().to_owned();
         self.keep(found);
         Ok(LeaseRead { observed, holder, clock_agrees })
     }
@@ -174,7 +180,7 @@ fn observed(lease: &Lease) -> Result<ObservedLease, ApiError> {
         let text = lease.metadata.annotations.as_ref()?.get(key)?;
         text.parse::<u64>().ok()
     };
-    let holder = lease.spec.as_ref().and_then(|spec| spec.holder_identity.as_deref()).unwrap_or_default();
+    let holder = holder(lease);
     let record = LeaseRecord {
         term: number(names::TERM).unwrap_or(0),
         holder: parse_holder(holder),
@@ -182,6 +188,11 @@ fn observed(lease: &Lease) -> Result<ObservedLease, ApiError> {
         released: holder.is_empty(),
     };
     Ok(ObservedLease { version: version(&lease.metadata)?, record })
+}
+
+/// Its `holderIdentity`.
+pub(super) fn holder(lease: &Lease) -> &str {
+    lease.spec.as_ref().and_then(|spec| spec.holder_identity.as_deref()).unwrap_or_default()
 }
 
 fn version(metadata: &ObjectMeta) -> Result<ResourceVersion, ApiError> {
