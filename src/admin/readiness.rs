@@ -76,7 +76,10 @@ fn dns(loaded: bool, phase: &Phase) -> Check {
                 .into(),
         )
     } else if let (false, Phase::Standby(holder)) = (loaded, phase) {
-        Some(format!("on standby: {holder} has the Lease gangplank-writer and answers; every name gets SERVFAIL here"))
+        Some(format!(
+            "on standby: {holder} has the Lease gangplank-writer, and its EndpointSlices are still being read: every name that \
+             is not known yet gets SERVFAIL until then"
+        ))
     } else if !loaded {
         Some("the store is still being loaded: every name that is not known yet gets SERVFAIL until then".into())
     } else {

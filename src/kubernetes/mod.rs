@@ -25,7 +25,7 @@ use kube::{
     Client,
     runtime::events::{Recorder, Reporter},
 };
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -34,19 +34,14 @@ pub use objects::slices::{DEFAULT_MAX_ENDPOINTS, MAX_ENDPOINTS};
 pub use replicas::LeaseLost;
 
 use self::{
-    api::ApiClient,
+    api::{ApiClient, Fence},
     cache::ClusterCache,
     mirror::{Mirror, Reconciler},
     objects::names,
     replicas::{Elector, LeaseClient, ReplicaHandle},
-    watch::{Restored, Watch},
+    watch::{Restored, TakeOver, Watch},
 };
-use crate::{
-    metrics::Metrics,
-    model::Validator,
-    registry::RegistryHandle,
-    replicas::{election::Tenure, lease::DirectoryId},
-};
+use crate::{metrics::Metrics, model::Validator, registry::RegistryHandle, replicas::lease::DirectoryId};
 
 /// How to reach Kubernetes, and what to write there.
 #[derive(Debug, Clone)]
@@ -98,8 +93,8 @@ impl Kubernetes {
         Ok(Self { client, server, namespace, options })
     }
 
-    /// Takes the Lease, restores the registry from the cluster, and mirrors the registry into it until
-    /// `stop`. Waits for the Lease, and for an API server that does not answer, without a limit.
+    /// Follows what another process writes, or takes the Lease, restores the registry from the cluster, and mirrors the
+    /// registry into it, until `stop`. Waits for the Lease, and for an API server that does not answer, without a limit.
     /// `directory` identifies the data directory on this machine since its boot.
     ///
     /// # Errors
@@ -115,30 +110,47 @@ impl Kubernetes {
         let host = gethostname::gethostname().to_string_lossy().into_owned();
         let lease = LeaseClient::new(self.client.clone(), self.namespace.clone(), DirectoryId(directory), host.clone());
         let (elector, mut replica) = Elector::new(lease, registry.clone(), Arc::clone(&metrics));
+        let cache = Arc::new(ClusterCache::new());
+        let watch = Watch {
+            client: self.client.clone(),
+            server: self.server.clone(),
+            cache: Arc::clone(&cache),
+            registry: registry.clone(),
+            validator: self.options.validator,
+            endpoints: self.options.endpoints_object,
+            metrics: Arc::clone(&metrics),
+        };
+        let (take_overs, requests) = mpsc::channel(1);
+        let watching = async {
+            // The registry reports itself why it has ended, and the elector waits for the stop.
+            let _ = watch.run(requests, &stop).await;
+            future::pending().await
+        };
         let writing = async {
-            while let Some(tenure) = replica.tenure().await {
-                let outranked = self.write(tenure, &replica, &host, &registry, &metrics, &stop).await;
-                replica.outranked(outranked).await;
+            // Nothing is written before the slices are listed and the registry has compared.
+            if let Some(term) = take_over(&mut replica, &take_overs).await {
+                let fence = replica.fence.clone();
+                self.mirror(term, fence, cache, host, registry, metrics).run(stop.clone()).await;
             }
-            future::pending::<()>().await;
+            future::pending().await
         };
         tokio::select! {
             ended = elector.run(stop.clone()) => ended,
-            () = writing => unreachable!("it is pending"),
+            never = watching => never,
+            never = writing => never,
         }
     }
 
-    /// Restores and mirrors under one tenure. Returns only when a slice has a term that is no lower, which
-    /// it returns.
-    async fn write(
+    /// The controller that writes under `term`.
+    fn mirror(
         &self,
-        (tenure, highest_term): (Tenure, u64),
-        replica: &ReplicaHandle,
-        host: &str,
-        registry: &RegistryHandle,
-        metrics: &Arc<Metrics>,
-        stop: &CancellationToken,
-    ) -> u64 {
+        term: u64,
+        fence: Fence,
+        cache: Arc<ClusterCache>,
+        host: String,
+        registry: RegistryHandle,
+        metrics: Arc<Metrics>,
+    ) -> Mirror {
         let Options {
             kubeconfig: _,
             lease_namespace: _,
@@ -148,45 +160,26 @@ impl Kubernetes {
             requests_per_second,
             linger,
             publish_not_ready,
-            validator,
+            validator: _,
         } = self.options;
         let options = mirror::Options { create_namespaces, max_endpoints, endpoints_object, linger, publish_not_ready };
-        let cache = Arc::new(ClusterCache::new());
-        let (started, restored) = oneshot::channel();
-        let watch = Watch {
-            client: self.client.clone(),
-            server: self.server.clone(),
-            cache: Arc::clone(&cache),
-            registry: registry.clone(),
-            validator,
-            endpoints: endpoints_object,
-            metrics: Arc::clone(metrics),
-        };
-        let watching = async {
-            // The registry reports itself why it has ended.
-            let _ = watch.run(tenure, highest_term, started, stop).await;
-            future::pending().await
-        };
-        let mirroring = async {
-            // Nothing is written before the cluster is listed and the registry has compared.
-            let term = match restored.await {
-                Ok(Restored::Outranked(term)) => return term,
-                Ok(Restored::Term(term)) if replica.taken_over().await => term,
-                // The process ends.
-                _ => future::pending().await,
-            };
-            let reporter = Reporter { controller: names::MANAGER.into(), instance: Some(host.into()) };
-            let events = Recorder::new(self.client.clone(), reporter);
-            let fence = replica.fence.clone();
-            let api = ApiClient::new(self.client.clone(), requests_per_second.get(), fence, Arc::clone(metrics));
-            let reconciler =
-                Reconciler::new(api, cache, registry.clone(), Arc::clone(metrics), options, host.into(), term);
-            Mirror::new(reconciler, events).run(stop.clone()).await;
-            future::pending().await
-        };
-        tokio::select! {
-            outranked = mirroring => outranked,
-            outranked = watching => outranked,
+        let reporter = Reporter { controller: names::MANAGER.into(), instance: Some(host.clone()) };
+        let events = Recorder::new(self.client.clone(), reporter);
+        let api = ApiClient::new(self.client.clone(), requests_per_second.get(), fence, Arc::clone(&metrics));
+        Mirror::new(Reconciler::new(api, cache, registry, metrics, options, host, term), events)
+    }
+}
+
+/// Waits for the Lease, and takes over with a term that is higher than that of any slice. Returns the term; `None` when the
+/// process ends.
+async fn take_over(replica: &mut ReplicaHandle, take_overs: &mpsc::Sender<TakeOver>) -> Option<u64> {
+    loop {
+        let (tenure, highest_term) = replica.tenure().await?;
+        let (restored, result) = oneshot::channel();
+        take_overs.send(TakeOver { tenure, highest_term, restored }).await.ok()?;
+        match result.await.ok()? {
+            Restored::Term(term) => return replica.taken_over().await.then_some(term),
+            Restored::Outranked(term) => replica.outranked(term).await,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Makes durable changes visible: in DNS, in the catalog, in the change feed, in this order.
 //!
-//! The applier depends neither on the journal nor on the source of a change. The writer calls it with
-//! journaled batches; a follower will call it with the events of a watch.
+//! The applier depends neither on the journal nor on the source of a change: the writer calls it with
+//! journaled batches, and, while another process writes, with what that process wrote to Kubernetes.
 //!
 //! Readers of the catalog and of the zone never see a generation of which a part is missing: the
 //! zone has a service before the catalog has it, and the catalog has all services of a generation
@@ -31,6 +31,8 @@ pub(super) struct Applier {
     feed: Arc<Feed>,
     mirror_progress: Arc<MirrorProgress>,
     metrics: Arc<Metrics>,
+    /// The SOA serial: the catalog's generation, or that of the process that is followed.
+    serial: u64,
     /// Endpoints of joined services that are not registered here. Served in DNS only.
     foreign: HashMap<ServiceKey, CowTree<Arc<Instance>>>,
 }
@@ -60,7 +62,7 @@ impl Applier {
         mirror_progress: Arc<MirrorProgress>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { publisher, catalog, feed, mirror_progress, metrics, foreign: HashMap::new() }
+        Self { publisher, catalog, feed, mirror_progress, metrics, serial: 0, foreign: HashMap::new() }
     }
 
     /// Fills an empty registry with the stored services, as `generation`. The feed begins after that
@@ -76,7 +78,7 @@ impl Applier {
             self.publisher.publish(generation, &[change]);
             self.catalog.set(service, after);
         }
-        self.publisher.publish(generation, &[]);
+        self.set_serial(generation);
         self.catalog.set_generation(generation);
         self.feed.start_after(generation);
         self.metrics.registry.set_registered(self.catalog.len(), self.catalog.instances(), generation);
@@ -86,6 +88,42 @@ impl Applier {
     /// Makes the changes visible as `generation`. Must not be called before the journal has synced
     /// them, at the time `durable`. The caller passes the result to [`Applier::announce`].
     pub(super) fn apply(&mut self, generation: u64, changes: StagedChanges, durable: UnixMillis) -> AppliedBatch {
+        let applied = self.publish(generation, generation, changes, durable);
+        // After the catalog: a marked service wakes the mirror, which reads the catalog at once.
+        let dirty = applied.events.iter().map(|event| (event.service.clone(), generation, event.received));
+        self.mirror_progress.mark_dirty(dirty);
+        applied
+    }
+
+    /// Makes changes visible that another process made and wrote to Kubernetes up to its generation `serial`.
+    /// `generation` is this process's own, by which its feed orders them.
+    pub(super) fn follow(
+        &mut self,
+        generation: u64,
+        serial: u64,
+        changes: StagedChanges,
+        seen: UnixMillis,
+    ) -> AppliedBatch {
+        self.publish(generation, serial, changes, seen)
+    }
+
+    /// Publishes another SOA serial without a change.
+    pub(super) fn set_serial(&mut self, serial: u64) {
+        self.serial = serial;
+        self.publisher.publish(serial, &[]);
+    }
+
+    /// The SOA serial that was published last.
+    pub(super) fn serial(&self) -> u64 {
+        self.serial
+    }
+
+    /// From now on a name that is not in the zone does not exist.
+    pub(super) fn set_ready(&self) {
+        self.publisher.set_ready();
+    }
+
+    fn publish(&mut self, generation: u64, serial: u64, changes: StagedChanges, durable: UnixMillis) -> AppliedBatch {
         let begun = Instant::now();
         let StagedChanges { mut services, events, .. } = changes;
         for staged in services.values_mut() {
@@ -93,14 +131,13 @@ impl Applier {
         }
         let published: Vec<ServiceChange<'_>> =
             services.iter().map(|(service, staged)| ServiceChange { service, changes: &staged.changes }).collect();
-        self.publisher.publish(generation, &published);
+        self.publisher.publish(serial, &published);
+        self.serial = serial;
         self.metrics.registry.set_unservable(self.publisher.unservable());
         for (service, staged) in services {
             self.catalog.set(service, staged.after);
         }
         self.catalog.set_generation(generation);
-        // After the catalog: a marked service wakes the mirror, which reads the catalog at once.
-        self.mirror_progress.mark_dirty(events.iter().map(|event| (event.service.clone(), generation, event.received)));
         let visible = UnixMillis::now();
         self.metrics.registry.observe_publish(begun.elapsed());
         for event in &events {
@@ -128,7 +165,7 @@ impl Applier {
         let changes = difference(&before, &tree);
         if !changes.is_empty() {
             let change = ServiceChange { service: &service, changes: &changes };
-            self.publisher.publish(self.catalog.generation(), &[change]);
+            self.publisher.publish(self.serial, &[change]);
             self.metrics.registry.set_unservable(self.publisher.unservable());
         }
         if !tree.is_empty() {

@@ -31,6 +31,11 @@ impl Committer {
         self.generation
     }
 
+    /// The next batch is later than `generation`.
+    pub(super) fn advance_to(&mut self, generation: u64) {
+        self.generation = self.generation.max(generation);
+    }
+
     /// Checks that no commit has failed.
     ///
     /// # Errors

@@ -23,7 +23,7 @@ use super::{
     cluster_facts::is_reserved,
     restore::{self, Comparison, LocalState},
 };
-use crate::store::Record;
+use crate::store::{DirectoryTerm, Record};
 
 /// Asks the writer for a comparison.
 #[derive(Debug)]
@@ -39,6 +39,8 @@ pub(super) struct ComparisonRequest {
 #[derive(Debug)]
 pub(super) struct Differences {
     pub(super) records: Vec<Record>,
+    /// Whether Kubernetes has all of them.
+    pub(super) mirrored: bool,
     /// Dropped without a message when the part could not be applied; then no other part may be sent.
     pub(super) applied: oneshot::Sender<()>,
 }
@@ -70,18 +72,20 @@ fn run(request: ComparisonRequest, local: &LocalState, catalog: &Catalog, max_re
     held.services.retain(|(service, _)| !is_reserved(service));
     let services = held.services.len();
     let instances: usize = held.services.iter().map(|(_, instances)| instances.len()).sum();
-    let Comparison { term, mut records } = restore::compare(local, held, &catalog.services());
-    info!(term, services, instances, changes = records.len(), "compared with Kubernetes");
-    while !records.is_empty() {
-        let part = records.split_off(records.len().saturating_sub(max_records));
-        let (applied, is_applied) = oneshot::channel();
-        let sent = queue.blocking_send(WriterMessage::Differences(Differences { records: part, applied }));
-        if sent.is_err() || is_applied.blocking_recv().is_err() {
-            // The writer has ended, or has logged that it cannot write its journal.
-            return;
+    let Comparison { term, records, unmirrored } = restore::compare(local, held, &catalog.services());
+    info!(term, services, instances, changes = records.len() + unmirrored.len(), "compared with Kubernetes");
+    for (mut records, mirrored) in [(records, true), (unmirrored, false)] {
+        while !records.is_empty() {
+            let part = records.split_off(records.len().saturating_sub(max_records));
+            let (applied, is_applied) = oneshot::channel();
+            let part = Differences { records: part, mirrored, applied };
+            if queue.blocking_send(WriterMessage::Differences(part)).is_err() || is_applied.blocking_recv().is_err() {
+                // The writer has ended, or has logged that it cannot write its journal.
+                return;
+            }
         }
     }
-    let new_term = (term != local.term).then_some(term);
+    let new_term = (DirectoryTerm::new(term) != local.term).then_some(term);
     // An error means that the writer has ended; then the caller does not wait for the term either.
     let _ = queue.blocking_send(WriterMessage::Compared(End { new_term, term, reply }));
 }

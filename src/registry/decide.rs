@@ -81,8 +81,11 @@ impl Decider {
                     self.stamper.observe(instance.stamp());
                     let held = self.service(service);
                     let before = held.as_ref().and_then(|held| held.instances.get(&instance.key()).cloned());
-                    let change = InstanceChange { before, after: Some(Arc::clone(instance)) };
-                    self.batch.changes.stage(service.clone(), held, change, now);
+                    // Followed from Kubernetes before: only the journal lacks the instance.
+                    if before.as_ref() != Some(instance) {
+                        let change = InstanceChange { before, after: Some(Arc::clone(instance)) };
+                        self.batch.changes.stage(service.clone(), held, change, now);
+                    }
                 }
                 Record::Remove { service, id, stamp } => {
                     self.stamper.observe(*stamp);
@@ -90,7 +93,7 @@ impl Decider {
                     let before = held.as_ref().and_then(|held| held.instances.get(&InstanceKey::from(id)).cloned());
                     self.batch.changes.stage(service.clone(), held, InstanceChange { before, after: None }, now);
                 }
-                Record::Mirrored { .. } | Record::Term { .. } => {}
+                Record::Mirrored { .. } | Record::Term(_) => {}
             }
             self.batch.records.push(record);
         }

@@ -57,6 +57,14 @@ impl MirrorRecords {
         }
     }
 
+    /// As [`MirrorRecords::awaited`], to change it.
+    pub(super) fn awaited_mut(&mut self) -> Option<&mut LocalState> {
+        match &mut self.comparison {
+            ComparisonState::Awaited(local) => Some(local),
+            ComparisonState::Running { .. } | ComparisonState::Over => None,
+        }
+    }
+
     pub(super) fn comparison_is_over(&self) -> bool {
         matches!(self.comparison, ComparisonState::Over)
     }
@@ -130,6 +138,6 @@ impl MirrorRecords {
 fn service_of(record: &Record) -> Option<&ServiceKey> {
     match record {
         Record::Put { service, .. } | Record::Remove { service, .. } => Some(service),
-        Record::Mirrored { .. } | Record::Term { .. } => None,
+        Record::Mirrored { .. } | Record::Term(_) => None,
     }
 }

@@ -17,8 +17,9 @@
 //! marks a service as dirty when it journals an instance without a change (`decide.rs`).
 //!
 //! With Kubernetes, the mirror sends the registry facts about the cluster ([`ClusterFact`]) and the
-//! contents of the EndpointSlices at the start ([`KubernetesState`]), and confirms the services that it
-//! has written. The registry depends on Kubernetes in no other way.
+//! contents of the EndpointSlices at the take-over ([`KubernetesState`]), and confirms the services that it
+//! has written. While another process writes, the registry shows what that process wrote
+//! ([`FollowedServices`]). The registry depends on Kubernetes in no other way.
 
 mod apply;
 mod batch_limit;
@@ -28,6 +29,7 @@ mod commit;
 mod comparison;
 mod decide;
 mod feed;
+mod follow;
 mod mirror_progress;
 mod mirror_records;
 mod recover;
@@ -47,6 +49,7 @@ use tokio::sync::{mpsc, oneshot};
 pub use catalog::Catalog;
 pub use cluster_facts::{ClusterFact, KubernetesRefusal, NamespacePolicy};
 pub use feed::{Batch, Event, Feed, Lagged, Subscription};
+pub use follow::FollowedServices;
 pub use mirror_progress::{MirrorLag, MirrorProgress};
 pub use recover::{Options, Unrecovered, new};
 pub use restore::KubernetesState;
@@ -152,6 +155,8 @@ enum WriterMessage {
     Differences(comparison::Differences),
     /// The comparison has sent its whole result.
     Compared(comparison::End),
+    /// What another process wrote.
+    Follow(follow::FollowRequest),
 }
 
 /// Receives the acknowledgement of a submission.

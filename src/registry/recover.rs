@@ -104,7 +104,7 @@ impl Unrecovered {
         // After a failure the journal is unusable, which the committer reports.
         let _ = journal.append(generation, &[]);
 
-        let term = if kubernetes.is_some() { recovery.term } else { 0 };
+        let term = if kubernetes.is_some() { recovery.term.term } else { 0 };
         let mut applier =
             Applier::new(publisher, Arc::clone(&catalog), feed, Arc::clone(&mirror_progress), Arc::clone(&metrics));
         applier.load(generation, services);
@@ -112,6 +112,7 @@ impl Unrecovered {
             term: recovery.term,
             generation: recovery.generation,
             outbox: recovery.outbox.into(),
+            stored: None,
         });
         if let Some(local) = &local {
             status.restoring();
@@ -155,7 +156,7 @@ fn replay(services: &mut Stored, clock: &mut HybridClock, record: Record) {
             }
         }
         // The store does not pass these on: it returns them as a whole in `Recovery`.
-        Record::Mirrored { .. } | Record::Term { .. } => {}
+        Record::Mirrored { .. } | Record::Term(_) => {}
     }
 }
 

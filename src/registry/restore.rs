@@ -9,12 +9,15 @@
 //! acknowledged and that Kubernetes was never seen to have. Of two words on one instance the one with the
 //! later [`Stamp`] wins, so that an old outbox undoes nothing that was acknowledged after it.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use super::Catalog;
 use crate::{
     model::{CowTree, Instance, InstanceId, InstanceKey, Service, ServiceKey, Stamp},
-    store::Record,
+    store::{DirectoryTerm, Record},
 };
 
 /// The contents of the managed EndpointSlices, from one complete list, and of the Lease.
@@ -33,17 +36,20 @@ pub struct KubernetesState {
 /// The contents of the store beside the instances.
 #[derive(Debug, Default)]
 pub(super) struct LocalState {
-    /// The term of the data directory; 0 if it never wrote to Kubernetes.
-    pub(super) term: u64,
+    /// The term of the data directory. Once another process has written under a higher one, nothing but the
+    /// outbox counts.
+    pub(super) term: DirectoryTerm,
     /// The highest generation in the store; it is not lower than that of any slice which this directory wrote.
     pub(super) generation: u64,
     pub(super) outbox: LatestRecords,
+    /// What the journal holds, while the catalog holds what another process writes. `None` while both are the same.
+    pub(super) stored: Option<Vec<(ServiceKey, Service)>>,
 }
 
 impl LocalState {
     /// Services whose latest change may not be in Kubernetes.
     pub(super) fn unmirrored(&self, catalog: &Catalog) -> impl Iterator<Item = ServiceKey> {
-        let all = if self.term == 0 { catalog.services() } else { Vec::new() };
+        let all = if self.term.term == 0 { catalog.services() } else { Vec::new() };
         all.into_iter().map(|(service, _)| service).chain(self.outbox.0.keys().map(|(service, _)| service.clone()))
     }
 }
@@ -69,9 +75,28 @@ impl LatestRecords {
                 Record::Remove { service, id, stamp } => {
                     self.0.insert((service.clone(), id.clone()), (*stamp, None));
                 }
-                Record::Mirrored { .. } | Record::Term { .. } => {}
+                Record::Mirrored { .. } | Record::Term(_) => {}
             }
         }
+    }
+
+    /// Takes from `records` those that are the latest of their instances here too, as they are here.
+    fn split_off(&self, records: &mut Vec<Record>) -> Vec<Record> {
+        let own = |record: &mut Record| match record {
+            Record::Put { service, instance } => {
+                let latest = self.0.get(&(service.clone(), instance.id()));
+                latest.is_some_and(|(_, latest)| latest.as_ref() == Some(instance))
+            }
+            Record::Remove { service, id, stamp } => match self.0.get(&(service.clone(), id.clone())) {
+                Some((latest, None)) => {
+                    *stamp = *latest;
+                    true
+                }
+                _ => false,
+            },
+            Record::Mirrored { .. } | Record::Term(_) => false,
+        };
+        records.extract_if(.., own).collect()
     }
 
     /// Whether there is a record for the instance of `record`.
@@ -79,7 +104,7 @@ impl LatestRecords {
         match record {
             Record::Put { service, instance } => self.0.contains_key(&(service.clone(), instance.id())),
             Record::Remove { service, id, .. } => self.0.contains_key(&(service.clone(), id.clone())),
-            Record::Mirrored { .. } | Record::Term { .. } => false,
+            Record::Mirrored { .. } | Record::Term(_) => false,
         }
     }
 
@@ -104,34 +129,59 @@ pub(super) struct Comparison {
     pub(super) term: u64,
     /// The changes to apply to the registry, each instance once. Kubernetes has all of them.
     pub(super) records: Vec<Record>,
+    /// More such changes, of the outbox: Kubernetes may not have them.
+    pub(super) unmirrored: Vec<Record>,
 }
 
-/// Decides which state is newer; `catalog` is everything that is registered now.
+/// Decides which state is newer; `catalog` is everything that readers see now.
 pub(super) fn compare(local: &LocalState, held: KubernetesState, catalog: &[(ServiceKey, Service)]) -> Comparison {
+    let DirectoryTerm { term: own_term, followed } = local.term;
     // Higher than both, unless the Lease was set back to a backup.
-    let term = held.new_term.max(local.term);
-    if local.term != 0 && (local.term, local.generation) >= (held.term, held.generation) {
-        return Comparison { term, records: Vec::new() };
-    }
+    let term = held.new_term.max(own_term);
+    let stored = local.stored.as_deref().unwrap_or(catalog);
     let mut wanted: HashMap<ServiceKey, CowTree<Arc<Instance>>> = HashMap::new();
-    for (service, instances) in held.services {
-        let tree = wanted.entry(service).or_default();
-        instances.into_iter().for_each(|instance| drop(tree.put(instance)));
-    }
-    if local.term == 0 {
-        // The directory never wrote to Kubernetes, so its instances are not in any slice.
-        for (service, registered) in catalog {
-            let tree = wanted.entry(service.clone()).or_default();
-            for instance in &registered.instances {
-                merge(tree, &instance.id(), instance.stamp(), Some(instance));
+    if own_term != 0 && !followed && (own_term, local.generation) >= (held.term, held.generation) {
+        if local.stored.is_none() {
+            return Comparison { term, ..Comparison::default() };
+        }
+        wanted.extend(stored.iter().map(|(service, held)| (service.clone(), held.instances.clone())));
+    } else {
+        for (service, instances) in held.services {
+            let tree = wanted.entry(service).or_default();
+            instances.into_iter().for_each(|instance| drop(tree.put(instance)));
+        }
+        if own_term == 0 {
+            // The directory never wrote to Kubernetes, so its instances are not in any slice.
+            for (service, registered) in stored {
+                let tree = wanted.entry(service.clone()).or_default();
+                for instance in &registered.instances {
+                    merge(tree, &instance.id(), instance.stamp(), Some(instance));
+                }
             }
         }
+        for ((service, id), (stamp, instance)) in &local.outbox.0 {
+            merge(wanted.entry(service.clone()).or_default(), id, *stamp, instance.as_ref());
+        }
     }
-    for ((service, id), (stamp, instance)) in &local.outbox.0 {
-        merge(wanted.entry(service.clone()).or_default(), id, *stamp, instance.as_ref());
+    let mut records = differences(&wanted, catalog);
+    let mut unmirrored = Vec::new();
+    if local.stored.is_some() {
+        // What only the journal, or only the catalog, lacks goes to both: repeating it changes nothing.
+        let known: HashSet<(ServiceKey, InstanceId)> = records.iter().filter_map(instance_of).collect();
+        let of_journal = differences(&wanted, stored).into_iter();
+        records.extend(of_journal.filter(|record| instance_of(record).is_some_and(|one| !known.contains(&one))));
+        // The journal must not take its own outbox for something that Kubernetes has.
+        unmirrored = local.outbox.split_off(&mut records);
     }
-    let records = differences(&wanted, catalog);
-    Comparison { term, records }
+    Comparison { term, records, unmirrored }
+}
+
+fn instance_of(record: &Record) -> Option<(ServiceKey, InstanceId)> {
+    match record {
+        Record::Put { service, instance } => Some((service.clone(), instance.id())),
+        Record::Remove { service, id, .. } => Some((service.clone(), id.clone())),
+        Record::Mirrored { .. } | Record::Term(_) => None,
+    }
 }
 
 /// Applies one word, unless a later one on the same instance is there. Words from before there were stamps
@@ -147,11 +197,11 @@ fn merge(tree: &mut CowTree<Arc<Instance>>, id: &InstanceId, stamp: Stamp, word:
     }
 }
 
-/// The records that turn `catalog` into `wanted`.
-fn differences(wanted: &HashMap<ServiceKey, CowTree<Arc<Instance>>>, catalog: &[(ServiceKey, Service)]) -> Vec<Record> {
+/// The records that turn `from` into `wanted`.
+fn differences(wanted: &HashMap<ServiceKey, CowTree<Arc<Instance>>>, from: &[(ServiceKey, Service)]) -> Vec<Record> {
     let mut records = Vec::new();
     let nothing = CowTree::default();
-    for (service, held) in catalog {
+    for (service, held) in from {
         let wanted = wanted.get(service).unwrap_or(&nothing);
         let gone = held.instances.iter().filter(|instance| wanted.get(&instance.key()).is_none());
         records.extend(gone.map(|instance| Record::Remove {
@@ -160,7 +210,7 @@ fn differences(wanted: &HashMap<ServiceKey, CowTree<Arc<Instance>>>, catalog: &[
             stamp: Stamp::default(),
         }));
     }
-    let held: HashMap<&ServiceKey, &Service> = catalog.iter().map(|(service, held)| (service, held)).collect();
+    let held: HashMap<&ServiceKey, &Service> = from.iter().map(|(service, held)| (service, held)).collect();
     for (service, wanted) in wanted {
         let held = held.get(service);
         let put = wanted.iter().filter(|instance| {
@@ -206,7 +256,7 @@ mod tests {
     }
 
     fn local(term: u64, outbox: Vec<Record>) -> LocalState {
-        LocalState { term, generation: 100, outbox: outbox.into() }
+        LocalState { term: DirectoryTerm::new(term), generation: 100, outbox: outbox.into(), stored: None }
     }
 
     #[test]
@@ -297,8 +347,45 @@ mod tests {
             outbox.add(&[put("10.0.0.1", n as f32), put("10.0.0.2", 1.0), remove("10.0.0.2")]);
         }
         assert_eq!(outbox.len(), 2);
-        let local = LocalState { term: 3, generation: 100, outbox };
+        let local = LocalState { term: DirectoryTerm::new(3), generation: 100, outbox, stored: None };
         let comparison = compare(&local, slices(7, &[("10.0.0.2", 1.0)]), &[]);
         assert_eq!(comparison.records, [put("10.0.0.1", 99.0)]);
+    }
+    #[test]
+    fn what_was_followed_counts_for_nothing_and_the_journal_gets_the_slices() {
+        // Term 3 wrote .1 and .2, and .5 only into its outbox. Then another process removed .2 and added .3, which this one
+        // followed; of .4 it has not seen the removal yet.
+        let held = slices(7, &[("10.0.0.1", 1.0), ("10.0.0.3", 1.0)]);
+        let stored = catalog(&[("10.0.0.1", 1.0), ("10.0.0.2", 1.0), ("10.0.0.5", 1.0)]);
+        let local = LocalState {
+            term: DirectoryTerm { term: 3, followed: true },
+            stored: Some(stored),
+            ..local(3, vec![put("10.0.0.5", 1.0)])
+        };
+        let seen = catalog(&[("10.0.0.1", 1.0), ("10.0.0.3", 1.0), ("10.0.0.4", 1.0)]);
+        let Comparison { term, mut records, unmirrored } = compare(&local, held, &seen);
+        records.sort_by_key(|record| format!("{record:?}"));
+        let mut wanted = [remove("10.0.0.4"), remove("10.0.0.2"), put("10.0.0.3", 1.0)];
+        wanted.sort_by_key(|record| format!("{record:?}"));
+        assert_eq!((term, &records[..]), (8, &wanted[..]));
+        assert_eq!(unmirrored, [put("10.0.0.5", 1.0)], "in the catalog again, and still in the outbox");
+    }
+
+    #[test]
+    fn stored_state_that_nobody_followed_is_back_in_the_catalog() {
+        // The Lease's last holder wrote nothing: the directory's own state is the newest.
+        let stored = catalog(&[("10.0.0.1", 1.0)]);
+        let local = LocalState { stored: Some(stored), ..local(3, vec![remove("10.0.0.9")]) };
+        let held = KubernetesState { generation: 99, ..slices(3, &[("10.0.0.9", 1.0)]) };
+        let Comparison { records, unmirrored, .. } = compare(&local, held, &catalog(&[("10.0.0.9", 1.0)]));
+        assert_eq!((records, unmirrored), (vec![put("10.0.0.1", 1.0)], vec![remove("10.0.0.9")]));
+    }
+
+    #[test]
+    fn slices_win_over_a_directory_that_was_followed_even_when_all_of_them_are_gone() {
+        let local =
+            LocalState { term: DirectoryTerm { term: 3, followed: true }, ..local(3, vec![put("10.0.0.2", 1.0)]) };
+        let comparison = compare(&local, slices(0, &[]), &catalog(&[("10.0.0.1", 1.0), ("10.0.0.2", 1.0)]));
+        assert_eq!(comparison.records, [remove("10.0.0.1")]);
     }
 }

@@ -1,7 +1,10 @@
 //! Whether registrations are accepted, and why not. Readiness, gRPC health and the errors of refused
 //! submissions follow from the phase.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use tokio::sync::watch;
 
@@ -14,7 +17,8 @@ pub enum Phase {
     Recovering,
     /// DNS serves the stored services; the EndpointSlices are being read.
     Restoring,
-    /// Another process writes to Kubernetes, as this holder of the Lease.
+    /// Another process writes to Kubernetes, as this holder of the Lease. This one follows it: once
+    /// [`Status::is_readable`], DNS and readers are served.
     Standby(Arc<str>),
     /// Registrations are accepted.
     Ready,
@@ -26,32 +30,48 @@ pub enum Phase {
 
 /// The shared [`Phase`]. A failure of the storage stays until a restart, and draining is final.
 #[derive(Debug, Clone)]
-pub struct Status(watch::Sender<Phase>);
+pub struct Status {
+    phase: watch::Sender<Phase>,
+    /// Set once, and stays.
+    readable: Arc<AtomicBool>,
+}
 
 impl Status {
     pub(super) fn new() -> Self {
-        Self(watch::Sender::new(Phase::Recovering))
+        Self { phase: watch::Sender::new(Phase::Recovering), readable: Arc::default() }
     }
 
     /// The current phase.
     #[must_use]
     pub fn phase(&self) -> Phase {
-        self.0.borrow().clone()
+        self.phase.borrow().clone()
     }
 
     /// A receiver of the current phase and of every later one.
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<Phase> {
-        self.0.subscribe()
+        self.phase.subscribe()
+    }
+
+    /// Whether the catalog is complete: this process writes, or follows one that does. Stays so.
+    #[must_use]
+    pub fn is_readable(&self) -> bool {
+        self.readable.load(Ordering::Acquire)
+    }
+
+    /// The catalog is complete. Returns whether that is new.
+    pub(super) fn set_readable(&self) -> bool {
+        !self.readable.swap(true, Ordering::AcqRel)
     }
 
     /// Refuses all submissions from now on.
     pub fn drain(&self) {
-        self.0.send_replace(Phase::Draining);
+        self.phase.send_replace(Phase::Draining);
     }
 
     pub(super) fn ready(&self) {
-        self.0.send_if_modified(|phase| {
+        self.set_readable();
+        self.phase.send_if_modified(|phase| {
             let loading = matches!(phase, Phase::Recovering | Phase::Restoring | Phase::Standby(_));
             if loading {
                 *phase = Phase::Ready;
@@ -61,7 +81,7 @@ impl Status {
     }
 
     pub(super) fn restoring(&self) {
-        self.0.send_if_modified(|phase| {
+        self.phase.send_if_modified(|phase| {
             let recovering = *phase == Phase::Recovering;
             if recovering {
                 *phase = Phase::Restoring;
@@ -72,7 +92,7 @@ impl Status {
 
     /// Another process writes, as `holder`. Returns whether that is new.
     pub(crate) fn standby(&self, holder: &str) -> bool {
-        self.0.send_if_modified(|phase| {
+        self.phase.send_if_modified(|phase| {
             let new = match phase {
                 Phase::Restoring => true,
                 Phase::Standby(before) => &**before != holder,
@@ -86,7 +106,7 @@ impl Status {
     }
 
     pub(super) fn storage_failed(&self, err: &str) {
-        self.0.send_if_modified(|phase| {
+        self.phase.send_if_modified(|phase| {
             let working = matches!(phase, Phase::Recovering | Phase::Restoring | Phase::Standby(_) | Phase::Ready);
             if working {
                 *phase = Phase::StorageFailed(err.into());
@@ -100,7 +120,7 @@ impl Status {
     /// # Errors
     /// Why not.
     pub fn accepting(&self) -> Result<(), Unavailable> {
-        match *self.0.borrow() {
+        match *self.phase.borrow() {
             Phase::Ready => Ok(()),
             Phase::Recovering | Phase::Restoring => Err(Unavailable::NotReady),
             Phase::Standby(_) => Err(Unavailable::Standby),
@@ -119,6 +139,6 @@ impl Status {
 impl Status {
     /// A registry in `phase`, for tests of its readers.
     pub(crate) fn at(phase: Phase) -> Self {
-        Self(watch::Sender::new(phase))
+        Self { phase: watch::Sender::new(phase), readable: Arc::default() }
     }
 }

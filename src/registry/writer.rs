@@ -28,11 +28,12 @@ use super::{
     comparison,
     decide::{DecidedBatch, Decider},
     mirror_records::MirrorRecords,
+    restore::LocalState,
 };
 use crate::{
     metrics::{CommandOutcome, Metrics},
     model::UnixMillis,
-    store::Record,
+    store::{DirectoryTerm, Record},
 };
 
 /// Total [`ClusterFact::cost`] of the facts that one batch takes once it has decided a submission:
@@ -103,7 +104,7 @@ async fn receive(
 }
 
 impl Writer {
-    fn is_standby(&self) -> bool {
+    pub(super) fn is_standby(&self) -> bool {
         matches!(self.status.phase(), Phase::Standby(_))
     }
 
@@ -114,14 +115,15 @@ impl Writer {
     }
 
     /// Waits with Kubernetes for the comparison with its EndpointSlices, then accepts submissions. If
-    /// the store was compared before, the wait is limited to 5 s: the stored state is good enough while
-    /// the API server is down. Returns false if `stop` was cancelled meanwhile. Blocks.
+    /// the store was compared before, and nobody is known to have written since, the wait is limited to 5 s: the
+    /// stored state is good enough while the API server is down. Follows meanwhile what another process writes. Returns false if `stop` was cancelled meanwhile. Blocks.
     pub fn await_restore(&mut self, runtime: &Handle, stop: &CancellationToken) -> bool {
-        let was_compared = self.mirror_records.awaited().is_some_and(|local| local.term != 0);
+        let is_newest = |local: &LocalState| local.term.term != 0 && !local.term.followed;
+        let is_newest = self.mirror_records.awaited().is_some_and(is_newest);
         let deadline = Instant::now() + RESTORE_TIMEOUT;
         while !self.mirror_records.comparison_is_over() {
             // A comparison that has begun needs no API server any more, so it has no timeout.
-            let may_time_out = was_compared && self.mirror_records.awaited().is_some() && !self.is_standby();
+            let may_time_out = is_newest && self.mirror_records.awaited().is_some() && !self.is_standby();
             let next = runtime.block_on(async {
                 tokio::select! {
                     biased;
@@ -199,7 +201,10 @@ impl Writer {
                 WriterMessage::Mirrored(services) => self.mirror_records.confirmed(services, Instant::now()),
                 // Earlier decisions must be applied first: the comparison reads the catalog, and the
                 // journaled records filter its result.
-                WriterMessage::Restore(_) | WriterMessage::Differences(_) | WriterMessage::Compared(_) => {
+                WriterMessage::Restore(_)
+                | WriterMessage::Differences(_)
+                | WriterMessage::Compared(_)
+                | WriterMessage::Follow(_) => {
                     then = Some(message);
                     break;
                 }
@@ -217,6 +222,7 @@ impl Writer {
             Some(WriterMessage::Restore(request)) => self.compare(request, runtime),
             Some(WriterMessage::Differences(part)) => self.apply_differences(part),
             Some(WriterMessage::Compared(end)) => self.end_comparison(end),
+            Some(WriterMessage::Follow(request)) => self.follow(request),
             _ => {}
         }
         if self.mirror_records.is_due(Instant::now()) {
@@ -291,18 +297,25 @@ impl Writer {
     /// error.
     fn compare(&mut self, request: comparison::ComparisonRequest, runtime: &Handle) {
         let Some(local) = self.mirror_records.begin_comparison() else { return };
+        // Readers have seen generations of the process that was followed.
+        self.committer.advance_to(self.catalog.generation().max(request.held.generation));
         let max_records = if self.status.accepting().is_ok() { MAX_DIFFERENCES } else { MAX_DIFFERENCES_AT_START };
         comparison::start(request, local, Arc::clone(&self.catalog), max_records, runtime);
     }
 
     /// Applies a part of the comparison's result as a batch of its own.
     fn apply_differences(&mut self, part: comparison::Differences) {
-        let comparison::Differences { mut records, applied: reply } = part;
+        let comparison::Differences { mut records, mirrored, applied: reply } = part;
         self.mirror_records.retain_current(&mut records);
         self.decider.replay(records, UnixMillis::now());
         let DecidedBatch { records, changes } = self.decider.take();
         if !records.is_empty() {
-            if self.committer.commit_mirrored(&records, !changes.is_empty()).is_err() {
+            let committed = if mirrored {
+                self.committer.commit_mirrored(&records, !changes.is_empty())
+            } else {
+                self.committer.commit(&records, !changes.is_empty())
+            };
+            if committed.is_err() {
                 // The rest is not applied and the term is not stored, so the next start compares again.
                 self.mirror_records.end_comparison();
                 return;
@@ -323,11 +336,15 @@ impl Writer {
             return;
         }
         self.decider.comparison_is_over();
-        let stored = new_term.is_none_or(|term| self.committer.commit(&[Record::Term { term }], false).is_ok());
-        if stored {
-            // An error means that the watch which sent the request has ended.
-            let _ = reply.send(term);
+        if let Some(term) = new_term {
+            if self.committer.commit(&[Record::Term(DirectoryTerm::new(term))], false).is_err() {
+                return;
+            }
+            // The serial may have been that of another process.
+            self.applier.set_serial(self.committer.generation());
         }
+        // An error means that the watch which sent the request has ended.
+        let _ = reply.send(term);
     }
 
     /// Journals the mirror's confirmations without a batch.

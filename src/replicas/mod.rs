@@ -20,7 +20,7 @@
 //!    answers and takes registrations with 202. Copies of one directory are replicas of their own: see
 //!    [`DirectoryId`](lease::DirectoryId).
 //!
-//! The server runs the election, with every process that does not write on standby. Followers that answer, tombstones and the
+//! The server runs the election; every process that does not write follows the one that does. Tombstones and the
 //! hand-over are simulated only.
 
 pub mod confirm;

@@ -28,7 +28,7 @@ use std::{
 use tracing::{info, warn};
 
 use super::{
-    Record,
+    DirectoryTerm, Record,
     disk::{Directory, File, TEMP_SUFFIX, write_atomically},
     format::{DecodeError, Entry, EntryKind, Payload, RecordDecoder},
     frame::{FileId, FileKind, Frame, FrameBuffer, HEADER_LEN, Header, StoreId},
@@ -246,7 +246,7 @@ fn merge(
                     FileId::snapshot(old.number).file_name()
                 )));
             }
-            if let EntryKind::Term { term: old } = entry.kind() {
+            if let EntryKind::Term(old) = entry.kind() {
                 term.get_or_insert(old);
                 return Ok(());
             }
@@ -272,7 +272,7 @@ fn merge(
         let Some(end) = changes.end.take() else { break };
         (changes, _) = window(end)?;
     }
-    writer.term(term.unwrap_or(0))?;
+    writer.term(term.unwrap_or_default())?;
     writer.generation = source.generation;
     writer.end()
 }
@@ -382,11 +382,11 @@ impl<'m> SnapshotWriter<'m> {
         self.put(&entry)
     }
 
-    fn term(&mut self, term: u64) -> io::Result<()> {
-        if !self.context.outbox || term == 0 {
+    fn term(&mut self, term: DirectoryTerm) -> io::Result<()> {
+        if !self.context.outbox || term.term == 0 {
             return Ok(());
         }
-        self.put(&Entry::from(&Record::Term { term }))
+        self.put(&Entry::from(&Record::Term(term)))
     }
 
     fn put(&mut self, entry: &Entry) -> io::Result<()> {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use prost::Message;
 
-use super::Record;
+use super::{DirectoryTerm, Record};
 use crate::model::{
     Instance, InstanceId, InstanceSpec, PortSet, PortSpec, Protocol, ServiceKey, Stamp, UnixMillis, invariants,
 };
@@ -124,6 +124,9 @@ struct MirroredEntry {
 struct TermEntry {
     #[prost(uint64, tag = "1")]
     term: u64,
+    /// Another process has written since under a higher one.
+    #[prost(bool, tag = "2")]
+    followed: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -193,7 +196,9 @@ impl From<&Record> for Entry {
                 service: service.name().into(),
                 generation: *generation,
             }),
-            Record::Term { term } => EntryBody::Term(TermEntry { term: *term }),
+            Record::Term(DirectoryTerm { term, followed }) => {
+                EntryBody::Term(TermEntry { term: *term, followed: *followed })
+            }
         };
         Self { body: Some(body) }
     }
@@ -253,7 +258,7 @@ impl Entry {
         match &self.body {
             Some(EntryBody::Put(_) | EntryBody::Remove(_)) => EntryKind::Instance,
             Some(EntryBody::Mirrored(mirrored)) => EntryKind::Mirrored { generation: mirrored.generation },
-            Some(EntryBody::Term(term)) => EntryKind::Term { term: term.term },
+            Some(EntryBody::Term(term)) => EntryKind::Term(DirectoryTerm { term: term.term, followed: term.followed }),
             None => EntryKind::Empty,
         }
     }
@@ -328,7 +333,7 @@ pub(super) enum EntryKind {
     /// Kubernetes has every change of a service up to this generation.
     Mirrored { generation: u64 },
     /// A term.
-    Term { term: u64 },
+    Term(DirectoryTerm),
     /// Not written by this program.
     Empty,
 }
@@ -380,7 +385,7 @@ impl RecordDecoder {
             Some(EntryBody::Mirrored(MirroredEntry { namespace, service, generation })) => {
                 Ok(Record::Mirrored { service: self.service(&namespace, &service)?, generation })
             }
-            Some(EntryBody::Term(TermEntry { term })) => Ok(Record::Term { term }),
+            Some(EntryBody::Term(TermEntry { term, followed })) => Ok(Record::Term(DirectoryTerm { term, followed })),
             None => Err(invalid(&"an empty record")),
         }
     }
@@ -451,7 +456,7 @@ mod tests {
             let stamp = Stamp { clock, term, generation };
             let instance = spec.to_instance(UnixMillis(registered)).ok()?.with_stamp(stamp);
             Some(match kind {
-                0 => Record::Term { term: registered },
+                0 => Record::Term(DirectoryTerm { term: registered, followed: generation % 2 == 1 }),
                 1 => Record::Mirrored { service, generation: registered },
                 2 | 3 => Record::Remove { service, id: instance.id(), stamp },
                 _ => Record::Put { service, instance: Arc::new(instance) },
@@ -499,7 +504,7 @@ mod tests {
             let id = |record: &Record| match record {
                 Record::Put { service, instance } => Some((service.clone(), instance.id())),
                 Record::Remove { service, id, .. } => Some((service.clone(), id.clone())),
-                Record::Mirrored { .. } | Record::Term { .. } => None,
+                Record::Mirrored { .. } | Record::Term(_) => None,
             };
             let (Some(one), Some(other)) = (one, other) else { return Ok(()) };
             let (key, other_key) = (Entry::from(&one).key(), Entry::from(&other).key());
@@ -513,7 +518,7 @@ mod tests {
                 let own = Entry::from(&Record::Mirrored { service: instance_of, generation: 0 }).key();
                 prop_assert!(key.starts_with(&own));
             }
-            if let (Some(_), Record::Term { .. }) = (id(&one), &other) {
+            if let (Some(_), Record::Term(_)) = (id(&one), &other) {
                 prop_assert!(key < other_key);
             }
         }

@@ -94,12 +94,25 @@ pub enum Record {
         /// The highest such generation.
         generation: u64,
     },
-    /// The term under which this process writes to Kubernetes; the last one counts. Only with
-    /// [`Options::outbox`].
-    Term {
-        /// 0 for none.
-        term: u64,
-    },
+    /// The term of the directory; the last one counts. Only with [`Options::outbox`].
+    Term(DirectoryTerm),
+}
+
+/// Under which term a directory wrote to Kubernetes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DirectoryTerm {
+    /// 0 for none.
+    pub term: u64,
+    /// Whether another process is known to have written under a higher term since.
+    pub followed: bool,
+}
+
+impl DirectoryTerm {
+    /// The term of a directory after which nobody is known to have written.
+    #[must_use]
+    pub const fn new(term: u64) -> Self {
+        Self { term, followed: false }
+    }
 }
 
 /// Settings of the store.
@@ -141,7 +154,7 @@ pub struct RecoveryReport {
     pub repairs: Vec<String>,
     /// The last term stored. 0 when there was none, or when the directory was used without the
     /// outbox since: then Kubernetes may lack any instance that was read, whatever the outbox holds.
-    pub term: u64,
+    pub term: DirectoryTerm,
     /// The changes that Kubernetes lacks, by generation: the last `Put` or `Remove` of each instance
     /// that no later [`Record::Mirrored`] of its service covers. It may name services without
     /// instances; the mirror has to confirm those too. After a crash or an accepted loss it may

@@ -17,7 +17,7 @@
 use std::{collections::BTreeMap, ops::Range};
 
 use super::{
-    Record,
+    DirectoryTerm, Record,
     format::{Entry, EntryKind},
 };
 
@@ -28,7 +28,7 @@ pub(super) struct Outbox {
     enabled: bool,
     /// By the instance's key: since which generation it is unmirrored, and its last record.
     unmirrored: BTreeMap<Vec<u8>, (u64, Record)>,
-    pub(super) term: u64,
+    pub(super) term: DirectoryTerm,
 }
 
 /// An entry's place in the outbox, taken before the entry becomes a record.
@@ -65,7 +65,7 @@ impl Outbox {
                     self.unmirrored.extract_if(of_service(key), |_, (since, _)| *since <= generation).for_each(drop);
                 }
             }
-            Record::Term { term } => self.term = term,
+            Record::Term(term) => self.term = term,
         }
         None
     }
@@ -86,7 +86,7 @@ pub(super) struct ClosedChanges {
     /// By the instance's key; in each is set since when it is unmirrored.
     pub(super) entries: BTreeMap<Vec<u8>, Entry>,
     pub(super) services: MirroredServices,
-    pub(super) term: Option<u64>,
+    pub(super) term: Option<DirectoryTerm>,
     first: Vec<u8>,
     /// The first key behind the window; `None` where the window has all keys.
     pub(super) end: Option<Vec<u8>>,
@@ -138,7 +138,7 @@ impl ClosedChanges {
                 *highest = generation.max(*highest);
                 self.shrink();
             }
-            EntryKind::Term { term } => self.term = Some(term),
+            EntryKind::Term(term) => self.term = Some(term),
             EntryKind::Empty => {}
         }
     }

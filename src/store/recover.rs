@@ -10,7 +10,7 @@ use std::{ops::Range, path::PathBuf, sync::Arc, sync::atomic::AtomicBool};
 use tracing::warn;
 
 use super::{
-    Corruption, Journal, Options, Record, RecoveryProgress, RecoveryReport, StoreError,
+    Corruption, DirectoryTerm, Journal, Options, Record, RecoveryProgress, RecoveryReport, StoreError,
     clean_stop::{CLEAN_STOP, CleanStop},
     compaction::{ClosedFile, CompactionPlan, StoreContext, compact},
     disk::Directory,
@@ -79,8 +79,8 @@ impl StoreOpener<'_> {
             metrics: Arc::clone(&self.metrics),
         };
         let mut journal = self.journal(&context, scans, set.snapshot, generation, &mut repairs)?;
-        let drops_outbox = !self.options.outbox && outbox.term > 0;
-        if drops_outbox && let Err(err) = journal.append(generation, &[Record::Term { term: 0 }]) {
+        let drops_outbox = !self.options.outbox && outbox.term.term > 0;
+        if drops_outbox && let Err(err) = journal.append(generation, &[Record::Term(DirectoryTerm::default())]) {
             // The stored term still vouches for the outbox, so no snapshot may drop it: none is made.
             warn!(dir = %self.dir.display(), %err, "cannot reset the term under which Kubernetes was written to");
         }
@@ -92,7 +92,7 @@ impl StoreOpener<'_> {
             self.remove_obsolete(&set.obsolete);
             journal.compact();
         }
-        let term = if drops_outbox { 0 } else { outbox.term };
+        let term = if drops_outbox { DirectoryTerm::default() } else { outbox.term };
         Ok((journal, RecoveryReport { generation, repairs, term, outbox: outbox.into_records() }))
     }
 

@@ -139,8 +139,11 @@ impl Zone {
         self.ready.load(Ordering::Acquire)
     }
 
-    /// From now on a miss is NXDOMAIN. Logs how many instances have names that are not served.
+    /// From now on a miss is NXDOMAIN. Logs, the first time, how many instances have names that are not served.
     pub fn set_ready(&self) {
+        if self.is_ready() {
+            return;
+        }
         let example = self.unservable.example.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let (instances @ 1.., Some(example)) = (self.unservable(), example) {
             let zone = self.origin();

@@ -61,6 +61,11 @@ impl Publisher {
         }
     }
 
+    /// [`Zone::set_ready`].
+    pub fn set_ready(&self) {
+        self.zone.set_ready();
+    }
+
     /// [`Zone::unservable`].
     #[must_use]
     pub fn unservable(&self) -> u64 {

@@ -1,12 +1,12 @@
 //! One process at a time writes: the Lease, standby, and what a process that lost the Lease may do.
 
-use std::{fs, net::SocketAddr, path::Path, time::Instant};
+use std::{fs, net::SocketAddr, time::Instant};
 
 use gangplank::replicas::election::RETRY_PERIOD;
 use hickory_proto::rr::RecordType;
 use tempfile::TempDir;
 
-use super::{ClusterLock, MirrorHarness, addresses, serve, serve_by, wait_for_addresses};
+use super::{ClusterLock, MirrorHarness, addresses, replica::Replica, serve, serve_by, wait_for_addresses};
 use crate::support::{
     dns::{Over, answers},
     http,
@@ -15,40 +15,6 @@ use crate::support::{
     stream::Stream,
     wait_until,
 };
-
-/// A process beside the one of a harness.
-struct Other {
-    _process: Process,
-    grpc: SocketAddr,
-    dns: SocketAddr,
-    admin: SocketAddr,
-    _data: TempDir,
-}
-
-impl Other {
-    /// Starts a process and waits until it is on standby.
-    fn on_standby(kubeconfig: &Path) -> Self {
-        let data = TempDir::new().expect("a temporary directory can be made");
-        let flags = ["--kubeconfig", kubeconfig.to_str().expect("a path in UTF-8"), "--drain", "1s"];
-        let process = Process::serve(data.path(), &flags);
-        let [grpc, dns, admin] = process.listening();
-        let other = Self { _process: process, grpc, dns, admin, _data: data };
-        wait_until("it is on standby", || other.readyz().1.contains("on standby").then_some(()));
-        other
-    }
-
-    fn readyz(&self) -> (u16, String) {
-        http::get(self.admin, "/readyz")
-    }
-
-    fn wait_until_it_writes(&self) {
-        wait_until("it writes", || (self.readyz().0 == 200).then_some(()));
-    }
-
-    fn register(&self, namespace: &str, service: &str, address: &str) -> u32 {
-        Stream::open(self.grpc).register(namespace, service, address).0
-    }
-}
 
 fn a(dns: SocketAddr, name: &str) -> Vec<String> {
     answers(dns, Over::Udp, &format!("{name}.svc.cluster.local."), RecordType::A)
@@ -63,7 +29,7 @@ fn second_process_waits_on_standby_and_takes_over() {
     harness.create_namespace("standby");
     assert_eq!(harness.register("standby", "web", "10.6.0.1", "http=80").0, Some(0));
 
-    let second = Other::on_standby(&kubeconfig);
+    let second = Replica::on_standby(&kubeconfig);
     assert_eq!(second.register("standby", "web", "10.6.0.9"), 503);
     assert_eq!(harness.register("standby", "web", "10.6.0.2", "http=80").0, Some(0));
     assert_eq!(addresses(harness.cluster, "standby", "web"), ["10.6.0.1", "10.6.0.2"]);
@@ -78,7 +44,7 @@ fn second_process_waits_on_standby_and_takes_over() {
     assert_eq!(second.register("standby", "web", "10.6.0.3"), 201);
 
     // It is killed: the next one waits.
-    let third = Other::on_standby(&kubeconfig);
+    let third = Replica::on_standby(&kubeconfig);
     let begun = Instant::now();
     drop(second);
     third.wait_until_it_writes();
@@ -96,7 +62,7 @@ fn released_lease_is_taken_at_once() {
     let mut harness = MirrorHarness { server: serve(lock.cluster, &flags), cluster: lock.cluster, _lock: lock };
     harness.create_namespace("at-once");
     assert_eq!(harness.register("at-once", "web", "10.6.1.1", "http=80").0, Some(0));
-    let second = Other::on_standby(proxy.kubeconfig());
+    let second = Replica::on_standby(proxy.kubeconfig());
     let is_watched = |call: &Call| call.is("watch", "leases") && call.status == Some(200);
     wait_until("the Lease is watched", || (proxy.count(is_watched) > 0).then_some(()));
     proxy.forget_calls();
@@ -120,7 +86,7 @@ fn paused_writer_stops_when_it_goes_on_and_undoes_nothing() {
     for address in ["10.7.0.1", "10.7.0.2"] {
         assert_eq!(Stream::open(harness.server.grpc).register("paused", "web", address).0, 201);
     }
-    let second = Other::on_standby(&kubeconfig);
+    let second = Replica::on_standby(&kubeconfig);
     harness.server.signal("STOP");
     second.wait_until_it_writes();
     assert_eq!(Stream::open(second.grpc).remove("paused", "web", "10.7.0.1").0, 204);
@@ -196,7 +162,7 @@ fn copy_of_a_directory_in_use_waits_on_standby() {
     let flags = ["--kubeconfig", kubeconfig.to_str().expect("a path in UTF-8")];
     let process = Process::serve(copy.path(), &flags);
     let [grpc, _, admin] = process.listening();
-    wait_until("it is on standby", || http::get(admin, "/readyz").1.contains("on standby").then_some(()));
+    wait_until("it is on standby", || http::get(admin, "/readyz/registrations").1.contains("on standby").then_some(()));
     assert_eq!(Stream::open(grpc).register("copied", "web", "10.10.0.9").0, 503);
     assert_eq!(harness.register("copied", "web", "10.10.0.2", "http=80").0, Some(0));
     assert_eq!(addresses(harness.cluster, "copied", "web"), ["10.10.0.1", "10.10.0.2"]);

@@ -8,8 +8,10 @@ mod dns_probe;
 mod external_changes;
 mod faults;
 mod figures;
+mod followers;
 mod kill_cycles;
 mod lease;
+mod replica;
 mod seen_by_coredns;
 mod write_counts;
 

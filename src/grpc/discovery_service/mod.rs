@@ -47,8 +47,10 @@ impl DiscoveryService {
 
     /// Fails until the recovery is complete: before, a stored service would be reported as missing.
     fn ready(&self) -> Result<(), Status> {
-        match self.context.registry.status().phase() {
+        let status = self.context.registry.status();
+        match status.phase() {
             Phase::Recovering | Phase::Restoring => Err(Status::unavailable(Unavailable::NotReady.to_string())),
+            Phase::Standby(_) if status.is_readable() => Ok(()),
             Phase::Standby(_) => Err(Status::unavailable(Unavailable::Standby.to_string())),
             Phase::Ready | Phase::StorageFailed(_) | Phase::Draining => Ok(()),
         }

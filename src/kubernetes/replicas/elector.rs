@@ -1,6 +1,6 @@
 //! The task that holds the Lease: drives [`Election`] with the API server's answers and the time.
 //!
-//! A process is on standby until it has taken the Lease, and tells the registry so. After the
+//! A process is on standby until it has taken the Lease, and follows what the holder writes. After the
 //! take-over it renews the Lease, and gives it up when the process drains and everything that was
 //! accepted is in Kubernetes.
 
@@ -319,7 +319,7 @@ impl Elector {
                     }
                 }
                 Action::Deposed(reason) => self.deposed(reason)?,
-                // For replicas that answer while they follow. This process is on standby, or ends.
+                // The registry notes it when it follows the first slice of a higher term.
                 Action::Followed => {}
             }
             self.observe();

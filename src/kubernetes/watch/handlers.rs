@@ -1,15 +1,12 @@
 //! What the watches do with their events: they apply them to the [`ClusterCache`] and tell the
 //! registry the facts that follow.
 
-use k8s_openapi::api::{
-    core::v1::{Endpoints, Namespace, Service},
-    discovery::v1::EndpointSlice,
-};
+use k8s_openapi::api::core::v1::{Endpoints, Namespace, Service};
 use tokio::sync::oneshot;
 
-use super::{reflector::EventHandler, restore::InitialRestore};
+use super::reflector::EventHandler;
 use crate::{
-    kubernetes::cache::{CachedSlice, ClusterCache, ObjectEvent},
+    kubernetes::cache::{ClusterCache, ObjectEvent},
     registry::{ClusterFact, RegistryHandle, Unavailable},
 };
 
@@ -44,39 +41,6 @@ impl<K: Send> ClusterFactHandler<'_, K> {
         if init_done && let Some(listed) = self.listed.take() {
             // The receiver may be gone.
             let _ = listed.send(());
-        }
-        Ok(())
-    }
-}
-
-/// Handles our own slices. The registry is restored from the first complete list.
-pub(super) struct OwnSlicesHandler<'a> {
-    pub(super) cache: &'a ClusterCache,
-    /// `Some` until the first list is complete.
-    pub(super) restore: Option<InitialRestore<'a>>,
-}
-
-impl EventHandler<EndpointSlice> for OwnSlicesHandler<'_> {
-    async fn handle(&mut self, events: Vec<ObjectEvent<EndpointSlice>>) -> Result<(), Unavailable> {
-        let mut cached_events = Vec::with_capacity(events.len());
-        for event in events {
-            let Some(cached) = event.filter_map(CachedSlice::read) else { continue };
-            if let (Some(slice), Some(CachedSlice { observed: None, .. })) = (event.object(), cached.object())
-                && !matches!(event, ObjectEvent::Delete(_))
-            {
-                let (namespace, name) = (slice.metadata.namespace.as_deref(), slice.metadata.name.as_deref());
-                let (namespace, name) = (namespace.unwrap_or_default(), name.unwrap_or_default());
-                tracing::warn!("slice {namespace}/{name} names no Service: skipped");
-            }
-            if let Some(restore) = &mut self.restore {
-                restore.apply(&event, &cached);
-            }
-            cached_events.push(cached);
-        }
-        let init_done = cached_events.iter().any(|event| matches!(event, ObjectEvent::InitDone(_)));
-        self.cache.apply_slices(cached_events);
-        if init_done && let Some(restore) = self.restore.take() {
-            restore.finish().await?;
         }
         Ok(())
     }

@@ -5,9 +5,9 @@
 //! `--endpoints-object`. Services are watched whole and not only by their metadata, because one
 //! watch then reports both the owner and the content, and what is kept of them is the same.
 //!
-//! At the start the registry learns, in this order: every namespace, every Service and the instances
-//! under joined ones; then everything that our slices hold, at once. Then it returns the term, with
-//! which the mirror may write.
+//! The registry learns, in this order: every namespace, every Service and the instances under joined ones; then
+//! everything that our slices hold, at once ([`own_slices`]). While another process writes, it follows the slices; at a
+//! take-over they are listed again, and the mirror gets the term under which it may write.
 //!
 //! Nothing here writes. A watch never gives up: without an API server, or without the right to
 //! watch, it retries for as long as the registry runs.
@@ -16,29 +16,28 @@ mod error;
 mod handlers;
 mod joined;
 mod outage;
+mod own_slices;
 mod reflector;
-mod restore;
 
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::Endpoints;
 use kube::{Api, Client, core::DeserializeGuard};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-pub(super) use self::restore::Restored;
+pub(super) use self::own_slices::{Restored, TakeOver};
 use self::{
-    handlers::{ClusterFactHandler, EndpointsHandler, OwnSlicesHandler},
+    handlers::{ClusterFactHandler, EndpointsHandler},
     outage::Outages,
+    own_slices::OwnSlicesHandler,
     reflector::Reflector,
-    restore::{InitialRestore, RestoredInstances},
 };
 use super::{cache::ClusterCache, objects::names};
 use crate::{
     metrics::{Metrics, Watched},
     model::Validator,
-    registry::{RegistryHandle, Unavailable},
-    replicas::election::Tenure,
+    registry::{Phase, RegistryHandle, Unavailable},
 };
 
 /// The watches.
@@ -57,30 +56,25 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    /// Watches until `stop`, and restores the registry under `tenure`. Sends the term under which slices
-    /// are written from then on, when the registry holds what Kubernetes held.
+    /// Watches until `stop`. Each request for a take-over, which must not come before the one before is answered,
+    /// restores the registry.
     ///
     /// # Errors
     /// When the registry ends before `stop`, or cannot write its journal.
     pub(super) async fn run(
         self,
-        tenure: Tenure,
-        highest_term: u64,
-        started: oneshot::Sender<Restored>,
+        take_overs: mpsc::Receiver<TakeOver>,
         stop: &CancellationToken,
     ) -> Result<(), Unavailable> {
         let outages = Outages::new(self.server.clone());
         let (namespaces_listed, namespaces) = oneshot::channel();
         let (services_listed, services) = oneshot::channel();
         let (joined_listed, joined) = oneshot::channel();
-        let instances = RestoredInstances::new(self.validator, highest_term);
-        let restore = InitialRestore::new(&self.registry, &self.metrics.kubernetes, tenure, instances, started);
-        let restore = restore.after(namespaces, joined);
         let all = async {
             tokio::select! {
                 gone = self.namespaces(&outages, namespaces_listed) => gone,
                 gone = self.services(&outages, services_listed) => gone,
-                gone = self.slices(&outages, restore) => gone,
+                gone = self.slices(&outages, take_overs, vec![namespaces, joined]) => gone,
                 gone = self.joined(&outages, services, joined_listed) => gone,
                 gone = self.endpoints(&outages), if self.endpoints => gone,
             }
@@ -102,11 +96,32 @@ impl Watch {
         self.reflector(api, Watched::Services, String::new(), outages).run(&mut handler).await
     }
 
-    async fn slices(&self, outages: &Outages, restore: InitialRestore<'_>) -> Unavailable {
-        let mut handler = OwnSlicesHandler { cache: &self.cache, restore: Some(restore) };
+    /// Our own slices, once it is known who writes.
+    async fn slices(
+        &self,
+        outages: &Outages,
+        mut take_overs: mpsc::Receiver<TakeOver>,
+        before: Vec<oneshot::Receiver<()>>,
+    ) -> Unavailable {
+        let (registry, metrics) = (&self.registry, &self.metrics.kubernetes);
+        let mut handler = OwnSlicesHandler::new(&self.cache, registry, metrics, self.validator, before);
+        let mut phases = registry.status().watch();
+        let mut take_over = tokio::select! {
+            Some(request) = take_overs.recv() => Some(request),
+            Ok(_) = phases.wait_for(|phase| matches!(phase, Phase::Standby(_))) => None,
+        };
         let labels = format!("{}={}", names::MANAGED_BY, names::MANAGER);
-        let api = Api::all(self.client.clone());
-        self.reflector(api, Watched::Slices, labels, outages).run(&mut handler).await
+        let reflector = self.reflector(Api::all(self.client.clone()), Watched::Slices, labels, outages);
+        loop {
+            if let Some(request) = take_over.take() {
+                handler.take_over(request);
+            }
+            tokio::select! {
+                gone = reflector.run(&mut handler) => return gone,
+                // The handler may be dropped in the middle of a batch: the list that follows compares everything.
+                Some(request) = take_overs.recv() => take_over = Some(request),
+            }
+        }
     }
 
     /// Our Endpoints objects. Only what changed is of interest: the mirror reads them itself.

@@ -174,7 +174,7 @@ fn partly_applied_comparison_adds_nothing_to_the_outbox() {
     let (registry, _) = with_kubernetes(&dir);
     assert!(registry.handle.catalog().instances() > 2_000);
     let local = registry.writer.mirror_records.awaited().expect("a comparison is to come");
-    assert_eq!((local.term, local.outbox.len()), (1, 1));
+    assert_eq!((local.term.term, local.outbox.len()), (1, 1));
 }
 
 thread_local! {

@@ -6,7 +6,7 @@ use super::{ExpectedStore, Instances, VALIDATOR, apply, instance_of, random_batc
 use crate::{
     metrics::Metrics,
     model::{InstanceSpec, PortSpec, Protocol, Stamp, UnixMillis},
-    store::{DataDir, Journal, Options, Record, RecoveryReport, StoreError, create_durably},
+    store::{DataDir, DirectoryTerm, Journal, Options, Record, RecoveryReport, StoreError, create_durably},
 };
 
 fn start(path: &Path, options: &Options) -> (Journal, RecoveryReport, Instances) {
@@ -184,7 +184,7 @@ fn outbox_fixture() -> [Vec<Record>; 3] {
     let late = put("late", at("2001:db8::1"), 4);
     [
         vec![
-            Record::Term { term: 7 },
+            Record::Term(DirectoryTerm::new(7)),
             web.clone(),
             other.clone(),
             mirrored("web", 1_700_000_001),
@@ -193,7 +193,7 @@ fn outbox_fixture() -> [Vec<Record>; 3] {
             remove(&put("db", at("db.example.com"), 5)),
         ],
         vec![remove(&web), late],
-        vec![mirrored("db", 1_700_000_001), Record::Term { term: 8 }, other],
+        vec![mirrored("db", 1_700_000_001), Record::Term(DirectoryTerm::new(8)), other],
     ]
 }
 
@@ -234,7 +234,7 @@ fn format_version_1_with_outbox_is_read() {
         }
         let (_, recovery, read) = start(dir.path(), &Options { outbox: true, ..Options::default() });
         assert!(expected.matches(&recovery, &read), "{recovery:?} and {read:?} are not {expected:?}");
-        assert_eq!((recovery.term, recovery.outbox.len(), recovery.generation), (8, 3, 1_700_000_003));
+        assert_eq!((recovery.term.term, recovery.outbox.len(), recovery.generation), (8, 3, 1_700_000_003));
         assert_eq!(recovery.repairs, Vec::<String>::new());
     }
 }

@@ -17,7 +17,7 @@ use crate::{
     metrics::Metrics,
     model::Stamp,
     store::{
-        Journal, Options, Record,
+        DirectoryTerm, Journal, Options, Record,
         compaction::{CompactionPlan, StoreContext, compact},
         disk::Directory as _,
         frame::{self, FileId, Header},
@@ -404,7 +404,7 @@ fn starts() -> Vec<Start> {
     let with_outbox = Options { outbox: true, accept_loss: false, ..options };
     let (mut journal, _, mut instances) = open_with(&disk, &with_outbox, &Arc::default()).expect("a new directory");
     fill(&mut journal, &mut instances, 2);
-    journal.append(3, &[Record::Term { term: 3 }]).expect("a good disk");
+    journal.append(3, &[Record::Term(DirectoryTerm::new(3))]).expect("a good disk");
     let options = Options { outbox: false, ..with_outbox };
     let switched_off = Start { contents: disk.contents(), options, instances };
 

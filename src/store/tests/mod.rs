@@ -12,7 +12,7 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 use fastrand::Rng;
 
 use self::simulated_disk::SimulatedDisk;
-use super::{Journal, Options, Record, RecoveryReport, StoreError, recover::StoreOpener};
+use super::{DirectoryTerm, Journal, Options, Record, RecoveryReport, StoreError, recover::StoreOpener};
 use crate::{
     metrics::Metrics,
     model::{
@@ -31,7 +31,7 @@ fn apply(instances: &mut Instances, record: &Record) {
         Record::Remove { service, id, .. } => {
             instances.remove(&(service, id));
         }
-        Record::Mirrored { .. } | Record::Term { .. } => {}
+        Record::Mirrored { .. } | Record::Term(_) => {}
     }
 }
 
@@ -44,7 +44,7 @@ struct ExpectedStore {
     /// The last `Put` or `Remove` of each instance, with its generation.
     last: BTreeMap<(ServiceKey, InstanceId), (u64, Record)>,
     mirrored: BTreeMap<ServiceKey, u64>,
-    term: u64,
+    term: DirectoryTerm,
 }
 
 impl ExpectedStore {
@@ -56,7 +56,7 @@ impl ExpectedStore {
                     let highest = self.mirrored.entry(service.clone()).or_default();
                     *highest = (*highest).max(*generation);
                 }
-                Record::Term { term } => self.term = *term,
+                Record::Term(term) => self.term = *term,
                 _ => {
                     self.last.insert(instance_of(record), (generation, record.clone()));
                 }
@@ -103,7 +103,7 @@ fn mirror(batch: &mut Vec<Record>, generation: u64, last: &ExpectedStore, rng: &
         batch.insert(rng.usize(..=batch.len()), mirrored);
     }
     if rng.u8(..20) == 0 {
-        batch.insert(rng.usize(..=batch.len()), Record::Term { term: generation });
+        batch.insert(rng.usize(..=batch.len()), Record::Term(DirectoryTerm { term: generation, followed: rng.bool() }));
     }
 }
 

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     model::{InstanceSpec, Stamp, UnixMillis},
     store::{
-        Journal, Options, Record, RecoveryReport,
+        DirectoryTerm, Journal, Options, Record, RecoveryReport,
         frame::{FRAME_LEN, HEADER_LEN},
     },
 };
@@ -109,20 +109,25 @@ fn last_term_survives_compactions() {
     let disk = SimulatedDisk::default();
     for (term, before) in [(3, 0), (5, 3), (4, 5)] {
         let (mut journal, recovery, _) = start(&disk, true);
-        assert_eq!(recovery.term, before);
-        journal.append(term, &[Record::Term { term: 9 }, Record::Term { term }]).expect("a good disk");
+        assert_eq!(recovery.term, DirectoryTerm { term: before, followed: before == 5 });
+        journal
+            .append(
+                term,
+                &[Record::Term(DirectoryTerm::new(9)), Record::Term(DirectoryTerm { term, followed: term == 5 })],
+            )
+            .expect("a good disk");
         compact(&mut journal);
         journal.append(term + 1, &[put("web", term)]).expect("a good disk");
         compact(&mut journal);
     }
-    assert_eq!(start(&disk, true).1.term, 4);
+    assert_eq!(start(&disk, true).1.term, DirectoryTerm::new(4));
 }
 
 #[test]
 fn mirrored_changes_take_no_space_in_a_snapshot() {
     let disk = SimulatedDisk::default();
     let (mut journal, ..) = start(&disk, true);
-    journal.append(1, &[Record::Term { term: 1 }]).expect("a good disk");
+    journal.append(1, &[Record::Term(DirectoryTerm::new(1))]).expect("a good disk");
     let mut lengths = Vec::new();
     for cycle in 0..40 {
         let generation = 2 + 3 * cycle;
@@ -168,13 +173,13 @@ fn snapshot_without_outbox_has_no_trace_of_it() {
         let disk = SimulatedDisk::default();
         let (mut journal, ..) = start(&disk, outbox);
         journal.append(1, &[put("web", 1), put("db", 1), put("a", 1)]).expect("a good disk");
-        let extra = [Record::Term { term: 2 }, mirrored("web", 1)];
+        let extra = [Record::Term(DirectoryTerm::new(2)), mirrored("web", 1)];
         journal.append(2, if outbox { &extra } else { &[] }).expect("a good disk");
         compact(&mut journal);
         journal.append(3, &[remove("db"), put("web", 2)]).expect("a good disk");
         drop(journal);
         let (mut journal, recovery, _) = start(&disk, false);
-        assert_eq!((recovery.term, recovery.outbox), (0, vec![]));
+        assert_eq!((recovery.term.term, recovery.outbox), (0, vec![]));
         compact(&mut journal);
         drop(journal);
         disk
@@ -185,7 +190,7 @@ fn snapshot_without_outbox_has_no_trace_of_it() {
     // With the outbox again, everything counts as unmirrored.
     for disk in [plain, other] {
         let (_, recovery, read) = start(&disk, true);
-        assert_eq!((recovery.term, recovery.generation), (0, 3));
+        assert_eq!((recovery.term.term, recovery.generation), (0, 3));
         assert_eq!(read.len(), 2);
         assert_eq!(recovery.outbox, [put("a", 1), put("web", 2)]);
     }
@@ -201,7 +206,7 @@ fn start_without_outbox_resets_the_term() {
         journal.append(1, &[put("web", 1), mirrored("web", 0)]).expect("a good disk");
         journal.append(2, &[remove("web")]).expect("a good disk");
         journal.rotate().expect("a good disk");
-        journal.append(3, &[Record::Term { term: 2 }]).expect("a good disk");
+        journal.append(3, &[Record::Term(DirectoryTerm::new(2))]).expect("a good disk");
         drop(journal);
         if fails {
             disk.fail(Operation::Write, std::io::ErrorKind::StorageFull, 1);
@@ -210,7 +215,7 @@ fn start_without_outbox_resets_the_term() {
         disk.clear_faults();
         let (_, recovery, _) = start(&disk, true);
         let (term, outbox) = if fails { (2, vec![remove("web")]) } else { (0, vec![]) };
-        assert_eq!((recovery.term, recovery.outbox), (term, outbox));
+        assert_eq!((recovery.term.term, recovery.outbox), (term, outbox));
     }
 }
 
@@ -237,21 +242,21 @@ fn outbox_switched_off_and_on_is_never_too_small() {
                 }
                 for (instance, record) in expected.unmirrored() {
                     let there = outbox.contains(instance);
-                    let may_be_forgotten = expected.term == 0 && matches!(record, Record::Remove { .. });
+                    let may_be_forgotten = expected.term.term == 0 && matches!(record, Record::Remove { .. });
                     assert!(there || may_be_forgotten, "seed {seed}: {record:?} is not there");
                     unmirrored += usize::from(there);
                     forgotten += usize::from(!there);
                 }
                 // A start without a term drops the removals, and begins a term.
-                if expected.term == 0 {
+                if expected.term.term == 0 {
                     expected.last.retain(|_, (_, record)| !matches!(record, Record::Remove { .. }));
                     generation += 1;
-                    let batch = [Record::Term { term: generation }];
+                    let batch = [Record::Term(DirectoryTerm::new(generation))];
                     journal.append(generation, &batch).expect("a good disk");
                     expected.apply(generation, &batch);
                 }
             } else {
-                expected.term = 0;
+                expected.term = DirectoryTerm::default();
             }
             for _ in 0..rng.usize(..20) {
                 let mut batch = random_batch(rng);

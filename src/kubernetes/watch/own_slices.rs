@@ -1,0 +1,301 @@
+//! Our own slices: what another process writes is followed, and what they hold at a take-over is restored.
+//!
+//! While another process writes, the registry shows what its slices say ([`RegistryHandle::follow`]). A take-over lists them
+//! again, with a quorum read, and hands everything to the registry at once ([`RegistryHandle::restore`]). From then on
+//! this process writes the slices, and only the cache is interested in them.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use tokio::sync::oneshot;
+use tracing::{info, warn};
+
+use super::reflector::EventHandler;
+use crate::{
+    kubernetes::{
+        cache::{CachedSlice, ClusterCache, ObjectEvent},
+        objects::slices::{InstanceView, SkippedEndpoint, SliceRank, read_slice},
+    },
+    metrics::KubernetesMetrics,
+    model::{ServiceKey, Validator},
+    registry::{FollowedServices, KubernetesState, RegistryHandle, Unavailable},
+    replicas::{
+        election::Tenure,
+        time::{BootTime, Now},
+    },
+};
+
+/// Most log lines about skipped endpoints.
+const MAX_LOG_LINES: u64 = 100;
+
+/// How a take-over ends.
+#[derive(Debug)]
+pub(in crate::kubernetes) enum Restored {
+    /// The registry has what the slices hold; they are written under this term.
+    Term(u64),
+    /// A slice has this term, which is no lower than that of the Lease: a higher one is needed first.
+    Outranked(u64),
+}
+
+/// Asks for a list of all slices and the restore of the registry from it.
+#[derive(Debug)]
+pub(in crate::kubernetes) struct TakeOver {
+    /// Under which this process writes.
+    pub(in crate::kubernetes) tenure: Tenure,
+    /// A slice with a higher term has it from a hand: its instances count, its term does not.
+    pub(in crate::kubernetes) highest_term: u64,
+    pub(in crate::kubernetes) restored: oneshot::Sender<Restored>,
+}
+
+/// What the slices are read for.
+enum Purpose {
+    /// Another process writes them.
+    Following,
+    /// This process takes over with the next complete list.
+    TakingOver(TakeOver),
+    /// This process writes them.
+    Writing,
+}
+
+/// Handles our own slices.
+pub(super) struct OwnSlicesHandler<'a> {
+    cache: &'a ClusterCache,
+    registry: &'a RegistryHandle,
+    metrics: &'a KubernetesMetrics,
+    purpose: Purpose,
+    instances: SliceInstances,
+    /// What the registry must have learnt before it is readable: every namespace, and the instances of joined
+    /// Services, which come after every Service.
+    before: Vec<oneshot::Receiver<()>>,
+}
+
+/// The instances that our slices hold.
+struct SliceInstances {
+    validator: Validator,
+    highest_term: u64,
+    view: InstanceView,
+    /// The highest rank of a slice.
+    rank: SliceRank,
+    skipped: u64,
+}
+
+impl<'a> OwnSlicesHandler<'a> {
+    pub(super) fn new(
+        cache: &'a ClusterCache,
+        registry: &'a RegistryHandle,
+        metrics: &'a KubernetesMetrics,
+        validator: Validator,
+        before: Vec<oneshot::Receiver<()>>,
+    ) -> Self {
+        let instances = SliceInstances::new(validator);
+        Self { cache, registry, metrics, purpose: Purpose::Following, instances, before }
+    }
+
+    /// The next complete list, which must begin after this call, ends in a restore.
+    pub(super) fn take_over(&mut self, request: TakeOver) {
+        self.instances.highest_term = request.highest_term;
+        self.purpose = Purpose::TakingOver(request);
+    }
+
+    /// All slices are listed.
+    async fn listed(&mut self) -> Result<(), Unavailable> {
+        for learnt in &mut self.before {
+            // The senders are dropped early only when everything ends.
+            let _ = learnt.await;
+        }
+        self.before.clear();
+        match std::mem::replace(&mut self.purpose, Purpose::Following) {
+            Purpose::Following => self.follow(true).await,
+            Purpose::TakingOver(request) => self.restore(request).await,
+            Purpose::Writing => {
+                self.purpose = Purpose::Writing;
+                Ok(())
+            }
+        }
+    }
+
+    async fn follow(&mut self, complete: bool) -> Result<(), Unavailable> {
+        let SliceInstances { view, rank, .. } = &mut self.instances;
+        let changed = view.take_changed();
+        let instances = |service: &ServiceKey| (service.clone(), view.instances(service));
+        let services: Vec<_> =
+            if complete { view.services().map(instances).collect() } else { changed.iter().map(instances).collect() };
+        if services.is_empty() && !complete {
+            return Ok(());
+        }
+        let SliceRank { term, generation } = *rank;
+        self.registry.follow(FollowedServices { term, generation, complete, services }).await?;
+        self.metrics.synced.set(1);
+        Ok(())
+    }
+
+    async fn restore(&mut self, TakeOver { tenure, restored: reply, .. }: TakeOver) -> Result<(), Unavailable> {
+        let found = self.instances.rank.term;
+        if found >= tenure.term {
+            // The receiver may be gone.
+            let _ = reply.send(Restored::Outranked(found));
+            return Ok(());
+        }
+        let validator = self.instances.validator;
+        let instances = std::mem::replace(&mut self.instances, SliceInstances::new(validator));
+        if instances.skipped > MAX_LOG_LINES {
+            warn!("{} more endpoints of slices were skipped or changed", instances.skipped - MAX_LOG_LINES);
+        }
+        self.purpose = Purpose::Writing;
+        let restored = instances.into_state(&tenure);
+        let (services, found) = (restored.services.len(), restored.term);
+        let term = self.registry.restore(restored).await?;
+        info!(services, found, term, "restored from Kubernetes");
+        self.metrics.synced.set(1);
+        // The receiver may be gone.
+        let _ = reply.send(Restored::Term(term));
+        Ok(())
+    }
+}
+
+impl EventHandler<EndpointSlice> for OwnSlicesHandler<'_> {
+    async fn handle(&mut self, events: Vec<ObjectEvent<EndpointSlice>>) -> Result<(), Unavailable> {
+        let mut cached_events = Vec::with_capacity(events.len());
+        let mut listed = false;
+        for event in events {
+            let Some(cached) = event.filter_map(CachedSlice::read) else { continue };
+            if let (Some(slice), Some(CachedSlice { observed: None, .. })) = (event.object(), cached.object())
+                && !matches!(event, ObjectEvent::Delete(_))
+            {
+                let (namespace, name) = (slice.metadata.namespace.as_deref(), slice.metadata.name.as_deref());
+                let (namespace, name) = (namespace.unwrap_or_default(), name.unwrap_or_default());
+                warn!("slice {namespace}/{name} names no Service: skipped");
+            }
+            if !matches!(self.purpose, Purpose::Writing) {
+                self.instances.apply(&event, &cached, self.metrics);
+            }
+            listed |= matches!(event, ObjectEvent::InitDone(_));
+            cached_events.push(cached);
+        }
+        self.cache.apply_slices(cached_events);
+        if listed {
+            return self.listed().await;
+        }
+        match self.purpose {
+            Purpose::Following => self.follow(false).await,
+            Purpose::TakingOver(_) | Purpose::Writing => Ok(()),
+        }
+    }
+}
+
+impl SliceInstances {
+    fn new(validator: Validator) -> Self {
+        // A term can be as high as the time.
+        let unix_seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let now = Now { boot: BootTime::default(), unix_seconds, clock_agrees: true };
+        let highest_term = now.highest_term(0);
+        Self { validator, highest_term, view: InstanceView::default(), rank: SliceRank::default(), skipped: 0 }
+    }
+
+    fn apply(
+        &mut self,
+        event: &ObjectEvent<EndpointSlice>,
+        cached: &ObjectEvent<CachedSlice>,
+        metrics: &KubernetesMetrics,
+    ) {
+        let slice = match event {
+            ObjectEvent::Init => {
+                (self.rank, self.skipped) = (SliceRank::default(), 0);
+                return self.view.init();
+            }
+            ObjectEvent::InitDone(_) => return self.view.init_done(),
+            ObjectEvent::Delete(slice) => return self.view.delete(&slice.metadata),
+            ObjectEvent::InitApply(slice) | ObjectEvent::Apply(slice) => slice,
+        };
+        // A slice that is not ours any more, or is being deleted, holds nothing.
+        let Some(observed) = cached.object().and_then(|cached| cached.observed.as_ref()) else {
+            return self.view.delete(&slice.metadata);
+        };
+        let term = if observed.term <= self.highest_term { observed.term } else { 0 };
+        let rank = SliceRank { term, generation: observed.generation };
+        self.rank = self.rank.max(rank);
+        if observed.deleting {
+            return self.view.delete(&slice.metadata);
+        }
+        let (instances, skipped) = read_slice(slice, &self.validator);
+        for skipped in skipped {
+            self.skip(&observed.service, &skipped, metrics);
+        }
+        self.view.apply(&observed.service, &slice.metadata, rank, instances);
+    }
+
+    fn skip(&mut self, service: &ServiceKey, skipped: &SkippedEndpoint, metrics: &KubernetesMetrics) {
+        metrics.skipped_endpoints.inc();
+        self.skipped += 1;
+        if self.skipped <= MAX_LOG_LINES {
+            warn!("{service}: {skipped}");
+        }
+    }
+
+    /// The Lease as it was before counts too: it outlives slices that are deleted with their last instance.
+    fn into_state(self, tenure: &Tenure) -> KubernetesState {
+        let Self { view, rank, .. } = self;
+        let lease = tenure.previous.as_ref();
+        let lease = lease.map(|lease| SliceRank { term: lease.term, generation: lease.generation });
+        let SliceRank { term, generation } = rank.max(lease.unwrap_or_default());
+        let services = view.services().map(|service| (service.clone(), view.instances(service)));
+        KubernetesState { term, generation, new_term: tenure.term, services: services.collect() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{kubernetes::objects::names, metrics::Metrics};
+
+    const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
+
+    fn slice(name: &str, stamps: (u64, u64), endpoints: &[(&str, bool)]) -> EndpointSlice {
+        let endpoint =
+            |(address, ready): &(&str, bool)| json!({ "addresses": [address], "conditions": { "ready": ready } });
+        let slice = json!({
+            "metadata": {
+                "namespace": "prod", "name": name, "uid": name, "resourceVersion": "1",
+                "labels": { names::MANAGED_BY: names::MANAGER, names::SERVICE_NAME: "web" },
+                "annotations": {
+                    names::TERM: stamps.0.to_string(), names::GENERATION: stamps.1.to_string(),
+                    names::INSTANCES: json!({ "10.0.0.1": { "priority": stamps.1 } }).to_string(),
+                },
+            },
+            "addressType": "IPv4",
+            "endpoints": endpoints.iter().map(endpoint).collect::<Vec<_>>(),
+            "ports": [{ "name": "http", "port": 80, "protocol": "TCP" }],
+        });
+        serde_json::from_value(slice).expect("an EndpointSlice")
+    }
+
+    #[test]
+    fn restore_takes_the_newest_slice_and_starts_over_with_the_list() {
+        let metrics = Metrics::new().kubernetes;
+        let mut restored = SliceInstances { highest_term: 9, ..SliceInstances::new(VALIDATOR) };
+        let mut apply = |event: ObjectEvent<EndpointSlice>| {
+            let ours = event.filter_map(CachedSlice::read).expect("it has a name");
+            restored.apply(&event, &ours, &metrics);
+        };
+        apply(ObjectEvent::Init);
+        apply(ObjectEvent::InitApply(slice("web-0", (9, 9), &[("10.0.0.9", true)])));
+        apply(ObjectEvent::Init);
+        apply(ObjectEvent::InitApply(slice("web-1", (1, 5), &[("10.0.0.1", true), ("127.0.0.1", true)])));
+        apply(ObjectEvent::InitApply(slice("web-2", (2, 3), &[("10.0.0.1", true), ("10.0.0.2", true)])));
+        apply(ObjectEvent::InitApply(slice("web-3", (1, 9), &[("10.0.0.1", true)])));
+        apply(ObjectEvent::InitApply(slice("web-by-hand", (10, 1), &[("10.0.0.2", true)])));
+        let mut gone = slice("web-4", (3, 1), &[("10.0.0.4", true)]);
+        gone.metadata.deletion_timestamp = serde_json::from_value(json!("2026-01-01T00:00:00Z")).expect("a time");
+        apply(ObjectEvent::InitApply(gone));
+        apply(ObjectEvent::InitDone("9".into()));
+        assert_eq!((restored.skipped, metrics.skipped_endpoints.get()), (1, 1));
+        let KubernetesState { term, generation, new_term: _, services } = restored.into_state(&Tenure::new(4, None));
+        assert_eq!((term, generation), (3, 1));
+        let [(service, instances)] = &services[..] else { panic!("{services:?}") };
+        assert_eq!(service.to_string(), "prod/web");
+        let said = instances.iter().map(|one| (one.id().to_string(), one.priority())).collect::<Vec<_>>();
+        assert_eq!(said, [("10.0.0.1:80".into(), 3), ("10.0.0.2:80".into(), 0)]);
+    }
+}

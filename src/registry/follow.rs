@@ -1,0 +1,128 @@
+//! Following: while another process writes, the registry shows what that process wrote to its EndpointSlices.
+//!
+//! What is followed is visible, in DNS and to readers, and nothing else: it is not journaled, because the journal keeps
+//! what this process accepted until it takes over, and not mirrored. The take-over lists the slices again and compares them with
+//! the journal (`restore.rs`).
+
+use std::{collections::HashSet, sync::Arc};
+
+use tokio::sync::oneshot;
+use tracing::info;
+
+use super::{RegistryHandle, Unavailable, Writer, WriterMessage, cluster_facts::is_reserved, staged::StagedChanges};
+use crate::{
+    model::{CowTree, Instance, InstanceChange, ServiceKey, UnixMillis},
+    store::{DirectoryTerm, Record},
+};
+
+/// Changes in one batch: a reader of the feed takes one batch at a time.
+const MAX_CHANGES: usize = 4_096;
+
+/// What the EndpointSlices of the process that writes hold.
+#[derive(Debug)]
+pub struct FollowedServices {
+    /// The highest term of a slice.
+    pub term: u64,
+    /// The highest generation of a slice. It becomes the SOA serial.
+    pub generation: u64,
+    /// Whether `services` are all there are.
+    pub complete: bool,
+    /// All valid instances of each service.
+    pub services: Vec<(ServiceKey, Vec<Arc<Instance>>)>,
+}
+
+/// [`FollowedServices`] on their way to the writer.
+#[derive(Debug)]
+pub(super) struct FollowRequest {
+    followed: FollowedServices,
+    applied: oneshot::Sender<()>,
+}
+
+impl RegistryHandle {
+    /// Shows what another process wrote, and returns when it is visible. The first complete list makes the registry
+    /// readable. Does nothing unless this process is on standby.
+    ///
+    /// # Errors
+    /// When the writer has ended.
+    pub async fn follow(&self, followed: FollowedServices) -> Result<(), Unavailable> {
+        let (applied, is_applied) = oneshot::channel();
+        let request = FollowRequest { followed, applied };
+        self.queue.send(WriterMessage::Follow(request)).await.map_err(|_| self.status.refusal())?;
+        is_applied.await.map_err(|_| self.status.refusal())
+    }
+}
+
+impl Writer {
+    pub(super) fn follow(&mut self, FollowRequest { followed, applied }: FollowRequest) {
+        if self.is_standby() {
+            self.show(followed);
+        }
+        // An error means that the watch has ended.
+        let _ = applied.send(());
+    }
+
+    fn show(&mut self, followed: FollowedServices) {
+        let FollowedServices { term, generation: serial, complete, mut services } = followed;
+        // Otherwise this process takes over already.
+        let Some(local) = self.mirror_records.awaited_mut() else { return };
+        local.stored.get_or_insert_with(|| self.catalog.services());
+        let DirectoryTerm { term: own_term, followed } = local.term;
+        if own_term > 0 && term > own_term && !followed {
+            // Not after another start either may the journal be taken for the newest state.
+            local.term.followed = true;
+            // The committer logs a failure and sets the status. DNS follows all the same.
+            let _ = self.committer.commit(&[Record::Term(local.term)], false);
+        }
+        // Anyone with access to the API server can label a slice of a reserved service as managed by gangplank.
+        services.retain(|(service, _)| !is_reserved(service));
+        if complete {
+            let named: HashSet<&ServiceKey> = services.iter().map(|(service, _)| service).collect();
+            let gone = self.catalog.services().into_iter().map(|(service, _)| service);
+            let gone: Vec<_> = gone.filter(|service| !named.contains(service)).collect();
+            services.extend(gone.into_iter().map(|service| (service, Vec::new())));
+        }
+        let serial = serial.max(if self.status.is_readable() { self.applier.serial() } else { 0 });
+        let mut changes = StagedChanges::default();
+        for (service, instances) in services {
+            self.stage(&mut changes, &service, instances);
+            if changes.events.len() >= MAX_CHANGES {
+                self.publish_followed(serial, std::mem::take(&mut changes));
+            }
+        }
+        self.publish_followed(serial, changes);
+        if complete && self.status.set_readable() {
+            self.applier.set_ready();
+            let (services, instances) = (self.catalog.len(), self.catalog.instances());
+            info!(services, instances, "following: DNS and readers see what another process writes");
+        }
+    }
+
+    /// Stages what leads from the catalog to `instances`.
+    fn stage(&self, changes: &mut StagedChanges, service: &ServiceKey, instances: Vec<Arc<Instance>>) {
+        let held = self.catalog.get(service);
+        let wanted: CowTree<Arc<Instance>> = instances.into_iter().collect();
+        let now = UnixMillis::now();
+        let before = held.as_ref().map(|held| &held.instances);
+        let gone = before.into_iter().flatten().filter(|instance| wanted.get(&instance.key()).is_none());
+        let gone = gone.map(|instance| InstanceChange { before: Some(Arc::clone(instance)), after: None });
+        let put = wanted.iter().filter_map(|instance| {
+            let before = before.and_then(|before| before.get(&instance.key())).cloned();
+            (before.as_ref() != Some(instance)).then(|| InstanceChange { before, after: Some(Arc::clone(instance)) })
+        });
+        for change in gone.chain(put) {
+            changes.stage(service.clone(), held.clone(), change, now);
+        }
+    }
+
+    /// Makes changes visible. With none, only the serial is new.
+    fn publish_followed(&mut self, serial: u64, changes: StagedChanges) {
+        if changes.is_empty() {
+            self.applier.set_serial(serial);
+            return;
+        }
+        let generation = serial.max(self.catalog.generation() + 1);
+        let applied = self.applier.follow(generation, serial, changes, UnixMillis::now());
+        self.metrics.registry.set_registered(self.catalog.len(), self.catalog.instances(), generation);
+        self.applier.announce(applied, UnixMillis::now());
+    }
+}

@@ -1,0 +1,61 @@
+//! A process beside the one of a harness, on the same cluster.
+
+use std::{net::SocketAddr, path::Path};
+
+use tempfile::TempDir;
+
+use crate::support::{http, server::Process, stream::Stream, wait_until};
+
+pub(super) struct Replica {
+    process: Process,
+    pub(super) grpc: SocketAddr,
+    pub(super) dns: SocketAddr,
+    pub(super) admin: SocketAddr,
+    data: TempDir,
+}
+
+impl Replica {
+    /// Starts a process on an empty data directory and waits until it follows the one that writes.
+    pub(super) fn on_standby(kubeconfig: &Path) -> Self {
+        let replica = Self::start(kubeconfig, TempDir::new().expect("a temporary directory can be made"));
+        replica.wait_until_it_follows();
+        replica
+    }
+
+    /// Starts a process on a data directory.
+    pub(super) fn start(kubeconfig: &Path, data: TempDir) -> Self {
+        let flags = ["--kubeconfig", kubeconfig.to_str().expect("a path in UTF-8"), "--drain", "1s"];
+        let process = Process::serve(data.path(), &flags);
+        let [grpc, dns, admin] = process.listening();
+        Self { process, grpc, dns, admin, data }
+    }
+
+    pub(super) fn wait_until_it_follows(&self) {
+        wait_until("it follows", || {
+            let (registrations, text) = http::get(self.admin, "/readyz/registrations");
+            let follows = registrations == 503 && text.contains("on standby");
+            (follows && http::get(self.admin, "/readyz").0 == 200).then_some(())
+        });
+    }
+
+    pub(super) fn wait_until_it_writes(&self) {
+        wait_until("it writes", || (http::get(self.admin, "/readyz/registrations").0 == 200).then_some(()));
+    }
+
+    pub(super) fn register(&self, namespace: &str, service: &str, address: &str) -> u32 {
+        Stream::open(self.grpc).register(namespace, service, address).0
+    }
+
+    /// Sends SIGTERM, waits for the end, and returns the data directory.
+    pub(super) fn terminate(mut self) -> TempDir {
+        assert!(self.process.terminate().success());
+        self.data
+    }
+
+    /// Sends SIGKILL, and returns the data directory.
+    pub(super) fn kill(self) -> TempDir {
+        // Dropping a process kills it.
+        drop(self.process);
+        self.data
+    }
+}
