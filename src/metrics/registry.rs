@@ -61,6 +61,8 @@ pub struct RegistryMetrics {
     services: Level,
     instances: Level,
     unservable: Level,
+    tombstones: Level,
+    refused_words: Counter,
     generation: Level,
     queue: Level,
     batches: Counter,
@@ -92,6 +94,8 @@ impl RegistryMetrics {
             services: Level::default(),
             instances: Level::default(),
             unservable: Level::default(),
+            tombstones: Level::default(),
+            refused_words: Counter::default(),
             generation: Level::default(),
             queue: Level::default(),
             batches: Counter::default(),
@@ -119,6 +123,16 @@ impl RegistryMetrics {
             "unservable_instances",
             "Instances with a name that is not served, because it does not fit DNS",
             metrics.unservable.clone(),
+        );
+        registry.register(
+            "tombstones",
+            "Removals that are remembered, so that no older registration undoes them",
+            metrics.tombstones.clone(),
+        );
+        registry.register(
+            "refused_words",
+            "Registrations that Kubernetes never had and that were too old to count when this process took over",
+            metrics.refused_words.clone(),
         );
         registry.register("generation", "The generation that is served", metrics.generation.clone());
         registry.register("queue_length", "Submissions that wait for the writer", metrics.queue.clone());
@@ -176,6 +190,16 @@ impl RegistryMetrics {
         self.unservable.set(instances);
     }
 
+    /// Sets the number of removals that are remembered.
+    pub fn set_tombstones(&self, tombstones: usize) {
+        self.tombstones.set(tombstones as u64);
+    }
+
+    /// Counts registrations that were too old to count at a take-over.
+    pub fn count_refused_words(&self, words: usize) {
+        self.refused_words.inc_by(words as u64);
+    }
+
     /// Sets the number of messages in the writer's queue.
     pub fn set_queue_length(&self, submissions: usize) {
         self.queue.set(submissions as u64);
@@ -203,6 +227,8 @@ mod tests {
             "gangplank_registry_services 0",
             "gangplank_registry_instances 0",
             "gangplank_registry_unservable_instances 0",
+            "gangplank_registry_tombstones 0",
+            "gangplank_registry_refused_words_total 0",
             "gangplank_registry_generation 0",
             "gangplank_registry_queue_length 0",
             "# TYPE gangplank_registry_batches counter",

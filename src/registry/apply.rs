@@ -20,6 +20,7 @@ use super::{Batch, Catalog, Event, Feed, MirrorProgress, staged::StagedChanges};
 use crate::{
     metrics::Metrics,
     model::{CowTree, Instance, InstanceChange, Service, ServiceKey, UnixMillis},
+    replicas::tombstones::Tombstones,
     zone::{Publisher, ServiceChange},
 };
 
@@ -65,9 +66,15 @@ impl Applier {
         Self { publisher, catalog, feed, mirror_progress, metrics, serial: 0, foreign: HashMap::new() }
     }
 
-    /// Fills an empty registry with the stored services, as `generation`. The feed begins after that
+    /// Fills an empty registry with the stored services and tombstones, as `generation`. The feed begins after that
     /// generation: recovered services are not changes.
-    pub(super) fn load<S>(&mut self, generation: u64, services: IndexMap<ServiceKey, Service, S>) {
+    pub(super) fn load<S>(
+        &mut self,
+        generation: u64,
+        services: IndexMap<ServiceKey, Service, S>,
+        tombstones: impl IntoIterator<Item = (ServiceKey, Tombstones)>,
+    ) {
+        tombstones.into_iter().for_each(|(service, tombstones)| self.catalog.set_tombstones(service, tombstones));
         self.catalog.reserve(services.len());
         self.publisher.reserve(services.len(), services.values().flat_map(|service| &service.instances));
         for (service, mut after) in services {
@@ -83,15 +90,18 @@ impl Applier {
         self.feed.start_after(generation);
         self.metrics.registry.set_registered(self.catalog.len(), self.catalog.instances(), generation);
         self.metrics.registry.set_unservable(self.publisher.unservable());
+        self.metrics.registry.set_tombstones(self.catalog.tombstone_count());
     }
 
     /// Makes the changes visible as `generation`. Must not be called before the journal has synced
     /// them, at the time `durable`. The caller passes the result to [`Applier::announce`].
     pub(super) fn apply(&mut self, generation: u64, changes: StagedChanges, durable: UnixMillis) -> AppliedBatch {
+        let buried = changes.tombstones.iter().map(|(service, (_, received))| (service.clone(), generation, *received));
+        let buried: Vec<_> = buried.collect();
         let applied = self.publish(generation, generation, changes, durable);
         // After the catalog: a marked service wakes the mirror, which reads the catalog at once.
         let dirty = applied.events.iter().map(|event| (event.service.clone(), generation, event.received));
-        self.mirror_progress.mark_dirty(dirty);
+        self.mirror_progress.mark_dirty(dirty.chain(buried));
         applied
     }
 
@@ -125,7 +135,7 @@ impl Applier {
 
     fn publish(&mut self, generation: u64, serial: u64, changes: StagedChanges, durable: UnixMillis) -> AppliedBatch {
         let begun = Instant::now();
-        let StagedChanges { mut services, events, .. } = changes;
+        let StagedChanges { mut services, events, tombstones, .. } = changes;
         for staged in services.values_mut() {
             staged.after.generation = generation;
         }
@@ -134,6 +144,11 @@ impl Applier {
         self.publisher.publish(serial, &published);
         self.serial = serial;
         self.metrics.registry.set_unservable(self.publisher.unservable());
+        // Before the services: the mirror must not see an instance gone without its tombstone.
+        for (service, (after, _)) in tombstones {
+            self.catalog.set_tombstones(service, after);
+        }
+        self.metrics.registry.set_tombstones(self.catalog.tombstone_count());
         for (service, staged) in services {
             self.catalog.set(service, staged.after);
         }

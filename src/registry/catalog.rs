@@ -2,14 +2,20 @@
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use crate::model::{Service, ServiceKey};
+use crate::{
+    model::{Service, ServiceKey},
+    replicas::tombstones::Tombstones,
+};
 
 /// Every service that has an instance. The writer alone changes it, after the journal is synced;
 /// readers see each service as one value and never wait.
 #[derive(Debug, Default)]
 pub struct Catalog {
     services: papaya::HashMap<ServiceKey, Service, foldhash::fast::RandomState>,
+    /// Beside the services, so that one without instances is invisible to every reader.
+    tombstones: papaya::HashMap<ServiceKey, Tombstones, foldhash::fast::RandomState>,
     instances: AtomicUsize,
+    tombstone_count: AtomicUsize,
     generation: AtomicU64,
 }
 
@@ -42,6 +48,25 @@ impl Catalog {
         }
         services.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
         services
+    }
+
+    /// The removals in `service` that are remembered; it may have no instance. They are set before the service, so that
+    /// a reader who gets the service first finds the tombstone of every instance that is missing in it.
+    #[must_use]
+    pub fn tombstones(&self, service: &ServiceKey) -> Tombstones {
+        self.tombstones.pin().get(service).cloned().unwrap_or_default()
+    }
+
+    /// Every service with tombstones, unordered.
+    #[must_use]
+    pub fn all_tombstones(&self) -> Vec<(ServiceKey, Tombstones)> {
+        self.tombstones.pin().iter().map(|(key, tombstones)| (key.clone(), tombstones.clone())).collect()
+    }
+
+    /// Tombstones of all services.
+    #[must_use]
+    pub fn tombstone_count(&self) -> usize {
+        self.tombstone_count.load(Ordering::Relaxed)
     }
 
     /// Services that have an instance.
@@ -84,6 +109,15 @@ impl Catalog {
         };
         // Only the writer's thread stores, so nothing is lost between the load and the store.
         self.instances.store(self.instances() + after - before, Ordering::Relaxed);
+    }
+
+    /// Replaces the tombstones of one service. Must come before [`Catalog::set`] of the same batch.
+    pub(super) fn set_tombstones(&self, key: ServiceKey, tombstones: Tombstones) {
+        let map = self.tombstones.pin();
+        let after = tombstones.len();
+        let replaced = if tombstones.is_empty() { map.remove(&key) } else { map.insert(key, tombstones) };
+        let before = replaced.map_or(0, Tombstones::len);
+        self.tombstone_count.store(self.tombstone_count() + after - before, Ordering::Relaxed);
     }
 
     /// Publishes `generation`; all its services must have been set.

@@ -16,14 +16,17 @@ use tokio::{
     runtime::Handle,
     sync::{mpsc, oneshot},
 };
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{
     Catalog, KubernetesState, WriterMessage,
     cluster_facts::is_reserved,
-    restore::{self, Comparison, LocalState},
+    restore::{self, Comparison, LocalState, Stored},
 };
-use crate::store::{DirectoryTerm, Record};
+use crate::{
+    model::UnixMillis,
+    store::{DirectoryTerm, Record},
+};
 
 /// Asks the writer for a comparison.
 #[derive(Debug)]
@@ -51,6 +54,8 @@ pub(super) struct End {
     /// The new term, if it differs from the stored one.
     pub(super) new_term: Option<u64>,
     pub(super) term: u64,
+    /// Registrations of the outbox that were too old to count.
+    pub(super) refused: usize,
     pub(super) reply: oneshot::Sender<u64>,
 }
 
@@ -72,7 +77,15 @@ fn run(request: ComparisonRequest, local: &LocalState, catalog: &Catalog, max_re
     held.services.retain(|(service, _)| !is_reserved(service));
     let services = held.services.len();
     let instances: usize = held.services.iter().map(|(_, instances)| instances.len()).sum();
-    let Comparison { term, records, unmirrored } = restore::compare(local, held, &catalog.services());
+    let stored = Stored { services: catalog.services(), tombstones: catalog.all_tombstones() };
+    let Comparison { term, records, unmirrored, refused } = restore::compare(local, held, &stored, UnixMillis::now());
+    for (service, instance) in &refused {
+        warn!(
+            %service, instance = %instance.id(), stamp = %instance.stamp(),
+            "a registration that Kubernetes never had is too old to count, because its removal may have been forgotten: \
+             it is dropped, and has to be registered again"
+        );
+    }
     info!(term, services, instances, changes = records.len() + unmirrored.len(), "compared with Kubernetes");
     for (mut records, mirrored) in [(records, true), (unmirrored, false)] {
         while !records.is_empty() {
@@ -87,5 +100,5 @@ fn run(request: ComparisonRequest, local: &LocalState, catalog: &Catalog, max_re
     }
     let new_term = (DirectoryTerm::new(term) != local.term).then_some(term);
     // An error means that the writer has ended; then the caller does not wait for the term either.
-    let _ = queue.blocking_send(WriterMessage::Compared(End { new_term, term, reply }));
+    let _ = queue.blocking_send(WriterMessage::Compared(End { new_term, term, refused: refused.len(), reply }));
 }

@@ -8,10 +8,14 @@
 use std::{collections::HashSet, sync::Arc};
 
 use super::{
-    Catalog, Command, NamespacePolicy, Outcome, cluster_facts::ClusterFacts, staged::StagedChanges, stamper::Stamper,
+    Catalog, Command, NamespacePolicy, Outcome, cluster_facts::ClusterFacts, expiries::Expiries, staged::StagedChanges,
+    stamper::Stamper,
 };
 use crate::{
-    model::{Address, Instance, InstanceChange, InstanceId, InstanceKey, PortSet, Service, ServiceKey, UnixMillis},
+    model::{
+        Address, Instance, InstanceChange, InstanceId, InstanceKey, PortSet, Service, ServiceKey, Stamp, UnixMillis,
+    },
+    replicas::word::TombstoneLifetime,
     store::Record,
 };
 
@@ -38,6 +42,8 @@ pub(super) struct Decider {
     max_instances: usize,
     facts: ClusterFacts,
     stamper: Stamper,
+    /// When tombstones expire; `None` where removals are not remembered.
+    expiries: Option<Expiries>,
     /// Unchanged instances that were registered again and journaled for that. `None` after the
     /// comparison with Kubernetes, and without Kubernetes.
     reregistered: Option<HashSet<(ServiceKey, InstanceId), foldhash::fast::RandomState>>,
@@ -50,10 +56,18 @@ impl Decider {
         max_instances: usize,
         policy: Option<NamespacePolicy>,
         stamper: Stamper,
+        tombstones: bool,
     ) -> Self {
         let reregistered = policy.is_some().then(HashSet::default);
         let facts = ClusterFacts::new(policy);
-        Self { catalog, max_instances, facts, stamper, reregistered, batch: DecidedBatch::default() }
+        let expiries = tombstones.then(|| {
+            let mut expiries = Expiries::default();
+            for (service, tombstones) in catalog.all_tombstones() {
+                tombstones.oldest().into_iter().for_each(|oldest| expiries.add(oldest, service.clone()));
+            }
+            expiries
+        });
+        Self { catalog, max_instances, facts, stamper, expiries, reregistered, batch: DecidedBatch::default() }
     }
 
     /// From now on, an unchanged registration needs no record: the comparison with Kubernetes removes
@@ -76,6 +90,7 @@ impl Decider {
     /// of these instances was accepted before.
     pub(super) fn replay(&mut self, records: Vec<Record>, now: UnixMillis) {
         for record in records {
+            let mut refuse_before = None;
             match &record {
                 Record::Put { service, instance } => {
                     self.stamper.observe(instance.stamp());
@@ -92,10 +107,15 @@ impl Decider {
                     let held = self.service(service);
                     let before = held.as_ref().and_then(|held| held.instances.get(&InstanceKey::from(id)).cloned());
                     self.batch.changes.stage(service.clone(), held, InstanceChange { before, after: None }, now);
+                    if *stamp != Stamp::default() {
+                        refuse_before = self.bury(service, id.clone(), *stamp, now);
+                    }
                 }
+                Record::RefuseBefore { service, clock } => self.raise_refuse_before(service, *clock, now),
                 Record::Mirrored { .. } | Record::Term(_) => {}
             }
             self.batch.records.push(record);
+            self.batch.records.extend(refuse_before);
         }
     }
 
@@ -104,6 +124,11 @@ impl Decider {
         let DecidedBatch { records, changes } = &self.batch;
         let next = DecidedBatch { records: Vec::with_capacity(records.len()), changes: changes.empty_alike() };
         std::mem::replace(&mut self.batch, next)
+    }
+
+    /// Whether anything was decided since [`Decider::take`].
+    pub(super) fn has_changes(&self) -> bool {
+        !self.batch.is_empty()
     }
 
     /// Decides one command and stages what it changes.
@@ -163,15 +188,60 @@ impl Decider {
         let removed = found.len();
         for instance in found {
             let stamp = self.stamper.next(received);
-            self.batch.records.push(Record::Remove { service: key.clone(), id: instance.id(), stamp });
+            let id = instance.id();
+            self.batch.records.push(Record::Remove { service: key.clone(), id: id.clone(), stamp });
             self.batch.changes.stage(
                 key.clone(),
                 Some(service.clone()),
                 InstanceChange { before: Some(instance), after: None },
                 received,
             );
+            let refuse_before = self.bury(key, id, stamp, received);
+            self.batch.records.extend(refuse_before);
         }
         Outcome::Removed(removed)
+    }
+
+    /// Stages a tombstone, where removals are remembered. Returns a record if older ones were dropped for it.
+    fn bury(&mut self, service: &ServiceKey, id: InstanceId, stamp: Stamp, received: UnixMillis) -> Option<Record> {
+        self.note_expiry(service, stamp.clock)?;
+        let clock = self.batch.changes.bury(&self.catalog, service, id, stamp, received)?;
+        Some(Record::RefuseBefore { service: service.clone(), clock })
+    }
+
+    fn raise_refuse_before(&mut self, service: &ServiceKey, clock: u64, received: UnixMillis) {
+        if self.note_expiry(service, clock).is_some() {
+            let mut tombstones = self.batch.changes.tombstones(&self.catalog, service);
+            if tombstones.raise_refuse_before(clock) {
+                self.batch.changes.stage_tombstones(service, tombstones, received);
+            }
+        }
+    }
+
+    /// Notes when the tombstones of a service that has none yet expire; `None` where removals are not remembered.
+    fn note_expiry(&mut self, service: &ServiceKey, clock: u64) -> Option<()> {
+        let expiries = self.expiries.as_mut()?;
+        let is_first = !self.batch.changes.tombstones.contains_key(service);
+        if is_first && self.catalog.tombstones(service).is_empty() {
+            expiries.add(clock, service.clone());
+        }
+        Some(())
+    }
+
+    /// Stages that tombstones of a few services have expired. Nothing is journaled: a start knows their age.
+    pub(super) fn sweep(&mut self, now: UnixMillis) {
+        let Some(expiries) = &mut self.expiries else { return };
+        let expired_before = TombstoneLifetime::DEFAULT.expired_before(self.stamper.now(now));
+        for service in expiries.take_due(expired_before) {
+            let mut tombstones = self.batch.changes.tombstones(&self.catalog, &service);
+            let changed = tombstones.expire(expired_before);
+            if let Some(oldest) = tombstones.oldest() {
+                expiries.add_again(oldest, expired_before, service.clone());
+            }
+            if changed {
+                self.batch.changes.stage_tombstones(&service, tombstones, now);
+            }
+        }
     }
 
     fn set_ready(&mut self, key: ServiceKey, id: &InstanceId, ready: bool, received: UnixMillis) -> Outcome {
@@ -229,7 +299,45 @@ mod tests {
     }
 
     fn empty(max_instances: usize) -> Decider {
-        Decider::new(Arc::new(Catalog::default()), max_instances, None, Stamper::default())
+        Decider::new(Arc::new(Catalog::default()), max_instances, None, Stamper::default(), false)
+    }
+
+    #[test]
+    fn removals_are_remembered_where_tombstones_are_kept() {
+        for kept in [false, true] {
+            let catalog = Arc::new(Catalog::default());
+            let mut decider = Decider::new(Arc::clone(&catalog), 10, None, Stamper::default(), kept);
+            let web = instance("10.0.0.1", 80, 1.0);
+            assert_eq!(register(&mut decider, &web), Outcome::Created);
+            assert_eq!(unregister(&mut decider, "10.0.0.1", web.ports().set()), Outcome::Removed(1));
+            let batch = decider.take();
+            let Record::Remove { stamp, .. } = &batch.records[1] else { panic!("{:?}", batch.records) };
+            let found = batch.changes.tombstones.get(&key("web")).map(|(tombstones, _)| tombstones.get(&web.key()));
+            assert_eq!(found, kept.then_some(Some(*stamp)));
+        }
+    }
+
+    #[test]
+    fn expired_tombstones_are_swept() {
+        let catalog = Arc::new(Catalog::default());
+        let mut tombstones = crate::replicas::tombstones::Tombstones::default();
+        let hour = 3_600_000;
+        for (address, at) in [("10.0.0.1", hour), ("10.0.0.2", 3 * hour)] {
+            let stamp = Stamp { clock: at * 1_000, term: 1, generation: 1 };
+            assert!(tombstones.insert(instance(address, 80, 1.0).id(), stamp));
+        }
+        catalog.set_tombstones(key("web"), tombstones);
+        let mut decider = Decider::new(Arc::clone(&catalog), 10, None, Stamper::default(), true);
+        decider.sweep(UnixMillis(33 * hour));
+        assert!(decider.take().is_empty());
+        decider.sweep(UnixMillis(33 * hour + 1));
+        let batch = decider.take();
+        assert!(batch.records.is_empty());
+        let (left, _) = &batch.changes.tombstones[&key("web")];
+        assert_eq!(left.iter().map(|one| one.id.clone()).collect::<Vec<_>>(), [instance("10.0.0.2", 80, 1.0).id()]);
+        catalog.set_tombstones(key("web"), left.clone());
+        decider.sweep(UnixMillis(36 * hour));
+        assert!(decider.take().changes.tombstones[&key("web")].0.is_empty());
     }
 
     #[test]

@@ -137,7 +137,9 @@ impl MirrorRecords {
 
 fn service_of(record: &Record) -> Option<&ServiceKey> {
     match record {
-        Record::Put { service, .. } | Record::Remove { service, .. } => Some(service),
+        Record::Put { service, .. } | Record::Remove { service, .. } | Record::RefuseBefore { service, .. } => {
+            Some(service)
+        }
         Record::Mirrored { .. } | Record::Term(_) => None,
     }
 }

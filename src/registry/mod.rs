@@ -28,6 +28,7 @@ mod cluster_facts;
 mod commit;
 mod comparison;
 mod decide;
+mod expiries;
 mod feed;
 mod follow;
 mod mirror_progress;

@@ -1,6 +1,7 @@
 //! The start: the registry is filled from the store before it gets a writer.
 
 use std::{
+    collections::HashMap,
     sync::Arc,
     time::{Instant, SystemTime},
 };
@@ -16,7 +17,8 @@ use super::{
 };
 use crate::{
     metrics::Metrics,
-    model::{HybridClock, InstanceKey, Service, ServiceKey, UnixMillis},
+    model::{HybridClock, InstanceKey, Service, ServiceKey, Stamp, UnixMillis},
+    replicas::{tombstones::Tombstones, word::TombstoneLifetime},
     store::{self, DataDir, Record, RecoveryProgress, StoreError},
     zone::Publisher,
 };
@@ -62,10 +64,17 @@ pub fn new(options: Options, metrics: Arc<Metrics>) -> (RegistryHandle, Unrecove
     (handle, Unrecovered { queue, catalog, feed, status, mirror_progress, metrics, options })
 }
 
-/// Services in the order of their first record. With a million services, cache misses dominate the
-/// time of a start: the index map publishes services in the order of their memory, and growing it does
-/// not hash them again.
-type Stored = IndexMap<ServiceKey, Service, foldhash::fast::RandomState>;
+/// What the store holds.
+#[derive(Debug, Default)]
+struct Stored {
+    /// In the order of their first record. With a million services, cache misses dominate the
+    /// time of a start: the index map publishes services in the order of their memory, and growing it does
+    /// not hash them again.
+    services: IndexMap<ServiceKey, Service, foldhash::fast::RandomState>,
+    tombstones: HashMap<ServiceKey, Tombstones, foldhash::fast::RandomState>,
+    /// Not behind any stamp.
+    clock: HybridClock,
+}
 
 impl Unrecovered {
     /// Reads `data_dir` and publishes its services. The registry accepts submissions afterwards; with
@@ -89,13 +98,21 @@ impl Unrecovered {
             metrics,
             options: Options { max_instances, kubernetes },
         } = self;
-        let mut services = Stored::default();
-        let mut clock = HybridClock::default();
-        let mut take = |record| replay(&mut services, &mut clock, record);
+        let mut stored = Stored::default();
+        let mut take = |record| stored.replay(record);
         let (mut journal, recovery) = data_dir.recover(options, Arc::clone(&metrics), &mut take, progress)?;
         for repair in &recovery.repairs {
             warn!("{repair}");
         }
+        let Stored { services, mut tombstones, clock } = stored;
+        if !recovery.tombstones {
+            tombstones.clear();
+        }
+        let now = clock.now(UnixMillis::now().0.saturating_mul(1_000));
+        tombstones.retain(|_, tombstones| {
+            tombstones.expire(TombstoneLifetime::DEFAULT.expired_before(now));
+            !tombstones.is_empty()
+        });
         // The generation never decreases for one data directory. The clock puts it ahead of the generations
         // of a data directory that was lost.
         let generation = recovery.generation.saturating_add(1).max(unix_seconds());
@@ -107,7 +124,7 @@ impl Unrecovered {
         let term = if kubernetes.is_some() { recovery.term.term } else { 0 };
         let mut applier =
             Applier::new(publisher, Arc::clone(&catalog), feed, Arc::clone(&mirror_progress), Arc::clone(&metrics));
-        applier.load(generation, services);
+        applier.load(generation, services, tombstones);
         let local = kubernetes.is_some().then_some(LocalState {
             term: recovery.term,
             generation: recovery.generation,
@@ -125,7 +142,13 @@ impl Unrecovered {
         info!(services = catalog.len(), instances = catalog.instances(), generation, "recovered");
         Ok(Writer {
             queue,
-            decider: Decider::new(Arc::clone(&catalog), max_instances, kubernetes, Stamper::new(clock, term)),
+            decider: Decider::new(
+                Arc::clone(&catalog),
+                max_instances,
+                kubernetes,
+                Stamper::new(clock, term),
+                recovery.tombstones,
+            ),
             committer,
             applier,
             mirror_records: MirrorRecords::new(local),
@@ -135,28 +158,41 @@ impl Unrecovered {
             metrics,
             held_over: None,
             limit: BatchLimit::new(),
+            sweep_at: recovery.tombstones.then(Instant::now),
             clock: Instant::now,
         })
     }
 }
 
-fn replay(services: &mut Stored, clock: &mut HybridClock, record: Record) {
-    match record {
-        Record::Put { service, instance } => {
-            clock.observe(instance.stamp().clock);
-            services.entry(service).or_default().instances.put(instance);
-        }
-        Record::Remove { service, id, stamp } => {
-            clock.observe(stamp.clock);
-            if let Some(stored) = services.get_mut(&service) {
-                stored.instances.remove(&InstanceKey::from(&id));
-                if stored.instances.is_empty() {
-                    services.swap_remove(&service);
+impl Stored {
+    fn replay(&mut self, record: Record) {
+        match record {
+            Record::Put { service, instance } => {
+                self.clock.observe(instance.stamp().clock);
+                self.services.entry(service).or_default().instances.put(instance);
+            }
+            Record::Remove { service, id, stamp } => {
+                self.clock.observe(stamp.clock);
+                if let Some(stored) = self.services.get_mut(&service) {
+                    stored.instances.remove(&InstanceKey::from(&id));
+                    if stored.instances.is_empty() {
+                        self.services.swap_remove(&service);
+                    }
+                }
+                if stamp != Stamp::default() {
+                    let tombstones = self.tombstones.entry(service).or_default();
+                    tombstones.insert(id, stamp);
+                    // As when it was written: the record with the result follows.
+                    tombstones.shrink();
                 }
             }
+            Record::RefuseBefore { service, clock } => {
+                self.clock.observe(clock);
+                self.tombstones.entry(service).or_default().raise_refuse_before(clock);
+            }
+            // The store does not pass these on: it returns them as a whole in `Recovery`.
+            Record::Mirrored { .. } | Record::Term(_) => {}
         }
-        // The store does not pass these on: it returns them as a whole in `Recovery`.
-        Record::Mirrored { .. } | Record::Term(_) => {}
     }
 }
 

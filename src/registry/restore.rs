@@ -6,8 +6,12 @@
 //! term than the directory, nor its term with a higher generation, the store is newer: the stored state
 //! is kept, and the mirror corrects the slices. Otherwise the slices are newer: another directory has written to Kubernetes since, or this directory is new, or it is an older copy of the one
 //! that wrote. Then the outbox is laid over the slices. The outbox has the changes that this directory
-//! acknowledged and that Kubernetes was never seen to have. Of two words on one instance the one with the
-//! later [`Stamp`] wins, so that an old outbox undoes nothing that was acknowledged after it.
+//! acknowledged and that Kubernetes was never seen to have.
+//!
+//! Of two words on one instance the one with the later [`Stamp`] wins, a removal whose tombstone a slice has
+//! as well as a registration, so that an old outbox undoes nothing that was acknowledged after it. A registration
+//! in the outbox of which the slices know nothing may be one whose removal is forgotten already: it counts only if it
+//! is younger than that takes ([`AgeLimit`]).
 
 use std::{
     collections::{HashMap, HashSet},
@@ -16,7 +20,11 @@ use std::{
 
 use super::Catalog;
 use crate::{
-    model::{CowTree, Instance, InstanceId, InstanceKey, Service, ServiceKey, Stamp},
+    model::{CowTree, HybridClock, Instance, InstanceId, InstanceKey, Service, ServiceKey, Stamp, UnixMillis},
+    replicas::{
+        tombstones::Tombstones,
+        word::{AgeLimit, Merged, TombstoneLifetime, Word},
+    },
     store::{DirectoryTerm, Record},
 };
 
@@ -29,8 +37,19 @@ pub struct KubernetesState {
     pub generation: u64,
     /// The term under which this process writes from now on.
     pub new_term: u64,
+    /// Whether there was a Lease before. Without one, registrations from before there were stamps count whatever their age.
+    pub had_lease: bool,
     /// The valid instances, by service.
     pub services: Vec<(ServiceKey, Vec<Arc<Instance>>)>,
+    /// The removals that slices remember, by service.
+    pub tombstones: Vec<(ServiceKey, Tombstones)>,
+}
+
+/// What is registered here, and the removals that are remembered.
+#[derive(Debug, Default)]
+pub(super) struct Stored {
+    pub(super) services: Vec<(ServiceKey, Service)>,
+    pub(super) tombstones: Vec<(ServiceKey, Tombstones)>,
 }
 
 /// The contents of the store beside the instances.
@@ -58,10 +77,7 @@ impl LocalState {
 /// removed. The size is bounded by the number of instances that ever existed, not by the number of their
 /// changes.
 #[derive(Debug, Default)]
-pub(super) struct LatestRecords(HashMap<(ServiceKey, InstanceId), Word, foldhash::fast::RandomState>);
-
-/// A stamp, and the instance that was registered then, or `None` if it was removed.
-type Word = (Stamp, Option<Arc<Instance>>);
+pub(super) struct LatestRecords(HashMap<(ServiceKey, InstanceId), Word<Arc<Instance>>, foldhash::fast::RandomState>);
 
 impl LatestRecords {
     /// Adds the records of a batch; the last record of an instance replaces earlier ones.
@@ -69,13 +85,13 @@ impl LatestRecords {
         for record in records {
             match record {
                 Record::Put { service, instance } => {
-                    let latest = (instance.stamp(), Some(Arc::clone(instance)));
+                    let latest = Word { value: Some(Arc::clone(instance)), stamp: instance.stamp() };
                     self.0.insert((service.clone(), instance.id()), latest);
                 }
                 Record::Remove { service, id, stamp } => {
-                    self.0.insert((service.clone(), id.clone()), (*stamp, None));
+                    self.0.insert((service.clone(), id.clone()), Word { value: None, stamp: *stamp });
                 }
-                Record::Mirrored { .. } | Record::Term(_) => {}
+                Record::Mirrored { .. } | Record::Term(_) | Record::RefuseBefore { .. } => {}
             }
         }
     }
@@ -85,16 +101,16 @@ impl LatestRecords {
         let own = |record: &mut Record| match record {
             Record::Put { service, instance } => {
                 let latest = self.0.get(&(service.clone(), instance.id()));
-                latest.is_some_and(|(_, latest)| latest.as_ref() == Some(instance))
+                latest.is_some_and(|latest| latest.value.as_ref() == Some(instance))
             }
             Record::Remove { service, id, stamp } => match self.0.get(&(service.clone(), id.clone())) {
-                Some((latest, None)) => {
-                    *stamp = *latest;
+                Some(Word { value: None, stamp: latest }) => {
+                    *stamp = (*stamp).max(*latest);
                     true
                 }
                 _ => false,
             },
-            Record::Mirrored { .. } | Record::Term(_) => false,
+            Record::Mirrored { .. } | Record::Term(_) | Record::RefuseBefore { .. } => false,
         };
         records.extract_if(.., own).collect()
     }
@@ -104,7 +120,7 @@ impl LatestRecords {
         match record {
             Record::Put { service, instance } => self.0.contains_key(&(service.clone(), instance.id())),
             Record::Remove { service, id, .. } => self.0.contains_key(&(service.clone(), id.clone())),
-            Record::Mirrored { .. } | Record::Term(_) => false,
+            Record::Mirrored { .. } | Record::Term(_) | Record::RefuseBefore { .. } => false,
         }
     }
 
@@ -131,91 +147,222 @@ pub(super) struct Comparison {
     pub(super) records: Vec<Record>,
     /// More such changes, of the outbox: Kubernetes may not have them.
     pub(super) unmirrored: Vec<Record>,
+    /// Registrations that are too old to count. Whoever made them was told 202.
+    pub(super) refused: Vec<(ServiceKey, Arc<Instance>)>,
 }
 
-/// Decides which state is newer; `catalog` is everything that readers see now.
-pub(super) fn compare(local: &LocalState, held: KubernetesState, catalog: &[(ServiceKey, Service)]) -> Comparison {
+/// What a service should be.
+#[derive(Debug, Default)]
+struct WantedService {
+    instances: CowTree<Arc<Instance>>,
+    tombstones: Tombstones,
+}
+
+impl WantedService {
+    /// Adds what the slices remember of removals.
+    fn bury(&mut self, tombstones: Tombstones) {
+        for tombstone in tombstones.iter() {
+            let key = InstanceKey::from(&tombstone.id);
+            if self.instances.get(&key).is_some_and(|instance| instance.stamp() < tombstone.stamp) {
+                self.instances.remove(&key);
+            }
+        }
+        self.tombstones = tombstones;
+    }
+
+    /// The stamp of the last word on an instance, if one is known.
+    fn known(&self, key: &InstanceKey<'_>) -> Option<Stamp> {
+        self.instances.get(key).map(|instance| instance.stamp()).max(self.tombstones.get(key))
+    }
+
+    fn apply(&mut self, id: &InstanceId, word: &Word<Arc<Instance>>) {
+        match &word.value {
+            Some(instance) => drop(self.instances.put(Arc::clone(instance))),
+            None => drop(self.instances.remove(&InstanceKey::from(id))),
+        }
+    }
+}
+
+type WantedServices = HashMap<ServiceKey, WantedService>;
+
+/// Merges words of this directory with what the slices hold.
+struct Merge<'a> {
+    wanted: WantedServices,
+    local: &'a LocalState,
+    had_lease: bool,
+    clock: HybridClock,
+    now: UnixMillis,
+    refused: Vec<(ServiceKey, Arc<Instance>)>,
+}
+
+impl Merge<'_> {
+    fn word(&mut self, service: &ServiceKey, id: &InstanceId, word: &Word<Arc<Instance>>) {
+        let wanted = self.wanted.entry(service.clone()).or_default();
+        let known = wanted.known(&InstanceKey::from(id));
+        // Words from before there were stamps are laid over the slices, once. Registrations without Kubernetes were in no
+        // slice, so nobody else can have removed them.
+        let has_no_age =
+            if word.stamp.clock == 0 { !self.had_lease } else { word.stamp.term == 0 && self.local.term.term == 0 };
+        let merged = if has_no_age {
+            if known.is_some_and(|known| known > word.stamp) { Merged::Outranked } else { Merged::Applied }
+        } else {
+            let wall = self.now.0.saturating_mul(1_000);
+            let refuse_before = wanted.tombstones.refuse_before();
+            AgeLimit::at(self.clock, wall, TombstoneLifetime::DEFAULT, refuse_before).merge(known, word)
+        };
+        match (merged, &word.value) {
+            (Merged::Applied, _) => wanted.apply(id, word),
+            (Merged::TooOld, Some(instance)) => self.refused.push((service.clone(), Arc::clone(instance))),
+            (Merged::Outranked | Merged::TooOld, _) => {}
+        }
+    }
+}
+
+/// Decides which state is newer; `visible` is everything that readers see now. `now` is the wall clock.
+pub(super) fn compare(local: &LocalState, held: KubernetesState, visible: &Stored, now: UnixMillis) -> Comparison {
     let DirectoryTerm { term: own_term, followed } = local.term;
     // Higher than both, unless the Lease was set back to a backup.
     let term = held.new_term.max(own_term);
-    let stored = local.stored.as_deref().unwrap_or(catalog);
-    let mut wanted: HashMap<ServiceKey, CowTree<Arc<Instance>>> = HashMap::new();
-    if own_term != 0 && !followed && (own_term, local.generation) >= (held.term, held.generation) {
-        if local.stored.is_none() {
-            return Comparison { term, ..Comparison::default() };
-        }
-        wanted.extend(stored.iter().map(|(service, held)| (service.clone(), held.instances.clone())));
-    } else {
-        for (service, instances) in held.services {
-            let tree = wanted.entry(service).or_default();
-            instances.into_iter().for_each(|instance| drop(tree.put(instance)));
-        }
-        if own_term == 0 {
-            // The directory never wrote to Kubernetes, so its instances are not in any slice.
-            for (service, registered) in stored {
-                let tree = wanted.entry(service.clone()).or_default();
-                for instance in &registered.instances {
-                    merge(tree, &instance.id(), instance.stamp(), Some(instance));
-                }
+    let stored = local.stored.as_deref().unwrap_or(&visible.services);
+    let (wanted, refused) =
+        if own_term != 0 && !followed && (own_term, local.generation) >= (held.term, held.generation) {
+            if local.stored.is_none() {
+                // The slices may remember removals that this directory does not: it was the last writer, not the only one.
+                let records = missing_tombstones(&held.tombstones, visible);
+                return Comparison { term, records, ..Comparison::default() };
             }
-        }
-        for ((service, id), (stamp, instance)) in &local.outbox.0 {
-            merge(wanted.entry(service.clone()).or_default(), id, *stamp, instance.as_ref());
-        }
-    }
-    let mut records = differences(&wanted, catalog);
+            let mut wanted = WantedServices::new();
+            for (service, held) in stored {
+                wanted.entry(service.clone()).or_default().instances = held.instances.clone();
+            }
+            for (service, tombstones) in held.tombstones {
+                wanted.entry(service).or_default().bury(tombstones);
+            }
+            (wanted, Vec::new())
+        } else {
+            merge_slices(local, held, stored, now)
+        };
+    let mut records = differences(&wanted, &visible.services, &visible.tombstones);
     let mut unmirrored = Vec::new();
     if local.stored.is_some() {
         // What only the journal, or only the catalog, lacks goes to both: repeating it changes nothing.
         let known: HashSet<(ServiceKey, InstanceId)> = records.iter().filter_map(instance_of).collect();
-        let of_journal = differences(&wanted, stored).into_iter();
+        let of_journal = differences(&wanted, stored, &visible.tombstones).into_iter();
         records.extend(of_journal.filter(|record| instance_of(record).is_some_and(|one| !known.contains(&one))));
         // The journal must not take its own outbox for something that Kubernetes has.
         unmirrored = local.outbox.split_off(&mut records);
     }
-    Comparison { term, records, unmirrored }
+    Comparison { term, records, unmirrored, refused }
+}
+
+/// What the slices hold, with the words of this directory that Kubernetes may lack; and those that are too old to count.
+fn merge_slices(
+    local: &LocalState,
+    held: KubernetesState,
+    stored: &[(ServiceKey, Service)],
+    now: UnixMillis,
+) -> (WantedServices, Vec<(ServiceKey, Arc<Instance>)>) {
+    let mut clock = HybridClock::default();
+    let mut wanted = WantedServices::new();
+    for (service, instances) in held.services {
+        let wanted = wanted.entry(service).or_default();
+        for instance in instances {
+            clock.observe(instance.stamp().clock);
+            wanted.instances.put(instance);
+        }
+    }
+    for (service, tombstones) in held.tombstones {
+        tombstones.iter().for_each(|tombstone| clock.observe(tombstone.stamp.clock));
+        wanted.entry(service).or_default().bury(tombstones);
+    }
+    let mut merge = Merge { wanted, local, had_lease: held.had_lease, clock, now, refused: Vec::new() };
+    if local.term.term == 0 {
+        // The directory never wrote to Kubernetes, so its instances are not in any slice.
+        for (service, registered) in stored {
+            for instance in &registered.instances {
+                let word = Word { value: Some(Arc::clone(instance)), stamp: instance.stamp() };
+                merge.word(service, &instance.id(), &word);
+            }
+        }
+    }
+    for ((service, id), word) in &local.outbox.0 {
+        merge.word(service, id, word);
+    }
+    (merge.wanted, merge.refused)
 }
 
 fn instance_of(record: &Record) -> Option<(ServiceKey, InstanceId)> {
     match record {
         Record::Put { service, instance } => Some((service.clone(), instance.id())),
         Record::Remove { service, id, .. } => Some((service.clone(), id.clone())),
-        Record::Mirrored { .. } | Record::Term(_) => None,
+        Record::Mirrored { .. } | Record::Term(_) | Record::RefuseBefore { .. } => None,
     }
 }
 
-/// Applies one word, unless a later one on the same instance is there. Words from before there were stamps
-/// have equal ones: the applied word wins.
-fn merge(tree: &mut CowTree<Arc<Instance>>, id: &InstanceId, stamp: Stamp, word: Option<&Arc<Instance>>) {
-    let key = InstanceKey::from(id);
-    if tree.get(&key).is_some_and(|known| known.stamp() > stamp) {
-        return;
+/// The records of removals that slices remember, of instances that are not registered here with a later stamp.
+fn missing_tombstones(tombstones: &[(ServiceKey, Tombstones)], stored: &Stored) -> Vec<Record> {
+    if tombstones.is_empty() {
+        return Vec::new();
     }
-    match word {
-        Some(instance) => drop(tree.put(Arc::clone(instance))),
-        None => drop(tree.remove(&key)),
-    }
-}
-
-/// The records that turn `from` into `wanted`.
-fn differences(wanted: &HashMap<ServiceKey, CowTree<Arc<Instance>>>, from: &[(ServiceKey, Service)]) -> Vec<Record> {
+    let services: HashMap<&ServiceKey, &Service> =
+        stored.services.iter().map(|(key, service)| (key, service)).collect();
+    let known: HashMap<&ServiceKey, &Tombstones> = stored.tombstones.iter().map(|(key, known)| (key, known)).collect();
     let mut records = Vec::new();
-    let nothing = CowTree::default();
+    for (service, tombstones) in tombstones {
+        let (held, known) = (services.get(service), known.get(service));
+        for tombstone in tombstones.iter() {
+            let key = InstanceKey::from(&tombstone.id);
+            let registered = held.and_then(|held| held.instances.get(&key)).map(|instance| instance.stamp());
+            if registered.max(known.and_then(|known| known.get(&key))) < Some(tombstone.stamp) {
+                let (id, stamp) = (tombstone.id.clone(), tombstone.stamp);
+                records.push(Record::Remove { service: service.clone(), id, stamp });
+            }
+        }
+        records.extend(refuse_before(service, tombstones, known.copied()));
+    }
+    records
+}
+
+/// The record that raises what is known here to `tombstones`.
+fn refuse_before(service: &ServiceKey, tombstones: &Tombstones, known: Option<&Tombstones>) -> Option<Record> {
+    let clock = tombstones.refuse_before();
+    let is_news = clock > known.map_or(0, Tombstones::refuse_before);
+    is_news.then(|| Record::RefuseBefore { service: service.clone(), clock })
+}
+
+/// The records that turn `from`, of which these tombstones are known, into `wanted`.
+fn differences(
+    wanted: &WantedServices,
+    from: &[(ServiceKey, Service)],
+    tombstones: &[(ServiceKey, Tombstones)],
+) -> Vec<Record> {
+    let mut records = Vec::new();
+    let nothing = WantedService::default();
     for (service, held) in from {
         let wanted = wanted.get(service).unwrap_or(&nothing);
-        let gone = held.instances.iter().filter(|instance| wanted.get(&instance.key()).is_none());
+        let gone = held.instances.iter().filter(|instance| wanted.instances.get(&instance.key()).is_none());
         records.extend(gone.map(|instance| Record::Remove {
             service: service.clone(),
             id: instance.id(),
-            stamp: Stamp::default(),
+            stamp: wanted.tombstones.get(&instance.key()).unwrap_or_default(),
         }));
     }
     let held: HashMap<&ServiceKey, &Service> = from.iter().map(|(service, held)| (service, held)).collect();
-    for (service, wanted) in wanted {
-        let held = held.get(service);
-        let put = wanted.iter().filter(|instance| {
-            held.and_then(|held| held.instances.get(&instance.key())).is_none_or(|held| held != *instance)
-        });
+    let known: HashMap<&ServiceKey, &Tombstones> = tombstones.iter().map(|(key, known)| (key, known)).collect();
+    for (service, WantedService { instances, tombstones }) in wanted {
+        let (held, known) = (held.get(service), known.get(service));
+        let registered = |key: &InstanceKey<'_>| held.and_then(|held| held.instances.get(key));
+        for tombstone in tombstones.iter() {
+            let key = InstanceKey::from(&tombstone.id);
+            // One that is registered again needs none; one that is registered here only was removed above.
+            let is_needed = instances.get(&key).is_none() && registered(&key).is_none();
+            if is_needed && known.and_then(|known| known.get(&key)) < Some(tombstone.stamp) {
+                let (id, stamp) = (tombstone.id.clone(), tombstone.stamp);
+                records.push(Record::Remove { service: service.clone(), id, stamp });
+            }
+        }
+        records.extend(refuse_before(service, tombstones, known.copied()));
+        let put = instances.iter().filter(|instance| registered(&instance.key()).is_none_or(|held| held != *instance));
         records.extend(put.map(|instance| Record::Put { service: service.clone(), instance: Arc::clone(instance) }));
     }
     records
@@ -246,13 +393,19 @@ mod tests {
 
     fn slices(term: u64, held: &[(&str, f32)]) -> KubernetesState {
         let instances = held.iter().map(|(address, weight)| instance(address, *weight)).collect();
-        KubernetesState { term, generation: 100, new_term: term + 1, services: vec![(web(), instances)] }
+        let services = vec![(web(), instances)];
+        KubernetesState { term, generation: 100, new_term: term + 1, services, ..KubernetesState::default() }
     }
 
-    fn catalog(held: &[(&str, f32)]) -> Vec<(ServiceKey, Service)> {
+    fn catalog(held: &[(&str, f32)]) -> Stored {
         let mut service = Service::default();
         held.iter().for_each(|(address, weight)| drop(service.instances.put(instance(address, *weight))));
-        vec![(web(), service)]
+        Stored { services: vec![(web(), service)], tombstones: Vec::new() }
+    }
+
+    /// At one second after 1970 no word is too old.
+    fn compare(local: &LocalState, held: KubernetesState, stored: &Stored) -> Comparison {
+        super::compare(local, held, stored, UnixMillis(1_000))
     }
 
     fn local(term: u64, outbox: Vec<Record>) -> LocalState {
@@ -270,7 +423,7 @@ mod tests {
 
     #[test]
     fn empty_directory_takes_the_slices_under_a_new_term() {
-        let comparison = compare(&local(0, vec![]), slices(3, &[("10.0.0.1", 2.0)]), &[]);
+        let comparison = compare(&local(0, vec![]), slices(3, &[("10.0.0.1", 2.0)]), &Stored::default());
         assert_eq!(comparison.term, 4);
         assert_eq!(comparison.records, [put("10.0.0.1", 2.0)]);
     }
@@ -323,7 +476,8 @@ mod tests {
             _ => unreachable!("a put stays one"),
         };
         let instances = vec![stamped("10.0.0.1", 50), stamped("10.0.0.2", 50), stamped("10.0.0.3", 50)];
-        let held = KubernetesState { term: 7, generation: 1, new_term: 8, services: vec![(web(), instances)] };
+        let services = vec![(web(), instances)];
+        let held = KubernetesState { term: 7, generation: 1, new_term: 8, services, ..KubernetesState::default() };
         let outbox = vec![
             at(40, put("10.0.0.1", 1.0)),
             at(40, remove("10.0.0.2")),
@@ -331,7 +485,7 @@ mod tests {
             // The store of an earlier version has no stamps.
             put("10.0.0.4", 1.0),
         ];
-        let comparison = compare(&local(3, outbox), held, &[]);
+        let comparison = compare(&local(3, outbox), held, &Stored::default());
         let mut found = comparison.records;
         found.sort_by_key(|record| format!("{record:?}"));
         let kept = |address: &str| Record::Put { service: web(), instance: stamped(address, 50) };
@@ -348,9 +502,101 @@ mod tests {
         }
         assert_eq!(outbox.len(), 2);
         let local = LocalState { term: DirectoryTerm::new(3), generation: 100, outbox, stored: None };
-        let comparison = compare(&local, slices(7, &[("10.0.0.2", 1.0)]), &[]);
+        let comparison = compare(&local, slices(7, &[("10.0.0.2", 1.0)]), &Stored::default());
         assert_eq!(comparison.records, [put("10.0.0.1", 99.0)]);
     }
+
+    const HOUR: u64 = 3_600_000_000;
+
+    /// Tombstones of instances, with their clocks.
+    fn buried(removed: &[(&str, u64)]) -> Vec<(ServiceKey, Tombstones)> {
+        let mut tombstones = Tombstones::default();
+        for (address, clock) in removed {
+            assert!(tombstones.insert(instance(address, 1.0).id(), Stamp { clock: *clock, term: 3, generation: 1 }));
+        }
+        vec![(web(), tombstones)]
+    }
+
+    #[test]
+    fn tombstone_in_a_slice_outranks_older_words_and_no_later_one() {
+        let clock = 100 * HOUR;
+        let held =
+            || KubernetesState { tombstones: buried(&[("10.0.0.1", clock), ("10.0.0.2", clock)]), ..slices(7, &[]) };
+        let outbox = vec![at(clock - 1, put("10.0.0.1", 1.0)), at(clock + 1, put("10.0.0.2", 2.0))];
+        let now = UnixMillis(clock / 1_000);
+        let found = super::compare(&local(3, outbox), held(), &Stored::default(), now);
+        assert_eq!(found.records, [at(clock, remove("10.0.0.1")), at(clock + 1, put("10.0.0.2", 2.0))]);
+        assert!(found.refused.is_empty());
+        // What is registered here is removed with the stamp of the removal; one that is known is no news.
+        let stored = Stored { tombstones: buried(&[("10.0.0.2", clock)]), ..catalog(&[("10.0.0.1", 1.0)]) };
+        let found = super::compare(&local(3, vec![]), held(), &stored, now);
+        assert_eq!(found.records, [at(clock, remove("10.0.0.1"))]);
+    }
+
+    #[test]
+    fn tombstone_in_one_slice_removes_the_instance_that_another_still_has() {
+        // The writer was stopped between the two.
+        let held = KubernetesState { tombstones: buried(&[("10.0.0.1", 5)]), ..slices(7, &[("10.0.0.1", 1.0)]) };
+        assert_eq!(compare(&local(0, vec![]), held, &Stored::default()).records, [at(5, remove("10.0.0.1"))]);
+    }
+
+    #[test]
+    fn directory_that_wrote_last_takes_the_tombstones_it_lacks() {
+        let mut tombstones = buried(&[("10.0.0.1", 5), ("10.0.0.2", 5)]);
+        assert!(tombstones[0].1.raise_refuse_before(4));
+        let held = KubernetesState { tombstones, ..slices(3, &[]) };
+        let stored = Stored { tombstones: buried(&[("10.0.0.1", 6)]), ..catalog(&[("10.0.0.3", 1.0)]) };
+        let refuse = Record::RefuseBefore { service: web(), clock: 4 };
+        assert_eq!(compare(&local(3, vec![]), held, &stored).records, [at(5, remove("10.0.0.2")), refuse]);
+    }
+
+    #[test]
+    fn unknown_put_of_an_outbox_counts_for_24_hours_and_is_told_when_it_is_refused() {
+        let clock = 100 * HOUR;
+        let outbox = |age: u64| vec![at(clock - age * HOUR, put("10.0.0.1", 1.0))];
+        let now = UnixMillis(clock / 1_000);
+        let found = super::compare(&local(3, outbox(23)), slices(7, &[]), &catalog(&[("10.0.0.1", 1.0)]), now);
+        assert_eq!((found.records.len(), found.refused.len()), (1, 0), "the stamp differs");
+        let found = super::compare(&local(3, outbox(25)), slices(7, &[]), &catalog(&[("10.0.0.1", 1.0)]), now);
+        assert_eq!(found.records, [remove("10.0.0.1")]);
+        assert_eq!(
+            found.refused.iter().map(|(_, instance)| instance.id()).collect::<Vec<_>>(),
+            [instance("10.0.0.1", 1.0).id()]
+        );
+        // Tombstones as young as that were dropped.
+        let mut tombstones = buried(&[("10.0.0.2", clock)]);
+        assert!(tombstones[0].1.raise_refuse_before(clock - 22 * HOUR));
+        let held = KubernetesState { tombstones, ..slices(7, &[]) };
+        assert_eq!(super::compare(&local(3, outbox(23)), held, &Stored::default(), now).refused.len(), 1);
+        // The directory itself was the last that wrote, so nobody can have removed it.
+        assert!(super::compare(&local(8, outbox(25)), slices(7, &[]), &Stored::default(), now).refused.is_empty());
+    }
+
+    #[test]
+    fn registrations_of_a_server_without_kubernetes_have_no_age() {
+        let old = Arc::new(Arc::unwrap_or_clone(instance("10.0.0.1", 1.0)).with_stamp(Stamp {
+            clock: 1,
+            term: 0,
+            generation: 9,
+        }));
+        let mut service = Service::default();
+        service.instances.put(Arc::clone(&old));
+        let stored = Stored { services: vec![(web(), service)], tombstones: Vec::new() };
+        let held = KubernetesState { had_lease: true, ..slices(7, &[]) };
+        let found = super::compare(&local(0, vec![]), held, &stored, UnixMillis(1_000 * HOUR));
+        assert_eq!((found.records, found.refused), (vec![], vec![]));
+    }
+
+    #[test]
+    fn words_without_stamps_count_until_there_is_a_lease() {
+        let now = UnixMillis(100 * HOUR / 1_000);
+        for had_lease in [false, true] {
+            let held = KubernetesState { had_lease, ..slices(7, &[]) };
+            let found = super::compare(&local(3, vec![put("10.0.0.1", 1.0)]), held, &Stored::default(), now);
+            assert_eq!((found.records.len(), found.refused.len()), if had_lease { (0, 1) } else { (1, 0) });
+        }
+    }
+
     #[test]
     fn what_was_followed_counts_for_nothing_and_the_journal_gets_the_slices() {
         // Term 3 wrote .1 and .2, and .5 only into its outbox. Then another process removed .2 and added .3, which this one
@@ -359,11 +605,11 @@ mod tests {
         let stored = catalog(&[("10.0.0.1", 1.0), ("10.0.0.2", 1.0), ("10.0.0.5", 1.0)]);
         let local = LocalState {
             term: DirectoryTerm { term: 3, followed: true },
-            stored: Some(stored),
+            stored: Some(stored.services),
             ..local(3, vec![put("10.0.0.5", 1.0)])
         };
         let seen = catalog(&[("10.0.0.1", 1.0), ("10.0.0.3", 1.0), ("10.0.0.4", 1.0)]);
-        let Comparison { term, mut records, unmirrored } = compare(&local, held, &seen);
+        let Comparison { term, mut records, unmirrored, .. } = compare(&local, held, &seen);
         records.sort_by_key(|record| format!("{record:?}"));
         let mut wanted = [remove("10.0.0.4"), remove("10.0.0.2"), put("10.0.0.3", 1.0)];
         wanted.sort_by_key(|record| format!("{record:?}"));
@@ -375,7 +621,7 @@ mod tests {
     fn stored_state_that_nobody_followed_is_back_in_the_catalog() {
         // The Lease's last holder wrote nothing: the directory's own state is the newest.
         let stored = catalog(&[("10.0.0.1", 1.0)]);
-        let local = LocalState { stored: Some(stored), ..local(3, vec![remove("10.0.0.9")]) };
+        let local = LocalState { stored: Some(stored.services), ..local(3, vec![remove("10.0.0.9")]) };
         let held = KubernetesState { generation: 99, ..slices(3, &[("10.0.0.9", 1.0)]) };
         let Comparison { records, unmirrored, .. } = compare(&local, held, &catalog(&[("10.0.0.9", 1.0)]));
         assert_eq!((records, unmirrored), (vec![put("10.0.0.1", 1.0)], vec![remove("10.0.0.9")]));

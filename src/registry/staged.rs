@@ -8,7 +8,10 @@
 use std::{collections::HashMap, sync::Arc};
 
 use super::{Catalog, Event};
-use crate::model::{InstanceChange, Service, ServiceKey, UnixMillis};
+use crate::{
+    model::{InstanceChange, InstanceId, Service, ServiceKey, Stamp, UnixMillis},
+    replicas::tombstones::Tombstones,
+};
 
 /// The changes of a batch, by service and in order.
 #[derive(Debug, Default)]
@@ -17,6 +20,8 @@ pub(super) struct StagedChanges {
     pub(super) services: HashMap<ServiceKey, StagedService, foldhash::fast::RandomState>,
     /// The events for the feed, in order.
     pub(super) events: Vec<Event>,
+    /// The tombstones of services in which they changed, and when the first change was received.
+    pub(super) tombstones: HashMap<ServiceKey, (Tombstones, UnixMillis), foldhash::fast::RandomState>,
     /// Added minus removed instances.
     growth: isize,
 }
@@ -32,7 +37,7 @@ pub(super) struct StagedService {
 
 impl StagedChanges {
     pub(super) fn is_empty(&self) -> bool {
-        self.services.is_empty()
+        self.services.is_empty() && self.tombstones.is_empty()
     }
 
     /// No changes, with the capacity of `self`: consecutive batches have similar sizes.
@@ -40,6 +45,7 @@ impl StagedChanges {
         Self {
             services: HashMap::with_capacity_and_hasher(self.services.len(), self.services.hasher().clone()),
             events: Vec::with_capacity(self.events.len()),
+            tombstones: HashMap::default(),
             growth: 0,
         }
     }
@@ -55,6 +61,34 @@ impl StagedChanges {
     /// The number of instances, with the staged changes.
     pub(super) fn instances(&self, catalog: &Catalog) -> usize {
         catalog.instances().saturating_add_signed(self.growth)
+    }
+
+    /// The tombstones of a service with the staged changes.
+    pub(super) fn tombstones(&self, catalog: &Catalog, key: &ServiceKey) -> Tombstones {
+        match self.tombstones.get(key) {
+            Some((staged, _)) => staged.clone(),
+            None => catalog.tombstones(key),
+        }
+    }
+
+    /// Stages the tombstones of a service.
+    pub(super) fn stage_tombstones(&mut self, key: &ServiceKey, after: Tombstones, received: UnixMillis) {
+        self.tombstones.entry(key.clone()).or_insert_with(|| (Tombstones::default(), received)).0 = after;
+    }
+
+    /// Stages a tombstone. Returns the clock up to which tombstones were dropped for it, if any were.
+    pub(super) fn bury(
+        &mut self,
+        catalog: &Catalog,
+        key: &ServiceKey,
+        id: InstanceId,
+        stamp: Stamp,
+        received: UnixMillis,
+    ) -> Option<u64> {
+        // Changed in place: a copy would share its chunks with the staged one, and every change would copy some.
+        let (tombstones, _) = self.tombstones.entry(key.clone()).or_insert_with(|| (catalog.tombstones(key), received));
+        tombstones.insert(id, stamp);
+        tombstones.shrink()
     }
 
     /// Stages one change; `service` must be the result of [`StagedChanges::service`] for `key`.

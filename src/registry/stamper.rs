@@ -33,6 +33,11 @@ impl Stamper {
         Stamp { clock, term: self.term, generation: self.generation }
     }
 
+    /// The time by which ages of stamps are measured, in microseconds; `wall` is the wall clock.
+    pub(super) fn now(&self, wall: UnixMillis) -> u64 {
+        self.clock.now(wall.0.saturating_mul(1_000))
+    }
+
     /// Takes note of a stamp of another writer.
     pub(super) fn observe(&mut self, stamp: Stamp) {
         self.clock.observe(stamp.clock);

@@ -51,6 +51,9 @@ const MAX_DIFFERENCES_AT_START: usize = 65_536;
 /// state, which another data directory may have changed since.
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How often tombstones of a few services are swept, while any have expired; otherwise a tenth as often.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+
 /// The writer: takes submissions until the stop token is cancelled.
 #[derive(Debug)]
 pub struct Writer {
@@ -66,6 +69,8 @@ pub struct Writer {
     /// A message that was taken from the queue and is the first of the next batch.
     pub(super) held_over: Option<WriterMessage>,
     pub(super) limit: BatchLimit,
+    /// When expired tombstones are looked for; `None` where removals are not remembered.
+    pub(super) sweep_at: Option<Instant>,
     /// Measures batches; tests replace it.
     pub(super) clock: fn() -> Instant,
 }
@@ -153,6 +158,7 @@ impl Writer {
         loop {
             let first = runtime.block_on(async {
                 let save_at = self.mirror_records.save_at();
+                let sweep = async { tokio::time::sleep_until(self.sweep_at.unwrap_or_else(Instant::now).into()).await };
                 let save = async { tokio::time::sleep_until(save_at.unwrap_or_else(Instant::now).into()).await };
                 tokio::select! {
                     biased;
@@ -163,12 +169,21 @@ impl Writer {
                         Ok(self.queue.recv().await)
                     }
                     () = save, if save_at.is_some() => Err(Woken::TimedOut),
+                    () = sweep, if self.sweep_at.is_some() => Err(Woken::TimedOut),
                 }
             });
             match first {
                 Ok(Some(first)) => self.batch(first, runtime),
                 Ok(None) => break,
-                Err(_) => self.save_confirmations(),
+                Err(_) => {
+                    let now = Instant::now();
+                    if self.mirror_records.is_due(now) {
+                        self.save_confirmations();
+                    }
+                    if self.sweep_at.is_some_and(|at| at <= now) {
+                        self.sweep();
+                    }
+                }
             }
         }
         self.save_confirmations();
@@ -330,7 +345,8 @@ impl Writer {
 
     /// Stores the term and answers the request, after the whole result is applied.
     fn end_comparison(&mut self, end: comparison::End) {
-        let comparison::End { new_term, term, reply } = end;
+        let comparison::End { new_term, term, refused, reply } = end;
+        self.metrics.registry.count_refused_words(refused);
         self.decider.stamper().set_term(term);
         if !self.mirror_records.end_comparison() {
             return;
@@ -345,6 +361,17 @@ impl Writer {
         }
         // An error means that the watch which sent the request has ended.
         let _ = reply.send(term);
+    }
+
+    /// Forgets expired tombstones of a few services, in a batch of its own.
+    fn sweep(&mut self) {
+        let changed = self.committer.usable().is_ok() && {
+            self.decider.stamper().set_generation(self.committer.generation() + 1);
+            self.decider.sweep(UnixMillis::now());
+            self.decider.has_changes()
+        };
+        self.finish(PendingAcks::default());
+        self.sweep_at = Some(Instant::now() + SWEEP_INTERVAL * if changed { 1 } else { 10 });
     }
 
     /// Journals the mirror's confirmations without a batch.

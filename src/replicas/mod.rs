@@ -32,4 +32,5 @@ pub mod takeover;
 #[cfg(test)]
 mod tests;
 pub mod time;
+pub mod tombstones;
 pub mod word;

@@ -77,19 +77,25 @@ impl<K: Ord + Clone, V: Clone + PartialEq> SliceRecord<K, V> {
     /// Drops the oldest tombstones until at most `room` are left. What is dropped is remembered as an age: a put that is no younger
     /// could be one that a dropped tombstone removed.
     pub fn shrink(&mut self, room: usize) {
-        let mut tombstones: Vec<(u64, K)> = self
-            .words
-            .iter()
-            .filter(|(_, word)| word.is_tombstone())
-            .map(|(key, word)| (word.stamp.clock, key.clone()))
-            .collect();
-        let surplus = tombstones.len().saturating_sub(room);
-        tombstones.sort_unstable_by_key(|(clock, _)| *clock);
-        for (clock, key) in tombstones.into_iter().take(surplus) {
-            self.words.remove(&key);
-            self.refuse_before = self.refuse_before.max(clock);
-        }
+        let tombstones = self.words.values().filter(|word| word.is_tombstone());
+        let Some(clock) = dropped_to(tombstones.map(|word| (word.stamp.clock, 1)), room) else { return };
+        self.words.retain(|_, word| !word.is_tombstone() || word.stamp.clock > clock);
+        self.refuse_before = self.refuse_before.max(clock);
     }
+}
+
+/// The highest clock of the tombstones that have to be dropped, oldest first, until the rest fits `room`; `None` if all fit.
+/// `tombstones` are clocks and sizes.
+pub(super) fn dropped_to(tombstones: impl Iterator<Item = (u64, usize)>, room: usize) -> Option<u64> {
+    let mut tombstones: Vec<(u64, usize)> = tombstones.collect();
+    let mut surplus = tombstones.iter().map(|(_, size)| size).sum::<usize>().saturating_sub(room);
+    tombstones.sort_unstable();
+    let dropped = tombstones.into_iter().take_while(|(_, size)| {
+        let drops = surplus > 0;
+        surplus = surplus.saturating_sub(*size);
+        drops
+    });
+    dropped.last().map(|(clock, _)| clock)
 }
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ use super::{
     outbox::ClosedChanges,
     reader::{FrameReader, ScanItem, read_header},
 };
-use crate::metrics::Metrics;
+use crate::{metrics::Metrics, model::UnixMillis, replicas::word::TombstoneLifetime};
 
 /// Payload size in bytes at which a frame of a snapshot is finished.
 const SNAPSHOT_FRAME_BYTES: usize = 256 << 10;
@@ -66,6 +66,8 @@ pub(super) struct StoreContext {
     pub(super) id: StoreId,
     /// Whether snapshots keep the outbox.
     pub(super) outbox: bool,
+    /// Whether snapshots keep removals for the lifetime of tombstones.
+    pub(super) tombstones: bool,
     pub(super) metrics: Arc<Metrics>,
 }
 
@@ -272,7 +274,7 @@ fn merge(
         let Some(end) = changes.end.take() else { break };
         (changes, _) = window(end)?;
     }
-    writer.term(term.unwrap_or_default())?;
+    writer.term(term)?;
     writer.generation = source.generation;
     writer.end()
 }
@@ -353,6 +355,10 @@ struct SnapshotWriter<'m> {
     frame: FrameBuffer,
     /// The highest generation that was read so far.
     generation: u64,
+    /// Removals before this clock need not be remembered.
+    expired_before: u64,
+    /// The key of the service whose `RefuseBefore` came last, and its clock.
+    refuse_before: (Vec<u8>, u64),
     at: u64,
     synced: u64,
 }
@@ -360,7 +366,19 @@ struct SnapshotWriter<'m> {
 impl<'m> SnapshotWriter<'m> {
     fn begin(context: &'m StoreContext, file_id: FileId, file: &'m mut dyn File, generation: u64) -> io::Result<Self> {
         file.write_at(0, &Header { id: context.id, file_id, previous_len: 0 }.encode())?;
-        Ok(Self { context, file_id, file, frame: FrameBuffer::new(), generation, at: HEADER_LEN as u64, synced: 0 })
+        let now = UnixMillis::now().0.saturating_mul(1_000);
+        let expired_before = if context.tombstones { TombstoneLifetime::DEFAULT.expired_before(now) } else { u64::MAX };
+        Ok(Self {
+            context,
+            file_id,
+            file,
+            frame: FrameBuffer::new(),
+            generation,
+            expired_before,
+            refuse_before: (Vec::new(), 0),
+            at: HEADER_LEN as u64,
+            synced: 0,
+        })
     }
 
     /// Writes the changes whose keys are before `key`, or all that are held.
@@ -371,21 +389,36 @@ impl<'m> SnapshotWriter<'m> {
         Ok(())
     }
 
-    /// Writes an instance's entry, unless it is a removal that need not be kept.
+    /// Writes an instance's entry, unless it is a removal that need not be kept. A `RefuseBefore` comes before the
+    /// entries of its service, because of its key.
     fn instance(&mut self, mut entry: Entry) -> io::Result<()> {
+        if let EntryKind::RefuseBefore { clock } = entry.kind() {
+            if clock < self.expired_before {
+                return Ok(());
+            }
+            self.refuse_before = (entry.key(), clock);
+            return self.put(&entry);
+        }
         if !self.context.outbox {
             entry.set_since(None);
         }
-        if entry.is_removal() && entry.since(0) == 0 {
+        if entry.is_removal() && entry.since(0) == 0 && !self.is_remembered(&entry) {
             return Ok(());
         }
         self.put(&entry)
     }
 
-    fn term(&mut self, term: DirectoryTerm) -> io::Result<()> {
-        if !self.context.outbox || term.term == 0 {
-            return Ok(());
-        }
+    fn is_remembered(&self, removal: &Entry) -> bool {
+        let clock = removal.removal_clock();
+        let (service, refuse_before) = &self.refuse_before;
+        // A put that old is refused although nothing is known of its removal.
+        let is_dropped = || *refuse_before >= clock && removal.key().starts_with(service);
+        clock > 0 && clock >= self.expired_before && !is_dropped()
+    }
+
+    fn term(&mut self, term: Option<DirectoryTerm>) -> io::Result<()> {
+        let Some(term) = term else { return Ok(()) };
+        let term = if self.context.outbox { term } else { DirectoryTerm::default() };
         self.put(&Entry::from(&Record::Term(term)))
     }
 

@@ -37,7 +37,7 @@ impl Payload {
 /// One record.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Entry {
-    #[prost(oneof = "EntryBody", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "EntryBody", tags = "1, 2, 3, 4, 5")]
     body: Option<EntryBody>,
 }
 
@@ -51,6 +51,8 @@ enum EntryBody {
     Mirrored(MirroredEntry),
     #[prost(message, tag = "4")]
     Term(TermEntry),
+    #[prost(message, tag = "5")]
+    RefuseBefore(RefuseBeforeEntry),
 }
 
 /// An instance as it is from here on.
@@ -100,7 +102,7 @@ struct RemoveEntry {
     /// In the model's order, without names.
     #[prost(message, repeated, tag = "4")]
     ports: Vec<StoredPort>,
-    /// As in `PutEntry`. A snapshot holds a removal only while it is unmirrored.
+    /// As in `PutEntry`. A snapshot holds a removal while it is unmirrored or remembered.
     #[prost(uint64, optional, tag = "5")]
     since: Option<u64>,
     #[prost(message, optional, tag = "6")]
@@ -119,7 +121,19 @@ struct MirroredEntry {
     generation: u64,
 }
 
-/// The term under which Kubernetes is written to from here on.
+/// Removals of a service up to a clock are not remembered any more.
+#[derive(Clone, PartialEq, Message)]
+struct RefuseBeforeEntry {
+    #[prost(string, tag = "1")]
+    namespace: String,
+    #[prost(string, tag = "2")]
+    service: String,
+    /// Of the hybrid logical clock, microseconds since 1970-01-01 UTC.
+    #[prost(uint64, tag = "3")]
+    clock: u64,
+}
+
+/// The term under which Kubernetes is written to from here on; 0 after a start without Kubernetes.
 #[derive(Clone, PartialEq, Message)]
 struct TermEntry {
     #[prost(uint64, tag = "1")]
@@ -199,6 +213,11 @@ impl From<&Record> for Entry {
             Record::Term(DirectoryTerm { term, followed }) => {
                 EntryBody::Term(TermEntry { term: *term, followed: *followed })
             }
+            Record::RefuseBefore { service, clock } => EntryBody::RefuseBefore(RefuseBeforeEntry {
+                namespace: service.namespace().into(),
+                service: service.name().into(),
+                clock: *clock,
+            }),
         };
         Self { body: Some(body) }
     }
@@ -259,17 +278,19 @@ impl Entry {
             Some(EntryBody::Put(_) | EntryBody::Remove(_)) => EntryKind::Instance,
             Some(EntryBody::Mirrored(mirrored)) => EntryKind::Mirrored { generation: mirrored.generation },
             Some(EntryBody::Term(term)) => EntryKind::Term(DirectoryTerm { term: term.term, followed: term.followed }),
+            Some(EntryBody::RefuseBefore(refuse)) => EntryKind::RefuseBefore { clock: refuse.clock },
             None => EntryKind::Empty,
         }
     }
 
-    /// Identifies an instance; a snapshot is sorted by key. The key of a `Mirrored` is the prefix of
-    /// the keys of its service's instances, and of no others.
+    /// Identifies an instance; a snapshot is sorted by key. The key of a `Mirrored` and of a `RefuseBefore` is the
+    /// prefix of the keys of its service's instances, and of no others.
     pub(super) fn key(&self) -> Vec<u8> {
         let (namespace, service, address, ports) = match &self.body {
             Some(EntryBody::Put(put)) => (&put.namespace, &put.service, &put.address, &put.ports),
             Some(EntryBody::Remove(remove)) => (&remove.namespace, &remove.service, &remove.address, &remove.ports),
             Some(EntryBody::Mirrored(mirrored)) => return key_of_service(&mirrored.namespace, &mirrored.service),
+            Some(EntryBody::RefuseBefore(refuse)) => return key_of_service(&refuse.namespace, &refuse.service),
             // After every name.
             Some(EntryBody::Term(_)) => return vec![0xFF],
             None => return Vec::new(),
@@ -287,6 +308,14 @@ impl Entry {
 
     pub(super) fn is_removal(&self) -> bool {
         matches!(self.body, Some(EntryBody::Remove(_)))
+    }
+
+    /// The clock of a removal; 0 for any other entry, and from before there were stamps.
+    pub(super) fn removal_clock(&self) -> u64 {
+        match &self.body {
+            Some(EntryBody::Remove(remove)) => Stamp::from(remove.stamp).clock,
+            _ => 0,
+        }
     }
 
     /// Bytes that the entry takes in a file, without its length.
@@ -334,6 +363,8 @@ pub(super) enum EntryKind {
     Mirrored { generation: u64 },
     /// A term.
     Term(DirectoryTerm),
+    /// Removals of a service up to this clock are not remembered.
+    RefuseBefore { clock: u64 },
     /// Not written by this program.
     Empty,
 }
@@ -386,6 +417,9 @@ impl RecordDecoder {
                 Ok(Record::Mirrored { service: self.service(&namespace, &service)?, generation })
             }
             Some(EntryBody::Term(TermEntry { term, followed })) => Ok(Record::Term(DirectoryTerm { term, followed })),
+            Some(EntryBody::RefuseBefore(RefuseBeforeEntry { namespace, service, clock })) => {
+                Ok(Record::RefuseBefore { service: self.service(&namespace, &service)?, clock })
+            }
             None => Err(invalid(&"an empty record")),
         }
     }
@@ -457,6 +491,7 @@ mod tests {
             let instance = spec.to_instance(UnixMillis(registered)).ok()?.with_stamp(stamp);
             Some(match kind {
                 0 => Record::Term(DirectoryTerm { term: registered, followed: generation % 2 == 1 }),
+                1 if clock % 2 == 0 => Record::RefuseBefore { service, clock: registered },
                 1 => Record::Mirrored { service, generation: registered },
                 2 | 3 => Record::Remove { service, id: instance.id(), stamp },
                 _ => Record::Put { service, instance: Arc::new(instance) },
@@ -504,7 +539,7 @@ mod tests {
             let id = |record: &Record| match record {
                 Record::Put { service, instance } => Some((service.clone(), instance.id())),
                 Record::Remove { service, id, .. } => Some((service.clone(), id.clone())),
-                Record::Mirrored { .. } | Record::Term(_) => None,
+                Record::Mirrored { .. } | Record::Term(_) | Record::RefuseBefore { .. } => None,
             };
             let (Some(one), Some(other)) = (one, other) else { return Ok(()) };
             let (key, other_key) = (Entry::from(&one).key(), Entry::from(&other).key());
@@ -513,7 +548,9 @@ mod tests {
                 let (service, id) = one;
                 prop_assert_eq!(&key, &Entry::from(&Record::Remove { service, id, stamp: Stamp::default() }).key());
             }
-            if let (Some((instance_of, _)), Record::Mirrored { service, .. }) = (id(&one), &other) {
+            if let (Some((instance_of, _)), Record::Mirrored { service, .. } | Record::RefuseBefore { service, .. }) =
+                (id(&one), &other)
+            {
                 prop_assert_eq!(key.starts_with(&other_key), instance_of == *service);
                 let own = Entry::from(&Record::Mirrored { service: instance_of, generation: 0 }).key();
                 prop_assert!(key.starts_with(&own));

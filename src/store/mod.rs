@@ -21,7 +21,8 @@
 //! 5. Nothing is acknowledged once the directory is removed under the process (`disk.rs`).
 //! 6. The stored generation never decreases, and one process at a time uses the directory.
 //! 7. With [`Options::outbox`], every change that Kubernetes lacks is kept until Kubernetes has
-//!    it, removals included (`outbox.rs`).
+//!    it, removals included (`outbox.rs`). Once a directory had a term, snapshots keep removals for the lifetime of
+//!    tombstones, except those that a [`Record::RefuseBefore`] of their service covers (`compaction.rs`).
 //!
 //! Limits. If the last batch becomes corrupt after a crash and before the next start, nothing on the
 //! disk shows whether the batch was acknowledged: it is taken for a torn write, cut off and reported.
@@ -86,6 +87,13 @@ pub enum Record {
         id: InstanceId,
         /// When it was removed; the default in stores from before there were stamps.
         stamp: Stamp,
+    },
+    /// Removals of a service up to a clock are not remembered any more, because there was no room for them.
+    RefuseBefore {
+        /// The service.
+        service: ServiceKey,
+        /// The highest clock of such a removal: microseconds since 1970, see [`Stamp::clock`].
+        clock: u64,
     },
     /// Kubernetes has every change of a service up to a generation. Only with [`Options::outbox`].
     Mirrored {
@@ -160,6 +168,8 @@ pub struct RecoveryReport {
     /// instances; the mirror has to confirm those too. After a crash or an accepted loss it may
     /// include changes that Kubernetes has. Empty without [`Options::outbox`].
     pub outbox: Vec<Record>,
+    /// Whether removals are remembered: with [`Options::outbox`], and in a directory that ever had a term.
+    pub tombstones: bool,
 }
 
 impl DataDir {

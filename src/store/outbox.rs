@@ -7,9 +7,9 @@
 //! removal as long as that is unmirrored. So the outbox has one entry per instance at most, and none
 //! for what Kubernetes has.
 //!
-//! A snapshot that is made without the outbox drops removals and the rest of this. So a start
-//! without the outbox resets the term before it may make a snapshot, and counts what such a
-//! snapshot holds as unmirrored.
+//! A snapshot that is made without the outbox does not say what is unmirrored. So a start
+//! without the outbox resets the term to 0 before it may make a snapshot, and counts what such a
+//! snapshot holds as unmirrored. A term of 0 stays in every snapshot: the directory had one, so removals are remembered.
 //!
 //! A `Mirrored` that was not synced may be lost. Then the outbox is larger than necessary, never
 //! smaller.
@@ -28,7 +28,8 @@ pub(super) struct Outbox {
     enabled: bool,
     /// By the instance's key: since which generation it is unmirrored, and its last record.
     unmirrored: BTreeMap<Vec<u8>, (u64, Record)>,
-    pub(super) term: DirectoryTerm,
+    /// The last term; `None` in a directory that never had one.
+    pub(super) term: Option<DirectoryTerm>,
 }
 
 /// An entry's place in the outbox, taken before the entry becomes a record.
@@ -51,7 +52,7 @@ impl Outbox {
         counts.then(|| OutboxKey { key: entry.key(), since })
     }
 
-    /// Adds a record, and returns it if it is about an instance.
+    /// Adds a record, and returns it if it is about instances.
     pub(super) fn take(&mut self, outbox_key: Option<OutboxKey>, record: Record) -> Option<Record> {
         match record {
             Record::Put { .. } | Record::Remove { .. } => {
@@ -65,7 +66,8 @@ impl Outbox {
                     self.unmirrored.extract_if(of_service(key), |_, (since, _)| *since <= generation).for_each(drop);
                 }
             }
-            Record::Term(term) => self.term = term,
+            Record::RefuseBefore { .. } => return Some(record),
+            Record::Term(term) => self.term = Some(term),
         }
         None
     }
@@ -106,7 +108,7 @@ impl ClosedChanges {
     pub(super) fn take(&mut self, mut entry: Entry, generation: u64) {
         let key = entry.key();
         match entry.kind() {
-            EntryKind::Instance => {
+            EntryKind::Instance | EntryKind::RefuseBefore { .. } => {
                 if key < self.first || self.end.as_ref().is_some_and(|end| key >= *end) {
                     return;
                 }

@@ -71,15 +71,17 @@ impl StoreOpener<'_> {
         for corruption in &corruptions {
             repairs.push(format!("loss accepted: {corruption}"));
         }
+        let tombstones = self.options.outbox || outbox.term.is_some();
         let context = StoreContext {
             files: Arc::clone(&self.files),
             dir: self.dir.clone(),
             id,
             outbox: self.options.outbox,
+            tombstones,
             metrics: Arc::clone(&self.metrics),
         };
         let mut journal = self.journal(&context, scans, set.snapshot, generation, &mut repairs)?;
-        let drops_outbox = !self.options.outbox && outbox.term.term > 0;
+        let drops_outbox = !self.options.outbox && outbox.term.is_some_and(|term| term.term > 0);
         if drops_outbox && let Err(err) = journal.append(generation, &[Record::Term(DirectoryTerm::default())]) {
             // The stored term still vouches for the outbox, so no snapshot may drop it: none is made.
             warn!(dir = %self.dir.display(), %err, "cannot reset the term under which Kubernetes was written to");
@@ -92,8 +94,8 @@ impl StoreOpener<'_> {
             self.remove_obsolete(&set.obsolete);
             journal.compact();
         }
-        let term = if drops_outbox { DirectoryTerm::default() } else { outbox.term };
-        Ok((journal, RecoveryReport { generation, repairs, term, outbox: outbox.into_records() }))
+        let term = outbox.term.filter(|_| !drops_outbox).unwrap_or_default();
+        Ok((journal, RecoveryReport { generation, repairs, term, outbox: outbox.into_records(), tombstones }))
     }
 
     /// Reads the clean-stop file, if there is one.

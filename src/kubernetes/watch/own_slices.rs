@@ -239,7 +239,8 @@ impl SliceInstances {
         let lease = lease.map(|lease| SliceRank { term: lease.term, generation: lease.generation });
         let SliceRank { term, generation } = rank.max(lease.unwrap_or_default());
         let services = view.services().map(|service| (service.clone(), view.instances(service)));
-        KubernetesState { term, generation, new_term: tenure.term, services: services.collect() }
+        let (services, new_term, had_lease) = (services.collect(), tenure.term, lease.is_some());
+        KubernetesState { term, generation, new_term, had_lease, services, ..KubernetesState::default() }
     }
 }
 
@@ -291,7 +292,7 @@ mod tests {
         apply(ObjectEvent::InitApply(gone));
         apply(ObjectEvent::InitDone("9".into()));
         assert_eq!((restored.skipped, metrics.skipped_endpoints.get()), (1, 1));
-        let KubernetesState { term, generation, new_term: _, services } = restored.into_state(&Tenure::new(4, None));
+        let KubernetesState { term, generation, services, .. } = restored.into_state(&Tenure::new(4, None));
         assert_eq!((term, generation), (3, 1));
         let [(service, instances)] = &services[..] else { panic!("{services:?}") };
         assert_eq!(service.to_string(), "prod/web");

@@ -75,7 +75,13 @@ fn written_by_another(services: u32) -> KubernetesState {
             other => panic!("{other:?} registers"),
         }
     };
-    KubernetesState { term: 7, generation: 1, new_term: 8, services: (1..=services).map(service).collect() }
+    KubernetesState {
+        term: 7,
+        generation: 1,
+        new_term: 8,
+        services: (1..=services).map(service).collect(),
+        ..KubernetesState::default()
+    }
 }
 
 /// Begins a restore; its message is in the writer's queue.
@@ -132,8 +138,13 @@ fn change_during_a_comparison_replaces_its_result() {
             other => panic!("{other:?} registers"),
         }
     });
-    let held_there =
-        KubernetesState { term: 7, generation: 1, new_term: 8, services: vec![(service.clone(), there.to_vec())] };
+    let held_there = KubernetesState {
+        term: 7,
+        generation: 1,
+        new_term: 8,
+        services: vec![(service.clone(), there.to_vec())],
+        ..KubernetesState::default()
+    };
     let mut restoring = begin_restore(&registry, held_there);
     // After the request, before the first part of the result: .1 changes, .3 is removed, and .4 is
     // registered again unchanged.

@@ -247,8 +247,13 @@ fn registration_is_refused_before_the_restore_and_checked_after_it() {
     let facts = vec![ClusterFact::Namespace { name: "prod".into(), exists: true }, ClusterFact::NamespacesComplete];
     registry.runtime.block_on(registry.handle.learn(facts)).expect("the registry is there");
     let Command::Register { service, instance } = register("web", "10.0.0.7", 80, 2.0) else { panic!("it registers") };
-    let in_kubernetes =
-        KubernetesState { term: 41, generation: 1, new_term: 42, services: vec![(service, vec![instance])] };
+    let in_kubernetes = KubernetesState {
+        term: 41,
+        generation: 1,
+        new_term: 42,
+        services: vec![(service, vec![instance])],
+        ..KubernetesState::default()
+    };
     let handle = registry.handle.clone();
     let restoring = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
@@ -322,8 +327,13 @@ fn unchanged_registration_survives_a_comparison_that_drops_the_stored_instance()
     let handle = registry.handle.clone();
     let Command::Register { service, instance } = register("db", "10.0.0.3", 80, 1.0) else { panic!("it registers") };
     let answer = runtime.block_on(handle.submit(vec![known])).expect("it is ready");
-    let in_kubernetes =
-        KubernetesState { term: 7, generation: 1, new_term: 8, services: vec![(service, vec![instance])] };
+    let in_kubernetes = KubernetesState {
+        term: 7,
+        generation: 1,
+        new_term: 8,
+        services: vec![(service, vec![instance])],
+        ..KubernetesState::default()
+    };
     std::thread::spawn(move || registry.writer.run(registry.runtime.handle(), &CancellationToken::new()));
     assert_eq!(runtime.block_on(answer).map(|ack| ack.outcomes), Ok(vec![Outcome::Unchanged]));
     assert_eq!(handle.mirror_progress().lag().services, 1, "it is not in Kubernetes yet");

@@ -312,7 +312,7 @@ fn newer_format_is_refused_even_with_accept_loss() {
     for (contents, says) in [
         (version, "format version 2"),
         (appended(&[], 0x80), "frame flags 0x80"),
-        (appended(&[0x0A, 2, 0x2A, 0], 0), "a record of a kind, or with a field"), // entry with tag 5
+        (appended(&[0x0A, 2, 0x32, 0], 0), "a record of a kind, or with a field"), // entry with tag 6
         (appended(&[0x12, 0], 0), "a record of a kind, or with a field"),          // field 2 of the payload
     ] {
         for options in [small(), accepting()] {

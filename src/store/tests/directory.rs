@@ -197,6 +197,31 @@ fn outbox_fixture() -> [Vec<Record>; 3] {
     ]
 }
 
+/// The same of `tests/fixtures/store/v1-tombstones`, whose snapshot remembers a removal, and up to which clock it remembers none.
+/// The clocks are those of the year 2200, so that the removals have not expired when the fixture is made.
+fn tombstone_fixture() -> [Vec<Record>; 3] {
+    const CLOCK: u64 = 7_258_118_400_000_000;
+    let instance = |address: &str| put("web", InstanceSpec { address: address.into(), ..InstanceSpec::default() }, 1);
+    let removed = |address: &str, clock| match remove(&instance(address)) {
+        Record::Remove { service, id, .. } => {
+            Record::Remove { service, id, stamp: Stamp { clock: CLOCK + clock, term: 7, generation: 1_700_000_001 } }
+        }
+        other => panic!("{other:?} removes nothing"),
+    };
+    [
+        vec![
+            Record::Term(DirectoryTerm::new(7)),
+            instance("10.0.0.1"),
+            removed("10.0.0.2", 1),
+            removed("10.0.0.1", 2),
+            Record::RefuseBefore { service: service("web"), clock: CLOCK + 1 },
+            Record::Mirrored { service: service("web"), generation: 1_700_000_001 },
+        ],
+        vec![removed("10.0.0.3", 3)],
+        vec![instance("10.0.0.3")],
+    ]
+}
+
 /// A copy of the fixture.
 fn copied(fixture: &str, clean_stop: bool) -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("a temporary directory");
@@ -239,15 +264,31 @@ fn format_version_1_with_outbox_is_read() {
     }
 }
 
+#[test]
+fn format_version_1_with_tombstones_is_read() {
+    let dir = copied("v1-tombstones", false);
+    for outbox in [true, false] {
+        let data_dir = DataDir::lock(dir.path()).expect("no other process has it");
+        let mut read = Vec::new();
+        let options = Options { outbox, ..Options::default() };
+        let recovered = data_dir.recover(&options, Arc::default(), &mut |record| read.push(record), &mut |_| {});
+        let (_, recovery) = recovered.expect("a good store");
+        assert!(recovery.tombstones, "the directory had a term");
+        let [first, second, third] = tombstone_fixture();
+        assert_eq!(read, [&first[4..=4], &first[3..=3], &second, &third].concat());
+    }
+}
+
 /// Writes the fixtures. Only for a new version of the format, into directories of its own:
 /// `GANGPLANK_FIXTURE=tests/fixtures/store/vN cargo test --lib write_fixtures -- --ignored`
-/// makes that one and `vN-outbox`.
+/// makes that one, `vN-outbox` and `vN-tombstones`.
 #[test]
 #[ignore = "writes a fixture; run by hand for a new version of the format"]
 fn write_fixtures() {
     let path = std::env::var("GANGPLANK_FIXTURE").expect("where to");
     write_fixture(Path::new(&path), &fixture(), false);
     write_fixture(Path::new(&format!("{path}-outbox")), &outbox_fixture(), true);
+    write_fixture(Path::new(&format!("{path}-tombstones")), &tombstone_fixture(), true);
 }
 
 fn write_fixture(path: &Path, batches: &[Vec<Record>], outbox: bool) {

@@ -336,6 +336,7 @@ fn read_error_of_a_compaction_names_the_file() {
             dir: "data".into(),
             id: Header::decode(header, FileId::journal(2)).expect("intact").id,
             outbox: false,
+            tombstones: false,
             metrics: Arc::default(),
         };
         let plan = CompactionPlan { snapshot, segments, lossy: false, keep: Vec::new() };

@@ -6,6 +6,7 @@ mod directory;
 mod faults;
 mod outbox;
 mod simulated_disk;
+mod tombstones;
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
@@ -31,7 +32,7 @@ fn apply(instances: &mut Instances, record: &Record) {
         Record::Remove { service, id, .. } => {
             instances.remove(&(service, id));
         }
-        Record::Mirrored { .. } | Record::Term(_) => {}
+        Record::Mirrored { .. } | Record::Term(_) | Record::RefuseBefore { .. } => {}
     }
 }
 
