@@ -4,6 +4,7 @@
 use std::{
     convert::Infallible,
     future::Future,
+    mem,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -171,28 +172,32 @@ fn code_name(code: Code) -> &'static str {
     }
 }
 
-/// The messages of a call. Their memory is released as they are read.
+/// The messages of a call. The memory of each frame is released when all of it is read.
 struct MeteredRequest {
     body: Body,
     memory: Arc<ConnectionMemory>,
     /// The rest of the frame that was read last.
     rest: Bytes,
+    /// What that frame is charged until `rest` is empty: all of it, because `rest` keeps its buffer.
+    charged: usize,
     ended: bool,
 }
 
 impl MeteredRequest {
-    /// Most bytes that tonic gets at once. tonic copies each frame into a buffer before it decodes one
-    /// message, and a waiting call keeps that buffer.
-    const PIECE_BYTES: usize = 1024;
+    /// Most bytes that tonic gets at once. tonic copies each piece behind the rest of the last message, into
+    /// a buffer of 1 KiB that doubles when they do not fit, and that a waiting call keeps.
+    const PIECE_BYTES: usize = 512;
 
     fn new(body: Body, memory: Arc<ConnectionMemory>) -> Self {
         memory.request_opened();
-        Self { body, memory, rest: Bytes::new(), ended: false }
+        Self { body, memory, rest: Bytes::new(), charged: 0, ended: false }
     }
 
     fn next_piece(&mut self) -> http_body::Frame<Bytes> {
         let piece = self.rest.split_to(self.rest.len().min(Self::PIECE_BYTES));
-        self.memory.release_received(piece.len());
+        if self.rest.is_empty() {
+            self.memory.release_received(mem::take(&mut self.charged));
+        }
         http_body::Frame::data(piece)
     }
 }
@@ -209,7 +214,7 @@ impl HttpBody for MeteredRequest {
             match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
                 Some(Ok(frame)) => match frame.into_data() {
                     Ok(data) => {
-                        self.memory.release_received(FRAME_OVERHEAD);
+                        self.charged = data.len() + FRAME_OVERHEAD;
                         self.rest = data;
                     }
                     Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
@@ -230,7 +235,7 @@ impl HttpBody for MeteredRequest {
 
 impl Drop for MeteredRequest {
     fn drop(&mut self) {
-        self.memory.release_received(self.rest.len());
+        self.memory.release_received(self.charged);
         // h2 drops the unread frames of a call without a notification, so they are read and released here.
         let mut cx = Context::from_waker(std::task::Waker::noop());
         while !self.ended
@@ -284,5 +289,31 @@ impl HttpBody for TrackedBody {
 
     fn is_end_stream(&self) -> bool {
         self.body.is_end_stream()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::{BodyExt as _, StreamBody};
+
+    use super::*;
+    use crate::grpc::memory::{LIMITS, MemoryBudget};
+
+    #[tokio::test]
+    async fn frame_is_charged_until_all_of_it_is_read() {
+        const FRAME: usize = 16 * 1024;
+        let metrics = Arc::new(Metrics::new());
+        let memory = MemoryBudget::new(LIMITS, Arc::clone(&metrics)).connection();
+        let frame = Ok::<_, Status>(http_body::Frame::data(Bytes::from_static(&[0; FRAME])));
+        memory.charge_received(FRAME + FRAME_OVERHEAD);
+        let mut request = MeteredRequest::new(Body::new(StreamBody::new(futures::stream::iter([frame]))), memory);
+        let mut read = 0;
+        while read < FRAME {
+            // The rest of a frame keeps the buffer of the whole frame.
+            assert_eq!(metrics.grpc.buffered_bytes.get(), (FRAME + FRAME_OVERHEAD) as i64, "after {read} bytes");
+            let piece = request.frame().await.expect("more of the frame").expect("a good frame");
+            read += piece.into_data().expect("DATA").len();
+        }
+        assert_eq!(metrics.grpc.buffered_bytes.get(), 0);
     }
 }

@@ -10,8 +10,9 @@ use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 /// Bytes of a new buffer: some ten registrations.
 const BUFFER_BYTES: usize = 1024;
 
-/// Bytes of encoded responses from which on they are passed to the transport.
-const CHUNK_BYTES: usize = 4 * 1024;
+/// Bytes of encoded responses from which on they are passed to the transport. The buffer doubles while it
+/// grows, so this many and one more response fit into 4 KiB, which is what such a chunk is charged.
+const CHUNK_BYTES: usize = 3 * 1024;
 
 /// Encodes `T`, decodes `U`.
 #[derive(Debug)]

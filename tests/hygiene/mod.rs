@@ -20,9 +20,10 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures::{StreamExt as _, stream};
 use gangplank::grpc::proto::{
     gangplank::v1::{ListServicesRequest, WatchRequest},
-    registry::RegistrationType,
+    registry::{RegistrationType, service_registry_client::ServiceRegistryClient},
 };
 use tokio::{runtime::Runtime, task::JoinSet};
 
@@ -118,7 +119,7 @@ impl Target {
         line.unwrap_or_else(|| panic!("no {name} in {text}")).parse().expect("a number")
     }
 
-    fn wait_metric(&self, name: &str, expected: impl Fn(f64) -> bool) {
+    fn wait_metric(&self, name: &str, mut expected: impl FnMut(f64) -> bool) {
         wait_until(name, || expected(self.metric(name)).then_some(()));
     }
 
@@ -273,6 +274,47 @@ fn unread_registration_responses_have_one_budget() {
     drop(peers);
     target.wait_metric("gangplank_grpc_buffered_bytes", |bytes| bytes < 4096.0);
     target.check("streams with unread responses, closed", ALL);
+}
+
+/// Streams that had hundreds of registrations answered at once, and are open and silent since then.
+#[test]
+fn answered_registrations_leave_no_memory_in_open_streams() {
+    let target = Target::with_services(0);
+    let runtime = runtime();
+    let (connections, calls) = (sized(8, 60), 199);
+    // As many as a stream may have unread, so that they come as one batch.
+    let messages = vec![message(RegistrationType::Register, "prod", "web", "10.0.0.1"); 700];
+    let open = runtime.block_on(async {
+        let mut open = Vec::new();
+        for _ in 0..connections {
+            let to = format!("http://{}", target.server.grpc);
+            let client = ServiceRegistryClient::connect(to).await.expect("it listens");
+            let mut streams = JoinSet::new();
+            for _ in 0..calls {
+                let (mut client, messages) = (client.clone(), messages.clone());
+                streams.spawn(async move {
+                    let count = messages.len();
+                    let requests = stream::iter(messages).chain(stream::pending());
+                    let mut responses = client.registration_event(requests).await.expect("it streams").into_inner();
+                    for _ in 0..count {
+                        responses.message().await.expect("the stream goes on").expect("one answer each");
+                    }
+                    responses
+                });
+            }
+            open.push(streams.join_all().await);
+        }
+        open
+    });
+    let streams = connections * calls;
+    assert_eq!(target.metric("gangplank_grpc_streams"), streams as f64);
+    // The allocator returns pages to the kernel some time after they were freed.
+    let each = wait_until("what was answered is freed", || {
+        let each = target.status("VmRSS").saturating_sub(target.rest) / streams as u64;
+        (each < 32 * 1024).then_some(each)
+    });
+    target.check(&format!("{streams} silent streams, {} KiB each", each / 1024), ALL);
+    drop(open);
 }
 
 #[test]

@@ -250,9 +250,11 @@ where
             Some(awaiting) => awaiting,
             None => {
                 let Some((response, pending)) = self.completed.responses.next() else {
-                    let answered = mem::take(&mut self.completed.bytes);
-                    self.bytes -= answered;
-                    self.memory.release_unanswered(answered);
+                    // Before its bytes are released: an iterator keeps its buffer after the last item, and a
+                    // stream may have no other batch for hours.
+                    let CompletedBatch { bytes, .. } = mem::take(&mut self.completed);
+                    self.bytes -= bytes;
+                    self.memory.release_unanswered(bytes);
                     return Poll::Ready(None);
                 };
                 let mirror_wait = match pending {
