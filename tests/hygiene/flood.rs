@@ -26,6 +26,9 @@ use crate::support::{
     wait_until,
 };
 
+/// What the server holds of answers that its TCP peers do not read, at most.
+const MAX_HELD_BYTES: f64 = 32.0 * MIB as f64;
+
 /// A peer sends this much at most, and tries to connect so often at most.
 const MAX_SENT: usize = 1 << 34;
 const MAX_CONNECTIONS: usize = 20_000;
@@ -191,7 +194,8 @@ fn fill_an_answer(target: &Target) {
     assert!(statuses.iter().all(|status| *status == 201));
 }
 
-/// Large answers over TCP that are never read: what the kernel holds for them is bounded, and their connections are closed.
+/// Large answers over TCP that are never read: what the server and the kernel hold for them is bounded, and their
+/// connections are closed. Some 250 of them fill the server's own budget: each further one evicts another.
 #[test]
 fn unread_answers_are_bounded_in_the_kernel_and_closed() {
     let mut target = Target::with_services(1);
@@ -206,13 +210,19 @@ fn unread_answers_are_bounded_in_the_kernel_and_closed() {
         })
         .collect();
     let open = "gangplank_connections{listener=\"dns\"}";
-    wait_until("all are accepted", || (target.metric(open) == peers as f64).then_some(()));
+    target.wait_metric("gangplank_connections_accepted_total{listener=\"dns\"}", |accepted| accepted == peers as f64);
     target.others_are_served();
+    let mut held = 0.0;
+    target.wait_metric("gangplank_dns_tcp_held_bytes", |bytes| {
+        held = bytes;
+        bytes > 0.0 && bytes <= MAX_HELD_BYTES
+    });
     let queued = send_queues(target.server.dns.port());
     println!(
-        "{peers} peers that read nothing: {} KiB wait in the kernel, {} KiB each",
+        "{peers} peers that read nothing: {:.1} MiB wait in the server, {} KiB in the kernel, {} evicted",
+        held / MIB as f64,
         queued >> 10,
-        (queued >> 10) / peers
+        target.metric("gangplank_connections_closed_total{listener=\"dns\",reason=\"evicted\"}"),
     );
     assert!(queued <= peers * 512 * 1024, "{queued} bytes wait in the kernel");
     target.end_turn();
