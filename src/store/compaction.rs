@@ -55,7 +55,7 @@ pub(super) const MAX_WINDOW_BYTES: usize = 64 << 20;
 pub(super) const MAX_WINDOW_BYTES: usize = 256;
 
 /// Ending of a corrupt file that was set aside.
-const CORRUPT_SUFFIX: &str = ".corrupt";
+pub(super) const CORRUPT_SUFFIX: &str = ".corrupt";
 
 /// What all parts of an open store use.
 #[derive(Debug, Clone)]
@@ -86,7 +86,7 @@ pub(super) struct CompactionPlan {
     pub(super) segments: Vec<ClosedFile>,
     /// Leave out what is corrupt, instead of failing.
     pub(super) lossy: bool,
-    /// Files that are renamed afterwards instead of removed, so that an operator can inspect them.
+    /// Corrupt files without a second name, which are renamed afterwards instead of removed.
     pub(super) keep: Vec<FileId>,
 }
 

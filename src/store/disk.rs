@@ -10,7 +10,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, Dir, Mode, OFlags, Stat, openat, renameat, stat, statat, unlinkat},
+    fs::{AtFlags, Dir, Mode, OFlags, Stat, linkat, openat, renameat, stat, statat, unlinkat},
     io::Errno,
 };
 
@@ -27,6 +27,8 @@ pub(super) trait Directory: fmt::Debug + Send + Sync {
     fn open(&self, name: &str) -> io::Result<Box<dyn File>>;
     /// Renames a file and replaces the one that has the new name.
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+    /// Adds the name `to` to a file. Fails if a file has that name.
+    fn link(&self, from: &str, to: &str) -> io::Result<()>;
     /// Removes a file.
     fn remove(&self, name: &str) -> io::Result<()>;
     /// Syncs the directory itself: file names are durable when this returns.
@@ -151,6 +153,10 @@ impl Directory for OsDirectory {
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         Ok(renameat(&self.dir, from, &self.dir, to)?)
+    }
+
+    fn link(&self, from: &str, to: &str) -> io::Result<()> {
+        Ok(linkat(&self.dir, from, &self.dir, to, AtFlags::empty())?)
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {

@@ -5,14 +5,19 @@
 //! and obsolete files are removed. If somebody accepts a loss, everything that can be read is merged
 //! into a new snapshot, and the corrupt files are set aside.
 
-use std::{ops::Range, path::PathBuf, sync::Arc, sync::atomic::AtomicBool};
+use std::{
+    io::ErrorKind,
+    ops::Range,
+    path::PathBuf,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 use tracing::warn;
 
 use super::{
     Corruption, DirectoryTerm, Journal, Options, Record, RecoveryProgress, RecoveryReport, StoreError,
     clean_stop::{CLEAN_STOP, CleanStop},
-    compaction::{ClosedFile, CompactionPlan, StoreContext, compact},
+    compaction::{CORRUPT_SUFFIX, ClosedFile, CompactionPlan, StoreContext, compact},
     disk::Directory,
     error::IoContext,
     format::{DecodeError, Payload, RecordDecoder},
@@ -273,13 +278,19 @@ impl StoreOpener<'_> {
     }
 }
 
-/// Writes everything that can be read into a new snapshot and renames the corrupt files.
+/// Writes everything that can be read into a new snapshot. An operator can inspect the corrupt files under
+/// their second names.
 fn quarantine(context: &StoreContext, journal: &mut Journal, corruptions: &[Corruption]) -> Result<(), StoreError> {
     // A compaction reads closed segments only. The active one may be corrupt too, and is set aside then.
     journal.rotate()?;
     let (snapshot, segments) = journal.compaction_input();
-    let names = corruptions.iter().filter_map(|corruption| FileId::parse(corruption.path.file_name()?.to_str()?));
-    let plan = CompactionPlan { snapshot, segments, lossy: true, keep: names.collect() };
+    let mut names: Vec<FileId> =
+        corruptions.iter().filter_map(|corruption| FileId::parse(corruption.path.file_name()?.to_str()?)).collect();
+    names.dedup();
+    names.retain(|file_id| !link_corrupt(&*context.files, &file_id.file_name()));
+    // Before the snapshot has its name: from then on a start removes the files that the snapshot replaces.
+    context.files.sync_dir().io_context("sync", &context.dir)?;
+    let plan = CompactionPlan { snapshot, segments, lossy: true, keep: names };
     match compact(context, &plan, &AtomicBool::new(false)) {
         Ok(snapshot) => {
             journal.install_snapshot(snapshot);
@@ -292,4 +303,18 @@ fn quarantine(context: &StoreContext, journal: &mut Journal, corruptions: &[Corr
             source: Arc::new(std::io::Error::other(err.to_string())),
         }),
     }
+}
+
+/// Gives a corrupt file its second name. Returns false where the file system has no hard links, or the file
+/// is missing.
+fn link_corrupt(files: &dyn Directory, name: &str) -> bool {
+    let kept = format!("{name}{CORRUPT_SUFFIX}");
+    let linked = match files.link(name, &kept) {
+        // Of an earlier start that was killed, or of an older copy of this directory.
+        Err(err) if err.kind() == ErrorKind::AlreadyExists => {
+            files.remove(&kept).and_then(|()| files.link(name, &kept))
+        }
+        linked => linked,
+    };
+    linked.is_ok()
 }

@@ -361,24 +361,37 @@ fn obsolete_files_are_removed_and_foreign_files_stay() {
 }
 
 #[test]
-fn accepting_a_loss_survives_a_crash_at_any_operation() {
-    let mut flipped = sample(true).closed;
-    flipped.get_mut("journal-0000000002").expect("it is there")[100] ^= 1;
+fn accepting_a_loss_survives_a_crash_at_any_operation_and_keeps_the_corrupt_file() {
+    let closed = sample(true).closed;
     let accepted = |disk: &SimulatedDisk| open_with(disk, &accepting(), &Arc::default());
-    let (_, _, expected) = accepted(&SimulatedDisk::holding(&flipped)).expect("accepted");
-    for seed in 0..5 {
-        let rng = &mut fastrand::Rng::with_seed(seed);
-        for operations in 0.. {
-            let disk = SimulatedDisk::holding(&flipped);
-            disk.cut_after(operations);
-            drop(accepted(&disk));
-            if !disk.is_off() {
-                assert!(operations > 15, "the cuts went through all of it");
-                break;
+    for name in closed.keys().filter(|name| *name != CLEAN_STOP) {
+        let mut flipped = closed.clone();
+        flipped.get_mut(name).expect("it is there")[100] ^= 1;
+        let (_, _, expected) = accepted(&SimulatedDisk::holding(&flipped)).expect("accepted");
+        for seed in 0..6 {
+            let rng = &mut fastrand::Rng::with_seed(seed);
+            for operations in 0.. {
+                let disk = SimulatedDisk::holding(&flipped);
+                disk.cut_after(operations);
+                drop(accepted(&disk));
+                if !disk.is_off() {
+                    assert!(operations > 15, "the cuts went through all of it");
+                    break;
+                }
+                // Killed, or without power.
+                if seed % 2 == 0 {
+                    disk.restart();
+                } else {
+                    disk.power_cut(rng);
+                }
+                let (journal, _, read) = accepted(&disk).expect("still accepted");
+                assert_eq!(read, expected, "{name}, cut after {operations}");
+                drop(journal);
+                let contents = disk.contents();
+                let kept = contents.get(&format!("{name}.corrupt"));
+                let kept = kept.unwrap_or_else(|| panic!("{name} is gone, cut after {operations}, seed {seed}"));
+                assert_eq!(kept[..=100], flipped[name][..=100], "{name}, cut after {operations}");
             }
-            disk.power_cut(rng);
-            let (_, _, read) = accepted(&disk).expect("still accepted");
-            assert_eq!(read, expected, "cut after {operations}");
         }
     }
 }

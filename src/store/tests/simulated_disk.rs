@@ -29,6 +29,7 @@ pub(super) enum Operation {
     Sync,
     SyncDir,
     Rename,
+    Link,
     Remove,
     Truncate,
 }
@@ -356,6 +357,17 @@ impl Directory for SimulatedDisk {
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         let inode = *self.state().names.get(from).ok_or(io::ErrorKind::NotFound)?;
         self.rename_names(Operation::Rename, from, NameChange::Rename(from.into(), to.into(), inode))
+    }
+
+    fn link(&self, from: &str, to: &str) -> io::Result<()> {
+        let inode = {
+            let state = self.state();
+            if state.names.contains_key(to) {
+                return Err(io::ErrorKind::AlreadyExists.into());
+            }
+            *state.names.get(from).ok_or(io::ErrorKind::NotFound)?
+        };
+        self.rename_names(Operation::Link, from, NameChange::Link(to.into(), inode))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
