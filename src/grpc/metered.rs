@@ -6,6 +6,7 @@
 //! here, by their headers, on their way to h2.
 
 use std::{
+    collections::HashSet,
     future::Future,
     io,
     pin::Pin,
@@ -34,6 +35,7 @@ pub(super) struct Metered<T> {
     memory: Arc<ConnectionMemory>,
     received: FrameScanner,
     sent: FrameScanner,
+    open: OpenStreams,
     budget_timer: BudgetTimer,
     /// Set while the peer has responses to read.
     unread_timer: Option<Pin<Box<Sleep>>>,
@@ -46,6 +48,7 @@ impl<T> Metered<T> {
             memory,
             received: FrameScanner { payload: PREFACE, ..FrameScanner::default() },
             sent: FrameScanner::default(),
+            open: OpenStreams::default(),
             budget_timer: BudgetTimer::default(),
             unread_timer: None,
         }
@@ -107,11 +110,14 @@ impl<T: AsyncRead + Unpin> AsyncRead for Metered<T> {
         }
         let before = buf.filled().len();
         let read = Pin::new(&mut this.io).poll_read(cx, buf);
-        let memory = &this.memory;
-        this.received.scan(&buf.filled()[before..], &mut |frame| {
-            if let Http2Frame::Data { len } = frame {
+        let (memory, open) = (&this.memory, &mut this.open);
+        this.received.scan(&buf.filled()[before..], &mut |frame| match frame {
+            Http2Frame::Headers { stream, .. } => open.insert(stream),
+            Http2Frame::Data { stream, len, .. } if open.contains(stream) => {
                 memory.charge_received(len + FRAME_OVERHEAD);
             }
+            Http2Frame::Reset { stream } => open.remove(stream),
+            Http2Frame::Data { .. } | Http2Frame::GoAway { .. } => {}
         });
         read
     }
@@ -119,12 +125,14 @@ impl<T: AsyncRead + Unpin> AsyncRead for Metered<T> {
 
 impl<T: AsyncWrite + Unpin> Metered<T> {
     fn scan_sent(&mut self, bytes: &[u8]) {
-        let memory = &self.memory;
-        self.sent.scan(bytes, &mut |frame| {
+        let (memory, open) = (&self.memory, &mut self.open);
+        self.sent.scan(bytes, &mut |frame| match frame {
+            Http2Frame::Headers { stream, ends: true }
+            | Http2Frame::Data { stream, ends: true, .. }
+            | Http2Frame::Reset { stream } => open.remove(stream),
             // RFC 9113 §7: 0 is NO_ERROR, which the server sends when it stops or when the connection is old.
-            if let Http2Frame::GoAway { code: 1.. } = frame {
-                memory.budget().closed(ConnectionClosed::ProtocolError);
-            }
+            Http2Frame::GoAway { code: 1.. } => memory.budget().closed(ConnectionClosed::ProtocolError),
+            Http2Frame::Headers { .. } | Http2Frame::Data { .. } | Http2Frame::GoAway { .. } => {}
         });
     }
 }
@@ -170,13 +178,49 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Metered<T> {
     }
 }
 
-/// A frame of HTTP/2, of the kinds that are counted (RFC 9113 §4.1, §6.1, §6.8).
+/// Streams whose call the server has not ended. A peer may send DATA on an ended one for as long as it likes:
+/// h2 drops those frames, and no call would release them.
+#[derive(Debug, Default)]
+struct OpenStreams {
+    open: HashSet<u32>,
+    last: u32,
+}
+
+impl OpenStreams {
+    fn insert(&mut self, stream: u32) {
+        // RFC 9113 §5.1.1: the ids of new streams grow. Another HEADERS frame holds the trailers of a request.
+        if stream > self.last {
+            self.last = stream;
+            self.open.insert(stream);
+        }
+    }
+
+    fn remove(&mut self, stream: u32) {
+        self.open.remove(&stream);
+    }
+
+    fn contains(&self, stream: u32) -> bool {
+        self.open.contains(&stream)
+    }
+}
+
+/// A frame of HTTP/2, of the kinds that are counted (RFC 9113 §4.1, §6.1, §6.2, §6.4, §6.8).
 #[derive(Debug, PartialEq, Eq)]
 enum Http2Frame {
     /// One that h2 keeps until its call reads it: not an empty one in the middle of a message.
     Data {
+        stream: u32,
         /// Without padding, which h2 does not keep either.
         len: usize,
+        /// Whether the sender has ended the stream.
+        ends: bool,
+    },
+    Headers {
+        stream: u32,
+        ends: bool,
+    },
+    Reset {
+        stream: u32,
     },
     GoAway {
         /// The error code.
@@ -185,9 +229,11 @@ enum Http2Frame {
 }
 
 const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
 const GOAWAY: u8 = 7;
 
-/// Flags of DATA (RFC 9113 §6.1).
+/// Flags of DATA (RFC 9113 §6.1); END_STREAM also of HEADERS (§6.2).
 const END_STREAM: u8 = 1;
 const PADDED: u8 = 8;
 
@@ -198,8 +244,8 @@ struct FrameScanner {
     header_len: usize,
     /// Bytes until the next header.
     payload: usize,
-    /// Octets and flags of a DATA frame whose first octet, the length of its padding, is still to come.
-    padded: Option<(usize, u8)>,
+    /// The DATA frame whose first octet, the length of its padding, is still to come.
+    padded: Option<DataHeader>,
     /// The first bytes of a GOAWAY's payload, and how many: the last stream's id and the error code.
     goaway: Option<([u8; 8], usize)>,
 }
@@ -211,9 +257,9 @@ impl FrameScanner {
                 let (payload, rest) = bytes.split_at(self.payload.min(bytes.len()));
                 self.payload -= payload.len();
                 bytes = rest;
-                if let Some((len, flags)) = self.padded.take() {
+                if let Some(DataHeader { stream, len, flags }) = self.padded.take() {
                     let padding = 1 + usize::from(payload[0]);
-                    found_data(len.saturating_sub(padding), flags, found);
+                    found_data(DataHeader { stream, len: len.saturating_sub(padding), flags }, found);
                 }
                 if let Some((head, len)) = &mut self.goaway {
                     let part = payload.len().min(head.len() - *len);
@@ -232,25 +278,37 @@ impl FrameScanner {
             self.header_len += part.len();
             bytes = rest;
             if self.header_len == self.header.len() {
-                let [a, b, c, kind, flags, ..] = self.header;
+                let [a, b, c, kind, flags, stream @ ..] = self.header;
+                // RFC 9113 §4.1: the first bit is reserved.
+                let stream = u32::from_be_bytes(stream) & (u32::MAX >> 1);
                 self.header_len = 0;
                 self.payload = u32::from_be_bytes([0, a, b, c]) as usize;
                 self.goaway = (kind == GOAWAY).then_some(([0; 8], 0));
-                if kind == DATA {
-                    if flags & PADDED != 0 && self.payload > 0 {
-                        self.padded = Some((self.payload, flags));
-                    } else {
-                        found_data(self.payload, flags, found);
-                    }
+                let data = DataHeader { stream, len: self.payload, flags };
+                match kind {
+                    DATA if flags & PADDED != 0 && self.payload > 0 => self.padded = Some(data),
+                    DATA => found_data(data, found),
+                    HEADERS => found(Http2Frame::Headers { stream, ends: flags & END_STREAM != 0 }),
+                    RST_STREAM => found(Http2Frame::Reset { stream }),
+                    _ => {}
                 }
             }
         }
     }
 }
 
-fn found_data(len: usize, flags: u8, found: &mut dyn FnMut(Http2Frame)) {
-    if len > 0 || flags & END_STREAM != 0 {
-        found(Http2Frame::Data { len });
+/// What the header of a DATA frame says.
+#[derive(Debug)]
+struct DataHeader {
+    stream: u32,
+    len: usize,
+    flags: u8,
+}
+
+fn found_data(DataHeader { stream, len, flags }: DataHeader, found: &mut dyn FnMut(Http2Frame)) {
+    let ends = flags & END_STREAM != 0;
+    if len > 0 || ends {
+        found(Http2Frame::Data { stream, len, ends });
     }
 }
 
@@ -268,13 +326,17 @@ mod tests {
         bytes.extend([0, 0, 4, 0, 8, 0, 0, 0, 1, 3, 0, 0, 0]); // DATA, padding alone
         bytes.extend([0, 0, 0, 0, 1, 0, 0, 0, 1]); // DATA, empty, END_STREAM
         bytes.extend([0, 0, 9, 7, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 11, b'x']); // GOAWAY with a text
+        bytes.extend([0, 0, 2, 1, 5, 0, 0, 0, 3, 0x88, 0x88]); // HEADERS, END_STREAM
+        bytes.extend([0, 0, 4, 3, 0, 128, 0, 0, 5, 0, 0, 0, 0]); // RST_STREAM with the reserved bit
         bytes.extend([0, 1, 0, 0, 0, 0, 0, 0, 3]); // DATA whose payload is still to come
         let expected = [
-            Http2Frame::Data { len: 3 },
-            Http2Frame::Data { len: 2 },
-            Http2Frame::Data { len: 0 },
+            Http2Frame::Data { stream: 1, len: 3, ends: false },
+            Http2Frame::Data { stream: 1, len: 2, ends: false },
+            Http2Frame::Data { stream: 1, len: 0, ends: true },
             Http2Frame::GoAway { code: 11 },
-            Http2Frame::Data { len: 256 },
+            Http2Frame::Headers { stream: 3, ends: true },
+            Http2Frame::Reset { stream: 5 },
+            Http2Frame::Data { stream: 3, len: 256, ends: false },
         ];
         for piece in 1..bytes.len() {
             let mut scanner = FrameScanner { payload: PREFACE, ..FrameScanner::default() };

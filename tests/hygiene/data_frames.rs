@@ -1,7 +1,7 @@
 //! DATA frames that carry little or nothing: what they cost the server, and for how long.
 
 use std::{
-    io::{BufReader, Read as _, Write as _},
+    io::{BufReader, Read, Write as _},
     net::TcpStream,
     thread,
 };
@@ -14,28 +14,38 @@ const RELEASED: f64 = 4096.0;
 
 /// A frame of HTTP/2 on the first stream (RFC 9113 §4.1).
 fn frame(kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
+    frame_on(1, kind, flags, payload)
+}
+
+fn frame_on(stream: u8, kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
     let [.., a, b, c] = payload.len().to_be_bytes();
-    [&[a, b, c, kind, flags, 0, 0, 0, 1], payload].concat()
+    [&[a, b, c, kind, flags, 0, 0, 0, stream], payload].concat()
 }
 
 /// The preface, and the head of a registration stream that stays open.
 fn open_stream() -> Vec<u8> {
+    [flood::PREFACE, &head(1, STREAM)].concat()
+}
+
+/// The head of a call whose request has no end yet.
+fn head(stream: u8, path: &str) -> Vec<u8> {
     // RFC 7541 §6: POST and http by their index, the rest as literals, with indexed names where there are any.
     let mut head = vec![0x83, 0x86, 0x04];
     let literal = |head: &mut Vec<u8>, text: &str| {
         head.push(u8::try_from(text.len()).expect("short"));
         head.extend(text.bytes());
     };
-    literal(&mut head, STREAM);
+    literal(&mut head, path);
     head.extend([0x0f, 0x10]);
     literal(&mut head, "application/grpc");
     head.push(0);
     literal(&mut head, "te");
     literal(&mut head, "trailers");
-    const HEADERS: u8 = 1;
     const END_HEADERS: u8 = 4;
-    [flood::PREFACE, &frame(HEADERS, END_HEADERS, &head)].concat()
+    frame_on(stream, HEADERS, END_HEADERS, &head)
 }
+
+const HEADERS: u8 = 1;
 
 const DATA: u8 = 0;
 const PADDED: u8 = 8;
@@ -101,4 +111,38 @@ fn padding_that_was_read_holds_no_memory() {
     target.check("padding", LISTS);
     assert_eq!(target.metric("gangplank_grpc_streams"), 4.0, "the streams are open");
     drop(peers);
+}
+
+/// Reads frames until one is of this kind and has these bits in its flags.
+fn wait_for_frame(answers: &mut impl Read, kind: u8, flags: u8) {
+    loop {
+        let mut head = [0; 9];
+        answers.read_exact(&mut head).expect("the server answers");
+        let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+        answers.read_exact(&mut payload).expect("whole frames");
+        if head[3] == kind && head[4] & flags == flags {
+            return;
+        }
+    }
+}
+
+/// A peer goes on to send on a call that the server has ended, while another call of the connection is open.
+#[test]
+fn frames_of_an_ended_call_hold_no_budget() {
+    const PING: u8 = 6;
+    const ACK: u8 = 1;
+    const END_STREAM: u8 = 1;
+    let target = Target::with_services(0);
+    let mut peer = TcpStream::connect(target.server.grpc).expect("it listens");
+    peer.set_read_timeout(Some(WAIT_TIMEOUT)).expect("a timeout above zero");
+    let mut answers = BufReader::new(peer.try_clone().expect("descriptors are left"));
+    peer.write_all(&[open_stream(), head(3, "/no.such/Method")].concat()).expect("it reads");
+    wait_for_frame(&mut answers, HEADERS, END_STREAM);
+    peer.write_all(&frame_on(3, DATA, 0, &[0]).repeat(2_000)).expect("it reads");
+    peer.write_all(&frame_on(0, PING, 0, &[0; 8])).expect("it reads");
+    wait_for_frame(&mut answers, PING, ACK);
+    let held = target.metric("gangplank_grpc_buffered_bytes");
+    println!("2 000 frames of an ended call hold {held} bytes");
+    assert_eq!(target.metric("gangplank_grpc_streams"), 1.0, "the other call is open");
+    assert!(held < RELEASED, "{held} bytes");
 }
