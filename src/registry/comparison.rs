@@ -75,6 +75,7 @@ fn run(request: ComparisonRequest, local: &LocalState, catalog: &Catalog, max_re
     let ComparisonRequest { mut held, queue, reply } = request;
     // Anyone with access to the API server can label a slice of a reserved service as managed by the mirror.
     held.services.retain(|(service, _)| !is_reserved(service));
+    held.tombstones.retain(|(service, _)| !is_reserved(service));
     let services = held.services.len();
     let instances: usize = held.services.iter().map(|(_, instances)| instances.len()).sum();
     let stored = Stored { services: catalog.services(), tombstones: catalog.all_tombstones() };

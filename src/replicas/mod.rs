@@ -20,8 +20,9 @@
 //!    answers and takes registrations with 202. Copies of one directory are replicas of their own: see
 //!    [`DirectoryId`](lease::DirectoryId).
 //!
-//! The server runs the election; every process that does not write follows the one that does. Tombstones and the
-//! hand-over are simulated only.
+//! The server runs the election; every process that does not write follows the one that does. A server's [`tombstones`] are
+//! those of removals; a removal of what is not registered leaves none, and a registration that changes nothing is not stamped anew.
+//! The hand-over is simulated only.
 
 pub mod confirm;
 pub mod election;

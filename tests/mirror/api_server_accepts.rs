@@ -11,7 +11,8 @@ use gangplank::{
         endpoints, services,
         slices::{PlanOptions, SliceStamps, SliceWrite, plan},
     },
-    model::{CowTree, Instance, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis, Validator},
+    model::{CowTree, Instance, InstanceSpec, PortSpec, Protocol, ServiceKey, Stamp, UnixMillis, Validator},
+    replicas::tombstones::Tombstones,
 };
 use proptest::{
     prelude::*,
@@ -183,11 +184,17 @@ fn objects(services: &[(ServiceKey, CowTree<Arc<Instance>>)]) -> Vec<Value> {
         objects.push(serde_json::to_value(services::desired(key, instances)));
         let uid = "7d5ab9a5-0c3b-4d44-a9a6-7f3f3a2c9d10";
         let stamps = SliceStamps { term: u64::MAX, generation: u64::MAX, updated: UnixMillis(1), writer: "host" };
+        let mut tombstones = Tombstones::default();
+        for (instance, clock) in instances.iter().zip(1..) {
+            tombstones.insert(instance.id(), Stamp { clock, term: 1 << 53, generation: u64::MAX });
+        }
+        tombstones.raise_refuse_before(1);
         let request = PlanOptions {
             service: key,
             service_uid: uid,
             max_endpoints: 100,
             publish_not_ready: false,
+            tombstones: &tombstones,
             stamps,
             occupied: &occupied,
         };

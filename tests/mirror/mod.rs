@@ -13,6 +13,7 @@ mod kill_cycles;
 mod lease;
 mod replica;
 mod seen_by_coredns;
+mod tombstones;
 mod write_counts;
 
 use std::{
@@ -142,8 +143,15 @@ fn serve_by(kubeconfig: &Path, flags: &[&str]) -> Server {
     Server::start_with(&all)
 }
 
-/// The EndpointSlices of a service, those of others too.
+/// The EndpointSlices of a service, those of others too, without that of tombstones.
 fn slices(cluster: &Cluster, namespace: &str, service: &str) -> Vec<Value> {
+    let mut slices = every_slice(cluster, namespace, service);
+    slices.retain(|slice| slice["metadata"]["annotations"]["gangplank.dev/tombstones"].is_null());
+    slices
+}
+
+/// All EndpointSlices of a service.
+fn every_slice(cluster: &Cluster, namespace: &str, service: &str) -> Vec<Value> {
     let path = format!(
         "/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices?labelSelector=kubernetes.io/service-name%3D{service}"
     );

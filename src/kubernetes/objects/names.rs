@@ -40,6 +40,12 @@ pub const INSTANCES: &str = "gangplank.dev/instances";
 /// as JSON.
 pub const PORTS: &str = "gangplank.dev/ports";
 
+/// Annotation of the slice of tombstones: the removals of a service that are remembered, as JSON.
+pub const TOMBSTONES: &str = "gangplank.dev/tombstones";
+
+/// Annotation of the slice of tombstones: the clock of the latest tombstone that there was no room for.
+pub const REFUSE_BEFORE: &str = "gangplank.dev/refuse-before";
+
 /// Annotation of a slice: the term in which it was last written.
 pub const TERM: &str = "gangplank.dev/term";
 

@@ -4,9 +4,12 @@
 //! again, with a quorum read, and hands everything to the registry at once ([`RegistryHandle::restore`]). From then on
 //! this process writes the slices, and only the cache is interested in them.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    collections::HashMap,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
-use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::{api::discovery::v1::EndpointSlice, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
@@ -14,7 +17,7 @@ use super::reflector::EventHandler;
 use crate::{
     kubernetes::{
         cache::{CachedSlice, ClusterCache, ObjectEvent},
-        objects::slices::{InstanceView, SkippedEndpoint, SliceRank, read_slice},
+        objects::slices::{InstanceView, SkippedEndpoint, SliceRank, read_slice, read_tombstones},
     },
     metrics::KubernetesMetrics,
     model::{ServiceKey, Validator},
@@ -22,6 +25,7 @@ use crate::{
     replicas::{
         election::Tenure,
         time::{BootTime, Now},
+        tombstones::Tombstones,
     },
 };
 
@@ -74,6 +78,8 @@ struct SliceInstances {
     validator: Validator,
     highest_term: u64,
     view: InstanceView,
+    /// The removals that slices remember, by namespace and name of the slice.
+    tombstones: HashMap<(String, String), (ServiceKey, Tombstones)>,
     /// The highest rank of a slice.
     rank: SliceRank,
     skipped: u64,
@@ -189,7 +195,8 @@ impl SliceInstances {
         let unix_seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let now = Now { boot: BootTime::default(), unix_seconds, clock_agrees: true };
         let highest_term = now.highest_term(0);
-        Self { validator, highest_term, view: InstanceView::default(), rank: SliceRank::default(), skipped: 0 }
+        let (view, tombstones) = (InstanceView::default(), HashMap::new());
+        Self { validator, highest_term, view, tombstones, rank: SliceRank::default(), skipped: 0 }
     }
 
     fn apply(
@@ -201,27 +208,38 @@ impl SliceInstances {
         let slice = match event {
             ObjectEvent::Init => {
                 (self.rank, self.skipped) = (SliceRank::default(), 0);
+                self.tombstones.clear();
                 return self.view.init();
             }
             ObjectEvent::InitDone(_) => return self.view.init_done(),
-            ObjectEvent::Delete(slice) => return self.view.delete(&slice.metadata),
+            ObjectEvent::Delete(slice) => return self.delete(&slice.metadata),
             ObjectEvent::InitApply(slice) | ObjectEvent::Apply(slice) => slice,
         };
         // A slice that is not ours any more, or is being deleted, holds nothing.
         let Some(observed) = cached.object().and_then(|cached| cached.observed.as_ref()) else {
-            return self.view.delete(&slice.metadata);
+            return self.delete(&slice.metadata);
         };
         let term = if observed.term <= self.highest_term { observed.term } else { 0 };
         let rank = SliceRank { term, generation: observed.generation };
         self.rank = self.rank.max(rank);
         if observed.deleting {
-            return self.view.delete(&slice.metadata);
+            return self.delete(&slice.metadata);
+        }
+        if let Some(tombstones) = read_tombstones(slice) {
+            self.delete(&slice.metadata);
+            self.tombstones.insert(slice_key(&slice.metadata), (observed.service.clone(), tombstones));
+            return;
         }
         let (instances, skipped) = read_slice(slice, &self.validator);
         for skipped in skipped {
             self.skip(&observed.service, &skipped, metrics);
         }
         self.view.apply(&observed.service, &slice.metadata, rank, instances);
+    }
+
+    fn delete(&mut self, meta: &ObjectMeta) {
+        self.tombstones.remove(&slice_key(meta));
+        self.view.delete(meta);
     }
 
     fn skip(&mut self, service: &ServiceKey, skipped: &SkippedEndpoint, metrics: &KubernetesMetrics) {
@@ -234,14 +252,32 @@ impl SliceInstances {
 
     /// The Lease as it was before counts too: it outlives slices that are deleted with their last instance.
     fn into_state(self, tenure: &Tenure) -> KubernetesState {
-        let Self { view, rank, .. } = self;
+        let Self { view, rank, tombstones, .. } = self;
         let lease = tenure.previous.as_ref();
         let lease = lease.map(|lease| SliceRank { term: lease.term, generation: lease.generation });
         let SliceRank { term, generation } = rank.max(lease.unwrap_or_default());
         let services = view.services().map(|service| (service.clone(), view.instances(service)));
         let (services, new_term, had_lease) = (services.collect(), tenure.term, lease.is_some());
-        KubernetesState { term, generation, new_term, had_lease, services, ..KubernetesState::default() }
+        KubernetesState { term, generation, new_term, had_lease, services, tombstones: by_service(tombstones) }
     }
+}
+
+/// Namespace and name of a slice.
+fn slice_key(meta: &ObjectMeta) -> (String, String) {
+    (meta.namespace.clone().unwrap_or_default(), meta.name.clone().unwrap_or_default())
+}
+
+/// The tombstones of each service. There is one slice of them, or several for a moment.
+fn by_service(slices: HashMap<(String, String), (ServiceKey, Tombstones)>) -> Vec<(ServiceKey, Tombstones)> {
+    let mut services: HashMap<ServiceKey, Tombstones> = HashMap::new();
+    for (service, tombstones) in slices.into_values() {
+        let all = services.entry(service).or_default();
+        all.raise_refuse_before(tombstones.refuse_before());
+        for one in tombstones.iter() {
+            all.insert(one.id.clone(), one.stamp);
+        }
+    }
+    services.into_iter().collect()
 }
 
 #[cfg(test)]

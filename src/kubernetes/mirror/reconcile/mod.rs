@@ -37,6 +37,7 @@ use crate::{
     metrics::Metrics,
     model::{CowTree, Instance, ServiceKey},
     registry::RegistryHandle,
+    replicas::tombstones::Tombstones,
 };
 
 /// Attempts in one call of [`Reconciler::reconcile`] while other writers get in between.
@@ -81,6 +82,8 @@ struct DesiredState<'a> {
     /// The last change of this service.
     changed: u64,
     instances: &'a CowTree<Arc<Instance>>,
+    /// The removals that are remembered.
+    tombstones: &'a Tombstones,
 }
 
 impl Reconciler {
@@ -121,8 +124,15 @@ impl Reconciler {
             let published = self.registry.catalog().generation();
             let registered = self.registry.catalog().get(service).unwrap_or_default();
             let generation = published.max(registered.generation);
-            let desired =
-                DesiredState { service, generation, changed: registered.generation, instances: &registered.instances };
+            // After the instances: the tombstone of each that is missing there is found here.
+            let tombstones = self.registry.catalog().tombstones(service);
+            let desired = DesiredState {
+                service,
+                generation,
+                changed: registered.generation,
+                instances: &registered.instances,
+                tombstones: &tombstones,
+            };
             match self.attempt(&desired).await {
                 Ok(outcome) => {
                     self.api.confirmed().await;
@@ -171,7 +181,7 @@ impl Reconciler {
         let uid = match &observed.service {
             ServiceState::Unknown => return Err(ApiError::Unknown("the Services are not listed yet".into())),
             ServiceState::Foreign => {
-                self.withdraw(desired, &observed).await?;
+                self.withdraw(desired, &observed, &Tombstones::default()).await?;
                 self.forget_empty(desired.service);
                 return Ok(if empty {
                     ReconcileOutcome::Done(desired.generation)
@@ -181,7 +191,7 @@ impl Reconciler {
                 });
             }
             ServiceState::Absent if empty => {
-                self.withdraw(desired, &observed).await?;
+                self.withdraw(desired, &observed, desired.tombstones).await?;
                 self.forget_empty(desired.service);
                 return Ok(ReconcileOutcome::Done(desired.generation));
             }

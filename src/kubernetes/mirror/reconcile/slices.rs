@@ -17,16 +17,23 @@ use crate::{
         objects::slices::{ObservedSlice, PlanOptions, SliceStamps, SliceWrite, plan},
     },
     model::{CowTree, ServiceKey, UnixMillis},
+    replicas::tombstones::Tombstones,
 };
 
 /// Slices of one service that are created at once.
 const MAX_CONCURRENT_CREATES: usize = 8;
 
 impl Reconciler {
-    /// Deletes everything of ours under a service.
-    pub(super) async fn withdraw(&self, desired: &DesiredState<'_>, observed: &ObservedState) -> Result<(), ApiError> {
+    /// Deletes everything of ours under a service but the slice of these tombstones.
+    pub(super) async fn withdraw(
+        &self,
+        desired: &DesiredState<'_>,
+        observed: &ObservedState,
+        tombstones: &Tombstones,
+    ) -> Result<(), ApiError> {
         let endpoints_deleted = self.withdraw_endpoints(desired, observed).await?;
-        let refused = self.apply(desired, observed, self.plan(desired, observed, "", true)).await?;
+        let nothing = DesiredState { instances: &CowTree::default(), tombstones, ..*desired };
+        let refused = self.apply(desired, observed, self.plan(&nothing, observed, "")).await?;
         refused.err.map_or(Ok(()), Err)?;
         endpoints_deleted
     }
@@ -39,20 +46,20 @@ impl Reconciler {
         observed: &ObservedState,
         uid: &str,
     ) -> Result<(), ApiError> {
-        let refused = self.apply(desired, observed, self.plan(desired, observed, uid, false)).await?;
+        let refused = self.apply(desired, observed, self.plan(desired, observed, uid)).await?;
         self.api.confirmed().await;
         self.registry.mirror_progress().confirm_slices(desired.service, desired.generation, refused.outdated);
         refused.err.map_or(Ok(()), Err)
     }
 
-    /// The writes that make the slices match; with `withdraw`, those that delete them all.
-    fn plan(&self, desired: &DesiredState<'_>, observed: &ObservedState, uid: &str, withdraw: bool) -> Vec<SliceWrite> {
-        let none = CowTree::default();
+    /// The writes that make the slices match.
+    fn plan(&self, desired: &DesiredState<'_>, observed: &ObservedState, uid: &str) -> Vec<SliceWrite> {
         let options = PlanOptions {
             service: desired.service,
             service_uid: uid,
             max_endpoints: self.options.max_endpoints,
             publish_not_ready: self.options.publish_not_ready,
+            tombstones: desired.tombstones,
             stamps: SliceStamps {
                 term: self.term,
                 generation: desired.generation,
@@ -61,7 +68,7 @@ impl Reconciler {
             },
             occupied: &observed.occupied,
         };
-        plan(&options, if withdraw { &none } else { desired.instances }, &observed.slices)
+        plan(&options, desired.instances, &observed.slices)
     }
 
     /// Executes `writes`: new slices several at once, then the others one by one, because their

@@ -113,13 +113,18 @@ impl SliceGroup {
             line(format_args!("part {part}\n"));
         }
         line(format_args!("index {index}\n"));
-        let hash = Sha256::digest(text.as_bytes());
-        let mut name = format!("{}-", service.name());
-        for octet in &hash[..HASH_DIGITS / 2] {
-            write!(name, "{octet:02x}").expect("a String takes everything");
-        }
-        name
+        slice_name(service, &text)
     }
+}
+
+/// `<service>-<hash>`, with the first digits of the hash of `text`.
+pub(super) fn slice_name(service: &ServiceKey, text: &str) -> String {
+    let hash = Sha256::digest(text.as_bytes());
+    let mut name = format!("{}-", service.name());
+    for octet in &hash[..HASH_DIGITS / 2] {
+        write!(name, "{octet:02x}").expect("a String takes everything");
+    }
+    name
 }
 
 /// Whether `name` could be a [`SliceGroup::slice_name`] of `service`.

@@ -9,6 +9,8 @@
 //! A slice in the cluster is kept in memory as an [`ObservedSlice`]: its addresses, and a digest of
 //! everything that gangplank would write, which reveals an edit by another writer.
 //!
+//! The removals of a service that are remembered are in a slice of their own, without endpoints.
+//!
 //! Instances that are DNS names are not mirrored: an FQDN slice is deprecated, and two of them
 //! make CoreDNS answer two CNAMEs. Readiness is rendered but not part of the record.
 
@@ -20,6 +22,7 @@ mod record;
 mod render;
 #[cfg(test)]
 pub(super) mod tests;
+mod tombstones;
 mod view;
 
 pub use group::{Family, SliceGroup};
@@ -27,6 +30,7 @@ pub use observed::{ForeignMetadata, ObservedSlice};
 pub use plan::{DEFAULT_MAX_ENDPOINTS, MAX_ENDPOINTS, PlanOptions, SliceWrite, plan};
 pub use read::{SkippedEndpoint, read_foreign_slice, read_slice};
 pub use render::{ContentDigest, SliceStamps};
+pub use tombstones::read_tombstones;
 pub use view::{InstanceView, SliceRank};
 
 pub(in crate::kubernetes) use observed::service_of;

@@ -11,6 +11,7 @@ use super::{
     group::{Family, SliceGroup, is_slice_name, port_specs},
     record::{InstancesAnnotation, read_ports},
     render::{ContentDigest, SliceEndpoint, digest, is_owner, labels, render},
+    tombstones,
 };
 use crate::{
     kubernetes::objects::names,
@@ -38,6 +39,8 @@ pub struct ObservedSlice {
     pub generation: u64,
     /// It is being deleted and waits for a finalizer: its endpoints are ignored.
     pub deleting: bool,
+    /// It holds tombstones and no instances.
+    pub tombstones: bool,
     /// Which instances belong in it; `None` if gangplank writes no slice with these ports or this
     /// name.
     pub group: Option<SliceGroup>,
@@ -74,19 +77,25 @@ impl ObservedSlice {
         }
         let service = service_of(meta)?;
         let name = meta.name.clone()?;
-        let family = Family::parse(&slice.address_type);
+        let tombstones = tombstones::is_of_tombstones(slice);
+        let family = Family::parse(&slice.address_type).filter(|_| !tombstones);
         let group = family.filter(|_| is_slice_name(&service, &name)).and_then(|family| group_of(slice, family));
         let mut addresses: Vec<IpAddr> =
             slice.endpoints.iter().flat_map(|one| &one.addresses).filter_map(|text| text.parse().ok()).collect();
         addresses.sort_unstable();
         addresses.dedup();
         let foreign = ForeignMetadata::read(meta, &service);
-        let digest = group.as_ref().and_then(|group| untouched(slice, &service, &name, group));
+        let digest = if tombstones {
+            tombstones::untouched(slice, &service, &name)
+        } else {
+            group.as_ref().and_then(|group| untouched(slice, &service, &name, group))
+        };
         Some(Self {
             uid: meta.uid.clone()?,
             resource_version: meta.resource_version.clone()?,
             term: stamp(meta, names::TERM).filter(|term| *term <= MAX_TERM).unwrap_or(0),
             generation: stamp(meta, names::GENERATION).unwrap_or(0),
+            tombstones,
             deleting: meta.deletion_timestamp.is_some(),
             name,
             service,
@@ -130,8 +139,16 @@ impl ForeignMetadata {
 }
 
 /// Annotations that only gangplank writes.
-const OUR_ANNOTATIONS: [&str; 6] =
-    [names::INSTANCES, names::PORTS, names::TERM, names::GENERATION, names::UPDATED, names::WRITER];
+const OUR_ANNOTATIONS: [&str; 8] = [
+    names::INSTANCES,
+    names::PORTS,
+    names::TERM,
+    names::GENERATION,
+    names::UPDATED,
+    names::WRITER,
+    names::TOMBSTONES,
+    names::REFUSE_BEFORE,
+];
 
 /// The service of a slice: from its label, or without one from the name of its owner.
 pub(in crate::kubernetes) fn service_of(meta: &ObjectMeta) -> Option<ServiceKey> {

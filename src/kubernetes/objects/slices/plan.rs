@@ -24,8 +24,12 @@ use super::{
     observed::ObservedSlice,
     record::{MAX_ENTRY_BYTES, MAX_PORT_LIST_BYTES},
     render::{SliceEndpoint, SliceStamps, digest, render},
+    tombstones,
 };
-use crate::model::{CowTree, Instance, ServiceKey};
+use crate::{
+    model::{CowTree, Instance, ServiceKey},
+    replicas::tombstones::Tombstones,
+};
 
 /// Default limit of endpoints in a slice, that of Kubernetes' own controller.
 pub const DEFAULT_MAX_ENDPOINTS: usize = 100;
@@ -51,6 +55,8 @@ pub struct PlanOptions<'a> {
     pub max_endpoints: usize,
     /// Instances that are not ready are shown as ready: CoreDNS ignores `publishNotReadyAddresses`.
     pub publish_not_ready: bool,
+    /// The removals that are remembered.
+    pub tombstones: &'a Tombstones,
     /// The stamps of every slice that is written.
     pub stamps: SliceStamps<'a>,
     /// Names in the namespace that are taken by slices of others.
@@ -111,7 +117,8 @@ pub fn plan<'a>(
     let mut writes = SliceWrites::default();
 
     let mut by_group: HashMap<&SliceGroup, Vec<&ObservedSlice>> = HashMap::new();
-    for &slice in observed_slices.iter().filter(|slice| !slice.deleting) {
+    writes.tombstones(options, observed_slices.iter().copied().filter(|slice| slice.tombstones), &taken);
+    for &slice in observed_slices.iter().filter(|slice| !slice.deleting && !slice.tombstones) {
         match &slice.group {
             Some(group) => by_group.entry(group).or_default().push(slice),
             None => writes.delete(slice),
@@ -159,6 +166,32 @@ impl SliceWrites {
         self.creates.push(SliceWrite::Create(slice));
     }
 
+    /// The writes for the slice of tombstones: before all others, so that no instance is gone without its tombstone.
+    fn tombstones<'a>(
+        &mut self,
+        options: &PlanOptions<'_>,
+        slices: impl Iterator<Item = &'a ObservedSlice>,
+        taken: &HashSet<&str>,
+    ) {
+        let mut slices: Vec<&ObservedSlice> = slices.filter(|slice| !slice.deleting).collect();
+        slices.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        if options.tombstones.is_empty() {
+            return slices.into_iter().for_each(|slice| self.delete(slice));
+        }
+        let Some((slice, surplus)) = slices.split_first() else {
+            let mut names = (0..).map(|index| tombstones::name(options.service, index));
+            let name = names.find(|name| !taken.contains(&**name)).expect("there are more indexes than slices");
+            let mut slice = tombstones::render(options.service, &name, options.tombstones);
+            stamp(&mut slice, options.stamps);
+            return self.creates.push(SliceWrite::Create(slice));
+        };
+        surplus.iter().for_each(|slice| self.delete(slice));
+        if slice.term > options.stamps.term || slice.digest != Some(tombstones::digest(options.tombstones)) {
+            let write = tombstones::render(options.service, &slice.name, options.tombstones);
+            self.replaces[0].insert(0, replacement(options, slice, write));
+        }
+    }
+
     /// The write for an existing slice, if it has to change.
     fn update(
         &mut self,
@@ -176,15 +209,9 @@ impl SliceWrites {
         if ours && slice.digest == Some(digest(options.service_uid, group, endpoints)) {
             return;
         }
-        let mut write = render(options.service, options.service_uid, &slice.name, group, endpoints);
-        stamp(&mut write, options.stamps);
-        write.metadata.uid = Some(slice.uid.clone());
-        write.metadata.resource_version = Some(slice.resource_version.clone());
-        if let Some(foreign) = &slice.foreign {
-            foreign.carry_over(&mut write.metadata);
-        }
+        let write = render(options.service, options.service_uid, &slice.name, group, endpoints);
         let turn = if assignment.loses { if assignment.gains { 1 } else { 2 } } else { 0 };
-        self.replaces[turn].push(SliceWrite::Replace(write));
+        self.replaces[turn].push(replacement(options, slice, write));
     }
 
     fn delete(&mut self, slice: &ObservedSlice) {
@@ -199,6 +226,17 @@ impl SliceWrites {
         let replaces = self.replaces.into_iter().flatten();
         self.creates.into_iter().chain(replaces).chain(self.deletes).collect()
     }
+}
+
+/// `write` in place of `slice`.
+fn replacement(options: &PlanOptions<'_>, slice: &ObservedSlice, mut write: EndpointSlice) -> SliceWrite {
+    stamp(&mut write, options.stamps);
+    write.metadata.uid = Some(slice.uid.clone());
+    write.metadata.resource_version = Some(slice.resource_version.clone());
+    if let Some(foreign) = &slice.foreign {
+        foreign.carry_over(&mut write.metadata);
+    }
+    SliceWrite::Replace(write)
 }
 
 fn stamp(slice: &mut EndpointSlice, stamps: SliceStamps<'_>) {

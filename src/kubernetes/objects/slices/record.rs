@@ -27,7 +27,7 @@ pub(super) const MAX_ENTRY_BYTES: usize = 192;
 
 /// The highest clock and term of a stamp that is read: a number that somebody wrote by hand must not use up those
 /// that follow. As a clock it is in the year 2255.
-const MAX_STAMP: u64 = 1 << 53;
+pub(super) const MAX_STAMP: u64 = 1 << 53;
 
 /// Most bytes of the list of ports; an instance within its 2 KiB needs far fewer.
 pub(super) const MAX_PORT_LIST_BYTES: usize = 16 * 1024;

@@ -47,6 +47,12 @@ impl SliceStamps<'_> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ContentDigest([u8; 16]);
 
+impl ContentDigest {
+    pub(super) fn of(sha256: &[u8; 32]) -> Self {
+        Self(sha256[..16].try_into().expect("half of 32 bytes"))
+    }
+}
+
 /// One endpoint.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct SliceEndpoint<'a> {
@@ -196,5 +202,5 @@ pub(super) fn digest(uid: &str, group: &SliceGroup, endpoints: &[SliceEndpoint<'
         }
     }
     let hash = <Sha256 as sha2::Digest>::digest(&content);
-    ContentDigest(hash[..16].try_into().expect("half of 32 octets"))
+    ContentDigest::of(&hash.into())
 }

@@ -13,6 +13,7 @@ use cluster::Cluster;
 use super::*;
 use crate::kubernetes::objects::names;
 use crate::model::{CowTree, Instance, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis, Validator};
+use crate::replicas::tombstones::Tombstones;
 
 pub(in crate::kubernetes) use crate::model::testing::VALIDATOR;
 
@@ -62,6 +63,7 @@ fn with_request<T>(max_endpoints: usize, occupied: &[&str], test: impl FnOnce(&P
         service_uid: UID,
         max_endpoints,
         publish_not_ready: false,
+        tombstones: &Tombstones::default(),
         stamps: stamps(1),
         occupied: &occupied,
     })
