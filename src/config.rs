@@ -1,6 +1,7 @@
 //! Configuration of `gangplank serve`: flags, environment variables, defaults, and their checks.
 
 use std::{
+    collections::HashSet,
     env,
     net::{IpAddr, SocketAddr},
     num::{NonZeroU32, NonZeroUsize},
@@ -15,7 +16,7 @@ use clap::{Args, builder::FalseyValueParser};
 use crate::{
     dns::{DnsConfig, MAX_NSID, TcpLimits},
     grpc, kubernetes,
-    model::{DnsName, Namespace, Validator},
+    model::{DnsName, Namespace, ServerAddress, ServiceName, Validator},
     registry, store,
     zone::ZoneConfig,
 };
@@ -123,6 +124,17 @@ pub struct ServeArgs {
     #[arg(long, env = "GANGPLANK_LEASE_NAMESPACE", value_name = "NAME")]
     lease_namespace: Option<String>,
 
+    /// Where registrants reach this process: ADDRESS or NAME, with :PORT if it is not the one of --grpc-listen; repeatable.
+    /// Written into the Lease, for registrants that reach another process [default: POD_IPS or POD_IP, or the addresses
+    /// of --grpc-listen]
+    #[arg(long, env = "GANGPLANK_ADVERTISE", value_name = "ADDR|NAME[:PORT]", value_delimiter = ',')]
+    advertise: Vec<String>,
+
+    /// A Service without a selector, in the namespace of the Lease, that leads registrants to the process that writes:
+    /// that process keeps its EndpointSlices
+    #[arg(long, env = "GANGPLANK_GRPC_SERVICE", value_name = "NAME")]
+    grpc_service: Option<String>,
+
     /// Create a namespace that does not exist, instead of refusing its registrations with 404
     #[arg(long, env = "GANGPLANK_CREATE_NAMESPACES", value_parser = FalseyValueParser::new())]
     create_namespaces: bool,
@@ -213,8 +225,68 @@ pub struct Config {
     pub registry: registry::Options,
     /// Options of the mirror; `None` without Kubernetes.
     pub kubernetes: Option<kubernetes::Options>,
+    /// Where registrants reach this process.
+    pub advertise: Advertise,
     /// How long DNS answers after SIGTERM.
     pub drain: Duration,
+}
+
+/// Where registrants reach this process, as far as it is known before the listeners are bound.
+#[derive(Debug, Clone)]
+pub struct Advertise {
+    /// `--advertise`, valid with any port.
+    given: Vec<String>,
+    /// The addresses of the pod.
+    pod: Vec<IpAddr>,
+}
+
+impl Advertise {
+    fn new(given: Vec<String>, kubernetes: bool) -> anyhow::Result<Self> {
+        for text in &given {
+            ServerAddress::parse(text, 1).with_context(|| format!("--advertise {text:?}"))?;
+        }
+        let variable =
+            |name| env::var(name).ok().filter(|value| kubernetes && !value.is_empty()).map(|value| (name, value));
+        let pod = match variable("POD_IPS").or_else(|| variable("POD_IP")) {
+            None => Vec::new(),
+            Some((name, value)) => {
+                let pod = value.split(',').map(|ip| ip.trim().parse()).collect::<Result<_, _>>();
+                pod.with_context(|| {
+                    format!("the environment variable {name}={value:?} is no list of IP addresses; give --advertise")
+                })?
+            }
+        };
+        Ok(Self { given, pod })
+    }
+
+    /// The addresses, for a server that listens at `listeners`. Empty if only wildcards listen and no flag or
+    /// variable says where.
+    #[must_use]
+    pub fn addresses(&self, listeners: &[SocketAddr]) -> Vec<ServerAddress> {
+        let port = listeners.first().map_or(0, SocketAddr::port);
+        let mut all: Vec<_> = self.given.iter().filter_map(|text| ServerAddress::parse(text, port).ok()).collect();
+        if all.is_empty() {
+            let reachable = listeners.iter().filter(|listener| !listener.ip().is_loopback());
+            all = reachable.flat_map(|listener| self.reached_at(*listener)).collect();
+        }
+        // Whoever reaches one of these processes is on the same machine.
+        if all.is_empty() && listeners.iter().all(|listener| listener.ip().is_loopback()) {
+            all = listeners.iter().map(|listener| ServerAddress::new(listener.ip(), listener.port())).collect();
+        }
+        let mut seen = HashSet::new();
+        all.retain(|address| seen.insert(address.clone()));
+        all
+    }
+
+    fn reached_at(&self, listener: SocketAddr) -> Vec<ServerAddress> {
+        let addresses = match listener.ip() {
+            // IPv4 connections arrive at a socket of IPv6, too.
+            IpAddr::V6(any) if any.is_unspecified() => self.pod.clone(),
+            IpAddr::V4(any) if any.is_unspecified() => self.pod.iter().copied().filter(IpAddr::is_ipv4).collect(),
+            one => vec![one],
+        };
+        addresses.into_iter().map(|ip| ServerAddress::new(ip, listener.port())).collect()
+    }
 }
 
 impl ServeArgs {
@@ -243,6 +315,8 @@ impl ServeArgs {
             kubernetes,
             kubeconfig,
             lease_namespace,
+            advertise,
+            grpc_service,
             create_namespaces,
             slice_endpoints,
             endpoints_object,
@@ -285,9 +359,15 @@ impl ServeArgs {
             ("--create-namespaces", create_namespaces),
             ("--endpoints-object", endpoints_object),
             ("--lease-namespace", lease_namespace.is_some()),
+            ("--advertise", !advertise.is_empty()),
+            ("--grpc-service", grpc_service.is_some()),
         ] {
             ensure!(kubernetes || !given, "{flag}: means nothing without --kubernetes");
         }
+        if let Some(service) = &grpc_service {
+            ServiceName::parse(service).with_context(|| format!("--grpc-service {service:?}"))?;
+        }
+        let advertise = Advertise::new(advertise, kubernetes)?;
         let origin = DnsName::parse(&zone.to_ascii_lowercase()).with_context(|| format!("--zone {zone:?}"))?;
         ensure!(ttl <= MAX_TTL, "--ttl {ttl}: must be 0..={MAX_TTL} seconds");
         let nsid = nsid.map_or_else(|| gethostname::gethostname().into_encoded_bytes(), String::into_bytes);
@@ -343,6 +423,7 @@ impl ServeArgs {
             kubernetes: kubernetes.then_some(kubernetes::Options {
                 kubeconfig,
                 lease_namespace,
+                grpc_service,
                 create_namespaces,
                 max_endpoints: slice_endpoints,
                 endpoints_object,
@@ -351,6 +432,7 @@ impl ServeArgs {
                 publish_not_ready,
                 validator,
             }),
+            advertise,
             drain,
         })
     }
@@ -430,6 +512,40 @@ mod tests {
             let err = check(&flags).expect_err("refused");
             assert!(err.contains(expected), "{err:?} should contain {expected:?}");
         }
+    }
+
+    #[test]
+    fn advertised_addresses_must_be_of_one_machine() {
+        for (address, expected) in [
+            ("0.0.0.0", "--advertise \"0.0.0.0\": not the address of one machine"),
+            ("10.0.0.1:0", "--advertise \"10.0.0.1:0\": the port must be 1..=65535"),
+            ("http://a:9080", "--advertise \"http://a:9080\": neither an IP address nor a DNS name"),
+        ] {
+            let err = check(&["--kubernetes", "--advertise", address]).expect_err("refused");
+            assert!(err.starts_with(expected), "{err}");
+        }
+        let err = check(&["--advertise", "10.0.0.1"]).expect_err("refused");
+        assert_eq!(err, "--advertise: means nothing without --kubernetes");
+    }
+
+    #[test]
+    fn advertised_addresses_default_to_those_that_others_reach() {
+        let addresses = |given: &[&str], pod: &[&str], listeners: &[&str]| {
+            let given = given.iter().map(|&one| one.to_owned()).collect();
+            let advertise = Advertise { given, pod: pod.iter().map(|ip| ip.parse().expect("an address")).collect() };
+            let listeners: Vec<_> = listeners.iter().map(|one| one.parse().expect("an address and a port")).collect();
+            ServerAddress::list(&advertise.addresses(&listeners), " ")
+        };
+        let pod = ["10.1.0.7", "2001:db8::7"];
+        assert_eq!(
+            addresses(&["a.example.com", "10.0.0.1:1"], &pod, &["0.0.0.0:9080"]),
+            "a.example.com:9080 10.0.0.1:1"
+        );
+        assert_eq!(addresses(&[], &pod, &["0.0.0.0:9080"]), "10.1.0.7:9080");
+        assert_eq!(addresses(&[], &pod, &["[::]:9080", "0.0.0.0:9080"]), "10.1.0.7:9080 [2001:db8::7]:9080");
+        assert_eq!(addresses(&[], &pod, &["127.0.0.1:9080", "10.0.0.2:9081"]), "10.0.0.2:9081");
+        assert_eq!(addresses(&[], &pod, &["127.0.0.1:9080"]), "127.0.0.1:9080", "nobody reaches the pod");
+        assert_eq!(addresses(&[], &[], &["0.0.0.0:9080"]), "", "nobody knows");
     }
 
     #[test]

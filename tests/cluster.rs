@@ -5,7 +5,7 @@ use std::{
     fs,
     io::{BufRead as _, BufReader},
     path::Path,
-    process::{Child, Stdio},
+    process::{Child, Command, Stdio},
     sync::mpsc::{self, Receiver, RecvTimeoutError},
     thread,
     time::{Duration, Instant},
@@ -26,6 +26,7 @@ use crate::support::{
     coredns::CoreDns,
     dns::{Over, answers},
     proxy::{Fault, Proxy},
+    server::BINARY,
     tools::{self, ROOT},
     wait_until,
 };
@@ -169,6 +170,8 @@ fn admission_policy_limits_the_account_to_labelled_objects() {
     denied("PUT", &format!("{slices}/web-native"), Some(&slice("web-native", "gangplank.dev", "10.6.6.6")), foreign);
     let handed_over = slice("web-1", "somebody-else", "10.0.0.1");
     denied("PUT", &format!("{slices}/web-1"), Some(&handed_over), may_write);
+    let outside = slice("web-1", "writer.gangplank.dev", "10.0.0.1");
+    denied("PUT", &format!("{slices}/web-1"), Some(&outside), may_write);
     allowed("PUT", &format!("{slices}/web-1"), Some(&slice("web-1", "gangplank.dev", "10.0.0.9")));
     // Deleting.
     denied("DELETE", &format!("{services}/native"), None, foreign);
@@ -183,6 +186,25 @@ fn admission_policy_limits_the_account_to_labelled_objects() {
     let arguments = ["create", "--dry-run=server", "--namespace=policy", "-f", "-"];
     let said = cluster.kubectl_as(&cluster.kubeconfig_for_gangplank(), &arguments, &yaml).expect_err("it is denied");
     assert!(said.contains("gangplank may write services only with the label gangplank.dev/service: owned"), "{said}");
+}
+
+#[test]
+fn manifest_of_two_replicas_is_accepted() {
+    let Some(cluster) = Cluster::shared() else { return };
+    let manifest = Path::new(ROOT).join("deploy/gangplank.yaml");
+    let manifest = manifest.to_str().expect("a path in UTF-8");
+    let accepted = cluster.kubectl(&["apply", "--dry-run=server", "-o", "json", "-f", manifest]);
+    let accepted: Value = serde_json::from_str(&accepted).expect("JSON");
+    let items = accepted["items"].as_array().expect("a list");
+    assert_eq!(items[0]["spec"].get("selector"), None, "the slices are the writer's");
+    let deployment = items.iter().find(|item| item["kind"] == "Deployment").expect("it is there");
+    let container = &deployment["spec"]["template"]["spec"]["containers"][0];
+    let arguments = container["args"].as_array().expect("a list").iter().map(|one| one.as_str().expect("text"));
+    // Every flag before --help has to be one that gangplank knows.
+    let help = Command::new(BINARY).args(arguments).arg("--help").output().expect("the binary can be run");
+    assert!(help.status.success(), "{help:?}");
+    assert!(container["args"].as_array().expect("a list").contains(&"--grpc-service=gangplank".into()));
+    assert_eq!(items[0]["metadata"]["name"], "gangplank");
 }
 
 #[test]

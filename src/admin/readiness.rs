@@ -76,8 +76,9 @@ fn dns(loaded: bool, phase: &Phase) -> Check {
                 .into(),
         )
     } else if let (false, Phase::Standby(holder)) = (loaded, phase) {
+        let name = &holder.name;
         Some(format!(
-            "on standby: {holder} has the Lease gangplank-writer, and its EndpointSlices are still being read: every name that \
+            "on standby: {name} has the Lease gangplank-writer, and its EndpointSlices are still being read: every name that \
              is not known yet gets SERVFAIL until then"
         ))
     } else if !loaded {
@@ -97,7 +98,9 @@ fn registrations(phase: &Phase) -> Check {
              answer"
                 .into(),
         ),
-        Phase::Standby(holder) => Some(format!("on standby: {holder} has the Lease gangplank-writer")),
+        Phase::Standby(holder) => {
+            Some(format!("on standby: {} has the Lease gangplank-writer{}", holder.name, holder.hint()))
+        }
         Phase::StorageFailed(err) => Some(format!(
             "the journal cannot be written ({err}): nothing is accepted until a restart; fix the data directory's \
              disk, then restart gangplank"

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, ensure};
 use tokio::{net::TcpListener, runtime::Handle, sync::oneshot, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -24,6 +24,7 @@ use crate::{
     dns, grpc,
     kubernetes::Kubernetes,
     metrics::Metrics,
+    model::ServerAddress,
     net::{self, ConnectionCaps, DescriptorBudget},
     registry::{self, Unrecovered},
     store::{self, DataDir, RecoveryProgress},
@@ -148,6 +149,7 @@ impl BoundServer {
             store,
             registry,
             kubernetes,
+            advertise,
             drain,
             grpc: grpc_limits,
             admin_connections,
@@ -157,7 +159,23 @@ impl BoundServer {
             data_dir: _,
         } = config;
         let kubernetes = match kubernetes {
-            Some(options) => Some(Kubernetes::connect(options).await?),
+            Some(options) => {
+                let listeners = grpc.iter().map(StdTcpListener::local_addr).collect::<io::Result<Vec<_>>>()?;
+                let addresses = advertise.addresses(&listeners);
+                if addresses.is_empty() {
+                    warn!(
+                        "nothing says where registrants reach this process, so others cannot name it: give --advertise, or \
+                         set POD_IP by the downward API"
+                    );
+                }
+                let usable = |address: &ServerAddress| address.ip().is_some_and(|ip| !ip.is_loopback());
+                ensure!(
+                    options.grpc_service.is_none() || addresses.iter().any(usable),
+                    "--grpc-service: needs an IP address of this process that others reach: give --advertise ADDR, or set \
+                     POD_IP by the downward API"
+                );
+                Some(Kubernetes::connect(options, addresses).await?)
+            }
             None => None,
         };
         let metrics = Arc::new(Metrics::new());

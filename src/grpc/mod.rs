@@ -12,6 +12,7 @@ mod incoming;
 mod memory;
 mod metered;
 mod registry_service;
+mod writer_hint;
 
 use std::{io, sync::Arc, time::Duration};
 

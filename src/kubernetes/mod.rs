@@ -19,7 +19,7 @@ pub mod objects;
 mod replicas;
 mod watch;
 
-use std::{fmt, future, num::NonZeroU32, path::PathBuf, sync::Arc, time::Duration};
+use std::{convert::Infallible, fmt, future, num::NonZeroU32, path::PathBuf, sync::Arc, time::Duration};
 
 use kube::{
     Client,
@@ -38,10 +38,15 @@ use self::{
     cache::ClusterCache,
     mirror::{Mirror, Reconciler},
     objects::names,
-    replicas::{Elector, LeaseClient, ReplicaHandle},
+    replicas::{Elector, LeaseClient, ReplicaHandle, ServiceSlices},
     watch::{Restored, TakeOver, Watch},
 };
-use crate::{metrics::Metrics, model::Validator, registry::RegistryHandle, replicas::lease::DirectoryId};
+use crate::{
+    metrics::Metrics,
+    model::{ServerAddress, Validator},
+    registry::RegistryHandle,
+    replicas::lease::DirectoryId,
+};
 
 /// How to reach Kubernetes, and what to write there.
 #[derive(Debug, Clone)]
@@ -50,6 +55,8 @@ pub struct Options {
     pub kubeconfig: Option<PathBuf>,
     /// Where the Lease is. `None`: the namespace of the ServiceAccount, or of the kubeconfig's context.
     pub lease_namespace: Option<String>,
+    /// The Service that leads registrants to the writer, in the namespace of the Lease.
+    pub grpc_service: Option<String>,
     /// Create namespaces that do not exist.
     pub create_namespaces: bool,
     /// Most endpoints in a slice, 1..=1000. Default 100.
@@ -73,6 +80,8 @@ pub struct Kubernetes {
     server: String,
     /// Where the Lease is.
     namespace: String,
+    /// Where registrants reach this process.
+    addresses: Vec<ServerAddress>,
     options: Options,
 }
 
@@ -83,14 +92,15 @@ impl fmt::Debug for Kubernetes {
 }
 
 impl Kubernetes {
-    /// Makes a client from a kubeconfig or a ServiceAccount. Makes no request.
+    /// Makes a client from a kubeconfig or a ServiceAccount. Makes no request. `addresses` are where registrants reach
+    /// this process.
     ///
     /// # Errors
     /// When there is no usable kubeconfig, or no ServiceAccount where none was given.
-    pub async fn connect(options: Options) -> Result<Self, ConnectError> {
+    pub async fn connect(options: Options, addresses: Vec<ServerAddress>) -> Result<Self, ConnectError> {
         let api::Connection { client, server, namespace } = api::connect(options.kubeconfig.as_deref()).await?;
         let namespace = options.lease_namespace.clone().unwrap_or(namespace);
-        Ok(Self { client, server, namespace, options })
+        Ok(Self { client, server, namespace, addresses, options })
     }
 
     /// Follows what another process writes, or takes the Lease, restores the registry from the cluster, and mirrors the
@@ -108,7 +118,8 @@ impl Kubernetes {
     ) -> Result<(), LeaseLost> {
         info!(server = %self.server, "mirroring into Kubernetes");
         let host = gethostname::gethostname().to_string_lossy().into_owned();
-        let lease = LeaseClient::new(self.client.clone(), self.namespace.clone(), DirectoryId(directory), host.clone());
+        let (client, addresses) = (self.client.clone(), self.addresses.clone());
+        let lease = LeaseClient::new(client, self.namespace.clone(), DirectoryId(directory), host.clone(), addresses);
         let (elector, mut replica) = Elector::new(lease, registry.clone(), Arc::clone(&metrics));
         let cache = Arc::new(ClusterCache::new());
         let watch = Watch {
@@ -126,6 +137,7 @@ impl Kubernetes {
             let _ = watch.run(requests, &stop).await;
             future::pending().await
         };
+        let service_slices = self.service_slices(replica.fence.clone(), Arc::clone(&metrics));
         let writing = async {
             // Nothing is written before the slices are listed and the registry has compared.
             if let Some(term) = take_over(&mut replica, &take_overs).await {
@@ -138,7 +150,16 @@ impl Kubernetes {
             ended = elector.run(stop.clone()) => ended,
             never = watching => never,
             never = writing => never,
+            never = service_slices => match never {},
         }
+    }
+
+    /// Keeps the slices of `--grpc-service`.
+    async fn service_slices(&self, fence: Fence, metrics: Arc<Metrics>) -> Infallible {
+        let Some(service) = self.options.grpc_service.clone() else { return future::pending().await };
+        let per_second = self.options.requests_per_second.get();
+        let api = ApiClient::new(self.client.clone(), per_second, fence.clone(), metrics);
+        ServiceSlices::new(api, fence, self.namespace.clone(), service, self.addresses.clone()).run().await
     }
 
     /// The controller that writes under `term`.
@@ -154,6 +175,7 @@ impl Kubernetes {
         let Options {
             kubeconfig: _,
             lease_namespace: _,
+            grpc_service: _,
             create_namespaces,
             max_endpoints,
             endpoints_object,

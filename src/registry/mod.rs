@@ -55,7 +55,7 @@ pub use mirror_progress::{MirrorLag, MirrorProgress};
 pub use recover::{Options, Unrecovered, new};
 pub use restore::KubernetesState;
 pub use snapshot::{List, ListError, ListPermit, Snapshot, Snapshots};
-pub use status::{Phase, Status};
+pub use status::{LeaseHolder, Phase, Status};
 pub use writer::Writer;
 
 use crate::model::{Address, Instance, InstanceId, PortSet, ServiceKey, UnixMillis};
@@ -128,14 +128,14 @@ pub struct Ack {
 }
 
 /// Why the registry accepts nothing now. A client may try again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unavailable {
     /// The store, or the EndpointSlices, are not read yet.
     #[error("not ready: the server is still loading; try again")]
     NotReady,
     /// Another process writes to Kubernetes.
-    #[error("on standby: another gangplank has the Lease gangplank-writer; register there, or try again")]
-    Standby,
+    #[error("on standby: another gangplank has the Lease gangplank-writer{}", .0.hint())]
+    Standby(Arc<LeaseHolder>),
     /// The process is about to end.
     #[error("the server is shutting down; try again")]
     ShuttingDown,

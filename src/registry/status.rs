@@ -9,6 +9,27 @@ use std::sync::{
 use tokio::sync::watch;
 
 use super::Unavailable;
+use crate::model::ServerAddress;
+
+/// The process that writes to Kubernetes, as the Lease names it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LeaseHolder {
+    /// `holderIdentity` of the Lease.
+    pub name: String,
+    /// Where it takes registrations; empty if it does not say.
+    pub addresses: Vec<ServerAddress>,
+}
+
+impl LeaseHolder {
+    /// `; register at ADDRESS`, if the address is known.
+    #[must_use]
+    pub fn hint(&self) -> String {
+        if self.addresses.is_empty() {
+            return String::new();
+        }
+        format!("; register at {}", ServerAddress::choice(&self.addresses))
+    }
+}
 
 /// The phases of a registry's life.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,9 +38,8 @@ pub enum Phase {
     Recovering,
     /// DNS serves the stored services; the EndpointSlices are being read.
     Restoring,
-    /// Another process writes to Kubernetes, as this holder of the Lease. This one follows it: once
-    /// [`Status::is_readable`], DNS and readers are served.
-    Standby(Arc<str>),
+    /// Another process writes to Kubernetes. This one follows it: once [`Status::is_readable`], DNS and readers are served.
+    Standby(Arc<LeaseHolder>),
     /// Registrations are accepted.
     Ready,
     /// A write or sync failed with this error. DNS continues with the applied changes.
@@ -90,8 +110,8 @@ impl Status {
         });
     }
 
-    /// Another process writes, as `holder`. Returns whether that is new.
-    pub(crate) fn standby(&self, holder: &str) -> bool {
+    /// Another process writes. Returns whether that is new.
+    pub(crate) fn standby(&self, holder: &LeaseHolder) -> bool {
         self.phase.send_if_modified(|phase| {
             let new = match phase {
                 Phase::Restoring => true,
@@ -99,7 +119,7 @@ impl Status {
                 _ => false,
             };
             if new {
-                *phase = Phase::Standby(holder.into());
+                *phase = Phase::Standby(Arc::new(holder.clone()));
             }
             new
         })
@@ -120,10 +140,10 @@ impl Status {
     /// # Errors
     /// Why not.
     pub fn accepting(&self) -> Result<(), Unavailable> {
-        match *self.phase.borrow() {
+        match &*self.phase.borrow() {
             Phase::Ready => Ok(()),
             Phase::Recovering | Phase::Restoring => Err(Unavailable::NotReady),
-            Phase::Standby(_) => Err(Unavailable::Standby),
+            Phase::Standby(holder) => Err(Unavailable::Standby(Arc::clone(holder))),
             Phase::StorageFailed(_) => Err(Unavailable::StorageFailed),
             Phase::Draining => Err(Unavailable::ShuttingDown),
         }

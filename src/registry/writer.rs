@@ -86,7 +86,7 @@ struct PendingAcks {
 impl PendingAcks {
     fn refuse(self, err: Unavailable) {
         for (reply, _) in self.replies {
-            let _ = reply.send(Err(err));
+            let _ = reply.send(Err(err.clone()));
         }
     }
 }

@@ -2,17 +2,22 @@
 
 use std::{fs, net::SocketAddr, time::Instant};
 
-use gangplank::replicas::election::RETRY_PERIOD;
+use gangplank::{
+    grpc::proto::registry::{RegistrationType, ServiceInfo, service_registry_client::ServiceRegistryClient},
+    replicas::election::RETRY_PERIOD,
+};
 use hickory_proto::rr::RecordType;
 use tempfile::TempDir;
+use tokio::runtime::Builder;
 
 use super::{ClusterLock, MirrorHarness, addresses, replica::Replica, serve, serve_by, wait_for_addresses};
 use crate::support::{
+    cluster::Cluster,
     dns::{Over, answers},
     http,
     proxy::{Call, Proxy},
     server::Process,
-    stream::Stream,
+    stream::{Stream, message},
     wait_until,
 };
 
@@ -75,6 +80,55 @@ fn released_lease_is_taken_at_once() {
     assert!(took < RETRY_PERIOD.mul_f64(0.75), "{took:?}");
     assert!(harness.server.exit().success());
     assert_eq!(a(second.dns, "web.at-once"), ["10.6.1.1"]);
+}
+
+#[test]
+fn standby_names_the_writer_to_registrants() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let kubeconfig = lock.cluster.kubeconfig_for_gangplank();
+    let harness = MirrorHarness { server: serve_by(&kubeconfig, &[]), cluster: lock.cluster, _lock: lock };
+    let writer = harness.server.grpc.to_string();
+    let lease = harness.cluster.kubectl(&["get", "lease", "gangplank-writer", "-n", "gangplank", "-o", "json"]);
+    let lease: serde_json::Value = serde_json::from_str(&lease).expect("JSON");
+    assert_eq!(lease["metadata"]["annotations"]["gangplank.dev/address"], writer.as_str());
+
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let advertised = ["--advertise", "gangplank.example.com", "--advertise", "[2001:db8::1]:9080"];
+    let kubeconfig = kubeconfig.to_str().expect("a path in UTF-8");
+    let process = Process::serve(data.path(), &[&["--kubeconfig", kubeconfig][..], &advertised].concat());
+    let [grpc, _, admin] = process.listening();
+    let at = format!("; register at {writer}");
+    wait_until("it names the writer", || http::get(admin, "/readyz/registrations").1.contains(&at).then_some(()));
+    wait_until("the log too", || process.stderr().contains(&format!("address=\"{writer}\"")).then_some(()));
+
+    let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
+    let addresses = runtime.block_on(async {
+        let mut client = ServiceRegistryClient::connect(format!("http://{grpc}")).await.expect("it listens");
+        let info = ServiceInfo {
+            namespace: "named".into(),
+            service_name: "web".into(),
+            ipaddress: "10.6.2.1".into(),
+            ..ServiceInfo::default()
+        };
+        let answer = client.register(info.clone()).await.expect("an answer");
+        assert_eq!(answer.metadata().get("gangplank-writer").expect("it is there"), writer.as_str());
+        let result = answer.into_inner();
+        assert_eq!(result.status, 503);
+        assert!(result.status_details.ends_with(&at), "{}", result.status_details);
+        let message = message(RegistrationType::Register, "named", "web", "10.6.2.1");
+        let answers = client.registration_event(tokio_stream::iter([message])).await.expect("it streams");
+        assert_eq!(answers.metadata().get("gangplank-writer").expect("it is there"), writer.as_str());
+        let answer = answers.into_inner().message().await.expect("an answer").expect("one");
+        assert_eq!(answer.status, 503);
+        assert!(answer.status_details.ends_with(&at), "{}", answer.status_details);
+        drop(harness.server);
+        harness.cluster.release_lease();
+        wait_until("it writes", || (http::get(admin, "/readyz/registrations").0 == 200).then_some(()));
+        let lease = harness.cluster.kubectl(&["get", "lease", "gangplank-writer", "-n", "gangplank", "-o", "json"]);
+        let lease: serde_json::Value = serde_json::from_str(&lease).expect("JSON");
+        lease["metadata"]["annotations"]["gangplank.dev/address"].clone()
+    });
+    assert_eq!(addresses, format!("gangplank.example.com:{},[2001:db8::1]:9080", grpc.port()));
 }
 
 #[test]
@@ -166,4 +220,85 @@ fn copy_of_a_directory_in_use_waits_on_standby() {
     assert_eq!(Stream::open(grpc).register("copied", "web", "10.10.0.9").0, 503);
     assert_eq!(harness.register("copied", "web", "10.10.0.2", "http=80").0, Some(0));
     assert_eq!(addresses(harness.cluster, "copied", "web"), ["10.10.0.1", "10.10.0.2"]);
+}
+
+/// The addresses and the port in the slices that kube-proxy sees of the Service.
+fn endpoints(cluster: &Cluster, service: &str) -> Vec<String> {
+    let selector = format!("kubernetes.io/service-name%3D{service},!service.kubernetes.io/headless");
+    let path = format!("/apis/discovery.k8s.io/v1/namespaces/gangplank/endpointslices?labelSelector={selector}");
+    let list = cluster.get_json(&path);
+    let slices = list["items"].as_array().expect("a list").iter();
+    let mut found: Vec<_> = slices
+        .flat_map(|slice| {
+            let port = &slice["ports"][0];
+            assert_eq!((&port["name"], slice["ports"].as_array().map(Vec::len)), (&"grpc".into(), Some(1)));
+            let endpoints = slice["endpoints"].as_array().into_iter().flatten();
+            endpoints.map(|endpoint| format!("{} {}", endpoint["addresses"][0].as_str().expect("text"), port["port"]))
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+#[test]
+fn slices_of_the_grpc_service_follow_the_writer() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let cluster = lock.cluster;
+    let kubeconfig = cluster.kubeconfig_for_gangplank();
+    cluster.apply(
+        "{apiVersion: v1, kind: Service, metadata: {name: registry, namespace: gangplank}, \
+         spec: {ports: [{name: grpc, port: 9080}]}}",
+    );
+    let at = |address| vec!["--grpc-service", "registry", "--advertise", address];
+    let both = [&at("10.250.0.1:9080")[..], &["--advertise", "[2001:db8::1]:9080", "--drain", "1s"]].concat();
+    let mut harness = MirrorHarness { server: serve_by(&kubeconfig, &both), cluster, _lock: lock };
+    let leads_to = |expected: &[&str]| {
+        wait_until("the Service leads there", || (endpoints(cluster, "registry") == expected).then_some(()));
+    };
+    leads_to(&["10.250.0.1 9080", "2001:db8::1 9080"]);
+
+    // A hand edits one and deletes the other.
+    let patch = r#"[{"op": "replace", "path": "/endpoints/0/addresses/0", "value": "10.250.0.66"}]"#;
+    let slice = "registry-gangplank-ipv4";
+    cluster.kubectl(&["patch", "endpointslice", slice, "-n", "gangplank", "--type=json", "-p", patch]);
+    cluster.kubectl(&["delete", "endpointslice", "registry-gangplank-ipv6", "-n", "gangplank"]);
+    leads_to(&["10.250.0.1 9080", "2001:db8::1 9080"]);
+
+    // A hand-over: the next writer has no IPv6 address.
+    let second = Replica::on_standby_with(&kubeconfig, &at("10.250.0.2:9081"));
+    assert_eq!(endpoints(cluster, "registry"), ["10.250.0.1 9080", "2001:db8::1 9080"], "standby writes nothing");
+    harness.server.signal_terminate();
+    leads_to(&["10.250.0.2 9081"]);
+    assert!(harness.server.exit().success());
+
+    // A kill.
+    let third = Replica::on_standby_with(&kubeconfig, &at("10.250.0.3:9080"));
+    drop(second);
+    third.wait_until_it_writes();
+    leads_to(&["10.250.0.3 9080"]);
+
+    // A slice that is not ours stays as it is.
+    cluster.kubectl(&[
+        "label",
+        "endpointslice",
+        slice,
+        "-n",
+        "gangplank",
+        "endpointslice.kubernetes.io/managed-by=somebody",
+        "--overwrite",
+    ]);
+    cluster.kubectl(&["patch", "endpointslice", slice, "-n", "gangplank", "--type=json", "-p", patch]);
+    wait_until("the log says so", || third.stderr().contains("is not writer.gangplank.dev").then_some(()));
+    assert_eq!(endpoints(cluster, "registry"), ["10.250.0.66 9080"]);
+}
+
+#[test]
+fn grpc_service_needs_an_address_that_others_reach() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let kubeconfig = lock.cluster.kubeconfig_for_gangplank();
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let flags = ["--kubeconfig", kubeconfig.to_str().expect("a path in UTF-8"), "--grpc-service", "registry"];
+    let mut process = Process::serve(data.path(), &flags);
+    assert_eq!(process.exit().code(), Some(1));
+    assert!(process.stderr().contains("give --advertise ADDR"), "{}", process.stderr());
 }

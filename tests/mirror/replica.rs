@@ -17,15 +17,24 @@ pub(super) struct Replica {
 impl Replica {
     /// Starts a process on an empty data directory and waits until it follows the one that writes.
     pub(super) fn on_standby(kubeconfig: &Path) -> Self {
-        let replica = Self::start(kubeconfig, TempDir::new().expect("a temporary directory can be made"));
+        Self::on_standby_with(kubeconfig, &[])
+    }
+
+    /// The same with more flags for `serve`.
+    pub(super) fn on_standby_with(kubeconfig: &Path, flags: &[&str]) -> Self {
+        let replica = Self::start_with(kubeconfig, TempDir::new().expect("a temporary directory can be made"), flags);
         replica.wait_until_it_follows();
         replica
     }
 
     /// Starts a process on a data directory.
     pub(super) fn start(kubeconfig: &Path, data: TempDir) -> Self {
-        let flags = ["--kubeconfig", kubeconfig.to_str().expect("a path in UTF-8"), "--drain", "1s"];
-        let process = Process::serve(data.path(), &flags);
+        Self::start_with(kubeconfig, data, &[])
+    }
+
+    fn start_with(kubeconfig: &Path, data: TempDir, flags: &[&str]) -> Self {
+        let kubeconfig = ["--kubeconfig", kubeconfig.to_str().expect("a path in UTF-8"), "--drain", "1s"];
+        let process = Process::serve(data.path(), &[&kubeconfig, flags].concat());
         let [grpc, dns, admin] = process.listening();
         Self { process, grpc, dns, admin, data }
     }
@@ -44,6 +53,11 @@ impl Replica {
 
     pub(super) fn register(&self, namespace: &str, service: &str, address: &str) -> u32 {
         Stream::open(self.grpc).register(namespace, service, address).0
+    }
+
+    /// The log so far.
+    pub(super) fn stderr(&self) -> String {
+        self.process.stderr()
     }
 
     /// Sends SIGTERM, waits for the end, and returns the data directory.

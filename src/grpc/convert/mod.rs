@@ -85,7 +85,7 @@ impl ResponseBuilder {
     }
 
     /// The response to a message that the registry did not accept.
-    pub(super) fn unavailable(self, err: Unavailable) -> RegistrationResponse {
+    pub(super) fn unavailable(self, err: &Unavailable) -> RegistrationResponse {
         self.answer(RegistrationStatus::Unavailable, err.to_string(), 0)
     }
 
@@ -376,7 +376,7 @@ mod tests {
     use prost_types::Duration;
 
     use super::*;
-    use crate::grpc::proto::registry::HealthCheck;
+    use crate::{grpc::proto::registry::HealthCheck, model::ServerAddress, registry::LeaseHolder};
 
     const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
@@ -550,10 +550,12 @@ mod tests {
             assert_eq!((response.status, response.generation), (status, generation), "{outcome:?}");
             assert_eq!(response.status_details.is_empty(), status < 300, "{}", response.status_details);
         }
-        for err in [Unavailable::NotReady, Unavailable::Standby, Unavailable::ShuttingDown, Unavailable::StorageFailed]
-        {
+        let addresses = ServerAddress::parse_list("10.0.0.1:9080,[2001:db8::1]:9080");
+        let standby = Unavailable::Standby(Arc::new(LeaseHolder { name: "other".into(), addresses }));
+        assert!(standby.to_string().ends_with("; register at 10.0.0.1:9080 or [2001:db8::1]:9080"), "{standby}");
+        for err in [Unavailable::NotReady, standby, Unavailable::ShuttingDown, Unavailable::StorageFailed] {
             let (response, _) = parse(good(), &VALIDATOR, UnixMillis(1));
-            let response = response.unavailable(err);
+            let response = response.unavailable(&err);
             assert_eq!((response.status, response.status_details), (503, err.to_string()));
         }
     }

@@ -25,6 +25,7 @@ use super::{
         ListServicesRequest, ListServicesResponse, WatchRequest, WatchResponse, discovery_server::Discovery,
         restart::Reason,
     },
+    writer_hint,
 };
 use crate::{
     model::{Field, InvalidInstance, Namespace, ServiceKey},
@@ -51,7 +52,10 @@ impl DiscoveryService {
         match status.phase() {
             Phase::Recovering | Phase::Restoring => Err(Status::unavailable(Unavailable::NotReady.to_string())),
             Phase::Standby(_) if status.is_readable() => Ok(()),
-            Phase::Standby(_) => Err(Status::unavailable(Unavailable::Standby.to_string())),
+            Phase::Standby(holder) => {
+                let err = Unavailable::Standby(Arc::clone(&holder));
+                Err(writer_hint::with(Status::unavailable(err.to_string()), &holder))
+            }
             Phase::Ready | Phase::StorageFailed(_) | Phase::Draining => Ok(()),
         }
     }

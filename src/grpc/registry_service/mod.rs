@@ -19,11 +19,12 @@ use super::{
         RegistrationMsg, RegistrationResponse, RegistrationResult, RegistrationType, ServiceInfo,
         service_registry_server::ServiceRegistry,
     },
+    writer_hint,
 };
 use crate::{
     metrics::{Metrics, RefusalReason, RegistrationKind, RegistrationStatus},
     model::UnixMillis,
-    registry::{Ack, Command, Outcome, Unavailable},
+    registry::{Ack, Command, Outcome, Phase, Unavailable},
 };
 
 /// `registry.ServiceRegistry`.
@@ -40,7 +41,7 @@ impl RegistryService {
 
     /// Carries out one message. If the call is cancelled meanwhile, the registry still carries out a
     /// submitted command as a whole.
-    async fn carry_out(&self, message: RegistrationMsg) -> RegistrationResult {
+    async fn carry_out(&self, message: RegistrationMsg) -> Response<RegistrationResult> {
         let (response, command) = convert::parse(message, &self.context.validator, UnixMillis::now());
         let mut unavailable = None;
         let response = match command {
@@ -48,13 +49,18 @@ impl RegistryService {
             Ok(command) => match self.submit_one(command).await {
                 Ok((outcome, generation, mirrored)) => response.completed(outcome, generation, mirrored),
                 Err(err) => {
+                    let response = response.unavailable(&err);
                     unavailable = Some(err);
-                    response.unavailable(err)
+                    response
                 }
             },
         };
-        count(&self.context.metrics, &response, unavailable);
-        convert::result(response)
+        count(&self.context.metrics, &response, unavailable.as_ref());
+        let mut response = Response::new(convert::result(response));
+        if let Some(Unavailable::Standby(holder)) = unavailable {
+            writer_hint::add(response.metadata_mut(), &holder);
+        }
+        response
     }
 
     /// Returns the outcome, its generation, and whether Kubernetes has the change.
@@ -73,12 +79,12 @@ impl RegistryService {
 impl ServiceRegistry for RegistryService {
     async fn register(&self, request: Request<ServiceInfo>) -> Result<Response<RegistrationResult>, Status> {
         let message = convert::message(RegistrationType::Register, request.into_inner());
-        Ok(Response::new(self.carry_out(message).await))
+        Ok(self.carry_out(message).await)
     }
 
     async fn un_register(&self, request: Request<ServiceInfo>) -> Result<Response<RegistrationResult>, Status> {
         let message = convert::message(RegistrationType::Unregister, request.into_inner());
-        Ok(Response::new(self.carry_out(message).await))
+        Ok(self.carry_out(message).await)
     }
 
     type RegistrationEventStream = RegistrationStream<Streaming<RegistrationMsg>>;
@@ -90,16 +96,21 @@ impl ServiceRegistry for RegistryService {
         let stop = self.stop.clone().cancelled_owned();
         let memory = request.extensions().get::<Arc<ConnectionMemory>>().map(Arc::clone);
         let memory = memory.ok_or_else(|| Status::internal("the connection has no account of its memory"))?;
-        Ok(Response::new(RegistrationStream::new(request.into_inner(), self.context.clone(), stop, memory)))
+        let mut responses =
+            Response::new(RegistrationStream::new(request.into_inner(), self.context.clone(), stop, memory));
+        if let Phase::Standby(holder) = self.context.registry.status().phase() {
+            writer_hint::add(responses.metadata_mut(), &holder);
+        }
+        Ok(responses)
     }
 }
 
 /// Counts a response; `unavailable` is the reason if the registry did not accept the message.
-fn count(metrics: &Metrics, response: &RegistrationResponse, unavailable: Option<Unavailable>) {
+fn count(metrics: &Metrics, response: &RegistrationResponse, unavailable: Option<&Unavailable>) {
     let status = RegistrationStatus::from_code(response.status);
     let refused = match unavailable {
         Some(Unavailable::NotReady) => Some(RefusalReason::NotReady),
-        Some(Unavailable::Standby) => Some(RefusalReason::Standby),
+        Some(Unavailable::Standby(_)) => Some(RefusalReason::Standby),
         Some(Unavailable::ShuttingDown) => Some(RefusalReason::ShuttingDown),
         Some(Unavailable::StorageFailed) => Some(RefusalReason::StorageFailed),
         None => (status == Some(RegistrationStatus::Invalid)).then_some(RefusalReason::Invalid),

@@ -90,8 +90,8 @@ struct AwaitingMirror {
 impl CompletedBatch {
     /// The outcome of the next command.
     fn next_outcome(&mut self) -> Result<Outcome, Unavailable> {
-        match self.unavailable {
-            Some(err) => Err(err),
+        match &self.unavailable {
+            Some(err) => Err(err.clone()),
             // One outcome per command; without one the command must not be reported as done.
             None => self.outcomes.next().ok_or(Unavailable::ShuttingDown),
         }
@@ -262,7 +262,7 @@ where
                     Ok(mirror_wait) => mirror_wait,
                 };
                 let outcome = match self.completed.next_outcome() {
-                    Err(err) => return self.counted(response.unavailable(err), Some(err)),
+                    Err(err) => return self.counted(response.unavailable(&err), Some(&err)),
                     Ok(outcome) => outcome,
                 };
                 let generation = self.completed.generation;
@@ -288,7 +288,7 @@ where
     fn counted(
         &self,
         response: RegistrationResponse,
-        unavailable: Option<Unavailable>,
+        unavailable: Option<&Unavailable>,
     ) -> Poll<Option<RegistrationResponse>> {
         count(&self.context.metrics, &response, unavailable);
         Poll::Ready(Some(response))

@@ -23,6 +23,11 @@ impl Fence {
         self.0.send_replace(None);
     }
 
+    /// When the last successful renewal began: changes with each renewal, and is `None` while nothing is written.
+    pub(in crate::kubernetes) fn renewals(&self) -> watch::Receiver<Option<BootTime>> {
+        self.0.subscribe()
+    }
+
     /// Waits until no other process can hold the Lease.
     pub(super) async fn safe(&self) {
         self.wait_for(|began| is_safe(began, boot_time())).await;

@@ -27,6 +27,10 @@ pub const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
 /// Value of [`MANAGED_BY`] on our slices.
 pub const MANAGER: &str = "gangplank.dev";
 
+/// Value of [`MANAGED_BY`] on the slices of the Service that leads registrants to the writer. Not [`MANAGER`]: they
+/// hold no registration.
+pub const WRITER_MANAGER: &str = "writer.gangplank.dev";
+
 /// Label with an empty value that keeps every kube-proxy from watching the object.
 pub const HEADLESS: &str = "service.kubernetes.io/headless";
 
@@ -48,6 +52,9 @@ pub const REFUSE_BEFORE: &str = "gangplank.dev/refuse-before";
 
 /// Annotation of a slice: the term in which it was last written.
 pub const TERM: &str = "gangplank.dev/term";
+
+/// Annotation of the Lease: where its holder takes registrations, with commas.
+pub const ADDRESS: &str = "gangplank.dev/address";
 
 /// Annotation of a slice: the generation that it shows.
 pub const GENERATION: &str = "gangplank.dev/generation";

@@ -18,7 +18,8 @@ use super::lease::{LeaseClient, LeaseRead};
 use crate::{
     kubernetes::api::{ApiError, Fence, boot_time},
     metrics::{LeaseRole, Metrics},
-    registry::{Phase, RegistryHandle},
+    model::ServerAddress,
+    registry::{LeaseHolder, Phase, RegistryHandle},
     replicas::{
         election::{Action, Deposed, Election, RETRY_PERIOD, Role, Tenure},
         lease::{LeaseWrite, Opened, RequestId},
@@ -120,8 +121,8 @@ pub(in crate::kubernetes) struct Elector {
     active: bool,
     /// Whether this process waits for the Lease, for its watch.
     standby: watch::Sender<bool>,
-    /// `holderIdentity` as last read.
-    holder: String,
+    /// As last read.
+    holder: LeaseHolder,
     clock_agrees: bool,
     /// The last error of a read, and of a write, to log each once.
     failures: [Option<ApiError>; 2],
@@ -152,7 +153,7 @@ impl Elector {
             messages,
             active: false,
             standby: watch::Sender::new(false),
-            holder: String::new(),
+            holder: LeaseHolder::default(),
             clock_agrees: true,
             failures: [None, None],
         };
@@ -271,10 +272,12 @@ impl Elector {
         let held = self.election.lease().is_some_and(|lease| !lease.released && lease.holder != me);
         if held && self.registry.status().accepting().is_ok() {
             // The API server was away at the start, and registrations were accepted meanwhile.
-            return Err(LeaseLost::Held { lease: self.client.name(), holder: self.holder.clone() });
+            return Err(LeaseLost::Held { lease: self.client.name(), holder: self.holder.name.clone() });
         }
         if held && self.registry.status().standby(&self.holder) {
-            info!(lease = self.client.name(), holder = self.holder, "on standby: another process writes");
+            let LeaseHolder { name, addresses } = &self.holder;
+            let address = ServerAddress::list(addresses, ",");
+            info!(lease = self.client.name(), holder = name, address, "on standby: another process writes");
         }
         Ok(())
     }
@@ -332,7 +335,7 @@ impl Elector {
         if !std::mem::take(&mut self.active) {
             return Ok(());
         }
-        let (lease, holder) = (self.client.name(), self.holder.clone());
+        let (lease, holder) = (self.client.name(), self.holder.name.clone());
         Err(match reason {
             Deposed::Outranked(_) => LeaseLost::Held { lease, holder },
             Deposed::LeaseLost => LeaseLost::Missing { lease },

@@ -3,6 +3,7 @@
 //! | field | meaning |
 //! |---|---|
 //! | `spec.holderIdentity` | host name and directory id of the holder; empty when the Lease is released |
+//! | annotation `gangplank.dev/address` | where the holder takes registrations, with commas |
 //! | annotation `gangplank.dev/term` | the holder's term |
 //! | annotation `gangplank.dev/generation` | the highest generation that the holder has published |
 
@@ -31,7 +32,8 @@ use crate::{
         api::{ApiError, exchange},
         objects::names,
     },
-    model::UnixMillis,
+    model::{ServerAddress, UnixMillis},
+    registry::LeaseHolder,
     replicas::{
         election::LEASE_DURATION,
         lease::{DirectoryId, LeaseRecord, LeaseWrite, ObservedLease, ResourceVersion},
@@ -51,6 +53,8 @@ pub(in crate::kubernetes) struct LeaseClient {
     me: DirectoryId,
     /// Names this process for people.
     host: String,
+    /// Where this process takes registrations.
+    addresses: Vec<ServerAddress>,
     /// As it was last read or written, for what others have put on it.
     last: Mutex<Option<Lease>>,
 }
@@ -59,14 +63,20 @@ pub(in crate::kubernetes) struct LeaseClient {
 #[derive(Debug)]
 pub(super) struct LeaseRead {
     pub(super) observed: Option<ObservedLease>,
-    /// Its `holderIdentity`.
-    pub(super) holder: String,
+    pub(super) holder: LeaseHolder,
     pub(super) clock_agrees: bool,
 }
 
 impl LeaseClient {
-    pub(in crate::kubernetes) fn new(client: Client, namespace: String, me: DirectoryId, host: String) -> Self {
-        Self { client, namespace, me, host, last: Mutex::default() }
+    /// `host` names this process for people, `addresses` are where it takes registrations.
+    pub(in crate::kubernetes) fn new(
+        client: Client,
+        namespace: String,
+        me: DirectoryId,
+        host: String,
+        addresses: Vec<ServerAddress>,
+    ) -> Self {
+        Self { client, namespace, me, host, addresses, last: Mutex::default() }
     }
 
     /// A watch of this Lease.
@@ -91,7 +101,7 @@ impl LeaseClient {
             Err(err) => return Err(err),
         };
         let observed = found.as_ref().map(observed).transpose()?;
-        let holder = found.as_ref().map(holder).unwrap_or_default().to_owned();
+        let holder = found.as_ref().map(holder).unwrap_or_default();
         self.keep(found);
         Ok(LeaseRead { observed, holder, clock_agrees })
     }
@@ -142,6 +152,11 @@ impl LeaseClient {
         let annotations = metadata.annotations.get_or_insert_default();
         annotations.insert(names::TERM.into(), record.term.to_string());
         annotations.insert(names::GENERATION.into(), record.generation.to_string());
+        if self.addresses.is_empty() || record.released {
+            annotations.remove(names::ADDRESS);
+        } else {
+            annotations.insert(names::ADDRESS.into(), ServerAddress::list(&self.addresses, ","));
+        }
         let spec = LeaseSpec {
             holder_identity: Some(holder.unwrap_or_default()),
             lease_duration_seconds: i32::try_from(LEASE_DURATION.as_secs()).ok(),
@@ -180,7 +195,7 @@ fn observed(lease: &Lease) -> Result<ObservedLease, ApiError> {
         let text = lease.metadata.annotations.as_ref()?.get(key)?;
         text.parse::<u64>().ok()
     };
-    let holder = holder(lease);
+    let holder = identity(lease);
     let record = LeaseRecord {
         term: number(names::TERM).unwrap_or(0),
         holder: parse_holder(holder),
@@ -190,9 +205,17 @@ fn observed(lease: &Lease) -> Result<ObservedLease, ApiError> {
     Ok(ObservedLease { version: version(&lease.metadata)?, record })
 }
 
-/// Its `holderIdentity`.
-pub(super) fn holder(lease: &Lease) -> &str {
+fn identity(lease: &Lease) -> &str {
     lease.spec.as_ref().and_then(|spec| spec.holder_identity.as_deref()).unwrap_or_default()
+}
+
+/// Who holds it.
+pub(super) fn holder(lease: &Lease) -> LeaseHolder {
+    let addresses = lease.metadata.annotations.as_ref().and_then(|all| all.get(names::ADDRESS));
+    LeaseHolder {
+        name: identity(lease).to_owned(),
+        addresses: addresses.map(|list| ServerAddress::parse_list(list)).unwrap_or_default(),
+    }
 }
 
 fn version(metadata: &ObjectMeta) -> Result<ResourceVersion, ApiError> {
@@ -244,6 +267,7 @@ mod tests {
             assert_eq!(read.version, ResourceVersion(5));
             assert_eq!((read.record.term, read.record.generation, read.record.released), (7, 9, released));
             assert_eq!(read.record.holder == record.holder, !released);
+            assert_eq!(holder(&lease).addresses.len(), if released { 0 } else { 2 });
         }
     }
 
@@ -252,7 +276,8 @@ mod tests {
         let _entered = runtime.enter();
         let config = kube::Config::new("http://127.0.0.1:1".parse().expect("a URL"));
         let client = Client::try_from(config).expect("a client");
-        LeaseClient::new(client, "gangplank".into(), record.holder, "host".into()).render(None, record)
+        let addresses = ServerAddress::parse_list("10.0.0.1:9080,[2001:db8::1]:9080");
+        LeaseClient::new(client, "gangplank".into(), record.holder, "host".into(), addresses).render(None, record)
     }
 
     #[test]

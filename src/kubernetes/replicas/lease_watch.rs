@@ -19,7 +19,7 @@ use tokio::{sync::watch, time};
 use tracing::warn;
 
 use super::lease::{NAME, holder};
-use crate::replicas::election::RETRY_PERIOD;
+use crate::{registry::LeaseHolder, replicas::election::RETRY_PERIOD};
 
 /// A watch is renewed after this long, which is how a connection that died silently is noticed.
 const MAX_WATCH_SECONDS: u32 = 50;
@@ -35,20 +35,18 @@ const WATCH_START_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest backoff. The shortest is [`RETRY_PERIOD`].
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
-/// Who holds the Lease; `None` for a Lease that was deleted.
-type Seen = Option<String>;
-
 /// Watches the one Lease.
 pub(super) struct LeaseWatch {
     api: Api<Lease>,
-    seen: Option<Seen>,
+    /// Who held the Lease as it was last seen; `None` if it was deleted.
+    holder: Option<LeaseHolder>,
     /// Whether the missing right was reported.
     forbidden: bool,
 }
 
 impl LeaseWatch {
     pub(super) fn new(client: Client, namespace: &str) -> Self {
-        Self { api: Api::namespaced(client, namespace), seen: None, forbidden: false }
+        Self { api: Api::namespaced(client, namespace), holder: None, forbidden: false }
     }
 
     /// Watches while `standby` is true, and marks `changed` when another one holds the Lease, or nobody. Never ends.
@@ -86,16 +84,16 @@ impl LeaseWatch {
         self.forbidden = false;
         loop {
             let left = longest.saturating_sub(began.elapsed());
-            let seen = match time::timeout(left, events.next()).await.map_err(drop)? {
-                Some(Ok(WatchEvent::Added(lease) | WatchEvent::Modified(lease))) => Some(holder(&lease).to_owned()),
+            let holder = match time::timeout(left, events.next()).await.map_err(drop)? {
+                Some(Ok(WatchEvent::Added(lease) | WatchEvent::Modified(lease))) => Some(holder(&lease)),
                 Some(Ok(WatchEvent::Deleted(_))) => None,
                 Some(Ok(WatchEvent::Bookmark(_))) => continue,
                 Some(Ok(WatchEvent::Error(_)) | Err(_)) => return Err(()),
                 None => return Ok(()),
             };
             // Renewals, every RETRY_PERIOD, are no news.
-            if self.seen.as_ref() != Some(&seen) {
-                self.seen = Some(seen);
+            if self.holder != holder {
+                self.holder = holder;
                 changed.send_replace(());
             }
         }

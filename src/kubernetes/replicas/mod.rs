@@ -8,15 +8,18 @@
 //! * `lease`: the object, and requests for it.
 //! * `elector`: the task that drives the pure state machine.
 //! * `lease_watch`: tells a process on standby that the Lease changed, ahead of its next reading.
+//! * `service_slices`: the EndpointSlices that lead registrants to the writer.
 //!
 //! The `Fence` of `api` is what it tells those who write: they ask before they write and before they confirm.
 
 mod elector;
 mod lease;
 mod lease_watch;
+mod service_slices;
 
 pub use self::elector::LeaseLost;
 pub(super) use self::{
     elector::{Elector, ReplicaHandle},
     lease::LeaseClient,
+    service_slices::ServiceSlices,
 };
