@@ -160,7 +160,7 @@ mod tests {
         let text = annotation(&slice.metadata, names::TOMBSTONES).expect("written");
         assert_eq!(
             text,
-            r#"{"10.0.0.1":[1700000000000001,3,42],"10.0.0.1:8080":[1700000000000000,3,42],"2001:db8::2":[1700000000000003,3,42],"[2001:db8::1]:8080,53/UDP":[1700000000000002,3,42]}"#
+            r#"{"10.0.0.1":[1700000000000001,3,42],"10.0.0.1:8080":[1700000000000000,3,42],"[2001:db8::1]:8080,53/UDP":[1700000000000002,3,42],"2001:db8::2":[1700000000000003,3,42]}"#
         );
         assert_eq!(read_tombstones(&slice), Some(written.clone()));
         assert_eq!(untouched(&slice, &web(), &name(&web(), 0)), Some(digest(&written)));
