@@ -31,21 +31,20 @@ use tracing::info;
 
 pub use api::ConnectError;
 pub use objects::slices::{DEFAULT_MAX_ENDPOINTS, MAX_ENDPOINTS};
-pub use replicas::LeaseLost;
 
 use self::{
     api::{ApiClient, Fence},
     cache::ClusterCache,
     mirror::{Mirror, Reconciler},
     objects::names,
-    replicas::{Elector, LeaseClient, ReplicaHandle, ServiceSlices},
-    watch::{Restored, TakeOver, Watch},
+    replicas::{Elector, ElectorHandle, LeaseClient, ReplicaHandle, ServiceSlices, Turn},
+    watch::{Restored, SlicesRequest, TakeOver, Watch},
 };
 use crate::{
     metrics::Metrics,
     model::{ServerAddress, Validator},
     registry::RegistryHandle,
-    replicas::lease::DirectoryId,
+    replicas::{election::Tenure, lease::DirectoryId},
 };
 
 /// How to reach Kubernetes, and what to write there.
@@ -106,21 +105,19 @@ impl Kubernetes {
     /// Follows what another process writes, or takes the Lease, restores the registry from the cluster, and mirrors the
     /// registry into it, until `stop`. Waits for the Lease, and for an API server that does not answer, without a limit.
     /// `directory` identifies the data directory on this machine since its boot.
-    ///
-    /// # Errors
-    /// When another process writes, and this one wrote or accepted registrations.
     pub async fn run(
         self,
         directory: u128,
         registry: RegistryHandle,
         metrics: Arc<Metrics>,
         stop: CancellationToken,
-    ) -> Result<(), LeaseLost> {
+    ) -> Result<(), Infallible> {
         info!(server = %self.server, "mirroring into Kubernetes");
         let host = gethostname::gethostname().to_string_lossy().into_owned();
         let (client, addresses) = (self.client.clone(), self.addresses.clone());
         let lease = LeaseClient::new(client, self.namespace.clone(), DirectoryId(directory), host.clone(), addresses);
-        let (elector, mut replica) = Elector::new(lease, registry.clone(), Arc::clone(&metrics));
+        let (elector, handle) = Elector::new(lease, registry.clone(), Arc::clone(&metrics));
+        let ReplicaHandle { mut turns, elector: reports, fence } = handle;
         let cache = Arc::new(ClusterCache::new());
         let watch = Watch {
             client: self.client.clone(),
@@ -131,23 +128,42 @@ impl Kubernetes {
             endpoints: self.options.endpoints_object,
             metrics: Arc::clone(&metrics),
         };
-        let (take_overs, requests) = mpsc::channel(1);
+        let (slices, requests) = mpsc::channel(1);
         let watching = async {
             // The registry reports itself why it has ended, and the elector waits for the stop.
             let _ = watch.run(requests, &stop).await;
             future::pending().await
         };
-        let service_slices = self.service_slices(replica.fence.clone(), Arc::clone(&metrics));
+        let service_slices = self.service_slices(fence.clone(), Arc::clone(&metrics));
+        let mirror = |term| {
+            let (cache, registry, metrics) = (Arc::clone(&cache), registry.clone(), Arc::clone(&metrics));
+            self.mirror(term, fence.clone(), cache, host.clone(), registry, metrics)
+        };
         let writing = async {
-            // Nothing is written before the slices are listed and the registry has compared.
-            if let Some(term) = take_over(&mut replica, &take_overs).await {
-                let fence = replica.fence.clone();
-                self.mirror(term, fence, cache, host, registry, metrics).run(stop.clone()).await;
+            let mut turn = turns.recv().await;
+            loop {
+                turn = match turn {
+                    Some(Turn::TakeOver(tenure, highest_term)) => tokio::select! {
+                        next = turns.recv() => next,
+                        never = async {
+                            // Nothing is written before the slices are listed and the registry has compared.
+                            if let Some(term) = take_over(&reports, tenure, highest_term, &slices).await {
+                                mirror(term).run(stop.clone()).await;
+                            }
+                            future::pending().await
+                        } => never,
+                    },
+                    Some(Turn::StandDown(holder)) if registry.stand_down(holder.clone()).await.is_ok() => {
+                        // An error means that the process ends, as it does where nothing follows.
+                        let _ = slices.send(SlicesRequest::Follow).await;
+                        turns.recv().await
+                    }
+                    Some(Turn::StandDown(_)) | None => future::pending().await,
+                }
             }
-            future::pending().await
         };
         tokio::select! {
-            ended = elector.run(stop.clone()) => ended,
+            () = elector.run(stop.clone()) => Ok(()),
             never = watching => never,
             never = writing => never,
             never = service_slices => match never {},
@@ -192,16 +208,22 @@ impl Kubernetes {
     }
 }
 
-/// Waits for the Lease, and takes over with a term that is higher than that of any slice. Returns the term; `None` when the
-/// process ends.
-async fn take_over(replica: &mut ReplicaHandle, take_overs: &mpsc::Sender<TakeOver>) -> Option<u64> {
-    loop {
-        let (tenure, highest_term) = replica.tenure().await?;
-        let (restored, result) = oneshot::channel();
-        take_overs.send(TakeOver { tenure, highest_term, restored }).await.ok()?;
-        match result.await.ok()? {
-            Restored::Term(term) => return replica.taken_over().await.then_some(term),
-            Restored::Outranked(term) => replica.outranked(term).await,
+/// Takes over under `tenure`. Returns the term; `None` when something else comes next: a higher term is needed, the Lease is
+/// lost, or the process ends.
+async fn take_over(
+    elector: &ElectorHandle,
+    tenure: Tenure,
+    highest_term: u64,
+    slices: &mpsc::Sender<SlicesRequest>,
+) -> Option<u64> {
+    let (restored, result) = oneshot::channel();
+    let request = TakeOver { tenure, highest_term, restored };
+    slices.send(SlicesRequest::TakeOver(request)).await.ok()?;
+    match result.await.ok()? {
+        Restored::Term(term) => elector.taken_over().await.then_some(term),
+        Restored::Outranked(term) => {
+            elector.outranked(term).await;
+            None
         }
     }
 }

@@ -47,6 +47,14 @@ impl Committer {
         }
     }
 
+    /// The changes that Kubernetes may lack.
+    ///
+    /// # Errors
+    /// When the journal cannot be read, or a write failed.
+    pub(super) fn read_outbox(&mut self) -> Result<Vec<Record>, Unavailable> {
+        self.journal.read_outbox().map_err(|err| fail(&self.status, &err))
+    }
+
     /// Checks, for a batch that changes nothing, that the journal is still in place.
     ///
     /// # Errors

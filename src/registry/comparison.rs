@@ -1,4 +1,4 @@
-//! The comparison with the EndpointSlices at the start, on a thread beside the writer's.
+//! The comparison with the EndpointSlices at a take-over, on a thread beside the writer's.
 //!
 //! The comparison of a million instances takes a second. When the API server answers late, the
 //! comparison begins while registrations arrive. So it runs on a thread of its own and reads the
@@ -41,6 +41,8 @@ pub(super) struct ComparisonRequest {
 /// A part of the result.
 #[derive(Debug)]
 pub(super) struct Differences {
+    /// Of the comparison, from [`MirrorRecords`](super::mirror_records::MirrorRecords).
+    pub(super) number: u64,
     pub(super) records: Vec<Record>,
     /// Whether Kubernetes has all of them.
     pub(super) mirrored: bool,
@@ -51,6 +53,8 @@ pub(super) struct Differences {
 /// The last message of a comparison.
 #[derive(Debug)]
 pub(super) struct End {
+    /// As in [`Differences`].
+    pub(super) number: u64,
     /// The new term, if it differs from the stored one.
     pub(super) new_term: Option<u64>,
     pub(super) term: u64,
@@ -62,16 +66,16 @@ pub(super) struct End {
 /// Compares in the background, and sends the result in messages of at most `max_records`.
 pub(super) fn start(
     request: ComparisonRequest,
-    local: LocalState,
+    (number, local): (u64, LocalState),
     catalog: Arc<Catalog>,
     max_records: usize,
     runtime: &Handle,
 ) {
     // The runtime joins this thread at its shutdown. The thread ends when the writer has ended.
-    runtime.spawn_blocking(move || run(request, &local, &catalog, max_records));
+    runtime.spawn_blocking(move || run(request, number, &local, &catalog, max_records));
 }
 
-fn run(request: ComparisonRequest, local: &LocalState, catalog: &Catalog, max_records: usize) {
+fn run(request: ComparisonRequest, number: u64, local: &LocalState, catalog: &Catalog, max_records: usize) {
     let ComparisonRequest { mut held, queue, reply } = request;
     // Anyone with access to the API server can label a slice of a reserved service as managed by the mirror.
     held.services.retain(|(service, _)| !is_reserved(service));
@@ -92,7 +96,7 @@ fn run(request: ComparisonRequest, local: &LocalState, catalog: &Catalog, max_re
         while !records.is_empty() {
             let part = records.split_off(records.len().saturating_sub(max_records));
             let (applied, is_applied) = oneshot::channel();
-            let part = Differences { records: part, mirrored, applied };
+            let part = Differences { number, records: part, mirrored, applied };
             if queue.blocking_send(WriterMessage::Differences(part)).is_err() || is_applied.blocking_recv().is_err() {
                 // The writer has ended, or has logged that it cannot write its journal.
                 return;
@@ -101,5 +105,6 @@ fn run(request: ComparisonRequest, local: &LocalState, catalog: &Catalog, max_re
     }
     let new_term = (DirectoryTerm::new(term) != local.term).then_some(term);
     // An error means that the writer has ended; then the caller does not wait for the term either.
-    let _ = queue.blocking_send(WriterMessage::Compared(End { new_term, term, refused: refused.len(), reply }));
+    let end = End { number, new_term, term, refused: refused.len(), reply };
+    let _ = queue.blocking_send(WriterMessage::Compared(end));
 }

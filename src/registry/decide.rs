@@ -70,6 +70,11 @@ impl Decider {
         Self { catalog, max_instances, facts, stamper, expiries, reregistered, batch: DecidedBatch::default() }
     }
 
+    /// Another comparison will follow.
+    pub(super) fn comparison_is_awaited(&mut self) {
+        self.reregistered = Some(HashSet::default());
+    }
+
     /// From now on, an unchanged registration needs no record: the comparison with Kubernetes removes
     /// no stored instance any more.
     pub(super) fn comparison_is_over(&mut self) {

@@ -1,4 +1,4 @@
-//! Following: while another process writes, the registry shows what that process wrote to its EndpointSlices.
+//! Following and standing down: while another process writes, the registry shows what that process wrote to its EndpointSlices.
 //!
 //! What is followed is visible, in DNS and to readers, and nothing else: it is not journaled, because the journal keeps
 //! what this process accepted until it takes over, and not mirrored. The take-over lists the slices again and compares them with
@@ -9,7 +9,10 @@ use std::{collections::HashSet, sync::Arc};
 use tokio::sync::oneshot;
 use tracing::info;
 
-use super::{RegistryHandle, Unavailable, Writer, WriterMessage, cluster_facts::is_reserved, staged::StagedChanges};
+use super::{
+    LeaseHolder, RegistryHandle, Unavailable, Writer, WriterMessage, cluster_facts::is_reserved, restore::LocalState,
+    staged::StagedChanges,
+};
 use crate::{
     model::{CowTree, Instance, InstanceChange, ServiceKey, UnixMillis},
     store::{DirectoryTerm, Record},
@@ -38,7 +41,27 @@ pub(super) struct FollowRequest {
     applied: oneshot::Sender<()>,
 }
 
+/// Says that this process does not write any more.
+#[derive(Debug)]
+pub(super) struct StandDownRequest {
+    holder: LeaseHolder,
+    done: oneshot::Sender<()>,
+}
+
 impl RegistryHandle {
+    /// From now on this process does not write, but `holder`, if anybody does: registrations are refused, and what was
+    /// accepted and is not in Kubernetes stays in the outbox until the next [`restore`](Self::restore). A restore that
+    /// runs is given up. What is visible stays, until [`follow`](Self::follow) replaces it.
+    ///
+    /// # Errors
+    /// When the writer has ended.
+    pub async fn stand_down(&self, holder: LeaseHolder) -> Result<(), Unavailable> {
+        let (done, is_done) = oneshot::channel();
+        let request = StandDownRequest { holder, done };
+        self.queue.send(WriterMessage::StandDown(request)).await.map_err(|_| self.status.refusal())?;
+        is_done.await.map_err(|_| self.status.refusal())
+    }
+
     /// Shows what another process wrote, and returns when it is visible. The first complete list makes the registry
     /// readable. Does nothing unless this process is on standby.
     ///
@@ -53,6 +76,26 @@ impl RegistryHandle {
 }
 
 impl Writer {
+    pub(super) fn stand_down(&mut self, StandDownRequest { holder, done }: StandDownRequest) {
+        self.status.stand_down(holder);
+        if self.mirror_records.awaited().is_none() {
+            // Confirmed while this process held the Lease.
+            self.save_confirmations();
+            // After a failure, which the committer reports, this process does not take over again before a restart reads the
+            // outbox.
+            let outbox = self.committer.read_outbox().unwrap_or_default();
+            self.mirror_records.await_comparison(LocalState {
+                term: DirectoryTerm::new(self.decider.stamper().term()),
+                generation: self.committer.generation(),
+                outbox: outbox.into(),
+                stored: None,
+            });
+            self.decider.comparison_is_awaited();
+        }
+        // An error means that the caller has ended.
+        let _ = done.send(());
+    }
+
     pub(super) fn follow(&mut self, FollowRequest { followed, applied }: FollowRequest) {
         if self.is_standby() {
             self.show(followed);

@@ -1,4 +1,4 @@
-//! The mirror's confirmations on their way to the journal, and the state of the comparison at the start.
+//! The mirror's confirmations on their way to the journal, and the state of the comparison at the take-over.
 //!
 //! A confirmation does not need a sync of its own: it is journaled with the next batch, or after a
 //! second, or when many are unsaved. A lost confirmation costs a comparison at the next start, and
@@ -22,6 +22,8 @@ const SAVE_INTERVAL: Duration = Duration::from_secs(1);
 #[derive(Debug, Default)]
 pub(super) struct MirrorRecords {
     comparison: ComparisonState,
+    /// How many comparisons were begun.
+    begun: u64,
     /// Confirmations that are not in the journal yet.
     unsaved: Vec<Record>,
     /// When `unsaved` has to be journaled; `None` if it is empty.
@@ -35,6 +37,8 @@ enum ComparisonState {
     Awaited(LocalState),
     /// The comparison runs, or its result is being applied.
     Running {
+        /// Distinguishes it from one that was given up.
+        number: u64,
         /// Records that were journaled since the comparison began. They are newer than its result.
         newer: LatestRecords,
     },
@@ -69,12 +73,18 @@ impl MirrorRecords {
         matches!(self.comparison, ComparisonState::Over)
     }
 
-    /// Begins the comparison. Returns `None` if it was begun before.
-    pub(super) fn begin_comparison(&mut self) -> Option<LocalState> {
+    /// Another comparison will follow, with this on its local side. One that runs is given up.
+    pub(super) fn await_comparison(&mut self, local: LocalState) {
+        self.comparison = ComparisonState::Awaited(local);
+    }
+
+    /// Begins the comparison. Returns its number; `None` if it was begun before.
+    pub(super) fn begin_comparison(&mut self) -> Option<(u64, LocalState)> {
         match mem::take(&mut self.comparison) {
             ComparisonState::Awaited(local) => {
-                self.comparison = ComparisonState::Running { newer: LatestRecords::default() };
-                Some(local)
+                self.begun += 1;
+                self.comparison = ComparisonState::Running { number: self.begun, newer: LatestRecords::default() };
+                Some((self.begun, local))
             }
             other => {
                 self.comparison = other;
@@ -83,18 +93,24 @@ impl MirrorRecords {
         }
     }
 
-    /// Removes from a part of the result the instances that changed since the comparison began; all of
-    /// them if the comparison has failed.
-    pub(super) fn retain_current(&self, records: &mut Vec<Record>) {
+    /// Removes from a part of the result of a comparison the instances that changed since it began; all of
+    /// them if it has failed or was given up.
+    pub(super) fn retain_current(&self, comparison: u64, records: &mut Vec<Record>) {
         match &self.comparison {
-            ComparisonState::Running { newer } => records.retain(|record| !newer.covers(record)),
-            ComparisonState::Awaited(_) | ComparisonState::Over => records.clear(),
+            ComparisonState::Running { number, newer } if *number == comparison => {
+                records.retain(|record| !newer.covers(record));
+            }
+            _ => records.clear(),
         }
     }
 
-    /// Ends the comparison. Returns whether it was running.
-    pub(super) fn end_comparison(&mut self) -> bool {
-        matches!(mem::take(&mut self.comparison), ComparisonState::Running { .. })
+    /// Ends a comparison. Returns whether it was running.
+    pub(super) fn end_comparison(&mut self, comparison: u64) -> bool {
+        let runs = matches!(self.comparison, ComparisonState::Running { number, .. } if number == comparison);
+        if runs {
+            self.comparison = ComparisonState::Over;
+        }
+        runs
     }
 
     /// Keeps the records of a batch while the comparison is not over. Returns their services, of which
@@ -102,7 +118,7 @@ impl MirrorRecords {
     pub(super) fn note_unmirrored(&mut self, records: &[Record]) -> Vec<ServiceKey> {
         let outbox = match &mut self.comparison {
             ComparisonState::Awaited(local) => &mut local.outbox,
-            ComparisonState::Running { newer } => newer,
+            ComparisonState::Running { newer, .. } => newer,
             ComparisonState::Over => return Vec::new(),
         };
         outbox.add(records);

@@ -158,6 +158,8 @@ enum WriterMessage {
     Compared(comparison::End),
     /// What another process wrote.
     Follow(follow::FollowRequest),
+    /// This process does not write any more.
+    StandDown(follow::StandDownRequest),
 }
 
 /// Receives the acknowledgement of a submission.
@@ -211,12 +213,12 @@ impl RegistryHandle {
         self.queue.send(WriterMessage::Learn(facts)).await.map_err(|_| self.status.refusal())
     }
 
-    /// Sends the contents of all managed EndpointSlices, once after each start. Until then the registry
+    /// Sends the contents of all managed EndpointSlices, once for each take-over. Until then the registry
     /// accepts nothing, or until a timeout if the store has been compared with Kubernetes before.
     /// Returns after the comparison is applied, with the term under which the mirror writes slices.
     ///
     /// # Errors
-    /// When the writer has ended, or cannot write its journal.
+    /// When the writer has ended, cannot write its journal, or has [stood down](Self::stand_down) meanwhile.
     pub async fn restore(&self, held: KubernetesState) -> Result<u64, Unavailable> {
         let (reply, term) = oneshot::channel();
         let request = comparison::ComparisonRequest { held, queue: self.queue.clone(), reply };

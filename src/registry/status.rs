@@ -125,6 +125,17 @@ impl Status {
         })
     }
 
+    /// As [`Status::standby`], for a process that accepted registrations.
+    pub(super) fn stand_down(&self, holder: LeaseHolder) {
+        self.phase.send_if_modified(|phase| {
+            let accepting = *phase == Phase::Ready;
+            if accepting {
+                *phase = Phase::Standby(Arc::new(holder));
+            }
+            accepting
+        });
+    }
+
     pub(super) fn storage_failed(&self, err: &str) {
         self.phase.send_if_modified(|phase| {
             let working = matches!(phase, Phase::Recovering | Phase::Restoring | Phase::Standby(_) | Phase::Ready);

@@ -219,7 +219,8 @@ impl Writer {
                 WriterMessage::Restore(_)
                 | WriterMessage::Differences(_)
                 | WriterMessage::Compared(_)
-                | WriterMessage::Follow(_) => {
+                | WriterMessage::Follow(_)
+                | WriterMessage::StandDown(_) => {
                     then = Some(message);
                     break;
                 }
@@ -238,6 +239,7 @@ impl Writer {
             Some(WriterMessage::Differences(part)) => self.apply_differences(part),
             Some(WriterMessage::Compared(end)) => self.end_comparison(end),
             Some(WriterMessage::Follow(request)) => self.follow(request),
+            Some(WriterMessage::StandDown(request)) => self.stand_down(request),
             _ => {}
         }
         if self.mirror_records.is_due(Instant::now()) {
@@ -247,6 +249,11 @@ impl Writer {
 
     fn decide(&mut self, submission: Submission, pending: &mut PendingAcks) {
         let Submission { commands, received, reply } = submission;
+        if let Phase::Standby(holder) = self.status.phase() {
+            // Submitted before this process stood down.
+            let _ = reply.send(Err(Unavailable::Standby(holder)));
+            return;
+        }
         if let Err(err) = self.committer.usable() {
             // Even a command that changes nothing is refused: the catalog may be behind the disk.
             let _ = reply.send(Err(err));
@@ -311,17 +318,17 @@ impl Writer {
     /// Begins the comparison with the EndpointSlices. A second request is dropped: its caller gets an
     /// error.
     fn compare(&mut self, request: comparison::ComparisonRequest, runtime: &Handle) {
-        let Some(local) = self.mirror_records.begin_comparison() else { return };
+        let Some(comparison) = self.mirror_records.begin_comparison() else { return };
         // Readers have seen generations of the process that was followed.
         self.committer.advance_to(self.catalog.generation().max(request.held.generation));
         let max_records = if self.status.accepting().is_ok() { MAX_DIFFERENCES } else { MAX_DIFFERENCES_AT_START };
-        comparison::start(request, local, Arc::clone(&self.catalog), max_records, runtime);
+        comparison::start(request, comparison, Arc::clone(&self.catalog), max_records, runtime);
     }
 
     /// Applies a part of the comparison's result as a batch of its own.
     fn apply_differences(&mut self, part: comparison::Differences) {
-        let comparison::Differences { mut records, mirrored, applied: reply } = part;
-        self.mirror_records.retain_current(&mut records);
+        let comparison::Differences { number, mut records, mirrored, applied: reply } = part;
+        self.mirror_records.retain_current(number, &mut records);
         self.decider.replay(records, UnixMillis::now());
         let DecidedBatch { records, changes } = self.decider.take();
         if !records.is_empty() {
@@ -332,7 +339,7 @@ impl Writer {
             };
             if committed.is_err() {
                 // The rest is not applied and the term is not stored, so the next start compares again.
-                self.mirror_records.end_comparison();
+                self.mirror_records.end_comparison(number);
                 return;
             }
             let applied = self.applier.apply(self.committer.generation(), changes, UnixMillis::now());
@@ -345,12 +352,12 @@ impl Writer {
 
     /// Stores the term and answers the request, after the whole result is applied.
     fn end_comparison(&mut self, end: comparison::End) {
-        let comparison::End { new_term, term, refused, reply } = end;
+        let comparison::End { number, new_term, term, refused, reply } = end;
         self.metrics.registry.count_refused_words(refused);
-        self.decider.stamper().set_term(term);
-        if !self.mirror_records.end_comparison() {
+        if !self.mirror_records.end_comparison(number) {
             return;
         }
+        self.decider.stamper().set_term(term);
         self.decider.comparison_is_over();
         if let Some(term) = new_term {
             if self.committer.commit(&[Record::Term(DirectoryTerm::new(term))], false).is_err() {
@@ -359,13 +366,15 @@ impl Writer {
             // The serial may have been that of another process.
             self.applier.set_serial(self.committer.generation());
         }
+        self.status.ready();
         // An error means that the watch which sent the request has ended.
         let _ = reply.send(term);
     }
 
     /// Forgets expired tombstones of a few services, in a batch of its own.
     fn sweep(&mut self) {
-        let changed = self.committer.usable().is_ok() && {
+        // On standby the catalog's generations are not the journal's.
+        let changed = !self.is_standby() && self.committer.usable().is_ok() && {
             self.decider.stamper().set_generation(self.committer.generation() + 1);
             self.decider.sweep(UnixMillis::now());
             self.decider.has_changes()
@@ -375,7 +384,7 @@ impl Writer {
     }
 
     /// Journals the mirror's confirmations without a batch.
-    fn save_confirmations(&mut self) {
+    pub(super) fn save_confirmations(&mut self) {
         let records = self.mirror_records.take_unsaved();
         if !records.is_empty() && self.committer.usable().is_ok() {
             // The committer logs a failure and sets the status.

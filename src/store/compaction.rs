@@ -32,7 +32,7 @@ use super::{
     disk::{Directory, File, TEMP_SUFFIX, write_atomically},
     format::{DecodeError, Entry, EntryKind, Payload, RecordDecoder},
     frame::{FileId, FileKind, Frame, FrameBuffer, HEADER_LEN, Header, StoreId},
-    outbox::ClosedChanges,
+    outbox::{ClosedChanges, Outbox},
     reader::{FrameReader, ScanItem, read_header},
 };
 use crate::{metrics::Metrics, model::UnixMillis, replicas::word::TombstoneLifetime};
@@ -279,7 +279,28 @@ fn merge(
     writer.end()
 }
 
-/// Reads the files of a merge.
+/// Reads the outbox from the files of a store, each with its length in bytes. The error is that of a file.
+pub(super) fn read_outbox(context: &StoreContext, files: &[(FileId, u64)]) -> Result<Vec<Record>, (FileId, io::Error)> {
+    let mut outbox = Outbox::new(true);
+    let mut decoder = RecordDecoder::default();
+    let never = AtomicBool::new(false);
+    let mut input = MergeInput { context, lossy: false, stop: &never, generation: 0 };
+    for (file_id, len) in files {
+        let read = input.entries(*file_id, *len, &mut |entry, generation| {
+            let outbox_key = outbox.outbox_key(&entry, generation);
+            let record = decoder.record(entry).map_err(|err| CompactionError::Corrupt(format!("{err:?}")))?;
+            outbox.take(outbox_key, record);
+            Ok(())
+        });
+        read.map_err(|err| match err {
+            CompactionError::Write(err) | CompactionError::Read { err, .. } => (*file_id, err),
+            CompactionError::Corrupt(_) | CompactionError::Stopped => (*file_id, io::Error::other(err.to_string())),
+        })?;
+    }
+    Ok(outbox.into_records())
+}
+
+/// Reads the files of a merge, or of another reader of an open store.
 struct MergeInput<'m> {
     context: &'m StoreContext,
     lossy: bool,

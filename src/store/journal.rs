@@ -14,7 +14,7 @@ use tracing::warn;
 use super::{
     Record, StoreError,
     clean_stop::{CLEAN_STOP, CleanStop},
-    compaction::{ClosedFile, CompactionPlan, CompactionTask, StoreContext},
+    compaction::{ClosedFile, CompactionPlan, CompactionTask, StoreContext, read_outbox},
     disk::{File, is_out_of_descriptors, write_atomically},
     error::IoContext,
     format::Entry,
@@ -300,6 +300,23 @@ impl Journal {
             Ok(running) => self.compaction = Some(running),
             Err(err) => warn!(%err, "cannot start the thread of the compaction; tried again at the next segment"),
         }
+    }
+
+    /// Reads the outbox again from the files, as a start would; a second for a million instances. Stops a compaction that runs.
+    ///
+    /// # Errors
+    /// When a file cannot be read, or is not what was written. It is final, as in [`append`](Self::append).
+    pub fn read_outbox(&mut self) -> Result<Vec<Record>, StoreError> {
+        self.usable()?;
+        if let Some(running) = &self.compaction {
+            running.stop();
+        }
+        self.reap();
+        let Segment { file_id, end, .. } = self.segment;
+        let closed = self.closed.iter().map(|segment| (FileId::journal(segment.number), segment.len));
+        let snapshot = self.snapshot.iter().map(|snapshot| (FileId::snapshot(snapshot.number), snapshot.len));
+        let files: Vec<(FileId, u64)> = snapshot.chain(closed).chain([(file_id, end)]).collect();
+        read_outbox(&self.context, &files).map_err(|(file_id, err)| self.fail("read", file_id, err))
     }
 
     /// Waits for the compaction, if there is one, and applies its result.

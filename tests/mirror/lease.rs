@@ -10,12 +10,15 @@ use hickory_proto::rr::RecordType;
 use tempfile::TempDir;
 use tokio::runtime::Builder;
 
-use super::{ClusterLock, MirrorHarness, addresses, replica::Replica, serve, serve_by, wait_for_addresses};
+use super::{
+    ClusterLock, MirrorHarness, addresses, dns_probe::DnsProbe, make_namespace, replica::Replica, serve, serve_by,
+    wait_for_addresses,
+};
 use crate::support::{
     cluster::Cluster,
     dns::{Over, answers},
     http,
-    proxy::{Call, Proxy},
+    proxy::{Call, Fault, Proxy},
     server::Process,
     stream::{Stream, message},
     wait_until,
@@ -132,10 +135,10 @@ fn standby_names_the_writer_to_registrants() {
 }
 
 #[test]
-fn paused_writer_stops_when_it_goes_on_and_undoes_nothing() {
+fn paused_writer_follows_when_it_goes_on_and_undoes_nothing() {
     let Some(lock) = ClusterLock::take() else { return };
     let kubeconfig = lock.cluster.kubeconfig_for_gangplank();
-    let mut harness = MirrorHarness { server: serve_by(&kubeconfig, &[]), cluster: lock.cluster, _lock: lock };
+    let harness = MirrorHarness { server: serve_by(&kubeconfig, &[]), cluster: lock.cluster, _lock: lock };
     harness.create_namespace("paused");
     for address in ["10.7.0.1", "10.7.0.2"] {
         assert_eq!(Stream::open(harness.server.grpc).register("paused", "web", address).0, 201);
@@ -147,11 +150,55 @@ fn paused_writer_stops_when_it_goes_on_and_undoes_nothing() {
     assert_eq!(second.register("paused", "web", "10.7.0.3"), 201);
 
     harness.server.signal("CONT");
-    assert_eq!(harness.server.exit().code(), Some(1));
-    let log = harness.server.stderr();
-    assert!(log.contains("the Lease gangplank/gangplank-writer is held by"), "{log}");
+    wait_until("it follows", || (a(harness.server.dns, "web.paused") == ["10.7.0.2", "10.7.0.3"]).then_some(()));
+    let (status, page) = http::get(harness.server.admin, "/readyz/registrations");
+    assert!(status == 503 && page.contains("on standby"), "{status} {page}");
+    assert_eq!(http::get(harness.server.admin, "/readyz").0, 200);
+    assert_eq!(Stream::open(harness.server.grpc).register("paused", "web", "10.7.0.9").0, 503);
     assert_eq!(a(second.dns, "web.paused"), ["10.7.0.2", "10.7.0.3"]);
     assert_eq!(addresses(harness.cluster, "paused", "web"), ["10.7.0.2", "10.7.0.3"]);
+
+    // It writes again, with what the other one wrote.
+    second.terminate();
+    wait_until("it writes", || (http::get(harness.server.admin, "/readyz/registrations").0 == 200).then_some(()));
+    assert_eq!(Stream::open(harness.server.grpc).register("paused", "web", "10.7.0.4").0, 201);
+    assert_eq!(addresses(harness.cluster, "paused", "web"), ["10.7.0.2", "10.7.0.3", "10.7.0.4"]);
+}
+
+/// A writer that is cut off goes on with 202. Another one takes over; what the first one accepted reaches Kubernetes when it
+/// writes again, and undoes nothing.
+#[test]
+fn writer_that_was_cut_off_follows_and_keeps_what_it_accepted() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let proxy = Proxy::start(lock.cluster);
+    let kubeconfig = lock.cluster.kubeconfig_for_gangplank();
+    let server = serve_by(proxy.kubeconfig(), &["--drain", "1s"]);
+    let mut harness = MirrorHarness { server, cluster: lock.cluster, _lock: lock };
+    make_namespace(harness.cluster, &mut Stream::open(harness.server.grpc), "cut-off");
+    for address in ["10.15.0.1", "10.15.0.2"] {
+        assert_eq!(Stream::open(harness.server.grpc).register("cut-off", "web", address).0, 201);
+    }
+    let probe = DnsProbe::start(harness.server.dns, "cut-off");
+    let second = Replica::on_standby(&kubeconfig);
+    let cut = proxy.inject(Fault::Drop, |_| true);
+    proxy.drop_connections();
+    assert_eq!(Stream::open(harness.server.grpc).register("cut-off", "web", "10.15.0.3").0, 202);
+    second.wait_until_it_writes();
+    assert_eq!(Stream::open(second.grpc).remove("cut-off", "web", "10.15.0.1").0, 204);
+    assert_eq!(second.register("cut-off", "web", "10.15.0.4"), 201);
+    assert_eq!(Stream::open(harness.server.grpc).remove("cut-off", "web", "10.15.0.2").0, 202);
+
+    cut.lift();
+    let of_second = ["10.15.0.2", "10.15.0.4"];
+    wait_until("it follows", || (a(harness.server.dns, "web.cut-off") == of_second).then_some(()));
+    assert_eq!(Stream::open(harness.server.grpc).register("cut-off", "web", "10.15.0.9").0, 503);
+    assert_eq!(addresses(harness.cluster, "cut-off", "web"), of_second);
+
+    second.terminate();
+    wait_for_addresses(harness.cluster, "cut-off", "web", &["10.15.0.3", "10.15.0.4"]);
+    assert_eq!(a(harness.server.dns, "web.cut-off"), ["10.15.0.3", "10.15.0.4"]);
+    probe.end();
+    assert!(harness.server.terminate().success());
 }
 
 #[test]

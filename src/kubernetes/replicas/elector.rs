@@ -38,31 +38,13 @@ const DRAIN_POLL: Duration = Duration::from_millis(50);
 const READ: usize = 0;
 const WRITE: usize = 1;
 
-/// The process may not write any more.
-#[derive(Debug, thiserror::Error)]
-pub enum LeaseLost {
-    /// Another process has taken the Lease.
-    #[error("the Lease {lease} is held by {holder}: this process stops; it waits on standby after a restart")]
-    Held {
-        /// Namespace and name.
-        lease: String,
-        /// Who holds it.
-        holder: String,
-    },
-    /// The Lease is missing or went back, and this process does not know whether another held it meanwhile.
-    #[error(
-        "the Lease {lease} was lost while the API server did not answer: this process stops, to compare after a restart"
-    )]
-    Missing {
-        /// Namespace and name.
-        lease: String,
-    },
-    /// The take-over lasted for longer than the Lease was safely held.
-    #[error("the Lease {lease} could not be kept during the take-over: this process stops, to try again")]
-    NotKept {
-        /// Namespace and name.
-        lease: String,
-    },
+/// What the task that writes has to do next.
+#[derive(Debug)]
+pub(in crate::kubernetes) enum Turn {
+    /// This process has taken the Lease. The second value is the highest term that a slice can have.
+    TakeOver(Tenure, u64),
+    /// This process does not hold the Lease any more: this one does, as far as is known.
+    StandDown(LeaseHolder),
 }
 
 /// What the task that takes over says to the elector.
@@ -74,30 +56,30 @@ enum Message {
     Outranked(u64),
 }
 
-/// The side of the task that takes over.
+/// The side of the task that writes.
 #[derive(Debug)]
 pub(in crate::kubernetes) struct ReplicaHandle {
-    tenures: mpsc::Receiver<(Tenure, u64)>,
-    messages: mpsc::Sender<Message>,
+    /// Each turn replaces what was to do before.
+    pub(in crate::kubernetes) turns: mpsc::Receiver<Turn>,
+    pub(in crate::kubernetes) elector: ElectorHandle,
     pub(in crate::kubernetes) fence: Fence,
 }
 
-impl ReplicaHandle {
-    /// Waits until this process has taken the Lease. The second value is the highest term that a slice can have.
-    pub(in crate::kubernetes) async fn tenure(&mut self) -> Option<(Tenure, u64)> {
-        self.tenures.recv().await
-    }
+/// Tells the elector how a take-over ended.
+#[derive(Debug)]
+pub(in crate::kubernetes) struct ElectorHandle(mpsc::Sender<Message>);
 
-    /// The take-over is done. Returns false if the Lease is not held any more; the elector ends the process then.
+impl ElectorHandle {
+    /// The take-over is done. Returns false if the Lease is not held any more; another turn follows then.
     pub(in crate::kubernetes) async fn taken_over(&self) -> bool {
         let (reply, kept) = oneshot::channel();
-        self.messages.send(Message::TakenOver(reply)).await.is_ok() && kept.await.is_ok()
+        self.0.send(Message::TakenOver(reply)).await.is_ok() && kept.await.is_ok()
     }
 
-    /// A slice has this term: another tenure with a higher one follows.
+    /// A slice has this term: a take-over with a higher one follows.
     pub(in crate::kubernetes) async fn outranked(&self, term: u64) {
         // The elector may have ended.
-        let _ = self.messages.send(Message::Outranked(term)).await;
+        let _ = self.0.send(Message::Outranked(term)).await;
     }
 }
 
@@ -115,9 +97,9 @@ pub(in crate::kubernetes) struct Elector {
     registry: RegistryHandle,
     metrics: Arc<Metrics>,
     fence: Fence,
-    tenures: mpsc::Sender<(Tenure, u64)>,
+    turns: mpsc::Sender<Turn>,
     messages: mpsc::Receiver<Message>,
-    /// Whether slices are read or written under the Lease: its loss ends the process.
+    /// Whether slices are read or written under the Lease.
     active: bool,
     /// Whether this process waits for the Lease, for its watch.
     standby: watch::Sender<bool>,
@@ -138,10 +120,10 @@ impl Elector {
         // for it. The term of the words is left out: the comparison at the take-over weighs it.
         let opened = Opened { term: 0, followed: false, resume: true };
         let election = Election::new(client.me(), opened, Rules::ALL);
-        let (tenures, receiver) = mpsc::channel(1);
+        let (turns, receiver) = mpsc::channel(1);
         let (sender, messages) = mpsc::channel(1);
         let fence = Fence::new();
-        let handle = ReplicaHandle { tenures: receiver, messages: sender, fence: fence.clone() };
+        let handle = ReplicaHandle { turns: receiver, elector: ElectorHandle(sender), fence: fence.clone() };
         let elector = Self {
             election,
             client: Arc::new(client),
@@ -149,7 +131,7 @@ impl Elector {
             registry,
             metrics,
             fence,
-            tenures,
+            turns,
             messages,
             active: false,
             standby: watch::Sender::new(false),
@@ -161,11 +143,7 @@ impl Elector {
     }
 
     /// Runs until `stop`, then gives the Lease up.
-    ///
-    /// # Errors
-    /// When the Lease is lost while this process writes, or is held by another one while this process accepts
-    /// registrations because the API server was away.
-    pub(in crate::kubernetes) async fn run(self, stop: CancellationToken) -> Result<(), LeaseLost> {
+    pub(in crate::kubernetes) async fn run(self, stop: CancellationToken) {
         let (changed, changes) = watch::channel(());
         let lease_watch = self.client.watch().run(self.standby.subscribe(), &changed);
         tokio::select! {
@@ -175,14 +153,14 @@ impl Elector {
     }
 
     /// `changes` says that the Lease changed, while this process is on standby.
-    async fn elect(mut self, mut changes: watch::Receiver<()>, stop: CancellationToken) -> Result<(), LeaseLost> {
+    async fn elect(mut self, mut changes: watch::Receiver<()>, stop: CancellationToken) {
         let mut ticks = interval(RETRY_PERIOD);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut phases = self.registry.status().watch();
         // Before the store is read there is nothing to compare.
         let recovered = phases.wait_for(|phase| *phase != Phase::Recovering);
         if stop.run_until_cancelled(recovered).await.is_none() {
-            return Ok(());
+            return;
         }
         let mut drain = interval(DRAIN_POLL);
         drain.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -191,7 +169,7 @@ impl Elector {
             let actions = tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
-                Some(answer) = self.requests.next(), if !self.requests.is_empty() => self.answered(answer)?,
+                Some(answer) = self.requests.next(), if !self.requests.is_empty() => self.answered(answer).await,
                 Some(message) = self.messages.recv() => self.told(message),
                 _ = drain.tick(), if draining => {
                     if self.is_drained() { break } else { Vec::new() }
@@ -206,11 +184,10 @@ impl Elector {
                 }
                 Ok(()) = phases.changed() => Vec::new(),
             };
-            self.act(actions).await?;
+            self.act(actions).await;
         }
         self.release().await;
         stop.cancelled().await;
-        Ok(())
     }
 
     fn now(&self) -> Now {
@@ -237,7 +214,7 @@ impl Elector {
         }
     }
 
-    fn answered(&mut self, answer: Answer) -> Result<Vec<Action>, LeaseLost> {
+    async fn answered(&mut self, answer: Answer) -> Vec<Action> {
         match answer {
             Answer::Read(id, began, read) => {
                 let observed = match read {
@@ -255,34 +232,40 @@ impl Elector {
                 let was_read = observed.is_some();
                 let actions = self.election.lease_read(id, began, self.now(), observed);
                 if was_read && *self.election.role() == Role::Follower {
-                    self.stand_by()?;
+                    self.stand_by().await;
                 }
-                Ok(actions)
+                actions
             }
             Answer::Written(id, began, written, err) => {
                 self.note_failure(WRITE, err);
-                Ok(self.election.lease_written(id, began, written))
+                self.election.lease_written(id, began, written)
             }
         }
     }
 
     /// Another process holds the Lease, or may hold it.
-    fn stand_by(&mut self) -> Result<(), LeaseLost> {
+    async fn stand_by(&mut self) {
         let me = self.client.me();
-        let held = self.election.lease().is_some_and(|lease| !lease.released && lease.holder != me);
-        if held && self.registry.status().accepting().is_ok() {
-            // The API server was away at the start, and registrations were accepted meanwhile.
-            return Err(LeaseLost::Held { lease: self.client.name(), holder: self.holder.name.clone() });
+        if self.election.lease().is_none_or(|lease| lease.released || lease.holder == me) {
+            return;
         }
-        if held && self.registry.status().standby(&self.holder) {
+        // The API server was away at the start, and registrations were accepted meanwhile.
+        if self.registry.status().accepting().is_ok() && !self.active {
+            self.stand_down().await;
+        }
+        if self.registry.status().standby(&self.holder) {
             let LeaseHolder { name, addresses } = &self.holder;
             let address = ServerAddress::list(addresses, ",");
             info!(lease = self.client.name(), holder = name, address, "on standby: another process writes");
         }
-        Ok(())
     }
 
-    async fn act(&mut self, actions: Vec<Action>) -> Result<(), LeaseLost> {
+    async fn stand_down(&mut self) {
+        // The receiver ends with the process.
+        let _ = self.turns.send(Turn::StandDown(self.holder.clone())).await;
+    }
+
+    async fn act(&mut self, actions: Vec<Action>) {
         for action in actions {
             match action {
                 Action::ReadLease(id) => {
@@ -304,9 +287,9 @@ impl Elector {
                 Action::TakeOver => {
                     let Role::TakingOver(tenure) = self.election.role() else { continue };
                     self.active = true;
-                    // Room for one: the election begins no other before this one ends.
-                    let highest_term = self.election.highest_term(self.now());
-                    let _ = self.tenures.send((tenure.clone(), highest_term)).await;
+                    let turn = Turn::TakeOver(tenure.clone(), self.election.highest_term(self.now()));
+                    // The receiver takes each turn at once, and ends with the process.
+                    let _ = self.turns.send(turn).await;
                 }
                 Action::Rewrite => {
                     if let Some(term) = self.election.writing() {
@@ -321,26 +304,38 @@ impl Elector {
                         self.fence.renewed(began);
                     }
                 }
-                Action::Deposed(reason) => self.deposed(reason)?,
+                Action::Deposed(reason) => self.deposed(reason).await,
                 // The registry notes it when it follows the first slice of a higher term.
                 Action::Followed => {}
             }
             self.observe();
         }
-        Ok(())
     }
 
-    fn deposed(&mut self, reason: Deposed) -> Result<(), LeaseLost> {
+    async fn deposed(&mut self, reason: Deposed) {
         self.fence.close();
         if !std::mem::take(&mut self.active) {
-            return Ok(());
+            return;
         }
-        let (lease, holder) = (self.client.name(), self.holder.name.clone());
-        Err(match reason {
-            Deposed::Outranked(_) => LeaseLost::Held { lease, holder },
-            Deposed::LeaseLost => LeaseLost::Missing { lease },
-            Deposed::NotAcquired => LeaseLost::NotKept { lease },
-        })
+        let (lease, holder) = (self.client.name(), &self.holder.name);
+        match reason {
+            Deposed::Outranked(_) => warn!(
+                lease,
+                holder,
+                "another process has taken the Lease: this one follows; what it accepted and Kubernetes lacks stays in its data \
+                 directory"
+            ),
+            Deposed::LeaseLost => {
+                warn!(
+                    lease,
+                    "the Lease was lost while the API server did not answer: this process compares before it writes again"
+                );
+            }
+            Deposed::NotAcquired => {
+                warn!(lease, "the Lease could not be kept during the take-over: this process tries again");
+            }
+        }
+        self.stand_down().await;
     }
 
     /// Whether nothing is accepted any more and everything that was is in Kubernetes.
@@ -355,8 +350,9 @@ impl Elector {
         // A renewal that is under way would change the version that the release expects.
         while self.election.writing().is_some()
             && let Ok(Some(answer)) = timeout_at(deadline, self.requests.next()).await
-            && self.answered(answer).is_ok()
-        {}
+        {
+            self.answered(answer).await;
+        }
         self.election.published(self.registry.catalog().generation());
         let actions = self.election.release();
         for action in actions {

@@ -1,9 +1,8 @@
 //! Which process writes: the Lease `gangplank-writer`, by the protocol of [`crate::replicas`].
 //!
-//! One process at a time holds the Lease. Only then it reads the slices, accepts registrations and
-//! writes; every other one waits on standby. A process that loses the Lease while it writes ends, as
-//! controllers with client-go's leader election do: what it has not written yet is in its journal, and
-//! the next start compares by stamps.
+//! One process at a time holds the Lease. Only then it accepts registrations and writes; every other one is
+//! on standby, and follows. A process that loses the Lease while it writes follows, too, and goes on answering DNS: what it
+//! has not written yet is in its journal, and its next take-over compares by stamps.
 //!
 //! * `lease`: the object, and requests for it.
 //! * `elector`: the task that drives the pure state machine.
@@ -17,9 +16,8 @@ mod lease;
 mod lease_watch;
 mod service_slices;
 
-pub use self::elector::LeaseLost;
 pub(super) use self::{
-    elector::{Elector, ReplicaHandle},
+    elector::{Elector, ElectorHandle, ReplicaHandle, Turn},
     lease::LeaseClient,
     service_slices::ServiceSlices,
 };

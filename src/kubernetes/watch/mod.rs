@@ -26,7 +26,7 @@ use kube::{Api, Client, core::DeserializeGuard};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-pub(super) use self::own_slices::{Restored, TakeOver};
+pub(super) use self::own_slices::{Restored, SlicesRequest, TakeOver};
 use self::{
     handlers::{ClusterFactHandler, EndpointsHandler},
     outage::Outages,
@@ -56,14 +56,14 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    /// Watches until `stop`. Each request for a take-over, which must not come before the one before is answered,
-    /// restores the registry.
+    /// Watches until `stop`. Our own slices are watched from the first request on, or from when another process is known
+    /// to write.
     ///
     /// # Errors
     /// When the registry ends before `stop`, or cannot write its journal.
     pub(super) async fn run(
         self,
-        take_overs: mpsc::Receiver<TakeOver>,
+        requests: mpsc::Receiver<SlicesRequest>,
         stop: &CancellationToken,
     ) -> Result<(), Unavailable> {
         let outages = Outages::new(self.server.clone());
@@ -74,7 +74,7 @@ impl Watch {
             tokio::select! {
                 gone = self.namespaces(&outages, namespaces_listed) => gone,
                 gone = self.services(&outages, services_listed) => gone,
-                gone = self.slices(&outages, take_overs, vec![namespaces, joined]) => gone,
+                gone = self.slices(&outages, requests, vec![namespaces, joined]) => gone,
                 gone = self.joined(&outages, services, joined_listed) => gone,
                 gone = self.endpoints(&outages), if self.endpoints => gone,
             }
@@ -100,26 +100,26 @@ impl Watch {
     async fn slices(
         &self,
         outages: &Outages,
-        mut take_overs: mpsc::Receiver<TakeOver>,
+        mut requests: mpsc::Receiver<SlicesRequest>,
         before: Vec<oneshot::Receiver<()>>,
     ) -> Unavailable {
         let (registry, metrics) = (&self.registry, &self.metrics.kubernetes);
         let mut handler = OwnSlicesHandler::new(&self.cache, registry, metrics, self.validator, before);
         let mut phases = registry.status().watch();
-        let mut take_over = tokio::select! {
-            Some(request) = take_overs.recv() => Some(request),
+        let mut next = tokio::select! {
+            Some(request) = requests.recv() => Some(request),
             Ok(_) = phases.wait_for(|phase| matches!(phase, Phase::Standby(_))) => None,
         };
         let labels = format!("{}={}", names::MANAGED_BY, names::MANAGER);
         let reflector = self.reflector(Api::all(self.client.clone()), Watched::Slices, labels, outages);
         loop {
-            if let Some(request) = take_over.take() {
-                handler.take_over(request);
+            if let Some(request) = next.take() {
+                handler.begin(request);
             }
             tokio::select! {
                 gone = reflector.run(&mut handler) => return gone,
                 // The handler may be dropped in the middle of a batch: the list that follows compares everything.
-                Some(request) = take_overs.recv() => take_over = Some(request),
+                Some(request) = requests.recv() => next = Some(request),
             }
         }
     }

@@ -41,6 +41,15 @@ pub(in crate::kubernetes) enum Restored {
     Outranked(u64),
 }
 
+/// What the slices are to be read for from now on. Each begins with a list.
+#[derive(Debug)]
+pub(in crate::kubernetes) enum SlicesRequest {
+    /// Another process writes them, or may.
+    Follow,
+    /// This process takes over.
+    TakeOver(TakeOver),
+}
+
 /// Asks for a list of all slices and the restore of the registry from it.
 #[derive(Debug)]
 pub(in crate::kubernetes) struct TakeOver {
@@ -97,10 +106,15 @@ impl<'a> OwnSlicesHandler<'a> {
         Self { cache, registry, metrics, purpose: Purpose::Following, instances, before }
     }
 
-    /// The next complete list, which must begin after this call, ends in a restore.
-    pub(super) fn take_over(&mut self, request: TakeOver) {
-        self.instances.highest_term = request.highest_term;
-        self.purpose = Purpose::TakingOver(request);
+    /// Applies to the next complete list, which must begin after this call.
+    pub(super) fn begin(&mut self, request: SlicesRequest) {
+        self.purpose = match request {
+            SlicesRequest::Follow => Purpose::Following,
+            SlicesRequest::TakeOver(request) => {
+                self.instances.highest_term = request.highest_term;
+                Purpose::TakingOver(request)
+            }
+        };
     }
 
     /// All slices are listed.
@@ -150,7 +164,12 @@ impl<'a> OwnSlicesHandler<'a> {
         self.purpose = Purpose::Writing;
         let restored = instances.into_state(&tenure);
         let (services, found) = (restored.services.len(), restored.term);
-        let term = self.registry.restore(restored).await?;
+        let term = match self.registry.restore(restored).await {
+            Ok(term) => term,
+            // This process does not take over any more. The next request is on its way.
+            Err(Unavailable::Standby(_) | Unavailable::NotReady) => return Ok(()),
+            Err(err) => return Err(err),
+        };
         info!(services, found, term, "restored from Kubernetes");
         self.metrics.synced.set(1);
         // The receiver may be gone.

@@ -282,6 +282,37 @@ fn outbox_switched_off_and_on_is_never_too_small() {
     assert!(unmirrored > 100 && forgotten > 0, "{unmirrored} {forgotten}");
 }
 
+#[test]
+fn open_journal_reads_the_outbox_that_a_start_would_find() {
+    let mut entries = 0;
+    for seed in 0..40 {
+        let rng = &mut Rng::with_seed(seed);
+        let (disk, mut expected) =
+            (SimulatedDisk::default(), ExpectedStore { outbox: true, ..ExpectedStore::default() });
+        let options = Options { segment_bytes: rng.u64(100..2000), ..with(true) };
+        let (mut journal, ..) = open_with(&disk, &options, &Arc::default()).expect("a good disk");
+        for generation in 1..rng.u64(2..40) {
+            let mut batch = random_batch(rng);
+            mirror(&mut batch, generation, &expected, rng);
+            journal.append(generation, &batch).expect("a good disk");
+            expected.apply(generation, &batch);
+            if rng.u8(..4) == 0 {
+                let found = journal.read_outbox().expect("a good disk");
+                let found: std::collections::BTreeMap<_, _> =
+                    found.iter().map(|record| (instance_of(record), record)).collect();
+                let wanted = expected.unmirrored();
+                assert!(found.iter().map(|(instance, record)| (instance, *record)).eq(wanted), "seed {seed}");
+                entries += found.len();
+            }
+        }
+        // The journal goes on, and so does its compaction.
+        drop(journal);
+        let (_, recovery, read) = open_with(&disk, &options, &Arc::default()).expect("a good disk");
+        assert!(expected.matches(&recovery, &read), "seed {seed}");
+    }
+    assert!(entries > 500, "{entries}");
+}
+
 /// As without an API server: nothing is ever mirrored.
 #[test]
 fn outbox_has_one_entry_per_instance_however_often_it_changes() {

@@ -1,0 +1,139 @@
+//! A process that writes, stands down, follows, and writes again.
+
+use super::*;
+
+/// A registry that was compared with Kubernetes under term 1, and whose writer runs on a thread of its own.
+struct Replica {
+    handle: RegistryHandle,
+    runtime: Runtime,
+    stop: CancellationToken,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl Replica {
+    fn start(dir: &TempDir) -> Self {
+        let (mut registry, _) = with_kubernetes(dir);
+        restore(&mut registry, KubernetesState { new_term: 1, ..KubernetesState::default() });
+        let (handle, stop) = (registry.handle.clone(), CancellationToken::new());
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || registry.writer.run(registry.runtime.handle(), &stopped));
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        Self { handle, runtime, stop, thread }
+    }
+
+    fn submit(&self, commands: Vec<Command>) -> Result<Ack, Unavailable> {
+        let submitted = self.handle.submit(commands);
+        self.runtime.block_on(async { submitted.await?.await })
+    }
+
+    fn stand_down(&self) {
+        self.runtime.block_on(self.handle.stand_down(other())).expect("the writer is there");
+        assert_eq!(self.handle.status().phase(), Phase::Standby(Arc::new(other())));
+    }
+
+    fn follow(&self, complete: bool, services: Vec<(ServiceKey, Vec<Arc<Instance>>)>) {
+        let followed = FollowedServices { term: 2, generation: 7, complete, services };
+        self.runtime.block_on(self.handle.follow(followed)).expect("the writer is there");
+    }
+
+    fn restore(&self, new_term: u64, services: Vec<(ServiceKey, Vec<Arc<Instance>>)>) -> Result<u64, Unavailable> {
+        let held = KubernetesState {
+            term: new_term - 1,
+            generation: 8,
+            new_term,
+            had_lease: true,
+            services,
+            tombstones: Vec::new(),
+        };
+        self.runtime.block_on(self.handle.restore(held))
+    }
+
+    fn addresses(&self) -> Vec<String> {
+        held(self.handle.catalog()).into_keys().map(|(service, address, _)| format!("{service} {address}")).collect()
+    }
+
+    fn end(self) {
+        self.stop.cancel();
+        self.thread.join().expect("no panic");
+    }
+}
+
+/// The process that writes meanwhile.
+fn other() -> LeaseHolder {
+    LeaseHolder { name: "other".into(), addresses: Vec::new() }
+}
+
+/// What slices hold of one service.
+fn slices(service: &str, addresses: &[&str]) -> (ServiceKey, Vec<Arc<Instance>>) {
+    let instance = |address: &&str| match register(service, address, 80, 1.0) {
+        Command::Register { instance, .. } => instance,
+        other => panic!("{other:?} registers"),
+    };
+    (VALIDATOR.service("prod", service).expect("valid"), addresses.iter().map(instance).collect())
+}
+
+#[test]
+fn what_was_accepted_and_not_mirrored_counts_again_at_the_next_take_over() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let replica = Replica::start(&dir);
+    let generation = replica.submit(vec![register("web", "10.0.0.1", 80, 1.0)]).expect("it writes").generation;
+    let (web, _) = slices("web", &[]);
+    replica.runtime.block_on(replica.handle.mirrored(vec![(web, generation)])).expect("it is there");
+    replica.submit(vec![register("web", "10.0.0.2", 80, 1.0)]).expect("it writes");
+
+    replica.stand_down();
+    assert_eq!(
+        replica.submit(vec![register("web", "10.0.0.3", 80, 1.0)]),
+        Err(Unavailable::Standby(Arc::new(other())))
+    );
+    assert_eq!(replica.addresses(), ["web 10.0.0.1", "web 10.0.0.2"], "served until something replaces it");
+    // Another process has removed .1, which Kubernetes had, and added .4.
+    replica.follow(true, vec![slices("web", &["10.0.0.4"]), slices("db", &["10.0.0.5"])]);
+    assert_eq!(replica.addresses(), ["db 10.0.0.5", "web 10.0.0.4"]);
+    replica.follow(false, vec![slices("db", &[]), slices("mail", &["10.0.0.6"])]);
+    assert_eq!(replica.addresses(), ["mail 10.0.0.6", "web 10.0.0.4"]);
+
+    assert_eq!(replica.restore(3, vec![slices("web", &["10.0.0.4"]), slices("mail", &["10.0.0.6"])]), Ok(3));
+    let all = ["mail 10.0.0.6", "web 10.0.0.2", "web 10.0.0.4"];
+    assert_eq!((replica.addresses(), replica.handle.status().phase()), (all.map(String::from).into(), Phase::Ready));
+    assert!(replica.submit(vec![register("web", "10.0.0.3", 80, 1.0)]).is_ok());
+    // The journal has all of it, and .2 and .3 are still in the outbox.
+    replica.end();
+    let (registry, _) = with_kubernetes(&dir);
+    let local = registry.writer.mirror_records.awaited().expect("it waits for Kubernetes");
+    assert_eq!((local.term.term, local.outbox.len()), (3, 2));
+    assert_eq!(registry.handle.catalog().instances(), 4);
+}
+
+#[test]
+fn take_over_that_is_given_up_changes_nothing_afterwards() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let replica = Replica::start(&dir);
+    replica.stand_down();
+    for round in 0..50 {
+        let held = |n: u8| {
+            let addresses: Vec<String> = (1..=n).map(|last| format!("10.0.{round}.{last}")).collect();
+            slices("web", &addresses.iter().map(String::as_str).collect::<Vec<_>>())
+        };
+        let new_term = 4 * round + 8;
+        let state = KubernetesState {
+            term: new_term - 1,
+            generation: 8,
+            new_term,
+            services: vec![held(200), held(100)],
+            ..KubernetesState::default()
+        };
+        let (given_up, ()) = replica.runtime.block_on(async {
+            tokio::join!(replica.handle.restore(state), async {
+                replica.handle.stand_down(other()).await.expect("the writer is there");
+            })
+        });
+        assert!(matches!(given_up, Ok(_) | Err(Unavailable::Standby(_))), "{given_up:?}");
+        replica.follow(true, vec![held(3)]);
+        assert_eq!(replica.addresses().len(), 3, "{given_up:?}");
+        assert_eq!(replica.restore(new_term + 2, vec![held(2)]), Ok(new_term + 2));
+        assert_eq!(replica.addresses().len(), 2);
+        replica.stand_down();
+    }
+    replica.end();
+}
