@@ -213,6 +213,12 @@ impl Instance {
             == (&other.address, &other.ports, &other.host_name, &other.node_name, &other.weight, &other.priority)
     }
 
+    /// Whether `other` differs at most in its stamp: DNS and readers see no difference.
+    #[must_use]
+    pub fn same_but_for_stamp(&self, other: &Self) -> bool {
+        self.same_attributes(other) && (self.ready, self.registered) == (other.ready, other.registered)
+    }
+
     /// Upper estimate of the bytes of the instance in protobuf.
     pub(super) fn encoded_size(&self) -> usize {
         // A text takes a tag and a length, a port its own frame and number as well.

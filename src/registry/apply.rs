@@ -98,10 +98,13 @@ impl Applier {
     pub(super) fn apply(&mut self, generation: u64, changes: StagedChanges, durable: UnixMillis) -> AppliedBatch {
         let buried = changes.tombstones.iter().map(|(service, (_, received))| (service.clone(), generation, *received));
         let buried: Vec<_> = buried.collect();
+        let repeated = changes.services.iter().filter(|(_, staged)| staged.changes.is_empty());
+        let repeated: Vec<_> =
+            repeated.map(|(service, staged)| (service.clone(), generation, staged.received)).collect();
         let applied = self.publish(generation, generation, changes, durable);
         // After the catalog: a marked service wakes the mirror, which reads the catalog at once.
         let dirty = applied.events.iter().map(|event| (event.service.clone(), generation, event.received));
-        self.mirror_progress.mark_dirty(dirty.chain(buried));
+        self.mirror_progress.mark_dirty(dirty.chain(buried), repeated);
         applied
     }
 
@@ -139,8 +142,9 @@ impl Applier {
         for staged in services.values_mut() {
             staged.after.generation = generation;
         }
+        let visible = services.iter().filter(|(_, staged)| !staged.changes.is_empty());
         let published: Vec<ServiceChange<'_>> =
-            services.iter().map(|(service, staged)| ServiceChange { service, changes: &staged.changes }).collect();
+            visible.map(|(service, staged)| ServiceChange { service, changes: &staged.changes }).collect();
         self.publisher.publish(serial, &published);
         self.serial = serial;
         self.metrics.registry.set_unservable(self.publisher.unservable());

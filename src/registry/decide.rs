@@ -5,7 +5,7 @@
 //! made durable and applied as a whole, or dropped as a whole, so the catalog is never ahead of the
 //! journal.
 
-use std::{collections::HashSet, sync::Arc};
+use std::sync::Arc;
 
 use super::{
     Catalog, Command, NamespacePolicy, Outcome, cluster_facts::ClusterFacts, expiries::Expiries, staged::StagedChanges,
@@ -23,7 +23,7 @@ use crate::{
 #[derive(Debug, Default)]
 pub(super) struct DecidedBatch {
     /// Records for the journal, in order. Can be empty although there are changes, because readiness is
-    /// not journaled. Can have records without a change, see [`Decider::comparison_is_over`].
+    /// not journaled. Can have records without a change, which only the journal lacked: see [`Decider::replay`].
     pub(super) records: Vec<Record>,
     pub(super) changes: StagedChanges,
 }
@@ -44,9 +44,9 @@ pub(super) struct Decider {
     stamper: Stamper,
     /// When tombstones expire; `None` where removals are not remembered.
     expiries: Option<Expiries>,
-    /// Unchanged instances that were registered again and journaled for that. `None` after the
-    /// comparison with Kubernetes, and without Kubernetes.
-    reregistered: Option<HashSet<(ServiceKey, InstanceId), foldhash::fast::RandomState>>,
+    /// Whether a registration that changes nothing is a word as any other, with a stamp of its own. With Kubernetes it is:
+    /// a removal that was acknowledged elsewhere before it, and is found later, must not undo it.
+    stamps_unchanged: bool,
     batch: DecidedBatch,
 }
 
@@ -58,7 +58,7 @@ impl Decider {
         stamper: Stamper,
         tombstones: bool,
     ) -> Self {
-        let reregistered = policy.is_some().then(HashSet::default);
+        let stamps_unchanged = policy.is_some();
         let facts = ClusterFacts::new(policy);
         let expiries = tombstones.then(|| {
             let mut expiries = Expiries::default();
@@ -67,18 +67,7 @@ impl Decider {
             }
             expiries
         });
-        Self { catalog, max_instances, facts, stamper, expiries, reregistered, batch: DecidedBatch::default() }
-    }
-
-    /// Another comparison will follow.
-    pub(super) fn comparison_is_awaited(&mut self) {
-        self.reregistered = Some(HashSet::default());
-    }
-
-    /// From now on, an unchanged registration needs no record: the comparison with Kubernetes removes
-    /// no stored instance any more.
-    pub(super) fn comparison_is_over(&mut self) {
-        self.reregistered = None;
+        Self { catalog, max_instances, facts, stamper, expiries, stamps_unchanged, batch: DecidedBatch::default() }
     }
 
     /// Stamps what is decided.
@@ -159,13 +148,10 @@ impl Decider {
                 (Outcome::Created, Arc::unwrap_or_clone(instance))
             }
             Some(before) if before.same_attributes(&instance) => {
-                // Until the comparison with Kubernetes is over, it may remove the stored instance, and the
-                // acknowledged registration would be lost. A record in the outbox prevents that. One per
-                // instance is enough: a later change of the instance is journaled anyway.
-                if self.reregistered.as_mut().is_some_and(|seen| seen.insert((key.clone(), before.id()))) {
-                    self.batch.records.push(Record::Put { service: key, instance: Arc::clone(before) });
+                if !self.stamps_unchanged {
+                    return Outcome::Unchanged;
                 }
-                return Outcome::Unchanged;
+                (Outcome::Unchanged, Instance::clone(before))
             }
             Some(before) => {
                 // A registration sets neither the readiness nor the time of the first registration.
@@ -277,7 +263,7 @@ impl Decider {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{InstanceSpec, PortSpec, testing::VALIDATOR};
+    use crate::model::{HybridClock, InstanceSpec, PortSpec, testing::VALIDATOR};
 
     fn key(name: &str) -> ServiceKey {
         VALIDATOR.service("prod", name).expect("valid")
@@ -343,6 +329,31 @@ mod tests {
         catalog.set_tombstones(key("web"), left.clone());
         decider.sweep(UnixMillis(36 * hour));
         assert!(decider.take().changes.tombstones[&key("web")].0.is_empty());
+    }
+
+    #[test]
+    fn unchanged_registration_is_stamped_anew_with_kubernetes_and_is_no_event() {
+        let policy = NamespacePolicy { create_namespaces: false };
+        let mut decider = Decider::new(Arc::default(), 10, Some(policy), Stamper::new(HybridClock::after(5), 3), true);
+        let web = instance("10.0.0.1", 80, 1.0);
+        assert_eq!(register(&mut decider, &web), Outcome::Created);
+        let stamped = |batch: &DecidedBatch| match batch.records.as_slice() {
+            [.., Record::Put { instance, .. }] => Arc::clone(instance),
+            other => panic!("{other:?}"),
+        };
+        let batch = decider.take();
+        let before = stamped(&batch);
+        decider.catalog.set(key("web"), batch.changes.services[&key("web")].after.clone());
+
+        decider.stamper().set_generation(9);
+        assert_eq!(register(&mut decider, &web), Outcome::Unchanged);
+        let batch = decider.take();
+        let after = stamped(&batch);
+        assert_eq!((batch.records.len(), batch.changes.events.len()), (1, 0));
+        assert!(after.stamp() > before.stamp() && after.stamp().generation == 9);
+        assert!(after.same_but_for_stamp(&before));
+        let staged = &batch.changes.services[&key("web")];
+        assert!(staged.changes.is_empty() && staged.after.instances.get(&web.key()) == Some(&after));
     }
 
     #[test]

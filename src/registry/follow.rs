@@ -90,7 +90,6 @@ impl Writer {
                 outbox: outbox.into(),
                 stored: None,
             });
-            self.decider.comparison_is_awaited();
         }
         // An error means that the caller has ended.
         let _ = done.send(());

@@ -27,8 +27,24 @@ pub struct MirrorProgress {
 #[derive(Debug, Default)]
 struct Unmirrored {
     services: HashMap<ServiceKey, ServiceProgress, foldhash::fast::RandomState>,
-    /// Services that were marked since the last [`MirrorProgress::take_dirty`], each once.
-    dirty: Vec<ServiceKey>,
+    dirty: DirtyServices,
+}
+
+/// Services that were marked since the last [`MirrorProgress::take_dirty`], each once in a list.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct DirtyServices {
+    /// They changed.
+    pub changed: Vec<ServiceKey>,
+    /// Their instances were registered again as they were.
+    pub repeated: Vec<ServiceKey>,
+}
+
+/// Whether a service is in a list of [`DirtyServices`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Queued {
+    No,
+    Repeated,
+    Changed,
 }
 
 /// One service that is behind.
@@ -38,8 +54,7 @@ struct ServiceProgress {
     generation: u64,
     /// When the oldest change that is not mirrored was received.
     since: UnixMillis,
-    /// Whether the service is in `dirty`.
-    queued: bool,
+    queued: Queued,
     waiters: Vec<Waiter>,
     /// The part that Kubernetes has, while the API server refuses some of the slices.
     partial: PartialConfirmation,
@@ -87,44 +102,55 @@ impl MirrorProgress {
         self.mirrored
     }
 
-    /// Marks services as changed, with the generation and the time of receipt.
-    pub(super) fn mark_dirty(&self, changed: impl IntoIterator<Item = (ServiceKey, u64, UnixMillis)>) {
+    /// Marks services as changed, or as repeated, with the generation and the time of receipt.
+    pub(super) fn mark_dirty(
+        &self,
+        changed: impl IntoIterator<Item = (ServiceKey, u64, UnixMillis)>,
+        repeated: impl IntoIterator<Item = (ServiceKey, u64, UnixMillis)>,
+    ) {
         if !self.mirrored {
             return;
         }
         let mut unmirrored = self.lock();
         let Unmirrored { services, dirty } = &mut *unmirrored;
-        for (service, generation, received) in changed {
+        let changed = changed.into_iter().map(|one| (one, Queued::Changed));
+        for ((service, generation, received), how) in
+            changed.chain(repeated.into_iter().map(|one| (one, Queued::Repeated)))
+        {
             let progress = services.entry(service.clone()).or_insert_with(|| ServiceProgress {
                 generation,
                 since: received,
-                queued: false,
+                queued: Queued::No,
                 waiters: Vec::new(),
                 partial: PartialConfirmation::default(),
             });
             progress.generation = progress.generation.max(generation);
-            if !mem::replace(&mut progress.queued, true) {
-                dirty.push(service);
+            if progress.queued < how {
+                progress.queued = how;
+                match how {
+                    Queued::Changed => dirty.changed.push(service),
+                    Queued::Repeated | Queued::No => dirty.repeated.push(service),
+                }
             }
         }
         drop(unmirrored);
         self.changed.notify_one();
     }
 
-    /// Services that changed since the last call; waits until there is one. Each service is returned to
+    /// Services that were marked since the last call; waits until there is one. Each service is returned to
     /// one caller only. Cancelling loses nothing.
-    pub async fn take_dirty(&self) -> Vec<ServiceKey> {
+    pub async fn take_dirty(&self) -> DirtyServices {
         loop {
             let dirty = {
                 let mut unmirrored = self.lock();
                 let Unmirrored { services, dirty } = &mut *unmirrored;
                 let dirty = mem::take(dirty);
-                for service in &dirty {
-                    services.entry(service.clone()).and_modify(|progress| progress.queued = false);
+                for service in dirty.changed.iter().chain(&dirty.repeated) {
+                    services.entry(service.clone()).and_modify(|progress| progress.queued = Queued::No);
                 }
                 dirty
             };
-            if !dirty.is_empty() {
+            if dirty != DirtyServices::default() {
                 return dirty;
             }
             self.changed.notified().await;
@@ -230,12 +256,29 @@ mod tests {
         Validator { zone_wire_len: 15, names_allowed: false }.service("prod", name).expect("valid")
     }
 
+    fn changed(services: &[&str]) -> DirtyServices {
+        DirtyServices { changed: services.iter().map(|service| key(service)).collect(), repeated: Vec::new() }
+    }
+
+    #[test]
+    fn repeated_service_that_changes_is_changed() {
+        let mirror_progress = MirrorProgress::new(true);
+        let [web, db] = ["web", "db"].map(|service| (key(service), 7, UnixMillis(1)));
+        mirror_progress.mark_dirty([], [web.clone(), db.clone(), web.clone()]);
+        mirror_progress.mark_dirty([db.clone()], [web.clone(), db]);
+        let dirty = mirror_progress.take_dirty().now_or_never().expect("there are some");
+        assert_eq!((dirty.changed, dirty.repeated), (vec![key("db")], vec![key("web"), key("db")]));
+        mirror_progress.mark_dirty([], [web]);
+        let dirty = mirror_progress.take_dirty().now_or_never().expect("marked again");
+        assert_eq!((dirty.changed.len(), dirty.repeated), (0, vec![key("web")]));
+    }
+
     #[test]
     fn waiters_complete_when_their_generation_is_confirmed() {
         let mirror_progress = MirrorProgress::new(true);
-        mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1)), (key("db"), 7, UnixMillis(2))]);
-        mirror_progress.mark_dirty([(key("web"), 8, UnixMillis(3))]);
-        assert_eq!(mirror_progress.take_dirty().now_or_never(), Some(vec![key("web"), key("db")]));
+        mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1)), (key("db"), 7, UnixMillis(2))], []);
+        mirror_progress.mark_dirty([(key("web"), 8, UnixMillis(3))], []);
+        assert_eq!(mirror_progress.take_dirty().now_or_never(), Some(changed(&["web", "db"])));
         assert_eq!(mirror_progress.take_dirty().now_or_never(), None);
         assert_eq!(mirror_progress.lag(), MirrorLag { services: 2, since: Some(UnixMillis(1)) });
 
@@ -243,8 +286,8 @@ mod tests {
         let mut eight = Box::pin(mirror_progress.confirmed(&key("web"), 8, None));
         assert!(mirror_progress.confirm(&key("web"), 7));
         assert_eq!((seven.as_mut().now_or_never(), eight.as_mut().now_or_never()), (Some(()), None));
-        mirror_progress.mark_dirty([(key("web"), 9, UnixMillis(4))]);
-        assert_eq!(mirror_progress.take_dirty().now_or_never(), Some(vec![key("web")]));
+        mirror_progress.mark_dirty([(key("web"), 9, UnixMillis(4))], []);
+        assert_eq!(mirror_progress.take_dirty().now_or_never(), Some(changed(&["web"])));
         assert!(mirror_progress.confirm(&key("web"), 9));
         assert_eq!(eight.now_or_never(), Some(()));
         assert!(!mirror_progress.confirm(&key("web"), 9), "it was not behind any more");
@@ -255,7 +298,7 @@ mod tests {
     #[test]
     fn cancelled_waiters_are_dropped() {
         let mirror_progress = MirrorProgress::new(true);
-        mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1))]);
+        mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1))], []);
         let mut patient = Vec::new();
         for n in 0..10_000 {
             let waits = Box::pin(mirror_progress.confirmed(&key("web"), 7, None));
@@ -272,7 +315,7 @@ mod tests {
     #[test]
     fn nothing_is_behind_without_a_mirror() {
         let mirror_progress = MirrorProgress::new(false);
-        mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1))]);
+        mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1))], []);
         assert_eq!(mirror_progress.confirmed(&key("web"), 7, None).now_or_never(), Some(()));
         assert_eq!(mirror_progress.lag(), MirrorLag::default());
     }
@@ -281,7 +324,7 @@ mod tests {
     fn registration_waits_for_its_own_slice_only() {
         let mirror_progress = MirrorProgress::new(true);
         let [refused, accepted] = ["10.0.0.1", "10.0.0.2"].map(|text| text.parse::<IpAddr>().ok());
-        mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1))]);
+        mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1))], []);
         let waiters = || {
             [refused, accepted, None].map(|address| mirror_progress.confirmed(&key("web"), 7, address).now_or_never())
         };
@@ -293,7 +336,7 @@ mod tests {
         assert_eq!(waiters(), [None, Some(()), Some(())]);
         assert_eq!(mirror_progress.confirmed(&key("web"), 9, accepted).now_or_never(), Some(()));
         assert_eq!(mirror_progress.lag().services, 1, "the service is behind nevertheless");
-        mirror_progress.mark_dirty([(key("web"), 8, UnixMillis(1))]);
+        mirror_progress.mark_dirty([(key("web"), 8, UnixMillis(1))], []);
         assert_eq!(mirror_progress.confirmed(&key("web"), 8, accepted).now_or_never(), None);
         assert!(mirror_progress.confirm(&key("web"), 8));
         assert_eq!(waiters(), [Some(()); 3]);

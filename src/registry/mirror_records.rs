@@ -113,18 +113,14 @@ impl MirrorRecords {
         runs
     }
 
-    /// Keeps the records of a batch while the comparison is not over. Returns their services, of which
-    /// Kubernetes may not have the latest change; nothing after the comparison.
-    pub(super) fn note_unmirrored(&mut self, records: &[Record]) -> Vec<ServiceKey> {
+    /// Keeps the records of a batch while the comparison is not over.
+    pub(super) fn note(&mut self, records: &[Record]) {
         let outbox = match &mut self.comparison {
             ComparisonState::Awaited(local) => &mut local.outbox,
             ComparisonState::Running { newer, .. } => newer,
-            ComparisonState::Over => return Vec::new(),
+            ComparisonState::Over => return,
         };
         outbox.add(records);
-        let mut services: Vec<ServiceKey> = records.iter().filter_map(service_of).cloned().collect();
-        services.dedup();
-        services
     }
 
     /// Adds confirmations: Kubernetes has each service up to its generation.
@@ -148,14 +144,5 @@ impl MirrorRecords {
     pub(super) fn take_unsaved(&mut self) -> Vec<Record> {
         self.save_at = None;
         mem::take(&mut self.unsaved)
-    }
-}
-
-fn service_of(record: &Record) -> Option<&ServiceKey> {
-    match record {
-        Record::Put { service, .. } | Record::Remove { service, .. } | Record::RefuseBefore { service, .. } => {
-            Some(service)
-        }
-        Record::Mirrored { .. } | Record::Term(_) => None,
     }
 }

@@ -51,7 +51,7 @@ pub use catalog::Catalog;
 pub use cluster_facts::{ClusterFact, KubernetesRefusal, NamespacePolicy};
 pub use feed::{Batch, Event, Feed, Lagged, Subscription};
 pub use follow::FollowedServices;
-pub use mirror_progress::{MirrorLag, MirrorProgress};
+pub use mirror_progress::{DirtyServices, MirrorLag, MirrorProgress};
 pub use recover::{Options, Unrecovered, new};
 pub use restore::KubernetesState;
 pub use snapshot::{List, ListError, ListPermit, Snapshot, Snapshots};

@@ -134,7 +134,7 @@ impl Unrecovered {
         if let Some(local) = &local {
             status.restoring();
             let unmirrored = local.unmirrored(&catalog);
-            mirror_progress.mark_dirty(unmirrored.map(|service| (service, generation, UnixMillis::now())));
+            mirror_progress.mark_dirty(unmirrored.map(|service| (service, generation, UnixMillis::now())), []);
         } else {
             status.ready();
         }
@@ -154,7 +154,6 @@ impl Unrecovered {
             mirror_records: MirrorRecords::new(local),
             catalog,
             status,
-            mirror_progress,
             metrics,
             held_over: None,
             limit: BatchLimit::new(),

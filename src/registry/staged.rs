@@ -27,12 +27,14 @@ pub(super) struct StagedChanges {
 }
 
 /// One service that changed.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct StagedService {
     /// The service after all changes; the applier sets its generation.
     pub(super) after: Service,
-    /// The changes, in order.
+    /// The changes that DNS and readers see, in order. Empty if instances were only stamped anew.
     pub(super) changes: Vec<InstanceChange>,
+    /// When the first change was received.
+    pub(super) received: UnixMillis,
 }
 
 impl StagedChanges {
@@ -91,7 +93,8 @@ impl StagedChanges {
         tombstones.shrink()
     }
 
-    /// Stages one change; `service` must be the result of [`StagedChanges::service`] for `key`.
+    /// Stages one change; `service` must be the result of [`StagedChanges::service`] for `key`. One of nothing but the stamp
+    /// is no event: a watch would repeat to its reader what the reader knows.
     pub(super) fn stage(
         &mut self,
         key: ServiceKey,
@@ -102,10 +105,11 @@ impl StagedChanges {
         if change.before.is_none() && change.after.is_none() {
             return;
         }
-        let staged = self
-            .services
-            .entry(key.clone())
-            .or_insert_with(|| StagedService { after: service.unwrap_or_default(), changes: Vec::new() });
+        let staged = self.services.entry(key.clone()).or_insert_with(|| StagedService {
+            after: service.unwrap_or_default(),
+            changes: Vec::new(),
+            received,
+        });
         let instances = &mut staged.after.instances;
         match (&change.before, &change.after) {
             (_, Some(after)) => {
@@ -119,6 +123,11 @@ impl StagedChanges {
                 }
             }
             (None, None) => {}
+        }
+        if let (Some(before), Some(after)) = (&change.before, &change.after)
+            && before.same_but_for_stamp(after)
+        {
+            return;
         }
         staged.changes.push(change.clone());
         self.events.push(Event { service: key, change, received });

@@ -20,8 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::{
-    Ack, AckSender, Catalog, ClusterFact, MirrorProgress, Outcome, Phase, Status, Submission, Unavailable,
-    WriterMessage,
+    Ack, AckSender, Catalog, ClusterFact, Outcome, Phase, Status, Submission, Unavailable, WriterMessage,
     apply::Applier,
     batch_limit::{BatchLimit, MAX_BATCH_TIME},
     commit::Committer,
@@ -64,7 +63,6 @@ pub struct Writer {
     pub(super) mirror_records: MirrorRecords,
     pub(super) catalog: Arc<Catalog>,
     pub(super) status: Status,
-    pub(super) mirror_progress: Arc<MirrorProgress>,
     pub(super) metrics: Arc<Metrics>,
     /// A message that was taken from the queue and is the first of the next batch.
     pub(super) held_over: Option<WriterMessage>,
@@ -280,7 +278,7 @@ impl Writer {
             return Duration::ZERO;
         }
         let DecidedBatch { mut records, changes } = batch;
-        let unmirrored = self.mirror_records.note_unmirrored(&records);
+        self.mirror_records.note(&records);
         records.append(&mut self.mirror_records.take_unsaved());
         // 2. commit: durable.
         let begun = (self.clock)();
@@ -293,7 +291,6 @@ impl Writer {
         let generation = self.committer.generation();
         // 3. apply: visible.
         let applied = self.applier.apply(generation, changes, UnixMillis::now());
-        self.mirror_progress.mark_dirty(unmirrored.into_iter().map(|service| (service, generation, UnixMillis::now())));
         // Before the answer, so that a client which reads the metrics after its answer finds its change counted.
         self.observe(&pending, applied.changes());
         // 4. answer: acknowledged.
@@ -358,7 +355,6 @@ impl Writer {
             return;
         }
         self.decider.stamper().set_term(term);
-        self.decider.comparison_is_over();
         if let Some(term) = new_term {
             if self.committer.commit(&[Record::Term(DirectoryTerm::new(term))], false).is_err() {
                 return;

@@ -12,6 +12,7 @@ mod followers;
 mod kill_cycles;
 mod lease;
 mod replica;
+mod reregistered;
 mod seen_by_coredns;
 mod tombstones;
 mod write_counts;

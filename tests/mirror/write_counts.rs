@@ -2,7 +2,10 @@
 //!
 //! `GANGPLANK_MIRROR_BULK` sets the number of instances; `make mirror` takes 10 000.
 
-use std::{env, time::Instant};
+use std::{
+    env,
+    time::{Duration, Instant},
+};
 
 use gangplank::grpc::proto::registry::RegistrationType;
 
@@ -95,4 +98,49 @@ fn bulk_registration_needs_few_api_writes() {
         let writes = bulk.register("mixed", services, Order::InTurn, instances, held);
         assert!(writes <= instances * 3 / 4, "{writes} writes of {instances} instances");
     }
+}
+
+/// Registrants that register again and again cost a write of their slice each time, but many at once cost one.
+#[test]
+fn repeated_registrations_of_one_slice_share_its_writes() {
+    const INSTANCES: usize = 1_000;
+    const INTERVAL: Duration = Duration::from_secs(5);
+    let Some(cluster) = Cluster::private() else { return };
+    let _lock = private_cluster_lock();
+    let proxy = Proxy::start(&cluster);
+    let server = serve_by(proxy.kubeconfig(), &["--slice-endpoints", "1000"]);
+    let mut stream = Stream::open(server.grpc);
+    make_namespace(&cluster, &mut stream, "again");
+    let one = |n: usize| {
+        let address = format!("10.1.{}.{}", n / 250, n % 250);
+        message(RegistrationType::Register, "again", "web", &address)
+    };
+    let register_all = |stream: &mut Stream| stream.exchange((0..INSTANCES).map(one).collect()).0;
+    assert!(register_all(&mut stream).iter().all(|status| matches!(status, 201 | 202)));
+    wait_until("all are mirrored", || register_all(&mut stream).iter().all(|status| *status == 200).then_some(()));
+    let is_put = |call: &Call| call.is("update", "endpointslices") && call.namespace == "again";
+
+    // All at once, in a loop.
+    proxy.forget_calls();
+    let begun = Instant::now();
+    let mut rounds = 0_usize;
+    while begun.elapsed() < Duration::from_secs(3) {
+        assert!(register_all(&mut stream).iter().all(|status| matches!(status, 200 | 202)));
+        rounds += 1;
+    }
+    let (puts, took) = (proxy.count(is_put), begun.elapsed().as_secs_f64());
+    println!(
+        "in a loop: {rounds} rounds of {INSTANCES}, {:.0} registrations/s, {:.1} PUTs/s",
+        (rounds * INSTANCES) as f64 / took,
+        puts as f64 / took
+    );
+    assert!(puts as f64 <= 5.0 * took, "{puts} writes of one slice in {took:.1} s");
+
+    // Each every five seconds, evenly: two hundred in a second.
+    proxy.forget_calls();
+    let (statuses, took) = stream.exchange_evenly((0..INSTANCES).map(one).collect(), INTERVAL);
+    let (puts, took) = (proxy.count(is_put), took.as_secs_f64());
+    println!("evenly: {:.0} registrations/s, {:.1} PUTs/s", INSTANCES as f64 / took, puts as f64 / took);
+    assert!(statuses.iter().all(|status| matches!(status, 200 | 202)));
+    assert!(puts as f64 <= 5.0 * took, "{puts} writes of one slice in {took:.1} s");
 }

@@ -11,7 +11,7 @@ use gangplank::grpc::proto::registry::{
 use tokio::{
     runtime::{Builder, Runtime},
     sync::mpsc,
-    time::timeout,
+    time::{sleep_until, timeout},
 };
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tonic::Streaming;
@@ -56,10 +56,19 @@ impl Stream {
     /// Sends all of them, without waiting for answers in between, and returns the status of
     /// each answer, in order, and how long all of them took.
     pub(crate) fn exchange(&mut self, messages: Vec<RegistrationMsg>) -> (Vec<u32>, Duration) {
+        self.exchange_evenly(messages, Duration::ZERO)
+    }
+
+    /// The same, with the messages spread evenly over a time.
+    pub(crate) fn exchange_evenly(&mut self, messages: Vec<RegistrationMsg>, over: Duration) -> (Vec<u32>, Duration) {
         let begun = Instant::now();
+        let count = u32::try_from(messages.len()).expect("not that many");
         let expected: Vec<String> = messages.iter().map(|message| message.ipaddress.clone()).collect();
         let send = async {
-            for message in messages {
+            for (message, n) in messages.into_iter().zip(0..) {
+                if !over.is_zero() {
+                    sleep_until((begun + over * n / count).into()).await;
+                }
                 self.sender.send(message).await.expect("the stream is open");
             }
         };

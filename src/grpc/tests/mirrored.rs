@@ -14,11 +14,13 @@ async fn answer_waits_for_the_slice() {
     let messages = tokio_stream::wrappers::ReceiverStream::new(receiver);
     let mut answers = client.registration_event(messages).await.expect("served").into_inner();
 
-    for (sent, status) in [(message(1), 201), (removal(1), 204)] {
+    for (sent, status) in [(message(1), 201), (message(1), 200), (removal(1), 204)] {
         sender.send(sent).await.expect("the stream is open");
-        let changed = soon("a dirty service", mirror.mirror_progress().take_dirty()).await;
+        let dirty = soon("a dirty service", mirror.mirror_progress().take_dirty()).await;
+        assert_eq!((dirty.changed.len(), dirty.repeated.len()), if status == 200 { (0, 1) } else { (1, 0) });
         let generation = mirror.catalog().generation();
-        mirror.mirrored(changed.into_iter().map(|service| (service, generation)).collect()).await.expect("it is there");
+        let services = dirty.changed.into_iter().chain(dirty.repeated);
+        mirror.mirrored(services.map(|service| (service, generation)).collect()).await.expect("it is there");
         let answer = soon("an answer", answers.message()).await.expect("a good stream").expect("one per message");
         assert_eq!(answer.status, status, "{answer:?}");
     }

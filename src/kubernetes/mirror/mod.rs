@@ -26,10 +26,15 @@ use crate::{
     kubernetes::{api::ApiError, cache::ChangedKey},
     metrics::BlockedService,
     model::{ServiceKey, UnixMillis},
+    registry::DirtyServices,
 };
 
 /// When a service is retried that waits for its namespace or for its name. The watch reports both.
 const BLOCKED_BACKOFF: Duration = Duration::from_secs(30);
+
+/// How long the mirror waits for more instances of a service that are registered again as they were: registrants that repeat
+/// themselves every few seconds share the writes of their slices. Short beside the second for which an answer waits.
+const REPEAT_DELAY: Duration = Duration::from_millis(300);
 
 const GAUGE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -128,7 +133,8 @@ impl Mirror {
 
         let mirror_progress = Arc::clone(self.reconciler.registry.mirror_progress());
         // What was unmirrored at the start: nobody waits for that any more.
-        self.add(mirror_progress.take_dirty().now_or_never().unwrap_or_default(), Priority::Resync);
+        let DirtyServices { changed, repeated } = mirror_progress.take_dirty().now_or_never().unwrap_or_default();
+        self.add(changed.into_iter().chain(repeated), Priority::Resync);
         let cluster = Arc::clone(&self.reconciler.cache);
         let mut gauges = interval(GAUGE_INTERVAL);
         gauges.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -150,12 +156,18 @@ impl Mirror {
                     self.handle_outcome(service, outcome).await;
                 }
                 Some(()) = self.publishing.next(), if !self.publishing.is_empty() => {}
-                dirty = mirror_progress.take_dirty() => self.add(dirty, Priority::Live),
+                dirty = mirror_progress.take_dirty() => self.dirty(dirty),
                 changed = cluster.changed() => self.changed(changed),
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
                 _ = gauges.tick() => self.set_gauges(),
             }
         }
+    }
+
+    fn dirty(&mut self, DirtyServices { changed, repeated }: DirtyServices) {
+        self.add(changed, Priority::Live);
+        let now = Instant::now();
+        repeated.into_iter().for_each(|service| self.queue.add_within(service, Priority::Live, REPEAT_DELAY, now));
     }
 
     fn add(&mut self, services: impl IntoIterator<Item = ServiceKey>, priority: Priority) {

@@ -81,8 +81,8 @@ pub(super) struct WorkQueue {
 struct QueueItem {
     priority: Priority,
     state: ItemState,
-    /// The service changed while it was being reconciled, and how.
-    dirty: Option<Priority>,
+    /// The service changed while it was being reconciled: how, and how long that may wait.
+    dirty: Option<(Priority, Duration)>,
     /// While debounced: the latest moment at which the service is due.
     debounced_until: Option<Instant>,
     failures: u32,
@@ -116,12 +116,20 @@ struct ReadyServices {
 impl WorkQueue {
     /// `service` is to be reconciled: it is due now, unless it is debounced, backing off or running.
     pub(super) fn add(&mut self, service: ServiceKey, priority: Priority, now: Instant) {
+        self.add_within(service, priority, Duration::ZERO, now);
+    }
+
+    /// As [`add`](Self::add), but it may wait for `delay`, unless something that may not comes in between.
+    pub(super) fn add_within(&mut self, service: ServiceKey, priority: Priority, delay: Duration, now: Instant) {
         let Some(item) = self.items.get_mut(&service) else {
             self.items.insert(service.clone(), QueueItem::new(priority));
-            return self.schedule(&service, now);
+            return self.schedule(&service, now + delay);
         };
         match item.state {
-            ItemState::Running => item.dirty = Some(item.dirty.map_or(priority, |before| before.min(priority))),
+            ItemState::Running => {
+                let merge = |before: (Priority, Duration)| (before.0.min(priority), before.1.min(delay));
+                item.dirty = Some(item.dirty.map_or((priority, delay), merge));
+            }
             ItemState::Ready if item.failures == 0 && priority < item.priority => {
                 // It moves ahead: the entry under the lower priority is removed.
                 let before = std::mem::replace(&mut item.priority, priority);
@@ -133,7 +141,10 @@ impl WorkQueue {
                 if item.failures == 0 {
                     item.priority = item.priority.min(priority);
                 }
-                let at = item.debounced_until.map_or_else(|| now.min(due), |until| until.min(now + DEBOUNCE));
+                let at = match item.debounced_until {
+                    Some(until) if delay.is_zero() => until.min(now + DEBOUNCE),
+                    _ => due.min(now + delay),
+                };
                 self.schedule(&service, at);
             }
         }
@@ -193,11 +204,11 @@ impl WorkQueue {
     pub(super) fn done(&mut self, service: &ServiceKey, now: Instant) {
         self.stopped(service, ShareChange::Grow);
         if let Some(item) = self.items.remove(service)
-            && let Some(priority) = item.dirty
+            && let Some((priority, delay)) = item.dirty
         {
-            let debounced_until = Some(now + MAX_DEBOUNCE);
+            let debounced_until = delay.is_zero().then(|| now + MAX_DEBOUNCE);
             self.items.insert(service.clone(), QueueItem { debounced_until, ..QueueItem::new(priority) });
-            self.schedule(service, now + DEBOUNCE);
+            self.schedule(service, now + delay.max(DEBOUNCE));
         }
     }
 
@@ -205,13 +216,14 @@ impl WorkQueue {
     pub(super) fn requeue_after(&mut self, service: &ServiceKey, wait: Duration, now: Instant) {
         self.stopped(service, ShareChange::Grow);
         let Some(item) = self.items.get_mut(service) else { return };
-        let dirty = item.dirty;
-        *item = QueueItem::new(dirty.unwrap_or(Priority::Resync));
-        if dirty.is_some() {
-            // Debounced as after `done`: a service may be requeued after every single change.
-            item.debounced_until = Some(now + MAX_DEBOUNCE);
-        }
-        self.schedule(service, now + if dirty.is_some() { DEBOUNCE } else { wait });
+        let Some((priority, delay)) = item.dirty else {
+            *item = QueueItem::new(Priority::Resync);
+            return self.schedule(service, now + wait);
+        };
+        // Debounced as after `done`: a service may be requeued after every single change.
+        let debounced_until = delay.is_zero().then(|| now + MAX_DEBOUNCE);
+        *item = QueueItem { debounced_until, ..QueueItem::new(priority) };
+        self.schedule(service, now + delay.max(DEBOUNCE));
     }
 
     /// `service` failed: it is due again after a backoff that grows with each failure in a row. A
@@ -376,6 +388,26 @@ mod tests {
         queue.done(&key("web"), now);
         queue.add(key("web"), Priority::Live, now);
         assert_eq!(queue.next(now), Some(key("web")), "the next change is not debounced");
+    }
+
+    #[test]
+    fn what_may_wait_is_written_with_what_may_not() {
+        let (mut queue, now, delay) = (WorkQueue::default(), Instant::now(), Duration::from_secs(1));
+        let repeat = |queue: &mut WorkQueue, at| queue.add_within(key("web"), Priority::Live, delay, at);
+        repeat(&mut queue, now);
+        repeat(&mut queue, now + delay / 2);
+        assert_eq!((queue.next(now + delay / 2), queue.next_due()), (None, Some(now + delay)));
+        assert_eq!(queue.next(now + delay), Some(key("web")));
+        // While it runs, as before.
+        repeat(&mut queue, now + delay);
+        queue.done(&key("web"), now + delay);
+        assert_eq!((queue.next(now + delay), queue.next_due()), (None, Some(now + 2 * delay)));
+        queue.add(key("web"), Priority::Live, now + delay);
+        assert_eq!(queue.next(now + delay), Some(key("web")), "a change does not wait");
+        repeat(&mut queue, now + delay);
+        queue.add(key("web"), Priority::Live, now + delay);
+        queue.done(&key("web"), now + delay);
+        assert_eq!(queue.next_due(), Some(now + delay + DEBOUNCE));
     }
 
     #[test]

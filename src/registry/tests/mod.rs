@@ -343,6 +343,46 @@ fn unchanged_registration_survives_a_comparison_that_drops_the_stored_instance()
     assert_eq!(held, [("db".into(), "10.0.0.3".into()), ("web".into(), "10.0.0.1".into())]);
 }
 
+/// With Kubernetes a registration that changes nothing counts as one made now.
+#[test]
+fn unchanged_registration_outranks_an_older_removal_at_a_take_over() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (mut registry, zone) = with_kubernetes(&dir);
+    restore(&mut registry, KubernetesState { new_term: 1, ..KubernetesState::default() });
+    let same = || vec![register("web", "10.0.0.1", 80, 1.0)];
+    let (web, generation) = (VALIDATOR.service("prod", "web").expect("valid"), registry.writer.generation());
+    let (acks, catalog, _) = registry.run_with(vec![same()]);
+    assert_eq!(acks[0].generation, generation + 1);
+    let stamp =
+        |catalog: &Catalog| catalog.get(&web).expect("it is registered").instances.iter().next().map(|i| i.stamp());
+    let first = stamp(&catalog).expect("one instance");
+
+    let (mut registry, _) = with_kubernetes(&dir);
+    restore(&mut registry, KubernetesState { term: 1, new_term: 2, ..KubernetesState::default() });
+    registry.writer.clock = stopped_clock;
+    let mut watch = registry.handle.feed().subscribe(registry.writer.generation());
+    let (generation, synced) = (registry.writer.generation(), syncs(&registry.metrics));
+    let handle = registry.handle.clone();
+    let (acks, catalog, metrics) = registry.run_with(vec![same(), same(), same()]);
+    let unchanged = Ack { generation: generation + 1, outcomes: vec![Outcome::Unchanged] };
+    assert_eq!(acks, [unchanged.clone(), unchanged.clone(), unchanged], "one batch");
+    assert_eq!(syncs(&metrics), synced + 1 + AT_THE_END);
+    assert!(stamp(&catalog) > Some(first));
+    assert_eq!(handle.mirror_progress().lag().services, 1, "the slice has to show the stamp");
+    assert!(watch.try_next().expect("nothing was dropped").is_none(), "no change to tell of");
+    drop((handle, watch, zone));
+
+    // Another process has removed the instance in the time between the two, and told 204.
+    let (mut registry, _) = with_kubernetes(&dir);
+    let Command::Register { instance, .. } = &same()[0] else { panic!("it registers") };
+    let mut removed = crate::replicas::tombstones::Tombstones::default();
+    assert!(removed.insert(instance.id(), crate::model::Stamp { clock: first.clock + 1, term: 1, generation: 9 }));
+    let tombstones = vec![(web.clone(), removed)];
+    let held = KubernetesState { term: 7, new_term: 8, had_lease: true, tombstones, ..KubernetesState::default() };
+    assert_eq!(restore(&mut registry, held), 8);
+    assert_eq!(stamp(registry.handle.catalog()), stamp(&catalog));
+}
+
 /// A stricter policy must not make an existing store unreadable.
 #[test]
 fn stored_instance_that_the_policy_refuses_now_is_served() {
