@@ -37,13 +37,13 @@ enum CliCommand {
         log: LogArgs,
     },
     #[command(flatten)]
-    Client(cli::Subcommand),
+    Client(Box<cli::Subcommand>),
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
     match Gangplank::parse().command {
-        CliCommand::Client(subcommand) => cli::run(subcommand).await,
+        CliCommand::Client(subcommand) => cli::run(*subcommand).await,
         CliCommand::Serve { serve, log } => match run(*serve, &log).await {
             Ok(()) => ExitCode::SUCCESS,
             Err(err) => {

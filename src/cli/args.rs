@@ -1,17 +1,60 @@
 //! Arguments that several subcommands share, and how their texts are parsed.
 
+use std::time::Duration;
+
 use super::error::{CommandError, ErrorKind};
-use crate::model::{PortSpec, Protocol, ServiceKey, Validator};
+use crate::{
+    grpc::client::Servers,
+    model::{PortSpec, Protocol, ServiceKey, Validator},
+};
 
 /// The namespace without `-n` and `GANGPLANK_NAMESPACE`.
 const DEFAULT_NAMESPACE: &str = "default";
 
+/// Longest `--timeout`, so that a deadline never overflows the clock.
+const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// `--server`.
 #[derive(Debug, clap::Args)]
 pub(super) struct ServerArgs {
-    /// The server's gRPC address
-    #[arg(long, env = "GANGPLANK_SERVER", value_name = "URL", default_value = "http://127.0.0.1:9080")]
-    pub(super) server: String,
+    /// The server's gRPC address; repeatable, or with commas, for several replicas, which are asked
+    /// in this order until one takes the call
+    #[arg(
+        long,
+        env = "GANGPLANK_SERVER",
+        value_name = "URL",
+        value_delimiter = ',',
+        default_value = "http://127.0.0.1:9080"
+    )]
+    pub(super) server: Vec<String>,
+}
+
+impl ServerArgs {
+    /// The servers, for commands that read.
+    pub(super) fn readers(self) -> Servers {
+        Servers::new(self.server, Duration::ZERO)
+    }
+}
+
+/// `--server`, for commands that only the replica which writes takes.
+#[derive(Debug, clap::Args)]
+pub(super) struct WriterArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+    /// How long to look for the replica that writes, while others are on standby
+    #[arg(long, env = "GANGPLANK_TIMEOUT", value_name = "TIME", default_value = "30s", value_parser = patience)]
+    timeout: Duration,
+}
+
+impl WriterArgs {
+    pub(super) fn servers(self) -> Servers {
+        Servers::new(self.server.server, self.timeout)
+    }
+}
+
+fn patience(text: &str) -> Result<Duration, String> {
+    let parsed = humantime::parse_duration(text).map_err(|err| err.to_string())?;
+    if parsed > MAX_TIMEOUT { Err("must be at most 1 day".into()) } else { Ok(parsed) }
 }
 
 /// `-n`, for commands about one namespace.

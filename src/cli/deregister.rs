@@ -1,15 +1,12 @@
 //! `gangplank deregister`: removes an instance.
 
 use super::{
-    args::{AddressArg, NamespaceArgs, ServerArgs, ServiceArg, port},
+    args::{AddressArg, NamespaceArgs, ServiceArg, WriterArgs, port},
     error::CommandError,
     mutation::Mutation,
     output::OutputArgs,
 };
-use crate::{
-    grpc::client::Client,
-    model::{InstanceSpec, PortSpec},
-};
+use crate::model::{InstanceSpec, PortSpec};
 
 pub(super) const EXAMPLES: &str = "\
 With ports, the instance that has exactly these ports is removed; without,
@@ -37,7 +34,7 @@ pub struct Args {
     #[command(flatten)]
     output: OutputArgs,
     #[command(flatten)]
-    server: ServerArgs,
+    server: WriterArgs,
 }
 
 pub(super) async fn run(args: Args) -> Result<(), CommandError> {
@@ -45,6 +42,6 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     let ports = address_arg.ports.into_iter().chain(ports).collect();
     let spec = InstanceSpec { address: address_arg.address, ports, ..InstanceSpec::default() };
     let namespace = namespace.of(&service);
-    let answer = Client::connect(&server.server).await?.unregister(namespace, &service.name, &spec).await?;
+    let answer = server.servers().unregister(namespace, &service.name, &spec).await?;
     Mutation { namespace, name: &service.name, spec: &spec, answer }.report(output.output)
 }

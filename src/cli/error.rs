@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::output::colour_allowed;
-use crate::grpc::client::ClientError;
+use crate::grpc::client::{Attempt, ClientError};
 
 /// What went wrong, as the exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,6 +81,11 @@ impl From<ClientError> for CommandError {
             ClientError::Status { .. } => Self::new(ErrorKind::Failed, error.to_string())
                 .hint("check that it is a gangplank server and ready:")
                 .hint("curl http://127.0.0.1:9153/readyz/registrations"),
+            ClientError::NoneAnswered { attempts } => {
+                let failure = Self::new(ErrorKind::Failed, error.to_string());
+                let said = attempts.iter().map(|Attempt { url, reason }| format!("{url}: {reason}"));
+                said.fold(failure, Self::hint)
+            }
             ClientError::InvalidResponse(_) => Self::new(ErrorKind::Failed, error.to_string())
                 .hint("client and server may be of different versions: gangplank --version"),
         }
@@ -109,6 +114,18 @@ mod tests {
         assert!(text.starts_with("no gangplank server at http://[::1]:1: connection refused\n"), "{text}");
         assert!(text.contains("gangplank serve"), "{text}");
         assert!(text.contains("--server"), "{text}");
+    }
+
+    #[test]
+    fn every_server_that_was_asked_is_named() {
+        let attempt = |url: &str, reason: &str| Attempt { url: url.into(), reason: reason.into() };
+        let attempts = vec![attempt("http://a:1", "on standby"), attempt("http://b:1", "Connection refused")];
+        let failure = CommandError::from(ClientError::NoneAnswered { attempts });
+        assert_eq!(failure.kind, ErrorKind::Failed);
+        assert_eq!(
+            failure.to_string(),
+            "no server took the call\n  http://a:1: on standby\n  http://b:1: Connection refused"
+        );
     }
 
     #[test]

@@ -10,12 +10,9 @@ use super::{
     error::{CommandError, ErrorKind},
     output::{Format, NONE, OutputArgs, Table, age, percent, print, print_json, print_yaml},
 };
-use crate::{
-    grpc::client::Client,
-    model::{
-        Port, Protocol, Service, ServiceKey,
-        view::{Rfc3339, ServiceView, ServicesView, TrafficShares},
-    },
+use crate::model::{
+    Port, Protocol, Service, ServiceKey,
+    view::{Rfc3339, ServiceView, ServicesView, TrafficShares},
 };
 
 pub(super) const EXAMPLES: &str = "\
@@ -49,11 +46,11 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     let Args { service, scope, output, server } = args;
     let namespace = scope.of(service.as_ref());
     let format = output.output;
-    let mut client = Client::connect(&server.server).await?;
+    let servers = server.readers();
     match (&service, namespace) {
         (None, namespace) => {
             namespace.map_or(Ok(()), check_namespace)?;
-            let services = client.services(namespace).await?;
+            let services = servers.read(async |client| client.services(namespace).await).await?;
             if services.is_empty() {
                 // Not `eprintln!`, which panics if stderr cannot be written. An empty list is no error: exit 0.
                 let _ = writeln!(io::stderr(), "{}", no_services(namespace));
@@ -62,7 +59,7 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
         }
         (Some(service), Some(namespace)) => {
             let key = key(namespace, &service.name)?;
-            match client.service(&key).await? {
+            match servers.read(async |client| client.service(&key).await).await? {
                 Some(found) => show_service(&key, &found, format),
                 None => Err(not_found(&key.to_string())),
             }
@@ -70,7 +67,7 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
         (Some(service), None) => {
             // Only the name matters; any valid namespace does.
             key("default", &service.name)?;
-            let mut services = client.services(None).await?;
+            let mut services = servers.read(async |client| client.services(None).await).await?;
             services.retain(|(key, _)| key.name() == service.name);
             if services.is_empty() {
                 return Err(not_found(&format!("{} in any namespace", service.name)));

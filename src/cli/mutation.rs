@@ -39,7 +39,7 @@ impl Mutation<'_> {
         let instance = self.instance();
         let outcome = self.outcome(&instance)?;
         let Self { namespace, name, answer, .. } = self;
-        let MutationResponse { status, details, generation } = answer;
+        let MutationResponse { status, details, generation, writers: _ } = answer;
         let view = MutationView {
             namespace,
             name,
@@ -119,7 +119,7 @@ mod tests {
             ports: vec![port(8080, Protocol::Tcp, "http"), port(53, Protocol::Udp, "")],
             ..InstanceSpec::default()
         };
-        let answer = MutationResponse { status, details: details.into(), generation: 1712 };
+        let answer = MutationResponse { status, details: details.into(), generation: 1712, writers: Vec::new() };
         let mutation = Mutation { namespace: "prod", name: "web", spec: &spec, answer };
         let instance = mutation.instance();
         mutation.outcome(&instance).map(|word| mutation.line(&instance, word))

@@ -1,25 +1,25 @@
 //! `gangplank register`: registers one instance.
 
 use super::{
-    args::{AddressArg, NamespaceArgs, ServerArgs, ServiceArg, port},
+    args::{AddressArg, NamespaceArgs, ServiceArg, WriterArgs, port},
     error::CommandError,
     mutation::Mutation,
     output::OutputArgs,
 };
-use crate::{
-    grpc::client::Client,
-    model::{InstanceSpec, PortSpec},
-};
+use crate::model::{InstanceSpec, PortSpec};
 
 pub(super) const EXAMPLES: &str = "\
 Registering again replaces the attributes. Registering the same again changes
-nothing and exits 0, so that a start script can do it at every start.
+nothing and exits 0, so that a start script can do it at every start. Of several
+replicas any will do: one on standby names the one that writes, which is asked
+next. If none writes, all are asked again until --timeout.
 
 Examples:
   gangplank register web 10.0.0.1 --port http=8080
   gangplank register prod/web 10.0.0.2:8080 --weight 0.5
   gangplank register dns 10.0.0.3 -n prod --port dns=53/udp --port dns=53/tcp
   gangplank register db 2001:db8::7 --port 5432 --host-name db-1
+  gangplank register web 10.0.0.1:80 --server http://gp-0:9080,http://gp-1:9080
 
 Exit codes: 0 registered, also if it already was; 1 failed or refused, 2 wrong
 usage, 3 no such namespace in Kubernetes";
@@ -53,7 +53,7 @@ pub struct Args {
     #[command(flatten)]
     output: OutputArgs,
     #[command(flatten)]
-    server: ServerArgs,
+    server: WriterArgs,
 }
 
 pub(super) async fn run(args: Args) -> Result<(), CommandError> {
@@ -72,6 +72,6 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     let ports = address_arg.ports.into_iter().chain(ports).collect();
     let spec = InstanceSpec { address: address_arg.address, ports, host_name, node_name, weight, priority };
     let namespace = namespace.of(&service);
-    let answer = Client::connect(&server.server).await?.register(namespace, &service.name, &spec).await?;
+    let answer = server.servers().register(namespace, &service.name, &spec).await?;
     Mutation { namespace, name: &service.name, spec: &spec, answer }.report(output.output)
 }

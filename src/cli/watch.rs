@@ -15,7 +15,7 @@ use super::{
     output::{Format, OutputArgs, age, colour_allowed, print, print_yaml},
 };
 use crate::{
-    grpc::client::{ChangeKind, Client, WatchEvent},
+    grpc::client::{ChangeKind, Servers, WatchEvent},
     model::{
         Instance, ServiceKey, Timeline,
         view::{InstanceView, ServiceView, TimelineView},
@@ -86,7 +86,7 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
         None => namespace.map_or(Ok(()), check_namespace)?,
     }
     let name = service.as_ref().map(|service| service.name.as_str());
-    let watching = follow(&server.server, namespace, name, from.map(|CursorArg(bytes)| bytes), output.output);
+    let watching = follow(server.readers(), namespace, name, from.map(|CursorArg(bytes)| bytes), output.output);
     tokio::select! {
         ended = watching => ended,
         interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),
@@ -94,13 +94,13 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
 }
 
 async fn follow(
-    url: &str,
+    servers: Servers,
     namespace: Option<&str>,
     service: Option<&str>,
     from: Option<Vec<u8>>,
     format: Option<Format>,
 ) -> Result<(), CommandError> {
-    let mut watch = Client::connect(url).await?.watch(namespace, service, from).await?;
+    let mut watch = servers.read(async |client| client.watch(namespace, service, from.clone()).await).await?;
     let mut printer = EventPrinter { format, colour: colour_allowed(io::stdout().is_terminal()), titled: false };
     // Where a new watch can resume if this one breaks.
     let mut last_cursor = None;

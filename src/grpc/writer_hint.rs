@@ -22,6 +22,12 @@ pub(super) fn add(metadata: &mut MetadataMap, holder: &LeaseHolder) {
     }
 }
 
+/// The addresses that `metadata` names.
+pub(super) fn read(metadata: &MetadataMap) -> Vec<ServerAddress> {
+    let list = metadata.get(KEY).and_then(|list| list.to_str().ok());
+    list.map(ServerAddress::parse_list).unwrap_or_default()
+}
+
 /// `status` with the addresses of `holder`.
 pub(super) fn with(mut status: Status, holder: &LeaseHolder) -> Status {
     add(status.metadata_mut(), holder);

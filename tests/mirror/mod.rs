@@ -14,6 +14,7 @@ mod lease;
 mod replica;
 mod reregistered;
 mod seen_by_coredns;
+mod several_servers;
 mod tombstones;
 mod write_counts;
 

@@ -18,7 +18,7 @@ use super::{
     output::OutputArgs,
 };
 use crate::{
-    grpc::client::Client,
+    grpc::client::Servers,
     model::{PortSpec, Protocol, ServiceKey},
 };
 use name::QueryTarget;
@@ -100,7 +100,9 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     let Args { name, dns, types, ports, tcp, zone, namespace, output, server } = args;
     let target = QueryTarget::complete(&name, namespace.get(), &zone)?;
     let ports = match &target {
-        QueryTarget::Service(_, key) if types.is_empty() && ports.is_empty() => named_ports(&server.server, key).await,
+        QueryTarget::Service(_, key) if types.is_empty() && ports.is_empty() => {
+            named_ports(&server.readers(), key).await
+        }
         _ => ports,
     };
     let mut asked = Vec::new();
@@ -138,8 +140,8 @@ fn questions(
 
 /// The named ports of a service, as the registry knows them. None if it does not answer: this
 /// command is about DNS and works without the registry.
-async fn named_ports(url: &str, key: &ServiceKey) -> Vec<PortName> {
-    let service = timeout(NAMED_PORTS_TIMEOUT, async { Client::connect(url).await?.service(key).await }).await;
+async fn named_ports(servers: &Servers, key: &ServiceKey) -> Vec<PortName> {
+    let service = timeout(NAMED_PORTS_TIMEOUT, servers.read(async |client| client.service(key).await)).await;
     let Ok(Ok(Some(service))) = service else { return Vec::new() };
     let ports = service.instances.iter().flat_map(|instance| instance.ports().as_slice());
     let mut names: Vec<_> = ports.filter_map(|port| Some((port.name.as_ref()?.as_str(), port.protocol))).collect();

@@ -1,15 +1,19 @@
 //! The client side of both services, in model types: for the command line and the agent.
 //!
 //! [`Client::connect`] dials, so that an unreachable server is an error there and not at the first call.
-//! The client does not retry; the caller decides.
+//! The client does not retry; [`Servers`] looks for a server that takes a call.
+
+mod servers;
 
 use std::{collections::VecDeque, error::Error, sync::Arc, time::Duration};
 
+use tokio::time::error::Elapsed;
 use tonic::{
-    Code, Request, Status, Streaming,
+    Code, Request, Response, Status, Streaming,
     transport::{Channel, Endpoint},
 };
 
+pub use self::servers::{Attempt, Servers};
 use super::{
     convert::{change_from_proto, port_to_proto, service_from_proto},
     proto::{
@@ -19,8 +23,9 @@ use super::{
         },
         registry::{RegistrationResult, ServiceInfo, service_registry_client::ServiceRegistryClient},
     },
+    writer_hint,
 };
-use crate::model::{Instance, InstanceSpec, Service, ServiceKey, Timeline};
+use crate::model::{Instance, InstanceSpec, ServerAddress, Service, ServiceKey, Timeline};
 
 /// How long a connection may take to open.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -71,6 +76,29 @@ pub enum ClientError {
     /// This version cannot read the server's response.
     #[error("the server's answer cannot be read: {0}")]
     InvalidResponse(String),
+    /// None of several servers took the call.
+    #[error("no server took the call")]
+    NoneAnswered {
+        /// The servers that were asked last, and what each of them said.
+        attempts: Vec<Attempt>,
+    },
+}
+
+impl ClientError {
+    /// Whether another server may answer the same call.
+    fn is_of_one_server(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } => true,
+            Self::Status { code, .. } => {
+                ["Unavailable", "ResourceExhausted", "DeadlineExceeded", "Cancelled"].contains(&code.as_str())
+            }
+            Self::Url { .. } | Self::InvalidResponse(_) | Self::NoneAnswered { .. } => false,
+        }
+    }
+
+    fn late(url: &str, late: Elapsed) -> Self {
+        Self::Unreachable { url: url.to_owned(), source: late.into() }
+    }
 }
 
 /// The server's response to a registration or removal.
@@ -82,6 +110,8 @@ pub struct MutationResponse {
     pub details: String,
     /// The generation in which DNS serves the change; 0 for a refusal.
     pub generation: u64,
+    /// Where registrations are taken instead, with a refusal on standby.
+    pub writers: Vec<ServerAddress>,
 }
 
 /// One event of a watch.
@@ -236,7 +266,7 @@ impl Client {
         let channel = match dialled {
             Ok(Ok(channel)) => channel,
             Ok(Err(source)) => return Err(ClientError::Unreachable { url: url.to_owned(), source: source.into() }),
-            Err(late) => return Err(ClientError::Unreachable { url: url.to_owned(), source: late.into() }),
+            Err(late) => return Err(ClientError::late(url, late)),
         };
         Ok(Self {
             url: url.into(),
@@ -256,7 +286,7 @@ impl Client {
         spec: &InstanceSpec,
     ) -> Result<MutationResponse, ClientError> {
         let answered = self.registry.register(call(info(namespace, name, spec))).await;
-        self.answer(answered.map(tonic::Response::into_inner))
+        self.answer(answered)
     }
 
     /// Removes one instance, or without ports in `spec` every instance of its address. Other fields of
@@ -271,7 +301,7 @@ impl Client {
         spec: &InstanceSpec,
     ) -> Result<MutationResponse, ClientError> {
         let answered = self.registry.un_register(call(info(namespace, name, spec))).await;
-        self.answer(answered.map(tonic::Response::into_inner))
+        self.answer(answered)
     }
 
     /// One service, or `None` if there is no such service.
@@ -327,9 +357,11 @@ impl Client {
         Ok(WatchEvents { url: Arc::clone(&self.url), stream, part: None, read: VecDeque::new() })
     }
 
-    fn answer(&self, answered: Result<RegistrationResult, Status>) -> Result<MutationResponse, ClientError> {
-        let result = answered.map_err(|status| refused(&self.url, status))?;
-        Ok(MutationResponse { status: result.status, details: result.status_details, generation: result.generation })
+    fn answer(&self, answered: Result<Response<RegistrationResult>, Status>) -> Result<MutationResponse, ClientError> {
+        let answered = answered.map_err(|status| refused(&self.url, status))?;
+        let writers = writer_hint::read(answered.metadata());
+        let RegistrationResult { status, status_details: details, generation, .. } = answered.into_inner();
+        Ok(MutationResponse { status, details, generation, writers })
     }
 }
 

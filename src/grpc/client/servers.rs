@@ -1,0 +1,200 @@
+//! Several servers, of which one takes registrations and all answer readers.
+//!
+//! A server on standby refuses with 503 and names the one that writes. A mutation asks the servers in their order, and
+//! first the ones that a refusal names, until one takes it. When none does and they are replicas, it asks all again after
+//! a pause: another replica takes over within 15 s. The servers that a refusal names are asked in that round only.
+
+use std::{
+    collections::{HashSet, VecDeque},
+    iter,
+    time::Duration,
+};
+
+use tokio::time::{Instant, sleep, timeout};
+
+use super::{Client, ClientError, MutationResponse};
+use crate::model::InstanceSpec;
+
+/// Most servers of one round that refusals name. A wrong hint costs a connection each.
+const MAX_HINTS: usize = 8;
+
+/// How long one of several servers may take. A server that is alive answers within a second and a sync of its disk.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Pauses between rounds. Each is shortened by a random part of up to one half, so that clients which lost the same
+/// server do not come back at one moment.
+const MIN_BACKOFF: Duration = Duration::from_millis(200);
+const MAX_BACKOFF: Duration = Duration::from_secs(2);
+
+/// A server that did not take a call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attempt {
+    /// Its URL.
+    pub url: String,
+    /// Why not: its refusal, or the error of the connection.
+    pub reason: String,
+}
+
+/// The servers that a call may go to.
+#[derive(Debug, Clone)]
+pub struct Servers {
+    urls: Vec<String>,
+    /// How long a mutation looks for a server that takes it.
+    patience: Duration,
+}
+
+/// What a mutation asks for.
+#[derive(Debug, Clone, Copy)]
+enum Mutation {
+    Register,
+    Unregister,
+}
+
+/// One round: each server once.
+#[derive(Debug, Default)]
+struct Round {
+    attempts: Vec<Attempt>,
+    /// Whether a server answered, and refused.
+    refused: bool,
+    hints: usize,
+}
+
+impl Servers {
+    /// The servers at `urls`, each like `http://127.0.0.1:9080`, in the order in which they are asked. A mutation looks for
+    /// a server that takes it for `patience`.
+    #[must_use]
+    pub const fn new(urls: Vec<String>, patience: Duration) -> Self {
+        Self { urls, patience }
+    }
+
+    /// The URLs, as given.
+    #[must_use]
+    pub fn urls(&self) -> &[String] {
+        &self.urls
+    }
+
+    /// Registers one instance, as [`Client::register`].
+    ///
+    /// # Errors
+    /// When no server takes the call.
+    pub async fn register(
+        &self,
+        namespace: &str,
+        name: &str,
+        spec: &InstanceSpec,
+    ) -> Result<MutationResponse, ClientError> {
+        self.mutate(Mutation::Register, namespace, name, spec).await
+    }
+
+    /// Removes instances, as [`Client::unregister`].
+    ///
+    /// # Errors
+    /// When no server takes the call.
+    pub async fn unregister(
+        &self,
+        namespace: &str,
+        name: &str,
+        spec: &InstanceSpec,
+    ) -> Result<MutationResponse, ClientError> {
+        self.mutate(Mutation::Unregister, namespace, name, spec).await
+    }
+
+    /// Calls the servers one after the other until one answers.
+    ///
+    /// # Errors
+    /// When none answers, or one refuses for a reason that the others share.
+    pub async fn read<T>(&self, call: impl AsyncFn(&mut Client) -> Result<T, ClientError>) -> Result<T, ClientError> {
+        let mut attempts = Vec::new();
+        for url in &self.urls {
+            let called = async { call(&mut Client::connect(url).await?).await };
+            match called.await {
+                Err(err) if self.urls.len() > 1 && err.is_of_one_server() => {
+                    attempts.push(Attempt { url: url.clone(), reason: chain(&err) });
+                }
+                result => return result,
+            }
+        }
+        Err(ClientError::NoneAnswered { attempts })
+    }
+
+    async fn mutate(
+        &self,
+        mutation: Mutation,
+        namespace: &str,
+        name: &str,
+        spec: &InstanceSpec,
+    ) -> Result<MutationResponse, ClientError> {
+        let deadline = Instant::now() + self.patience;
+        let mut backoff = MIN_BACKOFF;
+        loop {
+            let mut round = Round::default();
+            if let Some(ended) = self.round(&mut round, deadline, mutation, namespace, name, spec).await {
+                return ended;
+            }
+            let Round { attempts, refused, .. } = round;
+            let pause = backoff.mul_f64(0.5 + fastrand::f64() / 2.0);
+            // Where nobody answers at all, nobody will take over.
+            if !refused || Instant::now() + pause >= deadline {
+                return Err(ClientError::NoneAnswered { attempts });
+            }
+            sleep(pause).await;
+            backoff = (2 * backoff).min(MAX_BACKOFF);
+        }
+    }
+
+    /// Asks each server once. Returns the result of the call unless another server may take it.
+    async fn round(
+        &self,
+        round: &mut Round,
+        deadline: Instant,
+        mutation: Mutation,
+        namespace: &str,
+        name: &str,
+        spec: &InstanceSpec,
+    ) -> Option<Result<MutationResponse, ClientError>> {
+        let mut pending: VecDeque<String> = self.urls.iter().cloned().collect();
+        let mut asked = HashSet::new();
+        while let Some(url) = pending.pop_front() {
+            if !asked.insert(url.clone()) {
+                continue;
+            }
+            let call = async {
+                let mut client = Client::connect(&url).await?;
+                match mutation {
+                    Mutation::Register => client.register(namespace, name, spec).await,
+                    Mutation::Unregister => client.unregister(namespace, name, spec).await,
+                }
+            };
+            let alone = self.urls.len() == 1 && asked.len() == 1;
+            let answered = if alone {
+                call.await
+            } else {
+                let left = deadline.saturating_duration_since(Instant::now()).min(ATTEMPT_TIMEOUT);
+                timeout(left, call).await.unwrap_or_else(|late| Err(ClientError::late(&url, late)))
+            };
+            let reason = match answered {
+                Ok(response) if response.status == 503 && !(alone && response.writers.is_empty()) => {
+                    round.refused = true;
+                    for writer in response.writers.iter().rev() {
+                        let writer = format!("http://{writer}");
+                        if round.hints < MAX_HINTS && !asked.contains(&writer) {
+                            round.hints += 1;
+                            pending.push_front(writer);
+                        }
+                    }
+                    response.details
+                }
+                Err(err) if !alone && err.is_of_one_server() => chain(&err),
+                ended => return Some(ended),
+            };
+            round.attempts.push(Attempt { url, reason });
+        }
+        None
+    }
+}
+
+/// The error and its innermost cause: hyper and tonic wrap the cause several times, and only the innermost is short.
+fn chain(err: &ClientError) -> String {
+    let innermost = iter::successors(std::error::Error::source(err), |cause| cause.source()).last();
+    innermost.map_or_else(|| err.to_string(), ToString::to_string)
+}
