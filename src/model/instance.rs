@@ -10,7 +10,7 @@ use super::{
     address::Address,
     cow_tree::Row,
     name::{DnsName, Label},
-    port::{PortSet, Ports, Protocol},
+    port::{EVERY_PORT, PortSet, Ports, Protocol},
     stamp::Stamp,
 };
 
@@ -100,6 +100,9 @@ impl fmt::Display for InstanceId {
         match &self.address {
             Address::Ip(std::net::IpAddr::V6(ip)) if !ports.is_empty() => write!(f, "[{ip}]")?,
             address => write!(f, "{address}")?,
+        }
+        if self.ports.is_every() {
+            return f.write_str(":*");
         }
         for (index, (protocol, number)) in ports.iter().enumerate() {
             write!(f, "{}{number}", if index == 0 { ':' } else { ',' })?;
@@ -249,6 +252,7 @@ pub struct InstanceKey<'a>(&'a Address, KeyPorts<'a>);
 enum KeyPorts<'a> {
     Ports(&'a Ports),
     Set(&'a PortSet),
+    Every,
     None,
 }
 
@@ -259,10 +263,23 @@ impl<'a> InstanceKey<'a> {
         Self(address, KeyPorts::None)
     }
 
+    /// The removal of all instances of the same address.
+    #[must_use]
+    pub fn every(&self) -> Self {
+        Self(self.0, KeyPorts::Every)
+    }
+
+    /// The address of the instance.
+    #[must_use]
+    pub fn address(&self) -> &'a Address {
+        self.0
+    }
+
     fn ports(&self) -> impl Iterator<Item = (Protocol, u16)> {
         let (ports, set): (&[super::port::Port], &[(Protocol, u16)]) = match self.1 {
             KeyPorts::Ports(ports) => (ports.as_slice(), &[]),
             KeyPorts::Set(set) => (&[], set.as_slice()),
+            KeyPorts::Every => (&[], &EVERY_PORT),
             KeyPorts::None => (&[], &[]),
         };
         ports.iter().map(|port| (port.protocol, port.number)).chain(set.iter().copied())

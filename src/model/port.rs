@@ -187,6 +187,9 @@ fn clash(a: &Port, b: &Port) -> Option<PortError> {
     }
 }
 
+/// No port has the number 0.
+pub(super) const EVERY_PORT: [(Protocol, u16); 1] = [(Protocol::Tcp, 0)];
+
 /// The part of an instance's ports that identifies it: protocols and numbers, in order.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct PortSet(Box<[(Protocol, u16)]>);
@@ -198,6 +201,18 @@ impl PortSet {
         pairs.sort_unstable();
         pairs.dedup();
         Self(pairs.into())
+    }
+
+    /// In an id of a removal: every set of ports, also the empty one. No instance has it.
+    #[must_use]
+    pub fn every() -> Self {
+        Self(Box::new(EVERY_PORT))
+    }
+
+    /// Whether it is [`PortSet::every`].
+    #[must_use]
+    pub fn is_every(&self) -> bool {
+        *self.0 == EVERY_PORT
     }
 
     /// The pairs in order.

@@ -5,7 +5,7 @@ use std::{ops::ControlFlow, sync::Arc};
 use super::{
     address::Address,
     cow_tree::CowTree,
-    instance::{Instance, InstanceKey, UnixMillis},
+    instance::{Instance, InstanceId, InstanceKey, UnixMillis},
 };
 
 /// Everything registered under one name, as an immutable value: a clone is cheap and does not
@@ -19,11 +19,19 @@ pub struct Service {
 }
 
 impl Service {
+    /// When its oldest instance was registered.
+    #[must_use]
+    pub fn created(&self) -> Option<UnixMillis> {
+        self.instances.iter().map(|instance| instance.registered()).min()
+    }
+}
+
+impl CowTree<Arc<Instance>> {
     /// The instances at `address`, whatever their ports.
     #[must_use]
-    pub fn instances_at(&self, address: &Address) -> Vec<Arc<Instance>> {
+    pub fn at(&self, address: &Address) -> Vec<Arc<Instance>> {
         let mut found = Vec::new();
-        let _ = self.instances.visit_from(&InstanceKey::first_of(address), &mut |instance| {
+        let _ = self.visit_from(&InstanceKey::first_of(address), &mut |instance| {
             if instance.address() != address {
                 return ControlFlow::Break(());
             }
@@ -33,10 +41,14 @@ impl Service {
         found
     }
 
-    /// When its oldest instance was registered.
+    /// The instances that a removal of `id` removes.
     #[must_use]
-    pub fn created(&self) -> Option<UnixMillis> {
-        self.instances.iter().map(|instance| instance.registered()).min()
+    pub fn removed_by(&self, id: &InstanceId) -> Vec<Arc<Instance>> {
+        if id.ports.is_every() {
+            self.at(&id.address)
+        } else {
+            self.get(&InstanceKey::from(id)).cloned().into_iter().collect()
+        }
     }
 }
 

@@ -93,6 +93,12 @@ impl ClusterFacts {
         }
     }
 
+    /// Whether Kubernetes has a place for what is said of `service`, as far as that is known.
+    pub(super) fn has_place_for(&self, service: &ServiceKey) -> bool {
+        let may_exist = self.policy.is_none() || !self.complete || self.namespaces.contains(service.namespace());
+        may_exist && self.refuse(service).is_none()
+    }
+
     /// Returns whether that is a change.
     pub(super) fn set_namespace(&mut self, name: Box<str>, exists: bool) -> bool {
         if exists { self.namespaces.insert(name) } else { self.namespaces.remove(&name) }

@@ -166,31 +166,32 @@ impl Decider {
     }
 
     fn unregister(&mut self, key: &ServiceKey, address: Address, ports: PortSet, received: UnixMillis) -> Outcome {
-        let Some(service) = self.service(key) else { return Outcome::NotFound };
-        let found = if ports.as_slice().is_empty() {
-            service.instances_at(&address)
-        } else {
-            let id = InstanceId { address, ports };
-            service.instances.get(&InstanceKey::from(&id)).cloned().into_iter().collect()
-        };
-        if found.is_empty() {
-            return Outcome::NotFound;
-        }
+        let service = self.service(key);
+        let all = ports.as_slice().is_empty();
+        let id = InstanceId { address, ports: if all { PortSet::every() } else { ports } };
+        let found = service.as_ref().map(|service| service.instances.removed_by(&id)).unwrap_or_default();
         let removed = found.len();
         for instance in found {
-            let stamp = self.stamper.next(received);
             let id = instance.id();
-            self.batch.records.push(Record::Remove { service: key.clone(), id: id.clone(), stamp });
-            self.batch.changes.stage(
-                key.clone(),
-                Some(service.clone()),
-                InstanceChange { before: Some(instance), after: None },
-                received,
-            );
-            let refuse_before = self.bury(key, id, stamp, received);
-            self.batch.records.extend(refuse_before);
+            let change = InstanceChange { before: Some(instance), after: None };
+            self.batch.changes.stage(key.clone(), service.clone(), change, received);
+            self.remove(key, id, received);
         }
-        Outcome::Removed(removed)
+        // What is not registered here may be in an outbox elsewhere, with an earlier stamp. Without a namespace, or under a
+        // Service of others, nothing can be remembered in Kubernetes, and nobody can register.
+        let remembered = (all || removed == 0) && self.expiries.is_some() && self.facts.has_place_for(key);
+        if remembered {
+            self.remove(key, id, received);
+        }
+        if removed == 0 { Outcome::NotFound { remembered } } else { Outcome::Removed(removed) }
+    }
+
+    /// Journals a removal, and stages its tombstone.
+    fn remove(&mut self, service: &ServiceKey, id: InstanceId, received: UnixMillis) {
+        let stamp = self.stamper.next(received);
+        self.batch.records.push(Record::Remove { service: service.clone(), id: id.clone(), stamp });
+        let refuse_before = self.bury(service, id, stamp, received);
+        self.batch.records.extend(refuse_before);
     }
 
     /// Stages a tombstone, where removals are remembered. Returns a record if older ones were dropped for it.
@@ -239,7 +240,7 @@ impl Decider {
         let service = self.service(&key);
         let found = service.as_ref().and_then(|service| service.instances.get(&InstanceKey::from(id)).cloned());
         match found {
-            None => Outcome::NotFound,
+            None => Outcome::NotFound { remembered: false },
             Some(before) if before.ready() == ready => Outcome::Unchanged,
             Some(before) => {
                 let after = Arc::new(Instance::clone(&before).with_ready(ready));
@@ -289,6 +290,8 @@ mod tests {
         decider.decide(Command::Unregister { service: key("web"), address, ports }, UnixMillis(2))
     }
 
+    const NOT_FOUND: Outcome = Outcome::NotFound { remembered: false };
+
     fn empty(max_instances: usize) -> Decider {
         Decider::new(Arc::new(Catalog::default()), max_instances, None, Stamper::default(), false)
     }
@@ -306,6 +309,42 @@ mod tests {
             let found = batch.changes.tombstones.get(&key("web")).map(|(tombstones, _)| tombstones.get(&web.key()));
             assert_eq!(found, kept.then_some(Some(*stamp)));
         }
+    }
+
+    #[test]
+    fn removal_of_what_is_not_registered_is_remembered_where_kubernetes_has_a_place_for_it() {
+        let policy = NamespacePolicy { create_namespaces: true };
+        let mut decider = Decider::new(Arc::default(), 10, Some(policy), Stamper::default(), true);
+        let web = instance("10.0.0.1", 80, 1.0);
+        assert_eq!(unregister(&mut decider, "10.0.0.1", web.ports().set()), Outcome::NotFound { remembered: true });
+        assert_eq!(unregister(&mut decider, "10.0.0.2", PortSet::default()), Outcome::NotFound { remembered: true });
+        let batch = decider.take();
+        let (tombstones, _) = &batch.changes.tombstones[&key("web")];
+        let removed: Vec<String> = tombstones.iter().map(|one| one.id.to_string()).collect();
+        assert_eq!((removed, batch.records.len()), (vec!["10.0.0.1:80".into(), "10.0.0.2:*".into()], 2));
+        assert!(tombstones.get(&instance("10.0.0.2", 81, 1.0).key()).is_some(), "whatever its ports");
+
+        // Not where nobody could register, or where the mirror would have to make a namespace for it.
+        decider.facts().namespaces_are_complete();
+        assert_eq!(unregister(&mut decider, "10.0.0.1", PortSet::default()), NOT_FOUND);
+        decider.facts().set_namespace("prod".into(), true);
+        decider.facts().set_foreign(key("web"), true);
+        assert_eq!(unregister(&mut decider, "10.0.0.1", PortSet::default()), NOT_FOUND);
+        assert!(decider.take().is_empty());
+    }
+
+    #[test]
+    fn removal_without_ports_leaves_one_tombstone_for_the_address() {
+        let mut decider = Decider::new(Arc::default(), 10, None, Stamper::default(), true);
+        for port in [80, 81] {
+            assert_eq!(register(&mut decider, &instance("10.0.0.1", port, 1.0)), Outcome::Created);
+        }
+        assert_eq!(unregister(&mut decider, "10.0.0.1", PortSet::default()), Outcome::Removed(2));
+        let batch = decider.take();
+        let (tombstones, _) = &batch.changes.tombstones[&key("web")];
+        assert_eq!(tombstones.iter().map(|one| one.id.to_string()).collect::<Vec<_>>(), ["10.0.0.1:*"]);
+        assert_eq!(batch.records.len(), 2 + 3, "each instance, and the address");
+        assert!(batch.changes.services[&key("web")].after.instances.is_empty());
     }
 
     #[test]
@@ -364,7 +403,7 @@ mod tests {
         assert_eq!(register(&mut decider, &web), Outcome::Unchanged);
         assert_eq!(register(&mut decider, &instance("10.0.0.1", 80, 2.0)), Outcome::Updated);
         assert_eq!(unregister(&mut decider, "10.0.0.1", web.ports().set()), Outcome::Removed(1));
-        assert_eq!(unregister(&mut decider, "10.0.0.1", web.ports().set()), Outcome::NotFound);
+        assert_eq!(unregister(&mut decider, "10.0.0.1", web.ports().set()), NOT_FOUND);
         let batch = decider.take();
         assert_eq!((batch.records.len(), batch.changes.events.len()), (3, 3));
         assert!(batch.changes.services[&key("web")].after.instances.is_empty());
@@ -378,7 +417,7 @@ mod tests {
             assert_eq!(register(&mut decider, &instance(address, port, 1.0)), Outcome::Created);
         }
         assert_eq!(unregister(&mut decider, "10.0.0.1", PortSet::default()), Outcome::Removed(2));
-        assert_eq!(unregister(&mut decider, "10.0.0.1", PortSet::default()), Outcome::NotFound);
+        assert_eq!(unregister(&mut decider, "10.0.0.1", PortSet::default()), NOT_FOUND);
         assert_eq!(decider.take().changes.services[&key("web")].after.instances.len(), 1);
     }
 

@@ -108,7 +108,10 @@ pub enum Outcome {
     /// This many instances were removed.
     Removed(usize),
     /// There is no such instance.
-    NotFound,
+    NotFound {
+        /// Whether the removal counts nevertheless: it leaves a tombstone, so that no earlier word of others comes after it.
+        remembered: bool,
+    },
     /// The limit of registered instances is reached.
     Full {
         /// [`Options::max_instances`].
@@ -116,6 +119,18 @@ pub enum Outcome {
     },
     /// The mirror could not write the registration.
     Refused(KubernetesRefusal),
+}
+
+impl Outcome {
+    /// Whether it is a word on the instance, which the mirror has to write.
+    #[must_use]
+    pub fn is_word(&self) -> bool {
+        match self {
+            Self::Created | Self::Updated | Self::Unchanged | Self::Removed(_) => true,
+            Self::NotFound { remembered } => *remembered,
+            Self::Full { .. } | Self::Refused(_) => false,
+        }
+    }
 }
 
 /// The acknowledgement of a submission, after its batch is durable and visible.

@@ -155,16 +155,20 @@ pub(super) struct Comparison {
 #[derive(Debug, Default)]
 struct WantedService {
     instances: CowTree<Arc<Instance>>,
+    /// What slices remember.
     tombstones: Tombstones,
+    /// Removals in the outbox: one of an address is about instances that other words of the outbox may register.
+    removed: Tombstones,
 }
 
 impl WantedService {
     /// Adds what the slices remember of removals.
     fn bury(&mut self, tombstones: Tombstones) {
         for tombstone in tombstones.iter() {
-            let key = InstanceKey::from(&tombstone.id);
-            if self.instances.get(&key).is_some_and(|instance| instance.stamp() < tombstone.stamp) {
-                self.instances.remove(&key);
+            for instance in self.instances.removed_by(&tombstone.id) {
+                if instance.stamp() < tombstone.stamp {
+                    self.instances.remove(&instance.key());
+                }
             }
         }
         self.tombstones = tombstones;
@@ -172,13 +176,21 @@ impl WantedService {
 
     /// The stamp of the last word on an instance, if one is known.
     fn known(&self, key: &InstanceKey<'_>) -> Option<Stamp> {
-        self.instances.get(key).map(|instance| instance.stamp()).max(self.tombstones.get(key))
+        let registered = self.instances.get(key).map(|instance| instance.stamp());
+        registered.max(self.tombstones.get(key)).max(self.removed.get(key))
     }
 
     fn apply(&mut self, id: &InstanceId, word: &Word<Arc<Instance>>) {
         match &word.value {
             Some(instance) => drop(self.instances.put(Arc::clone(instance))),
-            None => drop(self.instances.remove(&InstanceKey::from(id))),
+            None => {
+                for instance in self.instances.removed_by(id) {
+                    if instance.stamp() <= word.stamp {
+                        self.instances.remove(&instance.key());
+                    }
+                }
+                self.removed.insert(id.clone(), word.stamp);
+            }
         }
     }
 }
@@ -311,11 +323,14 @@ fn missing_tombstones(tombstones: &[(ServiceKey, Tombstones)], stored: &Stored) 
     for (service, tombstones) in tombstones {
         let (held, known) = (services.get(service), known.get(service));
         for tombstone in tombstones.iter() {
-            let key = InstanceKey::from(&tombstone.id);
-            let registered = held.and_then(|held| held.instances.get(&key)).map(|instance| instance.stamp());
-            if registered.max(known.and_then(|known| known.get(&key))) < Some(tombstone.stamp) {
-                let (id, stamp) = (tombstone.id.clone(), tombstone.stamp);
-                records.push(Record::Remove { service: service.clone(), id, stamp });
+            let (key, stamp) = (InstanceKey::from(&tombstone.id), tombstone.stamp);
+            let registered = held.map(|held| held.instances.removed_by(&tombstone.id)).unwrap_or_default();
+            let registered_later = registered.iter().any(|instance| instance.stamp() >= stamp && instance.key() == key);
+            let outranked = registered.iter().filter(|instance| instance.stamp() < stamp && instance.key() != key);
+            let remove = |id| Record::Remove { service: service.clone(), id, stamp };
+            records.extend(outranked.map(|instance| remove(instance.id())));
+            if !registered_later && known.and_then(|known| known.get(&key)) < Some(stamp) {
+                records.push(remove(tombstone.id.clone()));
             }
         }
         records.extend(refuse_before(service, tombstones, known.copied()));
@@ -349,7 +364,7 @@ fn differences(
     }
     let held: HashMap<&ServiceKey, &Service> = from.iter().map(|(service, held)| (service, held)).collect();
     let known: HashMap<&ServiceKey, &Tombstones> = tombstones.iter().map(|(key, known)| (key, known)).collect();
-    for (service, WantedService { instances, tombstones }) in wanted {
+    for (service, WantedService { instances, tombstones, removed: _ }) in wanted {
         let (held, known) = (held.get(service), known.get(service));
         let registered = |key: &InstanceKey<'_>| held.and_then(|held| held.instances.get(key));
         for tombstone in tombstones.iter() {
@@ -371,7 +386,7 @@ fn differences(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{InstanceId, InstanceSpec, UnixMillis, testing::VALIDATOR};
+    use crate::model::{InstanceId, InstanceSpec, PortSet, UnixMillis, testing::VALIDATOR};
 
     fn web() -> ServiceKey {
         VALIDATOR.service("prod", "web").expect("valid")
@@ -531,6 +546,30 @@ mod tests {
         let stored = Stored { tombstones: buried(&[("10.0.0.2", clock)]), ..catalog(&[("10.0.0.1", 1.0)]) };
         let found = super::compare(&local(3, vec![]), held(), &stored, now);
         assert_eq!(found.records, [at(clock, remove("10.0.0.1"))]);
+    }
+
+    #[test]
+    fn removal_of_an_address_outranks_every_older_word_on_its_instances() {
+        let every = InstanceId { ports: PortSet::every(), ..instance("10.0.0.1", 1.0).id() };
+        let removal = |clock| at(clock, Record::Remove { service: web(), id: every.clone(), stamp: Stamp::default() });
+        let mut tombstones = Tombstones::default();
+        assert!(tombstones.insert(every.clone(), Stamp { clock: 5, term: 3, generation: 1 }));
+        let buried = || vec![(web(), tombstones.clone())];
+        // In a slice, against instances in others, of the outbox, and of the directory that wrote last.
+        let held = || KubernetesState { tombstones: buried(), ..slices(7, &[("10.0.0.1", 1.0), ("10.0.0.2", 1.0)]) };
+        let found = compare(&local(3, vec![at(4, put("10.0.0.1", 2.0))]), held(), &Stored::default());
+        assert_eq!(found.records, [removal(5), put("10.0.0.2", 1.0)]);
+        let found = compare(&local(3, vec![at(6, put("10.0.0.1", 2.0))]), held(), &catalog(&[("10.0.0.2", 1.0)]));
+        assert_eq!(found.records, [removal(5), at(6, put("10.0.0.1", 2.0))]);
+        let found = compare(&local(7, vec![]), held(), &catalog(&[("10.0.0.1", 1.0), ("10.0.0.2", 1.0)]));
+        assert_eq!(found.records, [at(5, remove("10.0.0.1")), removal(5)]);
+        // In the outbox, before and after a registration there, against what the slices hold.
+        for (clock, wanted) in [(4, vec![remove("10.0.0.1")]), (6, vec![at(6, put("10.0.0.1", 2.0))])] {
+            let outbox = vec![removal(5), at(clock, put("10.0.0.1", 2.0))];
+            let held = slices(7, &[("10.0.0.1", 1.0)]);
+            let found = compare(&local(3, outbox), held, &catalog(&[("10.0.0.1", 1.0)]));
+            assert_eq!(found.records, wanted, "registered at {clock}");
+        }
     }
 
     #[test]

@@ -412,7 +412,7 @@ fn counted(outcome: Outcome) -> CommandOutcome {
         Outcome::Updated => CommandOutcome::Updated,
         Outcome::Unchanged => CommandOutcome::Unchanged,
         Outcome::Removed(_) => CommandOutcome::Removed,
-        Outcome::NotFound => CommandOutcome::NotFound,
+        Outcome::NotFound { .. } => CommandOutcome::NotFound,
         Outcome::Full { .. } => CommandOutcome::Full,
         Outcome::Refused(_) => CommandOutcome::Refused,
     }

@@ -21,7 +21,7 @@
 //!    [`DirectoryId`](lease::DirectoryId).
 //!
 //! The server runs the election; every process that does not write follows the one that does. A server's [`tombstones`] are
-//! those of removals; a removal of what is not registered leaves none.
+//! those of removals, also of what was not registered.
 //! The hand-over is simulated only.
 
 pub mod confirm;

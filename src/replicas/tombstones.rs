@@ -1,9 +1,9 @@
 //! The removals of one service that are remembered, so that no older word brings back what was removed.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, ops::ControlFlow, sync::Arc};
 
 use super::slice::dropped_to;
-use crate::model::{CowTree, InstanceId, InstanceKey, Stamp, cow_tree::Row};
+use crate::model::{Address, CowTree, InstanceId, InstanceKey, Stamp, cow_tree::Row};
 
 /// Most bytes that the tombstones of one service take in the annotation of its slice: about 850 of them. Each removal
 /// writes the annotation again, so the limit is well below the 256 KiB that Kubernetes allows.
@@ -85,10 +85,11 @@ impl Tombstones {
         self.removed.iter().map(|tombstone| &**tombstone)
     }
 
-    /// When the instance was removed; `None` if that is not known.
+    /// When the instance was removed, by itself or with all of its address; `None` if that is not known.
     #[must_use]
     pub fn get(&self, key: &InstanceKey<'_>) -> Option<Stamp> {
-        self.removed.get(key).map(|tombstone| tombstone.stamp)
+        let stamp = |key: &InstanceKey<'_>| self.removed.get(key).map(|tombstone| tombstone.stamp);
+        stamp(key).max(stamp(&key.every()))
     }
 
     /// The highest clock of a tombstone that there was no room for; 0 where none was dropped.
@@ -103,8 +104,28 @@ impl Tombstones {
         if stamp.clock <= self.refuse_before || known.is_some_and(|known| known >= stamp) {
             return false;
         }
+        if id.ports.is_every() {
+            self.drop_all_of(&id.address, stamp);
+        }
         self.removed.put(Arc::new(Tombstone::new(id, stamp)));
         true
+    }
+
+    /// Drops the tombstones of an address which that of all its instances makes redundant.
+    fn drop_all_of(&mut self, address: &Address, before: Stamp) {
+        let mut redundant = Vec::new();
+        let _ = self.removed.visit_from(&InstanceKey::first_of(address), &mut |one| {
+            if one.id.address != *address {
+                return ControlFlow::Break(());
+            }
+            if one.stamp < before {
+                redundant.push(Arc::clone(one));
+            }
+            ControlFlow::Continue(())
+        });
+        for one in redundant {
+            self.removed.remove(&InstanceKey::from(&one.id));
+        }
     }
 
     /// Tombstones with a clock up to `clock` were dropped. Returns whether that was news.
@@ -177,6 +198,25 @@ mod tests {
         assert!(tombstones.insert(id(1), at(6)));
         assert_eq!((tombstones.get(&InstanceKey::from(&id(1))), tombstones.len()), (Some(at(6)), 1));
         assert_eq!(tombstones.get(&InstanceKey::from(&id(2))), None);
+    }
+
+    #[test]
+    fn removal_of_an_address_is_one_of_all_its_instances() {
+        let mut tombstones = Tombstones::default();
+        let every = InstanceId { ports: PortSet::every(), ..id(1) };
+        let other = InstanceId { ports: PortSet::new(vec![(Protocol::Udp, 53)]), ..id(1) };
+        let bare = InstanceId { ports: PortSet::default(), ..id(1) };
+        for (id, clock) in [(id(1), 5), (other.clone(), 9), (id(2), 5)] {
+            assert!(tombstones.insert(id, at(clock)));
+        }
+        assert!(tombstones.insert(every.clone(), at(7)) && !tombstones.insert(bare.clone(), at(7)));
+        let get = |id: &InstanceId| tombstones.get(&InstanceKey::from(id));
+        assert_eq!(
+            (get(&id(1)), get(&other), get(&bare), get(&id(2))),
+            (Some(at(7)), Some(at(9)), Some(at(7)), Some(at(5)))
+        );
+        assert_eq!(tombstones.len(), 3, "that of the instance is redundant: {tombstones:?}");
+        assert_eq!(every.to_string(), "10.0.0.2:*");
     }
 
     #[test]

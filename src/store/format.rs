@@ -404,13 +404,16 @@ impl RecordDecoder {
                 let service = self.service(&remove.namespace, &remove.service)?;
                 let address = invariants::parse_address(&remove.address).map_err(|err| invalid(&err))?;
                 let mut ports = Vec::with_capacity(remove.ports.len());
-                for port in remove.ports {
+                // The number 0 alone stands for the ports of every instance.
+                let every = matches!(&remove.ports[..], [port] if port.number == 0);
+                for port in remove.ports.into_iter().filter(|_| !every) {
                     match u16::try_from(port.number) {
                         Ok(number @ 1..) => ports.push((port.protocol()?, number)),
                         _ => return Err(invalid(&format_args!("port {}", port.number))),
                     }
                 }
-                let id = InstanceId { address, ports: PortSet::new(ports) };
+                let ports = if every { PortSet::every() } else { PortSet::new(ports) };
+                let id = InstanceId { address, ports };
                 Ok(Record::Remove { service, id, stamp: remove.stamp.into() })
             }
             Some(EntryBody::Mirrored(MirroredEntry { namespace, service, generation })) => {
@@ -493,7 +496,8 @@ mod tests {
                 0 => Record::Term(DirectoryTerm { term: registered, followed: generation % 2 == 1 }),
                 1 if clock % 2 == 0 => Record::RefuseBefore { service, clock: registered },
                 1 => Record::Mirrored { service, generation: registered },
-                2 | 3 => Record::Remove { service, id: instance.id(), stamp },
+                2 => Record::Remove { service, id: InstanceId { ports: PortSet::every(), ..instance.id() }, stamp },
+                3 => Record::Remove { service, id: instance.id(), stamp },
                 _ => Record::Put { service, instance: Arc::new(instance) },
             })
         }

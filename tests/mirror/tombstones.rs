@@ -1,5 +1,6 @@
 //! No old outbox, late request or lost directory brings back what was removed.
 
+use gangplank::grpc::proto::registry::RegistrationType;
 use hickory_proto::rr::RecordType;
 use serde_json::Value;
 
@@ -11,7 +12,7 @@ use crate::support::{
     cluster::{Cluster, Who},
     dns::{Over, answers},
     proxy::{Fault, Proxy},
-    stream::Stream,
+    stream::{Stream, message},
     wait_until,
 };
 
@@ -87,6 +88,91 @@ fn outbox_that_slept_brings_back_nothing_that_another_directory_removed() {
     drop(first.terminate());
 }
 
+/// UNREGISTER without ports: whatever is registered at the address.
+fn remove_all_at(stream: &mut Stream, namespace: &str, service: &str, address: &str) -> u32 {
+    let mut all = message(RegistrationType::Unregister, namespace, service, address);
+    all.ports.clear();
+    stream.exchange(vec![all]).0[0]
+}
+
+/// A 404 is a removal that counts: what another process accepted before it, and Kubernetes never had, does not come back.
+#[test]
+fn removal_of_what_is_not_registered_outranks_an_outbox_that_slept() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let cluster = lock.cluster;
+    let proxy = Proxy::start(cluster);
+    let first = Replica::start(proxy.kubeconfig(), new_directory());
+    first.wait_until_it_writes();
+    let mut stream = Stream::open(first.grpc);
+    make_namespace(cluster, &mut stream, "absent-removed");
+    let away = proxy.inject(Fault::Drop, |_| true);
+    for address in ["10.18.0.1", "10.18.0.2", "10.18.0.3"] {
+        assert_eq!(stream.register("absent-removed", "web", address).0, 202, "Kubernetes does not have it");
+    }
+    drop(stream);
+    let slept = first.kill();
+
+    let second = Proxy::start(cluster);
+    let writer = Replica::start(second.kubeconfig(), new_directory());
+    writer.wait_until_it_writes();
+    let mut stream = Stream::open(writer.grpc);
+    wait_until("the namespace is known", || {
+        assert_eq!(stream.remove("absent-removed", "web", "10.18.0.1").0, 404);
+        (!tombstones(cluster, "absent-removed", "web").is_null()).then_some(())
+    });
+    second.forget_calls();
+    assert_eq!(remove_all_at(&mut stream, "absent-removed", "web", "10.18.0.2"), 404);
+    let remembered = tombstones(cluster, "absent-removed", "web");
+    assert!(remembered["10.18.0.1:8080"].is_array() && remembered["10.18.0.2:*"].is_array(), "{remembered}");
+    assert_eq!(second.count(|call| call.namespace == "absent-removed" && call.is_write()), 1);
+    // As any word it is 202 when Kubernetes does not have it within a second.
+    let hangs = second.inject(Fault::Hang, |call| call.is("update", "endpointslices"));
+    assert_eq!(stream.remove("absent-removed", "web", "10.18.0.9").0, 202);
+    hangs.lift();
+    wait_until("it follows", || {
+        tombstones(cluster, "absent-removed", "web")["10.18.0.9:8080"].is_array().then_some(())
+    });
+    drop(stream);
+    // With its directory.
+    drop(writer.kill());
+
+    away.lift();
+    let first = Replica::start(proxy.kubeconfig(), slept);
+    first.wait_until_it_writes();
+    wait_for_addresses(cluster, "absent-removed", "web", &["10.18.0.3"]);
+    assert_eq!(answers(first.dns, Over::Udp, &dns_name("absent-removed", "web"), RecordType::A), ["10.18.0.3"]);
+    // Removed and registered again with all of its address remembered.
+    let mut stream = Stream::open(first.grpc);
+    assert_eq!(remove_all_at(&mut stream, "absent-removed", "web", "10.18.0.3"), 204);
+    assert_eq!(stream.register("absent-removed", "web", "10.18.0.3").0, 201);
+    let data = first.kill();
+    let first = Replica::start(proxy.kubeconfig(), data);
+    first.wait_until_it_writes();
+    assert_eq!(answers(first.dns, Over::Udp, &dns_name("absent-removed", "web"), RecordType::A), ["10.18.0.3"]);
+    drop(first.terminate());
+}
+
+#[test]
+fn removal_that_nobody_could_have_registered_leaves_nothing() {
+    let Some((harness, proxy)) = MirrorHarness::behind_a_proxy() else { return };
+    let cluster = harness.cluster;
+    let mut stream = Stream::open(harness.server.grpc);
+    make_namespace(cluster, &mut stream, "leaves-nothing");
+    cluster.kubectl(&["create", "service", "clusterip", "theirs", "--tcp=80", "-n", "leaves-nothing"]);
+    wait_until("it is known to be of others", || {
+        (stream.register("leaves-nothing", "theirs", "10.19.0.1").0 == 409).then_some(())
+    });
+    // What was accepted before that was known may be remembered.
+    let before = harness.metric("gangplank_registry_tombstones");
+    proxy.forget_calls();
+    assert_eq!(stream.remove("leaves-nothing", "theirs", "10.19.0.2").0, 404);
+    assert_eq!(stream.remove("nowhere", "web", "10.19.0.2").0, 404);
+    assert_eq!(remove_all_at(&mut stream, "kube-system", "web", "10.19.0.2"), 404);
+    assert_eq!(harness.metric("gangplank_registry_tombstones"), before);
+    assert_eq!(proxy.count(|call| call.is_write() && call.resource == "endpointslices"), 0);
+    assert_eq!(every_slice(cluster, "leaves-nothing", "theirs"), Vec::<Value>::new());
+}
+
 /// A request to create a slice that is carried out after its instance was removed, when nobody is there to see it.
 #[test]
 fn late_creation_of_a_slice_brings_back_nothing() {
@@ -106,7 +192,7 @@ fn late_creation_of_a_slice_brings_back_nothing() {
     });
     assert_eq!(resolve(&harness.server, "late-slice", "web"), Vec::<String>::new());
     let remembered = tombstones(cluster, "late-slice", "web");
-    assert!(remembered["10.15.0.1:80"].is_array(), "{remembered}: it needs no Service");
+    assert!(remembered["10.15.0.1:*"].is_array(), "{remembered}: it needs no Service");
     // As docs/kubernetes.md says of what remains.
     let bytes: usize = every_slice(cluster, "late-slice", "web").iter().map(|slice| slice.to_string().len()).sum();
     assert!(bytes < 2048, "{bytes}");
@@ -142,7 +228,7 @@ fn edited_or_deleted_slice_of_tombstones_is_repaired() {
     assert_eq!(harness.register("tombstones-edited", "web", "10.16.0.1", "http=80").0, Some(0));
     assert_eq!(harness.deregister("tombstones-edited", "web", "10.16.0.1").0, Some(0));
     let remembered = tombstones(cluster, "tombstones-edited", "web");
-    assert!(remembered["10.16.0.1:80"].is_array(), "{remembered}");
+    assert!(remembered["10.16.0.1:*"].is_array(), "{remembered}");
     let name = || {
         wait_until("there is one slice", || match &every_slice(cluster, "tombstones-edited", "web")[..] {
             [slice] => Some(slice["metadata"]["name"].as_str().expect("a name").to_owned()),

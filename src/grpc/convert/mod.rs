@@ -93,14 +93,14 @@ impl ResponseBuilder {
     /// Kubernetes does not have the change yet.
     pub(super) fn completed(self, outcome: Outcome, generation: u64, mirrored: bool) -> RegistrationResponse {
         match outcome {
-            Outcome::Created | Outcome::Updated | Outcome::Unchanged | Outcome::Removed(_) if !mirrored => {
+            _ if !mirrored && outcome.is_word() => {
                 let details = "durable and served; not in Kubernetes yet, it will follow".into();
                 self.answer(RegistrationStatus::Accepted, details, generation)
             }
             Outcome::Created => self.answer(RegistrationStatus::Created, String::new(), generation),
             Outcome::Updated | Outcome::Unchanged => self.answer(RegistrationStatus::Ok, String::new(), generation),
             Outcome::Removed(_) => self.answer(RegistrationStatus::Removed, String::new(), generation),
-            Outcome::NotFound => {
+            Outcome::NotFound { .. } => {
                 let details = format!("{}/{} has no instance at {}", self.namespace, self.service_name, self.ipaddress);
                 let with_ports = if self.ports.is_empty() { "" } else { " with exactly these ports" };
                 self.answer(RegistrationStatus::NotFound, details + with_ports, generation)
@@ -542,7 +542,7 @@ mod tests {
             (Outcome::Updated, 200, 5),
             (Outcome::Unchanged, 200, 5),
             (Outcome::Removed(3), 204, 5),
-            (Outcome::NotFound, 404, 5),
+            (Outcome::NotFound { remembered: true }, 404, 5),
             (Outcome::Full { limit: 10 }, 507, 0),
         ] {
             let (response, _) = parse(good(), &VALIDATOR, UnixMillis(1));

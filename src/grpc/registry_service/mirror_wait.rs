@@ -1,7 +1,7 @@
 //! How long a response waits for Kubernetes.
 //!
 //! DNS always has a change before its response is sent. With a mirror, the response also waits for the
-//! EndpointSlice: 201, 200 and 204 mean that the slice has the change. When that takes too long, the
+//! EndpointSlice: 201, 200, 204, and 404 for a removal, mean that the slice has the change. When that takes too long, the
 //! response is 202 and the slice follows.
 
 use std::{
@@ -54,9 +54,7 @@ impl MirrorWait {
         outcome: Outcome,
         generation: u64,
     ) -> Either<Ready<bool>, impl Future<Output = bool> + Send + use<>> {
-        let is_mirrored =
-            matches!(outcome, Outcome::Created | Outcome::Updated | Outcome::Unchanged | Outcome::Removed(_));
-        match self.wanted.filter(|_| is_mirrored) {
+        match self.wanted.filter(|_| outcome.is_word()) {
             None => Either::Left(ready(true)),
             Some((service, address, until)) => {
                 let confirmed = registry.mirror_progress().confirmed(&service, generation, address);

@@ -156,7 +156,7 @@ fn any_command(rng: &mut Rng, model: &mut Model, most: usize) -> (Command, Outco
     let held = model.len();
     model.retain(|(s, a, p), _| !(*s == service && *a == address && (all || *p == port)));
     let removed = held - model.len();
-    let outcome = if removed == 0 { Outcome::NotFound } else { Outcome::Removed(removed) };
+    let outcome = if removed == 0 { Outcome::NotFound { remembered: false } } else { Outcome::Removed(removed) };
     let ports = PortSet::new(if all { Vec::new() } else { vec![(Protocol::Tcp, port)] });
     let key = VALIDATOR.service("prod", &service).expect("valid");
     (Command::Unregister { service: key, address: VALIDATOR.address(&address).expect("valid"), ports }, outcome)

@@ -8,6 +8,8 @@
 //! {"10.0.0.1:8080":[1700000000123000,3,1700000042],"[2001:db8::1]:53/UDP":[1700000000124000,3,1700000043]}
 //! ```
 //!
+//! The ports `*` are those of every instance of the address.
+//!
 //! `gangplank.dev/refuse-before` is on it when tombstones were dropped because there was no room for them: the clock of the
 //! latest of those.
 
@@ -118,13 +120,17 @@ fn parse_id(text: &str) -> Option<InstanceId> {
         None if text.matches(':').count() > 1 => (text, ""),
         None => text.split_once(':').unwrap_or((text, "")),
     };
+    let address = invariants::parse_address(address).ok()?;
+    if ports == "*" {
+        return Some(InstanceId { address, ports: PortSet::every() });
+    }
     let mut all = Vec::new();
     for port in ports.split(',').filter(|port| !port.is_empty()) {
         let (number, protocol) = port.split_once('/').unwrap_or((port, Protocol::Tcp.as_str()));
         let protocol = Protocol::ALL.into_iter().find(|known| known.as_str() == protocol)?;
         all.push((protocol, number.parse().ok().filter(|number| *number > 0)?));
     }
-    Some(InstanceId { address: invariants::parse_address(address).ok()?, ports: PortSet::new(all) })
+    Some(InstanceId { address, ports: PortSet::new(all) })
 }
 
 #[cfg(test)]
@@ -145,8 +151,10 @@ mod tests {
         for (spec, clock) in specs.iter().zip(1_700_000_000_000_000..) {
             assert!(tombstones.insert(instance(spec).id(), Stamp { clock, term: 3, generation: 42 }));
         }
-        let address = VALIDATOR.address("10.0.0.1").expect("valid");
-        assert!(tombstones.iter().any(|one| one.id.address == address));
+        for (address, clock) in ["10.0.0.3", "2001:db8::3"].into_iter().zip(1_700_000_000_000_010..) {
+            let id = InstanceId { address: VALIDATOR.address(address).expect("valid"), ports: PortSet::every() };
+            assert!(tombstones.insert(id, Stamp { clock, term: 3, generation: 42 }));
+        }
         tombstones
     }
 
@@ -160,7 +168,7 @@ mod tests {
         let text = annotation(&slice.metadata, names::TOMBSTONES).expect("written");
         assert_eq!(
             text,
-            r#"{"10.0.0.1":[1700000000000001,3,42],"10.0.0.1:8080":[1700000000000000,3,42],"[2001:db8::1]:8080,53/UDP":[1700000000000002,3,42],"2001:db8::2":[1700000000000003,3,42]}"#
+            r#"{"10.0.0.1":[1700000000000001,3,42],"10.0.0.1:8080":[1700000000000000,3,42],"10.0.0.3:*":[1700000000000010,3,42],"[2001:db8::1]:8080,53/UDP":[1700000000000002,3,42],"2001:db8::2":[1700000000000003,3,42],"[2001:db8::3]:*":[1700000000000011,3,42]}"#
         );
         assert_eq!(read_tombstones(&slice), Some(written.clone()));
         assert_eq!(untouched(&slice, &web(), &name(&web(), 0)), Some(digest(&written)));
