@@ -6,7 +6,7 @@
 use tracing::error;
 
 use super::{Status, Unavailable};
-use crate::store::{Journal, Record, StoreError};
+use crate::store::{DirectoryTerm, Journal, Record, StoreError};
 
 /// The only writer of the journal.
 #[derive(Debug)]
@@ -47,12 +47,16 @@ impl Committer {
         }
     }
 
-    /// The changes that Kubernetes may lack.
+    /// Passes the records of all stored instances to `record`. Returns the term of the directory, and the changes that
+    /// Kubernetes may lack.
     ///
     /// # Errors
     /// When the journal cannot be read, or a write failed.
-    pub(super) fn read_outbox(&mut self) -> Result<Vec<Record>, Unavailable> {
-        self.journal.read_outbox().map_err(|err| fail(&self.status, &err))
+    pub(super) fn read_back(
+        &mut self,
+        record: &mut dyn FnMut(Record),
+    ) -> Result<(DirectoryTerm, Vec<Record>), Unavailable> {
+        self.journal.read_back(record).map_err(|err| fail(&self.status, &err))
     }
 
     /// Checks, for a batch that changes nothing, that the journal is still in place.

@@ -10,8 +10,8 @@ use tokio::sync::oneshot;
 use tracing::info;
 
 use super::{
-    LeaseHolder, RegistryHandle, Unavailable, Writer, WriterMessage, cluster_facts::is_reserved, restore::LocalState,
-    staged::StagedChanges,
+    LeaseHolder, Phase, RegistryHandle, Unavailable, Writer, WriterMessage, cluster_facts::is_reserved,
+    recover::Replayed, restore::LocalState, staged::StagedChanges,
 };
 use crate::{
     model::{CowTree, Instance, InstanceChange, ServiceKey, UnixMillis},
@@ -51,7 +51,8 @@ pub(super) struct StandDownRequest {
 impl RegistryHandle {
     /// From now on this process does not write, but `holder`, if anybody does: registrations are refused, and what was
     /// accepted and is not in Kubernetes stays in the outbox until the next [`restore`](Self::restore). A restore that
-    /// runs is given up. What is visible stays, until [`follow`](Self::follow) replaces it.
+    /// runs is given up. What is visible stays, until [`follow`](Self::follow) replaces it. After a failure of the journal the
+    /// phase stays [`Phase::StorageFailed`].
     ///
     /// # Errors
     /// When the writer has ended.
@@ -63,7 +64,7 @@ impl RegistryHandle {
     }
 
     /// Shows what another process wrote, and returns when it is visible. The first complete list makes the registry
-    /// readable. Does nothing unless this process is on standby.
+    /// readable. Does nothing unless this process is on standby, or has stood down because its journal failed.
     ///
     /// # Errors
     /// When the writer has ended.
@@ -81,14 +82,24 @@ impl Writer {
         if self.mirror_records.awaited().is_none() {
             // Confirmed while this process held the Lease.
             self.save_confirmations();
-            // After a failure, which the committer reports, this process does not take over again before a restart reads the
-            // outbox.
-            let outbox = self.committer.read_outbox().unwrap_or_default();
+            // Of a comparison that is given up, the journal may have a part, and the catalog still what was followed before.
+            let differs = !self.mirror_records.comparison_is_over();
+            let mut stored = Replayed::default();
+            let mut take = |record| {
+                if differs {
+                    stored.replay(record);
+                }
+            };
+            let usable = self.committer.usable();
+            // After a failure, which the committer has reported, this process does not take over again before a restart reads
+            // the journal.
+            let read = usable.and_then(|()| self.committer.read_back(&mut take));
+            let (term, outbox) = read.unwrap_or_default();
             self.mirror_records.await_comparison(LocalState {
-                term: DirectoryTerm::new(self.decider.stamper().term()),
+                term,
                 generation: self.committer.generation(),
                 outbox: outbox.into(),
-                stored: None,
+                stored: differs.then(|| stored.into_services()),
             });
         }
         // An error means that the caller has ended.
@@ -96,7 +107,7 @@ impl Writer {
     }
 
     pub(super) fn follow(&mut self, FollowRequest { followed, applied }: FollowRequest) {
-        if self.is_standby() {
+        if matches!(self.status.phase(), Phase::Standby(_) | Phase::StorageFailed(_)) {
             self.show(followed);
         }
         // An error means that the watch has ended.

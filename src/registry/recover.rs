@@ -64,9 +64,9 @@ pub fn new(options: Options, metrics: Arc<Metrics>) -> (RegistryHandle, Unrecove
     (handle, Unrecovered { queue, catalog, feed, status, mirror_progress, metrics, options })
 }
 
-/// What the store holds.
+/// What the records of a store amount to.
 #[derive(Debug, Default)]
-struct Stored {
+pub(super) struct Replayed {
     /// In the order of their first record. With a million services, cache misses dominate the
     /// time of a start: the index map publishes services in the order of their memory, and growing it does
     /// not hash them again.
@@ -98,13 +98,13 @@ impl Unrecovered {
             metrics,
             options: Options { max_instances, kubernetes },
         } = self;
-        let mut stored = Stored::default();
+        let mut stored = Replayed::default();
         let mut take = |record| stored.replay(record);
         let (mut journal, recovery) = data_dir.recover(options, Arc::clone(&metrics), &mut take, progress)?;
         for repair in &recovery.repairs {
             warn!("{repair}");
         }
-        let Stored { services, mut tombstones, clock } = stored;
+        let Replayed { services, mut tombstones, clock } = stored;
         if !recovery.tombstones {
             tombstones.clear();
         }
@@ -163,8 +163,13 @@ impl Unrecovered {
     }
 }
 
-impl Stored {
-    fn replay(&mut self, record: Record) {
+impl Replayed {
+    pub(super) fn into_services(self) -> Vec<(ServiceKey, Service)> {
+        self.services.into_iter().collect()
+    }
+
+    /// Takes the next record of the store.
+    pub(super) fn replay(&mut self, record: Record) {
         match record {
             Record::Put { service, instance } => {
                 self.clock.observe(instance.stamp().clock);

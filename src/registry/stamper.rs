@@ -16,11 +16,6 @@ impl Stamper {
         Self { clock, term, generation: 0 }
     }
 
-    /// The term under which the writer accepts.
-    pub(super) fn term(&self) -> u64 {
-        self.term
-    }
-
     /// Another term begins.
     pub(super) fn set_term(&mut self, term: u64) {
         self.term = term;

@@ -279,8 +279,13 @@ fn merge(
     writer.end()
 }
 
-/// Reads the outbox from the files of a store, each with its length in bytes. The error is that of a file.
-pub(super) fn read_outbox(context: &StoreContext, files: &[(FileId, u64)]) -> Result<Vec<Record>, (FileId, io::Error)> {
+/// Reads the files of an open store, each with its length in bytes: passes the records of instances to `record`, and returns
+/// the outbox. The error is that of a file.
+pub(super) fn read_back(
+    context: &StoreContext,
+    files: &[(FileId, u64)],
+    record: &mut dyn FnMut(Record),
+) -> Result<Outbox, (FileId, io::Error)> {
     let mut outbox = Outbox::new(true);
     let mut decoder = RecordDecoder::default();
     let never = AtomicBool::new(false);
@@ -288,8 +293,8 @@ pub(super) fn read_outbox(context: &StoreContext, files: &[(FileId, u64)]) -> Re
     for (file_id, len) in files {
         let read = input.entries(*file_id, *len, &mut |entry, generation| {
             let outbox_key = outbox.outbox_key(&entry, generation);
-            let record = decoder.record(entry).map_err(|err| CompactionError::Corrupt(format!("{err:?}")))?;
-            outbox.take(outbox_key, record);
+            let read = decoder.record(entry).map_err(|err| CompactionError::Corrupt(format!("{err:?}")))?;
+            outbox.take(outbox_key, read).into_iter().for_each(&mut *record);
             Ok(())
         });
         read.map_err(|err| match err {
@@ -297,7 +302,7 @@ pub(super) fn read_outbox(context: &StoreContext, files: &[(FileId, u64)]) -> Re
             CompactionError::Corrupt(_) | CompactionError::Stopped => (*file_id, io::Error::other(err.to_string())),
         })?;
     }
-    Ok(outbox.into_records())
+    Ok(outbox)
 }
 
 /// Reads the files of a merge, or of another reader of an open store.

@@ -12,9 +12,9 @@ use std::{io, sync::Arc, time::Instant};
 use tracing::warn;
 
 use super::{
-    Record, StoreError,
+    DirectoryTerm, Record, StoreError,
     clean_stop::{CLEAN_STOP, CleanStop},
-    compaction::{ClosedFile, CompactionPlan, CompactionTask, StoreContext, read_outbox},
+    compaction::{ClosedFile, CompactionPlan, CompactionTask, StoreContext, read_back},
     disk::{File, is_out_of_descriptors, write_atomically},
     error::IoContext,
     format::Entry,
@@ -302,11 +302,12 @@ impl Journal {
         }
     }
 
-    /// Reads the outbox again from the files, as a start would; a second for a million instances. Stops a compaction that runs.
+    /// Reads the files again, as a start would; a second for a million instances. Passes every record of an instance to
+    /// `record`, later ones after earlier ones, and returns the term and the outbox. Stops a compaction that runs.
     ///
     /// # Errors
     /// When a file cannot be read, or is not what was written. It is final, as in [`append`](Self::append).
-    pub fn read_outbox(&mut self) -> Result<Vec<Record>, StoreError> {
+    pub fn read_back(&mut self, record: &mut dyn FnMut(Record)) -> Result<(DirectoryTerm, Vec<Record>), StoreError> {
         self.usable()?;
         if let Some(running) = &self.compaction {
             running.stop();
@@ -316,7 +317,9 @@ impl Journal {
         let closed = self.closed.iter().map(|segment| (FileId::journal(segment.number), segment.len));
         let snapshot = self.snapshot.iter().map(|snapshot| (FileId::snapshot(snapshot.number), snapshot.len));
         let files: Vec<(FileId, u64)> = snapshot.chain(closed).chain([(file_id, end)]).collect();
-        read_outbox(&self.context, &files).map_err(|(file_id, err)| self.fail("read", file_id, err))
+        let outbox =
+            read_back(&self.context, &files, record).map_err(|(file_id, err)| self.fail("read", file_id, err))?;
+        Ok((outbox.term.unwrap_or_default(), outbox.into_records()))
     }
 
     /// Waits for the compaction, if there is one, and applies its result.

@@ -12,8 +12,12 @@ struct Replica {
 
 impl Replica {
     fn start(dir: &TempDir) -> Self {
+        Self::start_under(dir, 1)
+    }
+
+    fn start_under(dir: &TempDir, new_term: u64) -> Self {
         let (mut registry, _) = with_kubernetes(dir);
-        restore(&mut registry, KubernetesState { new_term: 1, ..KubernetesState::default() });
+        restore(&mut registry, KubernetesState { new_term, ..KubernetesState::default() });
         let (handle, stop) = (registry.handle.clone(), CancellationToken::new());
         let stopped = stop.clone();
         let thread = std::thread::spawn(move || registry.writer.run(registry.runtime.handle(), &stopped));
@@ -49,13 +53,17 @@ impl Replica {
     }
 
     fn addresses(&self) -> Vec<String> {
-        held(self.handle.catalog()).into_keys().map(|(service, address, _)| format!("{service} {address}")).collect()
+        addresses(self.handle.catalog())
     }
 
     fn end(self) {
         self.stop.cancel();
         self.thread.join().expect("no panic");
     }
+}
+
+fn addresses(catalog: &Catalog) -> Vec<String> {
+    held(catalog).into_keys().map(|(service, address, _)| format!("{service} {address}")).collect()
 }
 
 /// The process that writes meanwhile.
@@ -108,10 +116,10 @@ fn what_was_accepted_and_not_mirrored_counts_again_at_the_next_take_over() {
 #[test]
 fn take_over_that_is_given_up_changes_nothing_afterwards() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let mut replica = Replica::start(&dir);
     replica.stand_down();
-    for round in 0..50 {
-        let held = |n: u8| {
+    for round in 0..20 {
+        let slices_of = |n: u8| {
             let addresses: Vec<String> = (1..=n).map(|last| format!("10.0.{round}.{last}")).collect();
             slices("web", &addresses.iter().map(String::as_str).collect::<Vec<_>>())
         };
@@ -120,19 +128,33 @@ fn take_over_that_is_given_up_changes_nothing_afterwards() {
             term: new_term - 1,
             generation: 8,
             new_term,
-            services: vec![held(200), held(100)],
+            services: vec![slices_of(200), slices_of(100)],
             ..KubernetesState::default()
         };
+        // The journal has none of these.
+        replica.follow(true, vec![slices_of(2)]);
         let (given_up, ()) = replica.runtime.block_on(async {
             tokio::join!(replica.handle.restore(state), async {
                 replica.handle.stand_down(other()).await.expect("the writer is there");
             })
         });
         assert!(matches!(given_up, Ok(_) | Err(Unavailable::Standby(_))), "{given_up:?}");
-        replica.follow(true, vec![held(3)]);
+        replica.follow(true, vec![slices_of(3)]);
         assert_eq!(replica.addresses().len(), 3, "{given_up:?}");
-        assert_eq!(replica.restore(new_term + 2, vec![held(2)]), Ok(new_term + 2));
-        assert_eq!(replica.addresses().len(), 2);
+        assert_eq!(replica.restore(new_term + 2, vec![slices_of(2)]), Ok(new_term + 2));
+        let taken_over = replica.addresses();
+        assert_eq!(taken_over.len(), 2);
+        replica.end();
+        let (registry, _) = with_kubernetes(&dir);
+        assert_eq!(
+            addresses(registry.handle.catalog()),
+            taken_over,
+            "{given_up:?}, round {round}: the journal has what was taken over"
+        );
+        let local = registry.writer.mirror_records.awaited().expect("it waits for Kubernetes");
+        assert_eq!(local.term, store::DirectoryTerm::new(new_term + 2));
+        drop(registry);
+        replica = Replica::start_under(&dir, new_term + 3);
         replica.stand_down();
     }
     replica.end();
