@@ -313,7 +313,7 @@ impl Election {
             None => true,
             Some(record) => record.released || (self.resume && record.holder == self.me),
         };
-        if !now.clock_agrees || !(free || began.since(still_since) >= LEASE_DURATION) {
+        if !now.eligible || !(free || began.since(still_since) >= LEASE_DURATION) {
             return actions;
         }
         let term = match lease_term {

@@ -26,8 +26,8 @@ pub struct Now {
     pub boot: BootTime,
     /// The wall clock, in seconds since the Unix epoch.
     pub unix_seconds: u64,
-    /// Whether the wall clock agrees with the API server's to a second: only then may the Lease be taken.
-    pub clock_agrees: bool,
+    /// Whether the Lease may be taken: the wall clock agrees with the API server's to a second, and the journal can be written.
+    pub eligible: bool,
 }
 
 impl Now {

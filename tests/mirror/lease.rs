@@ -201,6 +201,33 @@ fn writer_that_was_cut_off_follows_and_keeps_what_it_accepted() {
     assert!(harness.server.terminate().success());
 }
 
+/// It gives the Lease up, and its DNS goes on with what the other one writes.
+#[test]
+fn process_that_cannot_write_its_journal_lets_another_one_write_and_follows() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let kubeconfig = lock.cluster.kubeconfig_for_gangplank();
+    let mut harness = MirrorHarness { server: serve_by(&kubeconfig, &[]), cluster: lock.cluster, _lock: lock };
+    harness.create_namespace("full-disk");
+    assert_eq!(Stream::open(harness.server.grpc).register("full-disk", "web", "10.16.0.1").0, 201);
+    let second = Replica::on_standby(&kubeconfig);
+    fs::remove_dir_all(harness.server.data_dir()).expect("the directory is there");
+    assert_eq!(Stream::open(harness.server.grpc).register("full-disk", "web", "10.16.0.9").0, 503);
+    second.wait_until_it_writes();
+    assert_eq!(second.register("full-disk", "web", "10.16.0.2"), 201);
+    assert_eq!(Stream::open(second.grpc).remove("full-disk", "web", "10.16.0.1").0, 204);
+    wait_until("it follows", || (a(harness.server.dns, "web.full-disk") == ["10.16.0.2"]).then_some(()));
+    assert_eq!(http::get(harness.server.admin, "/readyz").0, 200);
+    let (status, page) = http::get(harness.server.admin, "/readyz/registrations");
+    assert!(status == 503 && page.contains("the journal cannot be written"), "{status} {page}");
+
+    // It does not take the Lease again, though nobody else is left.
+    second.terminate();
+    let third = Replica::start(&kubeconfig, TempDir::new().expect("a temporary directory can be made"));
+    third.wait_until_it_writes();
+    assert_eq!(a(third.dns, "web.full-disk"), ["10.16.0.2"]);
+    assert_eq!(harness.server.terminate().code(), Some(0));
+}
+
 #[test]
 fn directory_that_slept_brings_back_nothing_that_was_removed() {
     let Some(lock) = ClusterLock::take() else { return };

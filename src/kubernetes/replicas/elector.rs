@@ -1,8 +1,8 @@
 //! The task that holds the Lease: drives [`Election`] with the API server's answers and the time.
 //!
 //! A process is on standby until it has taken the Lease, and follows what the holder writes. After the
-//! take-over it renews the Lease, and gives it up when the process drains and everything that was
-//! accepted is in Kubernetes.
+//! take-over it renews the Lease, and gives it up when everything that was accepted is in Kubernetes and nothing more is
+//! accepted: because the process drains, or because its journal cannot be written. In the second case it follows from then on.
 
 use std::{sync::Arc, time::Duration};
 
@@ -31,8 +31,11 @@ use crate::{
 /// How long a request for the Lease may take: a renewal is repeated in time.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often to look whether everything is mirrored, while draining.
+/// How often to look whether everything is mirrored, once nothing more is accepted.
 const DRAIN_POLL: Duration = Duration::from_millis(50);
+
+/// How long a process that cannot write its journal keeps the Lease for what is not mirrored yet. All of it is in the journal.
+const MAX_HOLD_AFTER_FAILURE: Duration = Duration::from_secs(10);
 
 /// Indices of [`Elector::failures`].
 const READ: usize = 0;
@@ -106,6 +109,10 @@ pub(in crate::kubernetes) struct Elector {
     /// As last read.
     holder: LeaseHolder,
     clock_agrees: bool,
+    /// Since when the journal cannot be written.
+    storage_failed: Option<Instant>,
+    /// Whether the registry was told that this process does not write.
+    stood_down: bool,
     /// The last error of a read, and of a write, to log each once.
     failures: [Option<ApiError>; 2],
 }
@@ -137,6 +144,8 @@ impl Elector {
             standby: watch::Sender::new(false),
             holder: LeaseHolder::default(),
             clock_agrees: true,
+            storage_failed: None,
+            stood_down: false,
             failures: [None, None],
         };
         (elector, handle)
@@ -165,14 +174,20 @@ impl Elector {
         let mut drain = interval(DRAIN_POLL);
         drain.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let draining = *phases.borrow_and_update() == Phase::Draining;
+            let phase = phases.borrow_and_update().clone();
+            let draining = phase == Phase::Draining;
+            if matches!(phase, Phase::StorageFailed(_)) {
+                self.storage_failed.get_or_insert_with(Instant::now);
+            }
+            let must_leave = self.storage_failed.is_some() && *self.election.role() != Role::Follower;
             let actions = tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
                 Some(answer) = self.requests.next(), if !self.requests.is_empty() => self.answered(answer).await,
                 Some(message) = self.messages.recv() => self.told(message),
-                _ = drain.tick(), if draining => {
-                    if self.is_drained() { break } else { Vec::new() }
+                _ = drain.tick(), if draining || must_leave => {
+                    if draining && self.is_drained() { break }
+                    if must_leave { self.leave().await } else { Vec::new() }
                 }
                 _ = ticks.tick() => {
                     self.election.published(self.registry.catalog().generation());
@@ -192,7 +207,7 @@ impl Elector {
 
     fn now(&self) -> Now {
         let unix_seconds = crate::model::UnixMillis::now().0 / 1_000;
-        Now { boot: boot_time(), unix_seconds, clock_agrees: self.clock_agrees }
+        Now { boot: boot_time(), unix_seconds, eligible: self.clock_agrees && self.storage_failed.is_none() }
     }
 
     fn told(&mut self, message: Message) -> Vec<Action> {
@@ -250,7 +265,8 @@ impl Elector {
             return;
         }
         // The API server was away at the start, and registrations were accepted meanwhile.
-        if self.registry.status().accepting().is_ok() && !self.active {
+        let was_told = self.registry.status().accepting().is_err() && self.storage_failed.is_none() || self.stood_down;
+        if !was_told && !self.active {
             self.stand_down().await;
         }
         if self.registry.status().standby(&self.holder) {
@@ -261,6 +277,7 @@ impl Elector {
     }
 
     async fn stand_down(&mut self) {
+        self.stood_down = true;
         // The receiver ends with the process.
         let _ = self.turns.send(Turn::StandDown(self.holder.clone())).await;
     }
@@ -286,7 +303,7 @@ impl Elector {
                 }
                 Action::TakeOver => {
                     let Role::TakingOver(tenure) = self.election.role() else { continue };
-                    self.active = true;
+                    (self.active, self.stood_down) = (true, false);
                     let turn = Turn::TakeOver(tenure.clone(), self.election.highest_term(self.now()));
                     // The receiver takes each turn at once, and ends with the process.
                     let _ = self.turns.send(turn).await;
@@ -338,6 +355,26 @@ impl Elector {
         self.stand_down().await;
     }
 
+    /// The journal cannot be written, so another process shall write: gives the Lease up.
+    async fn leave(&mut self) -> Vec<Action> {
+        match self.election.role() {
+            Role::TakingOver(_) => self.election.give_up(),
+            Role::Writer { .. } if self.is_mirrored_or_late() => {
+                warn!(lease = self.client.name(), "the journal cannot be written: another process shall write");
+                self.release().await;
+                self.active = false;
+                self.stand_down().await;
+                Vec::new()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn is_mirrored_or_late(&self) -> bool {
+        let late = self.storage_failed.is_some_and(|since| since.elapsed() >= MAX_HOLD_AFTER_FAILURE);
+        late || self.registry.mirror_progress().lag().services == 0
+    }
+
     /// Whether nothing is accepted any more and everything that was is in Kubernetes.
     fn is_drained(&self) -> bool {
         self.registry.has_ended() && self.registry.mirror_progress().lag().services == 0
@@ -356,13 +393,17 @@ impl Elector {
         self.election.published(self.registry.catalog().generation());
         let actions = self.election.release();
         for action in actions {
-            if let Action::WriteLease { expected, record, .. } = action {
-                match timeout_at(deadline, self.client.write(expected, &record)).await {
-                    Ok((LeaseWrite::Written(_), _)) => info!(lease = self.client.name(), "released"),
-                    _ => {
-                        warn!(lease = self.client.name(), "could not be released; another process takes it after 15 s");
-                    }
+            if let Action::WriteLease { id, expected, record } = action {
+                let began = boot_time();
+                let write = timeout_at(deadline, self.client.write(expected, &record)).await;
+                let written = write.map_or(LeaseWrite::Unknown, |(written, _)| written);
+                if matches!(written, LeaseWrite::Written(_)) {
+                    info!(lease = self.client.name(), "released");
+                } else {
+                    warn!(lease = self.client.name(), "could not be released; another process takes it after 15 s");
                 }
+                // A follower does nothing about it.
+                let _ = self.election.lease_written(id, began, written);
             }
         }
         self.observe();

@@ -212,7 +212,7 @@ impl SliceInstances {
     fn new(validator: Validator) -> Self {
         // A term can be as high as the time.
         let unix_seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let now = Now { boot: BootTime::default(), unix_seconds, clock_agrees: true };
+        let now = Now { boot: BootTime::default(), unix_seconds, eligible: true };
         let highest_term = now.highest_term(0);
         let (view, tombstones) = (InstanceView::default(), HashMap::new());
         Self { validator, highest_term, view, tombstones, rank: SliceRank::default(), skipped: 0 }

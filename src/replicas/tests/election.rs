@@ -12,7 +12,7 @@ fn boot(seconds: u64) -> BootTime {
 }
 
 fn now(seconds: u64) -> Now {
-    Now { boot: boot(seconds), unix_seconds: 1_000 + seconds, clock_agrees: true }
+    Now { boot: boot(seconds), unix_seconds: 1_000 + seconds, eligible: true }
 }
 
 fn lease(version: u64, term: u64, holder: DirectoryId) -> Option<Option<ObservedLease>> {
@@ -94,7 +94,7 @@ fn missing_lease_is_held_for_its_duration_before_slices_are_listed() {
 fn replica_whose_clock_is_wrong_does_not_acquire() {
     let mut election = candidate();
     let [Action::ReadLease(id)] = election.tick(now(0))[..] else { panic!("a read") };
-    let wrong = Now { clock_agrees: false, ..now(0) };
+    let wrong = Now { eligible: false, ..now(0) };
     assert_eq!(election.lease_read(id, boot(0), wrong, Some(None)), []);
 }
 

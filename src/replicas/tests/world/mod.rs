@@ -319,7 +319,7 @@ impl World {
 
     fn clocks(&self, machine: usize) -> Clocks {
         let wall = (EPOCH + self.time).saturating_add_signed(self.machines[machine].skew);
-        let now = Now { boot: self.boot(machine), unix_seconds: wall / SECOND, clock_agrees: true };
+        let now = Now { boot: self.boot(machine), unix_seconds: wall / SECOND, eligible: true };
         Clocks { now, wall }
     }
 
