@@ -8,14 +8,17 @@
 use std::sync::Arc;
 
 use super::{
-    Catalog, Command, NamespacePolicy, Outcome, cluster_facts::ClusterFacts, expiries::Expiries, staged::StagedChanges,
+    Catalog, Command, NamespacePolicy, Outcome,
+    cluster_facts::ClusterFacts,
+    expiries::{Expiries, MAX_SHRUNK},
+    staged::StagedChanges,
     stamper::Stamper,
 };
 use crate::{
     model::{
         Address, Instance, InstanceChange, InstanceId, InstanceKey, PortSet, Service, ServiceKey, Stamp, UnixMillis,
     },
-    replicas::word::TombstoneLifetime,
+    replicas::{tombstones::Tombstones, word::TombstoneLifetime},
     store::Record,
 };
 
@@ -63,6 +66,7 @@ impl Decider {
         let expiries = tombstones.then(|| {
             let mut expiries = Expiries::default();
             for (service, tombstones) in catalog.all_tombstones() {
+                expiries.resize(0, tombstones.bytes());
                 tombstones.oldest().into_iter().for_each(|oldest| expiries.add(oldest, service.clone()));
             }
             expiries
@@ -142,7 +146,8 @@ impl Decider {
         let before = service.as_ref().and_then(|service| service.instances.get(&instance.key()).cloned());
         let (outcome, instance) = match &before {
             None => {
-                if self.batch.changes.instances(&self.catalog) >= self.max_instances {
+                let is_full = self.batch.changes.instances(&self.catalog) >= self.max_instances;
+                if is_full || service.is_none() && self.remembers_too_many(&key) {
                     return Outcome::Full { limit: self.max_instances };
                 }
                 (Outcome::Created, Arc::unwrap_or_clone(instance))
@@ -180,6 +185,9 @@ impl Decider {
         // What is not registered here may be in an outbox elsewhere, with an earlier stamp. Without a namespace, or under a
         // Service of others, nothing can be remembered in Kubernetes, and nobody can register.
         let remembered = (all || removed == 0) && self.expiries.is_some() && self.facts.has_place_for(key);
+        if remembered && removed == 0 && self.remembers_too_many(key) {
+            return Outcome::Full { limit: self.max_instances };
+        }
         if remembered {
             self.remove(key, id, received);
         }
@@ -194,18 +202,53 @@ impl Decider {
         self.batch.records.extend(refuse_before);
     }
 
+    /// Whether no other service may remember removals than those that do. Each keeps a slice until they expire, as if it had an
+    /// instance, so there may be as many.
+    fn remembers_too_many(&self, service: &ServiceKey) -> bool {
+        self.expiries.as_ref().is_some_and(|expiries| expiries.len() >= self.max_instances)
+            && self.batch.changes.tombstones(&self.catalog, service).is_empty()
+    }
+
     /// Stages a tombstone, where removals are remembered. Returns a record if older ones were dropped for it.
     fn bury(&mut self, service: &ServiceKey, id: InstanceId, stamp: Stamp, received: UnixMillis) -> Option<Record> {
         self.note_expiry(service, stamp.clock)?;
-        let clock = self.batch.changes.bury(&self.catalog, service, id, stamp, received)?;
-        Some(Record::RefuseBefore { service: service.clone(), clock })
+        let clock = self.change_tombstones(service, received, |tombstones| {
+            tombstones.insert(id, stamp);
+            tombstones.shrink()
+        });
+        self.keep_tombstone_budget(received);
+        Some(Record::RefuseBefore { service: service.clone(), clock: clock? })
     }
 
     fn raise_refuse_before(&mut self, service: &ServiceKey, clock: u64, received: UnixMillis) {
         if self.note_expiry(service, clock).is_some() {
-            let mut tombstones = self.batch.changes.tombstones(&self.catalog, service);
-            if tombstones.raise_refuse_before(clock) {
-                self.batch.changes.stage_tombstones(service, tombstones, received);
+            self.change_tombstones(service, received, |tombstones| tombstones.raise_refuse_before(clock));
+        }
+    }
+
+    fn change_tombstones<T>(
+        &mut self,
+        service: &ServiceKey,
+        received: UnixMillis,
+        change: impl FnOnce(&mut Tombstones) -> T,
+    ) -> T {
+        let tombstones = self.batch.changes.tombstones_mut(&self.catalog, service, received);
+        let before = tombstones.bytes();
+        let changed = change(tombstones);
+        if let Some(expiries) = &mut self.expiries {
+            expiries.resize(before, tombstones.bytes());
+        }
+        changed
+    }
+
+    /// Drops older tombstones of the services with the oldest, while all together take too much.
+    fn keep_tombstone_budget(&mut self, received: UnixMillis) {
+        for _ in 0..MAX_SHRUNK {
+            let Some(service) = self.expiries.as_mut().and_then(Expiries::next_to_shrink) else { return };
+            let bytes = self.batch.changes.tombstones(&self.catalog, &service).bytes();
+            if bytes > 0 {
+                let dropped = self.change_tombstones(&service, received, |tombstones| tombstones.shrink_to(bytes / 2));
+                self.batch.records.extend(dropped.map(|clock| Record::RefuseBefore { service, clock }));
             }
         }
     }
@@ -226,7 +269,9 @@ impl Decider {
         let expired_before = TombstoneLifetime::DEFAULT.expired_before(self.stamper.now(now));
         for service in expiries.take_due(expired_before) {
             let mut tombstones = self.batch.changes.tombstones(&self.catalog, &service);
+            let before = tombstones.bytes();
             let changed = tombstones.expire(expired_before);
+            expiries.resize(before, tombstones.bytes());
             if let Some(oldest) = tombstones.oldest() {
                 expiries.add_again(oldest, expired_before, service.clone());
             }
@@ -309,6 +354,59 @@ mod tests {
             let found = batch.changes.tombstones.get(&key("web")).map(|(tombstones, _)| tombstones.get(&web.key()));
             assert_eq!(found, kept.then_some(Some(*stamp)));
         }
+    }
+
+    /// Registers and removes an instance in each of these services, one batch each.
+    fn come_and_go(decider: &mut Decider, services: std::ops::Range<u64>) -> Vec<Outcome> {
+        let catalog = Arc::clone(&decider.catalog);
+        let mut outcomes = Vec::new();
+        for n in services {
+            let (service, web) = (key(&format!("s{n}")), instance("10.0.0.1", 80, 1.0));
+            let (address, ports) = (web.address().clone(), web.ports().set());
+            decider.stamper().set_generation(n);
+            outcomes.push(decider.decide(Command::Register { service: service.clone(), instance: web }, UnixMillis(n)));
+            decider.decide(Command::Unregister { service, address, ports }, UnixMillis(n));
+            for (service, (tombstones, _)) in decider.take().changes.tombstones {
+                catalog.set_tombstones(service, tombstones);
+            }
+        }
+        outcomes
+    }
+
+    #[test]
+    fn all_tombstones_fit_one_budget_and_the_oldest_are_dropped_for_it() {
+        const BUDGET: usize = 10_000;
+        let mut decider = Decider::new(Arc::new(Catalog::default()), 10_000, None, Stamper::default(), true);
+        decider.expiries = Some(Expiries::with_budget(BUDGET));
+        for begin in (1..2_000).step_by(100) {
+            come_and_go(&mut decider, begin..begin + 100);
+            let all = decider.catalog.all_tombstones();
+            let bytes: usize = all.iter().map(|(_, tombstones)| tombstones.bytes()).sum();
+            assert_eq!(Some(bytes), decider.expiries.as_ref().map(Expiries::bytes), "it is counted right");
+            assert!(bytes <= BUDGET, "{bytes}");
+        }
+        let remembers = |n: u64| decider.catalog.tombstones(&key(&format!("s{n}")));
+        assert_eq!(
+            (remembers(1).len(), remembers(1).refuse_before()),
+            (0, 1_001),
+            "a put that is no younger is refused"
+        );
+        assert_eq!((remembers(2_000).len(), remembers(2_000).refuse_before()), (1, 0));
+        assert!((0..2_000).map(|n| remembers(n).len()).is_sorted(), "the oldest were dropped");
+    }
+
+    #[test]
+    fn services_that_remember_removals_are_as_many_as_instances_at_most() {
+        let mut decider = Decider::new(Arc::new(Catalog::default()), 10, None, Stamper::default(), true);
+        let full = Outcome::Full { limit: 10 };
+        let outcomes = come_and_go(&mut decider, 0..12);
+        assert_eq!(outcomes, [&[Outcome::Created; 10][..], &[full; 2]].concat());
+        assert_eq!(come_and_go(&mut decider, 3..4), [Outcome::Created], "its removals are remembered already");
+        assert_eq!(
+            unregister(&mut decider, "10.0.0.1", PortSet::default()),
+            full,
+            "nothing is, and it would be remembered"
+        );
     }
 
     #[test]

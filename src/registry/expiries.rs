@@ -1,7 +1,10 @@
-//! When tombstones expire: each service is looked at a few times in the lifetime of its tombstones, never on the path of a
-//! registration.
+//! Which services remember removals, and how much: for their expiry, and for the budget of the process.
+//!
+//! Each service is looked at a few times in the lifetime of its tombstones, never on the path of a registration. Beyond the budget
+//! a removal drops older ones, of the services with the oldest: what was said before them counts no more, if it comes from another
+//! process ([`Tombstones::refuse_before`](crate::replicas::tombstones::Tombstones::refuse_before)).
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, ops::Bound};
 
 use crate::model::ServiceKey;
 
@@ -12,14 +15,42 @@ const MAX_SWEPT: usize = 16;
 /// Microseconds for which a service is left alone after a sweep: its slice is not written again for every tombstone.
 const MIN_INTERVAL: u64 = 3_600_000_000;
 
+/// Most bytes of all tombstones, as they are written: about 900 000 of them. In memory they take some three times as much.
+const MAX_BYTES: usize = 64 << 20;
+
+/// Services of which one removal drops tombstones, at most.
+pub(super) const MAX_SHRUNK: usize = 16;
+
 /// The services with tombstones, by the clock of what expires first.
-#[derive(Debug, Default)]
-pub(super) struct Expiries(BTreeSet<(u64, ServiceKey)>);
+#[derive(Debug)]
+pub(super) struct Expiries {
+    by_clock: BTreeSet<(u64, ServiceKey)>,
+    bytes: usize,
+    max_bytes: usize,
+    /// Where the search for old tombstones stopped.
+    shrunk_to: Option<(u64, ServiceKey)>,
+}
+
+impl Default for Expiries {
+    fn default() -> Self {
+        Self { by_clock: BTreeSet::new(), bytes: 0, max_bytes: MAX_BYTES, shrunk_to: None }
+    }
+}
 
 impl Expiries {
+    /// Services with tombstones.
+    pub(super) fn len(&self) -> usize {
+        self.by_clock.len()
+    }
+
     /// `service`, which had no tombstones, has one of `clock`.
     pub(super) fn add(&mut self, clock: u64, service: ServiceKey) {
-        self.0.insert((clock, service));
+        self.by_clock.insert((clock, service));
+    }
+
+    /// The tombstones of a service took `before` bytes, and take `after` now.
+    pub(super) fn resize(&mut self, before: usize, after: usize) {
+        self.bytes = (self.bytes + after).saturating_sub(before);
     }
 
     /// `service` was swept at `expired_before`, and keeps tombstones, the oldest of `oldest`.
@@ -31,12 +62,33 @@ impl Expiries {
     pub(super) fn take_due(&mut self, expired_before: u64) -> Vec<ServiceKey> {
         let mut due = Vec::new();
         while due.len() < MAX_SWEPT
-            && self.0.first().is_some_and(|(clock, _)| *clock < expired_before)
-            && let Some((_, service)) = self.0.pop_first()
+            && self.by_clock.first().is_some_and(|(clock, _)| *clock < expired_before)
+            && let Some((_, service)) = self.by_clock.pop_first()
         {
             due.push(service);
         }
         due
+    }
+
+    /// The next service to drop tombstones of; `None` while all fit the budget. After the last one it begins again.
+    pub(super) fn next_to_shrink(&mut self) -> Option<ServiceKey> {
+        if self.bytes <= self.max_bytes {
+            return None;
+        }
+        let after = self.shrunk_to.take().map_or(Bound::Unbounded, Bound::Excluded);
+        self.shrunk_to = self.by_clock.range((after, Bound::Unbounded)).next().cloned();
+        self.shrunk_to.as_ref().map(|(_, service)| service.clone())
+    }
+}
+
+#[cfg(test)]
+impl Expiries {
+    pub(super) fn with_budget(max_bytes: usize) -> Self {
+        Self { max_bytes, ..Self::default() }
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
     }
 }
 

@@ -9,7 +9,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use super::{Catalog, Event};
 use crate::{
-    model::{InstanceChange, InstanceId, Service, ServiceKey, Stamp, UnixMillis},
+    model::{InstanceChange, Service, ServiceKey, UnixMillis},
     replicas::tombstones::Tombstones,
 };
 
@@ -78,19 +78,15 @@ impl StagedChanges {
         self.tombstones.entry(key.clone()).or_insert_with(|| (Tombstones::default(), received)).0 = after;
     }
 
-    /// Stages a tombstone. Returns the clock up to which tombstones were dropped for it, if any were.
-    pub(super) fn bury(
+    /// The tombstones of a service, to be changed in place: a copy would share its chunks with the staged one, and every change
+    /// would copy some.
+    pub(super) fn tombstones_mut(
         &mut self,
         catalog: &Catalog,
         key: &ServiceKey,
-        id: InstanceId,
-        stamp: Stamp,
         received: UnixMillis,
-    ) -> Option<u64> {
-        // Changed in place: a copy would share its chunks with the staged one, and every change would copy some.
-        let (tombstones, _) = self.tombstones.entry(key.clone()).or_insert_with(|| (catalog.tombstones(key), received));
-        tombstones.insert(id, stamp);
-        tombstones.shrink()
+    ) -> &mut Tombstones {
+        &mut self.tombstones.entry(key.clone()).or_insert_with(|| (catalog.tombstones(key), received)).0
     }
 
     /// Stages one change; `service` must be the result of [`StagedChanges::service`] for `key`. One of nothing but the stamp

@@ -138,14 +138,22 @@ impl Tombstones {
         is_news
     }
 
+    /// Bytes that they take in the annotation.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        usize::try_from(self.removed.weight()).unwrap_or(usize::MAX)
+    }
+
     /// Drops the oldest tombstones if there are more than fit [`MAX_TOMBSTONE_BYTES`]. Returns the new
     /// [`refuse_before`](Self::refuse_before) if any was dropped.
     pub fn shrink(&mut self) -> Option<u64> {
-        if usize::try_from(self.removed.weight()).is_ok_and(|bytes| bytes <= MAX_TOMBSTONE_BYTES) {
-            return None;
-        }
+        if self.bytes() <= MAX_TOMBSTONE_BYTES { None } else { self.shrink_to(SHRUNK_BYTES) }
+    }
+
+    /// As [`Tombstones::shrink`], until they take `bytes` at most.
+    pub fn shrink_to(&mut self, bytes: usize) -> Option<u64> {
         let clocks = self.removed.iter().map(|one| (one.stamp.clock, usize::from(one.bytes)));
-        let clock = dropped_to(clocks, SHRUNK_BYTES)?;
+        let clock = dropped_to(clocks, bytes)?;
         self.raise_refuse_before(clock).then_some(clock)
     }
 

@@ -106,7 +106,10 @@ impl ResponseBuilder {
                 self.answer(RegistrationStatus::NotFound, details + with_ports, generation)
             }
             Outcome::Full { limit } => {
-                let details = format!("the server holds {limit} instances, which is its limit; nothing was added");
+                let details = format!(
+                    "the server holds {limit} instances, or remembers removals in that many services, which is its limit; \
+                     nothing was added"
+                );
                 self.answer(RegistrationStatus::Full, details, 0)
             }
             Outcome::Refused(err) => self.refused_by_kubernetes(err),
