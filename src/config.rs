@@ -27,6 +27,9 @@ const MAX_TTL: u32 = 3600;
 /// Longest duration of any flag, so that a deadline never overflows the clock.
 const MAX_DURATION: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// Smallest `--max-staleness`: a quiet watch is asked for every 3 s.
+const MIN_STALENESS: Duration = Duration::from_secs(5);
+
 /// Smallest `--segment-bytes`. With smaller segments the journal would mostly close segments.
 const MIN_SEGMENT: u64 = 4096;
 
@@ -130,6 +133,11 @@ pub struct ServeArgs {
     #[arg(long, env = "GANGPLANK_ADVERTISE", value_name = "ADDR|NAME[:PORT]", value_delimiter = ',')]
     advertise: Vec<String>,
 
+    /// After this long without word from the API server, a process on standby fails /readyz, and goes on
+    /// answering; 5s or more [default: never]
+    #[arg(long, env = "GANGPLANK_MAX_STALENESS", value_name = "TIME", value_parser = humantime::parse_duration)]
+    max_staleness: Option<Duration>,
+
     /// A Service without a selector, in the namespace of the Lease, that leads registrants to the process that writes:
     /// that process keeps its EndpointSlices
     #[arg(long, env = "GANGPLANK_GRPC_SERVICE", value_name = "NAME")]
@@ -211,6 +219,8 @@ pub struct Config {
     pub grpc: grpc::ConnectionLimits,
     /// Most admin connections.
     pub admin_connections: usize,
+    /// Beyond this age of what it answers, a process on standby is not ready; 5 s at least. `None`: at any age it is.
+    pub max_staleness: Option<Duration>,
     /// The DNS listeners.
     pub dns: DnsConfig,
     /// The zone; without addresses of its name server if no flag gives them.
@@ -316,6 +326,7 @@ impl ServeArgs {
             kubeconfig,
             lease_namespace,
             advertise,
+            max_staleness,
             grpc_service,
             create_namespaces,
             slice_endpoints,
@@ -390,6 +401,11 @@ impl ServeArgs {
             ensure!(!value.is_zero(), "{flag}: must be longer than 0s");
             ensure!(value <= MAX_DURATION, "{flag}: must be at most {}", humantime::format_duration(MAX_DURATION));
         }
+        ensure!(
+            max_staleness.is_none_or(|limit| limit >= MIN_STALENESS),
+            "--max-staleness: must be at least {}, or what is only quiet counts as old",
+            humantime::format_duration(MIN_STALENESS)
+        );
         let segment_bytes = segment_bytes.or(segment_octets).unwrap_or_else(|| store::Options::default().segment_bytes);
         ensure!(segment_bytes >= MIN_SEGMENT, "--segment-bytes {segment_bytes}: must be at least {MIN_SEGMENT}");
         let reverse_zones = reverse_zone.iter().map(|cidr| parse_cidr(cidr)).collect::<Result<_, _>>()?;
@@ -403,6 +419,7 @@ impl ServeArgs {
             admin_listen,
             grpc: grpc::ConnectionLimits { connections: grpc_connections, idle: grpc_idle, max_age: grpc_max_age },
             admin_connections,
+            max_staleness,
             dns: DnsConfig {
                 listen: dns_listen,
                 threads,

@@ -42,6 +42,8 @@ pub struct Admin {
     pub status: Status,
     /// The metrics of the process.
     pub metrics: Arc<Metrics>,
+    /// A process on standby whose answers may be older than this is not ready. `None`: any age is.
+    pub max_staleness: Option<Duration>,
 }
 
 /// Limits on connections.

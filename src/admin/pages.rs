@@ -46,6 +46,8 @@ pub(super) fn router(admin: Admin) -> Router {
 }
 
 async fn metrics(State(admin): State<Admin>) -> Response {
+    let kubernetes = &admin.metrics.kubernetes;
+    kubernetes.set_ages(admin.status.staleness(), admin.status.replica().lease_age());
     let mut text = String::new();
     match prometheus_client::encoding::text::encode(&mut text, admin.metrics.all()) {
         Ok(()) => ([(header::CONTENT_TYPE, OPENMETRICS)], text).into_response(),

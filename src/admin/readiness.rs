@@ -1,6 +1,6 @@
 //! Whether the process can serve DNS and accept registrations, and if not, why not.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, time::Duration};
 
 use serde::Serialize;
 
@@ -8,7 +8,7 @@ use super::Admin;
 use crate::registry::Phase;
 
 /// One condition of a readiness page.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub(super) struct Check {
     /// Stable: `dns` or `registrations`.
     id: &'static str,
@@ -16,16 +16,19 @@ pub(super) struct Check {
     /// The fault and its remedy; `None` if ready.
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
+    /// On standby, how old the answers may be, in seconds.
+    #[serde(rename = "ageSeconds", skip_serializing_if = "Option::is_none")]
+    age: Option<f64>,
 }
 
 impl Check {
     fn new(id: &'static str, fault: Option<String>) -> Self {
-        Self { id, ready: fault.is_none(), reason: fault }
+        Self { id, ready: fault.is_none(), reason: fault, age: None }
     }
 }
 
 /// The content of a readiness page.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub(super) struct Readiness {
     ready: bool,
     checks: Vec<Check>,
@@ -34,13 +37,12 @@ pub(super) struct Readiness {
 impl Readiness {
     /// Whether DNS answers from the whole store and is not about to stop.
     pub(super) fn of_dns(admin: &Admin) -> Self {
-        Self::of(vec![dns(admin.zone.is_ready(), &admin.status.phase())])
+        Self::of(vec![of_dns(admin)])
     }
 
     /// Whether a registration would be accepted and served; equal to the status of the gRPC health service.
     pub(super) fn of_registrations(admin: &Admin) -> Self {
-        let phase = admin.status.phase();
-        Self::of(vec![dns(admin.zone.is_ready(), &phase), registrations(&phase)])
+        Self::of(vec![of_dns(admin), registrations(&admin.status.phase())])
     }
 
     fn of(checks: Vec<Check>) -> Self {
@@ -51,12 +53,12 @@ impl Readiness {
         self.ready
     }
 
-    /// `ready`, or one line for each failed check.
+    /// `ready`, or one line for each failed check; on standby also how old the answers may be.
     pub(super) fn to_text(&self) -> String {
-        if self.ready {
-            return "ready\n".into();
+        let mut text = String::from(if self.ready { "ready\n" } else { "" });
+        if let (true, Some(age)) = (self.ready, self.checks.iter().find_map(|check| check.age)) {
+            writeln!(text, "on standby: as of {age:.1} s ago").expect("a String takes everything");
         }
-        let mut text = String::new();
         for Check { id, reason, .. } in &self.checks {
             if let Some(reason) = reason {
                 writeln!(text, "not ready: {id}: {reason}").expect("a String takes everything");
@@ -64,6 +66,29 @@ impl Readiness {
         }
         text
     }
+}
+
+fn of_dns(admin: &Admin) -> Check {
+    let Admin { status, zone, max_staleness, .. } = admin;
+    let check = dns(zone.is_ready(), &status.phase());
+    if check.ready { standby(&status.phase(), status.staleness(), *max_staleness) } else { check }
+}
+
+/// The check of a process that is ready otherwise. `age` is `None` unless it is on standby.
+fn standby(phase: &Phase, age: Option<Duration>, max_staleness: Option<Duration>) -> Check {
+    let is_old = age.zip(max_staleness).is_some_and(|(age, limit)| age > limit);
+    let writer = match phase {
+        Phase::Standby(holder) if !holder.name.is_empty() => &*holder.name,
+        _ => "the process that writes",
+    };
+    let fault = is_old.then(|| {
+        let age = age.unwrap_or_default().as_secs_f64();
+        format!(
+            "on standby: what {writer} registered in the last {age:.1} s may be missing, because the API server does not \
+             answer; the limit is --max-staleness. Names are answered as before"
+        )
+    });
+    Check { age: age.map(|age| (age.as_secs_f64() * 10.0).round() / 10.0), ..Check::new("dns", fault) }
 }
 
 fn dns(loaded: bool, phase: &Phase) -> Check {
@@ -112,7 +137,10 @@ fn registrations(phase: &Phase) -> Check {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::registry::LeaseHolder;
 
     #[test]
     fn failed_storage_makes_registrations_unready_and_not_dns() {
@@ -124,6 +152,22 @@ mod tests {
         assert_eq!(text.lines().count(), 1, "{text}");
         assert!(text.starts_with("not ready: registrations: the journal cannot be written (No space left on device)"));
         assert!(text.contains("restart"), "{text}");
+    }
+
+    #[test]
+    fn process_on_standby_says_how_old_its_answers_may_be() {
+        let phase = Phase::Standby(Arc::new(LeaseHolder { name: "vm-1_7".into(), addresses: Vec::new() }));
+        let (age, limit) = (Duration::from_millis(5_120), Duration::from_secs(5));
+        let page = |limit| Readiness::of(vec![standby(&phase, Some(age), limit)]);
+        assert_eq!(page(None).to_text(), "ready\non standby: as of 5.1 s ago\n");
+        assert!(page(Some(age)).is_ready(), "the limit itself is allowed");
+        let old = page(Some(limit));
+        assert!(!old.is_ready());
+        let text = old.to_text();
+        assert!(text.starts_with("not ready: dns: on standby: what vm-1_7 registered in the last 5.1 s"), "{text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert_eq!(serde_json::to_value(&old).expect("JSON")["checks"][0]["ageSeconds"], 5.1);
+        assert!(Readiness::of(vec![standby(&Phase::Ready, None, Some(limit))]).is_ready());
     }
 
     #[test]

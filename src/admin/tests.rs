@@ -48,7 +48,8 @@ impl TestAdmin {
         let (zone, _publisher) = Zone::new(config);
         let metrics = Arc::new(Metrics::new());
         let snapshots = Snapshots::of(Arc::new(Catalog::of(services)), Arc::clone(&metrics));
-        let admin = Admin { zone, snapshots: Arc::new(snapshots), status: Status::at(phase), metrics };
+        let admin =
+            Admin { zone, snapshots: Arc::new(snapshots), status: Status::at(phase), metrics, max_staleness: None };
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
         let stop = CancellationToken::new();

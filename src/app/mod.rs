@@ -153,6 +153,7 @@ impl BoundServer {
             drain,
             grpc: grpc_limits,
             admin_connections,
+            max_staleness,
             grpc_listen: _,
             admin_listen: _,
             dns: _,
@@ -195,6 +196,7 @@ impl BoundServer {
             snapshots: Arc::clone(registry.snapshots()),
             status: status.clone(),
             metrics: Arc::clone(&metrics),
+            max_staleness,
         };
         let admin = admin::run(admin, pages, admin_connections, stop_answers.clone());
         parts.spawn("the admin listeners", net::run_on_runtime("admin", ADMIN_THREADS, admin)?);

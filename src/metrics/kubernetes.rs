@@ -1,8 +1,10 @@
 //! Metrics of the watches on Kubernetes.
 
+use std::{sync::atomic::AtomicU64, time::Duration};
+
 use prometheus_client::{
     metrics::{counter::Counter, gauge::Gauge},
-    registry::Registry,
+    registry::{Registry, Unit},
 };
 
 use super::{
@@ -62,6 +64,8 @@ pub struct KubernetesMetrics {
     watching: EnumGauge<Watched>,
     lease_role: EnumGauge<LeaseRole>,
     lease_term: Gauge,
+    lease_age: Gauge<f64, AtomicU64>,
+    watch_age: Gauge<f64, AtomicU64>,
     /// 1 once what Kubernetes holds was read for the first time.
     pub synced: Gauge,
     /// Endpoints in our slices that are invalid.
@@ -97,10 +101,25 @@ impl KubernetesMetrics {
                 "1 for what this process is to the Lease gangplank-writer",
             ),
             lease_term: Gauge::default(),
+            lease_age: Gauge::default(),
+            watch_age: Gauge::default(),
             synced: Gauge::default(),
             skipped_endpoints: Counter::default(),
         };
         kubernetes.register("lease_term", "The highest term that this process has seen", metrics.lease_term.clone());
+        kubernetes.register_with_unit(
+            "lease_age",
+            "Time since the Lease was renewed, by this process or as it has seen it; 0 before",
+            Unit::Seconds,
+            metrics.lease_age.clone(),
+        );
+        kubernetes.register_with_unit(
+            "watch_age",
+            "Time since this process, on standby, certainly had everything that the writer has written to Kubernetes; 0 if it \
+             writes",
+            Unit::Seconds,
+            metrics.watch_age.clone(),
+        );
         kubernetes.register(
             "synced",
             "1 once everything that Kubernetes holds was read for the first time",
@@ -125,6 +144,12 @@ impl KubernetesMetrics {
             self.lease_role.at(other).set(u64::from(other == role));
         }
         self.lease_term.set(i64::try_from(term).unwrap_or(i64::MAX));
+    }
+
+    /// Sets the ages, for a scrape.
+    pub fn set_ages(&self, watch: Option<Duration>, lease: Option<Duration>) {
+        self.watch_age.set(watch.unwrap_or_default().as_secs_f64());
+        self.lease_age.set(lease.unwrap_or_default().as_secs_f64());
     }
 
     /// Counts a complete list.

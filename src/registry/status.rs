@@ -1,14 +1,17 @@
 //! Whether registrations are accepted, and why not. Readiness, gRPC health and the errors of refused
 //! submissions follow from the phase.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use tokio::sync::watch;
 
-use super::Unavailable;
+use super::{ReplicaStatus, Unavailable};
 use crate::model::ServerAddress;
 
 /// The process that writes to Kubernetes, as the Lease names it.
@@ -54,11 +57,12 @@ pub struct Status {
     phase: watch::Sender<Phase>,
     /// Set once, and stays.
     readable: Arc<AtomicBool>,
+    replica: Arc<ReplicaStatus>,
 }
 
 impl Status {
     pub(super) fn new() -> Self {
-        Self { phase: watch::Sender::new(Phase::Recovering), readable: Arc::default() }
+        Self { phase: watch::Sender::new(Phase::Recovering), readable: Arc::default(), replica: Arc::default() }
     }
 
     /// The current phase.
@@ -77,6 +81,20 @@ impl Status {
     #[must_use]
     pub fn is_readable(&self) -> bool {
         self.readable.load(Ordering::Acquire)
+    }
+
+    /// What this process knows of the replicas.
+    #[must_use]
+    pub fn replica(&self) -> &ReplicaStatus {
+        &self.replica
+    }
+
+    /// How old what this process answers may be: the time since it certainly had everything that the writer has written to
+    /// Kubernetes. `None` unless it follows another process.
+    #[must_use]
+    pub fn staleness(&self) -> Option<Duration> {
+        let follows = self.is_readable() && matches!(*self.phase.borrow(), Phase::Standby(_));
+        if follows { self.replica.watch_age() } else { None }
     }
 
     /// The catalog is complete. Returns whether that is new.
@@ -170,6 +188,6 @@ impl Status {
 impl Status {
     /// A registry in `phase`, for tests of its readers.
     pub(crate) fn at(phase: Phase) -> Self {
-        Self { phase: watch::Sender::new(phase), readable: Arc::default() }
+        Self { phase: watch::Sender::new(phase), readable: Arc::default(), replica: Arc::default() }
     }
 }

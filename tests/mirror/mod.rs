@@ -15,6 +15,7 @@ mod replica;
 mod reregistered;
 mod seen_by_coredns;
 mod several_servers;
+mod staleness;
 mod tombstones;
 mod write_counts;
 

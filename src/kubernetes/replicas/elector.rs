@@ -22,7 +22,7 @@ use crate::{
     registry::{LeaseHolder, Phase, RegistryHandle},
     replicas::{
         election::{Action, Deposed, Election, RETRY_PERIOD, Role, Tenure},
-        lease::{LeaseWrite, Opened, RequestId},
+        lease::{LeaseWrite, ObservedLease, Opened, RequestId, ResourceVersion},
         rules::Rules,
         time::{BootTime, Now},
     },
@@ -108,6 +108,7 @@ pub(in crate::kubernetes) struct Elector {
     standby: watch::Sender<bool>,
     /// As last read.
     holder: LeaseHolder,
+    version: Option<ResourceVersion>,
     clock_agrees: bool,
     /// Since when the journal cannot be written.
     storage_failed: Option<Instant>,
@@ -143,6 +144,7 @@ impl Elector {
             active: false,
             standby: watch::Sender::new(false),
             holder: LeaseHolder::default(),
+            version: None,
             clock_agrees: true,
             storage_failed: None,
             stood_down: false,
@@ -244,6 +246,9 @@ impl Elector {
                         None
                     }
                 };
+                if let Some(Some(lease)) = &observed {
+                    self.note_contact(began, lease);
+                }
                 let was_read = observed.is_some();
                 let actions = self.election.lease_read(id, began, self.now(), observed);
                 if was_read && *self.election.role() == Role::Follower {
@@ -317,6 +322,7 @@ impl Elector {
                     }
                 }
                 Action::Renewed(began) => {
+                    self.registry.status().replica().lease_renewed(boot_time().since(began));
                     if self.election.writing().is_some() {
                         self.fence.renewed(began);
                     }
@@ -407,6 +413,15 @@ impl Elector {
             }
         }
         self.observe();
+    }
+
+    /// The Lease was read by a request that began at this time.
+    fn note_contact(&mut self, began: BootTime, lease: &ObservedLease) {
+        let (replica, since) = (self.registry.status().replica(), boot_time().since(began));
+        replica.lease_read(since, lease.record.term, lease.record.generation);
+        if self.version.replace(lease.version) != Some(lease.version) {
+            replica.lease_renewed(since);
+        }
     }
 
     fn note_clock(&mut self, agrees: bool) {

@@ -112,6 +112,7 @@ impl Watch {
         };
         let labels = format!("{}={}", names::MANAGED_BY, names::MANAGER);
         let reflector = self.reflector(Api::all(self.client.clone()), Watched::Slices, labels, outages);
+        let reflector = Reflector { follows: Some(registry.status()), ..reflector };
         loop {
             if let Some(request) = next.take() {
                 handler.begin(request);
@@ -139,6 +140,6 @@ impl Watch {
         labels: String,
         outages: &'a Outages,
     ) -> Reflector<'a, K> {
-        Reflector { api, watched, labels, metrics: &self.metrics.kubernetes, outages }
+        Reflector { api, watched, labels, metrics: &self.metrics.kubernetes, outages, follows: None }
     }
 }

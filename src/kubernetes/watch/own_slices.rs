@@ -136,15 +136,18 @@ impl<'a> OwnSlicesHandler<'a> {
 
     async fn follow(&mut self, complete: bool) -> Result<(), Unavailable> {
         let SliceInstances { view, rank, .. } = &mut self.instances;
+        let SliceRank { term, generation } = *rank;
         let changed = view.take_changed();
         let instances = |service: &ServiceKey| (service.clone(), view.instances(service));
         let services: Vec<_> =
             if complete { view.services().map(instances).collect() } else { changed.iter().map(instances).collect() };
+        let replica = self.registry.status().replica();
         if services.is_empty() && !complete {
+            replica.followed(term, generation);
             return Ok(());
         }
-        let SliceRank { term, generation } = *rank;
         self.registry.follow(FollowedServices { term, generation, complete, services }).await?;
+        replica.followed(term, generation);
         self.metrics.synced.set(1);
         Ok(())
     }

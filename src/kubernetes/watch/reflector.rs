@@ -13,7 +13,7 @@
 
 use std::{
     fmt::Debug,
-    future::Future,
+    future::{self, Future},
     time::{Duration, Instant},
 };
 
@@ -33,7 +33,7 @@ use super::{
 use crate::{
     kubernetes::{api::chain, cache::ObjectEvent},
     metrics::{KubernetesMetrics, Watched},
-    registry::Unavailable,
+    registry::{Status, Unavailable},
 };
 
 /// A watch is renewed after this long at most, which is how a connection that died silently is
@@ -46,6 +46,10 @@ const MIN_WATCH_SECONDS: u32 = 40;
 
 /// The API server ends a watch itself; how much longer it may take.
 const WATCH_GRACE: Duration = Duration::from_secs(5);
+
+/// A watch by which this process follows another one is renewed when nothing has said for so long that it is current:
+/// neither an event nor the Lease, which is read every 2 s. So a connection that died silently is noticed sooner.
+const MAX_DOUBT: Duration = Duration::from_secs(3);
 
 /// How long the API server may take to open a watch.
 const WATCH_START_TIMEOUT: Duration = Duration::from_secs(10);
@@ -82,6 +86,8 @@ pub(super) struct Reflector<'a, K> {
     pub(super) labels: String,
     pub(super) metrics: &'a KubernetesMetrics,
     pub(super) outages: &'a Outages,
+    /// Is told that this watch is current, if it is the one by which this process follows another one.
+    pub(super) follows: Option<&'a Status>,
 }
 
 /// Why [`Reflector::list_and_watch`] ended.
@@ -154,10 +160,17 @@ where
         let mut events = std::pin::pin!(events.ready_chunks(MAX_EVENTS_PER_BATCH));
         let _open = self.metrics.watching(self.watched);
         health.opened();
+        self.is_current();
         let longest = Duration::from_secs(MAX_WATCH_SECONDS.into()) + WATCH_GRACE;
         loop {
             let left = longest.saturating_sub(began.elapsed());
-            let Some(chunk) = time::timeout(left, events.next()).await.map_err(|_| WatchError::Silent(longest))? else {
+            let next = async {
+                tokio::select! {
+                    chunk = events.next() => chunk,
+                    () = self.doubted() => None,
+                }
+            };
+            let Some(chunk) = time::timeout(left, next).await.map_err(|_| WatchError::Silent(longest))? else {
                 return if began.elapsed() < MIN_WATCH_DURATION { Err(WatchError::Closed.into()) } else { Ok(()) };
             };
             let mut batch = Vec::with_capacity(chunk.len());
@@ -176,9 +189,29 @@ where
             if !batch.is_empty() {
                 handler.handle(batch).await.map_err(ListWatchError::Registry)?;
             }
+            self.is_current();
             if let Some(err) = failure {
                 return Err(err.into());
             }
+        }
+    }
+
+    /// Everything until now was handled.
+    fn is_current(&self) {
+        if let Some(status) = self.follows {
+            status.replica().watch_answered();
+        }
+    }
+
+    /// Waits until nothing has said for [`MAX_DOUBT`] that what is followed is current.
+    async fn doubted(&self) {
+        let Some(status) = self.follows else { return future::pending().await };
+        loop {
+            let left = MAX_DOUBT.saturating_sub(status.staleness().unwrap_or_default());
+            if left.is_zero() {
+                return;
+            }
+            time::sleep(left).await;
         }
     }
 
@@ -224,6 +257,7 @@ where
                 batch.push(ObjectEvent::InitDone(version.clone()));
                 handler.handle(batch).await.map_err(ListWatchError::Registry)?;
                 self.metrics.listed(self.watched);
+                self.is_current();
                 return Ok(version);
             }
             handler.handle(std::mem::take(&mut batch)).await.map_err(ListWatchError::Registry)?;
