@@ -153,6 +153,15 @@ impl Kubernetes {
                             future::pending().await
                         } => never,
                     },
+                    Some(Turn::Rewrite(term)) => tokio::select! {
+                        next = turns.recv() => next,
+                        never = async {
+                            if registry.raise_term(term).await.is_ok() {
+                                mirror(term).run(stop.clone()).await;
+                            }
+                            future::pending().await
+                        } => never,
+                    },
                     Some(Turn::StandDown(holder)) if registry.stand_down(holder.clone()).await.is_ok() => {
                         // An error means that the process ends, as it does where nothing follows.
                         let _ = slices.send(SlicesRequest::Follow).await;

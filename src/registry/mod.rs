@@ -177,6 +177,15 @@ enum WriterMessage {
     Follow(follow::FollowRequest),
     /// This process does not write any more.
     StandDown(follow::StandDownRequest),
+    /// This process writes under another term.
+    Term(TermRequest),
+}
+
+/// A term without a comparison, and who waits until it is journaled.
+#[derive(Debug)]
+struct TermRequest {
+    term: u64,
+    journaled: oneshot::Sender<()>,
 }
 
 /// Receives the acknowledgement of a submission.
@@ -241,6 +250,18 @@ impl RegistryHandle {
         let request = comparison::ComparisonRequest { held, queue: self.queue.clone(), reply };
         self.queue.send(WriterMessage::Restore(request)).await.map_err(|_| self.status.refusal())?;
         term.await.map_err(|_| self.status.refusal())
+    }
+
+    /// From now on this process writes under `term`, and nobody else has written: it held the Lease all the time, which was
+    /// deleted or set back.
+    ///
+    /// # Errors
+    /// When the writer has ended, cannot write its journal, or has [stood down](Self::stand_down) meanwhile.
+    pub async fn raise_term(&self, term: u64) -> Result<(), Unavailable> {
+        let (journaled, is_journaled) = oneshot::channel();
+        let request = TermRequest { term, journaled };
+        self.queue.send(WriterMessage::Term(request)).await.map_err(|_| self.status.refusal())?;
+        is_journaled.await.map_err(|_| self.status.refusal())
     }
 
     /// Confirms that Kubernetes has each service up to its generation. Responses that wait for that are

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::{
-    Ack, AckSender, Catalog, ClusterFact, Outcome, Phase, Status, Submission, Unavailable, WriterMessage,
+    Ack, AckSender, Catalog, ClusterFact, Outcome, Phase, Status, Submission, TermRequest, Unavailable, WriterMessage,
     apply::Applier,
     batch_limit::{BatchLimit, MAX_BATCH_TIME},
     commit::Committer,
@@ -218,7 +218,8 @@ impl Writer {
                 | WriterMessage::Differences(_)
                 | WriterMessage::Compared(_)
                 | WriterMessage::Follow(_)
-                | WriterMessage::StandDown(_) => {
+                | WriterMessage::StandDown(_)
+                | WriterMessage::Term(_) => {
                     then = Some(message);
                     break;
                 }
@@ -238,6 +239,7 @@ impl Writer {
             Some(WriterMessage::Compared(end)) => self.end_comparison(end),
             Some(WriterMessage::Follow(request)) => self.follow(request),
             Some(WriterMessage::StandDown(request)) => self.stand_down(request),
+            Some(WriterMessage::Term(request)) => self.raise_term(request),
             _ => {}
         }
         if self.mirror_records.is_due(Instant::now()) {
@@ -365,6 +367,18 @@ impl Writer {
         self.status.ready();
         // An error means that the watch which sent the request has ended.
         let _ = reply.send(term);
+    }
+
+    fn raise_term(&mut self, TermRequest { term, journaled }: TermRequest) {
+        // A process that stood down meanwhile gets its term by a comparison.
+        if !self.mirror_records.comparison_is_over()
+            || self.committer.commit(&[Record::Term(DirectoryTerm::new(term))], false).is_err()
+        {
+            return;
+        }
+        self.decider.stamper().set_term(term);
+        // An error means that another turn has come.
+        let _ = journaled.send(());
     }
 
     /// Forgets expired tombstones of a few services, in a batch of its own.

@@ -12,7 +12,7 @@ use tokio::runtime::Builder;
 
 use super::{
     ClusterLock, MirrorHarness, addresses, dns_probe::DnsProbe, make_namespace, replica::Replica, serve, serve_by,
-    wait_for_addresses,
+    slices, wait_for_addresses,
 };
 use crate::support::{
     cluster::Cluster,
@@ -270,7 +270,12 @@ fn deleted_lease_is_made_again_by_its_holder() {
         found.contains("gangplank-writer").then_some(())
     });
     assert!(term(&lease()) > before);
-    assert_eq!(harness.register("deleted-lease", "web", "10.9.0.2", "http=80").0, Some(0));
+    let after = term(&lease()).to_string();
+    wait_until("it writes under the new term", || {
+        assert_eq!(harness.register("deleted-lease", "web", "10.9.0.2", "http=80").0, Some(0));
+        let slices = slices(harness.cluster, "deleted-lease", "web");
+        slices.iter().any(|slice| slice["metadata"]["annotations"]["gangplank.dev/term"] == after).then_some(())
+    });
     assert_eq!(addresses(harness.cluster, "deleted-lease", "web"), ["10.9.0.1", "10.9.0.2"]);
 }
 

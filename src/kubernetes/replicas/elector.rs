@@ -46,6 +46,8 @@ const WRITE: usize = 1;
 pub(in crate::kubernetes) enum Turn {
     /// This process has taken the Lease. The second value is the highest term that a slice can have.
     TakeOver(Tenure, u64),
+    /// This process goes on to write, under this term.
+    Rewrite(u64),
     /// This process does not hold the Lease any more: this one does, as far as is known.
     StandDown(LeaseHolder),
 }
@@ -319,6 +321,8 @@ impl Elector {
                             lease = self.client.name(),
                             term, "the Lease was deleted or set back; this process goes on with a higher term"
                         );
+                        // The receiver ends with the process.
+                        let _ = self.turns.send(Turn::Rewrite(term)).await;
                     }
                 }
                 Action::Renewed(began) => {

@@ -114,6 +114,25 @@ fn what_was_accepted_and_not_mirrored_counts_again_at_the_next_take_over() {
 }
 
 #[test]
+fn term_that_is_raised_without_a_comparison_is_journaled_and_stamped() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let replica = Replica::start(&dir);
+    assert_eq!(replica.runtime.block_on(replica.handle.raise_term(5)), Ok(()));
+    replica.submit(vec![register("web", "10.0.0.1", 80, 1.0)]).expect("it writes");
+    let (web, _) = slices("web", &[]);
+    let service = replica.handle.catalog().get(&web).expect("it is registered");
+    assert_eq!(service.instances.iter().map(|one| one.stamp().term).collect::<Vec<_>>(), [5]);
+    // Only the comparison gives a term to a process that has stood down.
+    replica.stand_down();
+    let refused = replica.runtime.block_on(replica.handle.raise_term(6));
+    assert_eq!(refused, Err(Unavailable::Standby(Arc::new(other()))));
+    replica.end();
+    let (registry, _) = with_kubernetes(&dir);
+    let local = registry.writer.mirror_records.awaited().expect("it waits for Kubernetes");
+    assert_eq!(local.term, store::DirectoryTerm::new(5));
+}
+
+#[test]
 fn take_over_that_is_given_up_changes_nothing_afterwards() {
     let dir = tempfile::tempdir().expect("a directory");
     let mut replica = Replica::start(&dir);
