@@ -140,7 +140,7 @@ impl Journal {
     }
 
     /// As [`Journal::append`], for records that Kubernetes has already: they do not come into the
-    /// outbox. None of them may be about an instance that is in it.
+    /// outbox, and earlier records of their instances leave it.
     ///
     /// # Errors
     /// As [`Journal::append`].

@@ -2,7 +2,8 @@
 //!
 //! Kubernetes lacks every `Put` and `Remove` from the generation of its batch on, until a later
 //! `Mirrored` of its service names that generation or a higher one. An entry may also be marked as
-//! mirrored itself, as those that a comparison with Kubernetes adds are. A snapshot has for each
+//! mirrored itself, as those are that a comparison with Kubernetes adds, and those that another process took
+//! over; an earlier entry of the instance is then mirrored too. A snapshot has for each
 //! instance the generation since which it is unmirrored, or the mark that it is mirrored; it keeps a
 //! removal as long as that is unmirrored. So the outbox has one entry per instance at most, and none
 //! for what Kubernetes has.
@@ -46,9 +47,10 @@ impl Outbox {
 
     /// The place of an entry from a frame of `generation`; `None` if it does not change the outbox.
     pub(super) fn outbox_key(&self, entry: &Entry, generation: u64) -> Option<OutboxKey> {
-        // Most entries of a snapshot are mirrored: no key is built for those.
+        // Most entries of a snapshot are mirrored: no key is built for those while nothing is unmirrored.
         let since = entry.since(generation);
-        let counts = self.enabled && (since > 0 || matches!(entry.kind(), EntryKind::Mirrored { .. }));
+        let counts = self.enabled
+            && (since > 0 || !self.unmirrored.is_empty() || matches!(entry.kind(), EntryKind::Mirrored { .. }));
         counts.then(|| OutboxKey { key: entry.key(), since })
     }
 
@@ -56,8 +58,10 @@ impl Outbox {
     pub(super) fn take(&mut self, outbox_key: Option<OutboxKey>, record: Record) -> Option<Record> {
         match record {
             Record::Put { .. } | Record::Remove { .. } => {
-                if let Some(OutboxKey { key, since }) = outbox_key {
-                    self.unmirrored.insert(key, (since, record.clone()));
+                match outbox_key {
+                    Some(OutboxKey { key, since: 0 }) => drop(self.unmirrored.remove(&key)),
+                    Some(OutboxKey { key, since }) => drop(self.unmirrored.insert(key, (since, record.clone()))),
+                    None => {}
                 }
                 return Some(record);
             }

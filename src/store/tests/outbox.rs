@@ -105,6 +105,31 @@ fn only_mirrored_changes_leave_the_outbox() {
 }
 
 #[test]
+fn change_that_is_journaled_again_as_mirrored_leaves_the_outbox() {
+    for (word, other) in [(put("web", 1), put("db", 1)), (remove("web"), remove("db"))] {
+        for compactions in 0..8 {
+            let disk = SimulatedDisk::default();
+            let (mut journal, ..) = start(&disk, true);
+            let step = |journal: &mut Journal, index: u8| {
+                if compactions >> index & 1 == 1 {
+                    compact(journal);
+                }
+            };
+            journal.append(5, &[word.clone(), other.clone()]).expect("a good disk");
+            step(&mut journal, 0);
+            journal.append_mirrored(5, std::slice::from_ref(&word)).expect("a good disk");
+            step(&mut journal, 1);
+            let (_, outbox) = journal.read_back(&mut |_| {}).expect("a good disk");
+            assert_eq!(outbox, std::slice::from_ref(&other));
+            journal.append(6, &[put("mail", 1)]).expect("a good disk");
+            step(&mut journal, 2);
+            drop(journal);
+            assert_eq!(start(&disk, true).1.outbox, [other.clone(), put("mail", 1)], "{compactions:b}");
+        }
+    }
+}
+
+#[test]
 fn last_term_survives_compactions() {
     let disk = SimulatedDisk::default();
     for (term, before) in [(3, 0), (5, 3), (4, 5)] {
