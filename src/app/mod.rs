@@ -5,6 +5,7 @@
 mod parts;
 
 use std::{
+    convert::Infallible,
     io,
     net::{IpAddr, SocketAddr, TcpListener as StdTcpListener},
     sync::Arc,
@@ -13,6 +14,7 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow, ensure};
+use futures::FutureExt as _;
 use tokio::{net::TcpListener, runtime::Handle, sync::oneshot, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -205,6 +207,8 @@ impl BoundServer {
             let directory = data_dir.identity()?;
             let mirror = kubernetes.run(directory, registry.clone(), Arc::clone(&metrics), stop_answers.clone());
             parts.spawn("the Kubernetes mirror", mirror);
+            let hand_over = grpc::hand_over(registry.clone(), Arc::clone(&metrics), stop_answers.clone());
+            parts.spawn("the hand-over", hand_over.map(Ok::<_, Infallible>));
         }
 
         let services = grpc::ServerContext { registry, validator, metrics };

@@ -1,4 +1,5 @@
-//! gRPC: the registrants' service, the readers' service, health and reflection.
+//! gRPC: the registrants' service, the readers' service, health and reflection, and what processes of one gangplank
+//! say to each other.
 //!
 //! `tonic` and protobuf types stay inside this module: `convert` converts each message once, and the
 //! registry gets model types.
@@ -8,6 +9,7 @@ pub mod client;
 mod codec;
 mod convert;
 mod discovery_service;
+mod handover;
 mod incoming;
 mod memory;
 mod metered;
@@ -22,13 +24,16 @@ use tokio_util::sync::CancellationToken;
 use tonic::{service::Routes, transport::Server};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
+pub use self::handover::hand_over;
 use self::{
     call_tracker::TrackedRoutes,
     discovery_service::DiscoveryService,
+    handover::HandOverService,
     incoming::Lifetime,
     memory::MemoryBudget,
     proto::{
-        gangplank::v1::discovery_server::DiscoveryServer, registry::service_registry_server::ServiceRegistryServer,
+        gangplank::{internal::v1::hand_over_server::HandOverServer, v1::discovery_server::DiscoveryServer},
+        registry::service_registry_server::ServiceRegistryServer,
     },
     registry_service::RegistryService,
 };
@@ -52,8 +57,15 @@ pub mod proto {
         pub mod v1 {
             tonic::include_proto!("gangplank.v1");
         }
+        /// Packages for processes of one gangplank. They may change with any version.
+        pub mod internal {
+            /// Package `gangplank.internal.v1`.
+            pub mod v1 {
+                tonic::include_proto!("gangplank.internal.v1");
+            }
+        }
     }
-    /// The encoded descriptors of both, for reflection.
+    /// The encoded descriptors of all, for reflection.
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 }
 
@@ -194,6 +206,9 @@ fn routes(context: &ServerContext, stop: &CancellationToken) -> io::Result<(Rout
     };
     let routes = Routes::new(ServiceRegistryServer::new(registry).max_decoding_message_size(MAX_MESSAGE_BYTES))
         .add_service(DiscoveryServer::new(discovery).max_decoding_message_size(MAX_MESSAGE_BYTES))
+        .add_service(
+            HandOverServer::new(HandOverService::new(context.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES),
+        )
         .add_service(health_service.max_decoding_message_size(MAX_MESSAGE_BYTES))
         .add_service(reflection().build_v1().map_err(io::Error::other)?.max_decoding_message_size(MAX_MESSAGE_BYTES))
         // Older clients, such as old releases of grpcurl, only use v1alpha.

@@ -27,7 +27,7 @@ pub use kubernetes::{KubernetesMetrics, LeaseRole, RestartReason, Watched};
 pub use labels::{EnumCounter, EnumFamily, EnumGauge, LabelEnum, LabelValues};
 pub use lists::ListMetrics;
 pub use mirror::{BlockedService, MirrorMetrics, RequestOutcome, Verb};
-pub use registry::{CommandOutcome, RefusalReason, RegistryMetrics};
+pub use registry::{CommandOutcome, HandOverResult, RefusalReason, RegistryMetrics};
 pub use store::StoreMetrics;
 
 /// Every metric of the process.

@@ -55,6 +55,20 @@ label_enum! {
     }
 }
 
+label_enum! {
+    /// What the process that writes answers to a word.
+    pub enum HandOverResult {
+        /// Kubernetes has it.
+        Confirmed => "confirmed",
+        /// Kubernetes has a later word on the same instance.
+        Outranked => "outranked",
+        /// It is too old to count.
+        TooOld => "too_old",
+        /// It has to be sent again.
+        NotYet => "not_yet",
+    }
+}
+
 /// Metrics of the registry.
 #[derive(Debug)]
 pub struct RegistryMetrics {
@@ -63,6 +77,8 @@ pub struct RegistryMetrics {
     unservable: Level,
     tombstones: Level,
     refused_words: Counter,
+    outbox: Level,
+    handed_over: EnumCounter<HandOverResult>,
     generation: Level,
     queue: Level,
     batches: Counter,
@@ -96,6 +112,13 @@ impl RegistryMetrics {
             unservable: Level::default(),
             tombstones: Level::default(),
             refused_words: Counter::default(),
+            outbox: Level::default(),
+            handed_over: EnumCounter::register(
+                registry,
+                "handed_over_words",
+                "result",
+                "Words that this process sent to the one that writes, by its answer; one that is not confirmed yet is sent again",
+            ),
             generation: Level::default(),
             queue: Level::default(),
             batches: Counter::default(),
@@ -131,8 +154,15 @@ impl RegistryMetrics {
         );
         registry.register(
             "refused_words",
-            "Registrations that Kubernetes never had and that were too old to count when this process took over",
+            "Registrations that Kubernetes never had and that were too old to count when this process took over, or got them \
+             from another process",
             metrics.refused_words.clone(),
+        );
+        registry.register(
+            "outbox_words",
+            "Words that this process accepted, that Kubernetes was never seen to have, and that it has to hand over to the \
+             process that writes; 0 while it writes itself",
+            metrics.outbox.clone(),
         );
         registry.register("generation", "The generation that is served", metrics.generation.clone());
         registry.register("queue_length", "Submissions that wait for the writer", metrics.queue.clone());
@@ -195,7 +225,17 @@ impl RegistryMetrics {
         self.tombstones.set(tombstones as u64);
     }
 
-    /// Counts registrations that were too old to count at a take-over.
+    /// Sets the number of words that have to be handed over.
+    pub fn set_outbox(&self, words: usize) {
+        self.outbox.set(words as u64);
+    }
+
+    /// Counts words that were sent to the process that writes.
+    pub fn count_handed_over(&self, result: HandOverResult, words: usize) {
+        self.handed_over.at(result).inc_by(words as u64);
+    }
+
+    /// Counts registrations that were too old to count at a take-over or a hand-over.
     pub fn count_refused_words(&self, words: usize) {
         self.refused_words.inc_by(words as u64);
     }
@@ -229,6 +269,8 @@ mod tests {
             "gangplank_registry_unservable_instances 0",
             "gangplank_registry_tombstones 0",
             "gangplank_registry_refused_words_total 0",
+            "gangplank_registry_outbox_words 0",
+            "gangplank_registry_handed_over_words_total{result=\"confirmed\"} 0",
             "gangplank_registry_generation 0",
             "gangplank_registry_queue_length 0",
             "# TYPE gangplank_registry_batches counter",

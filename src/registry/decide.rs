@@ -117,6 +117,27 @@ impl Decider {
         }
     }
 
+    /// The stamp of the last word on an instance, if any is known, and the age limit of the tombstones of its service; with the
+    /// changes of the batch so far.
+    pub(super) fn last_word(&self, service: &ServiceKey, key: &InstanceKey<'_>) -> (Option<Stamp>, u64) {
+        let registered =
+            self.service(service).and_then(|held| held.instances.get(key).map(|instance| instance.stamp()));
+        let tombstones = self.batch.changes.tombstones(&self.catalog, service);
+        (registered.max(tombstones.get(key)), tombstones.refuse_before())
+    }
+
+    /// The registered instances that a removal of `id` removes, with the changes of the batch so far.
+    pub(super) fn removed_by(&self, service: &ServiceKey, id: &InstanceId) -> Vec<Arc<Instance>> {
+        self.service(service).map(|held| held.instances.removed_by(id)).unwrap_or_default()
+    }
+
+    /// The limit of instances, if it is reached for a new instance, or for a removal of nothing, of a service.
+    pub(super) fn reached_limit(&self, service: &ServiceKey, removal: bool) -> Option<usize> {
+        let is_full = !removal && self.batch.changes.instances(&self.catalog) >= self.max_instances;
+        let is_new = removal || self.service(service).is_none();
+        (is_full || is_new && self.remembers_too_many(service)).then_some(self.max_instances)
+    }
+
     /// Returns the decisions since the last call, and begins the next batch.
     pub(super) fn take(&mut self) -> DecidedBatch {
         let DecidedBatch { records, changes } = &self.batch;

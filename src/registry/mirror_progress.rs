@@ -229,6 +229,11 @@ impl MirrorProgress {
         }
     }
 
+    /// Whether the latest change of `service` is not in Kubernetes.
+    pub(super) fn is_behind(&self, service: &ServiceKey) -> bool {
+        self.lock().services.contains_key(service)
+    }
+
     /// How far behind the mirror is. O(services that are behind), under the lock.
     #[must_use]
     pub fn lag(&self) -> MirrorLag {

@@ -69,6 +69,11 @@ impl MirrorRecords {
         }
     }
 
+    /// Words that this process has to hand over; 0 while it writes itself.
+    pub(super) fn outbox_len(&self) -> usize {
+        self.awaited().map_or(0, |local| local.outbox.len())
+    }
+
     pub(super) fn comparison_is_over(&self) -> bool {
         matches!(self.comparison, ComparisonState::Over)
     }

@@ -19,7 +19,8 @@
 //! With Kubernetes, the mirror sends the registry facts about the cluster ([`ClusterFact`]) and the
 //! contents of the EndpointSlices at the take-over ([`KubernetesState`]), and confirms the services that it
 //! has written. While another process writes, the registry shows what that process wrote
-//! ([`FollowedServices`]). The registry depends on Kubernetes in no other way.
+//! ([`FollowedServices`]). The registry depends on Kubernetes in no other way. What it accepted before, and Kubernetes
+//! lacks, is handed over to that process ([`OutboxWord`]).
 
 mod apply;
 mod batch_limit;
@@ -31,8 +32,10 @@ mod decide;
 mod expiries;
 mod feed;
 mod follow;
+mod merge;
 mod mirror_progress;
 mod mirror_records;
+mod outbox;
 mod recover;
 mod replica;
 mod restore;
@@ -52,7 +55,9 @@ pub use catalog::Catalog;
 pub use cluster_facts::{ClusterFact, KubernetesRefusal, NamespacePolicy};
 pub use feed::{Batch, Event, Feed, Lagged, Subscription};
 pub use follow::FollowedServices;
+pub use merge::{MergeAck, MergeOutcome};
 pub use mirror_progress::{DirtyServices, MirrorLag, MirrorProgress};
+pub use outbox::{OutboxPage, OutboxWord};
 pub use recover::{Options, Unrecovered, new};
 pub use replica::ReplicaStatus;
 pub use restore::KubernetesState;
@@ -177,6 +182,12 @@ enum WriterMessage {
     Follow(follow::FollowRequest),
     /// This process does not write any more.
     StandDown(follow::StandDownRequest),
+    /// Asks for what has to be handed over.
+    Outbox(outbox::OutboxRequest),
+    /// The process that writes has these words.
+    HandedOver(outbox::HandedOver),
+    /// What another process hands over.
+    Merge(merge::MergeRequest),
     /// This process writes under another term.
     Term(TermRequest),
 }

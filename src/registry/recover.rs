@@ -133,6 +133,7 @@ impl Unrecovered {
         });
         if let Some(local) = &local {
             status.restoring();
+            metrics.registry.set_outbox(local.outbox.len());
             let unmirrored = local.unmirrored(&catalog);
             mirror_progress.mark_dirty(unmirrored.map(|service| (service, generation, UnixMillis::now())), []);
         } else {
@@ -154,6 +155,7 @@ impl Unrecovered {
             mirror_records: MirrorRecords::new(local),
             catalog,
             status,
+            mirror_progress,
             metrics,
             held_over: None,
             limit: BatchLimit::new(),

@@ -124,9 +124,20 @@ impl LatestRecords {
         }
     }
 
-    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.0.len()
+    }
+
+    /// All of them, in no order.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&ServiceKey, &InstanceId, &Word<Arc<Instance>>)> {
+        self.0.iter().map(|((service, id), word)| (service, id, word))
+    }
+
+    /// Removes the record of an instance, unless it has another stamp than `stamp`. Returns whether it was there.
+    pub(super) fn remove(&mut self, service: &ServiceKey, id: &InstanceId, stamp: Stamp) -> bool {
+        let key = (service.clone(), id.clone());
+        let is_same = self.0.get(&key).is_some_and(|word| word.stamp == stamp);
+        is_same && self.0.remove(&key).is_some()
     }
 }
 

@@ -38,6 +38,11 @@ impl Stamper {
         self.clock.now(wall.0.saturating_mul(1_000))
     }
 
+    /// The clock as it is.
+    pub(super) fn clock(&self) -> HybridClock {
+        self.clock
+    }
+
     /// Takes note of a stamp of another writer.
     pub(super) fn observe(&mut self, stamp: Stamp) {
         self.clock.observe(stamp.clock);

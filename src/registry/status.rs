@@ -55,6 +55,8 @@ pub enum Phase {
 #[derive(Debug, Clone)]
 pub struct Status {
     phase: watch::Sender<Phase>,
+    /// The process that writes, while that is another one.
+    holder: watch::Sender<Option<Arc<LeaseHolder>>>,
     /// Set once, and stays.
     readable: Arc<AtomicBool>,
     replica: Arc<ReplicaStatus>,
@@ -62,7 +64,16 @@ pub struct Status {
 
 impl Status {
     pub(super) fn new() -> Self {
-        Self { phase: watch::Sender::new(Phase::Recovering), readable: Arc::default(), replica: Arc::default() }
+        Self::in_phase(Phase::Recovering)
+    }
+
+    fn in_phase(phase: Phase) -> Self {
+        Self {
+            phase: watch::Sender::new(phase),
+            holder: watch::Sender::default(),
+            readable: Arc::default(),
+            replica: Arc::default(),
+        }
     }
 
     /// The current phase.
@@ -75,6 +86,45 @@ impl Status {
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<Phase> {
         self.phase.subscribe()
+    }
+
+    /// A receiver of the process that writes, while that is another one and as far as it is known; in every phase, the
+    /// last one too.
+    #[must_use]
+    pub fn watch_holder(&self) -> watch::Receiver<Option<Arc<LeaseHolder>>> {
+        self.holder.subscribe()
+    }
+
+    /// Waits until this process, after it has accepted registrations, stands down. Returns the process that writes.
+    pub fn deposed(&self) -> impl Future<Output = Arc<LeaseHolder>> + Send + use<> {
+        let mut phases = self.watch();
+        async move {
+            let mut holder = None;
+            let stood_down = |phase: &Phase| match phase {
+                Phase::Standby(by) => {
+                    holder = Some(Arc::clone(by));
+                    true
+                }
+                _ => false,
+            };
+            // Fails when the registry is gone; then the stop ends everything.
+            if phases.wait_for(|phase| *phase == Phase::Ready).await.is_err()
+                || phases.wait_for(stood_down).await.is_err()
+            {
+                return std::future::pending().await;
+            }
+            holder.unwrap_or_default()
+        }
+    }
+
+    fn set_holder(&self, holder: Option<&LeaseHolder>) {
+        self.holder.send_if_modified(|known| {
+            let is_new = known.as_deref() != holder;
+            if is_new {
+                *known = holder.map(|holder| Arc::new(holder.clone()));
+            }
+            is_new
+        });
     }
 
     /// Whether the catalog is complete: this process writes, or follows one that does. Stays so.
@@ -109,6 +159,7 @@ impl Status {
 
     pub(super) fn ready(&self) {
         self.set_readable();
+        self.set_holder(None);
         self.phase.send_if_modified(|phase| {
             let loading = matches!(phase, Phase::Recovering | Phase::Restoring | Phase::Standby(_));
             if loading {
@@ -130,6 +181,7 @@ impl Status {
 
     /// Another process writes. Returns whether that is new.
     pub(crate) fn standby(&self, holder: &LeaseHolder) -> bool {
+        self.set_holder(Some(holder));
         self.phase.send_if_modified(|phase| {
             let new = match phase {
                 Phase::Restoring => true,
@@ -145,6 +197,7 @@ impl Status {
 
     /// As [`Status::standby`], for a process that accepted registrations.
     pub(super) fn stand_down(&self, holder: LeaseHolder) {
+        self.set_holder(Some(&holder));
         self.phase.send_if_modified(|phase| {
             let accepting = *phase == Phase::Ready;
             if accepting {
@@ -188,6 +241,6 @@ impl Status {
 impl Status {
     /// A registry in `phase`, for tests of its readers.
     pub(crate) fn at(phase: Phase) -> Self {
-        Self { phase: watch::Sender::new(phase), readable: Arc::default(), replica: Arc::default() }
+        Self::in_phase(phase)
     }
 }

@@ -20,7 +20,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::{
-    Ack, AckSender, Catalog, ClusterFact, Outcome, Phase, Status, Submission, TermRequest, Unavailable, WriterMessage,
+    Ack, AckSender, Catalog, ClusterFact, MirrorProgress, OutboxWord, Outcome, Phase, Status, Submission, TermRequest,
+    Unavailable, WriterMessage,
     apply::Applier,
     batch_limit::{BatchLimit, MAX_BATCH_TIME},
     commit::Committer,
@@ -63,6 +64,7 @@ pub struct Writer {
     pub(super) mirror_records: MirrorRecords,
     pub(super) catalog: Arc<Catalog>,
     pub(super) status: Status,
+    pub(super) mirror_progress: Arc<MirrorProgress>,
     pub(super) metrics: Arc<Metrics>,
     /// A message that was taken from the queue and is the first of the next batch.
     pub(super) held_over: Option<WriterMessage>,
@@ -75,7 +77,7 @@ pub struct Writer {
 
 /// Submissions of one batch whose commands were decided, until they are answered.
 #[derive(Debug, Default)]
-struct PendingAcks {
+pub(super) struct PendingAcks {
     replies: Vec<(AckSender, Vec<Outcome>)>,
     /// Commands of all submissions.
     commands: usize,
@@ -150,9 +152,9 @@ impl Writer {
         true
     }
 
-    /// Takes submissions until `stop`, then answers those that are still queued. Blocks: needs a thread of
-    /// its own.
-    pub fn run(mut self, runtime: &Handle, stop: &CancellationToken) {
+    /// Takes submissions until `stop`, then answers those that are still queued. Returns what is
+    /// [unconfirmed](Self::unconfirmed) then. Blocks: needs a thread of its own.
+    pub fn run(mut self, runtime: &Handle, stop: &CancellationToken) -> Vec<OutboxWord> {
         loop {
             let first = runtime.block_on(async {
                 let save_at = self.mirror_records.save_at();
@@ -185,6 +187,7 @@ impl Writer {
             }
         }
         self.save_confirmations();
+        self.unconfirmed()
     }
 
     /// Takes messages, from `first` on, until a limit is reached or the queue is empty, and carries them
@@ -219,7 +222,10 @@ impl Writer {
                 | WriterMessage::Compared(_)
                 | WriterMessage::Follow(_)
                 | WriterMessage::StandDown(_)
-                | WriterMessage::Term(_) => {
+                | WriterMessage::Term(_)
+                | WriterMessage::Outbox(_)
+                | WriterMessage::HandedOver(_)
+                | WriterMessage::Merge(_) => {
                     then = Some(message);
                     break;
                 }
@@ -240,8 +246,12 @@ impl Writer {
             Some(WriterMessage::Follow(request)) => self.follow(request),
             Some(WriterMessage::StandDown(request)) => self.stand_down(request),
             Some(WriterMessage::Term(request)) => self.raise_term(request),
+            Some(WriterMessage::Outbox(request)) => self.outbox(request),
+            Some(WriterMessage::HandedOver(words)) => self.handed_over(words),
+            Some(WriterMessage::Merge(request)) => self.merge(request),
             _ => {}
         }
+        self.metrics.registry.set_outbox(self.mirror_records.outbox_len());
         if self.mirror_records.is_due(Instant::now()) {
             self.save_confirmations();
         }
@@ -265,7 +275,7 @@ impl Writer {
     }
 
     /// Takes steps 2 to 4 for the decisions since the last batch. Returns the time of the commit.
-    fn finish(&mut self, pending: PendingAcks) -> Duration {
+    pub(super) fn finish(&mut self, pending: PendingAcks) -> Duration {
         let batch = self.decider.take();
         if batch.is_empty() {
             if pending.replies.is_empty() {

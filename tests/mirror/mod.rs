@@ -9,6 +9,7 @@ mod external_changes;
 mod faults;
 mod figures;
 mod followers;
+mod handover;
 mod kill_cycles;
 mod lease;
 mod replica;

@@ -55,6 +55,23 @@ impl Replica {
         Stream::open(self.grpc).register(namespace, service, address).0
     }
 
+    pub(super) fn remove(&self, namespace: &str, service: &str, address: &str) -> u32 {
+        Stream::open(self.grpc).remove(namespace, service, address).0
+    }
+
+    /// The value of one series of a scrape.
+    pub(super) fn metric(&self, series: &str) -> f64 {
+        let (status, text) = http::get(self.admin, "/metrics");
+        assert_eq!(status, 200);
+        let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        value.unwrap_or_else(|| panic!("no {series} in\n{text}")).parse().expect("a number")
+    }
+
+    /// Sends this signal.
+    pub(super) fn signal(&self, name: &str) {
+        self.process.signal(name);
+    }
+
     /// The log so far.
     pub(super) fn stderr(&self) -> String {
         self.process.stderr()

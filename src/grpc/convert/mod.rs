@@ -7,6 +7,7 @@
 //! in both.
 
 mod discovery;
+mod handover;
 
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ pub(super) use discovery::{
     MAX_INSTANCES_PER_MESSAGE, change_from_proto, change_to_proto, protocol_from_proto, service_from_proto,
     service_part, service_to_proto,
 };
+pub(super) use handover::{word_from_proto, word_to_proto};
 
 use super::proto::registry::{
     Health, NamedPort, Protocol as WireProtocol, RegistrationMsg, RegistrationResponse, RegistrationResult,

@@ -33,9 +33,10 @@ use crate::{
         convert::{self, InvalidMessage, ResponseBuilder},
         memory::ConnectionMemory,
         proto::registry::{RegistrationMsg, RegistrationResponse},
+        writer_hint,
     },
     model::UnixMillis,
-    registry::{Ack, Command, MAX_COMMANDS, Outcome, Unavailable},
+    registry::{Ack, Command, LeaseHolder, MAX_COMMANDS, Outcome, Unavailable},
 };
 
 /// Unanswered batches of one stream; with more, the stream is not read.
@@ -113,6 +114,8 @@ pub(in crate::grpc) struct RegistrationStream<S> {
     inbound: S,
     context: ServerContext,
     stop: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Completes when this process has stopped writing to Kubernetes.
+    deposed: Pin<Box<dyn Future<Output = Arc<LeaseHolder>> + Send>>,
     inbound_state: InboundState,
     in_flight: VecDeque<InFlightBatch>,
     completed: CompletedBatch,
@@ -148,6 +151,7 @@ where
     ) -> Self {
         Self {
             inbound,
+            deposed: Box::pin(context.registry.status().deposed()),
             context,
             stop: Box::pin(stop),
             inbound_state: InboundState::Open,
@@ -189,6 +193,12 @@ where
         // The stop takes effect between batches only, so that every message that was read is answered.
         if self.stop.as_mut().poll(cx).is_ready() {
             self.inbound_state = InboundState::Failed(Status::unavailable("shutting down"));
+            return true;
+        }
+        if let Poll::Ready(holder) = self.deposed.as_mut().poll(cx) {
+            let hint = holder.hint();
+            let status = Status::unavailable(format!("another gangplank has taken the Lease gangplank-writer{hint}"));
+            self.inbound_state = InboundState::Failed(writer_hint::with(status, &holder));
             return true;
         }
         let now = UnixMillis::now();

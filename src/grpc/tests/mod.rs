@@ -1,5 +1,6 @@
 //! The services over the network: a real server on loopback with a real registry.
 
+mod handover;
 mod limits;
 mod mirrored;
 mod stream;

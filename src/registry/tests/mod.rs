@@ -1,6 +1,7 @@
 //! The registry from its handle to its journal, compared with a model that is a plain map.
 
 mod fairness;
+mod handover;
 mod standby;
 
 use std::{collections::BTreeMap, time::Instant};

@@ -3,15 +3,15 @@
 use super::*;
 
 /// A registry that was compared with Kubernetes under term 1, and whose writer runs on a thread of its own.
-struct Replica {
-    handle: RegistryHandle,
-    runtime: Runtime,
+pub(super) struct Replica {
+    pub(super) handle: RegistryHandle,
+    pub(super) runtime: Runtime,
     stop: CancellationToken,
-    thread: std::thread::JoinHandle<()>,
+    thread: std::thread::JoinHandle<Vec<OutboxWord>>,
 }
 
 impl Replica {
-    fn start(dir: &TempDir) -> Self {
+    pub(super) fn start(dir: &TempDir) -> Self {
         Self::start_under(dir, 1)
     }
 
@@ -25,12 +25,12 @@ impl Replica {
         Self { handle, runtime, stop, thread }
     }
 
-    fn submit(&self, commands: Vec<Command>) -> Result<Ack, Unavailable> {
+    pub(super) fn submit(&self, commands: Vec<Command>) -> Result<Ack, Unavailable> {
         let submitted = self.handle.submit(commands);
         self.runtime.block_on(async { submitted.await?.await })
     }
 
-    fn stand_down(&self) {
+    pub(super) fn stand_down(&self) {
         self.runtime.block_on(self.handle.stand_down(other())).expect("the writer is there");
         assert_eq!(self.handle.status().phase(), Phase::Standby(Arc::new(other())));
     }
@@ -52,13 +52,13 @@ impl Replica {
         self.runtime.block_on(self.handle.restore(held))
     }
 
-    fn addresses(&self) -> Vec<String> {
+    pub(super) fn addresses(&self) -> Vec<String> {
         addresses(self.handle.catalog())
     }
 
-    fn end(self) {
+    pub(super) fn end(self) -> Vec<OutboxWord> {
         self.stop.cancel();
-        self.thread.join().expect("no panic");
+        self.thread.join().expect("no panic")
     }
 }
 

@@ -1,0 +1,180 @@
+//! Handing over, between processes of one gangplank: `gangplank.internal.v1.HandOver`.
+//!
+//! A process that stopped writing has words that Kubernetes was never seen to have. Its [`sender`] sends them to the process
+//! that writes until each is confirmed, outranked or refused; this service takes them.
+
+mod sender;
+
+use std::{sync::Arc, time::Duration};
+
+use futures::future;
+use tokio::{
+    sync::Semaphore,
+    time::{Instant, timeout_at},
+};
+use tonic::{Request, Response, Status};
+
+pub use sender::run as hand_over;
+
+use super::{
+    ServerContext, convert,
+    memory::ConnectionMemory,
+    proto::gangplank::internal::v1::{
+        HandOverRequest, HandOverResponse, Result as WireResult, Word, WordResult, hand_over_server::HandOver,
+    },
+    writer_hint,
+};
+use crate::{
+    model::UnixMillis,
+    registry::{KubernetesRefusal, MergeAck, MergeOutcome, OutboxWord, Unavailable},
+};
+
+/// Most words of one request.
+const MAX_WORDS: usize = 256;
+
+/// How long an answer waits for Kubernetes at most.
+const MAX_WAIT: Duration = Duration::from_secs(2);
+
+/// Requests that are carried out at the same time; more are answered with RESOURCE_EXHAUSTED.
+const MAX_REQUESTS: usize = 4;
+
+/// Takes the words of other processes.
+#[derive(Debug)]
+pub(super) struct HandOverService {
+    context: ServerContext,
+    permits: Semaphore,
+}
+
+/// Charges the words of a request until it is answered.
+struct Charge {
+    memory: Option<Arc<ConnectionMemory>>,
+    bytes: usize,
+}
+
+impl Charge {
+    fn new(memory: Option<Arc<ConnectionMemory>>, words: &[Word]) -> Result<Self, Status> {
+        if memory.as_ref().is_some_and(|memory| !memory.may_submit()) {
+            return Err(Status::resource_exhausted("too many registrations are unanswered; try again later"));
+        }
+        let bytes = words.iter().filter_map(|word| word.message.as_ref()).map(convert::bytes).sum();
+        memory.iter().for_each(|memory| memory.charge_unanswered(bytes));
+        Ok(Self { memory, bytes })
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.memory.iter().for_each(|memory| memory.release_unanswered(self.bytes));
+    }
+}
+
+impl HandOverService {
+    pub(super) fn new(context: ServerContext) -> Self {
+        Self { context, permits: Semaphore::new(MAX_REQUESTS) }
+    }
+
+    /// Merges the valid ones of `words`, and waits for Kubernetes. Returns one result per word.
+    async fn take(
+        &self,
+        words: Vec<Result<OutboxWord, String>>,
+        wait: Duration,
+    ) -> Result<Vec<WordResult>, Unavailable> {
+        let registry = &self.context.registry;
+        let until = Instant::now() + wait;
+        let valid: Vec<OutboxWord> = words.iter().filter_map(|word| word.as_ref().ok()).cloned().collect();
+        let MergeAck { generation, outcomes } = registry.merge(valid).await?;
+        let mut outcomes = outcomes.into_iter();
+        let results = words.into_iter().map(|word| {
+            let answer = match word {
+                // As long as this process is as strict as that. The word may be registered again meanwhile.
+                Err(invalid) => Answer::Now(WireResult::NotYet, invalid),
+                Ok(word) => match outcomes.next() {
+                    Some(outcome) => Answer::to(&word, outcome),
+                    None => Answer::Now(WireResult::NotYet, String::new()),
+                },
+            };
+            async move {
+                let (result, details) = match answer {
+                    Answer::Now(result, details) => (result, details),
+                    Answer::Mirrored(result, word) => {
+                        let address = word.id.address.ip();
+                        let confirmed = registry.mirror_progress().confirmed(&word.service, generation, address);
+                        match timeout_at(until, confirmed).await {
+                            Ok(()) => (result, String::new()),
+                            Err(_) => (WireResult::NotYet, String::new()),
+                        }
+                    }
+                };
+                WordResult { result: result.into(), details }
+            }
+        });
+        Ok(future::join_all(results).await)
+    }
+}
+
+/// How a word is answered.
+enum Answer {
+    Now(WireResult, String),
+    /// When Kubernetes has the service of the word.
+    Mirrored(WireResult, OutboxWord),
+}
+
+impl Answer {
+    fn to(word: &OutboxWord, outcome: MergeOutcome) -> Self {
+        let not_yet = |why: String| Self::Now(WireResult::NotYet, why);
+        match outcome {
+            MergeOutcome::Merged => Self::Mirrored(WireResult::Confirmed, word.clone()),
+            // The later word may be in the journal only: then the sender keeps its own until it is not.
+            MergeOutcome::Outranked => Self::Mirrored(WireResult::Outranked, word.clone()),
+            MergeOutcome::TooOld => Self::Now(
+                WireResult::TooOld,
+                "too old to count, because its removal may have been forgotten; it has to be registered again".into(),
+            ),
+            MergeOutcome::Refused(err) => {
+                let why = match err {
+                    KubernetesRefusal::Reserved => "it is the cluster's own",
+                    KubernetesRefusal::NamespaceAbsent => "the namespace does not exist",
+                    KubernetesRefusal::ForeignService => "the Service is not managed by gangplank",
+                };
+                not_yet(format!("{}: {why}", word.service))
+            }
+            MergeOutcome::Full { limit } => not_yet(format!("the server holds {limit} instances, which is its limit")),
+            MergeOutcome::ClockAhead(lead) => {
+                not_yet(format!("its stamp is {lead:?} ahead of the clock of the process that writes"))
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl HandOver for HandOverService {
+    async fn send(&self, mut request: Request<HandOverRequest>) -> Result<Response<HandOverResponse>, Status> {
+        if !self.context.registry.mirror_progress().is_mirrored() {
+            return Err(Status::failed_precondition("this process does not write to Kubernetes"));
+        }
+        let Ok(_permit) = self.permits.try_acquire() else {
+            return Err(Status::resource_exhausted("other words are being taken over; try again later"));
+        };
+        let memory = request.extensions_mut().remove::<Arc<ConnectionMemory>>();
+        let HandOverRequest { words, wait_millis } = request.into_inner();
+        if words.len() > MAX_WORDS {
+            let words = words.len();
+            return Err(Status::invalid_argument(format!("words: {words} given, a request has at most {MAX_WORDS}")));
+        }
+        let _charge = Charge::new(memory, &words)?;
+        let now = UnixMillis::now();
+        let validator = &self.context.validator;
+        let words = words.into_iter().map(|word| convert::word_from_proto(word, validator, now)).collect();
+        let wait = Duration::from_millis(wait_millis.into()).min(MAX_WAIT);
+        match self.take(words, wait).await {
+            Ok(results) => Ok(Response::new(HandOverResponse { results })),
+            Err(err) => {
+                let status = Status::unavailable(err.to_string());
+                Err(match err {
+                    Unavailable::Standby(holder) => writer_hint::with(status, &holder),
+                    _ => status,
+                })
+            }
+        }
+    }
+}
