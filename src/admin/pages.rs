@@ -21,6 +21,7 @@ GET /metrics                                        counters and gauges, OpenMet
 GET /livez                                          200 while the process runs
 GET /readyz                                         200 when DNS can answer, else 503 and why
 GET /readyz/registrations                           200 when registrations are accepted too
+GET /api/v1/replica                                 what this process is among the replicas, JSON
 GET /api/v1/services                                every service with its instances, JSON
 GET /api/v1/namespaces/{namespace}/services         those of one namespace
 GET /api/v1/namespaces/{namespace}/services/{name}  one service
@@ -38,6 +39,7 @@ pub(super) fn router(admin: Admin) -> Router {
         .route("/livez", get(async || "alive\n"))
         .route("/readyz", get(readyz))
         .route("/readyz/registrations", get(readyz_registrations))
+        .route("/api/v1/replica", get(replica))
         .route("/api/v1/services", get(services))
         .route("/api/v1/namespaces/{namespace}/services", get(services_of_namespace))
         .route("/api/v1/namespaces/{namespace}/services/{name}", get(service))
@@ -75,6 +77,10 @@ fn show(readiness: &Readiness, uri: &Uri, headers: &HeaderMap) -> Response {
         return (status, axum::Json(readiness)).into_response();
     }
     (status, readiness.to_text()).into_response()
+}
+
+async fn replica(State(admin): State<Admin>) -> Response {
+    axum::Json(admin.status.describe(&admin.metrics)).into_response()
 }
 
 /// The list has no parameters. Unknown ones are refused: a client must not take an unfiltered list for a

@@ -17,7 +17,7 @@ pub(super) struct Check {
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
     /// On standby, how old the answers may be, in seconds.
-    #[serde(rename = "ageSeconds", skip_serializing_if = "Option::is_none")]
+    #[serde(rename = "age_seconds", skip_serializing_if = "Option::is_none")]
     age: Option<f64>,
 }
 
@@ -166,7 +166,7 @@ mod tests {
         let text = old.to_text();
         assert!(text.starts_with("not ready: dns: on standby: what vm-1_7 registered in the last 5.1 s"), "{text}");
         assert_eq!(text.lines().count(), 1, "{text}");
-        assert_eq!(serde_json::to_value(&old).expect("JSON")["checks"][0]["ageSeconds"], 5.1);
+        assert_eq!(serde_json::to_value(&old).expect("JSON")["checks"][0]["age_seconds"], 5.1);
         assert!(Readiness::of(vec![standby(&Phase::Ready, None, Some(limit))]).is_ready());
     }
 

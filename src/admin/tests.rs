@@ -141,7 +141,7 @@ async fn every_page_of_the_index_exists() {
         assert_ne!(answer.status, 404, "{path}");
         pages += 1;
     }
-    assert_eq!(pages, 7);
+    assert_eq!(pages, 8);
     let index = running.get("/").await;
     assert_eq!(index.status, 200);
     assert!(index.body.ends_with(pages::INDEX), "{}", index.body);

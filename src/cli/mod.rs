@@ -14,6 +14,7 @@ mod ls;
 mod mutation;
 mod output;
 mod register;
+mod replicas;
 mod resolve;
 mod watch;
 
@@ -34,6 +35,9 @@ pub enum Subcommand {
     /// Print what is registered, then every change as it happens
     #[command(after_help = watch::EXAMPLES)]
     Watch(watch::Args),
+    /// List the processes that answer the same, and which of them writes
+    #[command(after_help = replicas::EXAMPLES)]
+    Replicas(replicas::Args),
     /// Ask a DNS server what clients would get
     #[command(after_help = resolve::EXAMPLES)]
     Resolve(resolve::Args),
@@ -46,6 +50,7 @@ pub async fn run(subcommand: Subcommand) -> ExitCode {
         Subcommand::Deregister(args) => deregister::run(args).await,
         Subcommand::Ls(args) => ls::run(args).await,
         Subcommand::Watch(args) => watch::run(args).await,
+        Subcommand::Replicas(args) => replicas::run(args).await,
         Subcommand::Resolve(args) => resolve::run(args).await,
     };
     match result {

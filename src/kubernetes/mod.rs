@@ -37,12 +37,12 @@ use self::{
     cache::ClusterCache,
     mirror::{Mirror, Reconciler},
     objects::names,
-    replicas::{Elector, ElectorHandle, LeaseClient, ReplicaHandle, ServiceSlices, Turn},
+    replicas::{Elector, ElectorHandle, LeaseClient, ReplicaHandle, ServiceSlices, Turn, WriterEvents},
     watch::{Restored, SlicesRequest, TakeOver, Watch},
 };
 use crate::{
     metrics::Metrics,
-    model::{ServerAddress, Validator},
+    model::{ReplicaRole, ServerAddress, Validator},
     registry::RegistryHandle,
     replicas::{election::Tenure, lease::DirectoryId},
 };
@@ -116,6 +116,12 @@ impl Kubernetes {
         let host = gethostname::gethostname().to_string_lossy().into_owned();
         let (client, addresses) = (self.client.clone(), self.addresses.clone());
         let lease = LeaseClient::new(client, self.namespace.clone(), DirectoryId(directory), host.clone(), addresses);
+        let replica = registry.status().replica();
+        replica.set_name(lease.identity(), self.addresses.clone());
+        replica.set_role(ReplicaRole::Standby, 0);
+        let events = Recorder::new(self.client.clone(), reporter(&host));
+        let changes = WriterEvents::new(self.client.clone(), events, self.namespace.clone(), lease.identity());
+        let changes = changes.run(registry.status());
         let (elector, handle) = Elector::new(lease, registry.clone(), Arc::clone(&metrics));
         let ReplicaHandle { mut turns, elector: reports, fence } = handle;
         let cache = Arc::new(ClusterCache::new());
@@ -176,6 +182,7 @@ impl Kubernetes {
             never = watching => never,
             never = writing => never,
             never = service_slices => match never {},
+            never = changes => match never {},
         }
     }
 
@@ -210,11 +217,15 @@ impl Kubernetes {
             validator: _,
         } = self.options;
         let options = mirror::Options { create_namespaces, max_endpoints, endpoints_object, linger, publish_not_ready };
-        let reporter = Reporter { controller: names::MANAGER.into(), instance: Some(host.clone()) };
-        let events = Recorder::new(self.client.clone(), reporter);
+        let events = Recorder::new(self.client.clone(), reporter(&host));
         let api = ApiClient::new(self.client.clone(), requests_per_second.get(), fence, Arc::clone(&metrics));
         Mirror::new(Reconciler::new(api, cache, registry, metrics, options, host, term), events)
     }
+}
+
+/// Who publishes Events.
+fn reporter(host: &str) -> Reporter {
+    Reporter { controller: names::MANAGER.into(), instance: Some(host.into()) }
 }
 
 /// Takes over under `tenure`. Returns the term; `None` when something else comes next: a higher term is needed, the Lease is

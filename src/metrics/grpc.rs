@@ -26,7 +26,7 @@ pub struct Method {
 
 impl Method {
     /// Every method that is served.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::new("unary", "registry.ServiceRegistry", "Register"),
         Self::new("unary", "registry.ServiceRegistry", "UnRegister"),
         Self::new("bidi_stream", "registry.ServiceRegistry", "RegistrationEvent"),
@@ -35,6 +35,7 @@ impl Method {
         Self::new("server_stream", "gangplank.v1.Discovery", "ListServices"),
         Self::new("server_stream", "gangplank.v1.Discovery", "Watch"),
         Self::new("unary", "gangplank.internal.v1.HandOver", "Send"),
+        Self::new("unary", "gangplank.v1.Discovery", "GetReplica"),
         Self::new("unary", "grpc.health.v1.Health", "Check"),
         Self::new("server_stream", "grpc.health.v1.Health", "Watch"),
         Self::new("bidi_stream", "grpc.reflection.v1.ServerReflection", "ServerReflectionInfo"),

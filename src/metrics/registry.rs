@@ -188,6 +188,11 @@ impl RegistryMetrics {
         self.generation.set(generation);
     }
 
+    /// The generation that DNS serves.
+    pub fn generation(&self) -> u64 {
+        self.generation.get()
+    }
+
     /// Observes the time from the receipt of a change until DNS serves it.
     pub fn observe_programming(&self, took: Duration) {
         self.programming.observe(took.as_secs_f64());
@@ -228,6 +233,11 @@ impl RegistryMetrics {
     /// Sets the number of words that have to be handed over.
     pub fn set_outbox(&self, words: usize) {
         self.outbox.set(words as u64);
+    }
+
+    /// The number of words that have to be handed over.
+    pub fn outbox(&self) -> u64 {
+        self.outbox.get()
     }
 
     /// Counts words that were sent to the process that writes.

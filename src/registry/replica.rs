@@ -5,12 +5,37 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::sync::watch;
+
+use super::{Phase, Status};
+use crate::{
+    metrics::Metrics,
+    model::{Replica, ReplicaRole, ServerAddress, UnixMillis},
+};
+
 /// What the tasks that speak with Kubernetes have learnt.
-#[derive(Debug, Default)]
-pub struct ReplicaStatus(Mutex<State>);
+#[derive(Debug)]
+pub struct ReplicaStatus {
+    state: Mutex<State>,
+    role: watch::Sender<CurrentRole>,
+}
+
+/// What this process is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct CurrentRole {
+    pub(crate) role: ReplicaRole,
+    /// The highest term that was seen: of the writer, its own.
+    pub(crate) term: u64,
+    /// Since when the role is this.
+    pub(crate) since: UnixMillis,
+}
 
 #[derive(Debug, Default)]
 struct State {
+    /// As the Lease names its holder.
+    name: String,
+    /// Where this process takes registrations when it writes.
+    addresses: Vec<ServerAddress>,
     /// The highest term and generation of a slice that was seen.
     followed: (u64, u64),
     /// When the slices that this process knows were last known to be all there are.
@@ -19,7 +44,35 @@ struct State {
     lease_renewed: Option<Instant>,
 }
 
+impl Default for ReplicaStatus {
+    fn default() -> Self {
+        let role = CurrentRole { role: ReplicaRole::Alone, term: 0, since: UnixMillis::now() };
+        Self { state: Mutex::default(), role: watch::Sender::new(role) }
+    }
+}
+
 impl ReplicaStatus {
+    /// This process is one of several, which know it by this name.
+    pub(crate) fn set_name(&self, name: String, addresses: Vec<ServerAddress>) {
+        let mut state = self.lock();
+        (state.name, state.addresses) = (name, addresses);
+    }
+
+    /// What this process is now, and the highest term that it has seen.
+    pub(crate) fn set_role(&self, role: ReplicaRole, term: u64) {
+        self.role.send_if_modified(|current| {
+            let CurrentRole { role: before, term: known, since } = *current;
+            let since = if before == role { since } else { UnixMillis::now() };
+            *current = CurrentRole { role, term, since };
+            (before, known) != (role, term)
+        });
+    }
+
+    /// A receiver of what this process is, now and later.
+    pub(crate) fn watch_role(&self) -> watch::Receiver<CurrentRole> {
+        self.role.subscribe()
+    }
+
     /// The watch of the slices was opened, or has sent something: what was written before it is here.
     pub(crate) fn watch_answered(&self) {
         self.lock().current = Some(Instant::now());
@@ -60,7 +113,39 @@ impl ReplicaStatus {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Status {
+    /// What this process says of itself.
+    #[must_use]
+    pub fn describe(&self, metrics: &Metrics) -> Replica {
+        let replica = self.replica();
+        let CurrentRole { role, term, since } = *replica.role.borrow();
+        let (age, lease_age) = (self.staleness(), replica.lease_age());
+        let state = replica.lock();
+        let (writer, writer_addresses) = match self.phase() {
+            Phase::Standby(holder) => (holder.name.clone(), holder.addresses.clone()),
+            _ if role == ReplicaRole::Writer => (state.name.clone(), state.addresses.clone()),
+            _ => (String::new(), Vec::new()),
+        };
+        Replica {
+            name: state.name.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            role,
+            since,
+            term,
+            generation: if role == ReplicaRole::Standby { state.followed.1 } else { metrics.registry.generation() },
+            age_seconds: age.map(|age| age.as_secs_f64()),
+            lease_age_seconds: lease_age.map(|age| age.as_secs_f64()),
+            // The gauge keeps its value when this process writes no more.
+            services_behind: if role == ReplicaRole::Writer { metrics.mirror.behind.get() } else { 0 },
+            outbox_words: metrics.registry.outbox(),
+            addresses: state.addresses.clone(),
+            writer,
+            writer_addresses,
+        }
     }
 }
 

@@ -13,12 +13,14 @@ mod handover;
 mod kill_cycles;
 mod lease;
 mod replica;
+mod replicas_command;
 mod reregistered;
 mod seen_by_coredns;
 mod several_servers;
 mod staleness;
 mod tombstones;
 mod write_counts;
+mod writer_events;
 
 use std::{
     collections::BTreeMap,

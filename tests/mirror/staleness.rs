@@ -20,7 +20,7 @@ fn ages(replica: &Replica) -> (u16, f64, f64) {
     let (_, metrics) = http::get(replica.admin, "/metrics");
     let metric = metrics.lines().find_map(|line| line.strip_prefix("gangplank_kubernetes_watch_age_seconds "));
     let metric = metric.expect("it is there").parse().expect("a number");
-    (status, page["checks"][0]["ageSeconds"].as_f64().expect("it follows"), metric)
+    (status, page["checks"][0]["age_seconds"].as_f64().expect("it follows"), metric)
 }
 
 #[test]

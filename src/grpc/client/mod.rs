@@ -3,6 +3,7 @@
 //! [`Client::connect`] dials, so that an unreachable server is an error there and not at the first call.
 //! The client does not retry; [`Servers`] looks for a server that takes a call.
 
+mod replicas;
 mod servers;
 
 use std::{collections::VecDeque, error::Error, sync::Arc, time::Duration};
@@ -13,7 +14,10 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-pub use self::servers::{Attempt, Servers};
+pub use self::{
+    replicas::FoundReplicas,
+    servers::{Attempt, Servers},
+};
 use super::{
     convert::{change_from_proto, port_to_proto, service_from_proto},
     proto::{

@@ -194,7 +194,7 @@ impl Servers {
 }
 
 /// The error and its innermost cause: hyper and tonic wrap the cause several times, and only the innermost is short.
-fn chain(err: &ClientError) -> String {
+pub(super) fn chain(err: &ClientError) -> String {
     let innermost = iter::successors(std::error::Error::source(err), |cause| cause.source()).last();
     innermost.map_or_else(|| err.to_string(), ToString::to_string)
 }

@@ -21,14 +21,14 @@ use crate::{
 /// clients accept.
 pub(in crate::grpc) const MAX_INSTANCES_PER_MESSAGE: usize = 64;
 
-fn timestamp(at: UnixMillis) -> Timestamp {
+pub(super) fn timestamp(at: UnixMillis) -> Timestamp {
     Timestamp {
         seconds: i64::try_from(at.0 / 1_000).unwrap_or(i64::MAX),
         nanos: i32::try_from(at.0 % 1_000).expect("below 1 000") * 1_000_000,
     }
 }
 
-fn millis(at: Option<Timestamp>) -> UnixMillis {
+pub(super) fn millis(at: Option<Timestamp>) -> UnixMillis {
     let Some(at) = at else { return UnixMillis(0) };
     let seconds = u64::try_from(at.seconds).unwrap_or(0);
     let nanos = u64::try_from(at.nanos).unwrap_or(0);

@@ -8,6 +8,7 @@
 
 mod discovery;
 mod handover;
+mod replica;
 
 use std::sync::Arc;
 
@@ -16,6 +17,7 @@ pub(super) use discovery::{
     service_part, service_to_proto,
 };
 pub(super) use handover::{word_from_proto, word_to_proto};
+pub(super) use replica::{replica_from_proto, replica_to_proto};
 
 use super::proto::registry::{
     Health, NamedPort, Protocol as WireProtocol, RegistrationMsg, RegistrationResponse, RegistrationResult,

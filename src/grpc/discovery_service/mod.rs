@@ -21,9 +21,9 @@ use super::{
     ServerContext,
     convert::{self, MAX_INSTANCES_PER_MESSAGE},
     proto::gangplank::v1::{
-        GetServiceRequest, GetServiceResponse, GetServicesByMethodRequest, GetServicesByMethodResponse,
-        ListServicesRequest, ListServicesResponse, WatchRequest, WatchResponse, discovery_server::Discovery,
-        restart::Reason,
+        GetReplicaRequest, GetReplicaResponse, GetServiceRequest, GetServiceResponse, GetServicesByMethodRequest,
+        GetServicesByMethodResponse, ListServicesRequest, ListServicesResponse, WatchRequest, WatchResponse,
+        discovery_server::Discovery, restart::Reason,
     },
     writer_hint,
 };
@@ -119,6 +119,11 @@ impl Discovery for DiscoveryService {
         _request: Request<GetServicesByMethodRequest>,
     ) -> Result<Response<GetServicesByMethodResponse>, Status> {
         Err(Status::unimplemented("registrations carry no methods yet, so there is nothing to find by them"))
+    }
+
+    async fn get_replica(&self, _request: Request<GetReplicaRequest>) -> Result<Response<GetReplicaResponse>, Status> {
+        let replica = self.context.registry.status().describe(&self.context.metrics);
+        Ok(Response::new(convert::replica_to_proto(&replica)))
     }
 
     type ListServicesStream = ResponseStream<ListServicesResponse>;

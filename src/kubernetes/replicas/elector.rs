@@ -18,7 +18,7 @@ use super::lease::{LeaseClient, LeaseRead};
 use crate::{
     kubernetes::api::{ApiError, Fence, boot_time},
     metrics::{LeaseRole, Metrics},
-    model::ServerAddress,
+    model::{ReplicaRole, ServerAddress},
     registry::{LeaseHolder, Phase, RegistryHandle},
     replicas::{
         election::{Action, Deposed, Election, RETRY_PERIOD, Role, Tenure},
@@ -335,8 +335,9 @@ impl Elector {
                 // The registry notes it when it follows the first slice of a higher term.
                 Action::Followed => {}
             }
-            self.observe();
         }
+        // The end of a take-over needs no action.
+        self.observe();
     }
 
     async fn deposed(&mut self, reason: Deposed) {
@@ -459,6 +460,12 @@ impl Elector {
             Role::Writer { .. } => LeaseRole::Writer,
         };
         self.metrics.kubernetes.lease(role, self.election.known_term());
+        let role = match role {
+            LeaseRole::Standby => ReplicaRole::Standby,
+            LeaseRole::TakingOver => ReplicaRole::TakingOver,
+            LeaseRole::Writer => ReplicaRole::Writer,
+        };
+        self.registry.status().replica().set_role(role, self.election.known_term());
         let standby = *self.election.role() == Role::Follower;
         self.standby.send_if_modified(|before| std::mem::replace(before, standby) != standby);
     }

@@ -144,7 +144,7 @@ impl LeaseClient {
         let Lease { mut metadata, spec } = before.unwrap_or_default();
         let before = spec.unwrap_or_default();
         let now = MicroTime(jiff_now());
-        let holder = (!record.released).then(|| format!("{}_{}", self.host, hex(record.holder)));
+        let holder = (!record.released).then(|| self.holder_identity(record.holder));
         let taken = before.holder_identity != holder && holder.is_some();
         metadata.name = Some(NAME.into());
         metadata.namespace = Some(self.namespace.clone());
@@ -174,6 +174,15 @@ impl LeaseClient {
 
     fn kept(&self) -> Option<Lease> {
         self.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn holder_identity(&self, directory: DirectoryId) -> String {
+        format!("{}_{}", self.host, hex(directory))
+    }
+
+    /// As the Lease names this process when it holds it.
+    pub(in crate::kubernetes) fn identity(&self) -> String {
+        self.holder_identity(self.me)
     }
 
     pub(super) fn me(&self) -> DirectoryId {

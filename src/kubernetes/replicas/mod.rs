@@ -8,6 +8,7 @@
 //! * `elector`: the task that drives the pure state machine.
 //! * `lease_watch`: tells a process on standby that the Lease changed, ahead of its next reading.
 //! * `service_slices`: the EndpointSlices that lead registrants to the writer.
+//! * `writer_events`: an Event on the Lease when another process begins to write.
 //!
 //! The `Fence` of `api` is what it tells those who write: they ask before they write and before they confirm.
 
@@ -15,9 +16,11 @@ mod elector;
 mod lease;
 mod lease_watch;
 mod service_slices;
+mod writer_events;
 
 pub(super) use self::{
     elector::{Elector, ElectorHandle, ReplicaHandle, Turn},
     lease::LeaseClient,
     service_slices::ServiceSlices,
+    writer_events::WriterEvents,
 };
