@@ -214,9 +214,16 @@ impl Kubernetes {
             requests_per_second,
             linger,
             publish_not_ready,
-            validator: _,
+            validator,
         } = self.options;
-        let options = mirror::Options { create_namespaces, max_endpoints, endpoints_object, linger, publish_not_ready };
+        let options = mirror::Options {
+            create_namespaces,
+            max_endpoints,
+            endpoints_object,
+            linger,
+            publish_not_ready,
+            validator,
+        };
         let events = Recorder::new(self.client.clone(), reporter(&host));
         let api = ApiClient::new(self.client.clone(), requests_per_second.get(), fence, Arc::clone(&metrics));
         Mirror::new(Reconciler::new(api, cache, registry, metrics, options, host, term), events)

@@ -11,6 +11,7 @@ mod figures;
 mod followers;
 mod handover;
 mod kill_cycles;
+mod late_writes;
 mod lease;
 mod replica;
 mod replicas_command;

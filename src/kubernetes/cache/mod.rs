@@ -11,6 +11,7 @@
 
 mod entries;
 mod event;
+mod late_writes;
 mod object_store;
 mod state;
 #[cfg(test)]
@@ -28,9 +29,10 @@ use k8s_openapi::api::{
 };
 use tokio::sync::{Notify, watch};
 
-pub(super) use self::{entries::CachedSlice, event::ObjectEvent};
+pub(super) use self::{entries::CachedSlice, event::ObjectEvent, late_writes::LateWrites};
 use self::{
     entries::{CachedEndpoints, CachedNamespace, CachedService, service_key},
+    object_store::CachedObject as _,
     state::State,
 };
 use super::objects::{services::Ownership, slices::ObservedSlice};
@@ -173,6 +175,13 @@ impl ClusterCache {
     /// Applies events of the watch of our slices.
     pub(super) fn apply_slices(&self, events: Vec<ObjectEvent<CachedSlice>>) {
         self.update(|state| state.apply_slices(events));
+    }
+
+    /// The slice of an event, unless its content is what the cache has.
+    pub(super) fn new_slice<'a>(&self, event: &'a ObjectEvent<CachedSlice>) -> Option<&'a ObservedSlice> {
+        let CachedSlice { key, observed: Some(observed), .. } = event.object()? else { return None };
+        let is_known = self.lock().slices.get(key).is_some_and(|known| known.same_content(observed));
+        (!is_known).then_some(observed)
     }
 
     /// Applies events of the watch of our Endpoints objects.

@@ -25,7 +25,7 @@ use self::{
 use crate::{
     kubernetes::{api::ApiError, cache::ChangedKey},
     metrics::BlockedService,
-    model::{ServiceKey, UnixMillis},
+    model::{ServiceKey, UnixMillis, Validator},
     registry::DirtyServices,
 };
 
@@ -56,6 +56,8 @@ pub(super) struct Options {
     pub(super) endpoints_object: bool,
     pub(super) linger: Duration,
     pub(super) publish_not_ready: bool,
+    /// Checks what is read from slices.
+    pub(super) validator: Validator,
 }
 
 /// Why Kubernetes cannot show a service now.

@@ -2,7 +2,8 @@
 //!
 //! While another process writes, the registry shows what its slices say ([`RegistryHandle::follow`]). A take-over lists them
 //! again, with a quorum read, and hands everything to the registry at once ([`RegistryHandle::restore`]). From then on
-//! this process writes the slices, and only the cache is interested in them.
+//! this process writes the slices, and only the cache is interested in them, and what a former writer writes late
+//! ([`LateWrites`]).
 
 use std::{
     collections::HashMap,
@@ -16,7 +17,7 @@ use tracing::{info, warn};
 use super::reflector::EventHandler;
 use crate::{
     kubernetes::{
-        cache::{CachedSlice, ClusterCache, ObjectEvent},
+        cache::{CachedSlice, ClusterCache, LateWrites, ObjectEvent},
         objects::slices::{InstanceView, SkippedEndpoint, SliceRank, read_slice, read_tombstones},
     },
     metrics::KubernetesMetrics,
@@ -67,7 +68,7 @@ enum Purpose {
     /// This process takes over with the next complete list.
     TakingOver(TakeOver),
     /// This process writes them.
-    Writing,
+    Writing(LateWrites),
 }
 
 /// Handles our own slices.
@@ -127,8 +128,8 @@ impl<'a> OwnSlicesHandler<'a> {
         match std::mem::replace(&mut self.purpose, Purpose::Following) {
             Purpose::Following => self.follow(true).await,
             Purpose::TakingOver(request) => self.restore(request).await,
-            Purpose::Writing => {
-                self.purpose = Purpose::Writing;
+            Purpose::Writing(late) => {
+                self.purpose = Purpose::Writing(late);
                 Ok(())
             }
         }
@@ -164,7 +165,7 @@ impl<'a> OwnSlicesHandler<'a> {
         if instances.skipped > MAX_LOG_LINES {
             warn!("{} more endpoints of slices were skipped or changed", instances.skipped - MAX_LOG_LINES);
         }
-        self.purpose = Purpose::Writing;
+        self.purpose = Purpose::Writing(LateWrites::new(self.registry.clone(), validator, tenure.term));
         let restored = instances.into_state(&tenure);
         let (services, found) = (restored.services.len(), restored.term);
         let term = match self.registry.restore(restored).await {
@@ -194,8 +195,17 @@ impl EventHandler<EndpointSlice> for OwnSlicesHandler<'_> {
                 let (namespace, name) = (namespace.unwrap_or_default(), name.unwrap_or_default());
                 warn!("slice {namespace}/{name} names no Service: skipped");
             }
-            if !matches!(self.purpose, Purpose::Writing) {
-                self.instances.apply(&event, &cached, self.metrics);
+            match &self.purpose {
+                Purpose::Writing(late) => {
+                    if let ObjectEvent::InitApply(slice) | ObjectEvent::Apply(slice) = &event
+                        && let Some(observed) = self.cache.new_slice(&cached)
+                        && late.merge(slice, observed).await.is_err()
+                    {
+                        // This process ends, or follows from the next list on. What the cache does not know is not replaced.
+                        continue;
+                    }
+                }
+                Purpose::Following | Purpose::TakingOver(_) => self.instances.apply(&event, &cached, self.metrics),
             }
             listed |= matches!(event, ObjectEvent::InitDone(_));
             cached_events.push(cached);
@@ -206,7 +216,7 @@ impl EventHandler<EndpointSlice> for OwnSlicesHandler<'_> {
         }
         match self.purpose {
             Purpose::Following => self.follow(false).await,
-            Purpose::TakingOver(_) | Purpose::Writing => Ok(()),
+            Purpose::TakingOver(_) | Purpose::Writing(_) => Ok(()),
         }
     }
 }

@@ -28,10 +28,11 @@ use super::{BlockReason, Options};
 use crate::{
     kubernetes::{
         api::{ApiClient, ApiError},
-        cache::{ClusterCache, NamespaceState, ServiceState},
+        cache::{ClusterCache, LateWrites, NamespaceState, ServiceState},
         objects::{
             names,
             services::{self, Ownership},
+            slices::ObservedSlice,
         },
     },
     metrics::Metrics,
@@ -66,6 +67,7 @@ pub(in crate::kubernetes) struct Reconciler {
     pub(super) cache: Arc<ClusterCache>,
     pub(super) registry: RegistryHandle,
     pub(super) metrics: Arc<Metrics>,
+    late: LateWrites,
     options: Options,
     /// Value of the annotation `gangplank.dev/writer`.
     writer: String,
@@ -96,11 +98,13 @@ impl Reconciler {
         writer: String,
         term: u64,
     ) -> Self {
+        let late = LateWrites::new(registry.clone(), options.validator, term);
         Self {
             api,
             cache,
             registry,
             metrics,
+            late,
             options,
             writer,
             term,
@@ -239,7 +243,11 @@ impl Reconciler {
         let labels = format!("{}={},{}={}", names::SERVICE_NAME, service.name(), names::MANAGED_BY, names::MANAGER);
         let listed: Vec<EndpointSlice> = self.api.list(service.namespace(), &labels).await?;
         let observed = self.cache.observe(service);
-        listed.iter().for_each(|slice| self.cache.slice_written(slice));
+        for slice in &listed {
+            if let Some(read) = ObservedSlice::read(slice) {
+                self.slice_read(slice, &read).await?;
+            }
+        }
         // A slice that is not in the list is deleted, or somebody changed its labels.
         for cached in &observed.slices {
             if !listed.iter().any(|slice| slice.metadata.uid.as_deref() == Some(&cached.uid)) {

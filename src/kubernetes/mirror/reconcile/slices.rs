@@ -154,6 +154,15 @@ impl Reconciler {
         Ok(())
     }
 
+    /// Adds a slice that was read to the cache. What a former writer said in it is merged before, and is in the registry when
+    /// the slice is planned again.
+    pub(super) async fn slice_read(&self, slice: &EndpointSlice, observed: &ObservedSlice) -> Result<(), ApiError> {
+        // Not written any more, or not durable: nothing is replaced that may be lost then.
+        self.late.merge(slice, observed).await.map_err(|err| ApiError::Unknown(err.to_string()))?;
+        self.cache.slice_written(slice);
+        Ok(())
+    }
+
     /// Reads the slice `name` from the API server into the cache; `before` is what the cache had.
     pub(super) async fn read_slice(
         &self,
@@ -168,7 +177,7 @@ impl Reconciler {
         };
         match self.api.get::<EndpointSlice>(service.namespace(), name).await {
             Ok(slice) => match ObservedSlice::read(&slice) {
-                Some(observed) if observed.service == *service => self.cache.slice_written(&slice),
+                Some(observed) if observed.service == *service => self.slice_read(&slice, &observed).await?,
                 _ => {
                     forget();
                     self.cache.mark_occupied(service, name);

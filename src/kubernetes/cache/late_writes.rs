@@ -1,0 +1,74 @@
+//! Late writes: what a slice of ours says that was written under an earlier term, and that is not known here.
+//!
+//! A request of a former writer can be carried out after another process has taken over and listed the slices. Its words may have
+//! been answered with 202, so they are merged as those of an outbox are, not overwritten. That comes before the
+//! [`ClusterCache`](super::ClusterCache) knows the slice: the mirror replaces only versions that are in the cache.
+
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use tracing::info;
+
+use crate::{
+    kubernetes::objects::slices::{ObservedSlice, read_slice, read_tombstones},
+    model::{InstanceId, InstanceKey, ServiceKey, Stamp, Validator},
+    registry::{Catalog, MergeOutcome, OutboxWord, RegistryHandle, Unavailable},
+};
+
+/// Merges late writes into the registry of the process that writes.
+#[derive(Debug, Clone)]
+pub(in crate::kubernetes) struct LateWrites {
+    registry: RegistryHandle,
+    validator: Validator,
+    /// Under which this process writes. A slice with this term or a higher one is this process's own, or a hand's.
+    term: u64,
+}
+
+impl LateWrites {
+    pub(in crate::kubernetes) fn new(registry: RegistryHandle, validator: Validator, term: u64) -> Self {
+        Self { registry, validator, term }
+    }
+
+    /// Merges what `slice` says, which was read as `observed`. Returns when it is durable and served.
+    ///
+    /// # Errors
+    /// When this process does not write any more, or cannot write its journal: then the slice must not be replaced.
+    pub(in crate::kubernetes) async fn merge(
+        &self,
+        slice: &EndpointSlice,
+        observed: &ObservedSlice,
+    ) -> Result<(), Unavailable> {
+        if observed.term >= self.term || observed.deleting {
+            return Ok(());
+        }
+        let words = unknown_words(slice, &observed.service, &self.validator, self.registry.catalog());
+        if words.is_empty() {
+            return Ok(());
+        }
+        let merged = self.registry.merge(words).await?;
+        let words = merged.outcomes.iter().filter(|outcome| **outcome == MergeOutcome::Merged).count();
+        let (service, slice, term) = (&observed.service, &*observed.name, observed.term);
+        info!(%service, slice, term, words, "merged what a process of an earlier term wrote late");
+        Ok(())
+    }
+}
+
+/// The words of a slice that are later than what is known here. An endpoint without a stamp was added by a hand.
+fn unknown_words(
+    slice: &EndpointSlice,
+    service: &ServiceKey,
+    validator: &Validator,
+    catalog: &Catalog,
+) -> Vec<OutboxWord> {
+    let (held, known) = (catalog.get(service).unwrap_or_default(), catalog.tombstones(service));
+    let is_unknown = |key: &InstanceKey<'_>, stamp: Stamp| {
+        let registered = held.instances.get(key).map(|instance| instance.stamp());
+        registered.max(known.get(key)).unwrap_or_default() < stamp
+    };
+    let word = |id: InstanceId, instance, stamp| OutboxWord { service: service.clone(), id, instance, stamp };
+    if let Some(tombstones) = read_tombstones(slice) {
+        let unknown = tombstones.iter().filter(|one| is_unknown(&InstanceKey::from(&one.id), one.stamp));
+        return unknown.map(|one| word(one.id.clone(), None, one.stamp)).collect();
+    }
+    let (instances, _) = read_slice(slice, validator);
+    let unknown = instances.into_iter().filter(|instance| is_unknown(&instance.key(), instance.stamp()));
+    unknown.map(|instance| word(instance.id(), Some(instance.clone()), instance.stamp())).collect()
+}
