@@ -74,6 +74,10 @@ bench: ## run the benches (about twenty minutes)
 crash: ## 200 cycles of kill -9 under load, each checked against what was acknowledged
 	GANGPLANK_CRASH_CYCLES=200 cargo test --locked --test integration crash -- --nocapture
 
+.PHONY: trial
+trial: ## 200 rounds of faults with two processes, and 200 with three, each checked against what was acknowledged
+	GANGPLANK_TRIAL_ROUNDS=200 cargo test --locked --test integration mirror::trial -- --nocapture --test-threads 1
+
 .PHONY: read-your-writes
 read-your-writes: ## 100 000 acknowledgements, each checked in DNS the moment it arrives
 	GANGPLANK_VISIBILITY_CHECKS=100000 cargo test --locked --test integration read_your_writes -- --nocapture

@@ -20,6 +20,7 @@ mod seen_by_coredns;
 mod several_servers;
 mod staleness;
 mod tombstones;
+mod trial;
 mod write_counts;
 mod writer_events;
 

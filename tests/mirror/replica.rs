@@ -72,6 +72,10 @@ impl Replica {
         self.process.signal(name);
     }
 
+    pub(super) fn data_dir(&self) -> &Path {
+        self.data.path()
+    }
+
     /// The log so far.
     pub(super) fn stderr(&self) -> String {
         self.process.stderr()
