@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 
-use super::{ClusterLock, MirrorHarness, replica::Replica, serve_by};
-use crate::support::{http, server::Server, wait_until};
+use super::{ClusterLock, MirrorHarness, make_namespace, replica::Replica, serve_by};
+use crate::support::{http, server::Server, stream::Stream, wait_until};
 
 #[test]
 fn every_replica_is_listed_with_its_role() {
@@ -57,6 +57,49 @@ fn every_replica_is_listed_with_its_role() {
     let (table, said) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert_eq!(table.lines().count(), 2, "{table}");
     assert!(said.starts_with(&format!("error: 1 of 2 servers did not answer\n  http://{dead}: ")), "{said}");
+}
+
+/// The value of a series without labels.
+fn metric(replica: &Replica, name: &str) -> f64 {
+    let (_, page) = http::get(replica.admin, "/metrics");
+    let value = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.unwrap_or_else(|| panic!("no {name} in\n{page}")).parse().expect("a number")
+}
+
+#[test]
+fn metrics_of_both_show_the_lease_and_what_is_remembered() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let kubeconfig = lock.cluster.kubeconfig_for_gangplank();
+    let writer = Replica::start(&kubeconfig, tempfile::TempDir::new().expect("a temporary directory can be made"));
+    writer.wait_until_it_writes();
+    let mut stream = Stream::open(writer.grpc);
+    make_namespace(lock.cluster, &mut stream, "measured");
+    assert_eq!(stream.register("measured", "web", "10.19.0.1").0, 201);
+    let before = metric(&writer, "gangplank_registry_tombstones");
+    assert_eq!(stream.remove("measured", "web", "10.19.0.1").0, 204);
+    wait_until("the removal is remembered", || {
+        (metric(&writer, "gangplank_registry_tombstones") > before).then_some(())
+    });
+    let follower = Replica::on_standby(&kubeconfig);
+    let lease = lock.cluster.kubectl(&["get", "lease", "gangplank-writer", "-n", "gangplank", "-o", "json"]);
+    let lease: Value = serde_json::from_str(&lease).expect("JSON");
+    let term = lease["metadata"]["annotations"]["gangplank.dev/term"].as_str().expect("text");
+    let term: f64 = term.parse().expect("a number");
+    for (replica, role) in [(&writer, "writer"), (&follower, "standby")] {
+        let role = format!("gangplank_kubernetes_lease_role{{role=\"{role}\"}}");
+        wait_until("it has its role", || (metric(replica, &role) > 0.0).then_some(()));
+        wait_until("it knows the term", || {
+            (metric(replica, "gangplank_kubernetes_lease_term").total_cmp(&term).is_eq()).then_some(())
+        });
+        let age = metric(replica, "gangplank_kubernetes_lease_age_seconds");
+        assert!(age > 0.0 && age < 5.0, "{age}");
+        for none in ["gangplank_registry_outbox_words", "gangplank_registry_refused_words_total"] {
+            assert!(metric(replica, none) < 1.0, "{none}");
+        }
+    }
+    // Nobody renews it any more.
+    writer.kill();
+    wait_until("the Lease ages", || (metric(&follower, "gangplank_kubernetes_lease_age_seconds") > 5.0).then_some(()));
 }
 
 #[test]
