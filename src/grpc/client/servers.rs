@@ -21,6 +21,9 @@ const MAX_HINTS: usize = 8;
 /// How long one of several servers may take. A server that is alive answers within a second and a sync of its disk.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// What it may take however little time is left: the last round asks each server, too.
+const MIN_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Pauses between rounds. Each is shortened by a random part of up to one half, so that clients which lost the same
 /// server do not come back at one moment.
 const MIN_BACKOFF: Duration = Duration::from_millis(200);
@@ -169,7 +172,8 @@ impl Servers {
             let answered = if alone {
                 call.await
             } else {
-                let left = deadline.saturating_duration_since(Instant::now()).min(ATTEMPT_TIMEOUT);
+                let left = deadline.saturating_duration_since(Instant::now());
+                let left = left.clamp(MIN_ATTEMPT_TIMEOUT, ATTEMPT_TIMEOUT);
                 timeout(left, call).await.unwrap_or_else(|late| Err(ClientError::late(&url, late)))
             };
             let reason = match answered {
