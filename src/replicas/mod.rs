@@ -21,7 +21,8 @@
 //!    [`DirectoryId`](lease::DirectoryId).
 //!
 //! The server runs the election; every process that does not write follows the one that does. A server's [`tombstones`] are
-//! those of removals, also of what was not registered.
+//! those of removals, also of what was not registered. One of a whole address stands for one of each of its instances; the
+//! simulation has only the latter.
 //! The hand-over is simulated only.
 
 pub mod confirm;
