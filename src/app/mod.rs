@@ -8,7 +8,10 @@ use std::{
     convert::Infallible,
     io,
     net::{IpAddr, SocketAddr, TcpListener as StdTcpListener},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -28,7 +31,7 @@ use crate::{
     metrics::Metrics,
     model::ServerAddress,
     net::{self, ConnectionCaps, DescriptorBudget},
-    registry::{self, Unrecovered},
+    registry::{self, OutboxWord, Unrecovered},
     store::{self, DataDir, RecoveryProgress},
     zone::{Publisher, Zone, ZoneConfig},
 };
@@ -211,18 +214,28 @@ impl BoundServer {
             parts.spawn("the hand-over", hand_over.map(Ok::<_, Infallible>));
         }
 
-        let services = grpc::ServerContext { registry, validator, metrics };
+        let services = grpc::ServerContext { registry: registry.clone(), validator, metrics };
         let calls = grpc::run(from_std(grpc)?, services, grpc_limits, stop_grpc.clone());
         let then_writer = stop_writer.clone();
         parts.spawn("the gRPC listeners", async move {
             let ended = calls.await;
-            then_writer.cancel();
+            if registry.mirror_progress().is_mirrored() {
+                // The writer goes on: for what Kubernetes confirms, and another process takes over, until the end of the drain.
+                registry.end_submissions().await;
+            } else {
+                then_writer.cancel();
+            }
             ended
         });
 
         let recovery = Recovery { unrecovered, data_dir, store, publisher, zone };
         let writer = spawn_writer(recovery, ready, stop_writer.clone())?;
-        parts.spawn(REGISTRY, async { writer.await.context("its thread panicked")? });
+        let unconfirmed = Arc::new(AtomicUsize::new(0));
+        let left = Arc::clone(&unconfirmed);
+        parts.spawn(REGISTRY, async move {
+            left.store(writer.await.context("its thread panicked")??, Ordering::Relaxed);
+            Ok::<_, anyhow::Error>(())
+        });
 
         let mut failed = tokio::select! {
             () = shutdown => None,
@@ -244,7 +257,14 @@ impl BoundServer {
                 failed.get_or_insert_with(|| anyhow!("{REGISTRY} did not stop in time: the journal was not closed"));
             }
         }
-        failed.map_or(Ok(()), Err)
+        match (failed, unconfirmed.load(Ordering::Relaxed)) {
+            (Some(failed), _) => Err(failed),
+            (None, 0) => Ok(()),
+            (None, left) => Err(anyhow!(
+                "accepted changes that Kubernetes lacks: {left}, each is in the log; they are in the data directory, and count when \
+                 a process starts on it"
+            )),
+        }
     }
 }
 
@@ -259,15 +279,15 @@ struct Recovery {
 }
 
 /// Recovers the store, then runs the writer, on a thread of its own, because both block. The receiver gets
-/// the result.
+/// how many accepted changes Kubernetes lacks at the end.
 fn spawn_writer(
     recovery: Recovery,
     ready: impl FnOnce(u64) + Send + 'static,
     stop: CancellationToken,
-) -> anyhow::Result<oneshot::Receiver<anyhow::Result<()>>> {
+) -> anyhow::Result<oneshot::Receiver<anyhow::Result<usize>>> {
     let (ended, end) = oneshot::channel();
     let runtime = Handle::current();
-    let work = move || -> anyhow::Result<()> {
+    let work = move || -> anyhow::Result<usize> {
         let Recovery { unrecovered, data_dir, store, publisher, zone } = recovery;
         let mut reporter = ProgressReporter { last: Instant::now() };
         let mut progress = |progress| {
@@ -276,13 +296,18 @@ fn spawn_writer(
             }
         };
         let mut writer = unrecovered.recover(data_dir, &store, publisher, &mut progress)?;
-        if !writer.await_restore(&runtime, &stop) {
-            return Ok(());
+        let unconfirmed = if writer.await_restore(&runtime, &stop) {
+            zone.set_ready();
+            ready(writer.generation());
+            writer.run(&runtime, &stop)
+        } else {
+            writer.unconfirmed()
+        };
+        for OutboxWord { service, id, instance, stamp } in &unconfirmed {
+            let change = if instance.is_some() { "registration" } else { "removal" };
+            warn!(%service, instance = %id, %stamp, change, "accepted, and not in Kubernetes: it stays in the data directory");
         }
-        zone.set_ready();
-        ready(writer.generation());
-        writer.run(&runtime, &stop);
-        Ok(())
+        Ok(unconfirmed.len())
     };
     thread::Builder::new()
         .name("registry".into())

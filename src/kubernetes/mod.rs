@@ -226,7 +226,8 @@ impl Kubernetes {
         };
         let events = Recorder::new(self.client.clone(), reporter(&host));
         let api = ApiClient::new(self.client.clone(), requests_per_second.get(), fence, Arc::clone(&metrics));
-        Mirror::new(Reconciler::new(api, cache, registry, metrics, options, host, term), events)
+        let reconciler = Reconciler::new(api, cache, registry, metrics, options, host, term);
+        Mirror::new(reconciler, events, LeaseClient::reference(&self.namespace))
     }
 }
 

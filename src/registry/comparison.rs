@@ -24,7 +24,7 @@ use super::{
     restore::{self, Comparison, LocalState, Stored},
 };
 use crate::{
-    model::UnixMillis,
+    model::{InstanceId, ServiceKey, UnixMillis},
     store::{DirectoryTerm, Record},
 };
 
@@ -59,7 +59,7 @@ pub(super) struct End {
     pub(super) new_term: Option<u64>,
     pub(super) term: u64,
     /// Registrations of the outbox that were too old to count.
-    pub(super) refused: usize,
+    pub(super) refused: Vec<(ServiceKey, InstanceId)>,
     pub(super) reply: oneshot::Sender<u64>,
 }
 
@@ -105,6 +105,7 @@ fn run(request: ComparisonRequest, number: u64, local: &LocalState, catalog: &Ca
     }
     let new_term = (DirectoryTerm::new(term) != local.term).then_some(term);
     // An error means that the writer has ended; then the caller does not wait for the term either.
-    let end = End { number, new_term, term, refused: refused.len(), reply };
+    let refused = refused.into_iter().map(|(service, instance)| (service, instance.id())).collect();
+    let end = End { number, new_term, term, refused, reply };
     let _ = queue.blocking_send(WriterMessage::Compared(end));
 }

@@ -88,10 +88,20 @@ impl Writer {
         }
         let now = UnixMillis::now();
         self.decider.stamper().set_generation(self.committer.generation() + 1);
-        let outcomes: Vec<MergeOutcome> = words.into_iter().map(|word| self.decider.merge(word, now)).collect();
+        let mut refused = Vec::new();
+        let outcomes = words.into_iter().map(|word| {
+            let (service, id) = (word.service.clone(), word.id.clone());
+            let outcome = self.decider.merge(word, now);
+            if outcome == MergeOutcome::TooOld {
+                refused.push((service, id));
+            }
+            outcome
+        });
+        let outcomes: Vec<MergeOutcome> = outcomes.collect();
         self.finish(PendingAcks::default());
         self.committer.usable()?;
-        self.metrics.registry.count_refused_words(outcomes.iter().filter(|one| **one == MergeOutcome::TooOld).count());
+        self.metrics.registry.count_refused_words(refused.len());
+        self.refused_words.add(refused);
         Ok(MergeAck { generation: self.generation(), outcomes })
     }
 }

@@ -37,6 +37,7 @@ mod mirror_progress;
 mod mirror_records;
 mod outbox;
 mod recover;
+mod refused_words;
 mod replica;
 mod restore;
 mod snapshot;
@@ -59,6 +60,7 @@ pub use merge::{MergeAck, MergeOutcome};
 pub use mirror_progress::{DirtyServices, MirrorLag, MirrorProgress};
 pub use outbox::{OutboxPage, OutboxWord};
 pub use recover::{Options, Unrecovered, new};
+pub use refused_words::RefusedWords;
 pub use replica::ReplicaStatus;
 pub use restore::KubernetesState;
 pub use snapshot::{List, ListError, ListPermit, Snapshot, Snapshots};
@@ -219,6 +221,7 @@ pub struct RegistryHandle {
     snapshots: Arc<Snapshots>,
     status: Status,
     mirror_progress: Arc<MirrorProgress>,
+    refused_words: Arc<RefusedWords>,
 }
 
 impl RegistryHandle {
@@ -288,16 +291,23 @@ impl RegistryHandle {
         self.queue.send(WriterMessage::Mirrored(services)).await.map_err(|_| self.status.refusal())
     }
 
-    /// Whether the writer has ended: nothing changes any more.
-    #[must_use]
-    pub fn has_ended(&self) -> bool {
-        self.queue.is_closed()
+    /// Says that nothing more will be submitted. Returns when everything that was is answered.
+    pub async fn end_submissions(&self) {
+        // It is answered behind everything else. An error means that the writer has ended.
+        let _ = self.outbox(None, 1).await;
+        self.status.set_quiet();
     }
 
     /// The services whose latest change is not in Kubernetes.
     #[must_use]
     pub fn mirror_progress(&self) -> &Arc<MirrorProgress> {
         &self.mirror_progress
+    }
+
+    /// Registrations that were too old to count, for those who tell their owners.
+    #[must_use]
+    pub fn refused_words(&self) -> &RefusedWords {
+        &self.refused_words
     }
 
     /// The registered services, for readers.

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use super::{
-    Catalog, Feed, MirrorProgress, NamespacePolicy, QUEUE_LEN, RegistryHandle, Snapshots, Status, Writer,
+    Catalog, Feed, MirrorProgress, NamespacePolicy, QUEUE_LEN, RefusedWords, RegistryHandle, Snapshots, Status, Writer,
     WriterMessage, apply::Applier, batch_limit::BatchLimit, commit::Committer, decide::Decider,
     mirror_records::MirrorRecords, restore::LocalState, stamper::Stamper,
 };
@@ -41,6 +41,7 @@ pub struct Unrecovered {
     feed: Arc<Feed>,
     status: Status,
     mirror_progress: Arc<MirrorProgress>,
+    refused_words: Arc<RefusedWords>,
     metrics: Arc<Metrics>,
     options: Options,
 }
@@ -53,6 +54,7 @@ pub fn new(options: Options, metrics: Arc<Metrics>) -> (RegistryHandle, Unrecove
     let feed = Arc::new(Feed::new());
     let status = Status::new();
     let mirror_progress = Arc::new(MirrorProgress::new(options.kubernetes.is_some()));
+    let refused_words = Arc::<RefusedWords>::default();
     let handle = RegistryHandle {
         queue: sender,
         catalog: Arc::clone(&catalog),
@@ -60,8 +62,9 @@ pub fn new(options: Options, metrics: Arc<Metrics>) -> (RegistryHandle, Unrecove
         snapshots: Arc::new(Snapshots::new(Arc::clone(&catalog), Arc::clone(&feed), Arc::clone(&metrics))),
         status: status.clone(),
         mirror_progress: Arc::clone(&mirror_progress),
+        refused_words: Arc::clone(&refused_words),
     };
-    (handle, Unrecovered { queue, catalog, feed, status, mirror_progress, metrics, options })
+    (handle, Unrecovered { queue, catalog, feed, status, mirror_progress, refused_words, metrics, options })
 }
 
 /// What the records of a store amount to.
@@ -95,6 +98,7 @@ impl Unrecovered {
             feed,
             status,
             mirror_progress,
+            refused_words,
             metrics,
             options: Options { max_instances, kubernetes },
         } = self;
@@ -156,6 +160,7 @@ impl Unrecovered {
             catalog,
             status,
             mirror_progress,
+            refused_words,
             metrics,
             held_over: None,
             limit: BatchLimit::new(),

@@ -60,6 +60,8 @@ pub struct Status {
     /// Set once, and stays.
     readable: Arc<AtomicBool>,
     replica: Arc<ReplicaStatus>,
+    /// Whether everything that was ever submitted is answered. Set once, and stays.
+    quiet: Arc<AtomicBool>,
 }
 
 impl Status {
@@ -73,6 +75,7 @@ impl Status {
             holder: watch::Sender::default(),
             readable: Arc::default(),
             replica: Arc::default(),
+            quiet: Arc::default(),
         }
     }
 
@@ -145,6 +148,16 @@ impl Status {
     pub fn staleness(&self) -> Option<Duration> {
         let follows = self.is_readable() && matches!(*self.phase.borrow(), Phase::Standby(_));
         if follows { self.replica.watch_age() } else { None }
+    }
+
+    /// Whether everything that was ever submitted is answered, and nothing more will be.
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        self.quiet.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_quiet(&self) {
+        self.quiet.store(true, Ordering::Release);
     }
 
     /// The catalog is complete. Returns whether that is new.

@@ -20,8 +20,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::{
-    Ack, AckSender, Catalog, ClusterFact, MirrorProgress, OutboxWord, Outcome, Phase, Status, Submission, TermRequest,
-    Unavailable, WriterMessage,
+    Ack, AckSender, Catalog, ClusterFact, MirrorProgress, OutboxWord, Outcome, Phase, RefusedWords, Status, Submission,
+    TermRequest, Unavailable, WriterMessage,
     apply::Applier,
     batch_limit::{BatchLimit, MAX_BATCH_TIME},
     commit::Committer,
@@ -65,6 +65,7 @@ pub struct Writer {
     pub(super) catalog: Arc<Catalog>,
     pub(super) status: Status,
     pub(super) mirror_progress: Arc<MirrorProgress>,
+    pub(super) refused_words: Arc<RefusedWords>,
     pub(super) metrics: Arc<Metrics>,
     /// A message that was taken from the queue and is the first of the next batch.
     pub(super) held_over: Option<WriterMessage>,
@@ -362,7 +363,8 @@ impl Writer {
     /// Stores the term and answers the request, after the whole result is applied.
     fn end_comparison(&mut self, end: comparison::End) {
         let comparison::End { number, new_term, term, refused, reply } = end;
-        self.metrics.registry.count_refused_words(refused);
+        self.metrics.registry.count_refused_words(refused.len());
+        self.refused_words.add(refused);
         if !self.mirror_records.end_comparison(number) {
             return;
         }

@@ -1,12 +1,20 @@
 //! What a process accepted while it could not write to Kubernetes goes to the process that writes, by itself.
 
+use std::time::{Duration, Instant};
+
+use gangplank::grpc::proto::{
+    gangplank::internal::v1::{HandOverRequest, Stamp, Word, hand_over_client::HandOverClient},
+    registry::RegistrationType,
+};
 use hickory_proto::rr::RecordType;
+use tokio::runtime::Builder;
+use tonic::Code;
 
 use super::{ClusterLock, addresses, dns_name, make_namespace, replica::Replica, wait_for_addresses};
 use crate::support::{
     dns::{Over, answers},
     proxy::{Fault, Proxy},
-    stream::Stream,
+    stream::{Stream, message},
     wait_until,
 };
 
@@ -34,9 +42,11 @@ fn words_of_a_writer_that_was_cut_off_are_handed_over_when_it_is_back() {
     let direct = lock.cluster.kubeconfig_for_gangplank();
     let first = writer(&proxy, &lock, "handed", ["10.16.0.1", "10.16.0.2"]);
     let second = Replica::on_standby(&direct);
+    let mut stream = Stream::open(first.grpc);
+    assert_eq!(stream.register("handed", "web", "10.16.0.1").0, 200);
     let cut = proxy.inject(Fault::Drop, |_| true);
     proxy.drop_connections();
-    assert_eq!(first.register("handed", "web", "10.16.0.3"), 202);
+    assert_eq!(stream.register("handed", "web", "10.16.0.3").0, 202);
     assert_eq!(first.register("handed", "web", "10.16.0.4"), 202);
     assert_eq!(first.remove("handed", "web", "10.16.0.2"), 202);
     second.wait_until_it_writes();
@@ -45,8 +55,13 @@ fn words_of_a_writer_that_was_cut_off_are_handed_over_when_it_is_back() {
     assert_eq!(second.remove("handed", "web", "10.16.0.4"), 204);
     assert_eq!(second.remove("handed", "web", "10.16.0.1"), 204);
 
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     cut.lift();
+    let end = stream.end();
+    assert_eq!(end.code(), Code::Unavailable);
+    let writer = end.metadata().get("gangplank-writer").expect("it says who writes");
+    assert_eq!(writer, second.grpc.to_string().as_str());
+    assert!(end.message().contains(&format!("register at {}", second.grpc)), "{}", end.message());
     wait_for_addresses(lock.cluster, "handed", "web", &["10.16.0.3"]);
     wait_until("the outbox is empty", || (first.metric("gangplank_registry_outbox_words") == 0.0).then_some(()));
     println!("handed over {:?} after the partition", begun.elapsed());
@@ -131,4 +146,101 @@ fn words_of_a_paused_writer_are_handed_over_when_it_goes_on() {
     first.signal("CONT");
     wait_for_addresses(lock.cluster, "paused-words", "web", &["10.16.3.2", "10.16.3.3"]);
     wait_until("the outbox is empty", || (first.metric("gangplank_registry_outbox_words") == 0.0).then_some(()));
+}
+
+/// The Events with this reason in a namespace: what each is about, and its note.
+fn events(lock: &ClusterLock, namespace: &str, reason: &str) -> Vec<(String, String)> {
+    let list = lock.cluster.get_json(&format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events"));
+    let events = list["items"].as_array().expect("a list").iter().filter(|event| event["reason"] == reason);
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    events
+        .map(|event| {
+            let about = &event["regarding"];
+            (format!("{} {}", text(&about["kind"]), text(&about["name"])), text(&event["note"]))
+        })
+        .collect()
+}
+
+#[test]
+fn words_that_are_too_old_are_told_by_an_event() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let proxy = Proxy::start(lock.cluster);
+    let first = writer(&proxy, &lock, "too-old", ["10.16.4.1", "10.16.4.2"]);
+    let ago = Duration::from_secs(25 * 3600);
+    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970") - ago;
+    let stamp = Stamp { clock: u64::try_from(clock.as_micros()).expect("not that late"), term: 1, generation: 1 };
+    let words = ["web", "gone"].map(|service| Word {
+        message: Some(message(RegistrationType::Register, "too-old", service, "10.16.4.3")),
+        stamp: Some(stamp),
+        registered_millis: 1,
+        every_port: false,
+    });
+    let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
+    let answer = runtime.block_on(async {
+        let mut client = HandOverClient::connect(format!("http://{}", first.grpc)).await.expect("it listens");
+        client.send(HandOverRequest { words: words.into(), wait_millis: 0 }).await.expect("an answer").into_inner()
+    });
+    let details: Vec<&str> = answer.results.iter().map(|result| &*result.details).collect();
+    assert!(details.len() == 2 && details.iter().all(|why| why.starts_with("too old to count")), "{details:?}");
+    assert_eq!(first.metric("gangplank_registry_refused_words_total"), 2.0);
+    let about = |namespace: &str, object: &str, instance: &str| {
+        wait_until(&format!("an Event about the {object}"), || {
+            let events = events(&lock, namespace, "RegistrationTooOld");
+            events.iter().any(|(about, note)| about == object && note.contains(instance)).then_some(())
+        });
+    };
+    about("too-old", "Service web", "too-old/web: ");
+    about("gangplank", "Lease gangplank-writer", "too-old/gone: ");
+    assert_eq!(a(&first, "too-old"), ["10.16.4.1", "10.16.4.2"]);
+}
+
+/// The API server refuses what the writer has accepted, but not what the next one writes.
+#[test]
+fn words_that_a_stopping_writer_cannot_write_are_handed_over_in_its_drain_time() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let proxy = Proxy::start(lock.cluster);
+    let direct = lock.cluster.kubeconfig_for_gangplank();
+    let first = writer(&proxy, &lock, "leaving", ["10.16.5.1", "10.16.5.2"]);
+    proxy.inject(Fault::Drop, |call| call.resource == "endpointslices" && call.is_write());
+    assert_eq!(first.register("leaving", "web", "10.16.5.3"), 202);
+    let data = stop(first, 1, &["change=\"registration\"", "10.16.5.3:8080"]);
+
+    // It is not lost: the directory still has it.
+    let first = Replica::start_with(proxy.kubeconfig(), data, &["--drain", "20s"]);
+    first.wait_until_it_writes();
+    let second = Replica::on_standby(&direct);
+    let begun = Instant::now();
+    first.signal("TERM");
+    second.wait_until_it_writes();
+    println!("another one writes after {:?}", begun.elapsed());
+    wait_for_addresses(lock.cluster, "leaving", "web", &["10.16.5.1", "10.16.5.2", "10.16.5.3"]);
+    println!("handed over after {:?}", begun.elapsed());
+    let (said, _) = first.exit_with(0);
+    assert!(said.contains("words that Kubernetes lacked were handed over"), "{said}");
+    assert_eq!(second.register("leaving", "web", "10.16.5.4"), 201);
+}
+
+/// Stops a process that keeps words, and returns its directory.
+fn stop(replica: Replica, code: i32, says: &[&str]) -> tempfile::TempDir {
+    replica.signal("TERM");
+    let (said, data) = replica.exit_with(code);
+    let line = said.lines().find(|line| says.iter().all(|words| line.contains(words)));
+    assert!(line.is_some(), "no line with {says:?} in\n{said}");
+    data
+}
+
+#[test]
+fn writer_that_stops_without_the_api_server_names_what_it_keeps() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let proxy = Proxy::start(lock.cluster);
+    let first = writer(&proxy, &lock, "kept", ["10.16.6.1", "10.16.6.2"]);
+    let away = proxy.inject(Fault::Drop, |_| true);
+    proxy.drop_connections();
+    assert_eq!(first.register("kept", "web", "10.16.6.3"), 202);
+    assert_eq!(first.remove("kept", "web", "10.16.6.1"), 202);
+    let data = stop(first, 1, &["change=\"removal\"", "service=kept/web", "10.16.6.1:8080", "data directory"]);
+    away.lift();
+    let again = Replica::start(proxy.kubeconfig(), data);
+    wait_for_addresses(lock.cluster, "kept", "web", &["10.16.6.2", "10.16.6.3"]);
+    again.terminate();
 }

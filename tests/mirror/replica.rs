@@ -32,9 +32,11 @@ impl Replica {
         Self::start_with(kubeconfig, data, &[])
     }
 
-    fn start_with(kubeconfig: &Path, data: TempDir, flags: &[&str]) -> Self {
-        let kubeconfig = ["--kubeconfig", kubeconfig.to_str().expect("a path in UTF-8"), "--drain", "1s"];
-        let process = Process::serve(data.path(), &[&kubeconfig, flags].concat());
+    /// The same with more flags for `serve`.
+    pub(super) fn start_with(kubeconfig: &Path, data: TempDir, flags: &[&str]) -> Self {
+        let kubeconfig = ["--kubeconfig", kubeconfig.to_str().expect("a path in UTF-8")];
+        let drain: &[&str] = if flags.contains(&"--drain") { &[] } else { &["--drain", "1s"] };
+        let process = Process::serve(data.path(), &[&kubeconfig, drain, flags].concat());
         let [grpc, dns, admin] = process.listening();
         Self { process, grpc, dns, admin, data }
     }
@@ -85,6 +87,14 @@ impl Replica {
     pub(super) fn terminate(mut self) -> TempDir {
         assert!(self.process.terminate().success());
         self.data
+    }
+
+    /// Waits until it exits with this code, and returns the log and the data directory.
+    pub(super) fn exit_with(mut self, code: i32) -> (String, TempDir) {
+        let status = self.process.exit();
+        let said = self.process.stderr();
+        assert_eq!(status.code(), Some(code), "{said}");
+        (said, self.data)
     }
 
     /// Sends SIGKILL, and returns the data directory.

@@ -14,7 +14,7 @@ use tokio::{
     time::{sleep_until, timeout},
 };
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
-use tonic::Streaming;
+use tonic::{Status, Streaming};
 
 use super::WAIT_TIMEOUT;
 
@@ -84,6 +84,12 @@ impl Stream {
         };
         let ((), statuses) = self.runtime.block_on(async { tokio::join!(send, receive) });
         (statuses, begun.elapsed())
+    }
+
+    /// Waits until the server ends the stream, and returns how.
+    pub(crate) fn end(mut self) -> Status {
+        let ended = self.runtime.block_on(async { timeout(WAIT_TIMEOUT, self.answers.next()).await });
+        ended.expect("it ends").expect("it ends with a status").expect_err("every message was answered before")
     }
 
     /// Registers one instance, and returns the status and how long the answer took.

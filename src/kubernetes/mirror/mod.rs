@@ -5,7 +5,7 @@ mod reconcile;
 mod work_queue;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -25,7 +25,7 @@ use self::{
 use crate::{
     kubernetes::{api::ApiError, cache::ChangedKey},
     metrics::BlockedService,
-    model::{ServiceKey, UnixMillis, Validator},
+    model::{InstanceId, ServiceKey, UnixMillis, Validator},
     registry::DirtyServices,
 };
 
@@ -101,6 +101,8 @@ impl BlockReason {
 pub(super) struct Mirror {
     reconciler: Arc<Reconciler>,
     events: Recorder,
+    /// The Lease, which Events are about where there is no Service.
+    lease: ObjectReference,
     publishing: FuturesUnordered<BoxFuture<'static, ()>>,
     queue: WorkQueue,
     /// Services that Kubernetes cannot show, and why.
@@ -116,10 +118,11 @@ impl std::fmt::Debug for Mirror {
 }
 
 impl Mirror {
-    pub(super) fn new(reconciler: Reconciler, events: Recorder) -> Self {
+    pub(super) fn new(reconciler: Reconciler, events: Recorder, lease: ObjectReference) -> Self {
         Self {
             reconciler: Arc::new(reconciler),
             events,
+            lease,
             publishing: FuturesUnordered::new(),
             queue: WorkQueue::default(),
             blocked: HashMap::new(),
@@ -133,7 +136,8 @@ impl Mirror {
         let services: HashSet<ServiceKey> = registered.chain(self.reconciler.cache.managed_services()).collect();
         self.add(services, Priority::Resync);
 
-        let mirror_progress = Arc::clone(self.reconciler.registry.mirror_progress());
+        let registry = self.reconciler.registry.clone();
+        let mirror_progress = Arc::clone(registry.mirror_progress());
         // What was unmirrored at the start: nobody waits for that any more.
         let DirtyServices { changed, repeated } = mirror_progress.take_dirty().now_or_never().unwrap_or_default();
         self.add(changed.into_iter().chain(repeated), Priority::Resync);
@@ -159,6 +163,7 @@ impl Mirror {
                 }
                 Some(()) = self.publishing.next(), if !self.publishing.is_empty() => {}
                 dirty = mirror_progress.take_dirty() => self.dirty(dirty),
+                refused = registry.refused_words().take() => self.refused(refused),
                 changed = cluster.changed() => self.changed(changed),
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
                 _ = gauges.tick() => self.set_gauges(),
@@ -234,7 +239,8 @@ impl Mirror {
         metrics.blocked(reason.label(), true);
         // There can be no Event in a namespace that does not exist.
         if reason != BlockReason::Namespace {
-            self.publish(&service, reason, err);
+            let (regarding, note) = (self.regarding(&service), format!("external instances are not mirrored: {err}"));
+            self.publish(&service, regarding, reason.event_reason(), &note);
         }
     }
 
@@ -245,16 +251,27 @@ impl Mirror {
         }
     }
 
-    /// Publishes an Event about the Service.
-    fn publish(&mut self, service: &ServiceKey, reason: BlockReason, err: &str) {
-        let event = Event {
-            type_: EventType::Warning,
-            reason: reason.event_reason().into(),
-            note: Some(format!("external instances are not mirrored: {err}").chars().take(MAX_NOTE_CHARS).collect()),
-            action: "Mirror".into(),
-            secondary: None,
-        };
-        let regarding = ObjectReference {
+    /// Tells of registrations that were too old to count.
+    fn refused(&mut self, words: Vec<(ServiceKey, InstanceId)>) {
+        let mut by_service: BTreeMap<ServiceKey, Vec<String>> = BTreeMap::new();
+        for (service, id) in words {
+            by_service.entry(service).or_default().push(id.to_string());
+        }
+        for (service, instances) in by_service {
+            let (count, instances) = (instances.len(), instances.join(", "));
+            let note = format!(
+                "{service}: registrations that Kubernetes never had are too old to count and have to be made again: {count} \
+                 ({instances})"
+            );
+            let known = self.reconciler.cache.service_uid(&service).is_some();
+            let regarding = if known { self.regarding(&service) } else { self.lease.clone() };
+            self.publish(&service, regarding, "RegistrationTooOld", &note);
+        }
+    }
+
+    /// The Service, as the object of an Event.
+    fn regarding(&self, service: &ServiceKey) -> ObjectReference {
+        ObjectReference {
             api_version: Some("v1".into()),
             kind: Some("Service".into()),
             namespace: Some(service.namespace().into()),
@@ -262,6 +279,17 @@ impl Mirror {
             // `kubectl describe` selects Events by uid.
             uid: self.reconciler.cache.service_uid(service),
             ..ObjectReference::default()
+        }
+    }
+
+    /// Publishes a warning about an object.
+    fn publish(&mut self, service: &ServiceKey, regarding: ObjectReference, reason: &str, note: &str) {
+        let event = Event {
+            type_: EventType::Warning,
+            reason: reason.into(),
+            note: Some(note.chars().take(MAX_NOTE_CHARS).collect()),
+            action: "Mirror".into(),
+            secondary: None,
         };
         if self.publishing.len() >= MAX_PENDING_EVENTS {
             return;

@@ -1,8 +1,8 @@
 //! The task that holds the Lease: drives [`Election`] with the API server's answers and the time.
 //!
 //! A process is on standby until it has taken the Lease, and follows what the holder writes. After the
-//! take-over it renews the Lease, and gives it up when everything that was accepted is in Kubernetes and nothing more is
-//! accepted: because the process drains, or because its journal cannot be written. In the second case it follows from then on.
+//! take-over it renews the Lease, and gives it up when nothing more is accepted, because the process drains or because its
+//! journal cannot be written, and everything that was accepted is in Kubernetes or does not get there. It follows from then on.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,7 +14,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use super::lease::{LeaseClient, LeaseRead};
+use super::{
+    drain::Drain,
+    lease::{LeaseClient, LeaseRead},
+};
 use crate::{
     kubernetes::api::{ApiError, Fence, boot_time},
     metrics::{LeaseRole, Metrics},
@@ -114,6 +117,7 @@ pub(in crate::kubernetes) struct Elector {
     clock_agrees: bool,
     /// Since when the journal cannot be written.
     storage_failed: Option<Instant>,
+    drain: Option<Drain>,
     /// Whether the registry was told that this process does not write.
     stood_down: bool,
     /// The last error of a read, and of a write, to log each once.
@@ -149,6 +153,7 @@ impl Elector {
             version: None,
             clock_agrees: true,
             storage_failed: None,
+            drain: None,
             stood_down: false,
             failures: [None, None],
         };
@@ -179,20 +184,21 @@ impl Elector {
         drain.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let phase = phases.borrow_and_update().clone();
-            let draining = phase == Phase::Draining;
+            let now = Instant::now();
             if matches!(phase, Phase::StorageFailed(_)) {
-                self.storage_failed.get_or_insert_with(Instant::now);
+                self.storage_failed.get_or_insert(now);
             }
-            let must_leave = self.storage_failed.is_some() && *self.election.role() != Role::Follower;
+            if phase == Phase::Draining {
+                self.drain.get_or_insert_with(|| Drain::new(now));
+            }
+            let leaves = self.drain.is_some() || self.storage_failed.is_some();
+            let must_leave = leaves && *self.election.role() != Role::Follower;
             let actions = tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
                 Some(answer) = self.requests.next(), if !self.requests.is_empty() => self.answered(answer).await,
                 Some(message) = self.messages.recv() => self.told(message),
-                _ = drain.tick(), if draining || must_leave => {
-                    if draining && self.is_drained() { break }
-                    if must_leave { self.leave().await } else { Vec::new() }
-                }
+                _ = drain.tick(), if must_leave => self.leave().await,
                 _ = ticks.tick() => {
                     self.election.published(self.registry.catalog().generation());
                     self.election.tick(self.now())
@@ -211,7 +217,8 @@ impl Elector {
 
     fn now(&self) -> Now {
         let unix_seconds = crate::model::UnixMillis::now().0 / 1_000;
-        Now { boot: boot_time(), unix_seconds, eligible: self.clock_agrees && self.storage_failed.is_none() }
+        let eligible = self.clock_agrees && self.storage_failed.is_none() && self.drain.is_none();
+        Now { boot: boot_time(), unix_seconds, eligible }
     }
 
     fn told(&mut self, message: Message) -> Vec<Action> {
@@ -350,8 +357,7 @@ impl Elector {
             Deposed::Outranked(_) => warn!(
                 lease,
                 holder,
-                "another process has taken the Lease: this one follows; what it accepted and Kubernetes lacks stays in its data \
-                 directory"
+                "another process has taken the Lease: this one follows, and hands over what it accepted and Kubernetes lacks"
             ),
             Deposed::LeaseLost => {
                 warn!(
@@ -366,29 +372,44 @@ impl Elector {
         self.stand_down().await;
     }
 
-    /// The journal cannot be written, so another process shall write: gives the Lease up.
+    /// Another process shall write, because this one drains or cannot write its journal: gives the Lease up, and goes on as a
+    /// follower, which hands over what is not mirrored.
     async fn leave(&mut self) -> Vec<Action> {
-        match self.election.role() {
-            Role::TakingOver(_) => self.election.give_up(),
-            Role::Writer { .. } if self.is_mirrored_or_late() => {
-                warn!(lease = self.client.name(), "the journal cannot be written: another process shall write");
-                self.release().await;
-                self.active = false;
-                self.stand_down().await;
+        if self.election.writing().is_none() {
+            return if matches!(self.election.role(), Role::TakingOver(_)) {
+                self.election.give_up()
+            } else {
                 Vec::new()
-            }
-            _ => Vec::new(),
+            };
         }
+        if self.is_mirrored_or_late() {
+            if self.drain.is_none() {
+                warn!(lease = self.client.name(), "the journal cannot be written: another process shall write");
+            }
+            self.release().await;
+            self.active = false;
+            // The end of a drain in which nothing is left to hand over need not read the journal.
+            if self.drain.is_none() || self.behind() > 0 || !self.registry.status().is_quiet() {
+                self.stand_down().await;
+            }
+        }
+        Vec::new()
     }
 
-    fn is_mirrored_or_late(&self) -> bool {
-        let late = self.storage_failed.is_some_and(|since| since.elapsed() >= MAX_HOLD_AFTER_FAILURE);
-        late || self.registry.mirror_progress().lag().services == 0
+    /// Services whose latest change is not in Kubernetes.
+    fn behind(&self) -> usize {
+        self.registry.mirror_progress().lag().services
     }
 
-    /// Whether nothing is accepted any more and everything that was is in Kubernetes.
-    fn is_drained(&self) -> bool {
-        self.registry.has_ended() && self.registry.mirror_progress().lag().services == 0
+    fn is_mirrored_or_late(&mut self) -> bool {
+        let (behind, quiet) = (self.behind(), self.registry.status().is_quiet());
+        match &mut self.drain {
+            Some(drain) => drain.must_release(behind, quiet, Instant::now()),
+            None => {
+                let late = self.storage_failed.is_some_and(|since| since.elapsed() >= MAX_HOLD_AFTER_FAILURE);
+                late || behind == 0
+            }
+        }
     }
 
     /// Gives the Lease up, so that another process need not wait for it to expire.

@@ -14,7 +14,10 @@ use std::{
 
 use http::Request;
 use k8s_openapi::{
-    api::coordination::v1::{Lease, LeaseSpec},
+    api::{
+        coordination::v1::{Lease, LeaseSpec},
+        core::v1::ObjectReference,
+    },
     apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta},
 };
 use kube::{
@@ -77,6 +80,17 @@ impl LeaseClient {
         addresses: Vec<ServerAddress>,
     ) -> Self {
         Self { client, namespace, me, host, addresses, last: Mutex::default() }
+    }
+
+    /// The Lease in `namespace`, as the object of an Event.
+    pub(in crate::kubernetes) fn reference(namespace: &str) -> ObjectReference {
+        ObjectReference {
+            api_version: Some("coordination.k8s.io/v1".into()),
+            kind: Some("Lease".into()),
+            namespace: Some(namespace.into()),
+            name: Some(NAME.into()),
+            ..ObjectReference::default()
+        }
     }
 
     /// A watch of this Lease.

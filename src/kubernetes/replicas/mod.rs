@@ -2,16 +2,18 @@
 //!
 //! One process at a time holds the Lease. Only then it accepts registrations and writes; every other one is
 //! on standby, and follows. A process that loses the Lease while it writes follows, too, and goes on answering DNS: what it
-//! has not written yet is in its journal, and its next take-over compares by stamps.
+//! has not written yet is in its journal, and is handed over to the process that writes (`grpc::hand_over`).
 //!
 //! * `lease`: the object, and requests for it.
 //! * `elector`: the task that drives the pure state machine.
+//! * `drain`: how long a process that stops keeps the Lease.
 //! * `lease_watch`: tells a process on standby that the Lease changed, ahead of its next reading.
 //! * `service_slices`: the EndpointSlices that lead registrants to the writer.
 //! * `writer_events`: an Event on the Lease when another process begins to write.
 //!
 //! The `Fence` of `api` is what it tells those who write: they ask before they write and before they confirm.
 
+mod drain;
 mod elector;
 mod lease;
 mod lease_watch;
