@@ -31,6 +31,23 @@ impl Replica {
 }
 
 #[test]
+fn directory_that_never_wrote_to_kubernetes_hands_nothing_over() {
+    let dir = tempfile::tempdir().expect("a directory");
+    TestRegistry::on(&dir, 10).run_with(vec![vec![register("web", "10.0.0.1", 80, 1.0)]]);
+    let (registry, _) = with_kubernetes(&dir);
+    let local = registry.writer.mirror_records.awaited().expect("it waits for Kubernetes");
+    assert_eq!((local.term.term, local.outbox.len()), (0, 1));
+    registry.handle.status().standby(&LeaseHolder::default());
+    let replica = Replica::run(registry);
+    assert_eq!(replica.outbox(None, 9).total, 0);
+    // It counts once the directory takes the Lease.
+    let held = KubernetesState { term: 4, new_term: 5, had_lease: true, ..KubernetesState::default() };
+    assert_eq!(replica.runtime.block_on(replica.handle.restore(held)), Ok(5));
+    assert_eq!(replica.handle.catalog().instances(), 1);
+    replica.end();
+}
+
+#[test]
 fn word_leaves_the_outbox_when_it_was_handed_over_and_is_not_sent_again_after_a_restart() {
     let dir = tempfile::tempdir().expect("a directory");
     let replica = Replica::start(&dir);

@@ -18,6 +18,11 @@ impl Replica {
     fn start_under(dir: &TempDir, new_term: u64) -> Self {
         let (mut registry, _) = with_kubernetes(dir);
         restore(&mut registry, KubernetesState { new_term, ..KubernetesState::default() });
+        Self::run(registry)
+    }
+
+    /// A registry as it is.
+    pub(super) fn run(registry: TestRegistry) -> Self {
         let (handle, stop) = (registry.handle.clone(), CancellationToken::new());
         let stopped = stop.clone();
         let thread = std::thread::spawn(move || registry.writer.run(registry.runtime.handle(), &stopped));
