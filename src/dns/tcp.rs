@@ -8,7 +8,7 @@
 
 use std::{
     cell::RefCell,
-    io,
+    io::{self, Read as _},
     pin::Pin,
     sync::{
         Arc,
@@ -183,7 +183,7 @@ impl TcpConnection {
             };
         }
         // The peer has closed its side, or the server stops: received questions are answered before the end.
-        while self.received.len() < WRITE_THRESHOLD && self.read_now()?.is_some_and(|octets| octets > 0) {}
+        while self.received.len() < WRITE_THRESHOLD && self.read_from_socket() > 0 {}
         self.answer_all().await?;
         self.stream.shutdown().await.map_err(|_| None)
     }
@@ -218,6 +218,17 @@ impl TcpConnection {
             Err(err) if err.kind() == io::ErrorKind::WouldBlock => Ok(None),
             read => read.map(Some).map_err(|_| None),
         }
+    }
+
+    /// Reads the available octets, also those that the runtime has not noticed yet: to the runtime a socket without news is empty.
+    /// Returns how many.
+    fn read_from_socket(&mut self) -> usize {
+        let before = self.received.len();
+        self.received.resize(before + READ_SIZE, 0);
+        let read = (&*socket2::SockRef::from(&self.stream)).read(&mut self.received[before..]);
+        let octets = read.unwrap_or(0);
+        self.received.truncate(before + octets);
+        octets
     }
 
     /// Answers every complete message and keeps the rest. Returns whether there was a complete message.
