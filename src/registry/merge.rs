@@ -129,8 +129,8 @@ impl Decider {
             Merged::TooOld => {
                 warn!(
                     %service, instance = %id, %stamp,
-                    "a registration that another process handed over is too old to count, because its removal may have been \
-                     forgotten: it is dropped, and has to be registered again"
+                    "a registration that another process handed over, or wrote late, is too old to count, because its removal may \
+                     have been forgotten: it is dropped, and has to be registered again"
                 );
                 return MergeOutcome::TooOld;
             }

@@ -22,8 +22,8 @@
 //!
 //! The server runs the election; every process that does not write follows the one that does. A server's [`tombstones`] are
 //! those of removals, also of what was not registered. One of a whole address stands for one of each of its instances; the
-//! simulation has only the latter.
-//! The hand-over is simulated only.
+//! simulation has only the latter. What is handed over, or arrives late, is merged by [`word::AgeLimit`] in both, by code of
+//! their own around it.
 
 pub mod confirm;
 pub mod election;
