@@ -172,9 +172,6 @@ impl TcpConnection {
     async fn answer_until_end(&mut self) -> Result<(), EarlyEnd> {
         while self.read().await? {
             let has_answered = self.answer_all().await?;
-            if has_answered {
-                self.permit.handle().touch();
-            }
             self.deadline = match self.deadline {
                 _ if self.received.is_empty() => self.after(self.shared.limits.idle, CloseReason::Idle),
                 // The deadline counts from the first octet of a message: further octets do not extend it.
@@ -237,6 +234,10 @@ impl TcpConnection {
         loop {
             let turn = self.answer_some(taken, &mut answers);
             taken += turn.octets;
+            if turn.octets > 0 {
+                // Before the peer has its answers: it may open the connection that needs the place of an idle one.
+                self.permit.handle().touch();
+            }
             // RFC 7766 §6.2.1.1: the answers to pipelined questions are written together.
             self.write(&answers).await?;
             if turn.is_malformed {

@@ -109,7 +109,10 @@ impl Decider {
                         refuse_before = self.bury(service, id.clone(), *stamp, now);
                     }
                 }
-                Record::RefuseBefore { service, clock } => self.raise_refuse_before(service, *clock, now),
+                Record::RefuseBefore { service, clock } => {
+                    self.stamper.observe(Stamp { clock: *clock, ..Stamp::default() });
+                    self.raise_refuse_before(service, *clock, now);
+                }
                 Record::Mirrored { .. } | Record::Term(_) => {}
             }
             self.batch.records.push(record);

@@ -102,6 +102,12 @@ impl MirrorProgress {
         self.mirrored
     }
 
+    /// Every service whose latest change is not in Kubernetes, for a mirror that begins.
+    #[must_use]
+    pub fn unmirrored(&self) -> Vec<ServiceKey> {
+        self.lock().services.keys().cloned().collect()
+    }
+
     /// Marks services as changed, or as repeated, with the generation and the time of receipt.
     pub(super) fn mark_dirty(
         &self,

@@ -131,7 +131,7 @@ impl Unrecovered {
         applier.load(generation, services, tombstones);
         let local = kubernetes.is_some().then_some(LocalState {
             term: recovery.term,
-            generation: recovery.generation,
+            generation: recovery.changed,
             outbox: recovery.outbox.into(),
             stored: None,
         });

@@ -20,7 +20,7 @@ use std::{
 
 use super::Catalog;
 use crate::{
-    model::{CowTree, HybridClock, Instance, InstanceId, InstanceKey, Service, ServiceKey, Stamp, UnixMillis},
+    model::{CowTree, HybridClock, Instance, InstanceId, InstanceKey, PortSet, Service, ServiceKey, Stamp, UnixMillis},
     replicas::{
         tombstones::Tombstones,
         word::{AgeLimit, Merged, TombstoneLifetime, Word},
@@ -115,10 +115,14 @@ impl LatestRecords {
         records.extract_if(.., own).collect()
     }
 
-    /// Whether there is a record for the instance of `record`.
+    /// Whether there is a record for the instance of `record`, or a later one for all of its address.
     pub(super) fn covers(&self, record: &Record) -> bool {
         match record {
-            Record::Put { service, instance } => self.0.contains_key(&(service.clone(), instance.id())),
+            Record::Put { service, instance } => {
+                let every = InstanceId { address: instance.address().clone(), ports: PortSet::every() };
+                self.0.contains_key(&(service.clone(), instance.id()))
+                    || self.0.get(&(service.clone(), every)).is_some_and(|removal| removal.stamp > instance.stamp())
+            }
             Record::Remove { service, id, .. } => self.0.contains_key(&(service.clone(), id.clone())),
             Record::Mirrored { .. } | Record::Term(_) | Record::RefuseBefore { .. } => false,
         }

@@ -348,8 +348,9 @@ impl Writer {
                 self.committer.commit(&records, !changes.is_empty())
             };
             if committed.is_err() {
-                // The rest is not applied and the term is not stored, so the next start compares again.
-                self.mirror_records.end_comparison(number);
+                // The rest is not applied and the term is not stored, so the next start compares again. Until then what is
+                // registered is not known, unless another process writes and is followed.
+                self.mirror_records.await_comparison(LocalState::default());
                 return;
             }
             let applied = self.applier.apply(self.committer.generation(), changes, UnixMillis::now());

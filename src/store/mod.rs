@@ -158,6 +158,9 @@ pub struct RecoveryProgress {
 pub struct RecoveryReport {
     /// The highest generation stored; 0 for a new directory.
     pub generation: u64,
+    /// The highest generation with a change of an instance. A start stores a generation without one, so what this directory knows is
+    /// no newer than this.
+    pub changed: u64,
     /// Log messages about torn writes that were cut off and losses that were accepted.
     pub repairs: Vec<String>,
     /// The last term stored. 0 when there was none, or when the directory was used without the

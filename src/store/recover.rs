@@ -72,7 +72,12 @@ impl StoreOpener<'_> {
         self.refuse(&corruptions)?;
 
         let mut outbox = Outbox::new(self.options.outbox);
-        let generation = self.read(&scans, id, &mut corruptions, &mut outbox, record, progress)?;
+        let mut changed = 0;
+        let mut count = |generation: u64, read| {
+            changed = changed.max(generation);
+            record(read);
+        };
+        let generation = self.read(&scans, id, &mut corruptions, &mut outbox, &mut count, progress)?;
         for corruption in &corruptions {
             repairs.push(format!("loss accepted: {corruption}"));
         }
@@ -99,8 +104,14 @@ impl StoreOpener<'_> {
             self.remove_obsolete(&set.obsolete);
             journal.compact();
         }
-        let term = outbox.term.filter(|_| !drops_outbox).unwrap_or_default();
-        Ok((journal, RecoveryReport { generation, repairs, term, outbox: outbox.into_records(), tombstones }))
+        let mut term = outbox.term.filter(|_| !drops_outbox).unwrap_or_default();
+        if !corruptions.is_empty() && term.term > 0 {
+            // Kubernetes may have what was lost: the directory is not the newest state any more.
+            term.followed = true;
+            journal.append(generation, &[Record::Term(term)])?;
+        }
+        let outbox = outbox.into_records();
+        Ok((journal, RecoveryReport { generation, changed, repairs, term, outbox, tombstones }))
     }
 
     /// Reads the clean-stop file, if there is one.
@@ -124,14 +135,15 @@ impl StoreOpener<'_> {
         Corruption { path: self.dir.join(CLEAN_STOP), bytes: None, what: what.into(), loss }
     }
 
-    /// Passes the records of instances to `record` and all to the outbox. Returns the highest generation.
+    /// Passes the records of instances to `record`, each with the generation of its frame, and all to the outbox. Returns the
+    /// highest generation.
     fn read(
         &self,
         scans: &[FileScan],
         id: StoreId,
         corruptions: &mut Vec<Corruption>,
         outbox: &mut Outbox,
-        record: &mut dyn FnMut(Record),
+        record: &mut dyn FnMut(u64, Record),
         progress: &mut dyn FnMut(RecoveryProgress),
     ) -> Result<u64, StoreError> {
         let total = scans.iter().map(|scan| scan.replay_end).sum();
@@ -152,7 +164,10 @@ impl StoreOpener<'_> {
                         for entry in payload.entries {
                             let outbox_key = outbox.outbox_key(&entry, frame.generation);
                             match reader.record(entry) {
-                                Ok(read) => outbox.take(outbox_key, read).into_iter().for_each(&mut *record),
+                                Ok(read) => outbox
+                                    .take(outbox_key, read)
+                                    .into_iter()
+                                    .for_each(|read| record(frame.generation, read)),
                                 Err(err) => reject(err)?,
                             }
                         }

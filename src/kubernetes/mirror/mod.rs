@@ -130,7 +130,8 @@ impl Mirror {
         }
     }
 
-    /// Runs until `stop`. Begins with every service that is registered or has objects of ours.
+    /// Runs until `stop`. Begins with every service that is registered, has objects of ours, or has changed: the mirror before
+    /// this one may have taken a service and not have written it.
     pub(super) async fn run(mut self, stop: CancellationToken) {
         let registered = self.reconciler.registry.catalog().services().into_iter().map(|(service, _)| service);
         let services: HashSet<ServiceKey> = registered.chain(self.reconciler.cache.managed_services()).collect();
@@ -138,6 +139,7 @@ impl Mirror {
 
         let registry = self.reconciler.registry.clone();
         let mirror_progress = Arc::clone(registry.mirror_progress());
+        self.add(mirror_progress.unmirrored(), Priority::Resync);
         // What was unmirrored at the start: nobody waits for that any more.
         let DirtyServices { changed, repeated } = mirror_progress.take_dirty().now_or_never().unwrap_or_default();
         self.add(changed.into_iter().chain(repeated), Priority::Resync);

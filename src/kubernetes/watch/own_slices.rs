@@ -120,11 +120,12 @@ impl<'a> OwnSlicesHandler<'a> {
 
     /// All slices are listed.
     async fn listed(&mut self) -> Result<(), Unavailable> {
-        for learnt in &mut self.before {
+        // Another request may drop this future at any await, and the next list waits for the rest.
+        while let Some(learnt) = self.before.last_mut() {
             // The senders are dropped early only when everything ends.
             let _ = learnt.await;
+            self.before.pop();
         }
-        self.before.clear();
         match std::mem::replace(&mut self.purpose, Purpose::Following) {
             Purpose::Following => self.follow(true).await,
             Purpose::TakingOver(request) => self.restore(request).await,
@@ -170,8 +171,8 @@ impl<'a> OwnSlicesHandler<'a> {
         let (services, found) = (restored.services.len(), restored.term);
         let term = match self.registry.restore(restored).await {
             Ok(term) => term,
-            // This process does not take over any more. The next request is on its way.
-            Err(Unavailable::Standby(_) | Unavailable::NotReady) => return Ok(()),
+            // This process does not take over any more, or cannot. The next request is on its way.
+            Err(Unavailable::Standby(_) | Unavailable::NotReady | Unavailable::StorageFailed) => return Ok(()),
             Err(err) => return Err(err),
         };
         info!(services, found, term, "restored from Kubernetes");
@@ -223,10 +224,7 @@ impl EventHandler<EndpointSlice> for OwnSlicesHandler<'_> {
 
 impl SliceInstances {
     fn new(validator: Validator) -> Self {
-        // A term can be as high as the time.
-        let unix_seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let now = Now { boot: BootTime::default(), unix_seconds, eligible: true };
-        let highest_term = now.highest_term(0);
+        let highest_term = highest_term_now();
         let (view, tombstones) = (InstanceView::default(), HashMap::new());
         Self { validator, highest_term, view, tombstones, rank: SliceRank::default(), skipped: 0 }
     }
@@ -240,6 +238,7 @@ impl SliceInstances {
         let slice = match event {
             ObjectEvent::Init => {
                 (self.rank, self.skipped) = (SliceRank::default(), 0);
+                self.highest_term = self.highest_term.max(highest_term_now());
                 self.tombstones.clear();
                 return self.view.init();
             }
@@ -294,6 +293,12 @@ impl SliceInstances {
     }
 }
 
+/// A term can be as high as the time.
+fn highest_term_now() -> u64 {
+    let unix_seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    Now { boot: BootTime::default(), unix_seconds, eligible: true }.highest_term(0)
+}
+
 /// Namespace and name of a slice.
 fn slice_key(meta: &ObjectMeta) -> (String, String) {
     (meta.namespace.clone().unwrap_or_default(), meta.name.clone().unwrap_or_default())
@@ -343,7 +348,7 @@ mod tests {
     #[test]
     fn restore_takes_the_newest_slice_and_starts_over_with_the_list() {
         let metrics = Metrics::new().kubernetes;
-        let mut restored = SliceInstances { highest_term: 9, ..SliceInstances::new(VALIDATOR) };
+        let mut restored = SliceInstances::new(VALIDATOR);
         let mut apply = |event: ObjectEvent<EndpointSlice>| {
             let ours = event.filter_map(CachedSlice::read).expect("it has a name");
             restored.apply(&event, &ours, &metrics);
@@ -354,7 +359,7 @@ mod tests {
         apply(ObjectEvent::InitApply(slice("web-1", (1, 5), &[("10.0.0.1", true), ("127.0.0.1", true)])));
         apply(ObjectEvent::InitApply(slice("web-2", (2, 3), &[("10.0.0.1", true), ("10.0.0.2", true)])));
         apply(ObjectEvent::InitApply(slice("web-3", (1, 9), &[("10.0.0.1", true)])));
-        apply(ObjectEvent::InitApply(slice("web-by-hand", (10, 1), &[("10.0.0.2", true)])));
+        apply(ObjectEvent::InitApply(slice("web-by-hand", (u64::MAX, 1), &[("10.0.0.2", true)])));
         let mut gone = slice("web-4", (3, 1), &[("10.0.0.4", true)]);
         gone.metadata.deletion_timestamp = serde_json::from_value(json!("2026-01-01T00:00:00Z")).expect("a time");
         apply(ObjectEvent::InitApply(gone));

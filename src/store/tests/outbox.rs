@@ -324,8 +324,14 @@ fn open_journal_reads_what_a_start_would_find() {
             if rng.u8(..4) == 0 {
                 let mut read = Instances::new();
                 let (term, found) = journal.read_back(&mut |record| apply(&mut read, &record)).expect("a good disk");
-                let recovery =
-                    RecoveryReport { generation, repairs: Vec::new(), term, outbox: found.clone(), tombstones: true };
+                let recovery = RecoveryReport {
+                    generation,
+                    changed: 0,
+                    repairs: Vec::new(),
+                    term,
+                    outbox: found.clone(),
+                    tombstones: true,
+                };
                 assert!(expected.matches(&recovery, &read), "seed {seed}");
                 let found: std::collections::BTreeMap<_, _> =
                     found.iter().map(|record| (instance_of(record), record)).collect();
