@@ -170,9 +170,8 @@ impl Decider {
         let before = service.as_ref().and_then(|service| service.instances.get(&instance.key()).cloned());
         let (outcome, instance) = match &before {
             None => {
-                let is_full = self.batch.changes.instances(&self.catalog) >= self.max_instances;
-                if is_full || service.is_none() && self.remembers_too_many(&key) {
-                    return Outcome::Full { limit: self.max_instances };
+                if let Some(limit) = self.reached_limit(&key, false) {
+                    return Outcome::Full { limit };
                 }
                 (Outcome::Created, Arc::unwrap_or_clone(instance))
             }
@@ -209,8 +208,11 @@ impl Decider {
         // What is not registered here may be in an outbox elsewhere, with an earlier stamp. Without a namespace, or under a
         // Service of others, nothing can be remembered in Kubernetes, and nobody can register.
         let remembered = (all || removed == 0) && self.expiries.is_some() && self.facts.has_place_for(key);
-        if remembered && removed == 0 && self.remembers_too_many(key) {
-            return Outcome::Full { limit: self.max_instances };
+        if remembered
+            && removed == 0
+            && let Some(limit) = self.reached_limit(key, true)
+        {
+            return Outcome::Full { limit };
         }
         if remembered {
             self.remove(key, id, received);

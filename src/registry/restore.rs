@@ -536,6 +536,19 @@ mod tests {
         assert_eq!(comparison.records, [put("10.0.0.1", 99.0)]);
     }
 
+    #[test]
+    fn removal_of_an_address_that_came_meanwhile_covers_what_was_put_there_before() {
+        let InstanceId { address, .. } = instance("10.0.0.1", 1.0).id();
+        let every = Record::Remove {
+            service: web(),
+            id: InstanceId { address, ports: PortSet::every() },
+            stamp: Stamp { clock: 9, term: 3, generation: 1 },
+        };
+        let newer = LatestRecords::from(vec![every]);
+        assert!(newer.covers(&at(8, put("10.0.0.1", 1.0))) && !newer.covers(&at(10, put("10.0.0.1", 1.0))));
+        assert!(!newer.covers(&at(8, put("10.0.0.2", 1.0))));
+    }
+
     const HOUR: u64 = 3_600_000_000;
 
     /// Tombstones of instances, with their clocks.

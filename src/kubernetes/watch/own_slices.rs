@@ -345,6 +345,27 @@ mod tests {
         serde_json::from_value(slice).expect("an EndpointSlice")
     }
 
+    /// The next list goes on waiting where it was interrupted.
+    #[test]
+    fn list_that_is_interrupted_while_it_waits_is_followed_by_another() {
+        use futures::FutureExt as _;
+
+        let metrics = std::sync::Arc::new(Metrics::new());
+        let options = crate::registry::Options { max_instances: 10, kubernetes: None };
+        let (registry, _unrecovered) = crate::registry::new(options, std::sync::Arc::clone(&metrics));
+        let cache = ClusterCache::new();
+        let (first, one) = oneshot::channel();
+        let (second, other) = oneshot::channel();
+        let mut handler = OwnSlicesHandler::new(&cache, &registry, &metrics.kubernetes, VALIDATOR, vec![one, other]);
+        let list = || vec![ObjectEvent::Init, ObjectEvent::InitDone("9".into())];
+        first.send(()).expect("it waits");
+        assert!(handler.handle(list()).now_or_never().is_none(), "one is missing");
+        assert!(handler.handle(list()).now_or_never().is_none());
+        second.send(()).expect("it waits");
+        assert!(handler.handle(list()).now_or_never().is_none(), "the registry has not followed");
+        assert!(handler.before.is_empty());
+    }
+
     #[test]
     fn restore_takes_the_newest_slice_and_starts_over_with_the_list() {
         let metrics = Metrics::new().kubernetes;

@@ -118,6 +118,31 @@ fn what_was_accepted_and_not_mirrored_counts_again_at_the_next_take_over() {
     assert_eq!(registry.handle.catalog().instances(), 4);
 }
 
+/// Another process has written since the copy was made, under the same term. A start stores a generation of its own.
+#[test]
+fn older_copy_of_a_directory_stays_older_however_often_it_starts() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let replica = Replica::start(&dir);
+    let copied = replica.submit(vec![register("web", "10.0.0.1", 80, 1.0)]).expect("it writes").generation;
+    let (web, _) = slices("web", &[]);
+    replica.runtime.block_on(replica.handle.mirrored(vec![(web, copied)])).expect("it is there");
+    replica.end();
+    for _ in 0..2 {
+        drop(with_kubernetes(&dir));
+    }
+    let (mut registry, _) = with_kubernetes(&dir);
+    let held = KubernetesState {
+        term: 1,
+        generation: copied + 1,
+        new_term: 2,
+        had_lease: true,
+        services: vec![slices("web", &["10.0.0.2"])],
+        ..KubernetesState::default()
+    };
+    restore(&mut registry, held);
+    assert_eq!(addresses(registry.handle.catalog()), ["web 10.0.0.2"]);
+}
+
 #[test]
 fn term_that_is_raised_without_a_comparison_is_journaled_and_stamped() {
     let dir = tempfile::tempdir().expect("a directory");

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use super::{Instances, apply, open, open_with, random_batch, simulated_disk::SimulatedDisk, small};
 use crate::store::{
-    Options, Record, StoreError,
+    DirectoryTerm, Options, Record, StoreError,
     clean_stop::CLEAN_STOP,
     disk::Directory as _,
     frame::{FRAME_LEN, FileId, Frame, FrameBuffer, HEADER_LEN, Header, StoreId},
@@ -249,6 +249,35 @@ fn accepted_loss_keeps_all_other_records_and_the_corrupt_file() {
             assert_eq!((read, recovery.repairs), (after, vec![]), "{name} at {at}");
         }
     }
+}
+
+/// Kubernetes may have what was lost.
+#[test]
+fn directory_with_an_accepted_loss_is_not_the_newest_state_any_more() {
+    let disk = SimulatedDisk::default();
+    let options = Options { outbox: true, segment_bytes: 1 << 30, ..small() };
+    let (mut journal, ..) = open_with(&disk, &options, &Arc::default()).expect("a new directory");
+    let term = |followed| DirectoryTerm { term: 5, followed };
+    journal.append(1, &[Record::Term(term(false))]).expect("a good disk");
+    let rng = &mut fastrand::Rng::with_seed(7);
+    (2..6).for_each(|generation| journal.append(generation, &random_batch(rng)).expect("a good disk"));
+    drop(journal);
+    let (_, recovery, _) = open_with(&disk, &options, &Arc::default()).expect("a good disk");
+    assert_eq!(recovery.term, term(false));
+    let mut contents = disk.contents();
+    let (name, last) = last_batch(&contents);
+    let bytes = contents.get_mut(&name).expect("it is there");
+    // The last frames are sync markers.
+    let at = last.start - 2 * FRAME_LEN;
+    bytes[at] ^= 1;
+    let disk = SimulatedDisk::holding(&contents);
+    let accepting = Options { accept_loss: true, ..options };
+    assert!(open_with(&disk, &options, &Arc::default()).is_err(), "a loss");
+    let (journal, recovery, _) = open_with(&disk, &accepting, &Arc::default()).expect("it is accepted");
+    assert_eq!(recovery.term, term(true));
+    drop(journal);
+    let (_, recovery, _) = open_with(&disk, &options, &Arc::default()).expect("nothing is corrupt any more");
+    assert_eq!(recovery.term, term(true), "it is journaled");
 }
 
 #[test]

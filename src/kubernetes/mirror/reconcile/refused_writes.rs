@@ -54,6 +54,8 @@ pub(super) struct RefusedWrites {
     missing: HashSet<IpAddr>,
     /// All addresses in slices that are not as planned, before or after.
     pub(super) outdated: HashSet<IpAddr>,
+    /// Whether the slice without addresses, which has the tombstones, is not as planned.
+    pub(super) tombstones: bool,
 }
 
 impl RefusedWrites {
@@ -71,6 +73,7 @@ impl RefusedWrites {
             Err(err) if is_refusal(&err) => {
                 self.missing.extend(planned.added());
                 self.outdated.extend(planned.addresses());
+                self.tombstones |= planned.addresses().next().is_none();
                 self.err.get_or_insert(err);
                 Ok(true)
             }

@@ -46,8 +46,12 @@ impl Reconciler {
         observed: &ObservedState,
         uid: &str,
     ) -> Result<(), ApiError> {
-        let refused = self.apply(desired, observed, self.plan(desired, observed, uid)).await?;
+        let mut refused = self.apply(desired, observed, self.plan(desired, observed, uid)).await?;
         self.api.confirmed().await;
+        if refused.tombstones {
+            // A removal is in Kubernetes with its tombstone only. So no word on these addresses is confirmed.
+            refused.outdated.extend(desired.tombstones.iter().filter_map(|one| one.id.address.ip()));
+        }
         self.registry.mirror_progress().confirm_slices(desired.service, desired.generation, refused.outdated);
         refused.err.map_or(Ok(()), Err)
     }
