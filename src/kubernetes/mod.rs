@@ -43,7 +43,7 @@ use self::{
 use crate::{
     metrics::Metrics,
     model::{ReplicaRole, ServerAddress, Validator},
-    registry::RegistryHandle,
+    registry::{LeaseHolder, RegistryHandle, Unavailable},
     replicas::{election::Tenure, lease::DirectoryId},
 };
 
@@ -153,7 +153,7 @@ impl Kubernetes {
                         next = turns.recv() => next,
                         never = async {
                             // Nothing is written before the slices are listed and the registry has compared.
-                            if let Some(term) = take_over(&reports, tenure, highest_term, &slices).await {
+                            if let Some(term) = take_over(&reports, &registry, tenure, highest_term, &slices).await {
                                 mirror(term).run(stop.clone()).await;
                             }
                             future::pending().await
@@ -168,12 +168,14 @@ impl Kubernetes {
                             future::pending().await
                         } => never,
                     },
-                    Some(Turn::StandDown(holder)) if registry.stand_down(holder.clone()).await.is_ok() => {
+                    Some(Turn::StandDown { holder, outranked })
+                        if stand_down(&registry, holder.clone(), outranked).await.is_ok() =>
+                    {
                         // An error means that the process ends, as it does where nothing follows.
                         let _ = slices.send(SlicesRequest::Follow).await;
                         turns.recv().await
                     }
-                    Some(Turn::StandDown(_)) | None => future::pending().await,
+                    Some(Turn::StandDown { .. }) | None => future::pending().await,
                 }
             }
         };
@@ -236,20 +238,30 @@ fn reporter(host: &str) -> Reporter {
     Reporter { controller: names::MANAGER.into(), instance: Some(host.into()) }
 }
 
+/// This process does not write any more, but `holder`, if anybody does.
+async fn stand_down(registry: &RegistryHandle, holder: LeaseHolder, outranked: bool) -> Result<(), Unavailable> {
+    registry.stand_down(holder).await?;
+    if outranked { registry.outranked(None).await } else { Ok(()) }
+}
+
 /// Takes over under `tenure`. Returns the term; `None` when something else comes next: a higher term is needed, the Lease is
 /// lost, or the process ends.
 async fn take_over(
     elector: &ElectorHandle,
+    registry: &RegistryHandle,
     tenure: Tenure,
     highest_term: u64,
     slices: &mpsc::Sender<SlicesRequest>,
 ) -> Option<u64> {
+    // The Lease names this process now: after a crash in the middle of what follows nothing else says who wrote before.
+    registry.outranked(Some(tenure.previous.as_ref().map_or(0, |lease| lease.term))).await.ok()?;
     let (restored, result) = oneshot::channel();
     let request = TakeOver { tenure, highest_term, restored };
     slices.send(SlicesRequest::TakeOver(request)).await.ok()?;
     match result.await.ok()? {
         Restored::Term(term) => elector.taken_over().await.then_some(term),
         Restored::Outranked(term) => {
+            registry.outranked(Some(term)).await.ok()?;
             elector.outranked(term).await;
             None
         }

@@ -11,7 +11,7 @@ use tracing::info;
 
 use super::{
     LeaseHolder, Phase, RegistryHandle, Unavailable, Writer, WriterMessage, cluster_facts::is_reserved,
-    recover::Replayed, restore::LocalState, staged::StagedChanges,
+    commit::Committer, recover::Replayed, restore::LocalState, staged::StagedChanges,
 };
 use crate::{
     model::{CowTree, Instance, InstanceChange, ServiceKey, UnixMillis},
@@ -48,6 +48,14 @@ pub(super) struct StandDownRequest {
     done: oneshot::Sender<()>,
 }
 
+/// Says that another process writes, or wrote.
+#[derive(Debug)]
+pub(super) struct OutrankedRequest {
+    /// Under this term; `None` for one that holds the Lease, whatever its term.
+    term: Option<u64>,
+    journaled: oneshot::Sender<()>,
+}
+
 impl RegistryHandle {
     /// From now on this process does not write, but `holder`, if anybody does: registrations are refused, and what was
     /// accepted and is not in Kubernetes stays in the outbox until the next [`restore`](Self::restore). A restore that
@@ -61,6 +69,19 @@ impl RegistryHandle {
         let request = StandDownRequest { holder, done };
         self.queue.send(WriterMessage::StandDown(request)).await.map_err(|_| self.status.refusal())?;
         is_done.await.map_err(|_| self.status.refusal())
+    }
+
+    /// Something shows `term`, or another process holds the Lease (`None`): unless the term of this directory is as high, what
+    /// the directory holds is not the newest state any more, not after another start either. Returns when the journal has
+    /// it. Does nothing while this process writes.
+    ///
+    /// # Errors
+    /// When the writer has ended.
+    pub async fn outranked(&self, term: Option<u64>) -> Result<(), Unavailable> {
+        let (journaled, is_journaled) = oneshot::channel();
+        let request = OutrankedRequest { term, journaled };
+        self.queue.send(WriterMessage::Outranked(request)).await.map_err(|_| self.status.refusal())?;
+        is_journaled.await.map_err(|_| self.status.refusal())
     }
 
     /// Shows what another process wrote, and returns when it is visible. The first complete list makes the registry
@@ -106,6 +127,14 @@ impl Writer {
         let _ = done.send(());
     }
 
+    pub(super) fn outranked(&mut self, OutrankedRequest { term, journaled }: OutrankedRequest) {
+        if let Some(local) = self.mirror_records.awaited_mut() {
+            journal_outranked(&mut local.term, term, &mut self.committer);
+        }
+        // An error means that the caller has ended.
+        let _ = journaled.send(());
+    }
+
     pub(super) fn follow(&mut self, FollowRequest { followed, applied }: FollowRequest) {
         if matches!(self.status.phase(), Phase::Standby(_) | Phase::StorageFailed(_)) {
             self.show(followed);
@@ -119,13 +148,7 @@ impl Writer {
         // Otherwise this process takes over already.
         let Some(local) = self.mirror_records.awaited_mut() else { return };
         local.stored.get_or_insert_with(|| self.catalog.services());
-        let DirectoryTerm { term: own_term, followed } = local.term;
-        if own_term > 0 && term > own_term && !followed {
-            // Not after another start either may the journal be taken for the newest state.
-            local.term.followed = true;
-            // The committer logs a failure and sets the status. DNS follows all the same.
-            let _ = self.committer.commit(&[Record::Term(local.term)], false);
-        }
+        journal_outranked(&mut local.term, Some(term), &mut self.committer);
         // Anyone with access to the API server can label a slice of a reserved service as managed by gangplank.
         services.retain(|(service, _)| !is_reserved(service));
         if complete {
@@ -177,5 +200,15 @@ impl Writer {
         let applied = self.applier.follow(generation, serial, changes, UnixMillis::now());
         self.metrics.registry.set_registered(self.catalog.len(), self.catalog.instances(), generation);
         self.applier.announce(applied, UnixMillis::now());
+    }
+}
+
+/// Journals that a process wrote under a higher term than `own`, or, without a term, that another one holds the Lease: the
+/// journal must not be taken for the newest state, not after another start either.
+pub(super) fn journal_outranked(own: &mut DirectoryTerm, term: Option<u64>, committer: &mut Committer) {
+    if own.term > 0 && !own.followed && term.is_none_or(|term| term > own.term) {
+        own.followed = true;
+        // The committer logs a failure and sets the status. DNS follows all the same.
+        let _ = committer.commit(&[Record::Term(*own)], false);
     }
 }

@@ -184,6 +184,8 @@ enum WriterMessage {
     Follow(follow::FollowRequest),
     /// This process does not write any more.
     StandDown(follow::StandDownRequest),
+    /// Another process writes, or wrote.
+    Outranked(follow::OutrankedRequest),
     /// Asks for what has to be handed over.
     Outbox(outbox::OutboxRequest),
     /// The process that writes has these words.

@@ -27,6 +27,7 @@ use super::{
     commit::Committer,
     comparison,
     decide::{DecidedBatch, Decider},
+    follow::journal_outranked,
     mirror_records::MirrorRecords,
     restore::LocalState,
 };
@@ -125,11 +126,10 @@ impl Writer {
     /// stored state is good enough while the API server is down. Follows meanwhile what another process writes. Returns false if `stop` was cancelled meanwhile. Blocks.
     pub fn await_restore(&mut self, runtime: &Handle, stop: &CancellationToken) -> bool {
         let is_newest = |local: &LocalState| local.term.term != 0 && !local.term.followed;
-        let is_newest = self.mirror_records.awaited().is_some_and(is_newest);
         let deadline = Instant::now() + RESTORE_TIMEOUT;
         while !self.mirror_records.comparison_is_over() {
             // A comparison that has begun needs no API server any more, so it has no timeout.
-            let may_time_out = is_newest && self.mirror_records.awaited().is_some() && !self.is_standby();
+            let may_time_out = self.mirror_records.awaited().is_some_and(is_newest) && !self.is_standby();
             let next = runtime.block_on(async {
                 tokio::select! {
                     biased;
@@ -223,6 +223,7 @@ impl Writer {
                 | WriterMessage::Compared(_)
                 | WriterMessage::Follow(_)
                 | WriterMessage::StandDown(_)
+                | WriterMessage::Outranked(_)
                 | WriterMessage::Term(_)
                 | WriterMessage::Outbox(_)
                 | WriterMessage::HandedOver(_)
@@ -246,6 +247,7 @@ impl Writer {
             Some(WriterMessage::Compared(end)) => self.end_comparison(end),
             Some(WriterMessage::Follow(request)) => self.follow(request),
             Some(WriterMessage::StandDown(request)) => self.stand_down(request),
+            Some(WriterMessage::Outranked(request)) => self.outranked(request),
             Some(WriterMessage::Term(request)) => self.raise_term(request),
             Some(WriterMessage::Outbox(request)) => self.outbox(request),
             Some(WriterMessage::HandedOver(words)) => self.handed_over(words),
@@ -328,11 +330,15 @@ impl Writer {
     /// Begins the comparison with the EndpointSlices. A second request is dropped: its caller gets an
     /// error.
     fn compare(&mut self, request: comparison::ComparisonRequest, runtime: &Handle) {
-        let Some(comparison) = self.mirror_records.begin_comparison() else { return };
+        let Some((number, mut local)) = self.mirror_records.begin_comparison() else { return };
+        if (local.term.term, local.generation) < (request.held.term, request.held.generation) {
+            // The result is journaled in parts: a start after half of them must not take the journal for the newest state.
+            journal_outranked(&mut local.term, None, &mut self.committer);
+        }
         // Readers have seen generations of the process that was followed.
         self.committer.advance_to(self.catalog.generation().max(request.held.generation));
         let max_records = if self.status.accepting().is_ok() { MAX_DIFFERENCES } else { MAX_DIFFERENCES_AT_START };
-        comparison::start(request, comparison, Arc::clone(&self.catalog), max_records, runtime);
+        comparison::start(request, (number, local), Arc::clone(&self.catalog), max_records, runtime);
     }
 
     /// Applies a part of the comparison's result as a batch of its own.

@@ -168,3 +168,35 @@ fn directory_that_followed_neither_answers_nor_accepts_while_the_api_server_is_a
     assert_eq!(a(first.dns), ["10.13.0.2"]);
     assert!(harness.server.terminate().success());
 }
+
+/// No slice shows it: the new writer has nothing to write.
+#[test]
+fn directory_whose_writer_has_seen_only_the_lease_of_the_next_one_is_not_answered_from() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let proxy = Proxy::start(lock.cluster);
+    let direct = lock.cluster.kubeconfig_for_gangplank();
+    let first = Replica::start(proxy.kubeconfig(), tempfile::TempDir::new().expect("a temporary directory"));
+    first.wait_until_it_writes();
+    make_namespace(lock.cluster, &mut Stream::open(first.grpc), "lease-only");
+    assert_eq!(first.register("lease-only", "web", "10.13.1.1"), 201);
+    let second = Replica::on_standby(&direct);
+    // The first fault that matches counts.
+    let _slices = proxy.inject(Fault::Drop, |call| call.resource == "endpointslices");
+    let away = proxy.inject(Fault::Drop, |_| true);
+    proxy.drop_connections();
+    second.wait_until_it_writes();
+    away.lift();
+    wait_until("it knows who writes", || {
+        http::get(first.admin, "/readyz/registrations").1.contains("on standby").then_some(())
+    });
+    let data = first.terminate();
+
+    let lease = proxy.inject(Fault::Drop, |call| call.is("get", "leases"));
+    let _away = proxy.inject(Fault::Drop, |_| true);
+    let first = Replica::start(proxy.kubeconfig(), data);
+    // The Lease is read every two seconds: a directory that nobody followed is served after five.
+    lease.wait_hits(5);
+    let said = ask(first.dns, Over::Udp, &dns_name("lease-only", "web"), RecordType::A);
+    assert_eq!(said.response_code, ResponseCode::ServFail);
+    assert_eq!(first.register("lease-only", "web", "10.13.1.2"), 503);
+}

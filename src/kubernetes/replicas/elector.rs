@@ -51,8 +51,13 @@ pub(in crate::kubernetes) enum Turn {
     TakeOver(Tenure, u64),
     /// This process goes on to write, under this term.
     Rewrite(u64),
-    /// This process does not hold the Lease any more: this one does, as far as is known.
-    StandDown(LeaseHolder),
+    /// This process does not hold the Lease any more.
+    StandDown {
+        /// Who does, as far as is known.
+        holder: LeaseHolder,
+        /// Whether another process certainly writes, or wrote.
+        outranked: bool,
+    },
 }
 
 /// What the task that takes over says to the elector.
@@ -120,6 +125,8 @@ pub(in crate::kubernetes) struct Elector {
     drain: Option<Drain>,
     /// Whether the registry was told that this process does not write.
     stood_down: bool,
+    /// Whether the registry was told that another process writes, or wrote.
+    outranked: bool,
     /// The last error of a read, and of a write, to log each once.
     failures: [Option<ApiError>; 2],
 }
@@ -155,6 +162,7 @@ impl Elector {
             storage_failed: None,
             drain: None,
             stood_down: false,
+            outranked: false,
             failures: [None, None],
         };
         (elector, handle)
@@ -281,19 +289,24 @@ impl Elector {
         // The API server was away at the start, and registrations were accepted meanwhile.
         let was_told = self.registry.status().accepting().is_err() && self.storage_failed.is_none() || self.stood_down;
         if !was_told && !self.active {
-            self.stand_down().await;
+            self.stand_down(true).await;
         }
         if self.registry.status().standby(&self.holder) {
             let LeaseHolder { name, addresses } = &self.holder;
             let address = ServerAddress::list(addresses, ",");
             info!(lease = self.client.name(), holder = name, address, "on standby: another process writes");
         }
+        if !self.outranked {
+            // An error means that the registry has ended.
+            self.outranked = self.registry.outranked(None).await.is_ok();
+        }
     }
 
-    async fn stand_down(&mut self) {
-        self.stood_down = true;
+    /// `outranked` if another process certainly writes, or wrote.
+    async fn stand_down(&mut self, outranked: bool) {
+        (self.stood_down, self.outranked) = (true, outranked);
         // The receiver ends with the process.
-        let _ = self.turns.send(Turn::StandDown(self.holder.clone())).await;
+        let _ = self.turns.send(Turn::StandDown { holder: self.holder.clone(), outranked }).await;
     }
 
     async fn act(&mut self, actions: Vec<Action>) {
@@ -317,7 +330,7 @@ impl Elector {
                 }
                 Action::TakeOver => {
                     let Role::TakingOver(tenure) = self.election.role() else { continue };
-                    (self.active, self.stood_down) = (true, false);
+                    (self.active, self.stood_down, self.outranked) = (true, false, false);
                     let turn = Turn::TakeOver(tenure.clone(), self.election.highest_term(self.now()));
                     // The receiver takes each turn at once, and ends with the process.
                     let _ = self.turns.send(turn).await;
@@ -339,7 +352,7 @@ impl Elector {
                     }
                 }
                 Action::Deposed(reason) => self.deposed(reason).await,
-                // The registry notes it when it follows the first slice of a higher term.
+                // The registry knows the directory's term, and is told in `stand_by`.
                 Action::Followed => {}
             }
         }
@@ -369,7 +382,7 @@ impl Elector {
                 warn!(lease, "the Lease could not be kept during the take-over: this process tries again");
             }
         }
-        self.stand_down().await;
+        self.stand_down(matches!(reason, Deposed::Outranked(_))).await;
     }
 
     /// Another process shall write, because this one drains or cannot write its journal: gives the Lease up, and goes on as a
@@ -390,7 +403,7 @@ impl Elector {
             self.active = false;
             // The end of a drain in which nothing is left to hand over need not read the journal.
             if self.drain.is_none() || self.behind() > 0 || !self.registry.status().is_quiet() {
-                self.stand_down().await;
+                self.stand_down(false).await;
             }
         }
         Vec::new()

@@ -162,6 +162,64 @@ fn term_that_is_raised_without_a_comparison_is_journaled_and_stamped() {
     assert_eq!(local.term, store::DirectoryTerm::new(5));
 }
 
+/// The term of a directory, as the next start reads it.
+fn stored_term(dir: &TempDir) -> store::DirectoryTerm {
+    let (registry, _) = with_kubernetes(dir);
+    registry.writer.mirror_records.awaited().expect("it waits for Kubernetes").term
+}
+
+#[test]
+fn directory_of_a_writer_that_was_outranked_is_not_the_newest_after_a_restart() {
+    for (seen, followed) in [(Some(1), false), (Some(2), true), (None, true)] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let replica = Replica::start(&dir);
+        replica.submit(vec![register("web", "10.0.0.1", 80, 1.0)]).expect("it writes");
+        replica.stand_down();
+        // It has seen no slice.
+        assert_eq!(replica.runtime.block_on(replica.handle.outranked(seen)), Ok(()));
+        replica.end();
+        assert_eq!(stored_term(&dir), store::DirectoryTerm { term: 1, followed }, "{seen:?}");
+    }
+}
+
+/// The Lease is read before the slices.
+#[test]
+fn directory_whose_process_starts_while_another_one_writes_is_not_the_newest() {
+    let dir = tempfile::tempdir().expect("a directory");
+    Replica::start(&dir).end();
+    let replica = Replica::run(with_kubernetes(&dir).0);
+    assert_eq!(replica.runtime.block_on(replica.handle.outranked(None)), Ok(()));
+    replica.end();
+    assert_eq!(stored_term(&dir), store::DirectoryTerm { term: 1, followed: true });
+    // It counts again after the next take-over.
+    Replica::start_under(&dir, 3).end();
+    assert_eq!(stored_term(&dir), store::DirectoryTerm::new(3));
+}
+
+#[test]
+fn crash_in_a_comparison_does_not_forget_that_the_slices_are_newer() {
+    for (term, generation, followed) in [(2, 1, true), (1, 1 << 40, true), (1, 0, false)] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let replica = Replica::start(&dir);
+        replica.submit(vec![register("web", "10.0.0.1", 80, 1.0)]).expect("it writes");
+        replica.end();
+        let (mut registry, _) = with_kubernetes(&dir);
+        let (queue, (reply, _term)) = (registry.handle.queue.clone(), oneshot::channel());
+        let held = KubernetesState {
+            term,
+            generation,
+            new_term: 3,
+            services: vec![slices("web", &["10.0.0.2"])],
+            ..KubernetesState::default()
+        };
+        let request = WriterMessage::Restore(comparison::ComparisonRequest { held, queue, reply });
+        registry.writer.batch(request, registry.runtime.handle());
+        // Nothing of its result has come when the process ends.
+        drop(registry);
+        assert_eq!(stored_term(&dir), store::DirectoryTerm { term: 1, followed }, "{term} {generation}");
+    }
+}
+
 #[test]
 fn take_over_that_is_given_up_changes_nothing_afterwards() {
     let dir = tempfile::tempdir().expect("a directory");
