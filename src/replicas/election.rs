@@ -328,9 +328,7 @@ impl Election {
         // A missing Lease does not say since when it is missing: its last holder may go on for RENEW_DEADLINE.
         let hold = record.is_none() && self.rules.hold_after_missing_lease;
         let listed_after = hold.then_some(BootTime(Duration::MAX));
-        self.role = Role::Acquiring(Tenure { term, previous: record, listed_after });
-        let id = self.request(Pending::Acquire);
-        actions.push(Action::WriteLease { id, expected: version, record: self.record(term) });
+        actions.push(self.acquire(Tenure { term, previous: record, listed_after }));
         actions
     }
 
@@ -379,8 +377,7 @@ impl Election {
                 }
                 vec![Action::Renewed(began)]
             }
-            (Role::TakingOver(_), LeaseWrite::Conflict) => self.give_up(),
-            (Role::Writer { .. }, LeaseWrite::Conflict) => {
+            (Role::TakingOver(_) | Role::Writer { .. }, LeaseWrite::Conflict) => {
                 vec![Action::ReadLease(self.request(Pending::Inspect))]
             }
             // Unknown: the next tick tries again. If this one was carried out, that one conflicts, and the look
@@ -390,13 +387,15 @@ impl Election {
     }
 
     fn inspected(&mut self, now: Now, read: Option<Option<ObservedLease>>) -> Vec<Action> {
-        let Role::Writer { term } = self.role else { return Vec::new() };
+        let (Role::Writer { term } | Role::TakingOver(Tenure { term, .. })) = self.role else { return Vec::new() };
         let Some(found) = read else { return Vec::new() };
         match found {
             Some(ObservedLease { record, .. }) if record.term > term && record.term <= self.highest_term(now) => {
-                let higher = record.term;
+                let mut actions = self.seen(record.term, true);
+                self.known_term = self.known_term.max(record.term);
+                actions.extend(self.depose(Deposed::Outranked(record.term)));
                 self.lease = Some(record);
-                self.outranked(higher)
+                actions
             }
             Some(ObservedLease { version, record }) if record.term == term && record.holder == self.me => {
                 self.version = Some(version);
@@ -409,14 +408,21 @@ impl Election {
                 if lower.is_none() {
                     next = next.max(now.unix_seconds + 1);
                 }
+                if let Role::TakingOver(tenure) = &self.role {
+                    // It has no state of its own yet: the slices are listed again.
+                    let tenure = Tenure { term: next, ..tenure.clone() };
+                    self.version = lower.map(|lease| lease.version);
+                    return vec![self.acquire(tenure)];
+                }
                 self.known_term = next;
                 self.role = Role::Writer { term: next };
                 self.version = lower.map(|lease| lease.version);
                 vec![Action::Rewrite, self.renew(next)]
             }
             lower => {
+                let reason = if self.writing().is_some() { Deposed::LeaseLost } else { Deposed::NotAcquired };
                 self.lease = lower.map(|lease| lease.record);
-                self.depose(Deposed::LeaseLost)
+                self.depose(reason)
             }
         }
     }
@@ -443,12 +449,9 @@ impl Election {
             // A take-over that finds a slice of its own term or a higher one takes a higher term, then lists again.
             Role::TakingOver(tenure) if term >= tenure.term => {
                 let tenure = Tenure { term: self.known_term + 1, ..tenure.clone() };
-                let record = self.record(tenure.term);
                 let mut actions = self.seen(term, false);
-                self.role = Role::Acquiring(tenure);
                 // A renewal may be under way with the same version: one of the two conflicts. Nobody waits for its answer.
-                let id = self.request(Pending::Acquire);
-                actions.push(Action::WriteLease { id, expected: self.version, record });
+                actions.push(self.acquire(tenure));
                 actions
             }
             Role::Writer { .. } => Vec::new(),
@@ -456,10 +459,13 @@ impl Election {
         }
     }
 
-    /// Gives the Lease up, after all answers were given.
+    /// Gives the Lease up, after all answers were given. A Lease that was missing before is not: who takes it now has to wait
+    /// for the last holder as well.
     #[must_use]
     pub fn release(&mut self) -> Vec<Action> {
-        let Role::Writer { term } = self.role else { return Vec::new() };
+        let (Role::Writer { term } | Role::TakingOver(Tenure { term, listed_after: None, .. })) = self.role else {
+            return Vec::new();
+        };
         let id = self.request(Pending::Release);
         self.role = Role::Follower;
         self.unchanged = None;
@@ -480,6 +486,14 @@ impl Election {
         self.unchanged = None;
         self.renewed = None;
         vec![Action::Deposed(reason)]
+    }
+
+    /// Writes the Lease, if its version is still the one that is known.
+    fn acquire(&mut self, tenure: Tenure) -> Action {
+        let record = self.record(tenure.term);
+        self.role = Role::Acquiring(tenure);
+        let id = self.request(Pending::Acquire);
+        Action::WriteLease { id, expected: self.version, record }
     }
 
     fn renew(&mut self, term: u64) -> Action {

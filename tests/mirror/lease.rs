@@ -4,7 +4,7 @@ use std::{fs, net::SocketAddr, time::Instant};
 
 use gangplank::{
     grpc::proto::registry::{RegistrationType, ServiceInfo, service_registry_client::ServiceRegistryClient},
-    replicas::election::RETRY_PERIOD,
+    replicas::election::{LEASE_DURATION, RETRY_PERIOD},
 };
 use hickory_proto::rr::RecordType;
 use tempfile::TempDir;
@@ -18,7 +18,7 @@ use crate::support::{
     cluster::Cluster,
     dns::{Over, answers},
     http,
-    proxy::{Call, Fault, Proxy},
+    proxy::{Call, Fault, InjectedFault, Proxy},
     server::Process,
     stream::{Stream, message},
     wait_until,
@@ -251,6 +251,45 @@ fn deleted_lease_is_made_again_by_its_holder() {
         slices.iter().any(|slice| slice["metadata"]["annotations"]["gangplank.dev/term"] == after).then_some(())
     });
     assert_eq!(addresses(harness.cluster, "deleted-lease", "web"), ["10.9.0.1", "10.9.0.2"]);
+}
+
+/// A process that has the Lease and waits for its list of the slices, until the fault is lifted.
+fn taking_over(proxy: &Proxy) -> (Replica, InjectedFault) {
+    let hung = proxy.inject(Fault::Hang, |call| call.is("list", "endpointslices"));
+    let replica = Replica::start(proxy.kubeconfig(), TempDir::new().expect("a temporary directory can be made"));
+    let role = "gangplank_kubernetes_lease_role{role=\"taking_over\"}";
+    wait_until("it takes over", || (replica.metric(role) == 1.0).then_some(()));
+    (replica, hung)
+}
+
+/// The renewal is carried out, so the next one is refused.
+#[test]
+fn take_over_goes_on_after_a_renewal_whose_answer_was_lost() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let proxy = Proxy::start(lock.cluster);
+    let (replica, hung) = taking_over(&proxy);
+    proxy.inject_first(1, Fault::DropAfter, |call| call.is("update", "leases")).wait_hits(1);
+    let is_refused = |call: &Call| call.is("update", "leases") && call.status == Some(409);
+    wait_until("the next one is refused", || (proxy.count(is_refused) > 0).then_some(()));
+    let begun = Instant::now();
+    hung.lift();
+    replica.wait_until_it_writes();
+    println!("it writes {:?} after the slices could be read", begun.elapsed());
+    assert!(begun.elapsed() < LEASE_DURATION, "it did not wait for its own Lease");
+}
+
+#[test]
+fn process_that_stops_while_it_takes_over_releases_the_lease() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let proxy = Proxy::start(lock.cluster);
+    let direct = lock.cluster.kubeconfig_for_gangplank();
+    let (replica, _hung) = taking_over(&proxy);
+    let second = Replica::on_standby(&direct);
+    let begun = Instant::now();
+    replica.signal("TERM");
+    second.wait_until_it_writes();
+    println!("another one writes {:?} after the signal", begun.elapsed());
+    assert!(begun.elapsed() < LEASE_DURATION.mul_f64(0.5), "{:?}", begun.elapsed());
 }
 
 /// The process on a copy of a directory whose owner runs is another one.

@@ -388,12 +388,18 @@ impl Elector {
     /// Another process shall write, because this one drains or cannot write its journal: gives the Lease up, and goes on as a
     /// follower, which hands over what is not mirrored.
     async fn leave(&mut self) -> Vec<Action> {
-        if self.election.writing().is_none() {
-            return if matches!(self.election.role(), Role::TakingOver(_)) {
-                self.election.give_up()
-            } else {
-                Vec::new()
-            };
+        match self.election.role() {
+            Role::Follower | Role::Acquiring(_) => return Vec::new(),
+            Role::TakingOver(_) => {
+                self.release().await;
+                if *self.election.role() != Role::Follower {
+                    return self.election.give_up();
+                }
+                self.active = false;
+                self.stand_down(false).await;
+                return Vec::new();
+            }
+            Role::Writer { .. } => {}
         }
         if self.is_mirrored_or_late() {
             if self.drain.is_none() {
@@ -430,7 +436,7 @@ impl Elector {
         self.fence.close();
         let deadline = Instant::now() + REQUEST_TIMEOUT;
         // A renewal that is under way would change the version that the release expects.
-        while self.election.writing().is_some()
+        while *self.election.role() != Role::Follower
             && let Ok(Some(answer)) = timeout_at(deadline, self.requests.next()).await
         {
             self.answered(answer).await;

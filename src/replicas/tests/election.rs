@@ -155,6 +155,78 @@ fn term_in_a_lease_that_nobody_can_have_handed_out_says_nothing() {
     assert_eq!((actions.len(), &actions[0], election.writing()), (2, &Action::Rewrite, Some(9)));
 }
 
+/// A replica that takes over under term 8 since 0 s, after the Lease was released.
+fn taking_over() -> Election {
+    let mut election = candidate();
+    let (id, _, _) = written(&read(&mut election, 0, lease_released()));
+    assert_eq!(election.lease_written(id, boot(0), LeaseWrite::Written(ResourceVersion(6))), [Action::TakeOver]);
+    election
+}
+
+/// A renewal of the take-over is refused, and this is found.
+fn inspect(election: &mut Election, seconds: u64, found: Option<Option<ObservedLease>>) -> Vec<Action> {
+    let [Action::ReadLease(id)] = renew(election, seconds, LeaseWrite::Conflict)[..] else { panic!("a look") };
+    election.lease_read(id, boot(seconds), now(seconds), found)
+}
+
+#[test]
+fn take_over_whose_renewal_is_refused_looks_before_it_gives_up() {
+    // The answer of an earlier renewal was lost.
+    let mut election = taking_over();
+    assert_eq!(renew(&mut election, 2, LeaseWrite::Unknown), []);
+    let (id, expected, record) = written(&inspect(&mut election, 4, lease(9, 8, ME)));
+    assert_eq!((expected, record.term), (Some(ResourceVersion(9)), 8));
+    let ok = LeaseWrite::Written(ResourceVersion(10));
+    assert_eq!(election.lease_written(id, boot(4), ok.clone()), [Action::Renewed(boot(4))]);
+    assert_eq!(election.taken_over(boot(5)), []);
+    assert_eq!(election.writing(), Some(8));
+
+    // Another one has it.
+    let mut election = taking_over();
+    assert_eq!(inspect(&mut election, 2, lease(9, 9, OTHER)), [Action::Deposed(Deposed::Outranked(9))]);
+    assert_eq!((election.role(), election.known_term()), (&Role::Follower, 9));
+
+    // It was deleted. While nobody else can have held it, a higher term will do, and the slices are listed again.
+    let mut election = taking_over();
+    let (id, expected, record) = written(&inspect(&mut election, 9, Some(None)));
+    assert_eq!((expected, record.term), (None, 1_010));
+    assert_eq!(election.lease_written(id, boot(9), ok), [Action::TakeOver]);
+    let mut election = taking_over();
+    assert_eq!(inspect(&mut election, 10, Some(None)), [Action::Deposed(Deposed::NotAcquired)]);
+
+    // No answer: the next renewal asks again.
+    let mut election = taking_over();
+    assert_eq!(inspect(&mut election, 2, None), []);
+    assert_eq!(written(&election.tick(now(4))).2.term, 8);
+}
+
+#[test]
+fn restarted_replica_accepts_no_more_when_its_take_over_is_outranked() {
+    let mut election = Election::new(ME, Opened { term: 7, followed: false, resume: true }, Rules::ALL);
+    let (id, _, _) = written(&read(&mut election, 0, lease(5, 7, ME)));
+    assert_eq!(election.lease_written(id, boot(0), LeaseWrite::Written(ResourceVersion(6))), [Action::TakeOver]);
+    assert!(election.may_accept());
+    let actions = inspect(&mut election, 2, lease(9, 9, OTHER));
+    assert_eq!(actions, [Action::Followed, Action::Deposed(Deposed::Outranked(9))]);
+    assert!(!election.may_accept());
+}
+
+#[test]
+fn replica_that_leaves_while_it_takes_over_releases_the_lease() {
+    let mut election = taking_over();
+    let (_, expected, record) = written(&election.release());
+    assert_eq!((expected, record.term, record.released), (Some(ResourceVersion(6)), 8, true));
+    assert_eq!(election.role(), &Role::Follower);
+
+    // The last holder of a Lease that was missing may still count on it.
+    let mut election = candidate();
+    let (id, _, _) = written(&read(&mut election, 0, Some(None)));
+    assert_eq!(election.lease_written(id, boot(0), LeaseWrite::Written(ResourceVersion(6))), []);
+    assert_eq!(election.release(), []);
+    assert_eq!(election.tick(now(15)).len(), 2, "listed");
+    assert_eq!(election.release().len(), 1);
+}
+
 #[test]
 fn paused_take_over_does_not_serve() {
     let mut election = candidate();

@@ -210,7 +210,7 @@ impl World {
         let mut released = false;
         let epoch = self.machines[machine].epoch;
         self.step(machine, epoch, |replica, at| {
-            if replica.is_writer() {
+            if replica.is_writer() || replica.is_taking_over() {
                 released = replica.release(at);
             }
         });
