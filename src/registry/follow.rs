@@ -85,7 +85,7 @@ impl RegistryHandle {
     }
 
     /// Shows what another process wrote, and returns when it is visible. The first complete list makes the registry
-    /// readable. Does nothing unless this process is on standby, or has stood down because its journal failed.
+    /// readable. Does nothing unless this process is on standby, or has stood down because it drains or its journal failed.
     ///
     /// # Errors
     /// When the writer has ended.
@@ -111,10 +111,17 @@ impl Writer {
                     stored.replay(record);
                 }
             };
+            // Nothing is left to hand over, and nothing more comes: reading the journal takes a second for a million instances.
+            let ends = !differs && self.status.is_quiet() && self.mirror_progress.lag().services == 0;
             let usable = self.committer.usable();
             // After a failure, which the committer has reported, this process does not take over again before a restart reads
             // the journal.
-            let read = usable.and_then(|()| self.committer.read_back(&mut take));
+            let read = usable.and_then(|()| {
+                if ends {
+                    return Ok((DirectoryTerm::new(self.decider.stamper().term()), Vec::new()));
+                }
+                self.committer.read_back(&mut take)
+            });
             let (term, outbox) = read.unwrap_or_default();
             self.mirror_records.await_comparison(LocalState {
                 term,
@@ -127,6 +134,11 @@ impl Writer {
         let _ = done.send(());
     }
 
+    /// Whether the catalog holds what another process writes.
+    pub(super) fn follows(&self) -> bool {
+        self.mirror_records.awaited().is_some_and(|local| local.stored.is_some())
+    }
+
     pub(super) fn outranked(&mut self, OutrankedRequest { term, journaled }: OutrankedRequest) {
         if let Some(local) = self.mirror_records.awaited_mut() {
             journal_outranked(&mut local.term, term, &mut self.committer);
@@ -136,7 +148,7 @@ impl Writer {
     }
 
     pub(super) fn follow(&mut self, FollowRequest { followed, applied }: FollowRequest) {
-        if matches!(self.status.phase(), Phase::Standby(_) | Phase::StorageFailed(_)) {
+        if matches!(self.status.phase(), Phase::Standby(_) | Phase::StorageFailed(_) | Phase::Draining) {
             self.show(followed);
         }
         // An error means that the watch has ended.

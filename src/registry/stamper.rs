@@ -16,6 +16,11 @@ impl Stamper {
         Self { clock, term, generation: 0 }
     }
 
+    /// The term of the next stamp.
+    pub(super) fn term(&self) -> u64 {
+        self.term
+    }
+
     /// Another term begins.
     pub(super) fn set_term(&mut self, term: u64) {
         self.term = term;

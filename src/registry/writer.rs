@@ -267,6 +267,11 @@ impl Writer {
             let _ = reply.send(Err(Unavailable::Standby(holder)));
             return;
         }
+        if self.follows() {
+            // Submitted before this process began to drain.
+            let _ = reply.send(Err(self.status.refusal()));
+            return;
+        }
         if let Err(err) = self.committer.usable() {
             // Even a command that changes nothing is refused: the catalog may be behind the disk.
             let _ = reply.send(Err(err));
@@ -402,8 +407,8 @@ impl Writer {
 
     /// Forgets expired tombstones of a few services, in a batch of its own.
     fn sweep(&mut self) {
-        // On standby the catalog's generations are not the journal's.
-        let changed = !self.is_standby() && self.committer.usable().is_ok() && {
+        // The generations of a catalog that follows are not the journal's.
+        let changed = !self.is_standby() && !self.follows() && self.committer.usable().is_ok() && {
             self.decider.stamper().set_generation(self.committer.generation() + 1);
             self.decider.sweep(UnixMillis::now());
             self.decider.has_changes()

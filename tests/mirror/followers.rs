@@ -169,6 +169,31 @@ fn directory_that_followed_neither_answers_nor_accepts_while_the_api_server_is_a
     assert!(harness.server.terminate().success());
 }
 
+/// Resolvers ask it until the end of its drain time.
+#[test]
+fn process_that_drains_answers_what_the_next_writer_registers() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let kubeconfig = lock.cluster.kubeconfig_for_gangplank();
+    let long = ["--drain", "60s"];
+    let server = serve_by(&kubeconfig, &long);
+    let mut harness = MirrorHarness { server, cluster: lock.cluster, _lock: lock };
+    make_namespace(harness.cluster, &mut Stream::open(harness.server.grpc), "drained");
+    assert_eq!(Stream::open(harness.server.grpc).register("drained", "web", "10.13.2.1").0, 201);
+    let second = Replica::on_standby(&kubeconfig);
+    let follower = Replica::on_standby_with(&kubeconfig, &long);
+    harness.server.signal_terminate();
+    follower.signal("TERM");
+    second.wait_until_it_writes();
+    assert_eq!(second.register("drained", "web", "10.13.2.2"), 201);
+    assert_eq!(second.remove("drained", "web", "10.13.2.1"), 204);
+    for (name, dns) in [("the former writer", harness.server.dns), ("the follower", follower.dns)] {
+        let a = || answers(dns, Over::Udp, &dns_name("drained", "web"), RecordType::A);
+        wait_until(&format!("{name} answers what is new"), || (a() == ["10.13.2.2"]).then_some(()));
+    }
+    drop(follower);
+    harness.server.kill9();
+}
+
 /// No slice shows it: the new writer has nothing to write.
 #[test]
 fn directory_whose_writer_has_seen_only_the_lease_of_the_next_one_is_not_answered_from() {

@@ -407,10 +407,9 @@ impl Elector {
             }
             self.release().await;
             self.active = false;
-            // The end of a drain in which nothing is left to hand over need not read the journal.
-            if self.drain.is_none() || self.behind() > 0 || !self.registry.status().is_quiet() {
-                self.stand_down(false).await;
-            }
+            // As last read, it is the one before this process.
+            self.holder = LeaseHolder::default();
+            self.stand_down(false).await;
         }
         Vec::new()
     }

@@ -162,6 +162,31 @@ fn term_that_is_raised_without_a_comparison_is_journaled_and_stamped() {
     assert_eq!(local.term, store::DirectoryTerm::new(5));
 }
 
+#[test]
+fn process_that_drains_follows_the_next_one_and_keeps_what_it_has_to_hand_over() {
+    for mirrored in [false, true] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let replica = Replica::start(&dir);
+        let generation = replica.submit(vec![register("web", "10.0.0.1", 80, 1.0)]).expect("it writes").generation;
+        let (web, _) = slices("web", &[]);
+        if mirrored {
+            replica.runtime.block_on(replica.handle.mirrored(vec![(web, generation)])).expect("it is there");
+        }
+        replica.handle.status().drain();
+        // It has the Lease still.
+        replica.follow(true, vec![slices("db", &["10.0.0.5"])]);
+        assert_eq!(replica.addresses(), ["web 10.0.0.1"]);
+        replica.runtime.block_on(async {
+            replica.handle.end_submissions().await;
+            replica.handle.stand_down(LeaseHolder::default()).await.expect("the writer is there");
+        });
+        replica.follow(true, vec![slices("web", &["10.0.0.4"])]);
+        assert_eq!((replica.addresses(), replica.handle.status().phase()), (vec!["web 10.0.0.4".into()], Phase::Draining));
+        assert_eq!(replica.end().len(), usize::from(!mirrored), "its outbox");
+        assert_eq!(stored_term(&dir), store::DirectoryTerm { term: 1, followed: true });
+    }
+}
+
 /// The term of a directory, as the next start reads it.
 fn stored_term(dir: &TempDir) -> store::DirectoryTerm {
     let (registry, _) = with_kubernetes(dir);
