@@ -178,6 +178,10 @@ impl Writer {
             }
         }
         self.publish_followed(serial, changes);
+        if complete && !self.status.is_readable() {
+            // Readiness tells the age of the answers from its first moment on.
+            self.status.replica().watch_answered();
+        }
         if complete && self.status.set_readable() {
             self.applier.set_ready();
             let (services, instances) = (self.catalog.len(), self.catalog.instances());

@@ -73,6 +73,11 @@ impl ReplicaStatus {
         self.role.subscribe()
     }
 
+    /// What this process is.
+    pub(super) fn role(&self) -> ReplicaRole {
+        self.role.borrow().role
+    }
+
     /// The watch of the slices was opened, or has sent something: what was written before it is here.
     pub(crate) fn watch_answered(&self) {
         self.lock().current = Some(Instant::now());
@@ -168,5 +173,26 @@ mod tests {
         assert!(age >= Duration::from_secs(5) && age < Duration::from_secs(60), "{age:?}");
         replica.lease_read(Duration::from_secs(30), 3, 7);
         assert!(replica.watch_age() < Some(Duration::from_secs(30)), "a slow answer takes nothing back");
+    }
+
+    #[test]
+    fn answers_of_a_process_that_gave_the_lease_up_grow_old_in_every_phase() {
+        let failed = || Phase::StorageFailed("No space left on device".into());
+        for (phase, role, follows) in [
+            (Phase::Standby(Default::default()), ReplicaRole::Standby, true),
+            (failed(), ReplicaRole::Writer, false),
+            (failed(), ReplicaRole::Standby, true),
+            (failed(), ReplicaRole::Alone, false),
+            (Phase::Draining, ReplicaRole::Writer, false),
+            (Phase::Draining, ReplicaRole::Standby, true),
+            (Phase::Ready, ReplicaRole::Writer, false),
+        ] {
+            let status = Status::at(phase);
+            status.replica().set_role(role, 1);
+            status.replica().watch_answered();
+            assert_eq!(status.staleness(), None, "nothing was listed");
+            status.set_readable();
+            assert_eq!(status.staleness().is_some(), follows, "{:?} {role:?}", status.phase());
+        }
     }
 }

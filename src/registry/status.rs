@@ -12,7 +12,7 @@ use std::{
 use tokio::sync::watch;
 
 use super::{ReplicaStatus, Unavailable};
-use crate::model::ServerAddress;
+use crate::model::{ReplicaRole, ServerAddress};
 
 /// The process that writes to Kubernetes, as the Lease names it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -146,8 +146,13 @@ impl Status {
     /// Kubernetes. `None` unless it follows another process.
     #[must_use]
     pub fn staleness(&self) -> Option<Duration> {
-        let follows = self.is_readable() && matches!(*self.phase.borrow(), Phase::Standby(_));
-        if follows { self.replica.watch_age() } else { None }
+        let follows = match *self.phase.borrow() {
+            Phase::Standby(_) => true,
+            // It keeps the Lease for a while.
+            Phase::StorageFailed(_) | Phase::Draining => self.replica.role() == ReplicaRole::Standby,
+            Phase::Recovering | Phase::Restoring | Phase::Ready => false,
+        };
+        if follows && self.is_readable() { self.replica.watch_age() } else { None }
     }
 
     /// Whether everything that was ever submitted is answered, and nothing more will be.
