@@ -64,7 +64,7 @@ pub use refused_words::RefusedWords;
 pub use replica::ReplicaStatus;
 pub use restore::KubernetesState;
 pub use snapshot::{List, ListError, ListPermit, Snapshot, Snapshots};
-pub use status::{LeaseHolder, Phase, Status};
+pub use status::{LeaseHolder, Phase, Status, StoodDown};
 pub use writer::Writer;
 
 use crate::model::{Address, Instance, InstanceId, PortSet, ServiceKey, UnixMillis};

@@ -9,10 +9,14 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 
 use super::{ReplicaStatus, Unavailable};
 use crate::model::{ReplicaRole, ServerAddress};
+
+/// How long a process that gave the Lease up waits to learn who has taken it, before it says that it does not write any more. A
+/// process on standby takes it at once.
+const SUCCESSOR_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The process that writes to Kubernetes, as the Lease names it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -32,6 +36,15 @@ impl LeaseHolder {
         }
         format!("; register at {}", ServerAddress::choice(&self.addresses))
     }
+}
+
+/// A process that accepted registrations does not any more.
+#[derive(Debug, Clone)]
+pub struct StoodDown {
+    /// The process that writes, as far as it is known.
+    pub holder: Arc<LeaseHolder>,
+    /// Whether that is because its journal cannot be written.
+    pub storage_failed: bool,
 }
 
 /// The phases of a registry's life.
@@ -98,25 +111,31 @@ impl Status {
         self.holder.subscribe()
     }
 
-    /// Waits until this process, after it has accepted registrations, stands down. Returns the process that writes.
-    pub fn deposed(&self) -> impl Future<Output = Arc<LeaseHolder>> + Send + use<> {
-        let mut phases = self.watch();
+    /// Waits until this process, after it has accepted registrations, stands down.
+    pub fn deposed(&self) -> impl Future<Output = StoodDown> + Send + use<> {
+        let (mut phases, mut holders) = (self.watch(), self.watch_holder());
         async move {
-            let mut holder = None;
-            let stood_down = |phase: &Phase| match phase {
-                Phase::Standby(by) => {
-                    holder = Some(Arc::clone(by));
-                    true
+            let deposed = async {
+                phases.wait_for(|phase| *phase == Phase::Ready).await?;
+                let stopped = |phase: &Phase| matches!(phase, Phase::Standby(_) | Phase::StorageFailed(_));
+                if let Phase::Standby(holder) = &*phases.wait_for(stopped).await? {
+                    return Ok(StoodDown { holder: Arc::clone(holder), storage_failed: false });
                 }
-                _ => false,
+                // It has the Lease until Kubernetes has what it accepted.
+                holders.wait_for(Option::is_some).await?;
+                let addressed = |holder: &Option<Arc<LeaseHolder>>| {
+                    holder.as_ref().is_some_and(|holder| !holder.addresses.is_empty())
+                };
+                // Without another process it stays unknown.
+                let _ = timeout(SUCCESSOR_TIMEOUT, holders.wait_for(addressed)).await;
+                let holder = holders.borrow().clone().unwrap_or_default();
+                Ok::<_, watch::error::RecvError>(StoodDown { holder, storage_failed: true })
             };
-            // Fails when the registry is gone; then the stop ends everything.
-            if phases.wait_for(|phase| *phase == Phase::Ready).await.is_err()
-                || phases.wait_for(stood_down).await.is_err()
-            {
-                return std::future::pending().await;
+            match deposed.await {
+                Ok(stood_down) => stood_down,
+                // The registry is gone: the stop ends everything.
+                Err(_) => std::future::pending().await,
             }
-            holder.unwrap_or_default()
         }
     }
 

@@ -36,7 +36,7 @@ use crate::{
         writer_hint,
     },
     model::UnixMillis,
-    registry::{Ack, Command, LeaseHolder, MAX_COMMANDS, Outcome, Unavailable},
+    registry::{Ack, Command, MAX_COMMANDS, Outcome, StoodDown, Unavailable},
 };
 
 /// Unanswered batches of one stream; with more, the stream is not read.
@@ -115,7 +115,7 @@ pub(in crate::grpc) struct RegistrationStream<S> {
     context: ServerContext,
     stop: Pin<Box<WaitForCancellationFutureOwned>>,
     /// Completes when this process has stopped writing to Kubernetes.
-    deposed: Pin<Box<dyn Future<Output = Arc<LeaseHolder>> + Send>>,
+    deposed: Pin<Box<dyn Future<Output = StoodDown> + Send>>,
     inbound_state: InboundState,
     in_flight: VecDeque<InFlightBatch>,
     completed: CompletedBatch,
@@ -195,9 +195,13 @@ where
             self.inbound_state = InboundState::Failed(Status::unavailable("shutting down"));
             return true;
         }
-        if let Poll::Ready(holder) = self.deposed.as_mut().poll(cx) {
-            let hint = holder.hint();
-            let status = Status::unavailable(format!("another gangplank has taken the Lease gangplank-writer{hint}"));
+        if let Poll::Ready(StoodDown { holder, storage_failed }) = self.deposed.as_mut().poll(cx) {
+            let reason = if storage_failed {
+                "this gangplank cannot write its journal and has given up the Lease gangplank-writer"
+            } else {
+                "another gangplank has taken the Lease gangplank-writer"
+            };
+            let status = Status::unavailable(format!("{reason}{}", holder.hint()));
             self.inbound_state = InboundState::Failed(writer_hint::with(status, &holder));
             return true;
         }

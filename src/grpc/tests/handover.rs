@@ -139,3 +139,27 @@ async fn streams_of_a_deposed_process_end_after_what_waits_got_202() {
     assert_eq!(answer.status, 503);
     assert!(soon("the end", answers.message()).await.expect("a good end").is_none());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_of_a_process_whose_journal_failed_end_once_it_gives_the_lease_up() {
+    let server = TestServer::serving(Registry::mirrored().await, LIMITS).await;
+    let mut client = ServiceRegistryClient::new(server.channel().await);
+    let (sender, receiver) = tokio::sync::mpsc::channel(8);
+    let messages = tokio_stream::wrappers::ReceiverStream::new(receiver);
+    let mut answers = client.registration_event(messages).await.expect("served").into_inner();
+    std::fs::remove_dir_all(server.registry.dir.path()).expect("it can be removed");
+    for n in 1..=2 {
+        sender.send(message(n)).await.expect("the stream is open");
+        let answer = soon("an answer", answers.message()).await.expect("a good stream").expect("one per message");
+        assert_eq!(answer.status, 503, "it has the Lease, and the stream goes on: {answer:?}");
+    }
+    let registry = &server.registry.context.registry;
+    assert!(matches!(registry.status().phase(), Phase::StorageFailed(_)));
+    registry.stand_down(LeaseHolder::default()).await.expect("it is there");
+    registry.status().standby(&holder(&server));
+    let end = soon("the end", answers.message()).await.expect_err("it ends");
+    assert_eq!(end.code(), Code::Unavailable);
+    let begin = "this gangplank cannot write its journal and has given up the Lease gangplank-writer; register at ";
+    assert!(end.message().starts_with(begin), "{}", end.message());
+    assert_eq!(end.metadata().get("gangplank-writer").expect("it is there"), server.address.to_string().as_str());
+}

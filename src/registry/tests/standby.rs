@@ -181,7 +181,10 @@ fn process_that_drains_follows_the_next_one_and_keeps_what_it_has_to_hand_over()
             replica.handle.stand_down(LeaseHolder::default()).await.expect("the writer is there");
         });
         replica.follow(true, vec![slices("web", &["10.0.0.4"])]);
-        assert_eq!((replica.addresses(), replica.handle.status().phase()), (vec!["web 10.0.0.4".into()], Phase::Draining));
+        assert_eq!(
+            (replica.addresses(), replica.handle.status().phase()),
+            (vec!["web 10.0.0.4".into()], Phase::Draining)
+        );
         assert_eq!(replica.end().len(), usize::from(!mirrored), "its outbox");
         assert_eq!(stored_term(&dir), store::DirectoryTerm { term: 1, followed: true });
     }
