@@ -63,6 +63,13 @@ impl Catalog {
         self.tombstones.pin().iter().map(|(key, tombstones)| (key.clone(), tombstones.clone())).collect()
     }
 
+    /// Every service with an instance or a tombstone, unordered; some twice.
+    #[must_use]
+    pub fn known_services(&self) -> Vec<ServiceKey> {
+        let (services, tombstones) = (self.services.pin(), self.tombstones.pin());
+        services.keys().chain(tombstones.keys()).cloned().collect()
+    }
+
     /// Tombstones of all services.
     #[must_use]
     pub fn tombstone_count(&self) -> usize {

@@ -130,11 +130,11 @@ impl Mirror {
         }
     }
 
-    /// Runs until `stop`. Begins with every service that is registered, has objects of ours, or has changed: the mirror before
-    /// this one may have taken a service and not have written it.
+    /// Runs until `stop`. Begins with every service that is registered, was removed lately, has objects of ours, or has changed:
+    /// the mirror before this one may have taken a service and not have written it.
     pub(super) async fn run(mut self, stop: CancellationToken) {
-        let registered = self.reconciler.registry.catalog().services().into_iter().map(|(service, _)| service);
-        let services: HashSet<ServiceKey> = registered.chain(self.reconciler.cache.managed_services()).collect();
+        let known = self.reconciler.registry.catalog().known_services().into_iter();
+        let services: HashSet<ServiceKey> = known.chain(self.reconciler.cache.managed_services()).collect();
         self.add(services, Priority::Resync);
 
         let registry = self.reconciler.registry.clone();
@@ -184,7 +184,8 @@ impl Mirror {
         services.into_iter().for_each(|service| self.queue.add(service, priority, now));
     }
 
-    /// Queues the services that changed in the cluster; for a namespace, those registered in it.
+    /// Queues the services that changed in the cluster; for a namespace, those in it that are registered or of which a removal is
+    /// remembered.
     fn changed(&mut self, changed: Vec<ChangedKey>) {
         let mut namespaces = HashSet::new();
         for changed in changed {
@@ -194,8 +195,8 @@ impl Mirror {
             }
         }
         if !namespaces.is_empty() {
-            let services = self.reconciler.registry.catalog().services().into_iter().map(|(service, _)| service);
-            let inside: Vec<_> = services.filter(|service| namespaces.contains(service.namespace())).collect();
+            let mut inside = self.reconciler.registry.catalog().known_services();
+            inside.retain(|service| namespaces.contains(service.namespace()));
             self.add(inside, Priority::Resync);
         }
     }
