@@ -38,6 +38,12 @@ struct State {
     addresses: Vec<ServerAddress>,
     /// The highest term and generation of a slice that was seen.
     followed: (u64, u64),
+    /// The term and generation of the Lease as it was last read.
+    lease: (u64, u64),
+    /// The Lease when the watch was last opened.
+    opened: (u64, u64),
+    /// No slice shows this term and generation of the Lease, and none is missing: see [`ReplicaStatus::watch_opened`].
+    unwritten: (u64, u64),
     /// When the slices that this process knows were last known to be all there are.
     current: Option<Instant>,
     /// When the holder last renewed the Lease, as far as this process knows.
@@ -78,7 +84,21 @@ impl ReplicaStatus {
         self.role.borrow().role
     }
 
-    /// The watch of the slices was opened, or has sent something: what was written before it is here.
+    /// The watch of the slices was opened: what was written before is here, or on its way.
+    ///
+    /// Not every generation of the Lease is in a slice: that with which a term began is in none, if the new writer had nothing to
+    /// write; that of a slice that was deleted, or of a service that cannot be mirrored, is in none either. So what no slice showed
+    /// from one opening to the next is not waited for any more, or the watch would be opened again and again.
+    pub(crate) fn watch_opened(&self) {
+        let mut state = self.lock();
+        state.current = Some(Instant::now());
+        if state.opened == state.lease {
+            state.unwritten = state.lease;
+        }
+        state.opened = state.lease;
+    }
+
+    /// The watch of the slices has sent something: what was written before it is here.
     pub(crate) fn watch_answered(&self) {
         self.lock().current = Some(Instant::now());
     }
@@ -86,15 +106,20 @@ impl ReplicaStatus {
     /// A slice of this term and generation is visible here.
     pub(crate) fn followed(&self, term: u64, generation: u64) {
         let mut state = self.lock();
-        state.followed = state.followed.max((term, generation));
+        if state.followed < (term, generation) {
+            state.followed = (term, generation);
+            // The writer is behind with its slices: they come after their generation.
+            (state.opened, state.unwritten) = Default::default();
+        }
     }
 
     /// By a request that took `since`, the Lease was read: its holder has published this generation in this term. If the
-    /// slices show it already, the watch has missed nothing until the request began.
+    /// slices show it already, or none does, the watch has missed nothing until the request began.
     pub(crate) fn lease_read(&self, since: Duration, term: u64, generation: u64) {
         let mut state = self.lock();
         let began = Instant::now().checked_sub(since);
-        if state.followed >= (term, generation) {
+        state.lease = (term, generation);
+        if state.followed.max(state.unwritten) >= (term, generation) {
             state.current = state.current.max(began);
         }
     }
@@ -173,6 +198,34 @@ mod tests {
         assert!(age >= Duration::from_secs(5) && age < Duration::from_secs(60), "{age:?}");
         replica.lease_read(Duration::from_secs(30), 3, 7);
         assert!(replica.watch_age() < Some(Duration::from_secs(30)), "a slow answer takes nothing back");
+    }
+
+    #[test]
+    fn generation_that_no_slice_shows_is_waited_for_until_the_watch_was_opened_twice() {
+        let replica = ReplicaStatus::default();
+        let is_current = |term, generation| {
+            replica.lock().current = Instant::now().checked_sub(Duration::from_secs(60));
+            replica.lease_read(Duration::ZERO, term, generation);
+            replica.watch_age() < Some(Duration::from_secs(30))
+        };
+        replica.followed(3, 7);
+        replica.watch_opened();
+        assert!(is_current(3, 7));
+        // A take-over after which nothing is written.
+        for _ in 0..2 {
+            assert!(!is_current(4, 9));
+            replica.watch_opened();
+        }
+        assert!(is_current(4, 9));
+        assert!(!is_current(4, 10), "a registration");
+        replica.followed(4, 10);
+        assert!(is_current(4, 10));
+        // The writer publishes more than it can write.
+        assert!(!is_current(4, 30));
+        replica.watch_opened();
+        replica.followed(4, 20);
+        replica.watch_opened();
+        assert!(!is_current(4, 30));
     }
 
     #[test]

@@ -70,6 +70,34 @@ fn process_that_is_cut_off_is_old_and_then_not_ready() {
     }
 }
 
+/// No slice shows the new writer's term and generation, because it has nothing to write.
+#[test]
+fn idle_follower_keeps_its_watch_after_a_take_over() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let kubeconfig = lock.cluster.kubeconfig_for_gangplank();
+    let proxy = Proxy::start(lock.cluster);
+    let mut harness =
+        MirrorHarness { server: serve_by(&kubeconfig, &["--drain", "1s"]), cluster: lock.cluster, _lock: lock };
+    harness.create_namespace("idle");
+    assert_eq!(harness.register("idle", "web", "10.17.1.1", "http=80").0, Some(0));
+    // Two of them would compete for the Lease.
+    let second = Replica::on_standby(&kubeconfig);
+    let no_lease = proxy.inject(Fault::answer(403), |call| call.is_write() && call.resource == "leases");
+    let follower = Replica::on_standby_with(proxy.kubeconfig(), &["--max-staleness", "10s"]);
+    assert!(harness.server.terminate().success());
+    second.wait_until_it_writes();
+    proxy.forget_calls();
+    wait_until("the Lease was read twelve times, in 24 s", || {
+        assert_eq!(http::get(follower.admin, "/readyz").0, 200);
+        (proxy.count(|call| call.is("get", "leases")) >= 12).then_some(())
+    });
+    let opened = proxy.count(|call| call.is("watch", "endpointslices"));
+    println!("the watch was opened {opened} times in 24 s");
+    assert!(opened <= 4, "{opened}: two to learn that nothing is missing, and two in their time");
+    assert!(ages(&follower).1 < 5.0);
+    no_lease.lift();
+}
+
 /// The Lease, which is read over another connection, says that something is missing.
 #[test]
 fn watch_that_has_fallen_silent_is_renewed_within_seconds() {

@@ -266,9 +266,8 @@ fn tombstones_are_written_again_when_their_namespace_is_back() {
     let path = "/api/v1/namespaces/tombstones-back";
     let mut namespace = object(cluster, path).expect("it waits for its finalizer");
     namespace["spec"]["finalizers"] = Value::Array(Vec::new());
-    let (status, said) = cluster
-        .request(Who::Admin, "PUT", &format!("{path}/finalize"), Some(&namespace))
-        .expect("the API server runs");
+    let (status, said) =
+        cluster.request(Who::Admin, "PUT", &format!("{path}/finalize"), Some(&namespace)).expect("the API server runs");
     assert_eq!(status, 200, "{said}");
     wait_until("it is gone", || object(cluster, path).is_none().then_some(()));
 

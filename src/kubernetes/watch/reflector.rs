@@ -160,7 +160,9 @@ where
         let mut events = std::pin::pin!(events.ready_chunks(MAX_EVENTS_PER_BATCH));
         let _open = self.metrics.watching(self.watched);
         health.opened();
-        self.is_current();
+        if let Some(status) = self.follows {
+            status.replica().watch_opened();
+        }
         let longest = Duration::from_secs(MAX_WATCH_SECONDS.into()) + WATCH_GRACE;
         loop {
             let left = longest.saturating_sub(began.elapsed());
