@@ -31,6 +31,10 @@ pub const RENEW_DEADLINE: Duration = Duration::from_secs(10);
 /// How often the Lease is renewed by its holder, and read by everybody else (client-go: `RetryPeriod`).
 pub const RETRY_PERIOD: Duration = Duration::from_secs(2);
 
+/// How long a Lease that was there must be missing before somebody else than its holder makes it again: two renewals. A follower
+/// would have to hold it for [`LEASE_DURATION`] first, in which nobody writes.
+pub const MISSING_PERIOD: Duration = Duration::from_secs(4);
+
 /// What a replica is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Role {
@@ -125,6 +129,8 @@ pub struct Election {
     unchanged: Option<(Option<ResourceVersion>, BootTime)>,
     /// The Lease as it was last read or written.
     lease: Option<LeaseRecord>,
+    /// Whether there ever was one.
+    had_lease: bool,
     /// The version that the next renewal expects.
     version: Option<ResourceVersion>,
     /// When the last successful renewal began.
@@ -162,6 +168,7 @@ impl Election {
             generation: 0,
             unchanged: None,
             lease: None,
+            had_lease: false,
             version: None,
             renewed: None,
             pending: None,
@@ -309,11 +316,14 @@ impl Election {
             _ => now.boot,
         };
         self.unchanged = Some((version, still_since));
-        let free = match &record {
-            None => true,
-            Some(record) => record.released || (self.resume && record.holder == self.me),
+        self.had_lease |= record.is_some();
+        let wait = match &record {
+            None if self.had_lease => MISSING_PERIOD,
+            None => Duration::ZERO,
+            Some(record) if record.released || (self.resume && record.holder == self.me) => Duration::ZERO,
+            Some(_) => LEASE_DURATION,
         };
-        if !now.eligible || !(free || began.since(still_since) >= LEASE_DURATION) {
+        if !now.eligible || began.since(still_since) < wait {
             return actions;
         }
         let term = match lease_term {
@@ -355,6 +365,7 @@ impl Election {
         self.version = Some(version);
         self.renewed = Some(began);
         self.known_term = self.known_term.max(tenure.term);
+        self.had_lease = true;
         self.lease = Some(self.record(tenure.term));
         self.resume = false;
         let now_or_later = if tenure.listed_after.is_some() {

@@ -237,6 +237,8 @@ fn deleted_lease_is_made_again_by_its_holder() {
         let term = json["metadata"]["annotations"]["gangplank.dev/term"].as_str().expect("it is there").to_owned();
         term.parse::<u64>().expect("a number")
     };
+    // One that follows sees at once that it is gone, and leaves it to its holder.
+    let second = Replica::on_standby(&kubeconfig);
     let before = term(&lease());
     harness.cluster.kubectl(&["delete", "lease", "gangplank-writer", "-n", "gangplank"]);
     wait_until("it is there again", || {
@@ -244,6 +246,9 @@ fn deleted_lease_is_made_again_by_its_holder() {
         found.contains("gangplank-writer").then_some(())
     });
     assert!(term(&lease()) > before);
+    let held: serde_json::Value = serde_json::from_str(&lease()).expect("JSON");
+    assert_eq!(held["metadata"]["annotations"]["gangplank.dev/address"], harness.server.grpc.to_string());
+    assert_eq!(second.register("deleted-lease", "web", "10.9.0.9"), 503);
     let after = term(&lease()).to_string();
     wait_until("it writes under the new term", || {
         assert_eq!(harness.register("deleted-lease", "web", "10.9.0.2", "http=80").0, Some(0));

@@ -18,6 +18,9 @@ pub(super) enum Aim {
     EditWhileWaiting,
     /// The Lease is deleted when a writer that was away for longer than it lasts comes back.
     LeaseDeletedAfterAbsence,
+    /// The Lease is deleted while a writer's requests are late, so that it does not make the Lease again in time, and goes on to
+    /// write slices.
+    LeaseDeletedUnseen,
     /// A deposed writer hands over to one that is lost before Kubernetes has the words.
     ReceiverLost,
     /// Replicas start while the API server is away, or out of their reach.
@@ -61,6 +64,19 @@ pub(super) fn draw_aimed(
             faults.push((back + random.between(0, 2 * SECOND) - SECOND, Fault::DeleteLease));
             hot.push(back - 3 * SECOND);
             hot.push(back);
+        }
+        Aim::LeaseDeletedUnseen => {
+            faults.push((begin - SECOND, Fault::Chaos { time: random.between(6 * SECOND, 15 * SECOND) }));
+            faults.push((begin, Fault::DeleteLease));
+            if random.percent(50) {
+                faults.push((begin, Fault::CutOff { machine, time: random.between(3 * SECOND, 8 * SECOND) }));
+            }
+            for _ in 0..3 {
+                let address = random.between(0, setup.addresses as u64) as usize;
+                let asked = begin + random.between(0, 8 * SECOND);
+                faults.push((asked, Fault::Register { key: Key { slice, address }, sustained: false }));
+            }
+            hot.push(begin + 5 * SECOND);
         }
         Aim::ReceiverLost => {
             let time = random.between(17 * SECOND, 30 * SECOND);

@@ -91,6 +91,17 @@ fn missing_lease_is_held_for_its_duration_before_slices_are_listed() {
 }
 
 #[test]
+fn lease_that_is_made_again_in_time_is_left_to_its_holder() {
+    let mut election = candidate();
+    assert_eq!(read(&mut election, 0, lease(5, 7, OTHER)), []);
+    assert_eq!(read(&mut election, 2, Some(None)), []);
+    assert_eq!(read(&mut election, 4, lease(6, 1_003, OTHER)), []);
+    assert_eq!(read(&mut election, 6, Some(None)), [], "deleted again");
+    assert_eq!(read(&mut election, 9, Some(None)), []);
+    assert_eq!(written(&read(&mut election, 10, Some(None))).2.term, 1_011);
+}
+
+#[test]
 fn replica_whose_clock_is_wrong_does_not_acquire() {
     let mut election = candidate();
     let [Action::ReadLease(id)] = election.tick(now(0))[..] else { panic!("a read") };

@@ -68,6 +68,8 @@ pub(super) const EDITED: Setup =
 
 pub(super) const LEASE_DELETED: Setup = Setup { aims: &[Aim::LeaseDeletedAfterAbsence], ..SETUP };
 
+pub(super) const LEASE_DELETED_UNSEEN: Setup = Setup { aims: &[Aim::LeaseDeletedUnseen], ..SETUP };
+
 pub(super) const RECEIVER_LOST: Setup = Setup { aims: &[Aim::ReceiverLost], ..SETUP };
 
 pub(super) const STARTED_ALONE: Setup = Setup { aims: &[Aim::StartAlone], ..SETUP };
@@ -100,6 +102,7 @@ pub(super) const SETUPS: &[(&str, Setup)] = &[
     ),
     ("away for longer than tombstones live", AWAY),
     ("Lease deleted after an absence", LEASE_DELETED),
+    ("Lease deleted unseen", LEASE_DELETED_UNSEEN),
     ("receiver of a hand-over lost", RECEIVER_LOST),
     ("started while the API server is away", STARTED_ALONE),
     (
@@ -131,7 +134,7 @@ pub(super) const NEEDED: &[(&str, LeaveOut, Setup)] = &[
     ("merge_by_stamp", |rules| rules.merge_by_stamp = false, SETUP),
     ("refuse_old_puts", |rules| rules.refuse_old_puts = false, AWAY),
     ("serve_only_while_safe", |rules| rules.serve_only_while_safe = false, SETUP),
-    ("hold_after_missing_lease", |rules| rules.hold_after_missing_lease = false, SETUP),
+    ("hold_after_missing_lease", |rules| rules.hold_after_missing_lease = false, LEASE_DELETED_UNSEEN),
     (
         "merge_late_writes and confirm_only_while_safe",
         |rules| (rules.merge_late_writes, rules.confirm_only_while_safe) = (false, false),
