@@ -15,6 +15,7 @@
 
 use std::time::Duration;
 
+pub use super::role::{Action, Deposed, Role, Tenure};
 use super::{
     lease::{DirectoryId, LeaseRecord, LeaseWrite, ObservedLease, Opened, RequestId, ResourceVersion},
     rules::Rules,
@@ -34,83 +35,6 @@ pub const RETRY_PERIOD: Duration = Duration::from_secs(2);
 /// How long a Lease that was there must be missing before somebody else than its holder makes it again: two renewals. A follower
 /// would have to hold it for [`LEASE_DURATION`] first, in which nobody writes.
 pub const MISSING_PERIOD: Duration = Duration::from_secs(4);
-
-/// What a replica is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Role {
-    /// Follows what another writes.
-    Follower,
-    /// Waits for the answer to its write of the Lease.
-    Acquiring(Tenure),
-    /// Holds the Lease and puts the truth together; does not serve yet.
-    TakingOver(Tenure),
-    /// The one whose words count.
-    Writer {
-        /// Its term.
-        term: u64,
-    },
-}
-
-/// A tenure that begins.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tenure {
-    /// Its term.
-    pub term: u64,
-    /// The Lease as it was before; `None` where there was none.
-    pub previous: Option<LeaseRecord>,
-    /// How long the Lease must be held before slices are listed: after a Lease was missing, its last holder may
-    /// still count on it.
-    listed_after: Option<BootTime>,
-}
-
-impl Tenure {
-    /// A tenure that begins with the list of the slices.
-    #[must_use]
-    pub const fn new(term: u64, previous: Option<LeaseRecord>) -> Self {
-        Self { term, previous, listed_after: None }
-    }
-}
-
-/// What to do next.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
-    /// Read the Lease with a quorum read; the answer goes to [`Election::lease_read`].
-    ReadLease(RequestId),
-    /// Write the Lease, if its version is `expected` (create it, if `None`); the answer goes to
-    /// [`Election::lease_written`].
-    WriteLease {
-        /// Which request this is.
-        id: RequestId,
-        /// Its version as it must be.
-        expected: Option<ResourceVersion>,
-        /// What it says then.
-        record: LeaseRecord,
-    },
-    /// List all slices with a quorum read, and merge: [`Election::taken_over`] or [`Election::outranked`] follows.
-    TakeOver,
-    /// This writer has a new term, though nobody else wrote: the Lease was missing or had gone back. All slices have to
-    /// be written again under it.
-    Rewrite,
-    /// The Lease was renewed by a request that began at this time.
-    Renewed(BootTime),
-    /// This replica is a follower from now on.
-    Deposed(Deposed),
-    /// Another replica writes: registrations are refused from now on, and nothing is answered from the directory, not after
-    /// another restart either.
-    Followed,
-}
-
-/// Why a replica that was to write does not.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Deposed {
-    /// Somebody else has this higher term. What this directory holds besides its outbox is no longer the truth.
-    Outranked(u64),
-    /// The Lease is missing or went back, and this replica could not know whether another held it meanwhile. Its
-    /// directory still holds what it held.
-    LeaseLost,
-    /// The Lease could not be had or kept during the take-over.
-    NotAcquired,
-}
 
 /// One replica's part in the election.
 #[derive(Debug, Clone)]

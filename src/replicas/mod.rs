@@ -28,6 +28,7 @@
 pub mod confirm;
 pub mod election;
 pub mod lease;
+mod role;
 pub mod rules;
 pub mod slice;
 pub mod takeover;

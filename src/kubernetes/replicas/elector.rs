@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior, interval, timeout, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
@@ -17,6 +17,7 @@ use tracing::{error, info, warn};
 use super::{
     drain::Drain,
     lease::{LeaseClient, LeaseRead},
+    turns::{ElectorHandle, Message, ReplicaHandle, Turn},
 };
 use crate::{
     kubernetes::api::{ApiError, Fence, boot_time},
@@ -24,7 +25,7 @@ use crate::{
     model::{ReplicaRole, ServerAddress},
     registry::{LeaseHolder, Phase, RegistryHandle},
     replicas::{
-        election::{Action, Deposed, Election, RETRY_PERIOD, Role, Tenure},
+        election::{Action, Deposed, Election, RETRY_PERIOD, Role},
         lease::{LeaseWrite, ObservedLease, Opened, RequestId, ResourceVersion},
         rules::Rules,
         time::{BootTime, Now},
@@ -43,58 +44,6 @@ const MAX_HOLD_AFTER_FAILURE: Duration = Duration::from_secs(10);
 /// Indices of [`Elector::failures`].
 const READ: usize = 0;
 const WRITE: usize = 1;
-
-/// What the task that writes has to do next.
-#[derive(Debug)]
-pub(in crate::kubernetes) enum Turn {
-    /// This process has taken the Lease. The second value is the highest term that a slice can have.
-    TakeOver(Tenure, u64),
-    /// This process goes on to write, under this term.
-    Rewrite(u64),
-    /// This process does not hold the Lease any more.
-    StandDown {
-        /// Who does, as far as is known.
-        holder: LeaseHolder,
-        /// Whether another process certainly writes, or wrote.
-        outranked: bool,
-    },
-}
-
-/// What the task that takes over says to the elector.
-#[derive(Debug)]
-enum Message {
-    /// Slices and store are compared, and the result is in the journal.
-    TakenOver(oneshot::Sender<()>),
-    /// A slice has this term, which is no lower than that of the take-over.
-    Outranked(u64),
-}
-
-/// The side of the task that writes.
-#[derive(Debug)]
-pub(in crate::kubernetes) struct ReplicaHandle {
-    /// Each turn replaces what was to do before.
-    pub(in crate::kubernetes) turns: mpsc::Receiver<Turn>,
-    pub(in crate::kubernetes) elector: ElectorHandle,
-    pub(in crate::kubernetes) fence: Fence,
-}
-
-/// Tells the elector how a take-over ended.
-#[derive(Debug)]
-pub(in crate::kubernetes) struct ElectorHandle(mpsc::Sender<Message>);
-
-impl ElectorHandle {
-    /// The take-over is done. Returns false if the Lease is not held any more; another turn follows then.
-    pub(in crate::kubernetes) async fn taken_over(&self) -> bool {
-        let (reply, kept) = oneshot::channel();
-        self.0.send(Message::TakenOver(reply)).await.is_ok() && kept.await.is_ok()
-    }
-
-    /// A slice has this term: a take-over with a higher one follows.
-    pub(in crate::kubernetes) async fn outranked(&self, term: u64) {
-        // The elector may have ended.
-        let _ = self.0.send(Message::Outranked(term)).await;
-    }
-}
 
 /// The answer to a request for the Lease.
 enum Answer {

@@ -6,6 +6,7 @@
 //!
 //! * `lease`: the object, and requests for it.
 //! * `elector`: the task that drives the pure state machine.
+//! * `turns`: what that task and the one that writes say to each other.
 //! * `drain`: how long a process that stops keeps the Lease.
 //! * `lease_watch`: tells a process on standby that the Lease changed, ahead of its next reading.
 //! * `service_slices`: the EndpointSlices that lead registrants to the writer.
@@ -18,11 +19,13 @@ mod elector;
 mod lease;
 mod lease_watch;
 mod service_slices;
+mod turns;
 mod writer_events;
 
 pub(super) use self::{
-    elector::{Elector, ElectorHandle, ReplicaHandle, Turn},
+    elector::Elector,
     lease::LeaseClient,
     service_slices::ServiceSlices,
+    turns::{ElectorHandle, ReplicaHandle, Turn},
     writer_events::WriterEvents,
 };
