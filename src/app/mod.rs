@@ -29,7 +29,7 @@ use crate::{
     dns, grpc,
     kubernetes::Kubernetes,
     metrics::Metrics,
-    model::ServerAddress,
+    model::{ServerAddress, test_clock_offset},
     net::{self, ConnectionCaps, DescriptorBudget},
     registry::{self, OutboxWord, Unrecovered},
     store::{self, DataDir, RecoveryProgress},
@@ -68,6 +68,10 @@ pub struct BoundServer {
 /// Names the directory or address that another process holds or that cannot be bound.
 pub fn bind(mut config: Config) -> anyhow::Result<BoundServer> {
     share_descriptors(&mut config)?;
+    let offset = test_clock_offset();
+    if offset != 0 {
+        warn!("the clock of this process is shifted by {offset} ms, for a test");
+    }
     let data_dir = DataDir::lock(&config.data_dir)?;
     let grpc = listen("--grpc-listen", &config.grpc_listen)?;
     let admin = listen("--admin-listen", &config.admin_listen)?;

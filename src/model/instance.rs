@@ -12,6 +12,7 @@ use super::{
     name::{DnsName, Label},
     port::{EVERY_PORT, PortSet, Ports, Protocol},
     stamp::Stamp,
+    wall_clock::wall_clock,
 };
 
 /// Milliseconds since 1970-01-01 UTC, by the server's clock.
@@ -22,7 +23,7 @@ impl UnixMillis {
     /// This moment.
     #[must_use]
     pub fn now() -> Self {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let since = wall_clock().duration_since(UNIX_EPOCH).unwrap_or_default();
         Self(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
     }
 

@@ -20,6 +20,7 @@ mod stamp;
 pub(crate) mod testing;
 mod validator;
 pub mod view;
+mod wall_clock;
 
 pub use address::{Address, AddressError, DashedLabel, parse_dashed_label};
 pub use cow_tree::CowTree;
@@ -33,3 +34,4 @@ pub use server_address::{ServerAddress, ServerAddressError};
 pub use service::{Service, Timeline};
 pub use stamp::{HybridClock, Stamp};
 pub use validator::{MAX_INSTANCE_BYTES, Validator};
+pub use wall_clock::{test_clock_offset, wall_clock};

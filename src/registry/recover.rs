@@ -1,10 +1,6 @@
 //! The start: the registry is filled from the store before it gets a writer.
 
-use std::{
-    collections::HashMap,
-    sync::Arc,
-    time::{Instant, SystemTime},
-};
+use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use indexmap::IndexMap;
 use tokio::sync::mpsc;
@@ -208,5 +204,5 @@ impl Replayed {
 }
 
 fn unix_seconds() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    UnixMillis::now().0 / 1_000
 }

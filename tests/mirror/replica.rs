@@ -34,9 +34,14 @@ impl Replica {
 
     /// The same with more flags for `serve`.
     pub(super) fn start_with(kubeconfig: &Path, data: TempDir, flags: &[&str]) -> Self {
+        Self::start_with_clock(kubeconfig, data, flags, 0)
+    }
+
+    /// The same with the clock shifted by so many milliseconds.
+    pub(super) fn start_with_clock(kubeconfig: &Path, data: TempDir, flags: &[&str], offset: i64) -> Self {
         let kubeconfig = ["--kubeconfig", kubeconfig.to_str().expect("a path in UTF-8")];
         let drain: &[&str] = if flags.contains(&"--drain") { &[] } else { &["--drain", "1s"] };
-        let process = Process::serve(data.path(), &[&kubeconfig, drain, flags].concat());
+        let process = Process::serve_with_clock(offset, data.path(), &[&kubeconfig, drain, flags].concat());
         let [grpc, dns, admin] = process.listening();
         Self { process, grpc, dns, admin, data }
     }

@@ -145,6 +145,13 @@ impl Process {
         Self::spawn(Command::new(BINARY), data, flags)
     }
 
+    /// The same, with its clock shifted by so many milliseconds. A release build does not do it, and says nothing.
+    pub(crate) fn serve_with_clock<S: AsRef<OsStr>>(offset: i64, data: &Path, flags: &[S]) -> Self {
+        let mut shifted = Command::new(BINARY);
+        shifted.env("GANGPLANK_TEST_CLOCK_OFFSET_MS", offset.to_string());
+        Self::spawn(shifted, data, flags)
+    }
+
     /// The same, with at most so many open descriptors.
     pub(crate) fn serve_within(descriptors: usize, data: &Path) -> Self {
         let mut limited = Command::new("prlimit");

@@ -35,7 +35,7 @@ use crate::{
         api::{ApiError, exchange},
         objects::names,
     },
-    model::{ServerAddress, UnixMillis},
+    model::{ServerAddress, UnixMillis, wall_clock},
     registry::LeaseHolder,
     replicas::{
         election::LEASE_DURATION,
@@ -105,10 +105,10 @@ impl LeaseClient {
 
     pub(super) async fn read(&self) -> Result<LeaseRead, ApiError> {
         let request = builder(&self.namespace).get(NAME, &GetParams::default());
-        let begun = SystemTime::now();
+        let begun = wall_clock();
         let (head, answer) = exchange::<Lease>(&self.client, encode(request)?).await;
         let clock_agrees = head.as_ref().and_then(|head| head.headers.get(http::header::DATE)?.to_str().ok());
-        let clock_agrees = clock_agrees.is_none_or(|date| agrees(date, begun, SystemTime::now()));
+        let clock_agrees = clock_agrees.is_none_or(|date| agrees(date, begun, wall_clock()));
         let found = match answer {
             Ok(lease) => Some(lease),
             Err(ApiError::NotFound) => None,

@@ -5,10 +5,7 @@
 //! this process writes the slices, and only the cache is interested in them, and what a former writer writes late
 //! ([`LateWrites`]).
 
-use std::{
-    collections::HashMap,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::collections::HashMap;
 
 use k8s_openapi::{api::discovery::v1::EndpointSlice, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use tokio::sync::oneshot;
@@ -21,7 +18,7 @@ use crate::{
         objects::slices::{InstanceView, SkippedEndpoint, SliceRank, read_slice, read_tombstones},
     },
     metrics::KubernetesMetrics,
-    model::{ServiceKey, Validator},
+    model::{ServiceKey, UnixMillis, Validator},
     registry::{FollowedServices, KubernetesState, RegistryHandle, Unavailable},
     replicas::{
         election::Tenure,
@@ -295,7 +292,7 @@ impl SliceInstances {
 
 /// A term can be as high as the time.
 fn highest_term_now() -> u64 {
-    let unix_seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let unix_seconds = UnixMillis::now().0 / 1_000;
     Now { boot: BootTime::default(), unix_seconds, eligible: true }.highest_term(0)
 }
 

@@ -2,93 +2,83 @@
 //! removed comes back, and in the end all answer alike.
 //!
 //! Each process reaches the API server through a proxy of its own. Registrants for each process register and remove
-//! instances there, as far as it takes them, and [`Words`] notes what each answer promises. In each round a fault is drawn; when it is
-//! over, DNS of every process and the slices must hold what was promised.
+//! instances there, as far as it takes them, and [`Words`] notes what each answer promises. In each round a fault is drawn ([`Plan`]);
+//! when it is over, DNS of every process and the slices must hold what was promised: the addresses, priorities, weights and port names.
 //!
-//! `GANGPLANK_TRIAL_ROUNDS` sets the rounds, `GANGPLANK_TRIAL_SEED` the order of the faults (the load is another one each time); `make trial` runs the long form.
+//! `make trial` runs the long form. These variables set it:
+//!
+//! * `GANGPLANK_TRIAL_ROUNDS`: the rounds with two processes, and those with three.
+//! * `GANGPLANK_TRIAL_LANES`: how many control planes, each with processes of its own, share the rounds.
+//! * `GANGPLANK_TRIAL_SEED`: for the plan of all rounds, and what the registrants say; it is printed.
+//! * `GANGPLANK_TRIAL_FIRST`: the number of the first round, to run a part.
 
+mod found;
+mod load;
+mod plan;
+mod queries;
+mod report;
 mod rolling_update;
+mod rounds;
 mod words;
 
 use std::{
-    collections::BTreeSet,
     env, fs,
     path::Path,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    thread,
     time::{Duration, Instant},
 };
 
-use fastrand::Rng;
-use hickory_proto::rr::RecordType;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
-use self::words::{Load, SERVICES, Target, Words};
-use super::{ClusterLock, addresses, dns_name, make_namespace, replica::Replica};
-use crate::support::{
-    cluster::Cluster,
-    dns::{Over, answers},
-    http,
-    proxy::{Fault as Injected, Proxy},
-    stream::Stream,
-    wait_until,
+use self::{
+    found::Found,
+    load::{Load, Pace, Registrant, SharedTarget},
+    plan::Plan,
+    report::{Report, RoundContext},
+    words::{Target, Words},
 };
+use super::{ClusterLock, make_namespace, private_cluster_lock, replica::Replica};
+use crate::support::{cluster::Cluster, http, proxy::Proxy, stream::Stream, wait_until};
 
 /// Rounds by default: enough for CI.
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 2;
 
 /// Words that are answered before a fault, and during one that nobody else notices.
 const WORDS: usize = 300;
 
-#[derive(Debug, Clone, Copy)]
-enum Fault {
-    /// The API server cannot be reached, until another process has taken over, if it is the writer.
-    Partition,
-    /// SIGSTOP, for a while in which the Lease stays, or until another process has taken over.
-    ShortPause,
-    Pause,
-    /// SIGKILL; then it starts again on its directory, on an older copy, or on an empty one.
-    Kill,
-    OldCopy,
-    LostDisk,
-    /// SIGTERM, and a new start.
-    Restart,
-    /// The Lease is deleted.
-    LostLease,
-}
+/// Of each service.
+const INSTANCES: usize = 12;
 
-const FAULTS: [Fault; 8] = [
-    Fault::Partition,
-    Fault::Pause,
-    Fault::OldCopy,
-    Fault::LostDisk,
-    Fault::Kill,
-    Fault::ShortPause,
-    Fault::Restart,
-    Fault::LostLease,
-];
+const PACE: Pace = Pace { registrants: 6, interval: Duration::from_millis(12), roams: false };
 
 /// A process, and what stays when it ends.
 struct Seat {
     proxy: Proxy,
     replica: Option<Replica>,
-    target: Arc<Mutex<Option<Target>>>,
+    target: SharedTarget,
+    /// By how many milliseconds its clock is shifted.
+    offset: i64,
 }
 
 impl Seat {
     fn new(cluster: &Cluster) -> Self {
-        Self { proxy: Proxy::start(cluster), replica: None, target: Arc::default() }
+        Self { proxy: Proxy::start(cluster), replica: None, target: Arc::default(), offset: 0 }
     }
 }
 
-struct Trial {
-    cluster: &'static Cluster,
+struct Trial<'c> {
+    cluster: &'c Cluster,
     namespace: &'static str,
     seats: Vec<Seat>,
     words: Arc<Words>,
+    pace: Pace,
     runtime: Runtime,
     directories: usize,
-    rng: Rng,
 }
 
 fn empty() -> TempDir {
@@ -105,18 +95,27 @@ fn copy(from: &Path) -> TempDir {
     copy
 }
 
-impl Trial {
+/// A variable's number.
+fn number(variable: &str, otherwise: usize) -> usize {
+    env::var(variable).map_or(otherwise, |text| text.parse().expect("a number"))
+}
+
+impl<'c> Trial<'c> {
     /// Starts the processes. A few more may be started on `spare` seats later.
-    fn begin(lock: &ClusterLock, namespace: &'static str, (processes, spare): (usize, usize), seed: u64) -> Self {
-        let cluster = lock.cluster;
+    fn begin(
+        cluster: &'c Cluster,
+        namespace: &'static str,
+        (processes, spare): (usize, usize),
+        (instances, pace): (usize, Pace),
+    ) -> Self {
         let mut trial = Self {
             cluster,
             namespace,
             seats: (0..processes + spare).map(|_| Seat::new(cluster)).collect(),
-            words: Arc::new(Words::new()),
+            words: Arc::new(Words::new(instances)),
+            pace,
             runtime: Runtime::new().expect("a runtime"),
             directories: 0,
-            rng: Rng::with_seed(seed),
         };
         for seat in 0..processes {
             trial.start(seat, empty(), None);
@@ -139,7 +138,7 @@ impl Trial {
         let directory = directory.unwrap_or(self.directories);
         self.directories = self.directories.max(directory + 1);
         let seat = &mut self.seats[seat];
-        let replica = Replica::start(seat.proxy.kubeconfig(), data);
+        let replica = Replica::start_with_clock(seat.proxy.kubeconfig(), data, &[], seat.offset);
         *seat.target.lock().expect("no panic") = Some(Target { grpc: replica.grpc, directory });
         seat.replica = Some(replica);
     }
@@ -152,9 +151,9 @@ impl Trial {
     }
 
     /// Registrants at all processes.
-    fn load(&self) -> Load {
+    fn load(&self, seed: u64) -> Load {
         let targets: Vec<_> = self.seats.iter().map(|seat| Arc::clone(&seat.target)).collect();
-        self.words.run(self.namespace, &targets, &self.runtime)
+        Load::start(&self.words, (self.namespace, &targets[..]), self.pace, seed, &self.runtime)
     }
 
     fn writes(&self, seat: usize) -> bool {
@@ -167,72 +166,14 @@ impl Trial {
         wait_until("a process writes", || (0..self.seats.len()).find(|seat| Some(*seat) != but && self.writes(*seat)))
     }
 
-    fn wait_for_words(&self) {
-        let before = self.words.answered().0;
-        wait_until("registrants get answers", || (self.words.answered().0 >= before + WORDS).then_some(()));
+    fn wait_for_words(&self, count: usize) {
+        let before = self.words.promised();
+        wait_until("registrants get answers", || (self.words.promised() >= before + count).then_some(()));
     }
 
-    /// Under load; the fault is over when this returns.
-    fn fault(&mut self, fault: Fault, seat: usize, is_writer: bool) {
-        let others_take_over = |trial: &Self| {
-            if is_writer {
-                trial.wait_for_writer(Some(seat));
-            }
-            trial.wait_for_words();
-        };
-        match fault {
-            Fault::Partition => {
-                let cut = self.seats[seat].proxy.inject(Injected::Drop, |_| true);
-                self.seats[seat].proxy.drop_connections();
-                others_take_over(self);
-                cut.lift();
-            }
-            Fault::ShortPause => {
-                self.replica(seat).signal("STOP");
-                let begun = Instant::now();
-                let pause = Duration::from_millis(self.rng.u64(100..9_000));
-                wait_until("the pause is over", || (begun.elapsed() >= pause).then_some(()));
-                self.replica(seat).signal("CONT");
-            }
-            Fault::Pause => {
-                self.replica(seat).signal("STOP");
-                others_take_over(self);
-                self.replica(seat).signal("CONT");
-            }
-            Fault::Kill => {
-                let (replica, directory) = self.take(seat);
-                let data = replica.kill();
-                if self.rng.bool() {
-                    others_take_over(self);
-                }
-                self.start(seat, data, Some(directory));
-            }
-            Fault::OldCopy => {
-                let old = copy(self.replica(seat).data_dir());
-                self.wait_for_words();
-                let (replica, directory) = self.take(seat);
-                drop(replica.kill());
-                self.words.lose(directory);
-                if self.rng.bool() {
-                    others_take_over(self);
-                }
-                self.start(seat, old, None);
-            }
-            Fault::LostDisk => {
-                let (replica, directory) = self.take(seat);
-                drop(replica.kill());
-                self.words.lose(directory);
-                self.start(seat, empty(), None);
-            }
-            Fault::Restart => {
-                let (replica, directory) = self.take(seat);
-                let data = replica.terminate();
-                self.start(seat, data, Some(directory));
-            }
-            Fault::LostLease => {
-                self.cluster.kubectl(&["delete", "lease", "gangplank-writer", "-n", "gangplank"]);
-            }
-        }
+    /// DNS of this process answers.
+    fn wait_for_dns(&self, seat: usize) {
+        wait_until("its DNS is ready", || (http::get(self.replica(seat).admin, "/readyz").0 == 200).then_some(()));
     }
 
     /// One writer, and every other one follows it and has handed over what it had. Returns the writer.
@@ -250,18 +191,10 @@ impl Trial {
         })
     }
 
-    /// The addresses of each service, by DNS of every process and in the slices.
-    fn found(&self) -> Vec<Vec<BTreeSet<String>>> {
-        let services = || (0..SERVICES).map(|service| format!("s{service}"));
-        let by_dns = |replica: &Replica| {
-            let addresses =
-                |service: String| answers(replica.dns, Over::Udp, &dns_name(self.namespace, &service), RecordType::A);
-            services().map(|service| addresses(service).into_iter().collect()).collect()
-        };
-        let replicas = self.seats.iter().filter_map(|seat| seat.replica.as_ref()).map(by_dns);
-        let slices =
-            services().map(|service| addresses(self.cluster, self.namespace, &service).into_iter().collect()).collect();
-        replicas.chain([slices]).collect()
+    /// What DNS of each process says.
+    fn found_by_dns(&self) -> Vec<Found> {
+        let replicas = self.seats.iter().filter_map(|seat| seat.replica.as_ref());
+        replicas.map(|replica| Found::by_dns(replica.dns, self.namespace)).collect()
     }
 
     /// Waits until all hold the same, and that is what was promised.
@@ -269,10 +202,11 @@ impl Trial {
         let begun = Instant::now();
         let mut before = Vec::new();
         wait_until("all hold what was promised", || {
-            let found = self.found();
-            let mut wrong = self.words.check(&found[0], &self.runtime);
-            if found.iter().any(|one| *one != found[0]) {
-                wrong.push(format!("not alike: {found:?}"));
+            let mut found = self.found_by_dns();
+            found.push(Found::in_slices(self.cluster, self.namespace));
+            let mut wrong = self.words.check(&found[0]);
+            for (at, other) in found.iter().enumerate().filter(|(_, other)| **other != found[0]) {
+                wrong.push(format!("{at} of {} is not like the first: {:?}", found.len(), found[0].difference(other)));
             }
             if wrong != before {
                 wrong.iter().for_each(|wrong| println!("{round}: after {:?}: {wrong}", begun.elapsed()));
@@ -282,58 +216,74 @@ impl Trial {
         });
     }
 
-    fn round(&mut self, number: usize) {
-        let fault = FAULTS[if number < FAULTS.len() { number } else { self.rng.usize(..FAULTS.len()) }];
-        let writer = self.wait_for_writer(None);
-        // Mostly the writer: a follower has little to lose.
-        let seat = if number % 5 == 4 { (writer + 1) % self.seats.len() } else { writer };
-        let round = format!("round {number}: {fault:?} of the {}", if seat == writer { "writer" } else { "follower" });
-        let load = self.load();
-        self.wait_for_words();
-        let begun = Instant::now();
-        self.words.take_gap();
-        self.fault(fault, seat, seat == writer);
-        let healed = Instant::now();
-        self.wait_for_writer(None);
-        self.wait_for_words();
-        let gap = self.words.take_gap();
-        load.join(&self.runtime);
-        let writer = self.wait_until_settled();
-        let settled = healed.elapsed();
-        self.check(&round);
-        let alike = healed.elapsed().saturating_sub(settled);
-        // And nothing comes back late.
+    /// Says a word on each instance whose state is not known, until all are.
+    fn settle(&self, writer: usize, seed: u64) {
         let target = self.seats[writer].target.lock().expect("no panic").expect("it runs");
+        let mut registrant = Registrant::new(&self.words, self.namespace, seed);
         wait_until("every instance is known again", || {
-            self.words.settle(self.namespace, target, &self.runtime).then_some(())
+            for index in self.words.open() {
+                if self.runtime.block_on(registrant.one(target, index)) {
+                    self.runtime.block_on(self.words.close(index));
+                }
+            }
+            self.words.open().is_empty().then_some(())
         });
-        self.check(&round);
-        let (answered, durable) = self.words.answered();
-        println!(
-            "{round}, {:.1?}; no word was taken for {gap:.1?}; settled {settled:.1?} after it, alike {alike:.1?} after that; {answered} words so far, {durable} with 202",
-            healed - begun
-        );
     }
 }
 
-fn run(namespace: &'static str, processes: usize, first: usize) {
-    let Some(lock) = ClusterLock::take() else { return };
-    let number =
-        |variable: &str, otherwise: usize| env::var(variable).map_or(otherwise, |text| text.parse().expect("a number"));
-    let rounds = number("GANGPLANK_TRIAL_ROUNDS", ROUNDS);
-    let seed = (number("GANGPLANK_TRIAL_SEED", 1) * 10 + processes) as u64;
-    println!("{rounds} rounds with {processes} processes, seed {seed}");
-    let mut trial = Trial::begin(&lock, namespace, (processes, 0), seed);
-    // A short form has other faults with two processes than with three.
-    (first..first + rounds).for_each(|round| trial.round(round));
+/// The rounds of one lane on its own processes: every so-manieth one.
+fn lane(cluster: &Cluster, processes: usize, seed: u64, rounds: &[usize], failed: &AtomicBool) -> Report {
+    let namespace = if processes == 2 { "trial-two" } else { "trial-three" };
+    let mut report = Report::default();
+    let mut trial = Trial::begin(cluster, namespace, (processes, 0), (INSTANCES, PACE));
+    for &number in rounds {
+        if failed.load(SeqCst) {
+            break;
+        }
+        let plan = Plan::draw(seed, processes, number);
+        let _context = RoundContext { seed, processes, number, plan, failed };
+        report.add(trial.round(number, plan));
+    }
+    report.statuses = trial.words.statuses();
+    report
+}
+
+fn run(processes: usize, first: usize) {
+    let lanes = number("GANGPLANK_TRIAL_LANES", 1);
+    let first = number("GANGPLANK_TRIAL_FIRST", first);
+    let seed = number("GANGPLANK_TRIAL_SEED", 1) as u64;
+    let rounds: Vec<usize> = (first..first + number("GANGPLANK_TRIAL_ROUNDS", ROUNDS)).collect();
+    println!("{} rounds with {processes} processes in {lanes} lanes, seed {seed}", rounds.len());
+    let begun = Instant::now();
+    let failed = AtomicBool::new(false);
+    let of_lane = |lane: usize| rounds.iter().copied().skip(lane).step_by(lanes).collect::<Vec<_>>();
+    let reports: Vec<Report> = if lanes == 1 {
+        let Some(lock) = ClusterLock::take() else { return };
+        vec![lane(lock.cluster, processes, seed, &rounds, &failed)]
+    } else {
+        let _alone = private_cluster_lock();
+        let clusters: Option<Vec<Cluster>> = (0..lanes).map(|_| Cluster::private()).collect();
+        let Some(clusters) = clusters else { return };
+        thread::scope(|scope| {
+            let start = |(number, cluster)| {
+                let (rounds, failed) = (of_lane(number), &failed);
+                scope.spawn(move || lane(cluster, processes, seed, &rounds, failed))
+            };
+            let lanes: Vec<_> = clusters.iter().enumerate().map(start).collect();
+            lanes.into_iter().map(|lane| lane.join().expect("nothing is wrong")).collect()
+        })
+    };
+    let report = reports.into_iter().fold(Report::default(), Report::join);
+    assert_eq!(report.rounds(), rounds.len());
+    report.print(processes, begun.elapsed());
 }
 
 #[test]
 fn two_processes_keep_what_was_acknowledged() {
-    run("trial-two", 2, 0);
+    run(2, 0);
 }
 
 #[test]
 fn three_processes_keep_what_was_acknowledged() {
-    run("trial-three", 3, 3);
+    run(3, 2);
 }

@@ -1,39 +1,15 @@
 //! What registrants said to several processes, and what may be registered after that.
 
 use std::{
-    collections::{BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     net::SocketAddr,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
-    },
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use fastrand::Rng;
-use gangplank::grpc::proto::registry::{
-    NamedPort, ServiceInfo, service_registry_client::ServiceRegistryClient as Client,
-};
-use tokio::{
-    runtime::Runtime,
-    task::JoinHandle,
-    time::{MissedTickBehavior, interval, timeout},
-};
-use tonic::transport::{Channel, Endpoint};
+use super::found::Found;
 
 pub(super) const SERVICES: usize = 4;
-
-/// Instances of each service.
-const INSTANCES: usize = 12;
-
-/// For each process. Most of the time one waits for Kubernetes.
-const REGISTRANTS: usize = 8;
-
-/// Each registrant says a word this often, at most.
-const INTERVAL: Duration = Duration::from_millis(4);
-
-/// A paused process does not answer.
-const TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Between two words on an instance: they are stamped by different processes, in milliseconds.
 const MIN_DISTANCE: Duration = Duration::from_millis(5);
@@ -45,217 +21,228 @@ pub(super) struct Target {
     pub(super) directory: usize,
 }
 
+/// What a registration sets besides the instance. Every word has a priority of its own, as long as 16 bits last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Attributes {
+    pub(super) priority: u16,
+    pub(super) weight: u16,
+    /// Another name moves the instance to another slice.
+    pub(super) port_name: &'static str,
+}
+
+pub(super) const PORT_NAMES: [&str; 2] = ["http", "web"];
+
+/// Registered so, or not.
+pub(super) type State = Option<Attributes>;
+
 /// What an answer promises.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Promise {
+pub(super) enum Promise {
     /// 200, 201, 204, 404: Kubernetes has it.
     Confirmed,
     /// 202: it counts as long as this data directory is not lost.
-    Durable { directory: usize },
+    Durable,
     /// There was no answer: it may count, at any later time.
     None,
 }
 
 #[derive(Debug)]
-struct Word {
-    registered: bool,
-    promise: Promise,
+pub(super) struct Word {
+    pub(super) state: State,
+    pub(super) promise: Promise,
+    /// Of the process that was told.
+    pub(super) directory: usize,
+    pub(super) said: Instant,
+    pub(super) answered: Instant,
+    /// How far the clocks of the processes may be apart.
+    pub(super) apart: Duration,
 }
 
-/// The words on one instance, in order, from the last confirmed one on; and when the last was said.
+impl Word {
+    /// Whether an earlier word may win over this one all the same: two processes stamped them, the second of which had not seen
+    /// the first one's word, and their clocks are further apart than the words.
+    fn may_lose_to(&self, earlier: &Self) -> bool {
+        let ordered = self.directory == earlier.directory
+            || (self.promise == Promise::Confirmed && earlier.promise == Promise::Confirmed);
+        !ordered && self.said.saturating_duration_since(earlier.answered) < self.apart
+    }
+}
+
+/// The words on one instance, in order, from the last confirmed one on.
 #[derive(Debug, Default)]
-struct Instance(Vec<Word>, Option<Instant>);
+pub(super) struct Instance(Vec<Word>);
 
 impl Instance {
-    fn add(&mut self, registered: bool, promise: Promise) {
-        if promise == Promise::Confirmed {
-            self.0.retain(|word| word.promise == Promise::None);
+    /// Whether the next word may be said: the last one is long enough ago.
+    pub(super) fn is_free(&self) -> bool {
+        self.0.last().is_none_or(|word| word.answered.elapsed() >= MIN_DISTANCE)
+    }
+
+    /// Whether Kubernetes has the last word.
+    pub(super) fn is_confirmed(&self) -> bool {
+        self.0.last().is_some_and(|word| word.promise == Promise::Confirmed)
+    }
+
+    pub(super) fn add(&mut self, word: Word) {
+        if word.promise == Promise::Confirmed {
+            self.0.retain(|earlier| earlier.promise == Promise::None || word.may_lose_to(earlier));
         }
-        self.0.push(Word { registered, promise });
+        self.0.push(word);
     }
 
     /// The states that keep every promise.
-    fn allowed(&self, lost: &HashSet<usize>) -> BTreeSet<bool> {
-        let unanswered = self.0.iter().filter(|word| word.promise == Promise::None).map(|word| word.registered);
-        let mut allowed: BTreeSet<bool> = unanswered.collect();
-        for word in self.0.iter().rev() {
+    fn allowed(&self, lost: &HashSet<usize>) -> BTreeSet<State> {
+        let unanswered = self.0.iter().filter(|word| word.promise == Promise::None).map(|word| word.state);
+        let mut allowed: BTreeSet<State> = unanswered.collect();
+        for (at, word) in self.0.iter().enumerate().rev() {
             match word.promise {
                 Promise::None => {}
-                Promise::Durable { directory } if lost.contains(&directory) => drop(allowed.insert(word.registered)),
-                Promise::Durable { .. } | Promise::Confirmed => {
-                    allowed.insert(word.registered);
+                Promise::Durable if lost.contains(&word.directory) => drop(allowed.insert(word.state)),
+                Promise::Durable | Promise::Confirmed => {
+                    allowed.insert(word.state);
+                    allowed.extend(self.0[..at].iter().filter(|earlier| word.may_lose_to(earlier)).map(|it| it.state));
                     return allowed;
                 }
             }
         }
-        allowed.insert(false);
+        allowed.insert(None);
         allowed
     }
+}
+
+/// The key of an instance: its service and its address.
+pub(super) fn place(index: usize) -> (String, String) {
+    let (service, instance) = (index % SERVICES, index / SERVICES);
+    (format!("s{service}"), format!("10.200.{}.{}", instance / 250, instance % 250 + 1))
+}
+
+/// Which instance of a service has this address.
+pub(super) fn index_of(service: usize, address: &str) -> Option<usize> {
+    let mut octets = address.strip_prefix("10.200.")?.split('.').map(|octet| octet.parse::<usize>().ok());
+    let (high, low) = (octets.next()??, octets.next()??);
+    Some((high * 250 + low.checked_sub(1)?) * SERVICES + service)
 }
 
 /// All words.
 #[derive(Debug)]
 pub(super) struct Words {
-    instances: Vec<tokio::sync::Mutex<Instance>>,
+    pub(super) instances: Vec<tokio::sync::Mutex<Instance>>,
+    tally: Mutex<Tally>,
+}
+
+#[derive(Debug, Default)]
+struct Tally {
     /// Directories that do not exist any more, or went back to an older copy.
-    lost: Mutex<HashSet<usize>>,
-    answered: AtomicUsize,
-    durable: AtomicUsize,
+    lost: HashSet<usize>,
+    apart: Duration,
+    /// How many words got each status; 0 is no answer.
+    statuses: BTreeMap<u32, usize>,
+    promised: usize,
+    /// Answers that nothing explains.
+    unexpected: Vec<String>,
     /// When the last word was answered with a promise, and the longest time between two of them.
-    gap: Mutex<(Option<Instant>, Duration)>,
-}
-
-/// Registrants that go on until they are joined.
-pub(super) struct Load {
-    stop: Arc<AtomicBool>,
-    registrants: Vec<JoinHandle<()>>,
-}
-
-impl Load {
-    pub(super) fn join(self, runtime: &Runtime) {
-        self.stop.store(true, SeqCst);
-        for registrant in self.registrants {
-            runtime.block_on(registrant).expect("no panic");
-        }
-    }
-}
-
-fn place(index: usize) -> (String, String) {
-    let (service, instance) = (index % SERVICES, index / SERVICES);
-    (format!("s{service}"), format!("10.200.{service}.{}", instance + 1))
+    gap: (Option<Instant>, Duration),
 }
 
 impl Words {
-    pub(super) fn new() -> Self {
-        let instances = (0..SERVICES * INSTANCES).map(|_| tokio::sync::Mutex::default()).collect();
-        let (answered, durable) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        Self { instances, lost: Mutex::default(), answered, durable, gap: Mutex::default() }
+    pub(super) fn new(instances_per_service: usize) -> Self {
+        let instances = SERVICES * instances_per_service;
+        Self { instances: (0..instances).map(|_| tokio::sync::Mutex::default()).collect(), tally: Mutex::default() }
+    }
+
+    fn tally(&self) -> MutexGuard<'_, Tally> {
+        self.tally.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn lose(&self, directory: usize) {
-        self.lost.lock().expect("no panic").insert(directory);
+        self.tally().lost.insert(directory);
     }
 
-    /// Words that were answered with a promise; and those with 202.
-    pub(super) fn answered(&self) -> (usize, usize) {
-        (self.answered.load(SeqCst), self.durable.load(SeqCst))
+    /// How far the clocks are apart from now on.
+    pub(super) fn set_apart(&self, apart: Duration) {
+        self.tally().apart = apart;
     }
 
-    /// The longest time between two answers with a promise since the last call, whoever gave them.
-    pub(super) fn take_gap(&self) -> Duration {
-        std::mem::take(&mut self.gap.lock().expect("no panic").1)
+    pub(super) fn apart(&self) -> Duration {
+        self.tally().apart
     }
 
-    /// Registrants for each target, which go to whatever process is there.
-    pub(super) fn run(
-        self: &Arc<Self>,
-        namespace: &'static str,
-        targets: &[Arc<Mutex<Option<Target>>>],
-        runtime: &Runtime,
-    ) -> Load {
-        let stop = Arc::new(AtomicBool::new(false));
-        let registrant = |target: &Arc<Mutex<Option<Target>>>| {
-            let (words, target, stop) = (Arc::clone(self), Arc::clone(target), Arc::clone(&stop));
-            let mut rng = Rng::with_seed(fastrand::u64(..));
-            runtime.spawn(async move {
-                let mut ticks = interval(INTERVAL);
-                ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-                let mut client = None;
-                while !stop.load(SeqCst) {
-                    ticks.tick().await;
-                    let Some(target) = *target.lock().expect("no panic") else { continue };
-                    words.one(namespace, target, rng.usize(..words.instances.len()), rng.bool(), &mut client).await;
-                }
-            })
-        };
-        let registrants = targets.iter().cycle().take(targets.len() * REGISTRANTS).map(registrant).collect();
-        Load { stop, registrants }
-    }
-
-    /// Says one word, unless another registrant is about to say one on this instance. Returns whether it was confirmed.
-    async fn one(
-        &self,
-        namespace: &str,
-        target: Target,
-        index: usize,
-        registered: bool,
-        client: &mut Option<(SocketAddr, Client<Channel>)>,
-    ) -> bool {
-        let Ok(mut instance) = self.instances[index].try_lock() else { return false };
-        if instance.1.is_some_and(|last| last.elapsed() < MIN_DISTANCE) {
-            return false;
-        }
-        if client.as_ref().is_none_or(|(to, _)| *to != target.grpc) {
-            let endpoint = Endpoint::try_from(format!("http://{}", target.grpc)).expect("an address");
-            let Ok(Ok(channel)) = timeout(TIMEOUT, endpoint.connect()).await else { return false };
-            *client = Some((target.grpc, Client::new(channel)));
-        }
-        let Some((_, connected)) = client else { return false };
-        let (service_name, ipaddress) = place(index);
-        let info = ServiceInfo {
-            namespace: namespace.into(),
-            service_name,
-            ipaddress,
-            ports: vec![NamedPort { port: 8080, name: "http".into(), ..NamedPort::default() }],
-            ..ServiceInfo::default()
-        };
-        let call =
-            async { if registered { connected.register(info).await } else { connected.un_register(info).await } };
-        let answer = timeout(TIMEOUT, call).await;
-        instance.1 = Some(Instant::now());
-        let promise = match answer {
-            Ok(Ok(result)) => match result.into_inner().status {
-                200 | 201 | 204 | 404 => Promise::Confirmed,
-                202 => Promise::Durable { directory: target.directory },
-                _ => return false,
-            },
-            Ok(Err(_)) | Err(_) => {
-                *client = None;
-                Promise::None
+    /// Counts an answer. Returns what it promises, if it promises anything or was none.
+    pub(super) fn note(&self, registered: bool, status: Option<u32>) -> Option<Promise> {
+        let mut tally = self.tally();
+        *tally.statuses.entry(status.unwrap_or(0)).or_default() += 1;
+        let promise = match (status, registered) {
+            (None, _) => return Some(Promise::None),
+            (Some(200 | 201), true) | (Some(204 | 404), false) => Promise::Confirmed,
+            (Some(202), _) => Promise::Durable,
+            (Some(503), _) => return None,
+            (Some(status), _) => {
+                tally.unexpected.push(format!("{status} for a {}", if registered { "REGISTER" } else { "UNREGISTER" }));
+                return None;
             }
         };
-        instance.add(registered, promise);
-        if promise != Promise::None {
-            self.answered.fetch_add(1, SeqCst);
-            let mut gap = self.gap.lock().expect("no panic");
-            let before = gap.0.replace(Instant::now());
-            gap.1 = gap.1.max(before.map_or(Duration::ZERO, |before| before.elapsed()));
-        }
-        self.durable.fetch_add(usize::from(matches!(promise, Promise::Durable { .. })), SeqCst);
-        promise == Promise::Confirmed
+        tally.promised += 1;
+        let before = tally.gap.0.replace(Instant::now());
+        tally.gap.1 = tally.gap.1.max(before.map_or(Duration::ZERO, |before| before.elapsed()));
+        Some(promise)
     }
 
-    /// Compares the addresses of the services with what was promised. Returns what is wrong.
-    pub(super) fn check(&self, found: &[BTreeSet<String>], runtime: &Runtime) -> Vec<String> {
-        let lost = self.lost.lock().expect("no panic");
-        let mut wrong = Vec::new();
+    /// Words that were answered with a promise.
+    pub(super) fn promised(&self) -> usize {
+        self.tally().promised
+    }
+
+    /// How many words got each status; 0 is no answer.
+    pub(super) fn statuses(&self) -> BTreeMap<u32, usize> {
+        self.tally().statuses.clone()
+    }
+
+    /// The longest time between two answers with a promise since the last call, whoever gave them; it may not be over.
+    pub(super) fn take_gap(&self) -> Duration {
+        let mut tally = self.tally();
+        let open = tally.gap.0.map_or(Duration::ZERO, |last| last.elapsed());
+        std::mem::take(&mut tally.gap.1).max(open)
+    }
+
+    /// The next answer begins anew, without a gap before it.
+    pub(super) fn forget_gap(&self) {
+        self.tally().gap = (Some(Instant::now()), Duration::ZERO);
+    }
+
+    /// Compares what is registered with what was promised. Returns what is wrong.
+    pub(super) fn check(&self, found: &Found) -> Vec<String> {
+        let tally = self.tally();
+        let mut wrong = tally.unexpected.clone();
+        wrong.extend(found.strange().map(|what| format!("nobody registered {what}")));
         for (index, instance) in self.instances.iter().enumerate() {
-            let instance = runtime.block_on(instance.lock());
+            let Ok(instance) = instance.try_lock() else {
+                wrong.push("words are under way".into());
+                continue;
+            };
             let (service, address) = place(index);
-            let is_found = found[index % SERVICES].contains(&address);
-            if !instance.allowed(&lost).contains(&is_found) {
-                wrong.push(format!("{service} {address} is found: {is_found}; {:?}", instance.0));
+            match found.state(index) {
+                Ok(state) if instance.allowed(&tally.lost).contains(&state) => {}
+                state => wrong.push(format!("{service} {address} is {state:?}; {:?}", instance.0)),
             }
         }
         wrong
     }
 
-    /// Says another word on each instance with a word that was never answered, so that its state is known again. Returns whether all
-    /// are.
-    pub(super) fn settle(&self, namespace: &str, writer: Target, runtime: &Runtime) -> bool {
-        let mut client = None;
-        let mut settled = true;
-        for index in 0..self.instances.len() {
-            let open = |instance: &Instance| instance.0.iter().any(|word| word.promise == Promise::None);
-            if runtime.block_on(async { open(&*self.instances[index].lock().await) }) {
-                let confirmed = runtime.block_on(self.one(namespace, writer, index, fastrand::bool(), &mut client));
-                if confirmed {
-                    let mut instance = runtime.block_on(self.instances[index].lock());
-                    instance.0.retain(|word| word.promise != Promise::None);
-                }
-                settled &= confirmed;
-            }
-        }
-        settled
+    /// The instances whose state is not known.
+    pub(super) fn open(&self) -> Vec<usize> {
+        let tally = self.tally();
+        let is_open = |index: &usize| {
+            let instance = self.instances[*index].try_lock();
+            instance.map_or(true, |instance| instance.allowed(&tally.lost).len() > 1)
+        };
+        (0..self.instances.len()).filter(is_open).collect()
+    }
+
+    /// The last word on the instance was confirmed when no process had any other left: nothing before it can count.
+    pub(super) async fn close(&self, index: usize) {
+        let mut instance = self.instances[index].lock().await;
+        let last = instance.0.pop();
+        instance.0.clear();
+        instance.0.extend(last);
     }
 }
