@@ -145,6 +145,13 @@ impl Kubernetes {
             let (cache, registry, metrics) = (Arc::clone(&cache), registry.clone(), Arc::clone(&metrics));
             self.mirror(term, fence.clone(), cache, host.clone(), registry, metrics)
         };
+        let answers = async {
+            loop {
+                let askers = registry.mirror_progress().take_askers().await;
+                fence.confirmed().await;
+                askers.answer();
+            }
+        };
         let writing = async {
             let mut turn = turns.recv().await;
             loop {
@@ -185,6 +192,7 @@ impl Kubernetes {
             never = writing => never,
             never = service_slices => match never {},
             never = changes => match never {},
+            never = answers => never,
         }
     }
 

@@ -22,6 +22,9 @@ pub struct MirrorProgress {
     mirrored: bool,
     unmirrored: Mutex<Unmirrored>,
     changed: Notify,
+    /// Callers of [`MirrorProgress::still_writes`].
+    askers: Mutex<Vec<oneshot::Sender<()>>>,
+    asked: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -82,6 +85,20 @@ impl PartialConfirmation {
     }
 }
 
+/// Callers who ask whether this process still writes.
+#[derive(Debug)]
+pub struct Askers(Vec<oneshot::Sender<()>>);
+
+impl Askers {
+    /// No other process had taken over by the time at which they were [taken](MirrorProgress::take_askers).
+    pub fn answer(self) {
+        // A caller that timed out has dropped its receiver.
+        for asker in self.0 {
+            let _ = asker.send(());
+        }
+    }
+}
+
 /// How far behind the mirror is as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct MirrorLag {
@@ -93,7 +110,8 @@ pub struct MirrorLag {
 
 impl MirrorProgress {
     pub(super) fn new(mirrored: bool) -> Self {
-        Self { mirrored, unmirrored: Mutex::default(), changed: Notify::new() }
+        let (unmirrored, askers) = (Mutex::default(), Mutex::default());
+        Self { mirrored, unmirrored, changed: Notify::new(), askers, asked: Notify::new() }
     }
 
     /// Whether there is a mirror; without one no service is ever behind.
@@ -235,6 +253,39 @@ impl MirrorProgress {
         }
     }
 
+    /// Completes when it is certain that no other process had taken over by the time of this call. For an answer that no slice
+    /// confirms. There is no timeout; dropping the future ends the wait.
+    pub fn still_writes(&self) -> impl Future<Output = ()> + Send + use<> {
+        let (sender, certain) = oneshot::channel();
+        let mut askers = lock(&self.askers);
+        if askers.len() == askers.capacity() {
+            // As for the waiters of a service.
+            askers.retain(|asker| !asker.is_closed());
+            let held = askers.len();
+            askers.reserve(held);
+        }
+        askers.push(sender);
+        drop(askers);
+        self.asked.notify_one();
+        async move {
+            if certain.await.is_err() {
+                // Kubernetes is not written to any more.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// The callers of [`MirrorProgress::still_writes`] since the last call; waits until there is one. Cancelling loses nothing.
+    pub async fn take_askers(&self) -> Askers {
+        loop {
+            let askers = mem::take(&mut *lock(&self.askers));
+            if !askers.is_empty() {
+                return Askers(askers);
+            }
+            self.asked.notified().await;
+        }
+    }
+
     /// Whether the latest change of `service` is not in Kubernetes.
     pub(super) fn is_behind(&self, service: &ServiceKey) -> bool {
         self.lock().services.contains_key(service)
@@ -251,9 +302,13 @@ impl MirrorProgress {
     }
 
     fn lock(&self) -> MutexGuard<'_, Unmirrored> {
-        // Nothing panics while it holds the lock, so a poisoned one guards a consistent state.
-        self.unmirrored.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.unmirrored)
     }
+}
+
+fn lock<T>(guarded: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing panics while it holds a lock, so a poisoned one guards a consistent state.
+    guarded.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

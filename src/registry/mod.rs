@@ -57,7 +57,7 @@ pub use cluster_facts::{ClusterFact, KubernetesRefusal, NamespacePolicy};
 pub use feed::{Batch, Event, Feed, Lagged, Subscription};
 pub use follow::FollowedServices;
 pub use merge::{MergeAck, MergeOutcome};
-pub use mirror_progress::{DirtyServices, MirrorLag, MirrorProgress};
+pub use mirror_progress::{Askers, DirtyServices, MirrorLag, MirrorProgress};
 pub use outbox::{OutboxPage, OutboxWord};
 pub use recover::{Options, Unrecovered, new};
 pub use refused_words::RefusedWords;

@@ -94,7 +94,7 @@ impl ResponseBuilder {
     }
 
     /// The response to a message that the registry carried out in `generation`. `mirrored` is false while
-    /// Kubernetes does not have the change yet.
+    /// Kubernetes does not have the change yet; of a removal that no slice has, while it is not certain.
     pub(super) fn completed(self, outcome: Outcome, generation: u64, mirrored: bool) -> RegistrationResponse {
         match outcome {
             _ if !mirrored && outcome.is_word() => {
@@ -104,6 +104,10 @@ impl ResponseBuilder {
             Outcome::Created => self.answer(RegistrationStatus::Created, String::new(), generation),
             Outcome::Updated | Outcome::Unchanged => self.answer(RegistrationStatus::Ok, String::new(), generation),
             Outcome::Removed(_) => self.answer(RegistrationStatus::Removed, String::new(), generation),
+            Outcome::NotFound { .. } if !mirrored => {
+                let details = "nothing is registered there, but another server may have taken over; try again".into();
+                self.answer(RegistrationStatus::Unavailable, details, 0)
+            }
             Outcome::NotFound { .. } => {
                 let details = format!("{}/{} has no instance at {}", self.namespace, self.service_name, self.ipaddress);
                 let with_ports = if self.ports.is_empty() { "" } else { " with exactly these ports" };
@@ -556,6 +560,15 @@ mod tests {
             let response = response.completed(outcome, 5, true);
             assert_eq!((response.status, response.generation), (status, generation), "{outcome:?}");
             assert_eq!(response.status_details.is_empty(), status < 300, "{}", response.status_details);
+        }
+        for (outcome, status, generation) in [
+            (Outcome::Created, 202, 5),
+            (Outcome::NotFound { remembered: true }, 202, 5),
+            (Outcome::NotFound { remembered: false }, 503, 0),
+        ] {
+            let (response, _) = parse(good(), &VALIDATOR, UnixMillis(1));
+            let response = response.completed(outcome, 5, false);
+            assert_eq!((response.status, response.generation), (status, generation), "{outcome:?}, not confirmed");
         }
         let addresses = ServerAddress::parse_list("10.0.0.1:9080,[2001:db8::1]:9080");
         let standby = Unavailable::Standby(Arc::new(LeaseHolder { name: "other".into(), addresses }));

@@ -3,6 +3,10 @@
 //! DNS always has a change before its response is sent. With a mirror, the response also waits for the
 //! EndpointSlice: 201, 200, 204, and 404 for a removal, mean that the slice has the change. When that takes too long, the
 //! response is 202 and the slice follows.
+//!
+//! A removal for which Kubernetes has no place, because there is no such namespace or the Service is not ours, is in no slice. Its 404
+//! is true as long as this process writes: after a pause, another one may have registered the instance in a namespace
+//! of which this one has not learnt. So the 404 waits until it is certain, by the Lease; after the timeout the response is 503.
 
 use std::{
     future::{Ready, ready},
@@ -46,20 +50,63 @@ impl MirrorWait {
         Self { wanted: Some((service.clone(), ip, Instant::now() + MIRROR_TIMEOUT)) }
     }
 
-    /// Returns true when Kubernetes has the change of `generation`, and false after the timeout. Returns true
-    /// at once without a mirror, and for an outcome without a change to mirror.
+    /// Returns true when Kubernetes has the change of `generation`, or certainly no instance to remove, and false after the
+    /// timeout. Returns true at once without a mirror, and for a refusal.
     pub(super) fn wait(
         self,
         registry: &RegistryHandle,
         outcome: Outcome,
         generation: u64,
     ) -> Either<Ready<bool>, impl Future<Output = bool> + Send + use<>> {
-        match self.wanted.filter(|_| outcome.is_word()) {
+        let progress = registry.mirror_progress();
+        let is_word = outcome.is_word();
+        let waits = is_word || matches!(outcome, Outcome::NotFound { .. });
+        match self.wanted.filter(|_| waits) {
             None => Either::Left(ready(true)),
             Some((service, address, until)) => {
-                let confirmed = registry.mirror_progress().confirmed(&service, generation, address);
+                let confirmed = if is_word {
+                    Either::Left(progress.confirmed(&service, generation, address))
+                } else {
+                    Either::Right(progress.still_writes())
+                };
                 Either::Right(async move { timeout_at(until, confirmed).await.is_ok() })
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use futures::FutureExt as _;
+
+    use super::*;
+    use crate::{
+        metrics::Metrics,
+        model::{PortSet, testing::VALIDATOR},
+        registry::{self, NamespacePolicy, Options},
+    };
+
+    #[tokio::test]
+    async fn removal_that_no_slice_confirms_waits_until_no_other_process_can_have_the_lease() {
+        let kubernetes = Some(NamespacePolicy { create_namespaces: false });
+        let (registry, _unrecovered) =
+            registry::new(Options { max_instances: 10, kubernetes }, Arc::new(Metrics::new()));
+        let service = VALIDATOR.service("absent", "web").expect("valid");
+        let address = VALIDATOR.address("10.0.0.1").expect("valid");
+        let removal = Command::Unregister { service, address, ports: PortSet::default() };
+        let not_found = |wait: MirrorWait| wait.wait(&registry, Outcome::NotFound { remembered: false }, 7);
+        let begun = Instant::now();
+        assert!(!not_found(MirrorWait::of(&removal, &registry)).await, "it is not certain in time");
+        assert!(begun.elapsed() >= MIRROR_TIMEOUT);
+
+        // The process has been paused, and has renewed the Lease since.
+        let mut waits = Box::pin(not_found(MirrorWait::of(&removal, &registry)));
+        assert!(waits.as_mut().now_or_never().is_none());
+        registry.mirror_progress().take_askers().await.answer();
+        assert_eq!(waits.now_or_never(), Some(true));
+        let refused = Outcome::Full { limit: 10 };
+        assert_eq!(MirrorWait::of(&removal, &registry).wait(&registry, refused, 7).now_or_never(), Some(true));
     }
 }
