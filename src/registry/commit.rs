@@ -48,10 +48,10 @@ impl Committer {
     }
 
     /// Passes the records of all stored instances to `record`. Returns the term of the directory, and the changes that
-    /// Kubernetes may lack.
+    /// Kubernetes may lack. After a failed write: as of before it.
     ///
     /// # Errors
-    /// When the journal cannot be read, or a write failed.
+    /// When the journal cannot be read.
     pub(super) fn read_back(
         &mut self,
         record: &mut dyn FnMut(Record),

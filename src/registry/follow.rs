@@ -113,15 +113,13 @@ impl Writer {
             };
             // Nothing is left to hand over, and nothing more comes: reading the journal takes a second for a million instances.
             let ends = !differs && self.status.is_quiet() && self.mirror_progress.lag().services == 0;
-            let usable = self.committer.usable();
-            // After a failure, which the committer has reported, this process does not take over again before a restart reads
-            // the journal.
-            let read = usable.and_then(|()| {
-                if ends {
-                    return Ok((DirectoryTerm::new(self.decider.stamper().term()), Vec::new()));
-                }
-                self.committer.read_back(&mut take)
-            });
+            let read = if ends {
+                Ok((DirectoryTerm::new(self.decider.stamper().term()), Vec::new()))
+            } else {
+                // Of a journal that cannot be written, for the hand-over only: this process does not take over again before a restart.
+                self.read_outbox(&mut take)
+            };
+            // The committer has reported a failure.
             let (term, outbox) = read.unwrap_or_default();
             self.mirror_records.await_comparison(LocalState {
                 term,

@@ -11,7 +11,7 @@ use super::{RegistryHandle, Unavailable, Writer, WriterMessage, restore::LatestR
 use crate::{
     model::{Instance, InstanceId, ServiceKey, Stamp},
     replicas::word::Word,
-    store::Record,
+    store::{DirectoryTerm, Record},
 };
 
 /// The last word on one instance.
@@ -123,15 +123,53 @@ impl Writer {
         if let Some(local) = self.mirror_records.awaited() {
             return page(&local.outbox, None, usize::MAX).words;
         }
-        // Reading the journal takes a second for a million instances.
-        if self.mirror_progress.lag().services == 0 || self.committer.usable().is_err() {
+        if self.mirror_progress.lag().services == 0 {
             return Vec::new();
         }
-        let (_, outbox) = self.committer.read_back(&mut |_| {}).unwrap_or_default();
-        let outbox = LatestRecords::from(outbox);
-        let mut words = page(&outbox, None, usize::MAX).words;
-        // The journal may lack a confirmation of the last second.
-        words.retain(|word| self.mirror_progress.is_behind(&word.service));
+        // Reading the journal takes a second for a million instances.
+        match self.read_outbox(&mut |_| {}) {
+            Ok((_, outbox)) => page(&outbox.into(), None, usize::MAX).words,
+            Err(_) => self.words_of_services_behind(),
+        }
+    }
+
+    /// The term of the directory, and the records that Kubernetes lacks, as the journal has them; after a failure of the journal,
+    /// those of before it. Passes the records of all stored instances to `record`.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub(super) fn read_outbox(
+        &mut self,
+        record: &mut dyn FnMut(Record),
+    ) -> Result<(DirectoryTerm, Vec<Record>), Unavailable> {
+        let (term, mut outbox) = self.committer.read_back(record)?;
+        // The journal may lack confirmations of the last second, and after a failure all later ones.
+        outbox.retain(|record| match record {
+            Record::Put { service, .. } | Record::Remove { service, .. } => self.mirror_progress.is_behind(service),
+            Record::Mirrored { .. } | Record::Term(_) | Record::RefuseBefore { .. } => true,
+        });
+        Ok((term, outbox))
+    }
+
+    /// Where the journal cannot be read: all that is known of services of which Kubernetes lacks something, too much rather than too
+    /// little.
+    fn words_of_services_behind(&self) -> Vec<OutboxWord> {
+        let mut words = Vec::new();
+        for service in self.mirror_progress.unmirrored() {
+            let registered = self.catalog.get(&service).unwrap_or_default().instances;
+            words.extend(registered.iter().map(|instance| OutboxWord {
+                service: service.clone(),
+                id: instance.id(),
+                instance: Some(Arc::clone(instance)),
+                stamp: instance.stamp(),
+            }));
+            words.extend(self.catalog.tombstones(&service).iter().map(|removal| OutboxWord {
+                service: service.clone(),
+                id: removal.id.clone(),
+                instance: None,
+                stamp: removal.stamp,
+            }));
+        }
         words
     }
 }

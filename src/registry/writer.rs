@@ -360,8 +360,11 @@ impl Writer {
             };
             if committed.is_err() {
                 // The rest is not applied and the term is not stored, so the next start compares again. Until then what is
-                // registered is not known, unless another process writes and is followed.
-                self.mirror_records.await_comparison(LocalState::default());
+                // registered is not known, unless another process writes and is followed; that one gets the outbox.
+                let (term, outbox) = self.read_outbox(&mut |_| {}).unwrap_or_default();
+                let generation = self.committer.generation();
+                let local = LocalState { term, generation, outbox: outbox.into(), stored: None };
+                self.mirror_records.await_comparison(local);
                 return;
             }
             let applied = self.applier.apply(self.committer.generation(), changes, UnixMillis::now());

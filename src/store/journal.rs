@@ -303,12 +303,12 @@ impl Journal {
     }
 
     /// Reads the files again, as a start would; a second for a million instances. Passes every record of an instance to
-    /// `record`, later ones after earlier ones, and returns the term and the outbox. Stops a compaction that runs.
+    /// `record`, later ones after earlier ones, and returns the term and the outbox. Stops a compaction that runs. After a
+    /// failed append: what was durable before it.
     ///
     /// # Errors
     /// When a file cannot be read, or is not what was written. It is final, as in [`append`](Self::append).
     pub fn read_back(&mut self, record: &mut dyn FnMut(Record)) -> Result<(DirectoryTerm, Vec<Record>), StoreError> {
-        self.usable()?;
         if let Some(running) = &self.compaction {
             running.stop();
         }
