@@ -12,6 +12,7 @@
 //! * `GANGPLANK_TRIAL_SEED`: for the plan of all rounds, and what the registrants say; it is printed.
 //! * `GANGPLANK_TRIAL_FIRST`: the number of the first round, to run a part.
 
+mod clocks;
 mod found;
 mod load;
 mod plan;
@@ -39,7 +40,7 @@ use self::{
     found::Found,
     load::{Load, Pace, Registrant, SharedTarget},
     plan::Plan,
-    report::{Report, RoundContext},
+    report::{MAX_EQUAL, Report, RoundContext},
     words::{Target, Words},
 };
 use super::{ClusterLock, make_namespace, private_cluster_lock, replica::Replica};
@@ -208,7 +209,8 @@ impl<'c> Trial<'c> {
             for (at, other) in found.iter().enumerate().filter(|(_, other)| **other != found[0]) {
                 wrong.push(format!("{at} of {} is not like the first: {:?}", found.len(), found[0].difference(other)));
             }
-            if wrong != before {
+            // Slices and watches need a moment.
+            if wrong != before && begun.elapsed() > MAX_EQUAL {
                 wrong.iter().for_each(|wrong| println!("{round}: after {:?}: {wrong}", begun.elapsed()));
                 before.clone_from(&wrong);
             }

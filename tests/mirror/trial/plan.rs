@@ -43,11 +43,11 @@ const fn pause(seconds: u64) -> Fault {
 const FAULTS: [Fault; 13] = [
     Fault::Partition,
     Fault::ClockApart,
-    Fault::LostDisk,
+    Fault::Restart,
     pause(5),
     Fault::OldCopy,
     Fault::ClockFarOff,
-    Fault::Restart,
+    Fault::LostDisk,
     pause(20),
     Fault::LostLease,
     Fault::SilentPartition,
@@ -112,4 +112,18 @@ fn rng(seed: u64, processes: usize, number: usize) -> Rng {
         (mixed ^ part).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(31)
     });
     Rng::with_seed(mixed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plan_follows_from_the_seed_and_has_every_fault() {
+        let plan = |seed, number| format!("{:?}", Plan::draw(seed, 2, number));
+        assert!((0..50).all(|number| plan(1, number) == plan(1, number)));
+        assert!((0..50).any(|number| plan(1, number) != plan(2, number)));
+        let faults: Vec<_> = (26..39).map(|number| Plan::draw(7, 3, number).fault).collect();
+        assert!(FAULTS.iter().all(|fault| faults.contains(fault)), "{faults:?}");
+    }
 }

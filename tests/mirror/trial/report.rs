@@ -10,7 +10,7 @@ use std::{
 use super::plan::Plan;
 
 /// All processes answer alike so long after a fault is over. Later ones are counted: a timed test is flaky by design.
-const MAX_EQUAL: Duration = Duration::from_secs(2);
+pub(super) const MAX_EQUAL: Duration = Duration::from_secs(2);
 
 /// What one round showed.
 #[derive(Debug)]

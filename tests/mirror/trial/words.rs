@@ -246,3 +246,43 @@ impl Words {
         instance.0.extend(last);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Priority, promise, directory.
+    type Said = (Option<u16>, Promise, usize);
+
+    fn word(at: Instant, millis: u64, (state, promise, directory): Said) -> Word {
+        let said = at + Duration::from_millis(millis);
+        let state = state.map(|priority| Attributes { priority, weight: 1, port_name: PORT_NAMES[0] });
+        Word { state, promise, directory, said, answered: said, apart: Duration::from_millis(800) }
+    }
+
+    /// The priorities that are allowed after these words, of which each was said so many milliseconds after the first; the
+    /// directory 9 is lost.
+    fn allowed(words: &[(u64, Said)]) -> Vec<Option<u16>> {
+        let (mut instance, now) = (Instance::default(), Instant::now());
+        words.iter().for_each(|&(millis, of)| instance.add(word(now, millis, of)));
+        let states = instance.allowed(&HashSet::from([9]));
+        states.into_iter().map(|state| state.map(|attributes| attributes.priority)).collect()
+    }
+
+    #[test]
+    fn acknowledged_word_must_hold_until_the_next_one() {
+        use Promise::{Confirmed, Durable, None as Unanswered};
+        let put = |priority: u16, promise, directory| (Some(priority), promise, directory);
+        assert_eq!(allowed(&[]), [None]);
+        assert_eq!(allowed(&[(0, put(1, Confirmed, 1)), (5, put(2, Confirmed, 2))]), [Some(2)]);
+        assert_eq!(allowed(&[(0, put(1, Durable, 1)), (5, (None, Confirmed, 1))]), [None]);
+        assert_eq!(allowed(&[(0, put(1, Confirmed, 1)), (5, (None, Unanswered, 1))]), [None, Some(1)]);
+        // What a lost directory alone had may have been handed over before, or not.
+        assert_eq!(allowed(&[(0, put(1, Confirmed, 1)), (5, put(2, Durable, 9))]), [Some(1), Some(2)]);
+        assert_eq!(allowed(&[(0, put(1, Durable, 9))]), [None, Some(1)]);
+        // Clocks of two processes apart: either order, until they are further apart than the clocks.
+        assert_eq!(allowed(&[(0, put(1, Durable, 1)), (700, put(2, Confirmed, 2))]), [Some(1), Some(2)]);
+        assert_eq!(allowed(&[(0, put(1, Confirmed, 1)), (700, put(2, Durable, 2))]), [Some(1), Some(2)]);
+        assert_eq!(allowed(&[(0, put(1, Durable, 1)), (900, put(2, Confirmed, 2))]), [Some(2)]);
+    }
+}
