@@ -32,6 +32,16 @@ pub struct HybridClock {
 }
 
 impl HybridClock {
+    /// How far a stamp may be ahead of the wall clock, in microseconds. The clocks of two processes that can hold the Lease are
+    /// about 2 s apart at most; what is further ahead comes from a clock that was set wrong, or from a hand.
+    pub const MAX_LEAD: u64 = 5_000_000;
+
+    /// The highest clock that a stamp can have at wall clock `wall`.
+    #[must_use]
+    pub const fn highest(wall: u64) -> u64 {
+        wall.saturating_add(Self::MAX_LEAD)
+    }
+
     /// A clock that goes on after `last`, the highest value that the directory holds.
     #[must_use]
     pub const fn after(last: u64) -> Self {
@@ -49,10 +59,11 @@ impl HybridClock {
         self.last = self.last.max(clock);
     }
 
-    /// The time by which ages are measured: the wall clock, or the clock where that is ahead.
+    /// The time by which ages are measured: the wall clock, or the clock where that is [a little](Self::MAX_LEAD) ahead. One stamp
+    /// of next year must not make everything a year old.
     #[must_use]
     pub fn now(&self, wall: u64) -> u64 {
-        wall.max(self.last)
+        wall.max(self.last.min(Self::highest(wall)))
     }
 
     /// The last value that was returned or seen.
@@ -72,6 +83,8 @@ mod tests {
         assert_eq!([clock.next(10), clock.next(10), clock.next(3)], [10, 11, 12]);
         clock.observe(100);
         assert_eq!((clock.next(50), clock.now(40), clock.now(500)), (101, 101, 500));
+        clock.observe(HybridClock::MAX_LEAD + 51);
+        assert_eq!(clock.now(50), HybridClock::MAX_LEAD + 50, "ages follow the wall clock");
     }
 
     #[test]

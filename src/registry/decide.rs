@@ -16,7 +16,8 @@ use super::{
 };
 use crate::{
     model::{
-        Address, Instance, InstanceChange, InstanceId, InstanceKey, PortSet, Service, ServiceKey, Stamp, UnixMillis,
+        Address, HybridClock, Instance, InstanceChange, InstanceId, InstanceKey, PortSet, Service, ServiceKey, Stamp,
+        UnixMillis,
     },
     replicas::{tombstones::Tombstones, word::TombstoneLifetime},
     store::Record,
@@ -87,8 +88,12 @@ impl Decider {
     /// Stages the result of the comparison at the start. The limit of instances does not apply: each
     /// of these instances was accepted before.
     pub(super) fn replay(&mut self, records: Vec<Record>, now: UnixMillis) {
-        for record in records {
+        for mut record in records {
             let mut refuse_before = None;
+            if let Record::RefuseBefore { clock, .. } = &mut record {
+                // One of next year would refuse until then whatever is handed over.
+                *clock = (*clock).min(HybridClock::highest(now.0.saturating_mul(1_000)));
+            }
             match &record {
                 Record::Put { service, instance } => {
                     self.stamper.observe(instance.stamp());
@@ -307,6 +312,55 @@ impl Decider {
         }
     }
 
+    /// Services whose tombstones expire further in the future than the stamp of any of them can be.
+    pub(super) fn expiring_behind(&mut self, clock: u64) -> Vec<ServiceKey> {
+        self.expiries.as_mut().map(|expiries| expiries.take_behind(clock)).unwrap_or_default()
+    }
+
+    /// The tombstones of `service` have other stamps now.
+    pub(super) fn note_new_expiry(&mut self, service: ServiceKey) {
+        let oldest = self.batch.changes.tombstones(&self.catalog, &service).oldest();
+        if let (Some(expiries), Some(oldest)) = (&mut self.expiries, oldest) {
+            expiries.add(oldest, service);
+        }
+    }
+
+    /// Stamps anew what is known of `service` and is stamped above `highest`: it counts as said now, in the order in which it
+    /// was said.
+    pub(super) fn restamp(&mut self, service: &ServiceKey, highest: u64, now: UnixMillis) {
+        let tombstones = self.batch.changes.tombstones(&self.catalog, service);
+        if tombstones.refuse_before() > highest {
+            let clock = now.0.saturating_mul(1_000);
+            self.change_tombstones(service, now, |tombstones| tombstones.lower_refuse_before(clock));
+            self.batch.records.push(Record::RefuseBefore { service: service.clone(), clock });
+        }
+        let mut removals: Vec<_> = tombstones.iter().filter(|removal| removal.stamp.clock > highest).collect();
+        removals.sort_unstable_by_key(|removal| removal.stamp);
+        for removal in &removals {
+            let (id, stamp) = (removal.id.clone(), self.stamper.next(now));
+            self.batch.records.push(Record::Remove { service: service.clone(), id: id.clone(), stamp });
+            self.change_tombstones(service, now, |tombstones| tombstones.restamp(id, stamp));
+        }
+        // What is registered was registered after every removal of it.
+        let is_due = |one: &&Arc<Instance>| {
+            one.stamp().clock > highest || removals.iter().any(|removal| removal.id.address == *one.address())
+        };
+        let held = self.service(service).unwrap_or_default();
+        let mut due: Vec<Arc<Instance>> = held.instances.iter().filter(is_due).cloned().collect();
+        due.sort_unstable_by_key(|instance| instance.stamp());
+        for before in due {
+            let instance = Arc::new(Instance::clone(&before).with_stamp(self.stamper.next(now)));
+            self.batch.records.push(Record::Put { service: service.clone(), instance: Arc::clone(&instance) });
+            let change = InstanceChange { before: Some(before), after: Some(instance) };
+            self.batch.changes.stage(service.clone(), Some(held.clone()), change, now);
+        }
+    }
+
+    /// Records that were decided since [`Decider::take`].
+    pub(super) fn pending(&self) -> usize {
+        self.batch.records.len()
+    }
+
     fn set_ready(&mut self, key: ServiceKey, id: &InstanceId, ready: bool, received: UnixMillis) -> Outcome {
         let service = self.service(&key);
         let found = service.as_ref().and_then(|service| service.instances.get(&InstanceKey::from(id)).cloned());
@@ -335,7 +389,7 @@ impl Decider {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{HybridClock, InstanceSpec, PortSpec, testing::VALIDATOR};
+    use crate::model::{InstanceSpec, PortSpec, testing::VALIDATOR};
 
     fn key(name: &str) -> ServiceKey {
         VALIDATOR.service("prod", name).expect("valid")

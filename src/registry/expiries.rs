@@ -70,6 +70,12 @@ impl Expiries {
         due
     }
 
+    /// Takes the services whose tombstones expire by a clock behind `clock`. O(services).
+    pub(super) fn take_behind(&mut self, clock: u64) -> Vec<ServiceKey> {
+        let behind = self.by_clock.extract_if(.., |(expires, _)| *expires > clock);
+        behind.map(|(_, service)| service).collect()
+    }
+
     /// The next service to drop tombstones of; `None` while all fit the budget. After the last one it begins again.
     pub(super) fn next_to_shrink(&mut self) -> Option<ServiceKey> {
         if self.bytes <= self.max_bytes {

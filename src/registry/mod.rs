@@ -25,6 +25,7 @@
 mod apply;
 mod batch_limit;
 mod catalog;
+mod clock_repair;
 mod cluster_facts;
 mod commit;
 mod comparison;

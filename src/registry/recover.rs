@@ -4,7 +4,7 @@ use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use indexmap::IndexMap;
 use tokio::sync::mpsc;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::{
     Catalog, Feed, MirrorProgress, NamespacePolicy, QUEUE_LEN, RefusedWords, RegistryHandle, Snapshots, Status, Writer,
@@ -104,11 +104,13 @@ impl Unrecovered {
         for repair in &recovery.repairs {
             warn!("{repair}");
         }
-        let Replayed { services, mut tombstones, clock } = stored;
+        let clock = stored.settled_clock();
+        let Replayed { services, mut tombstones, clock: _ } = stored;
         if !recovery.tombstones {
             tombstones.clear();
         }
-        let now = clock.now(UnixMillis::now().0.saturating_mul(1_000));
+        let wall = UnixMillis::now();
+        let now = clock.now(wall.0.saturating_mul(1_000));
         tombstones.retain(|_, tombstones| {
             tombstones.expire(TombstoneLifetime::DEFAULT.expired_before(now));
             !tombstones.is_empty()
@@ -121,7 +123,14 @@ impl Unrecovered {
         // After a failure the journal is unusable, which the committer reports.
         let _ = journal.append(generation, &[]);
 
-        let term = if kubernetes.is_some() { recovery.term.term } else { 0 };
+        let mut stamper = Stamper::new(clock, if kubernetes.is_some() { recovery.term.term } else { 0 });
+        if let Some(behind) = stamper.tell_lead(wall).filter(|_| kubernetes.is_some()) {
+            error!(
+                ?behind,
+                "the clock of this machine is behind the last change that is stored: one of the two is wrong. Registrations are not \
+                 accepted before the API server answers, or the clock is set"
+            );
+        }
         let mut applier =
             Applier::new(publisher, Arc::clone(&catalog), feed, Arc::clone(&mirror_progress), Arc::clone(&metrics));
         applier.load(generation, services, tombstones);
@@ -143,13 +152,7 @@ impl Unrecovered {
         info!(services = catalog.len(), instances = catalog.instances(), generation, "recovered");
         Ok(Writer {
             queue,
-            decider: Decider::new(
-                Arc::clone(&catalog),
-                max_instances,
-                kubernetes,
-                Stamper::new(clock, term),
-                recovery.tombstones,
-            ),
+            decider: Decider::new(Arc::clone(&catalog), max_instances, kubernetes, stamper, recovery.tombstones),
             committer,
             applier,
             mirror_records: MirrorRecords::new(local),
@@ -171,6 +174,22 @@ impl Replayed {
         self.services.into_iter().collect()
     }
 
+    /// Not behind any stamp of what is left. A stamp from the future that was corrected since does not count.
+    fn settled_clock(&self) -> HybridClock {
+        if self.clock.last() <= HybridClock::highest(UnixMillis::now().0.saturating_mul(1_000)) {
+            return self.clock;
+        }
+        let mut clock = HybridClock::default();
+        for (_, service) in &self.services {
+            service.instances.iter().for_each(|instance| clock.observe(instance.stamp().clock));
+        }
+        for tombstones in self.tombstones.values() {
+            clock.observe(tombstones.refuse_before());
+            tombstones.iter().for_each(|removal| clock.observe(removal.stamp.clock));
+        }
+        clock
+    }
+
     /// Takes the next record of the store.
     pub(super) fn replay(&mut self, record: Record) {
         match record {
@@ -188,14 +207,22 @@ impl Replayed {
                 }
                 if stamp != Stamp::default() {
                     let tombstones = self.tombstones.entry(service).or_default();
-                    tombstones.insert(id, stamp);
+                    if tombstones.get(&InstanceKey::from(&id)) > Some(stamp) {
+                        // Corrected: it was from the future.
+                        tombstones.restamp(id, stamp);
+                    } else {
+                        tombstones.insert(id, stamp);
+                    }
                     // As when it was written: the record with the result follows.
                     tombstones.shrink();
                 }
             }
             Record::RefuseBefore { service, clock } => {
                 self.clock.observe(clock);
-                self.tombstones.entry(service).or_default().raise_refuse_before(clock);
+                let tombstones = self.tombstones.entry(service).or_default();
+                // The last record counts: a lower one corrects one from the future.
+                tombstones.lower_refuse_before(clock);
+                tombstones.raise_refuse_before(clock);
             }
             // The store does not pass these on: it returns them as a whole in `Recovery`.
             Record::Mirrored { .. } | Record::Term(_) => {}

@@ -1,5 +1,7 @@
 //! Stamps what the writer accepts, so that any two words on an instance have an order wherever they meet.
 
+use std::time::Duration;
+
 use crate::model::{HybridClock, Stamp, UnixMillis};
 
 /// The writer's clock, with the term and the generation under which it accepts.
@@ -8,12 +10,14 @@ pub(super) struct Stamper {
     clock: HybridClock,
     term: u64,
     generation: u64,
+    /// Whether it was said that the clock is ahead.
+    told: bool,
 }
 
 impl Stamper {
     /// `clock` is not behind any stamp in the store; `term` is 0 without Kubernetes.
     pub(super) fn new(clock: HybridClock, term: u64) -> Self {
-        Self { clock, term, generation: 0 }
+        Self { clock, term, generation: 0, told: false }
     }
 
     /// The term of the next stamp.
@@ -41,6 +45,24 @@ impl Stamper {
     /// The time by which ages of stamps are measured, in microseconds; `wall` is the wall clock.
     pub(super) fn now(&self, wall: UnixMillis) -> u64 {
         self.clock.now(wall.0.saturating_mul(1_000))
+    }
+
+    /// How far it is ahead of the wall clock, if that is further than clocks are apart: then one of the two was set wrong. Stamps go on
+    /// behind it all the same, because the wall clock may be the wrong one.
+    pub(super) fn lead(&self, wall: UnixMillis) -> Option<Duration> {
+        let lead = self.clock.last().saturating_sub(wall.0.saturating_mul(1_000));
+        (lead > HybridClock::MAX_LEAD).then(|| Duration::from_micros(lead))
+    }
+
+    /// As [`Stamper::lead`], once.
+    pub(super) fn tell_lead(&mut self, wall: UnixMillis) -> Option<Duration> {
+        self.lead(wall).filter(|_| !std::mem::replace(&mut self.told, true))
+    }
+
+    /// The wall clock is known to be right: the next stamp follows it, or `clock` if that is ahead.
+    pub(super) fn reset(&mut self, clock: HybridClock) {
+        self.clock = clock;
+        self.told = false;
     }
 
     /// The clock as it is.

@@ -46,7 +46,7 @@ const MAX_FACTS_COST: usize = 256;
 pub(super) const MAX_DIFFERENCES: usize = 1024;
 
 /// The same while registrations are not accepted yet, so that none can wait.
-const MAX_DIFFERENCES_AT_START: usize = 65_536;
+pub(super) const MAX_DIFFERENCES_AT_START: usize = 65_536;
 
 /// How long a start waits for the API server before the writer accepts registrations on the stored
 /// state, which another data directory may have changed since.
@@ -125,11 +125,10 @@ impl Writer {
     /// the store was compared before, and nobody is known to have written since, the wait is limited to 5 s: the
     /// stored state is good enough while the API server is down. Follows meanwhile what another process writes. Returns false if `stop` was cancelled meanwhile. Blocks.
     pub fn await_restore(&mut self, runtime: &Handle, stop: &CancellationToken) -> bool {
-        let is_newest = |local: &LocalState| local.term.term != 0 && !local.term.followed;
-        let deadline = Instant::now() + RESTORE_TIMEOUT;
+        let mut deadline = Instant::now() + RESTORE_TIMEOUT;
         while !self.mirror_records.comparison_is_over() {
             // A comparison that has begun needs no API server any more, so it has no timeout.
-            let may_time_out = self.mirror_records.awaited().is_some_and(is_newest) && !self.is_standby();
+            let may_time_out = self.mirror_records.awaited().is_some();
             let next = runtime.block_on(async {
                 tokio::select! {
                     biased;
@@ -141,8 +140,8 @@ impl Writer {
             match next {
                 Ok(message) => self.batch(message, runtime),
                 Err(Woken::Stopped) => return false,
-                // Another process has the Lease: it may have changed anything since.
-                Err(Woken::TimedOut) if self.is_standby() => {}
+                // The clock may be set meanwhile.
+                Err(Woken::TimedOut) if !self.may_begin_alone() => deadline = Instant::now() + RESTORE_TIMEOUT,
                 Err(Woken::TimedOut) => {
                     warn!("Kubernetes does not answer; going on with what is stored, and its slices follow later");
                     break;
@@ -151,6 +150,15 @@ impl Writer {
         }
         self.status.ready();
         true
+    }
+
+    /// Whether the stored state is good enough while the API server does not answer.
+    pub(super) fn may_begin_alone(&mut self) -> bool {
+        // Another process that has the Lease may have changed anything since.
+        let is_newest = |local: &LocalState| local.term.term != 0 && !local.term.followed;
+        let is_newest = self.mirror_records.awaited().is_some_and(is_newest) && !self.is_standby();
+        // Only the API server tells whether the clock is wrong, or what is stored.
+        is_newest && self.decider.stamper().lead(UnixMillis::now()).is_none()
     }
 
     /// Takes submissions until `stop`, then answers those that are still queued. Returns what is
@@ -342,6 +350,7 @@ impl Writer {
         }
         // Readers have seen generations of the process that was followed.
         self.committer.advance_to(self.catalog.generation().max(request.held.generation));
+        self.observe_slices(&request.held);
         let max_records = if self.status.accepting().is_ok() { MAX_DIFFERENCES } else { MAX_DIFFERENCES_AT_START };
         comparison::start(request, (number, local), Arc::clone(&self.catalog), max_records, runtime);
     }
@@ -384,10 +393,15 @@ impl Writer {
             return;
         }
         self.decider.stamper().set_term(term);
-        if let Some(term) = new_term {
-            if self.committer.commit(&[Record::Term(DirectoryTerm::new(term))], false).is_err() {
-                return;
-            }
+        if let Some(term) = new_term
+            && self.committer.commit(&[Record::Term(DirectoryTerm::new(term))], false).is_err()
+        {
+            return;
+        }
+        if self.restamp_future().is_err() {
+            return;
+        }
+        if new_term.is_some() {
             // The serial may have been that of another process.
             self.applier.set_serial(self.committer.generation());
         }
@@ -410,6 +424,7 @@ impl Writer {
 
     /// Forgets expired tombstones of a few services, in a batch of its own.
     fn sweep(&mut self) {
+        self.check_clock();
         // The generations of a catalog that follows are not the journal's.
         let changed = !self.is_standby() && !self.follows() && self.committer.usable().is_ok() && {
             self.decider.stamper().set_generation(self.committer.generation() + 1);

@@ -111,6 +111,12 @@ impl Tombstones {
         true
     }
 
+    /// Remembers a removal that is known already with another stamp, by this one.
+    pub fn restamp(&mut self, id: InstanceId, stamp: Stamp) {
+        self.removed.remove(&InstanceKey::from(&id));
+        self.insert(id, stamp);
+    }
+
     /// Drops the tombstones of an address which that of all its instances makes redundant.
     fn drop_all_of(&mut self, address: &Address, before: Stamp) {
         let mut redundant = Vec::new();
@@ -136,6 +142,11 @@ impl Tombstones {
             self.retain_after(clock);
         }
         is_news
+    }
+
+    /// Corrects a [`refuse_before`](Self::refuse_before) that is higher than it can be.
+    pub fn lower_refuse_before(&mut self, clock: u64) {
+        self.refuse_before = self.refuse_before.min(clock);
     }
 
     /// Bytes that they take in the annotation.

@@ -48,8 +48,8 @@ pub enum Merged {
     Applied,
     /// A word that is as young, or younger, is known already; or a removal so old that whatever it removes is refused anyway.
     Outranked,
-    /// Nothing is known of its key, and the word is so old that its removal may have been forgotten.
-    /// Whoever sent it must be told.
+    /// Nothing is known of its key, and the word is so old that its removal may have been forgotten; or its stamp is from a time
+    /// that has not come, so that nobody knows how old it is. Whoever sent it must be told.
     TooOld,
 }
 
@@ -58,6 +58,8 @@ pub enum Merged {
 pub struct AgeLimit {
     /// Puts of unknown keys with a clock at or below this are refused.
     refused_to: u64,
+    /// The highest clock that a stamp can have by now.
+    highest: u64,
 }
 
 impl AgeLimit {
@@ -65,16 +67,20 @@ impl AgeLimit {
     /// (0 where none was dropped).
     #[must_use]
     pub fn at(clock: HybridClock, wall: u64, lifetime: TombstoneLifetime, refuse_before: u64) -> Self {
-        Self { refused_to: lifetime.refused_before(clock.now(wall)).max(refuse_before) }
+        let highest = HybridClock::highest(wall);
+        Self { refused_to: lifetime.refused_before(clock.now(wall)).max(refuse_before.min(highest)), highest }
     }
 
     /// The rule. The younger stamp wins; where nothing is known, a removal leaves its tombstone,
-    /// and a put counts, unless it is too old.
+    /// and a put counts, unless it is too old. A word from the future may be older than what is known, and counts for nothing.
     #[must_use]
     pub fn merge<V>(self, known: Option<Stamp>, word: &Word<V>) -> Merged {
         match known {
-            Some(known) if word.stamp > known => Merged::Applied,
-            Some(_) => Merged::Outranked,
+            Some(known) if word.stamp <= known => Merged::Outranked,
+            Some(_) if word.stamp.clock > self.highest => Merged::TooOld,
+            None if word.stamp.clock > self.highest && !word.is_tombstone() => Merged::TooOld,
+            None if word.stamp.clock > self.highest => Merged::Outranked,
+            Some(_) => Merged::Applied,
             None if word.stamp.clock > self.refused_to => Merged::Applied,
             // With its tombstone the key would be known, and a younger put that is too old, too, would count.
             None if word.is_tombstone() => Merged::Outranked,
@@ -101,12 +107,33 @@ mod tests {
     }
 
     #[test]
+    fn word_from_the_future_counts_for_nothing() {
+        let year = 365 * 24 * 3600 * 1_000_000;
+        let limit = AgeLimit::at(HybridClock::default(), 1_000, TombstoneLifetime::DEFAULT, 0);
+        let known = Some(word(Some(1), 900).stamp);
+        let ahead = [word(None, year), word(Some(2), year)];
+        assert_eq!(ahead.map(|word| limit.merge(known, &word)), [Merged::TooOld, Merged::TooOld]);
+        assert_eq!(ahead.map(|word| limit.merge(None, &word)), [Merged::Outranked, Merged::TooOld]);
+        assert_eq!(limit.merge(known, &word(Some(2), 5_000_000)), Merged::Applied, "clocks are a little apart");
+        assert_eq!(limit.merge(Some(ahead[0].stamp), &word(Some(2), 1_000)), Merged::Outranked);
+    }
+
+    #[test]
     fn old_put_of_an_unknown_key_is_refused_and_an_old_removal_leaves_nothing() {
         let limit = AgeLimit::at(HybridClock::default(), 1_000, TombstoneLifetime(400), 0);
         assert_eq!(limit.merge(None, &word(Some(1), 701)), Merged::Applied);
         assert_eq!(limit.merge(None, &word(Some(1), 700)), Merged::TooOld);
         assert_eq!(limit.merge(None, &word(None, 701)), Merged::Applied);
         assert_eq!(limit.merge(None, &word(None, 700)), Merged::Outranked);
+        let year = 365 * 24 * 3600 * 1_000_000;
+        let absurd = AgeLimit::at(HybridClock::after(year), 1_000, TombstoneLifetime(400), year);
+        assert_eq!(absurd.merge(None, &word(Some(1), 701)), Merged::TooOld, "refused for a few seconds");
+        let later = AgeLimit::at(HybridClock::after(year), 10_000_000, TombstoneLifetime(400), 0);
+        assert_eq!(
+            later.merge(None, &word(Some(1), 15_000_000)),
+            Merged::Applied,
+            "one stamp of next year makes nothing old"
+        );
         let full = AgeLimit::at(HybridClock::default(), 1_000, TombstoneLifetime(400), 900);
         assert_eq!(full.merge(None, &word(Some(1), 900)), Merged::TooOld, "a tombstone that young was dropped");
     }

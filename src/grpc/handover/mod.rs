@@ -35,6 +35,10 @@ const MAX_WORDS: usize = 256;
 /// How long an answer waits for Kubernetes at most.
 const MAX_WAIT: Duration = Duration::from_secs(2);
 
+/// How long a word waits whose stamp is ahead of the clock. One that is further ahead is refused: by then it would undo whatever was
+/// said meanwhile.
+const MAX_CLOCK_WAIT: Duration = Duration::from_secs(3600);
+
 /// Requests that are carried out at the same time; more are answered with RESOURCE_EXHAUSTED.
 const MAX_REQUESTS: usize = 4;
 
@@ -139,6 +143,13 @@ impl Answer {
                 not_yet(format!("{}: {why}", word.service))
             }
             MergeOutcome::Full { limit } => not_yet(format!("the server holds {limit} instances, which is its limit")),
+            MergeOutcome::ClockAhead(lead) if lead > MAX_CLOCK_WAIT => Self::Now(
+                WireResult::TooOld,
+                format!(
+                    "its stamp is {lead:?} ahead of the clock of the process that writes, so nobody knows how old it is; it has to \
+                     be said again"
+                ),
+            ),
             MergeOutcome::ClockAhead(lead) => {
                 not_yet(format!("its stamp is {lead:?} ahead of the clock of the process that writes"))
             }
@@ -176,5 +187,24 @@ impl HandOver for HandOverService {
                 })
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{InstanceId, PortSet, Stamp, testing::VALIDATOR};
+
+    #[test]
+    fn word_from_the_future_waits_for_an_hour_at_most() {
+        let address = VALIDATOR.address("10.0.0.1").expect("valid");
+        let id = InstanceId { address, ports: PortSet::default() };
+        let service = VALIDATOR.service("prod", "web").expect("valid");
+        let word = OutboxWord { service, id, instance: None, stamp: Stamp::default() };
+        let result = |seconds| match Answer::to(&word, MergeOutcome::ClockAhead(Duration::from_secs(seconds))) {
+            Answer::Now(result, _) => Some(result),
+            Answer::Mirrored(..) => None,
+        };
+        assert_eq!([3_600, 3_601].map(result), [Some(WireResult::NotYet), Some(WireResult::TooOld)]);
     }
 }

@@ -43,6 +43,9 @@ const IDLE_INTERVAL: Duration = Duration::from_secs(10);
 /// Bytes of words in one request, of those that a message may have.
 const MAX_REQUEST_BYTES: usize = MAX_MESSAGE_BYTES / 4 * 3;
 
+/// Words that are read from the outbox at once: each time all of it is searched.
+const MAX_PAGE: usize = 16_384;
+
 /// Most different reasons for which words wait that are remembered, to log each once.
 const MAX_REASONS: usize = 64;
 
@@ -110,7 +113,7 @@ impl Sender {
         let (mut round, mut after) = (Round::default(), None::<Stamp>);
         let mut client = None;
         loop {
-            let OutboxPage { words, total } = self.registry.outbox(after, MAX_WORDS).await?;
+            let OutboxPage { words, total } = self.registry.outbox(after, MAX_PAGE).await?;
             round.left = total;
             let Some(last) = words.last() else { break };
             after = Some(last.stamp);
@@ -131,9 +134,9 @@ impl Sender {
                         return Ok(round);
                     }
                 }
-            }
-            if self.holder.has_changed().unwrap_or(true) {
-                break;
+                if self.holder.has_changed().unwrap_or(true) {
+                    return Ok(round);
+                }
             }
         }
         Ok(round)

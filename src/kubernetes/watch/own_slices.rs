@@ -18,7 +18,7 @@ use crate::{
         objects::slices::{InstanceView, SkippedEndpoint, SliceRank, read_slice, read_tombstones},
     },
     metrics::KubernetesMetrics,
-    model::{ServiceKey, UnixMillis, Validator},
+    model::{HybridClock, ServiceKey, UnixMillis, Validator},
     registry::{FollowedServices, KubernetesState, RegistryHandle, Unavailable},
     replicas::{
         election::Tenure,
@@ -253,7 +253,9 @@ impl SliceInstances {
         if observed.deleting {
             return self.delete(&slice.metadata);
         }
-        if let Some(tombstones) = read_tombstones(slice) {
+        if let Some(mut tombstones) = read_tombstones(slice) {
+            // One of next year, by a hand, would refuse until then whatever an outbox holds. The stamps are for the registry to judge.
+            tombstones.lower_refuse_before(HybridClock::highest(UnixMillis::now().0.saturating_mul(1_000)));
             self.delete(&slice.metadata);
             self.tombstones.insert(slice_key(&slice.metadata), (observed.service.clone(), tombstones));
             return;

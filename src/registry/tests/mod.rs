@@ -1,5 +1,6 @@
 //! The registry from its handle to its journal, compared with a model that is a plain map.
 
+mod clock;
 mod failed_journal;
 mod fairness;
 mod handover;

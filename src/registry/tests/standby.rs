@@ -15,7 +15,7 @@ impl Replica {
         Self::start_under(dir, 1)
     }
 
-    fn start_under(dir: &TempDir, new_term: u64) -> Self {
+    pub(super) fn start_under(dir: &TempDir, new_term: u64) -> Self {
         let (mut registry, _) = with_kubernetes(dir);
         restore(&mut registry, KubernetesState { new_term, ..KubernetesState::default() });
         Self::run(registry)
