@@ -27,7 +27,7 @@ use kube::{
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{error, info};
 
 pub use api::ConnectError;
 pub use objects::slices::{DEFAULT_MAX_ENDPOINTS, MAX_ENDPOINTS};
@@ -136,8 +136,12 @@ impl Kubernetes {
         };
         let (slices, requests) = mpsc::channel(1);
         let watching = async {
-            // The registry reports itself why it has ended, and the elector waits for the stop.
-            let _ = watch.run(requests, &stop).await;
+            // The process ends with the registry, which reports itself why. The elector waits for the stop.
+            if let Err(err) = watch.run(requests, &stop).await
+                && !stop.is_cancelled()
+            {
+                error!(%err, "the watches of Kubernetes have ended with the registry");
+            }
             future::pending().await
         };
         let service_slices = self.service_slices(fence.clone(), Arc::clone(&metrics));
@@ -175,14 +179,14 @@ impl Kubernetes {
                             future::pending().await
                         } => never,
                     },
-                    Some(Turn::StandDown { holder, outranked })
-                        if stand_down(&registry, holder.clone(), outranked).await.is_ok() =>
-                    {
-                        // An error means that the process ends, as it does where nothing follows.
-                        let _ = slices.send(SlicesRequest::Follow).await;
+                    Some(Turn::StandDown { holder, outranked }) => {
+                        // An error means that the process ends. Its elector may have another turn, and waits until it is taken.
+                        if stand_down(&registry, holder, outranked).await.is_ok() {
+                            let _ = slices.send(SlicesRequest::Follow).await;
+                        }
                         turns.recv().await
                     }
-                    Some(Turn::StandDown { .. }) | None => future::pending().await,
+                    None => future::pending().await,
                 }
             }
         };
@@ -261,10 +265,11 @@ async fn take_over(
     highest_term: u64,
     slices: &mpsc::Sender<SlicesRequest>,
 ) -> Option<u64> {
+    let turn = registry.begin_take_over().await.ok()?;
     // The Lease names this process now: after a crash in the middle of what follows nothing else says who wrote before.
     registry.outranked(Some(tenure.previous.as_ref().map_or(0, |lease| lease.term))).await.ok()?;
     let (restored, result) = oneshot::channel();
-    let request = TakeOver { tenure, highest_term, restored };
+    let request = TakeOver { tenure, highest_term, turn, restored };
     slices.send(SlicesRequest::TakeOver(request)).await.ok()?;
     match result.await.ok()? {
         Restored::Term(term) => elector.taken_over().await.then_some(term),

@@ -48,6 +48,10 @@ pub(super) struct StandDownRequest {
     done: oneshot::Sender<()>,
 }
 
+/// Which take-over it is: a later one, or standing down, ends it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TakeOverTurn(pub(super) u64);
+
 /// Says that another process writes, or wrote.
 #[derive(Debug)]
 pub(super) struct OutrankedRequest {
@@ -59,7 +63,7 @@ pub(super) struct OutrankedRequest {
 impl RegistryHandle {
     /// From now on this process does not write, but `holder`, if anybody does: registrations are refused, and what was
     /// accepted and is not in Kubernetes stays in the outbox until the next [`restore`](Self::restore). A restore that
-    /// runs is given up. What is visible stays, until [`follow`](Self::follow) replaces it. After a failure of the journal the
+    /// runs is given up, and one that is queued behind this call does nothing. What is visible stays, until [`follow`](Self::follow) replaces it. After a failure of the journal the
     /// phase stays [`Phase::StorageFailed`].
     ///
     /// # Errors
@@ -69,6 +73,17 @@ impl RegistryHandle {
         let request = StandDownRequest { holder, done };
         self.queue.send(WriterMessage::StandDown(request)).await.map_err(|_| self.status.refusal())?;
         is_done.await.map_err(|_| self.status.refusal())
+    }
+
+    /// This process begins to take over. A [`restore`](Self::restore) of an earlier take-over counts no more, even if it
+    /// is queued already; one that runs, or has ended, is given up, as by [`stand_down`](Self::stand_down).
+    ///
+    /// # Errors
+    /// When the writer has ended.
+    pub async fn begin_take_over(&self) -> Result<TakeOverTurn, Unavailable> {
+        let (reply, turn) = oneshot::channel();
+        self.queue.send(WriterMessage::TakeOver(reply)).await.map_err(|_| self.status.refusal())?;
+        turn.await.map_err(|_| self.status.refusal())
     }
 
     /// Something shows `term`, or another process holds the Lease (`None`): unless the term of this directory is as high, what
@@ -99,6 +114,22 @@ impl RegistryHandle {
 
 impl Writer {
     pub(super) fn stand_down(&mut self, StandDownRequest { holder, done }: StandDownRequest) {
+        // The list of a take-over that is given up may be complete already, and its restore on its way.
+        self.mirror_records.next_turn();
+        self.stop_writing(holder);
+        // An error means that the caller has ended.
+        let _ = done.send(());
+    }
+
+    pub(super) fn begin_take_over(&mut self, reply: oneshot::Sender<TakeOverTurn>) {
+        if self.mirror_records.awaited().is_none() {
+            self.stop_writing(LeaseHolder::default());
+        }
+        // An error means that the caller has ended.
+        let _ = reply.send(TakeOverTurn(self.mirror_records.next_turn()));
+    }
+
+    fn stop_writing(&mut self, holder: LeaseHolder) {
         self.status.stand_down(holder);
         if self.mirror_records.awaited().is_none() {
             // Confirmed while this process held the Lease.
@@ -128,8 +159,6 @@ impl Writer {
                 stored: differs.then(|| stored.into_services()),
             });
         }
-        // An error means that the caller has ended.
-        let _ = done.send(());
     }
 
     /// Whether the catalog holds what another process writes.

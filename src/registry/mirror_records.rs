@@ -24,6 +24,8 @@ pub(super) struct MirrorRecords {
     comparison: ComparisonState,
     /// How many comparisons were begun.
     begun: u64,
+    /// Of which take-over a comparison is begun.
+    turn: u64,
     /// Confirmations that are not in the journal yet.
     unsaved: Vec<Record>,
     /// When `unsaved` has to be journaled; `None` if it is empty.
@@ -81,6 +83,17 @@ impl MirrorRecords {
     /// Another comparison will follow, with this on its local side. One that runs is given up.
     pub(super) fn await_comparison(&mut self, local: LocalState) {
         self.comparison = ComparisonState::Awaited(local);
+    }
+
+    /// From now on only the take-over with this number may begin a comparison.
+    pub(super) fn next_turn(&mut self) -> u64 {
+        self.turn += 1;
+        self.turn
+    }
+
+    /// Whether nothing has come after the take-over with this number.
+    pub(super) fn is_current(&self, turn: u64) -> bool {
+        self.turn == turn
     }
 
     /// Begins the comparison. Returns its number; `None` if it was begun before.

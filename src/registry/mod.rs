@@ -56,7 +56,7 @@ use tokio::sync::{mpsc, oneshot};
 pub use catalog::Catalog;
 pub use cluster_facts::{ClusterFact, KubernetesRefusal, NamespacePolicy};
 pub use feed::{Batch, Event, Feed, Lagged, Subscription};
-pub use follow::FollowedServices;
+pub use follow::{FollowedServices, TakeOverTurn};
 pub use merge::{MergeAck, MergeOutcome};
 pub use mirror_progress::{Askers, DirtyServices, MirrorLag, MirrorProgress};
 pub use outbox::{OutboxPage, OutboxWord};
@@ -175,8 +175,10 @@ enum WriterMessage {
     Submit(Submission),
     Learn(Vec<ClusterFact>),
     Mirrored(Vec<(ServiceKey, u64)>),
-    /// Begins the comparison with Kubernetes.
-    Restore(comparison::ComparisonRequest),
+    /// A take-over begins.
+    TakeOver(oneshot::Sender<TakeOverTurn>),
+    /// Begins the comparison with Kubernetes, of this take-over.
+    Restore(TakeOverTurn, comparison::ComparisonRequest),
     /// A part of the result of the comparison.
     Differences(comparison::Differences),
     /// The comparison has sent its whole result.
@@ -256,16 +258,17 @@ impl RegistryHandle {
         self.queue.send(WriterMessage::Learn(facts)).await.map_err(|_| self.status.refusal())
     }
 
-    /// Sends the contents of all managed EndpointSlices, once for each take-over. Until then the registry
+    /// Sends the contents of all managed EndpointSlices, once for each [take-over](Self::begin_take_over). Until then the registry
     /// accepts nothing, or until a timeout if the store has been compared with Kubernetes before.
     /// Returns after the comparison is applied, with the term under which the mirror writes slices.
     ///
     /// # Errors
-    /// When the writer has ended, cannot write its journal, or has [stood down](Self::stand_down) meanwhile.
-    pub async fn restore(&self, held: KubernetesState) -> Result<u64, Unavailable> {
+    /// When the writer has ended or cannot write its journal, or this take-over is over: another has begun, or this process has
+    /// [stood down](Self::stand_down). The error is that of a registration at that moment.
+    pub async fn restore(&self, turn: TakeOverTurn, held: KubernetesState) -> Result<u64, Unavailable> {
         let (reply, term) = oneshot::channel();
         let request = comparison::ComparisonRequest { held, queue: self.queue.clone(), reply };
-        self.queue.send(WriterMessage::Restore(request)).await.map_err(|_| self.status.refusal())?;
+        self.queue.send(WriterMessage::Restore(turn, request)).await.map_err(|_| self.status.refusal())?;
         term.await.map_err(|_| self.status.refusal())
     }
 

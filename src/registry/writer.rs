@@ -21,7 +21,7 @@ use tracing::warn;
 
 use super::{
     Ack, AckSender, Catalog, ClusterFact, MirrorProgress, OutboxWord, Outcome, Phase, RefusedWords, Status, Submission,
-    TermRequest, Unavailable, WriterMessage,
+    TakeOverTurn, TermRequest, Unavailable, WriterMessage,
     apply::Applier,
     batch_limit::{BatchLimit, MAX_BATCH_TIME},
     commit::Committer,
@@ -226,7 +226,8 @@ impl Writer {
                 WriterMessage::Mirrored(services) => self.mirror_records.confirmed(services, Instant::now()),
                 // Earlier decisions must be applied first: the comparison reads the catalog, and the
                 // journaled records filter its result.
-                WriterMessage::Restore(_)
+                WriterMessage::TakeOver(_)
+                | WriterMessage::Restore(..)
                 | WriterMessage::Differences(_)
                 | WriterMessage::Compared(_)
                 | WriterMessage::Follow(_)
@@ -250,7 +251,8 @@ impl Writer {
         let commit = self.finish(pending);
         self.limit.observe(commands, (self.clock)().saturating_duration_since(begun), commit);
         match then {
-            Some(WriterMessage::Restore(request)) => self.compare(request, runtime),
+            Some(WriterMessage::TakeOver(reply)) => self.begin_take_over(reply),
+            Some(WriterMessage::Restore(turn, request)) => self.compare(turn, request, runtime),
             Some(WriterMessage::Differences(part)) => self.apply_differences(part),
             Some(WriterMessage::Compared(end)) => self.end_comparison(end),
             Some(WriterMessage::Follow(request)) => self.follow(request),
@@ -340,9 +342,12 @@ impl Writer {
         }
     }
 
-    /// Begins the comparison with the EndpointSlices. A second request is dropped: its caller gets an
-    /// error.
-    fn compare(&mut self, request: comparison::ComparisonRequest, runtime: &Handle) {
+    /// Begins the comparison with the EndpointSlices. A second request is dropped, and so is one of a take-over that was
+    /// given up: its caller gets an error.
+    fn compare(&mut self, TakeOverTurn(turn): TakeOverTurn, request: comparison::ComparisonRequest, runtime: &Handle) {
+        if !self.mirror_records.is_current(turn) {
+            return;
+        }
         let Some((number, mut local)) = self.mirror_records.begin_comparison() else { return };
         if (local.term.term, local.generation) < (request.held.term, request.held.generation) {
             // The result is journaled in parts: a start after half of them must not take the journal for the newest state.

@@ -96,8 +96,9 @@ impl Registry {
         let mut registry = Self::with(registry::Options { max_instances: 1_000_000, kubernetes: Some(rules) });
         registry.recover();
         registry.write();
-        let restored =
-            registry.context.registry.restore(registry::KubernetesState { new_term: 1, ..Default::default() });
+        let handle = registry.context.registry.clone();
+        let turn = soon("the take-over", handle.begin_take_over()).await.expect("the writer is there");
+        let restored = handle.restore(turn, registry::KubernetesState { new_term: 1, ..Default::default() });
         assert_eq!(soon("the start", restored).await, Ok(1));
         registry
     }

@@ -235,8 +235,9 @@ impl Elector {
         if self.election.lease().is_none_or(|lease| lease.released || lease.holder == me) {
             return;
         }
-        // The API server was away at the start, and registrations were accepted meanwhile.
-        let was_told = self.registry.status().accepting().is_err() && self.storage_failed.is_none() || self.stood_down;
+        // Registrations are accepted if the API server was away at the start, whatever the registry was told before.
+        let refuses = self.registry.status().accepting().is_err();
+        let was_told = refuses && (self.storage_failed.is_none() || self.stood_down);
         if !was_told && !self.active {
             self.stand_down(true).await;
         }

@@ -19,7 +19,7 @@ use crate::{
     },
     metrics::KubernetesMetrics,
     model::{HybridClock, ServiceKey, UnixMillis, Validator},
-    registry::{FollowedServices, KubernetesState, RegistryHandle, Unavailable},
+    registry::{FollowedServices, KubernetesState, RegistryHandle, TakeOverTurn, Unavailable},
     replicas::{
         election::Tenure,
         time::{BootTime, Now},
@@ -55,6 +55,7 @@ pub(in crate::kubernetes) struct TakeOver {
     pub(in crate::kubernetes) tenure: Tenure,
     /// A slice with a higher term has it from a hand: its instances count, its term does not.
     pub(in crate::kubernetes) highest_term: u64,
+    pub(in crate::kubernetes) turn: TakeOverTurn,
     pub(in crate::kubernetes) restored: oneshot::Sender<Restored>,
 }
 
@@ -151,7 +152,7 @@ impl<'a> OwnSlicesHandler<'a> {
         Ok(())
     }
 
-    async fn restore(&mut self, TakeOver { tenure, restored: reply, .. }: TakeOver) -> Result<(), Unavailable> {
+    async fn restore(&mut self, TakeOver { tenure, turn, restored: reply, .. }: TakeOver) -> Result<(), Unavailable> {
         let found = self.instances.rank.term;
         if found >= tenure.term {
             // The receiver may be gone.
@@ -166,12 +167,9 @@ impl<'a> OwnSlicesHandler<'a> {
         self.purpose = Purpose::Writing(LateWrites::new(self.registry.clone(), validator, tenure.term));
         let restored = instances.into_state(&tenure);
         let (services, found) = (restored.services.len(), restored.term);
-        let term = match self.registry.restore(restored).await {
-            Ok(term) => term,
-            // This process does not take over any more, or cannot. The next request is on its way.
-            Err(Unavailable::Standby(_) | Unavailable::NotReady | Unavailable::StorageFailed) => return Ok(()),
-            Err(err) => return Err(err),
-        };
+        // Without a term this process does not take over any more, or cannot: then the next request is on its way, or the
+        // elector gives the Lease up after a while. If the writer has ended, the process ends.
+        let Ok(term) = self.registry.restore(turn, restored).await else { return Ok(()) };
         info!(services, found, term, "restored from Kubernetes");
         self.metrics.synced.set(1);
         // The receiver may be gone.

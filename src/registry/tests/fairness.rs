@@ -90,7 +90,9 @@ fn begin_restore(
     held: KubernetesState,
 ) -> Pin<Box<dyn Future<Output = Result<u64, Unavailable>>>> {
     let handle = registry.handle.clone();
-    let mut restoring: Pin<Box<dyn Future<Output = _>>> = Box::pin(async move { handle.restore(held).await });
+    // No other take-over has begun.
+    let restored = async move { handle.restore(TakeOverTurn(0), held).await };
+    let mut restoring: Pin<Box<dyn Future<Output = _>>> = Box::pin(restored);
     assert_eq!(restoring.as_mut().now_or_never(), None, "the writer has not seen it");
     restoring
 }

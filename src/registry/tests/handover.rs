@@ -42,7 +42,10 @@ fn directory_that_never_wrote_to_kubernetes_hands_nothing_over() {
     assert_eq!(replica.outbox(None, 9).total, 0);
     // It counts once the directory takes the Lease.
     let held = KubernetesState { term: 4, new_term: 5, had_lease: true, ..KubernetesState::default() };
-    assert_eq!(replica.runtime.block_on(replica.handle.restore(held)), Ok(5));
+    assert_eq!(
+        replica.runtime.block_on(async { replica.handle.restore(replica.handle.begin_take_over().await?, held).await }),
+        Ok(5)
+    );
     assert_eq!(replica.handle.catalog().instances(), 1);
     replica.end();
 }

@@ -261,7 +261,7 @@ fn registration_is_refused_before_the_restore_and_checked_after_it() {
     let handle = registry.handle.clone();
     let restoring = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        runtime.block_on(handle.restore(in_kubernetes))
+        runtime.block_on(async { handle.restore(handle.begin_take_over().await?, in_kubernetes).await })
     });
     let stop = CancellationToken::new();
     assert!(registry.writer.await_restore(registry.runtime.handle(), &stop), "it was not stopped");
@@ -288,7 +288,7 @@ fn restore(registry: &mut TestRegistry, in_kubernetes: KubernetesState) -> u64 {
     let handle = registry.handle.clone();
     let restoring = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        runtime.block_on(handle.restore(in_kubernetes))
+        runtime.block_on(async { handle.restore(handle.begin_take_over().await?, in_kubernetes).await })
     });
     assert!(registry.writer.await_restore(registry.runtime.handle(), &CancellationToken::new()), "it was not stopped");
     restoring.join().expect("no panic").expect("the journal takes it")
@@ -341,7 +341,7 @@ fn unchanged_registration_survives_a_comparison_that_drops_the_stored_instance()
     std::thread::spawn(move || registry.writer.run(registry.runtime.handle(), &CancellationToken::new()));
     assert_eq!(runtime.block_on(answer).map(|ack| ack.outcomes), Ok(vec![Outcome::Unchanged]));
     assert_eq!(handle.mirror_progress().lag().services, 1, "it is not in Kubernetes yet");
-    assert_eq!(runtime.block_on(handle.restore(in_kubernetes)), Ok(8));
+    assert_eq!(runtime.block_on(async { handle.restore(handle.begin_take_over().await?, in_kubernetes).await }), Ok(8));
     let held: Vec<_> = held(handle.catalog()).into_keys().map(|(service, address, _)| (service, address)).collect();
     assert_eq!(held, [("db".into(), "10.0.0.3".into()), ("web".into(), "10.0.0.1".into())]);
 }

@@ -54,7 +54,7 @@ impl Replica {
             services,
             tombstones: Vec::new(),
         };
-        self.runtime.block_on(self.handle.restore(held))
+        self.runtime.block_on(async { self.handle.restore(self.handle.begin_take_over().await?, held).await })
     }
 
     pub(super) fn addresses(&self) -> Vec<String> {
@@ -240,7 +240,8 @@ fn crash_in_a_comparison_does_not_forget_that_the_slices_are_newer() {
             services: vec![slices("web", &["10.0.0.2"])],
             ..KubernetesState::default()
         };
-        let request = WriterMessage::Restore(comparison::ComparisonRequest { held, queue, reply });
+        let turn = TakeOverTurn(registry.writer.mirror_records.next_turn());
+        let request = WriterMessage::Restore(turn, comparison::ComparisonRequest { held, queue, reply });
         registry.writer.batch(request, registry.runtime.handle());
         // Nothing of its result has come when the process ends.
         drop(registry);
@@ -269,7 +270,8 @@ fn take_over_that_is_given_up_changes_nothing_afterwards() {
         // The journal has none of these.
         replica.follow(true, vec![slices_of(2)]);
         let (given_up, ()) = replica.runtime.block_on(async {
-            tokio::join!(replica.handle.restore(state), async {
+            let turn = replica.handle.begin_take_over().await.expect("the writer is there");
+            tokio::join!(replica.handle.restore(turn, state), async {
                 replica.handle.stand_down(other()).await.expect("the writer is there");
             })
         });
@@ -293,4 +295,48 @@ fn take_over_that_is_given_up_changes_nothing_afterwards() {
         replica.stand_down();
     }
     replica.end();
+}
+
+/// What a list shows that is complete only when the take-over is over.
+fn late_state(new_term: u64) -> KubernetesState {
+    let services = vec![slices("web", &["10.0.0.9"])];
+    KubernetesState { term: 1, generation: 8, new_term, had_lease: true, services, ..KubernetesState::default() }
+}
+
+#[test]
+fn restore_that_comes_after_its_take_over_was_given_up_does_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let replica = Replica::start(&dir);
+    replica.stand_down();
+    let late = replica.runtime.block_on(async {
+        let turn = replica.handle.begin_take_over().await?;
+        replica.handle.stand_down(other()).await?;
+        replica.handle.restore(turn, late_state(3)).await
+    });
+    assert_eq!(late, Err(Unavailable::Standby(Arc::new(other()))));
+    replica.follow(true, vec![slices("web", &["10.0.0.4"])]);
+    assert_eq!(replica.addresses(), ["web 10.0.0.4"], "it follows");
+    assert_eq!(replica.restore(4, vec![slices("web", &["10.0.0.5"])]), Ok(4));
+    replica.end();
+    assert_eq!(stored_term(&dir), store::DirectoryTerm::new(4));
+}
+
+/// The Lease was deleted during a take-over, and this process made it again: nothing tells the registry to stand down.
+#[test]
+fn take_over_begins_anew_although_an_earlier_one_was_not_given_up() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let replica = Replica::start(&dir);
+    replica.stand_down();
+    let late = replica.runtime.block_on(async {
+        let turn = replica.handle.begin_take_over().await?;
+        replica.handle.begin_take_over().await?;
+        replica.handle.restore(turn, late_state(3)).await
+    });
+    assert_eq!(late, Err(Unavailable::Standby(Arc::new(other()))));
+    // This one ends, and the Lease is lost before anybody looks.
+    assert_eq!(replica.restore(4, vec![slices("web", &["10.0.0.4"])]), Ok(4));
+    assert_eq!(replica.restore(6, vec![slices("web", &["10.0.0.5"])]), Ok(6));
+    assert_eq!(replica.handle.status().phase(), Phase::Ready);
+    replica.end();
+    assert_eq!(stored_term(&dir), store::DirectoryTerm::new(6));
 }
