@@ -17,6 +17,7 @@ use tracing::{error, info, warn};
 use super::{
     drain::Drain,
     lease::{LeaseClient, LeaseRead},
+    release::{Released, release},
     turns::{ElectorHandle, Message, ReplicaHandle, Turn},
 };
 use crate::{
@@ -34,6 +35,12 @@ use crate::{
 
 /// How long a request for the Lease may take: a renewal is repeated in time.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a renewal that is under way may keep the release of the Lease waiting.
+const MAX_WAIT_FOR_RENEWAL: Duration = Duration::from_millis(500);
+
+/// How long the release of the Lease is tried.
+const MAX_RELEASE: Duration = Duration::from_secs(5);
 
 /// How often to look whether everything is mirrored, once nothing more is accepted.
 const DRAIN_POLL: Duration = Duration::from_millis(50);
@@ -383,10 +390,11 @@ impl Elector {
     /// Gives the Lease up, so that another process need not wait for it to expire.
     async fn release(&mut self) {
         self.fence.close();
-        let deadline = Instant::now() + REQUEST_TIMEOUT;
-        // A renewal that is under way would change the version that the release expects.
+        let now = Instant::now();
+        let (answered, deadline) = (now + MAX_WAIT_FOR_RENEWAL, now + MAX_RELEASE);
+        // A renewal that is under way changes the version that the release expects.
         while *self.election.role() != Role::Follower
-            && let Ok(Some(answer)) = timeout_at(deadline, self.requests.next()).await
+            && let Ok(Some(answer)) = timeout_at(answered, self.requests.next()).await
         {
             self.answered(answer).await;
         }
@@ -395,15 +403,14 @@ impl Elector {
         for action in actions {
             if let Action::WriteLease { id, expected, record } = action {
                 let began = boot_time();
-                let write = timeout_at(deadline, self.client.write(expected, &record)).await;
-                let written = write.map_or(LeaseWrite::Unknown, |(written, _)| written);
-                if matches!(written, LeaseWrite::Written(_)) {
-                    info!(lease = self.client.name(), "released");
-                } else {
-                    warn!(lease = self.client.name(), "could not be released; another process takes it after 15 s");
+                let lease = self.client.name();
+                match release(&self.client, expected, &record, deadline).await {
+                    Released::Yes => info!(lease, "released"),
+                    Released::Lost => info!(lease, "another process has the Lease already"),
+                    Released::Unknown => warn!(lease, "could not be released; another process takes it after 15 s"),
                 }
                 // A follower does nothing about it.
-                let _ = self.election.lease_written(id, began, written);
+                let _ = self.election.lease_written(id, began, LeaseWrite::Unknown);
             }
         }
         self.observe();

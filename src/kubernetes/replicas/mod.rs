@@ -8,6 +8,7 @@
 //! * `elector`: the task that drives the pure state machine.
 //! * `turns`: what that task and the one that writes say to each other.
 //! * `drain`: how long a process that stops keeps the Lease.
+//! * `release`: gives the Lease up, although answers get lost.
 //! * `lease_watch`: tells a process on standby that the Lease changed, ahead of its next reading.
 //! * `service_slices`: the EndpointSlices that lead registrants to the writer.
 //! * `writer_events`: an Event on the Lease when another process begins to write.
@@ -18,6 +19,7 @@ mod drain;
 mod elector;
 mod lease;
 mod lease_watch;
+mod release;
 mod service_slices;
 mod turns;
 mod writer_events;
