@@ -252,6 +252,10 @@ fn reporter(host: &str) -> Reporter {
 
 /// This process does not write any more, but `holder`, if anybody does.
 async fn stand_down(registry: &RegistryHandle, holder: LeaseHolder, outranked: bool) -> Result<(), Unavailable> {
+    if outranked {
+        // One that accepts registrations and has not written yet stops only then, if the holder is not known.
+        registry.outranked(None).await?;
+    }
     registry.stand_down(holder).await?;
     if outranked { registry.outranked(None).await } else { Ok(()) }
 }

@@ -64,7 +64,8 @@ impl RegistryHandle {
     /// From now on this process does not write, but `holder`, if anybody does: registrations are refused, and what was
     /// accepted and is not in Kubernetes stays in the outbox until the next [`restore`](Self::restore). A restore that
     /// runs is given up, and one that is queued behind this call does nothing. What is visible stays, until [`follow`](Self::follow) replaces it. After a failure of the journal the
-    /// phase stays [`Phase::StorageFailed`].
+    /// phase stays [`Phase::StorageFailed`]. A process that accepts registrations and has not written yet goes on accepting them
+    /// until a holder is known.
     ///
     /// # Errors
     /// When the writer has ended.
@@ -130,8 +131,14 @@ impl Writer {
     }
 
     fn stop_writing(&mut self, holder: LeaseHolder) {
+        let awaited = self.mirror_records.awaited();
+        let is_newest = awaited.is_some_and(|local| !local.term.followed);
+        if is_newest && holder == LeaseHolder::default() && self.status.accepting().is_ok() {
+            // It has not written since its start, and nobody else is known to: it goes on as while the API server is away.
+            return;
+        }
         self.status.stand_down(holder);
-        if self.mirror_records.awaited().is_none() {
+        if awaited.is_none() {
             // Confirmed while this process held the Lease.
             self.save_confirmations();
             // Of a comparison that is given up, the journal may have a part, and the catalog still what was followed before.

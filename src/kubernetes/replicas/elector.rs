@@ -18,6 +18,7 @@ use super::{
     drain::Drain,
     lease::{LeaseClient, LeaseRead},
     release::{Released, release},
+    take_over_limit::{PAUSE, TakeOverLimit},
     turns::{ElectorHandle, Message, ReplicaHandle, Turn},
 };
 use crate::{
@@ -79,6 +80,7 @@ pub(in crate::kubernetes) struct Elector {
     /// Since when the journal cannot be written.
     storage_failed: Option<Instant>,
     drain: Option<Drain>,
+    take_over_limit: TakeOverLimit,
     /// Whether the registry was told that this process does not write.
     stood_down: bool,
     /// Whether the registry was told that another process writes, or wrote.
@@ -117,6 +119,7 @@ impl Elector {
             clock_agrees: true,
             storage_failed: None,
             drain: None,
+            take_over_limit: TakeOverLimit::default(),
             stood_down: false,
             outranked: false,
             failures: [None, None],
@@ -163,10 +166,7 @@ impl Elector {
                 Some(answer) = self.requests.next(), if !self.requests.is_empty() => self.answered(answer).await,
                 Some(message) = self.messages.recv() => self.told(message),
                 _ = drain.tick(), if must_leave => self.leave().await,
-                _ = ticks.tick() => {
-                    self.election.published(self.registry.catalog().generation());
-                    self.election.tick(self.now())
-                }
+                _ = ticks.tick() => self.tick().await,
                 // A reading that is under way may have begun before the change.
                 Ok(()) = changes.changed(), if *self.standby.borrow() && self.requests.is_empty() => {
                     self.election.tick(self.now())
@@ -179,10 +179,27 @@ impl Elector {
         stop.cancelled().await;
     }
 
+    async fn tick(&mut self) -> Vec<Action> {
+        let now = boot_time();
+        if matches!(self.election.role(), Role::TakingOver(_)) && self.take_over_limit.is_over(now) {
+            error!(
+                lease = self.client.name(),
+                "the slices could not be listed and restored within {:?}: the Lease is given up, so that another process takes it; \
+                 this one leaves it to others for {PAUSE:?}",
+                self.take_over_limit.limit()
+            );
+            self.take_over_limit.give_up(now);
+            return self.give_up_take_over().await;
+        }
+        self.election.published(self.registry.catalog().generation());
+        self.election.tick(self.now())
+    }
+
     fn now(&self) -> Now {
         let unix_seconds = crate::model::UnixMillis::now().0 / 1_000;
-        let eligible = self.clock_agrees && self.storage_failed.is_none() && self.drain.is_none();
-        Now { boot: boot_time(), unix_seconds, eligible }
+        let boot = boot_time();
+        let leaves = self.storage_failed.is_some() || self.drain.is_some();
+        Now { boot, unix_seconds, eligible: self.clock_agrees && !leaves && !self.take_over_limit.pauses(boot) }
     }
 
     fn told(&mut self, message: Message) -> Vec<Action> {
@@ -195,6 +212,7 @@ impl Elector {
                 let actions = self.election.taken_over(boot_time());
                 if let (Some(term), Some(began)) = (self.election.writing(), self.election.renewed_at()) {
                     self.fence.renewed(began);
+                    self.take_over_limit.complete();
                     info!(lease = self.client.name(), term, "this process writes");
                     // The receiver may have been stopped.
                     let _ = reply.send(());
@@ -288,6 +306,7 @@ impl Elector {
                 Action::TakeOver => {
                     let Role::TakingOver(tenure) = self.election.role() else { continue };
                     (self.active, self.stood_down, self.outranked) = (true, false, false);
+                    self.take_over_limit.begin(boot_time());
                     let turn = Turn::TakeOver(tenure.clone(), self.election.highest_term(self.now()));
                     // The receiver takes each turn at once, and ends with the process.
                     let _ = self.turns.send(turn).await;
@@ -319,6 +338,7 @@ impl Elector {
 
     async fn deposed(&mut self, reason: Deposed) {
         self.fence.close();
+        self.take_over_limit.stop();
         if !std::mem::take(&mut self.active) {
             return;
         }
@@ -347,28 +367,31 @@ impl Elector {
     async fn leave(&mut self) -> Vec<Action> {
         match self.election.role() {
             Role::Follower | Role::Acquiring(_) => return Vec::new(),
-            Role::TakingOver(_) => {
-                self.release().await;
-                if *self.election.role() != Role::Follower {
-                    return self.election.give_up();
-                }
-                self.active = false;
-                self.stand_down(false).await;
-                return Vec::new();
-            }
+            Role::TakingOver(_) => return self.give_up_take_over().await,
             Role::Writer { .. } => {}
         }
         if self.is_mirrored_or_late() {
             if self.drain.is_none() {
                 warn!(lease = self.client.name(), "the journal cannot be written: another process shall write");
             }
-            self.release().await;
-            self.active = false;
-            // As last read, it is the one before this process.
-            self.holder = LeaseHolder::default();
-            self.stand_down(false).await;
+            self.release_and_stand_down().await;
         }
         Vec::new()
+    }
+
+    /// Releases the Lease, unless its last holder may still count on it.
+    async fn give_up_take_over(&mut self) -> Vec<Action> {
+        self.release_and_stand_down().await;
+        if *self.election.role() == Role::Follower { Vec::new() } else { self.election.give_up() }
+    }
+
+    async fn release_and_stand_down(&mut self) {
+        self.release().await;
+        self.take_over_limit.stop();
+        self.active = false;
+        // As last read, it is the one before this process.
+        self.holder = LeaseHolder::default();
+        self.stand_down(false).await;
     }
 
     /// Services whose latest change is not in Kubernetes.

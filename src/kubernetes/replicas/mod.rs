@@ -7,6 +7,7 @@
 //! * `lease`: the object, and requests for it.
 //! * `elector`: the task that drives the pure state machine.
 //! * `turns`: what that task and the one that writes say to each other.
+//! * `take_over_limit`: how long a take-over may take.
 //! * `drain`: how long a process that stops keeps the Lease.
 //! * `release`: gives the Lease up, although answers get lost.
 //! * `lease_watch`: tells a process on standby that the Lease changed, ahead of its next reading.
@@ -21,6 +22,7 @@ mod lease;
 mod lease_watch;
 mod release;
 mod service_slices;
+mod take_over_limit;
 mod turns;
 mod writer_events;
 

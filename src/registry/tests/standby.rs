@@ -340,3 +340,18 @@ fn take_over_begins_anew_although_an_earlier_one_was_not_given_up() {
     replica.end();
     assert_eq!(stored_term(&dir), store::DirectoryTerm::new(6));
 }
+
+/// Its take-over was given up, because its lists failed.
+#[test]
+fn process_that_has_not_written_yet_goes_on_accepting_until_another_one_is_known_to_write() {
+    let dir = tempfile::tempdir().expect("a directory");
+    Replica::start(&dir).end();
+    let (registry, _) = with_kubernetes(&dir);
+    registry.handle.status().ready();
+    let replica = Replica::run(registry);
+    replica.runtime.block_on(replica.handle.stand_down(LeaseHolder::default())).expect("the writer is there");
+    assert_eq!(replica.handle.status().phase(), Phase::Ready);
+    assert!(replica.submit(vec![register("web", "10.0.0.1", 80, 1.0)]).is_ok());
+    replica.stand_down();
+    assert_eq!(replica.end().len(), 1, "its outbox");
+}
