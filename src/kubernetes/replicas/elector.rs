@@ -399,9 +399,9 @@ impl Elector {
         self.registry.mirror_progress().lag().services
     }
 
-    fn is_mirrored_or_late(&mut self) -> bool {
+    fn is_mirrored_or_late(&self) -> bool {
         let (behind, quiet) = (self.behind(), self.registry.status().is_quiet());
-        match &mut self.drain {
+        match self.drain {
             Some(drain) => drain.must_release(behind, quiet, Instant::now()),
             None => {
                 let late = self.storage_failed.is_some_and(|since| since.elapsed() >= MAX_HOLD_AFTER_FAILURE);
