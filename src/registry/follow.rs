@@ -76,6 +76,16 @@ impl RegistryHandle {
         is_done.await.map_err(|_| self.status.refusal())
     }
 
+    /// Under which term this directory wrote to Kubernetes last, and whether another process is known to have written since.
+    ///
+    /// # Errors
+    /// When the writer has ended.
+    pub(crate) async fn directory_term(&self) -> Result<DirectoryTerm, Unavailable> {
+        let (reply, term) = oneshot::channel();
+        self.queue.send(WriterMessage::DirectoryTerm(reply)).await.map_err(|_| self.status.refusal())?;
+        term.await.map_err(|_| self.status.refusal())
+    }
+
     /// This process begins to take over. A [`restore`](Self::restore) of an earlier take-over counts no more, even if it
     /// is queued already; one that runs, or has ended, is given up, as by [`stand_down`](Self::stand_down).
     ///
@@ -120,6 +130,12 @@ impl Writer {
         self.stop_writing(holder);
         // An error means that the caller has ended.
         let _ = done.send(());
+    }
+
+    /// The term of the directory; while this process writes, that of its words.
+    pub(super) fn directory_term(&mut self) -> DirectoryTerm {
+        let awaited = self.mirror_records.awaited().map(|local| local.term);
+        awaited.unwrap_or_else(|| DirectoryTerm::new(self.decider.stamper().term()))
     }
 
     pub(super) fn begin_take_over(&mut self, reply: oneshot::Sender<TakeOverTurn>) {

@@ -68,7 +68,10 @@ pub use snapshot::{List, ListError, ListPermit, Snapshot, Snapshots};
 pub use status::{LeaseHolder, Phase, Status, StoodDown};
 pub use writer::Writer;
 
-use crate::model::{Address, Instance, InstanceId, PortSet, ServiceKey, UnixMillis};
+use crate::{
+    model::{Address, Instance, InstanceId, PortSet, ServiceKey, UnixMillis},
+    store::DirectoryTerm,
+};
 
 /// Most commands in one submission; the caller splits longer ones.
 pub const MAX_COMMANDS: usize = 1024;
@@ -175,6 +178,8 @@ enum WriterMessage {
     Submit(Submission),
     Learn(Vec<ClusterFact>),
     Mirrored(Vec<(ServiceKey, u64)>),
+    /// Asks for the term of the directory.
+    DirectoryTerm(oneshot::Sender<DirectoryTerm>),
     /// A take-over begins.
     TakeOver(oneshot::Sender<TakeOverTurn>),
     /// Begins the comparison with Kubernetes, of this take-over.

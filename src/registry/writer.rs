@@ -226,7 +226,8 @@ impl Writer {
                 WriterMessage::Mirrored(services) => self.mirror_records.confirmed(services, Instant::now()),
                 // Earlier decisions must be applied first: the comparison reads the catalog, and the
                 // journaled records filter its result.
-                WriterMessage::TakeOver(_)
+                WriterMessage::DirectoryTerm(_)
+                | WriterMessage::TakeOver(_)
                 | WriterMessage::Restore(..)
                 | WriterMessage::Differences(_)
                 | WriterMessage::Compared(_)
@@ -251,6 +252,10 @@ impl Writer {
         let commit = self.finish(pending);
         self.limit.observe(commands, (self.clock)().saturating_duration_since(begun), commit);
         match then {
+            Some(WriterMessage::DirectoryTerm(reply)) => {
+                // An error means that the caller has ended.
+                let _ = reply.send(self.directory_term());
+            }
             Some(WriterMessage::TakeOver(reply)) => self.begin_take_over(reply),
             Some(WriterMessage::Restore(turn, request)) => self.compare(turn, request, runtime),
             Some(WriterMessage::Differences(part)) => self.apply_differences(part),

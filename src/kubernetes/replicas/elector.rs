@@ -32,6 +32,7 @@ use crate::{
         rules::Rules,
         time::{BootTime, Now},
     },
+    store::DirectoryTerm,
 };
 
 /// How long a request for the Lease may take: a renewal is repeated in time.
@@ -57,6 +58,12 @@ const WRITE: usize = 1;
 enum Answer {
     Read(RequestId, BootTime, Result<LeaseRead, ApiError>),
     Written(RequestId, BootTime, LeaseWrite, Option<ApiError>),
+}
+
+/// The election of a process whose directory has this term.
+fn election(client: &LeaseClient, DirectoryTerm { term, followed }: DirectoryTerm) -> Election {
+    // The id names the boot and the directory's inode: who has the lock is the only one acting for it.
+    Election::new(client.me(), Opened { term, followed, resume: true }, Rules::ALL)
 }
 
 /// Holds the Lease, or waits for it.
@@ -95,10 +102,7 @@ impl Elector {
         registry: RegistryHandle,
         metrics: Arc<Metrics>,
     ) -> (Self, ReplicaHandle) {
-        // The id names the boot and the directory's inode: while this process has the lock, no other one can be acting
-        // for it. The term of the words is left out: the comparison at the take-over weighs it.
-        let opened = Opened { term: 0, followed: false, resume: true };
-        let election = Election::new(client.me(), opened, Rules::ALL);
+        let election = election(&client, DirectoryTerm::default());
         let (turns, receiver) = mpsc::channel(1);
         let (sender, messages) = mpsc::channel(1);
         let fence = Fence::new();
@@ -146,6 +150,10 @@ impl Elector {
         let recovered = phases.wait_for(|phase| *phase != Phase::Recovering);
         if stop.run_until_cancelled(recovered).await.is_none() {
             return;
+        }
+        // A Lease that was set back must not get a term that this directory has used. An error means that the process ends.
+        if let Some(Ok(term)) = stop.run_until_cancelled(self.registry.directory_term()).await {
+            self.election = election(&self.client, term);
         }
         let mut drain = interval(DRAIN_POLL);
         drain.set_missed_tick_behavior(MissedTickBehavior::Delay);

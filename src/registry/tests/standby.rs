@@ -355,3 +355,18 @@ fn process_that_has_not_written_yet_goes_on_accepting_until_another_one_is_known
     replica.stand_down();
     assert_eq!(replica.end().len(), 1, "its outbox");
 }
+
+/// A Lease that was deleted or set back gets a term that no directory has used.
+#[test]
+fn term_of_the_directory_is_known_before_it_writes_and_while() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let term = |replica: &Replica| replica.runtime.block_on(replica.handle.directory_term());
+    let replica = Replica::start_under(&dir, 7);
+    assert_eq!(term(&replica), Ok(store::DirectoryTerm::new(7)));
+    replica.end();
+    let replica = Replica::run(with_kubernetes(&dir).0);
+    assert_eq!(term(&replica), Ok(store::DirectoryTerm::new(7)));
+    assert_eq!(replica.runtime.block_on(replica.handle.outranked(None)), Ok(()));
+    assert_eq!(term(&replica), Ok(store::DirectoryTerm { term: 7, followed: true }));
+    replica.end();
+}

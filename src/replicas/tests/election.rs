@@ -296,3 +296,12 @@ fn lease_released() -> Option<Option<ObservedLease>> {
     let record = LeaseRecord { term: 7, holder: OTHER, generation: 70, released: true };
     Some(Some(ObservedLease { version: ResourceVersion(5), record }))
 }
+
+/// Two copies of a directory must not write under one term.
+#[test]
+fn lease_that_was_set_back_gets_a_higher_term_than_that_of_the_directory() {
+    for followed in [false, true] {
+        let mut election = Election::new(ME, Opened { term: 7, followed, resume: true }, Rules::ALL);
+        assert_eq!(written(&read(&mut election, 0, lease(5, 3, ME))).2.term, 8);
+    }
+}
