@@ -68,10 +68,8 @@ pub use snapshot::{List, ListError, ListPermit, Snapshot, Snapshots};
 pub use status::{LeaseHolder, Phase, Status, StoodDown};
 pub use writer::Writer;
 
-use crate::{
-    model::{Address, Instance, InstanceId, PortSet, ServiceKey, UnixMillis},
-    store::DirectoryTerm,
-};
+use crate::model::{Address, Instance, InstanceId, PortSet, ServiceKey, UnixMillis};
+pub(crate) use crate::store::DirectoryTerm;
 
 /// Most commands in one submission; the caller splits longer ones.
 pub const MAX_COMMANDS: usize = 1024;

@@ -25,14 +25,13 @@ use crate::{
     kubernetes::api::{ApiError, Fence, boot_time},
     metrics::{LeaseRole, Metrics},
     model::{ReplicaRole, ServerAddress},
-    registry::{LeaseHolder, Phase, RegistryHandle},
+    registry::{DirectoryTerm, LeaseHolder, Phase, RegistryHandle},
     replicas::{
         election::{Action, Deposed, Election, RETRY_PERIOD, Role},
         lease::{LeaseWrite, ObservedLease, Opened, RequestId, ResourceVersion},
         rules::Rules,
         time::{BootTime, Now},
     },
-    store::DirectoryTerm,
 };
 
 /// How long a request for the Lease may take: a renewal is repeated in time.
