@@ -384,6 +384,12 @@ impl ConnectionHandle {
         InUse(self.clone())
     }
 
+    /// The peer, as the limits count it: an IPv4 address, or the first half of an IPv6 address.
+    #[must_use]
+    pub fn peer(&self) -> IpAddr {
+        self.connection.peer
+    }
+
     /// Records progress of the peer.
     pub fn touch(&self) {
         self.connection.last_used.store(self.limiter.now(), Ordering::Relaxed);

@@ -34,6 +34,8 @@ pub(super) struct Applier {
     metrics: Arc<Metrics>,
     /// The SOA serial: the catalog's generation, or that of the process that is followed.
     serial: u64,
+    /// Changes come from words of another process.
+    merging: bool,
     /// Endpoints of joined services that are not registered here. Served in DNS only.
     foreign: HashMap<ServiceKey, CowTree<Arc<Instance>>>,
 }
@@ -63,7 +65,7 @@ impl Applier {
         mirror_progress: Arc<MirrorProgress>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { publisher, catalog, feed, mirror_progress, metrics, serial: 0, foreign: HashMap::new() }
+        Self { publisher, catalog, feed, mirror_progress, metrics, serial: 0, foreign: HashMap::new(), merging: false }
     }
 
     /// Fills an empty registry with the stored services and tombstones, as `generation`. The feed begins after that
@@ -104,7 +106,11 @@ impl Applier {
         let applied = self.publish(generation, generation, changes, durable);
         // After the catalog: a marked service wakes the mirror, which reads the catalog at once.
         let dirty = applied.events.iter().map(|event| (event.service.clone(), generation, event.received));
-        self.mirror_progress.mark_dirty(dirty.chain(buried), repeated);
+        if self.merging {
+            self.mirror_progress.mark_merged(dirty.chain(buried).chain(repeated));
+        } else {
+            self.mirror_progress.mark_dirty(dirty.chain(buried), repeated);
+        }
         applied
     }
 
@@ -118,6 +124,11 @@ impl Applier {
         seen: UnixMillis,
     ) -> AppliedBatch {
         self.publish(generation, serial, changes, seen)
+    }
+
+    /// Whether the next changes come from words of another process: the mirror writes those after its own.
+    pub(super) fn set_merging(&mut self, merging: bool) {
+        self.merging = merging;
     }
 
     /// Publishes another SOA serial without a change.

@@ -4,9 +4,9 @@
 //! cluster, and room. One that lacks it stays with its sender, which repeats it. A stamp from the future would be
 //! the last word on its instance until then, and would pull this process's clock ahead, so such a word waits too.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tracing::warn;
 
 use super::{
@@ -56,25 +56,29 @@ pub struct MergeAck {
 #[derive(Debug)]
 pub(super) struct MergeRequest {
     words: Vec<OutboxWord>,
+    /// Until the words are merged, also when the caller is gone.
+    _turn: OwnedSemaphorePermit,
     reply: oneshot::Sender<Result<MergeAck, Unavailable>>,
 }
 
 impl RegistryHandle {
-    /// Merges words of another process, in one batch. They are carried out even if the returned future is dropped.
+    /// Merges words of another process, in one batch: one call after the other, so that registrations wait for one of
+    /// them at most. Once a call has its turn, it is carried out even if the returned future is dropped.
     ///
     /// # Errors
     /// When this process does not write, or cannot write its journal; then the sender keeps the words.
     pub async fn merge(&self, words: Vec<OutboxWord>) -> Result<MergeAck, Unavailable> {
         self.status.accepting()?;
+        let turn = Arc::clone(&self.merges).acquire_owned().await.expect("the semaphore is never closed");
         let (reply, merged) = oneshot::channel();
-        let request = MergeRequest { words, reply };
+        let request = MergeRequest { words, _turn: turn, reply };
         self.queue.send(WriterMessage::Merge(request)).await.map_err(|_| self.status.refusal())?;
         merged.await.unwrap_or_else(|_| Err(self.status.refusal()))
     }
 }
 
 impl Writer {
-    pub(super) fn merge(&mut self, MergeRequest { words, reply }: MergeRequest) {
+    pub(super) fn merge(&mut self, MergeRequest { words, _turn, reply }: MergeRequest) {
         let merged = self.try_merge(words);
         // An error means that the caller was cancelled.
         let _ = reply.send(merged);
@@ -98,7 +102,9 @@ impl Writer {
             outcome
         });
         let outcomes: Vec<MergeOutcome> = outcomes.collect();
+        self.applier.set_merging(true);
         self.finish(PendingAcks::default());
+        self.applier.set_merging(false);
         self.committer.usable()?;
         self.metrics.registry.count_refused_words(refused.len());
         self.refused_words.add(refused);

@@ -40,12 +40,22 @@ pub struct DirtyServices {
     pub changed: Vec<ServiceKey>,
     /// Their instances were registered again as they were.
     pub repeated: Vec<ServiceKey>,
+    /// They changed by words of other processes.
+    pub merged: Vec<ServiceKey>,
+}
+
+impl DirtyServices {
+    fn all(&self) -> impl Iterator<Item = &ServiceKey> {
+        let Self { changed, repeated, merged } = self;
+        changed.iter().chain(repeated).chain(merged)
+    }
 }
 
 /// Whether a service is in a list of [`DirtyServices`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Queued {
     No,
+    Merged,
     Repeated,
     Changed,
 }
@@ -135,12 +145,21 @@ impl MirrorProgress {
         if !self.mirrored {
             return;
         }
+        let changed = changed.into_iter().map(|one| (one, Queued::Changed));
+        self.mark(changed.chain(repeated.into_iter().map(|one| (one, Queued::Repeated))));
+    }
+
+    /// Marks services as changed by words of other processes. Nothing that was said here waits for those.
+    pub(super) fn mark_merged(&self, merged: impl IntoIterator<Item = (ServiceKey, u64, UnixMillis)>) {
+        if self.mirrored {
+            self.mark(merged.into_iter().map(|one| (one, Queued::Merged)));
+        }
+    }
+
+    fn mark(&self, marked: impl Iterator<Item = ((ServiceKey, u64, UnixMillis), Queued)>) {
         let mut unmirrored = self.lock();
         let Unmirrored { services, dirty } = &mut *unmirrored;
-        let changed = changed.into_iter().map(|one| (one, Queued::Changed));
-        for ((service, generation, received), how) in
-            changed.chain(repeated.into_iter().map(|one| (one, Queued::Repeated)))
-        {
+        for ((service, generation, received), how) in marked {
             let progress = services.entry(service.clone()).or_insert_with(|| ServiceProgress {
                 generation,
                 since: received,
@@ -153,7 +172,8 @@ impl MirrorProgress {
                 progress.queued = how;
                 match how {
                     Queued::Changed => dirty.changed.push(service),
-                    Queued::Repeated | Queued::No => dirty.repeated.push(service),
+                    Queued::Repeated => dirty.repeated.push(service),
+                    Queued::Merged | Queued::No => dirty.merged.push(service),
                 }
             }
         }
@@ -169,7 +189,7 @@ impl MirrorProgress {
                 let mut unmirrored = self.lock();
                 let Unmirrored { services, dirty } = &mut *unmirrored;
                 let dirty = mem::take(dirty);
-                for service in dirty.changed.iter().chain(&dirty.repeated) {
+                for service in dirty.all() {
                     services.entry(service.clone()).and_modify(|progress| progress.queued = Queued::No);
                 }
                 dirty
@@ -323,7 +343,7 @@ mod tests {
     }
 
     fn changed(services: &[&str]) -> DirtyServices {
-        DirtyServices { changed: services.iter().map(|service| key(service)).collect(), repeated: Vec::new() }
+        DirtyServices { changed: services.iter().map(|service| key(service)).collect(), ..DirtyServices::default() }
     }
 
     #[test]
@@ -337,6 +357,18 @@ mod tests {
         mirror_progress.mark_dirty([], [web]);
         let dirty = mirror_progress.take_dirty().now_or_never().expect("marked again");
         assert_eq!((dirty.changed.len(), dirty.repeated), (0, vec![key("web")]));
+    }
+
+    #[test]
+    fn merged_service_that_changes_is_changed() {
+        let mirror_progress = MirrorProgress::new(true);
+        let [web, db] = ["web", "db"].map(|service| (key(service), 7, UnixMillis(1)));
+        mirror_progress.mark_merged([web, db.clone()]);
+        mirror_progress.mark_dirty([db.clone()], []);
+        mirror_progress.mark_merged([db]);
+        let dirty = mirror_progress.take_dirty().now_or_never().expect("there are some");
+        assert_eq!((dirty.changed, dirty.merged), (vec![key("db")], vec![key("web"), key("db")]));
+        assert_eq!(mirror_progress.lag().services, 2);
     }
 
     #[test]

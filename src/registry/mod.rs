@@ -51,7 +51,7 @@ mod writer;
 
 use std::{future::Future, sync::Arc};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 pub use catalog::Catalog;
 pub use cluster_facts::{ClusterFact, KubernetesRefusal, NamespacePolicy};
@@ -230,6 +230,8 @@ pub struct RegistryHandle {
     status: Status,
     mirror_progress: Arc<MirrorProgress>,
     refused_words: Arc<RefusedWords>,
+    /// Requests of [`merge`](Self::merge) take turns, in the order of their calls.
+    merges: Arc<Semaphore>,
 }
 
 impl RegistryHandle {

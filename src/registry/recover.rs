@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use indexmap::IndexMap;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tracing::{error, info, warn};
 
 use super::{
@@ -59,6 +59,7 @@ pub fn new(options: Options, metrics: Arc<Metrics>) -> (RegistryHandle, Unrecove
         status: status.clone(),
         mirror_progress: Arc::clone(&mirror_progress),
         refused_words: Arc::clone(&refused_words),
+        merges: Arc::new(Semaphore::new(1)),
     };
     (handle, Unrecovered { queue, catalog, feed, status, mirror_progress, refused_words, metrics, options })
 }

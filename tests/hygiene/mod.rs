@@ -6,6 +6,7 @@
 mod crowd;
 mod data_frames;
 mod flood;
+mod handover;
 mod peer;
 
 use std::{
@@ -29,7 +30,7 @@ use tokio::{runtime::Runtime, task::JoinSet};
 
 use self::peer::{DEFAULT_WINDOW, NO_WINDOW, Peer, framed};
 use crate::support::{
-    http,
+    cpu_seconds, http,
     server::Server,
     stream::{Stream, message},
     wait_until,
@@ -79,6 +80,15 @@ impl Target {
             let (statuses, _) = stream.exchange(messages.collect());
             assert!(statuses.iter().all(|status| *status == 201));
         }
+        Self::new(server, turn)
+    }
+
+    /// A server that runs already.
+    fn of(server: Server) -> Self {
+        Self::new(server, TURN.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn new(server: Server, turn: MutexGuard<'static, ()>) -> Self {
         let mut target = Self { turn: Some(turn), server, rest: 0, next: AtomicU32::new(0) };
         target.rest = target.status("VmRSS");
         // Resets the peak, VmHWM.
@@ -106,10 +116,7 @@ impl Target {
 
     /// Seconds of CPU that it has used.
     fn cpu(&self) -> f64 {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.server.pid())).expect("it runs");
-        let fields: Vec<&str> = stat.rsplit(')').next().expect("fields").split_whitespace().collect();
-        // utime and stime, in ticks: 100 a second on every Linux that Rust runs on.
-        fields[11..13].iter().map(|ticks| ticks.parse::<f64>().expect("a number") / 100.0).sum()
+        cpu_seconds(self.server.pid())
     }
 
     fn metric(&self, name: &str) -> f64 {

@@ -2,7 +2,7 @@
 
 use std::{
     future::{Future as _, poll_fn},
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     pin::Pin,
     task::Poll,
     time::Duration,
@@ -45,7 +45,13 @@ pub(crate) struct Peer {
 
 impl Peer {
     pub(crate) async fn connect(to: SocketAddr, window: u32) -> Self {
+        Self::connect_from(Ipv4Addr::LOCALHOST, to, window).await
+    }
+
+    /// The same from an address of 127.0.0.0/8.
+    pub(crate) async fn connect_from(from: Ipv4Addr, to: SocketAddr, window: u32) -> Self {
         let socket = TcpSocket::new_v4().expect("a socket");
+        socket.bind(SocketAddr::from((from, 0))).expect("all of 127.0.0.0/8 is here");
         // Otherwise the kernel takes megabytes of responses for a peer that reads nothing.
         socket.set_recv_buffer_size(RECEIVE_BUFFER).expect("above the least size");
         let stream = socket.connect(to).await.expect("it listens");
@@ -87,6 +93,17 @@ impl Peer {
         }
         self.calls.push(Call { response, body });
         true
+    }
+
+    /// Waits for the head of the response to the last call; false when the connection or the call is over.
+    pub(crate) async fn answered(&mut self) -> bool {
+        let Some(Call { response, .. }) = self.calls.last_mut() else { return false };
+        let connection = &mut self.connection;
+        let answered = poll_fn(|cx| match Pin::new(&mut *response).poll(cx) {
+            Poll::Ready(response) => Poll::Ready(response.is_ok()),
+            Poll::Pending => Pin::new(&mut *connection).poll(cx).map(|_| false),
+        });
+        timeout(Duration::from_secs(20), answered).await.unwrap_or(false)
     }
 
     /// Waits for the head of a response. Its body is not read: no window is updated.

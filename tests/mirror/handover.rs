@@ -170,7 +170,7 @@ fn words_that_are_too_old_are_told_by_an_event() {
     let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970") - ago;
     let stamp = Stamp { clock: u64::try_from(clock.as_micros()).expect("not that late"), term: 1, generation: 1 };
     let words = ["web", "gone"].map(|service| Word {
-        message: Some(message(RegistrationType::Register, "too-old", service, "10.16.4.3")),
+        message: Some(Box::new(message(RegistrationType::Register, "too-old", service, "10.16.4.3"))),
         stamp: Some(stamp),
         registered_millis: 1,
         every_port: false,

@@ -16,7 +16,7 @@ pub(crate) mod stream;
 pub(crate) mod tools;
 
 use std::{
-    array, iter,
+    array, fs, iter,
     net::{Ipv4Addr, TcpListener, UdpSocket},
     thread,
     time::{Duration, Instant},
@@ -37,6 +37,14 @@ pub(crate) fn wait_until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> 
         assert!(begun.elapsed() < WAIT_TIMEOUT, "waited in vain for this: {what}");
         thread::park_timeout(Duration::from_millis(20));
     }
+}
+
+/// Seconds of CPU that a process has used.
+pub(crate) fn cpu_seconds(pid: u32) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("it runs");
+    let fields: Vec<&str> = stat.rsplit(')').next().expect("fields").split_whitespace().collect();
+    // utime and stime, in ticks: 100 a second on every Linux that Rust runs on.
+    fields[11..13].iter().map(|ticks| ticks.parse::<f64>().expect("a number") / 100.0).sum()
 }
 
 /// Ports of 127.0.0.1 that are free over TCP and UDP, for programs that cannot bind to port 0.

@@ -30,7 +30,7 @@ pub(in crate::grpc) fn word_to_proto(word: &OutboxWord) -> Word {
     };
     let Stamp { clock, term, generation } = *stamp;
     Word {
-        message: Some(message),
+        message: Some(Box::new(message)),
         stamp: Some(WireStamp { clock, term, generation }),
         registered_millis: instance.as_ref().map_or(0, |instance| instance.registered().0),
         every_port: id.ports.is_every(),
@@ -70,7 +70,7 @@ pub(in crate::grpc) fn word_from_proto(
     let WireStamp { clock, term, generation } = stamp.ok_or("stamp: must be there")?;
     let stamp = Stamp { clock, term, generation };
     let registered = UnixMillis(registered_millis).min(now);
-    match parse(message, validator, registered).1.map_err(|invalid| invalid.0)? {
+    match parse(*message, validator, registered).1.map_err(|invalid| invalid.0)? {
         Command::Register { service, instance } => {
             let instance = Arc::unwrap_or_clone(instance).with_stamp(stamp);
             Ok(OutboxWord { service, id: instance.id(), instance: Some(Arc::new(instance)), stamp })
@@ -113,9 +113,11 @@ mod tests {
     #[test]
     fn words_are_checked_like_registrations() {
         let sent = word_to_proto(&word(false));
-        let message = sent.message.clone().expect("it is there");
-        let bad =
-            |message| word_from_proto(Word { message, ..sent.clone() }, &VALIDATOR, UnixMillis(1)).expect_err("bad");
+        let message = *sent.message.clone().expect("it is there");
+        let bad = |message: Option<RegistrationMsg>| {
+            let word = Word { message: message.map(Box::new), ..sent.clone() };
+            word_from_proto(word, &VALIDATOR, UnixMillis(1)).expect_err("bad")
+        };
         assert!(bad(None).starts_with("message: "));
         let loopback = RegistrationMsg { ipaddress: "127.0.0.1".into(), ..message.clone() };
         assert!(bad(Some(loopback)).starts_with("ipaddress: 127.0.0.1: loopback"));

@@ -3,6 +3,7 @@
 //! A process that stopped writing has words that Kubernetes was never seen to have. Its [`sender`] sends them to the process
 //! that writes until each is confirmed, outranked or refused; this service takes them.
 
+mod places;
 mod sender;
 
 use std::{sync::Arc, time::Duration};
@@ -10,14 +11,16 @@ use std::{sync::Arc, time::Duration};
 use futures::future;
 use tokio::{
     sync::Semaphore,
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 use tonic::{Request, Response, Status};
 
 pub use sender::run as hand_over;
 
+use self::places::Places;
 use super::{
     ServerContext, convert,
+    incoming::ConnectionInfo,
     memory::ConnectionMemory,
     proto::gangplank::internal::v1::{
         HandOverRequest, HandOverResponse, Result as WireResult, Word, WordResult, hand_over_server::HandOver,
@@ -39,14 +42,18 @@ const MAX_WAIT: Duration = Duration::from_secs(2);
 /// said meanwhile.
 const MAX_CLOCK_WAIT: Duration = Duration::from_secs(3600);
 
-/// Requests that are carried out at the same time; more are answered with RESOURCE_EXHAUSTED.
-const MAX_REQUESTS: usize = 4;
+/// How long a request may wait until its words are merged. The sender's patience has to cover this and [`MAX_WAIT`].
+const MERGE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Requests that wait for Kubernetes at the same time; others are answered at once, and sent again.
+const MAX_WAITING: usize = 64;
 
 /// Takes the words of other processes.
 #[derive(Debug)]
 pub(super) struct HandOverService {
     context: ServerContext,
-    permits: Semaphore,
+    places: Places,
+    waiting: Semaphore,
 }
 
 /// Charges the words of a request until it is answered.
@@ -60,7 +67,7 @@ impl Charge {
         if memory.as_ref().is_some_and(|memory| !memory.may_submit()) {
             return Err(Status::resource_exhausted("too many registrations are unanswered; try again later"));
         }
-        let bytes = words.iter().filter_map(|word| word.message.as_ref()).map(convert::bytes).sum();
+        let bytes = words.iter().filter_map(|word| word.message.as_deref()).map(convert::bytes).sum();
         memory.iter().for_each(|memory| memory.charge_unanswered(bytes));
         Ok(Self { memory, bytes })
     }
@@ -74,19 +81,19 @@ impl Drop for Charge {
 
 impl HandOverService {
     pub(super) fn new(context: ServerContext) -> Self {
-        Self { context, permits: Semaphore::new(MAX_REQUESTS) }
+        Self { context, places: Places::default(), waiting: Semaphore::new(MAX_WAITING) }
     }
 
-    /// Merges the valid ones of `words`, and waits for Kubernetes. Returns one result per word.
-    async fn take(
+    /// Waits for Kubernetes to have the merged ones of `words`. Returns one result per word.
+    async fn results(
         &self,
         words: Vec<Result<OutboxWord, String>>,
+        MergeAck { generation, outcomes }: MergeAck,
         wait: Duration,
-    ) -> Result<Vec<WordResult>, Unavailable> {
+    ) -> Vec<WordResult> {
         let registry = &self.context.registry;
-        let until = Instant::now() + wait;
-        let valid: Vec<OutboxWord> = words.iter().filter_map(|word| word.as_ref().ok()).cloned().collect();
-        let MergeAck { generation, outcomes } = registry.merge(valid).await?;
+        let waiting = self.waiting.try_acquire();
+        let until = Instant::now() + if waiting.is_ok() { wait } else { Duration::ZERO };
         let mut outcomes = outcomes.into_iter();
         let results = words.into_iter().map(|word| {
             let answer = match word {
@@ -112,7 +119,7 @@ impl HandOverService {
                 WordResult { result: result.into(), details }
             }
         });
-        Ok(future::join_all(results).await)
+        future::join_all(results).await
     }
 }
 
@@ -163,9 +170,9 @@ impl HandOver for HandOverService {
         if !self.context.registry.mirror_progress().is_mirrored() {
             return Err(Status::failed_precondition("this process does not write to Kubernetes"));
         }
-        let Ok(_permit) = self.permits.try_acquire() else {
-            return Err(Status::resource_exhausted("other words are being taken over; try again later"));
-        };
+        let busy = || Status::resource_exhausted("other words are being taken over; try again later");
+        let peer = request.extensions().get::<ConnectionInfo>().map(|connection| connection.handle.peer());
+        let place = self.places.take(peer).ok_or_else(busy)?;
         let memory = request.extensions_mut().remove::<Arc<ConnectionMemory>>();
         let HandOverRequest { words, wait_millis } = request.into_inner();
         if words.len() > MAX_WORDS {
@@ -175,10 +182,13 @@ impl HandOver for HandOverService {
         let _charge = Charge::new(memory, &words)?;
         let now = UnixMillis::now();
         let validator = &self.context.validator;
-        let words = words.into_iter().map(|word| convert::word_from_proto(word, validator, now)).collect();
+        let words: Vec<_> = words.into_iter().map(|word| convert::word_from_proto(word, validator, now)).collect();
+        let valid = words.iter().filter_map(|word| word.as_ref().ok()).cloned().collect();
+        let merged = timeout(MERGE_TIMEOUT, self.context.registry.merge(valid)).await.map_err(|_| busy())?;
+        drop(place);
         let wait = Duration::from_millis(wait_millis.into()).min(MAX_WAIT);
-        match self.take(words, wait).await {
-            Ok(results) => Ok(Response::new(HandOverResponse { results })),
+        match merged {
+            Ok(ack) => Ok(Response::new(HandOverResponse { results: self.results(words, ack, wait).await })),
             Err(err) => {
                 let status = Status::unavailable(err.to_string());
                 Err(match err {

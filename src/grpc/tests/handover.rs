@@ -35,8 +35,8 @@ fn mirror(server: &TestServer, tasks: &mut JoinSet<()>) {
         loop {
             let dirty = registry.mirror_progress().take_dirty().await;
             let generation = registry.catalog().generation();
-            let confirmed =
-                dirty.changed.into_iter().chain(dirty.repeated).map(|service| (service, generation)).collect();
+            let services = dirty.changed.into_iter().chain(dirty.repeated).chain(dirty.merged);
+            let confirmed = services.map(|service| (service, generation)).collect();
             registry.mirrored(confirmed).await.expect("it is there");
         }
     });

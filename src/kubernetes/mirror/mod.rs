@@ -141,8 +141,9 @@ impl Mirror {
         let mirror_progress = Arc::clone(registry.mirror_progress());
         self.add(mirror_progress.unmirrored(), Priority::Resync);
         // What was unmirrored at the start: nobody waits for that any more.
-        let DirtyServices { changed, repeated } = mirror_progress.take_dirty().now_or_never().unwrap_or_default();
-        self.add(changed.into_iter().chain(repeated), Priority::Resync);
+        let DirtyServices { changed, repeated, merged } =
+            mirror_progress.take_dirty().now_or_never().unwrap_or_default();
+        self.add(changed.into_iter().chain(repeated).chain(merged), Priority::Resync);
         let cluster = Arc::clone(&self.reconciler.cache);
         let mut gauges = interval(GAUGE_INTERVAL);
         gauges.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -173,8 +174,10 @@ impl Mirror {
         }
     }
 
-    fn dirty(&mut self, DirtyServices { changed, repeated }: DirtyServices) {
+    fn dirty(&mut self, DirtyServices { changed, repeated, merged }: DirtyServices) {
         self.add(changed, Priority::Live);
+        // Another process keeps them until they are written, and no registrant waits.
+        self.add(merged, Priority::Merged);
         let now = Instant::now();
         repeated.into_iter().for_each(|service| self.queue.add_within(service, Priority::Live, REPEAT_DELAY, now));
     }

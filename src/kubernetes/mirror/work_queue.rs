@@ -33,6 +33,9 @@ const MAX_CONCURRENT_RETRIES: usize = MAX_CONCURRENT / 4;
 /// Services of [`Priority::Resync`] that are reconciled at once; the rest is free for live changes.
 const MAX_CONCURRENT_RESYNCS: usize = MAX_CONCURRENT / 2;
 
+/// The same of [`Priority::Merged`]: whoever sends words without end must not take the API server's time from registrants.
+const MAX_CONCURRENT_MERGED: usize = 4;
+
 /// Of so many services that are started one may be of a lower priority than the highest that waits.
 const LOWER_PRIORITY_SHARE: u64 = 4;
 
@@ -59,9 +62,11 @@ pub(super) enum Priority {
     Retry,
     /// The comparison after a start, a repair, a recheck.
     Resync,
+    /// Words of another process, which keeps them until they are written.
+    Merged,
 }
 
-const PRIORITIES: [Priority; 3] = [Priority::Live, Priority::Retry, Priority::Resync];
+const PRIORITIES: [Priority; 4] = [Priority::Live, Priority::Retry, Priority::Resync, Priority::Merged];
 
 /// The queue. Time is an argument.
 #[derive(Debug, Default)]
@@ -165,13 +170,13 @@ impl WorkQueue {
         if self.running.iter().sum::<usize>() >= MAX_CONCURRENT {
             return None;
         }
-        let turn = (self.started / LOWER_PRIORITY_SHARE) % 2;
-        let order = match self.started % LOWER_PRIORITY_SHARE {
-            0 if turn == 0 => [Priority::Resync, Priority::Live, Priority::Retry],
-            0 => [Priority::Retry, Priority::Live, Priority::Resync],
-            _ => PRIORITIES,
+        // The lower priorities take turns.
+        let turns = [Priority::Resync, Priority::Retry, Priority::Merged];
+        let turn = match self.started % LOWER_PRIORITY_SHARE {
+            0 => turns.into_iter().cycle().nth((self.started / LOWER_PRIORITY_SHARE % 3) as usize),
+            _ => None,
         };
-        let service = order.into_iter().find_map(|priority| self.take(priority))?;
+        let service = turn.into_iter().chain(PRIORITIES).find_map(|priority| self.take(priority))?;
         self.started += 1;
         Some(service)
     }
@@ -181,6 +186,7 @@ impl WorkQueue {
         match priority {
             Priority::Retry if running >= MAX_CONCURRENT_RETRIES => return None,
             Priority::Resync if running >= MAX_CONCURRENT_RESYNCS => return None,
+            Priority::Merged if running >= MAX_CONCURRENT_MERGED => return None,
             _ => {}
         }
         let namespaces = &self.namespaces;
@@ -297,7 +303,13 @@ impl Default for NamespaceShare {
 
 impl NamespaceShare {
     fn has_room(&self, priority: Priority) -> bool {
-        self.running < self.limit && (priority != Priority::Retry || self.retries < self.limit / 2)
+        self.running < self.limit
+            && match priority {
+                Priority::Retry => self.retries < self.limit / 2,
+                // One is left for the others also where requests fail.
+                Priority::Merged => self.running + 1 < self.limit,
+                Priority::Live | Priority::Resync => true,
+            }
     }
 }
 
@@ -461,9 +473,34 @@ mod tests {
     }
 
     #[test]
-    fn lower_priorities_are_not_starved() {
+    fn words_of_other_processes_leave_room_for_live_changes_of_their_namespace() {
         let (mut queue, now) = (WorkQueue::default(), Instant::now());
-        queue.add(key("old"), Priority::Resync, now);
+        for n in 0..1000 {
+            queue.add(key(&format!("s{n}")), Priority::Merged, now);
+        }
+        let running = take_all(&mut queue, now);
+        assert_eq!(running.len(), MAX_CONCURRENT_MERGED);
+        for n in 0..MAX_CONCURRENT_PER_NAMESPACE - MAX_CONCURRENT_MERGED {
+            queue.add(key(&format!("live{n}")), Priority::Live, now);
+            assert_eq!(queue.next(now), Some(key(&format!("live{n}"))));
+        }
+        // Requests of the namespace fail: one of its two slots stays free for live changes.
+        let mut failing = WorkQueue::default();
+        failing
+            .namespaces
+            .insert("prod".into(), NamespaceShare { limit: MIN_CONCURRENT_PER_NAMESPACE, ..Default::default() });
+        (0..10).for_each(|n| failing.add(key(&format!("s{n}")), Priority::Merged, now));
+        assert_eq!(take_all(&mut failing, now).len(), 1);
+    }
+
+    #[test]
+    fn lower_priorities_are_not_starved() {
+        [Priority::Retry, Priority::Resync, Priority::Merged].into_iter().for_each(is_not_starved);
+    }
+
+    fn is_not_starved(priority: Priority) {
+        let (mut queue, now) = (WorkQueue::default(), Instant::now());
+        queue.add(key("old"), priority, now);
         let mut begun = 0;
         for n in 0..100 {
             queue.add(key(&format!("live{n}")), Priority::Live, now);
