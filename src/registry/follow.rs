@@ -149,7 +149,11 @@ impl Writer {
     fn stop_writing(&mut self, holder: LeaseHolder) {
         let awaited = self.mirror_records.awaited();
         let is_newest = awaited.is_some_and(|local| !local.term.followed);
-        if is_newest && holder == LeaseHolder::default() && self.status.accepting().is_ok() {
+        if is_newest
+            && holder == LeaseHolder::default()
+            && self.status.accepting().is_ok()
+            && !self.status.is_clock_wrong()
+        {
             // It has not written since its start, and nobody else is known to: it goes on as while the API server is away.
             return;
         }

@@ -160,7 +160,7 @@ pub enum Unavailable {
     #[error("not ready: the server is still loading; try again")]
     NotReady,
     /// Another process writes to Kubernetes.
-    #[error("on standby: another gangplank has the Lease gangplank-writer{}", .0.hint())]
+    #[error("on standby: {}{}", .0.has_the_lease(), .0.hint())]
     Standby(Arc<LeaseHolder>),
     /// The process is about to end.
     #[error("the server is shutting down; try again")]

@@ -28,6 +28,15 @@ pub struct LeaseHolder {
 }
 
 impl LeaseHolder {
+    /// Who has the Lease; of a process that knows nobody, that it does not take the Lease itself.
+    pub(super) fn has_the_lease(&self) -> &'static str {
+        if self.name.is_empty() {
+            "this gangplank does not take the Lease gangplank-writer now"
+        } else {
+            "another gangplank has the Lease gangplank-writer"
+        }
+    }
+
     /// `; register at ADDRESS`, if the address is known.
     #[must_use]
     pub fn hint(&self) -> String {
@@ -75,6 +84,8 @@ pub struct Status {
     replica: Arc<ReplicaStatus>,
     /// Whether everything that was ever submitted is answered. Set once, and stays.
     quiet: Arc<AtomicBool>,
+    /// Whether the clock is more than a second from the API server's, as far as is known.
+    clock_is_wrong: Arc<AtomicBool>,
 }
 
 impl Status {
@@ -89,6 +100,7 @@ impl Status {
             readable: Arc::default(),
             replica: Arc::default(),
             quiet: Arc::default(),
+            clock_is_wrong: Arc::default(),
         }
     }
 
@@ -214,6 +226,16 @@ impl Status {
             }
             recovering
         });
+    }
+
+    /// The clock was compared with the API server's.
+    pub(crate) fn set_clock_agrees(&self, agrees: bool) {
+        self.clock_is_wrong.store(!agrees, Ordering::Relaxed);
+    }
+
+    /// Whether nothing may be accepted for the clock's sake.
+    pub(super) fn is_clock_wrong(&self) -> bool {
+        self.clock_is_wrong.load(Ordering::Relaxed)
     }
 
     /// Another process writes. Returns whether that is new.

@@ -158,7 +158,7 @@ impl Writer {
         let is_newest = |local: &LocalState| local.term.term != 0 && !local.term.followed;
         let is_newest = self.mirror_records.awaited().is_some_and(is_newest) && !self.is_standby();
         // Only the API server tells whether the clock is wrong, or what is stored.
-        is_newest && self.decider.stamper().lead(UnixMillis::now()).is_none()
+        is_newest && !self.status.is_clock_wrong() && self.decider.stamper().lead(UnixMillis::now()).is_none()
     }
 
     /// Takes submissions until `stop`, then answers those that are still queued. Returns what is

@@ -203,8 +203,7 @@ impl Elector {
     }
 
     fn now(&self) -> Now {
-        let unix_seconds = crate::model::UnixMillis::now().0 / 1_000;
-        let boot = boot_time();
+        let (boot, unix_seconds) = (boot_time(), crate::model::UnixMillis::now().0 / 1_000);
         let leaves = self.storage_failed.is_some() || self.drain.is_some();
         Now { boot, unix_seconds, eligible: self.clock_agrees && !leaves && !self.take_over_limit.pauses(boot) }
     }
@@ -261,24 +260,26 @@ impl Elector {
         }
     }
 
-    /// Another process holds the Lease, or may hold it.
+    /// Stands by if another process holds the Lease, or while the clock is wrong: what is stamped in the future outranks others.
     async fn stand_by(&mut self) {
         let me = self.client.me();
-        if self.election.lease().is_none_or(|lease| lease.released || lease.holder == me) {
-            return;
+        let another_writes = self.election.lease().is_some_and(|lease| !lease.released && lease.holder != me);
+        match (another_writes, self.clock_agrees) {
+            (true, _) => {}
+            (false, true) => return,
+            (false, false) => self.holder = LeaseHolder::default(),
         }
         // Registrations are accepted if the API server was away at the start, whatever the registry was told before.
         let refuses = self.registry.status().accepting().is_err();
         let was_told = refuses && (self.storage_failed.is_none() || self.stood_down);
         if !was_told && !self.active {
-            self.stand_down(true).await;
+            self.stand_down(another_writes).await;
         }
-        if self.registry.status().standby(&self.holder) {
-            let LeaseHolder { name, addresses } = &self.holder;
-            let address = ServerAddress::list(addresses, ",");
-            info!(lease = self.client.name(), holder = name, address, "on standby: another process writes");
+        if self.registry.status().standby(&self.holder) && another_writes {
+            let address = ServerAddress::list(&self.holder.addresses, ",");
+            info!(lease = self.client.name(), holder = self.holder.name, address, "on standby: another process writes");
         }
-        if !self.outranked {
+        if another_writes && !self.outranked {
             // An error means that the registry has ended.
             self.outranked = self.registry.outranked(None).await.is_ok();
         }
@@ -462,6 +463,7 @@ impl Elector {
             );
         }
         self.clock_agrees = agrees;
+        self.registry.status().set_clock_agrees(agrees);
     }
 
     fn note_failure(&mut self, request: usize, err: Option<ApiError>) {

@@ -2,8 +2,8 @@
 
 use super::{ClusterLock, empty, plan::FAR_OFF};
 use crate::{
-    mirror::replica::Replica,
-    support::{http, wait_until},
+    mirror::{make_namespace, replica::Replica},
+    support::{http, stream::Stream, wait_until},
 };
 
 #[test]
@@ -32,4 +32,26 @@ fn process_with_a_wrong_clock_does_not_take_a_free_lease() {
         assert!(!wrong.stderr().contains("this process writes"), "{}", wrong.stderr());
         again.terminate();
     }
+}
+
+/// The Lease still names it, and nobody else wants it. What it accepted would be stamped in the future.
+#[test]
+fn killed_writer_with_a_wrong_clock_takes_no_registrations_when_it_is_back() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let kubeconfig = lock.cluster.kubeconfig_for_gangplank();
+    let writer = Replica::start(&kubeconfig, empty());
+    writer.wait_until_it_writes();
+    make_namespace(lock.cluster, &mut Stream::open(writer.grpc), "wrong-clock");
+    let data = writer.kill();
+    let back = Replica::start_with_clock(&kubeconfig, data, &[], FAR_OFF);
+    // It would go on with what is stored after 5 s without a Lease.
+    wait_until("its DNS is ready", || (http::get(back.admin, "/readyz").0 == 200).then_some(()));
+    for _ in 0..20 {
+        assert_eq!(back.register("wrong-clock", "web", "10.0.0.1"), 503, "{}", back.stderr());
+    }
+    let said = back.stderr();
+    assert!(
+        said.contains("more than a second from the API server's") && !said.contains("this process writes"),
+        "{said}"
+    );
 }
