@@ -53,7 +53,7 @@ pub struct NamespacePolicy {
 }
 
 /// Why a registration is refused: the mirror could not write it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum KubernetesRefusal {
     /// The namespace is `kube-system`, or the service is `default/kubernetes`.
     Reserved,

@@ -19,12 +19,12 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Catalog, KubernetesState, WriterMessage,
+    Catalog, KubernetesState, RefusalReason, RefusedWord, WriterMessage,
     cluster_facts::is_reserved,
     restore::{self, Comparison, LocalState, Stored},
 };
 use crate::{
-    model::{InstanceId, ServiceKey, UnixMillis},
+    model::UnixMillis,
     store::{DirectoryTerm, Record},
 };
 
@@ -59,7 +59,7 @@ pub(super) struct End {
     pub(super) new_term: Option<u64>,
     pub(super) term: u64,
     /// Registrations of the outbox that were too old to count.
-    pub(super) refused: Vec<(ServiceKey, InstanceId)>,
+    pub(super) refused: Vec<RefusedWord>,
     pub(super) reply: oneshot::Sender<u64>,
 }
 
@@ -105,7 +105,11 @@ fn run(request: ComparisonRequest, number: u64, local: &LocalState, catalog: &Ca
     }
     let new_term = (DirectoryTerm::new(term) != local.term).then_some(term);
     // An error means that the writer has ended; then the caller does not wait for the term either.
-    let refused = refused.into_iter().map(|(service, instance)| (service, instance.id())).collect();
+    let refused = refused.into_iter().map(|(service, instance)| {
+        let (id, reason) = (instance.id(), RefusalReason::TooOld);
+        RefusedWord { service, id, reason }
+    });
+    let refused = refused.collect();
     let end = End { number, new_term, term, refused, reply };
     let _ = queue.blocking_send(WriterMessage::Compared(end));
 }

@@ -125,13 +125,16 @@ impl Decider {
         }
     }
 
-    /// The stamp of the last word on an instance, if any is known, and the age limit of the tombstones of its service; with the
-    /// changes of the batch so far.
-    pub(super) fn last_word(&self, service: &ServiceKey, key: &InstanceKey<'_>) -> (Option<Stamp>, u64) {
+    /// The stamp of the last word on an instance, if any is known; with the changes of the batch so far.
+    pub(super) fn last_word(&self, service: &ServiceKey, key: &InstanceKey<'_>) -> Option<Stamp> {
         let registered =
             self.service(service).and_then(|held| held.instances.get(key).map(|instance| instance.stamp()));
-        let tombstones = self.batch.changes.tombstones(&self.catalog, service);
-        (registered.max(tombstones.get(key)), tombstones.refuse_before())
+        registered.max(self.batch.changes.tombstones(&self.catalog, service).get(key))
+    }
+
+    /// The age limit of the tombstones of a service, with the changes of the batch so far.
+    pub(super) fn refuse_before(&self, service: &ServiceKey) -> u64 {
+        self.batch.changes.tombstones(&self.catalog, service).refuse_before()
     }
 
     /// The registered instances that a removal of `id` removes, with the changes of the batch so far.

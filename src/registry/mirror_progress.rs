@@ -131,8 +131,7 @@ impl MirrorProgress {
     }
 
     /// Every service whose latest change is not in Kubernetes, for a mirror that begins.
-    #[must_use]
-    pub fn unmirrored(&self) -> Vec<ServiceKey> {
+    pub(super) fn unmirrored(&self) -> Vec<ServiceKey> {
         self.lock().services.keys().cloned().collect()
     }
 

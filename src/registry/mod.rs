@@ -49,7 +49,7 @@ mod status;
 mod tests;
 mod writer;
 
-use std::{future::Future, sync::Arc};
+use std::{collections::HashSet, future::Future, sync::Arc};
 
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
@@ -57,11 +57,11 @@ pub use catalog::Catalog;
 pub use cluster_facts::{ClusterFact, KubernetesRefusal, NamespacePolicy};
 pub use feed::{Batch, Event, Feed, Lagged, Subscription};
 pub use follow::{FollowedServices, TakeOverTurn};
-pub use merge::{MergeAck, MergeOutcome};
+pub use merge::{LateSlice, MergeAck, MergeOutcome};
 pub use mirror_progress::{Askers, DirtyServices, MirrorLag, MirrorProgress};
 pub use outbox::{OutboxPage, OutboxWord};
 pub use recover::{Options, Unrecovered, new};
-pub use refused_words::RefusedWords;
+pub use refused_words::{RefusalReason, RefusedWord, RefusedWords};
 pub use replica::ReplicaStatus;
 pub use restore::KubernetesState;
 pub use snapshot::{List, ListError, ListPermit, Snapshot, Snapshots};
@@ -315,7 +315,14 @@ impl RegistryHandle {
         &self.mirror_progress
     }
 
-    /// Registrations that were too old to count, for those who tell their owners.
+    /// Every service that a mirror which begins has to look at: those that are registered, or of which removals are remembered, and
+    /// those whose latest change is not in Kubernetes: the mirror before it may have taken one and not have written it.
+    #[must_use]
+    pub fn services_to_mirror(&self) -> HashSet<ServiceKey> {
+        self.catalog.known_services().into_iter().chain(self.mirror_progress.unmirrored()).collect()
+    }
+
+    /// Words that were accepted and do not count, for those who tell their owners.
     #[must_use]
     pub fn refused_words(&self) -> &RefusedWords {
         &self.refused_words

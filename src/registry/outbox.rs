@@ -64,7 +64,7 @@ pub(super) struct HandedOver {
 
 impl RegistryHandle {
     /// The first `limit` words of the outbox in order of their stamps, after a stamp; a few more if words have the same
-    /// stamp. Empty while this process writes, or is about to, and in a directory that never wrote to Kubernetes.
+    /// stamp. Empty while this process writes, or is about to.
     ///
     /// # Errors
     /// When the writer has ended.
@@ -92,9 +92,7 @@ impl RegistryHandle {
 
 impl Writer {
     pub(super) fn outbox(&self, OutboxRequest { after, limit, reply }: OutboxRequest) {
-        // What a directory holds that never wrote to Kubernetes has no age, and counts when the directory takes the Lease.
-        let local = self.mirror_records.awaited().filter(|local| local.term.term != 0);
-        let page = local.map(|local| page(&local.outbox, after, limit));
+        let page = self.mirror_records.awaited().map(|local| page(&local.outbox, after, limit));
         // An error means that the caller has ended.
         let _ = reply.send(page.unwrap_or_default());
     }

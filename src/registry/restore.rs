@@ -1,17 +1,18 @@
-//! Decides after a start with Kubernetes whether the store or the EndpointSlices are newer, and what
-//! has to change in the registry.
+//! Puts together, at a take-over, what is registered from then on: from the EndpointSlices, the directory and its outbox; and finds
+//! what has to change in the registry for that.
 //!
-//! Whoever writes to Kubernetes does so under a term of its own, higher than any before; slices and the
-//! Lease show the term, and a generation that its writer had stored before. So if neither has a higher
-//! term than the directory, nor its term with a higher generation, the store is newer: the stored state
-//! is kept, and the mirror corrects the slices. Otherwise the slices are newer: another directory has written to Kubernetes since, or this directory is new, or it is an older copy of the one
-//! that wrote. Then the outbox is laid over the slices. The outbox has the changes that this directory
-//! acknowledged and that Kubernetes was never seen to have.
+//! Which word counts is decided by [`replicas::takeover`](crate::replicas::takeover), which the simulation runs too. Here is what that needs of the
+//! registry: the words, by service, and the records of the differences.
+//!
+//! - What the slices hold counts, removals and all.
+//! - What the directory holds is merged with it by the stamps, unless another process wrote since: the term that the Lease and the
+//!   slices show says so.
+//! - The outbox is merged in any case. It has the changes that this directory acknowledged and that Kubernetes was never seen to have.
 //!
 //! Of two words on one instance the one with the later [`Stamp`] wins, a removal whose tombstone a slice has
-//! as well as a registration, so that an old outbox undoes nothing that was acknowledged after it. A registration
-//! in the outbox of which the slices know nothing may be one whose removal is forgotten already: it counts only if it
-//! is younger than that takes ([`AgeLimit`]).
+//! as well as a registration, so that an old directory or outbox undoes nothing that was acknowledged after it. A registration
+//! of which the slices know nothing may be one whose removal is forgotten already: it counts only if it
+//! is younger than that takes, or if nobody can have removed it.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -22,8 +23,10 @@ use super::Catalog;
 use crate::{
     model::{CowTree, HybridClock, Instance, InstanceId, InstanceKey, PortSet, Service, ServiceKey, Stamp, UnixMillis},
     replicas::{
+        rules::Rules,
+        takeover::{DirectoryAge, Merge, Rank, TakenDirectory, Words},
         tombstones::Tombstones,
-        word::{AgeLimit, Merged, TombstoneLifetime, Word},
+        word::{TombstoneLifetime, Word},
     },
     store::{DirectoryTerm, Record},
 };
@@ -172,8 +175,10 @@ struct WantedService {
     instances: CowTree<Arc<Instance>>,
     /// What slices remember.
     tombstones: Tombstones,
-    /// Removals in the outbox: one of an address is about instances that other words of the outbox may register.
+    /// Removals of this directory: one of an address is about instances that other words of it may register.
     removed: Tombstones,
+    /// As [`Tombstones::refuse_before`], of this directory.
+    refuse_before: u64,
 }
 
 impl WantedService {
@@ -188,11 +193,25 @@ impl WantedService {
         }
         self.tombstones = tombstones;
     }
+}
 
-    /// The stamp of the last word on an instance, if one is known.
-    fn known(&self, key: &InstanceKey<'_>) -> Option<Stamp> {
-        let registered = self.instances.get(key).map(|instance| instance.stamp());
-        registered.max(self.tombstones.get(key)).max(self.removed.get(key))
+impl Words for WantedService {
+    type Key = InstanceId;
+    type Value = Arc<Instance>;
+
+    fn known(&self, id: &InstanceId) -> Option<Stamp> {
+        let key = InstanceKey::from(id);
+        let registered = self.instances.get(&key).map(|instance| instance.stamp());
+        registered.max(self.tombstones.get(&key)).max(self.removed.get(&key))
+    }
+
+    fn refuse_before(&self, _: &InstanceId) -> u64 {
+        self.tombstones.refuse_before().max(self.refuse_before)
+    }
+
+    fn removed_by(&self, id: &InstanceId, before: Stamp) -> Vec<InstanceId> {
+        let removed = if id.ports.is_every() { self.instances.removed_by(id) } else { Vec::new() };
+        removed.into_iter().filter(|instance| instance.stamp() < before).map(|instance| instance.id()).collect()
     }
 
     fn apply(&mut self, id: &InstanceId, word: &Word<Arc<Instance>>) {
@@ -212,63 +231,12 @@ impl WantedService {
 
 type WantedServices = HashMap<ServiceKey, WantedService>;
 
-/// Merges words of this directory with what the slices hold.
-struct Merge<'a> {
-    wanted: WantedServices,
-    local: &'a LocalState,
-    had_lease: bool,
-    clock: HybridClock,
-    now: UnixMillis,
-    refused: Vec<(ServiceKey, Arc<Instance>)>,
-}
-
-impl Merge<'_> {
-    fn word(&mut self, service: &ServiceKey, id: &InstanceId, word: &Word<Arc<Instance>>) {
-        let wanted = self.wanted.entry(service.clone()).or_default();
-        let known = wanted.known(&InstanceKey::from(id));
-        // Words from before there were stamps are laid over the slices, once. Registrations without Kubernetes were in no
-        // slice, so nobody else can have removed them.
-        let has_no_age =
-            if word.stamp.clock == 0 { !self.had_lease } else { word.stamp.term == 0 && self.local.term.term == 0 };
-        let merged = if has_no_age {
-            if known.is_some_and(|known| known > word.stamp) { Merged::Outranked } else { Merged::Applied }
-        } else {
-            let wall = self.now.0.saturating_mul(1_000);
-            let refuse_before = wanted.tombstones.refuse_before();
-            AgeLimit::at(self.clock, wall, TombstoneLifetime::DEFAULT, refuse_before).merge(known, word)
-        };
-        match (merged, &word.value) {
-            (Merged::Applied, _) => wanted.apply(id, word),
-            (Merged::TooOld, Some(instance)) => self.refused.push((service.clone(), Arc::clone(instance))),
-            (Merged::Outranked | Merged::TooOld, _) => {}
-        }
-    }
-}
-
-/// Decides which state is newer; `visible` is everything that readers see now. `now` is the wall clock.
+/// Decides what is registered from now on; `visible` is everything that readers see now. `now` is the wall clock.
 pub(super) fn compare(local: &LocalState, held: KubernetesState, visible: &Stored, now: UnixMillis) -> Comparison {
-    let DirectoryTerm { term: own_term, followed } = local.term;
     // Higher than both, unless the Lease was set back to a backup.
-    let term = held.new_term.max(own_term);
+    let term = held.new_term.max(local.term.term);
     let stored = local.stored.as_deref().unwrap_or(&visible.services);
-    let (wanted, refused) =
-        if own_term != 0 && !followed && (own_term, local.generation) >= (held.term, held.generation) {
-            if local.stored.is_none() {
-                // The slices may remember removals that this directory does not: it was the last writer, not the only one.
-                let records = missing_tombstones(&held.tombstones, visible);
-                return Comparison { term, records, ..Comparison::default() };
-            }
-            let mut wanted = WantedServices::new();
-            for (service, held) in stored {
-                wanted.entry(service.clone()).or_default().instances = held.instances.clone();
-            }
-            for (service, tombstones) in held.tombstones {
-                wanted.entry(service).or_default().bury(tombstones);
-            }
-            (wanted, Vec::new())
-        } else {
-            merge_slices(local, held, stored, now)
-        };
+    let (wanted, refused) = merge(local, held, stored, &visible.tombstones, now);
     let mut records = differences(&wanted, &visible.services, &visible.tombstones);
     let mut unmirrored = Vec::new();
     if local.stored.is_some() {
@@ -282,18 +250,22 @@ pub(super) fn compare(local: &LocalState, held: KubernetesState, visible: &Store
     Comparison { term, records, unmirrored, refused }
 }
 
-/// What the slices hold, with the words of this directory that Kubernetes may lack; and those that are too old to count.
-fn merge_slices(
+/// What the slices hold, merged with the words of this directory; and the words of its outbox that are too old to count.
+fn merge(
     local: &LocalState,
     held: KubernetesState,
     stored: &[(ServiceKey, Service)],
+    tombstones: &[(ServiceKey, Tombstones)],
     now: UnixMillis,
 ) -> (WantedServices, Vec<(ServiceKey, Arc<Instance>)>) {
+    let directory = Rank { term: local.term.term, generation: local.generation };
+    let shown = Rank { term: held.term, generation: held.generation };
+    let age = DirectoryAge::of(directory, local.term.followed, shown, Rules::ALL);
     let mut clock = HybridClock::default();
     let mut wanted = WantedServices::new();
     for (service, instances) in held.services {
         let wanted = wanted.entry(service).or_default();
-        for instance in instances {
+        for instance in instances.into_iter().filter(|instance| age.counts_in_slice(instance.stamp())) {
             clock.observe(instance.stamp().clock);
             wanted.instances.put(instance);
         }
@@ -302,20 +274,43 @@ fn merge_slices(
         tombstones.iter().for_each(|tombstone| clock.observe(tombstone.stamp.clock));
         wanted.entry(service).or_default().bury(tombstones);
     }
-    let mut merge = Merge { wanted, local, had_lease: held.had_lease, clock, now, refused: Vec::new() };
-    if local.term.term == 0 {
-        // The directory never wrote to Kubernetes, so its instances are not in any slice.
-        for (service, registered) in stored {
-            for instance in &registered.instances {
-                let word = Word { value: Some(Arc::clone(instance)), stamp: instance.stamp() };
-                merge.word(service, &instance.id(), &word);
-            }
-        }
+
+    let mut own: HashMap<&ServiceKey, OwnWords<'_>> = HashMap::new();
+    for (service, registered) in stored {
+        own.entry(service).or_default().instances = Some(&registered.instances);
+    }
+    for (service, tombstones) in tombstones {
+        own.entry(service).or_default().tombstones = Some(tombstones);
     }
     for ((service, id), word) in &local.outbox.0 {
-        merge.word(service, id, word);
+        own.entry(service).or_default().outbox.push((id, word));
     }
-    (merge.wanted, merge.refused)
+    let wall = now.0.saturating_mul(1_000);
+    let merge = Merge { clock, wall, lifetime: TombstoneLifetime::DEFAULT, rules: Rules::ALL };
+    let mut refused = Vec::new();
+    for (service, OwnWords { instances, tombstones, outbox }) in own {
+        let wanted = wanted.entry(service.clone()).or_default();
+        wanted.refuse_before = tombstones.map_or(0, Tombstones::refuse_before);
+        let put = instances.into_iter().flatten().map(|instance| {
+            let word = Word { value: Some(Arc::clone(instance)), stamp: instance.stamp() };
+            (instance.id(), word)
+        });
+        let removed = tombstones.into_iter().flat_map(Tombstones::iter);
+        let removed = removed.map(|one| (one.id.clone(), Word { value: None, stamp: one.stamp }));
+        let outbox = outbox.into_iter().map(|(id, word)| (id.clone(), word.clone()));
+        let taken = TakenDirectory { age, is_first: !held.had_lease, refuse_before: wanted.refuse_before };
+        let too_old = merge.take_over(wanted, taken, put.chain(removed), outbox);
+        refused.extend(too_old.into_iter().filter_map(|(_, word)| Some((service.clone(), word.value?))));
+    }
+    (wanted, refused)
+}
+
+/// What this directory holds of one service.
+#[derive(Debug, Default)]
+struct OwnWords<'a> {
+    instances: Option<&'a CowTree<Arc<Instance>>>,
+    tombstones: Option<&'a Tombstones>,
+    outbox: Vec<(&'a InstanceId, &'a Word<Arc<Instance>>)>,
 }
 
 fn instance_of(record: &Record) -> Option<(ServiceKey, InstanceId)> {
@@ -324,33 +319,6 @@ fn instance_of(record: &Record) -> Option<(ServiceKey, InstanceId)> {
         Record::Remove { service, id, .. } => Some((service.clone(), id.clone())),
         Record::Mirrored { .. } | Record::Term(_) | Record::RefuseBefore { .. } => None,
     }
-}
-
-/// The records of removals that slices remember, of instances that are not registered here with a later stamp.
-fn missing_tombstones(tombstones: &[(ServiceKey, Tombstones)], stored: &Stored) -> Vec<Record> {
-    if tombstones.is_empty() {
-        return Vec::new();
-    }
-    let services: HashMap<&ServiceKey, &Service> =
-        stored.services.iter().map(|(key, service)| (key, service)).collect();
-    let known: HashMap<&ServiceKey, &Tombstones> = stored.tombstones.iter().map(|(key, known)| (key, known)).collect();
-    let mut records = Vec::new();
-    for (service, tombstones) in tombstones {
-        let (held, known) = (services.get(service), known.get(service));
-        for tombstone in tombstones.iter() {
-            let (key, stamp) = (InstanceKey::from(&tombstone.id), tombstone.stamp);
-            let registered = held.map(|held| held.instances.removed_by(&tombstone.id)).unwrap_or_default();
-            let registered_later = registered.iter().any(|instance| instance.stamp() >= stamp && instance.key() == key);
-            let outranked = registered.iter().filter(|instance| instance.stamp() < stamp && instance.key() != key);
-            let remove = |id| Record::Remove { service: service.clone(), id, stamp };
-            records.extend(outranked.map(|instance| remove(instance.id())));
-            if !registered_later && known.and_then(|known| known.get(&key)) < Some(stamp) {
-                records.push(remove(tombstone.id.clone()));
-            }
-        }
-        records.extend(refuse_before(service, tombstones, known.copied()));
-    }
-    records
 }
 
 /// The record that raises what is known here to `tombstones`.
@@ -379,7 +347,7 @@ fn differences(
     }
     let held: HashMap<&ServiceKey, &Service> = from.iter().map(|(service, held)| (service, held)).collect();
     let known: HashMap<&ServiceKey, &Tombstones> = tombstones.iter().map(|(key, known)| (key, known)).collect();
-    for (service, WantedService { instances, tombstones, removed: _ }) in wanted {
+    for (service, WantedService { instances, tombstones, removed: _, refuse_before: _ }) in wanted {
         let (held, known) = (held.get(service), known.get(service));
         let registered = |key: &InstanceKey<'_>| held.and_then(|held| held.instances.get(key));
         for tombstone in tombstones.iter() {
@@ -612,7 +580,10 @@ mod tests {
         let mut tombstones = buried(&[("10.0.0.1", 5), ("10.0.0.2", 5)]);
         assert!(tombstones[0].1.raise_refuse_before(4));
         let held = KubernetesState { tombstones, ..slices(3, &[]) };
-        let stored = Stored { tombstones: buried(&[("10.0.0.1", 6)]), ..catalog(&[("10.0.0.3", 1.0)]) };
+        let mut service = Service::default();
+        let Record::Put { instance, .. } = at(9, put("10.0.0.3", 1.0)) else { unreachable!("a put stays one") };
+        service.instances.put(instance);
+        let stored = Stored { services: vec![(web(), service)], tombstones: buried(&[("10.0.0.1", 6)]) };
         let refuse = Record::RefuseBefore { service: web(), clock: 4 };
         assert_eq!(compare(&local(3, vec![]), held, &stored).records, [at(5, remove("10.0.0.2")), refuse]);
     }
@@ -639,19 +610,115 @@ mod tests {
         assert!(super::compare(&local(8, outbox(25)), slices(7, &[]), &Stored::default(), now).refused.is_empty());
     }
 
-    #[test]
-    fn registrations_of_a_server_without_kubernetes_have_no_age() {
-        let old = Arc::new(Arc::unwrap_or_clone(instance("10.0.0.1", 1.0)).with_stamp(Stamp {
-            clock: 1,
-            term: 0,
-            generation: 9,
-        }));
+    /// A directory of a server without Kubernetes, with a registration at `clock`.
+    fn without_kubernetes(clock: u64) -> (LocalState, Stored) {
+        let stamp = Stamp { clock, term: 0, generation: 9 };
+        let old = Arc::new(Arc::unwrap_or_clone(instance("10.0.0.1", 1.0)).with_stamp(stamp));
         let mut service = Service::default();
         service.instances.put(Arc::clone(&old));
+        let outbox = vec![Record::Put { service: web(), instance: old }];
+        (local(0, outbox), Stored { services: vec![(web(), service)], tombstones: Vec::new() })
+    }
+
+    #[test]
+    fn registrations_of_a_server_without_kubernetes_have_no_age_until_there_is_a_lease() {
+        let now = UnixMillis(100 * HOUR / 1_000);
+        for (age, had_lease, refused) in [(90, false, 0), (23, true, 0), (25, true, 1)] {
+            let (local, stored) = without_kubernetes((100 - age) * HOUR);
+            let held = KubernetesState { had_lease, ..slices(7, &[]) };
+            let found = super::compare(&local, held, &stored, now);
+            assert_eq!((found.records.len(), found.refused.len()), (refused, refused), "{age} h, {had_lease}");
+        }
+    }
+
+    /// The copy was made at generation 100. Offline it accepted ten more changes; meanwhile the directory itself wrote two, and .3
+    /// was acknowledged with 201.
+    #[test]
+    fn copy_of_a_directory_that_went_on_alone_undoes_nothing() {
+        let clock = 100 * HOUR;
+        let stamped = |address: &str, clock| match at(clock, put(address, 1.0)) {
+            Record::Put { instance, .. } => instance,
+            _ => unreachable!("a put stays one"),
+        };
+        let services = vec![(web(), vec![stamped("10.0.0.1", clock), stamped("10.0.0.3", clock + 1)])];
+        let held = KubernetesState {
+            term: 3,
+            generation: 102,
+            new_term: 4,
+            had_lease: true,
+            services,
+            tombstones: buried(&[("10.0.0.2", clock + 2)]),
+        };
+        let mut service = Service::default();
+        for (address, clock) in [("10.0.0.1", clock), ("10.0.0.2", clock), ("10.0.0.4", clock + 3)] {
+            service.instances.put(stamped(address, clock));
+        }
         let stored = Stored { services: vec![(web(), service)], tombstones: Vec::new() };
-        let held = KubernetesState { had_lease: true, ..slices(7, &[]) };
-        let found = super::compare(&local(0, vec![]), held, &stored, UnixMillis(1_000 * HOUR));
-        assert_eq!((found.records, found.refused), (vec![], vec![]));
+        let local = LocalState { generation: 110, ..local(3, vec![at(clock + 3, put("10.0.0.4", 1.0))]) };
+        let found = super::compare(&local, held, &stored, UnixMillis(clock / 1_000));
+        let wanted = [at(clock + 2, remove("10.0.0.2")), at(clock + 1, put("10.0.0.3", 1.0))];
+        assert_eq!(found.records, wanted);
+    }
+
+    /// The removal of .2 had no room, so that the slice shows only its age.
+    #[test]
+    fn copy_that_went_on_alone_brings_back_nothing_whose_removal_was_dropped() {
+        let clock = 100 * HOUR;
+        let stamped = |clock| match at(clock, put("10.0.0.2", 1.0)) {
+            Record::Put { instance, .. } => instance,
+            _ => unreachable!("a put stays one"),
+        };
+        let mut service = Service::default();
+        service.instances.put(stamped(clock));
+        let stored = Stored { services: vec![(web(), service)], tombstones: Vec::new() };
+        let local = LocalState { generation: 110, ..local(3, Vec::new()) };
+        let mut tombstones = Tombstones::default();
+        assert!(tombstones.raise_refuse_before(clock + 1));
+        let held = KubernetesState { generation: 102, tombstones: vec![(web(), tombstones)], ..slices(3, &[]) };
+        let found = super::compare(&local, held, &stored, UnixMillis(clock / 1_000)).records;
+        assert_eq!(found, [remove("10.0.0.2"), Record::RefuseBefore { service: web(), clock: clock + 1 }]);
+    }
+
+    #[test]
+    fn removal_of_an_address_from_the_future_counts_for_nothing_and_an_old_one_for_what_is_registered() {
+        let now = 100 * HOUR;
+        let every = InstanceId { ports: PortSet::every(), ..instance("10.0.0.1", 1.0).id() };
+        let removal = |clock| at(clock, Record::Remove { service: web(), id: every.clone(), stamp: Stamp::default() });
+        let Record::Put { instance, .. } = at(now - 30 * HOUR, put("10.0.0.1", 1.0)) else { panic!("a put stays one") };
+        for (clock, registered) in [(now + HOUR, 1), (now - 26 * HOUR, 0), (now - 31 * HOUR, 1)] {
+            let services = vec![(web(), vec![Arc::clone(&instance)])];
+            let held = KubernetesState { had_lease: true, services, ..slices(7, &[]) };
+            let found =
+                super::compare(&local(3, vec![removal(clock)]), held, &Stored::default(), UnixMillis(now / 1_000));
+            assert_eq!(found.records.len(), registered, "removed at {clock}");
+        }
+    }
+
+    /// The list was older than the directory: etcd was set back, or what the directory wrote was deleted.
+    #[test]
+    fn directory_that_wrote_in_the_newest_term_is_merged_by_its_stamps() {
+        let clock = 100 * HOUR;
+        let stamped = |address: &str, clock| match at(clock, put(address, 1.0)) {
+            Record::Put { instance, .. } => instance,
+            _ => unreachable!("a put stays one"),
+        };
+        let mut service = Service::default();
+        for (address, age) in [("10.0.0.1", 1), ("10.0.0.2", 25), ("10.0.0.3", 1)] {
+            service.instances.put(stamped(address, clock - age * HOUR));
+        }
+        let tombstones = buried(&[("10.0.0.4", clock)]);
+        let stored = Stored { services: vec![(web(), service)], tombstones };
+        let addresses = |generation| {
+            // .1 is older in the slice, .4 was removed by the directory, and .3 by another process.
+            let services = vec![(web(), vec![stamped("10.0.0.1", clock - 2 * HOUR), stamped("10.0.0.4", clock - 1)])];
+            let tombstones = buried(&[("10.0.0.3", clock)]);
+            let held = KubernetesState { generation, had_lease: true, services, tombstones, ..slices(3, &[]) };
+            super::compare(&local(3, vec![]), held, &stored, UnixMillis(clock / 1_000)).records
+        };
+        assert_eq!(addresses(100), [at(clock, remove("10.0.0.3"))], "nobody can have removed .2");
+        let mut records = addresses(101);
+        records.sort_by_key(|record| format!("{record:?}"));
+        assert_eq!(records, [remove("10.0.0.2"), at(clock, remove("10.0.0.3"))], "somebody may have");
     }
 
     #[test]

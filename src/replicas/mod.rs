@@ -8,8 +8,8 @@
 //!    words on one instance the younger counts, wherever they meet. A removal leaves a tombstone.
 //! 2. **Terms.** The [`election`] gives the Lease to one replica at a time, each time with a higher term. A writer writes
 //!    slices and confirms words only while it is certain to hold the Lease.
-//! 3. **Take-over.** A new writer lists all slices after it has the Lease, and [merges](takeover) them with its
-//!    directory and its outbox. It serves at once; it need not write a slice before.
+//! 3. **Take-over.** A new writer lists all slices after it has the Lease, and [merges](takeover) its
+//!    directory and its outbox with them. It serves at once; it need not write a slice before.
 //! 4. **Slices.** What a writer makes of a [slice](mod@slice) that it sees follows from the slice's term: a higher one deposes the writer,
 //!    a lower one is a late request, whose words are merged.
 //! 5. **Confirmation.** A word is [confirmed](confirm) when its slice was seen in this term while the Lease was safely held, or when the Lease
@@ -20,10 +20,10 @@
 //!    answers and takes registrations with 202. Copies of one directory are replicas of their own: see
 //!    [`DirectoryId`](lease::DirectoryId).
 //!
-//! The server runs the election; every process that does not write follows the one that does. A server's [`tombstones`] are
-//! those of removals, also of what was not registered. One of a whole address stands for one of each of its instances; the
-//! simulation has only the latter. What is handed over, or arrives late, is merged by [`word::AgeLimit`] in both, by code of
-//! their own around it.
+//! The server runs the election, and merges what it lists, what is handed over and what arrives late by [`takeover`], as the
+//! simulation does; every process that does not write follows the one that does. A server's [`tombstones`] are
+//! those of removals, also of what was not registered. One of a whole address stands for one of each of its instances. What a
+//! slice is ([`slice`](mod@slice)) and what is confirmed ([`confirm`]) is decided by the mirror in the server, by code of its own.
 
 pub mod confirm;
 pub mod election;

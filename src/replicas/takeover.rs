@@ -1,156 +1,210 @@
-//! How a new writer puts the truth together: from the slices, its directory, and its outbox.
-
-use std::collections::BTreeMap;
+//! Which word counts where copies of the truth meet: at a take-over, in a hand-over, and in a slice that was written late.
+//!
+//! The server and the simulation call the same functions, each with its own [`Words`]: so the rules that are simulated are
+//! those by which the server decides. I/O, and what else a registration needs (a namespace, room), are the callers'.
 
 use super::{
-    election::Tenure,
-    lease::DirectoryId,
     rules::Rules,
-    slice::SliceRecord,
     word::{AgeLimit, Merged, TombstoneLifetime, Word},
 };
-use crate::model::HybridClock;
+use crate::model::{HybridClock, Stamp};
 
-/// What a data directory holds.
-#[derive(Debug, Clone)]
-pub struct Directory<K, V> {
-    /// Its identity.
-    pub id: DirectoryId,
-    /// The term under which its words were written; 0 before the first.
+/// The last word on each instance, as far as it is known to the process that merges.
+pub trait Words {
+    /// An instance, or every instance of an address.
+    type Key;
+    /// What an instance is.
+    type Value;
+
+    /// The stamp of the last word on `key`: one of its own, or the removal of its whole address.
+    fn known(&self, key: &Self::Key) -> Option<Stamp>;
+
+    /// The highest clock of a tombstone that the slice of `key` had no room for; 0 where none was dropped.
+    fn refuse_before(&self, key: &Self::Key) -> u64;
+
+    /// Where `key` is every instance of an address: those that are registered with a stamp before `before`. Otherwise nothing.
+    fn removed_by(&self, key: &Self::Key, before: Stamp) -> Vec<Self::Key>;
+
+    /// `word` is the last one on `key` from now on.
+    fn apply(&mut self, key: &Self::Key, word: &Word<Self::Value>);
+}
+
+/// A term, and a generation of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Rank {
+    /// The term.
     pub term: u64,
-    /// The highest generation it published.
+    /// The highest generation that was published in it.
     pub generation: u64,
-    /// Its hybrid clock.
-    pub clock: HybridClock,
-    /// Whether another replica is known to have written since `term`, or to write: then nothing is answered from here any more.
-    pub followed: bool,
-    /// The last word on every key, as of `term`. Empty once this replica was deposed by another.
-    pub words: BTreeMap<K, Word<V>>,
-    /// Words that are not confirmed to be in Kubernetes.
-    pub outbox: BTreeMap<K, Word<V>>,
-    /// The highest age that a dropped tombstone asks for, by the slice it was dropped from.
-    pub refuse_before: u64,
 }
 
-impl<K, V> Directory<K, V> {
-    /// An empty directory.
-    #[must_use]
-    pub fn new(id: DirectoryId) -> Self {
-        Self {
-            id,
-            term: 0,
-            followed: false,
-            generation: 0,
-            clock: HybridClock::default(),
-            words: BTreeMap::new(),
-            outbox: BTreeMap::new(),
-            refuse_before: 0,
-        }
-    }
-}
-
-/// The truth with which a tenure begins.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Truth<K: Ord, V> {
-    /// The last word on every key.
-    pub words: BTreeMap<K, Word<V>>,
-    /// Which of them Kubernetes may not have.
-    pub outbox: BTreeMap<K, Word<V>>,
-    /// Words of this directory that are too old to count. Whoever said them was told 202; this must not be silent.
-    pub refused: Vec<(K, Word<V>)>,
-    /// The generation to publish.
-    pub generation: u64,
-    /// The clock to go on with.
-    pub clock: HybridClock,
-    /// The highest age that a dropped tombstone asks for.
-    pub refuse_before: u64,
-}
-
-/// A slice has the term of this tenure or a higher one.
+/// How old a directory is, beside what Kubernetes shows at a take-over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct HigherTerm(pub u64);
+pub enum DirectoryAge {
+    /// It never wrote to Kubernetes, or served without it since: all of its words are in its outbox.
+    NeverWrote,
+    /// Another process has written since, or words of it were lost: only its outbox counts.
+    Outdated,
+    /// Nobody has written under a later term. It may be a copy of a directory that wrote more in the same one.
+    Current,
+    /// Nobody has published anything after it.
+    Latest,
+}
 
-/// Puts the truth together. What was in a namespace that was deleted under another writer comes back from an older directory only if neither
-/// the Lease nor any slice is left to show that somebody wrote after that directory. `slices` is a quorum list that was begun after the Lease was taken. A slice with a term above
-/// `highest_term` has it from a hand: its words count, its term does not.
-///
-/// # Errors
-/// When a slice has the term of `tenure` or a higher one: the Lease must be taken with a higher term, then listed again.
-pub fn merge<'s, K, V>(
-    tenure: &Tenure,
-    slices: impl Iterator<Item = &'s SliceRecord<K, V>> + Clone,
-    directory: &Directory<K, V>,
-    highest_term: u64,
-    wall: u64,
-    lifetime: TombstoneLifetime,
-    rules: Rules,
-) -> Result<Truth<K, V>, HigherTerm>
-where
-    K: Ord + Clone + 's,
-    V: Clone + PartialEq + 's,
-{
-    let terms = slices.clone().map(|slice| slice.term).filter(|term| *term <= highest_term);
-    let highest = terms.max().unwrap_or(0);
-    if highest >= tenure.term {
-        return Err(HigherTerm(highest));
-    }
-    let mut clock = directory.clock;
-    let mut generation = directory.generation.max(tenure.previous.as_ref().map_or(0, |lease| lease.generation));
-    let mut refuse_before = directory.refuse_before;
-    let mut words = BTreeMap::new();
-    for slice in slices {
-        generation = generation.max(slice.generation);
-        refuse_before = refuse_before.max(slice.refuse_before);
-        for (key, word) in &slice.words {
-            clock.observe(word.stamp.clock);
-            // An instance that moved between slices may stand in both.
-            if words.get(key).is_none_or(|other: &Word<V>| other.stamp < word.stamp) {
-                words.insert(key.clone(), word.clone());
-            }
+impl DirectoryAge {
+    /// `shown` is the highest rank of a slice and of the Lease before. `followed`: another process is known to have written
+    /// after the directory, or a loss in it was accepted.
+    #[must_use]
+    pub fn of(directory: Rank, followed: bool, shown: Rank, rules: Rules) -> Self {
+        if directory.term == 0 {
+            Self::NeverWrote
+        } else if rules.directory_needs_newest_term && (followed || directory.term < shown.term) {
+            Self::Outdated
+        } else if directory >= shown {
+            Self::Latest
+        } else {
+            Self::Current
         }
     }
-    let previous_term = tenure.previous.as_ref().map_or(0, |lease| lease.term);
-    let newest = !rules.directory_needs_newest_term || (directory.term >= previous_term && directory.term >= highest);
-    let own = (directory.term > 0 && newest).then_some(&directory.words);
-    let limit = AgeLimit::at(clock, wall, lifetime, refuse_before);
-    let mut refused = Vec::new();
-    for (key, word) in own.into_iter().flatten() {
-        let known = words.get(key).map(|other: &Word<V>| other.stamp);
-        let merged = match limit.merge(known, word) {
-            Merged::TooOld if !rules.refuse_old_puts => Merged::Applied,
+
+    /// Whether no word of the directory is too old to count, because nobody can have removed what it registered. `is_first`: there was
+    /// no Lease before.
+    ///
+    /// A directory that never wrote is no exception where there was one: a removal that another process answered with 404 may be
+    /// forgotten, and must not be undone. Its words count for as long as those of any outbox, and are handed over like those.
+    fn has_no_age(self, is_first: bool) -> bool {
+        match self {
+            Self::Latest => true,
+            Self::NeverWrote => is_first,
+            Self::Outdated | Self::Current => false,
+        }
+    }
+
+    /// Whether a word that a slice shows counts beside the directory. What has no stamp, and is not in the directory that was the
+    /// last to write, was added by a hand.
+    #[must_use]
+    pub fn counts_in_slice(self, stamp: Stamp) -> bool {
+        self != Self::Latest || stamp.clock > 0
+    }
+}
+
+/// By what words are merged.
+#[derive(Debug, Clone, Copy)]
+pub struct Merge {
+    /// Not behind any stamp that is known.
+    pub clock: HybridClock,
+    /// The wall clock, in microseconds.
+    pub wall: u64,
+    /// How long removals are remembered.
+    pub lifetime: TombstoneLifetime,
+    /// The server runs with all of them.
+    pub rules: Rules,
+}
+
+impl Merge {
+    /// What is to become of a word that another process said, in an outbox, a hand-over or a late slice.
+    #[must_use]
+    pub fn judge<W: Words>(&self, words: &W, key: &W::Key, word: &Word<W::Value>) -> Merged {
+        let limit = AgeLimit::at(self.clock, self.wall, self.lifetime, words.refuse_before(key));
+        match limit.merge(words.known(key), word) {
+            Merged::TooOld if !self.rules.refuse_old_puts => Merged::Applied,
+            Merged::Outranked if !self.rules.merge_by_stamp => Merged::Applied,
             merged => merged,
-        };
-        match merged {
-            Merged::Applied => {
-                words.insert(key.clone(), word.clone());
-            }
-            Merged::Outranked => {}
-            // Not news: the writer of this word had it confirmed, and it was removed since.
-            Merged::TooOld => {}
         }
     }
-    let mut outbox = BTreeMap::new();
-    for (key, word) in &directory.outbox {
-        let known = words.get(key).map(|other: &Word<V>| other.stamp);
-        let merged = match limit.merge(known, word) {
-            Merged::TooOld if !rules.refuse_old_puts => Merged::Applied,
-            Merged::Outranked if !rules.merge_by_stamp => Merged::Applied,
-            merged => merged,
-        };
+
+    /// Carries out what was [judged](Self::judge). Returns what became of the word.
+    pub fn apply<W: Words>(&self, words: &mut W, key: &W::Key, word: &Word<W::Value>, merged: Merged) -> Merged {
         match merged {
-            Merged::Applied => {
-                words.insert(key.clone(), word.clone());
-                outbox.insert(key.clone(), word.clone());
+            Merged::Applied => words.apply(key, word),
+            // The removal of an address that is too old to leave a tombstone counts for the instances that are known, as that of
+            // each of them would. One from the future counts for nothing.
+            Merged::Outranked if word.is_tombstone() && word.stamp.clock <= HybridClock::highest(self.wall) => {
+                let removed = words.removed_by(key, word.stamp);
+                removed.iter().for_each(|key| words.apply(key, word));
+                if !removed.is_empty() {
+                    return Merged::Applied;
+                }
             }
-            Merged::Outranked if known == Some(word.stamp) => {
-                outbox.insert(key.clone(), word.clone());
-            }
-            Merged::Outranked => {}
-            Merged::TooOld => refused.push((key.clone(), word.clone())),
+            Merged::Outranked | Merged::TooOld => {}
         }
+        merged
     }
-    for word in words.values() {
-        clock.observe(word.stamp.clock);
+
+    /// Judges a word, and carries that out.
+    pub fn merge<W: Words>(&self, words: &mut W, key: &W::Key, word: &Word<W::Value>) -> Merged {
+        let merged = self.judge(words, key, word);
+        self.apply(words, key, word, merged)
     }
-    Ok(Truth { words, outbox, refused, generation: generation + 1, clock, refuse_before })
+
+    /// Puts the truth together with which a process begins to write. `words` is what the slices show; the directory's words are
+    /// merged with it, then its outbox. Returns the words of the outbox that are too old to count: whoever said them was told
+    /// 202, so that must not be silent.
+    pub fn take_over<W: Words>(
+        &self,
+        words: &mut W,
+        taken: TakenDirectory,
+        directory: impl IntoIterator<Item = (W::Key, Word<W::Value>)>,
+        outbox: impl IntoIterator<Item = (W::Key, Word<W::Value>)>,
+    ) -> Vec<(W::Key, Word<W::Value>)> {
+        let TakenDirectory { age, is_first, .. } = taken;
+        let counts = match age {
+            DirectoryAge::Current | DirectoryAge::Latest => true,
+            DirectoryAge::NeverWrote => is_first,
+            DirectoryAge::Outdated => false,
+        };
+        if counts {
+            for (key, word) in directory {
+                // One that is too old is no news to anybody: Kubernetes had it, and it was removed since.
+                self.merge_own(words, taken, age.has_no_age(is_first), (&key, &word));
+            }
+        }
+        let mut refused = Vec::new();
+        for (key, word) in outbox {
+            // Words from before there were stamps are laid over the slices, once.
+            let has_no_age = age.has_no_age(is_first) || (is_first && word.stamp.clock == 0);
+            if self.merge_own(words, taken, has_no_age, (&key, &word)) == Merged::TooOld {
+                refused.push((key, word));
+            }
+        }
+        refused
+    }
+
+    /// Merges a word of the directory that takes over.
+    fn merge_own<W: Words>(
+        &self,
+        words: &mut W,
+        taken: TakenDirectory,
+        has_no_age: bool,
+        (key, word): (&W::Key, &Word<W::Value>),
+    ) -> Merged {
+        if !has_no_age {
+            return self.merge(words, key, word);
+        }
+        let refuse_before = words.refuse_before(key).min(HybridClock::highest(self.wall));
+        let merged = match words.known(key) {
+            // A slice with the same stamp and another value was changed by a hand.
+            Some(known) if known > word.stamp => Merged::Outranked,
+            // Somebody has dropped a removal of which the directory does not know: a copy of it has gone on.
+            None if refuse_before > taken.refuse_before
+                && word.stamp.clock <= refuse_before
+                && !word.is_tombstone() =>
+            {
+                Merged::TooOld
+            }
+            Some(_) | None => Merged::Applied,
+        };
+        self.apply(words, key, word, merged)
+    }
+}
+
+/// The directory that takes over, as far as it is about one slice.
+#[derive(Debug, Clone, Copy)]
+pub struct TakenDirectory {
+    /// Beside what Kubernetes shows.
+    pub age: DirectoryAge,
+    /// Whether there was no Lease before: then nobody can have removed what this directory alone has.
+    pub is_first: bool,
+    /// The highest clock of a tombstone that the directory itself has dropped.
+    pub refuse_before: u64,
 }

@@ -10,7 +10,7 @@ use tracing::info;
 use crate::{
     kubernetes::objects::slices::{ObservedSlice, read_slice, read_tombstones},
     model::{InstanceId, InstanceKey, ServiceKey, Stamp, Validator},
-    registry::{Catalog, MergeOutcome, OutboxWord, RegistryHandle, Unavailable},
+    registry::{Catalog, LateSlice, MergeOutcome, OutboxWord, RegistryHandle, Unavailable},
 };
 
 /// Merges late writes into the registry of the process that writes.
@@ -39,11 +39,11 @@ impl LateWrites {
         if observed.term >= self.term || observed.deleting {
             return Ok(());
         }
-        let words = unknown_words(slice, &observed.service, &self.validator, self.registry.catalog());
-        if words.is_empty() {
+        let late = unknown_words(slice, &observed.service, &self.validator, self.registry.catalog());
+        if late.words.is_empty() && late.refuse_before == 0 {
             return Ok(());
         }
-        let merged = self.registry.merge(words).await?;
+        let merged = self.registry.merge_late(late).await?;
         let words = merged.outcomes.iter().filter(|outcome| **outcome == MergeOutcome::Merged).count();
         let (service, slice, term) = (&observed.service, &*observed.name, observed.term);
         info!(%service, slice, term, words, "merged what a process of an earlier term wrote late");
@@ -51,24 +51,23 @@ impl LateWrites {
     }
 }
 
-/// The words of a slice that are later than what is known here. An endpoint without a stamp was added by a hand.
-fn unknown_words(
-    slice: &EndpointSlice,
-    service: &ServiceKey,
-    validator: &Validator,
-    catalog: &Catalog,
-) -> Vec<OutboxWord> {
+/// What a slice says that is later than what is known here. An endpoint without a stamp was added by a hand.
+fn unknown_words(slice: &EndpointSlice, service: &ServiceKey, validator: &Validator, catalog: &Catalog) -> LateSlice {
     let (held, known) = (catalog.get(service).unwrap_or_default(), catalog.tombstones(service));
     let is_unknown = |key: &InstanceKey<'_>, stamp: Stamp| {
         let registered = held.instances.get(key).map(|instance| instance.stamp());
         registered.max(known.get(key)).unwrap_or_default() < stamp
     };
     let word = |id: InstanceId, instance, stamp| OutboxWord { service: service.clone(), id, instance, stamp };
+    let late = |words, refuse_before| LateSlice { service: service.clone(), words, refuse_before };
     if let Some(tombstones) = read_tombstones(slice) {
         let unknown = tombstones.iter().filter(|one| is_unknown(&InstanceKey::from(&one.id), one.stamp));
-        return unknown.map(|one| word(one.id.clone(), None, one.stamp)).collect();
+        let unknown = unknown.map(|one| word(one.id.clone(), None, one.stamp)).collect();
+        let refuse_before = tombstones.refuse_before();
+        return late(unknown, if refuse_before > known.refuse_before() { refuse_before } else { 0 });
     }
     let (instances, _) = read_slice(slice, validator);
     let unknown = instances.into_iter().filter(|instance| is_unknown(&instance.key(), instance.stamp()));
-    unknown.map(|instance| word(instance.id(), Some(instance.clone()), instance.stamp())).collect()
+    let unknown = unknown.map(|instance| word(instance.id(), Some(instance.clone()), instance.stamp())).collect();
+    late(unknown, 0)
 }

@@ -25,8 +25,8 @@ use self::{
 use crate::{
     kubernetes::{api::ApiError, cache::ChangedKey},
     metrics::BlockedService,
-    model::{InstanceId, ServiceKey, UnixMillis, Validator},
-    registry::DirtyServices,
+    model::{ServiceKey, UnixMillis, Validator},
+    registry::{DirtyServices, RefusalReason, RefusedWord},
 };
 
 /// When a service is retried that waits for its namespace or for its name. The watch reports both.
@@ -133,13 +133,12 @@ impl Mirror {
     /// Runs until `stop`. Begins with every service that is registered, was removed lately, has objects of ours, or has changed:
     /// the mirror before this one may have taken a service and not have written it.
     pub(super) async fn run(mut self, stop: CancellationToken) {
-        let known = self.reconciler.registry.catalog().known_services().into_iter();
-        let services: HashSet<ServiceKey> = known.chain(self.reconciler.cache.managed_services()).collect();
+        let registry = self.reconciler.registry.clone();
+        let mut services = registry.services_to_mirror();
+        services.extend(self.reconciler.cache.managed_services());
         self.add(services, Priority::Resync);
 
-        let registry = self.reconciler.registry.clone();
         let mirror_progress = Arc::clone(registry.mirror_progress());
-        self.add(mirror_progress.unmirrored(), Priority::Resync);
         // What was unmirrored at the start: nobody waits for that any more.
         let DirtyServices { changed, repeated, merged } =
             mirror_progress.take_dirty().now_or_never().unwrap_or_default();
@@ -257,21 +256,27 @@ impl Mirror {
         }
     }
 
-    /// Tells of registrations that were too old to count.
-    fn refused(&mut self, words: Vec<(ServiceKey, InstanceId)>) {
-        let mut by_service: BTreeMap<ServiceKey, Vec<String>> = BTreeMap::new();
-        for (service, id) in words {
-            by_service.entry(service).or_default().push(id.to_string());
+    /// Tells of words that do not count.
+    fn refused(&mut self, words: Vec<RefusedWord>) {
+        let mut by_service: BTreeMap<(ServiceKey, RefusalReason), Vec<String>> = BTreeMap::new();
+        for RefusedWord { service, id, reason } in words {
+            by_service.entry((service, reason)).or_default().push(id.to_string());
         }
-        for (service, instances) in by_service {
+        for ((service, reason), instances) in by_service {
             let (count, instances) = (instances.len(), instances.join(", "));
-            let note = format!(
-                "{service}: registrations that Kubernetes never had are too old to count and have to be made again: {count} \
-                 ({instances})"
-            );
+            let note = match reason {
+                RefusalReason::TooOld => format!(
+                    "{service}: registrations that Kubernetes never had are too old to count and have to be made again: {count} \
+                     ({instances})"
+                ),
+                _ => format!(
+                    "{service}: what another process accepted is {reason} and has to be said again: {count} ({instances})"
+                ),
+            };
             let known = self.reconciler.cache.service_uid(&service).is_some();
             let regarding = if known { self.regarding(&service) } else { self.lease.clone() };
-            self.publish(&service, regarding, "RegistrationTooOld", &note);
+            let event = if reason == RefusalReason::TooOld { "RegistrationTooOld" } else { "RegistrationRefused" };
+            self.publish(&service, regarding, event, &note);
         }
     }
 

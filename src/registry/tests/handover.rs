@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use futures::FutureExt as _;
+
 use super::{standby::Replica, *};
 use crate::model::{PortSet, Stamp};
 
@@ -30,8 +32,9 @@ impl Replica {
     }
 }
 
+/// All of it is in its outbox, and ages as any outbox does.
 #[test]
-fn directory_that_never_wrote_to_kubernetes_hands_nothing_over() {
+fn directory_that_never_wrote_to_kubernetes_hands_over_what_it_holds() {
     let dir = tempfile::tempdir().expect("a directory");
     TestRegistry::on(&dir, 10).run_with(vec![vec![register("web", "10.0.0.1", 80, 1.0)]]);
     let (registry, _) = with_kubernetes(&dir);
@@ -39,14 +42,16 @@ fn directory_that_never_wrote_to_kubernetes_hands_nothing_over() {
     assert_eq!((local.term.term, local.outbox.len()), (0, 1));
     registry.handle.status().standby(&LeaseHolder::default());
     let replica = Replica::run(registry);
-    assert_eq!(replica.outbox(None, 9).total, 0);
-    // It counts once the directory takes the Lease.
+    let outbox = replica.outbox(None, 9);
+    assert_eq!(outbox.total, 1);
+    // What the process that writes has answered for is not said again when this one takes the Lease.
+    replica.runtime.block_on(replica.handle.handed_over(outbox.words)).expect("it is there");
     let held = KubernetesState { term: 4, new_term: 5, had_lease: true, ..KubernetesState::default() };
     assert_eq!(
         replica.runtime.block_on(async { replica.handle.restore(replica.handle.begin_take_over().await?, held).await }),
         Ok(5)
     );
-    assert_eq!(replica.handle.catalog().instances(), 1);
+    assert_eq!(replica.handle.catalog().instances(), 0);
     replica.end();
 }
 
@@ -150,6 +155,61 @@ fn handed_over_registration_needs_what_a_registration_needs() {
     let refused = MergeOutcome::Refused(KubernetesRefusal::ForeignService);
     assert_eq!(replica.outcome(word("db", "10.0.0.1", false, HOUR)), refused);
     assert_eq!(replica.outcome(word("db", "10.0.0.1", true, HOUR)), refused, "nothing can be remembered there");
+    replica.end();
+}
+
+/// The slice is replaced afterwards, so that nobody has the words any more.
+#[test]
+fn words_of_a_late_slice_that_do_not_count_are_told_and_its_age_limit_is_merged() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let replica = Replica::start(&dir);
+    let [web, db] = ["web", "db"].map(|service| VALIDATOR.service("prod", service).expect("valid"));
+    let foreign = ClusterFact::Service { service: db.clone(), foreign: true };
+    replica.runtime.block_on(replica.handle.learn(vec![foreign])).expect("it is there");
+    let merge = |service: &ServiceKey, words: Vec<OutboxWord>, refuse_before| {
+        let slice = LateSlice { service: service.clone(), words, refuse_before };
+        replica.runtime.block_on(replica.handle.merge_late(slice)).expect("it writes").outcomes
+    };
+    let told = || {
+        let told = replica.handle.refused_words().take().now_or_never().unwrap_or_default();
+        told.into_iter().map(|word| (word.id.address.to_string(), word.reason)).collect::<Vec<_>>()
+    };
+    let mut future = word("web", "10.0.0.2", false, Duration::ZERO);
+    future.stamp.clock += 3_600_000_000;
+    let refuse_before = UnixMillis::now().0 * 1_000 - 3_600_000_000;
+    let words = vec![word("web", "10.0.0.1", false, 2 * HOUR), future, word("web", "10.0.0.3", false, 25 * HOUR)];
+    merge(&web, words, refuse_before);
+    assert_eq!(replica.addresses(), ["web 10.0.0.1"], "the age limit is about what the slice does not say");
+    let wanted = [("10.0.0.2", RefusalReason::ClockAhead), ("10.0.0.3", RefusalReason::TooOld)];
+    assert_eq!(told(), wanted.map(|(address, reason)| (address.into(), reason)));
+    merge(&db, vec![word("db", "10.0.0.1", false, HOUR)], 0);
+    assert_eq!(told(), [("10.0.0.1".into(), RefusalReason::Forbidden(KubernetesRefusal::ForeignService))]);
+    assert_eq!(replica.handle.catalog().tombstones(&web).refuse_before(), refuse_before);
+    assert_eq!(replica.outcome(word("web", "10.0.0.4", false, 2 * HOUR)), MergeOutcome::TooOld);
+    assert_eq!(told(), [("10.0.0.4".into(), RefusalReason::TooOld)]);
+    assert!(matches!(replica.outcome(word("db", "10.0.0.1", false, HOUR)), MergeOutcome::Refused(_)));
+    assert_eq!(told(), [], "its sender keeps it");
+    replica.end();
+}
+
+/// As that of each of its instances would.
+#[test]
+fn removal_of_an_address_that_is_too_old_for_a_tombstone_counts_for_what_is_registered() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let replica = Replica::start(&dir);
+    // Registered long ago, and known ever since.
+    let held = word("web", "10.0.0.26", false, 26 * HOUR);
+    replica.stand_down();
+    assert_eq!(replica.restore(3, vec![(held.service, vec![held.instance.expect("it registers")])]), Ok(3));
+    assert_eq!(replica.addresses(), ["web 10.0.0.26"]);
+    let removal = |address: &str| {
+        let mut removal = word("web", address, true, 25 * HOUR);
+        removal.id.ports = PortSet::every();
+        removal
+    };
+    assert_eq!(replica.outcome(removal("10.0.0.27")), MergeOutcome::Outranked);
+    assert_eq!(replica.outcome(removal("10.0.0.26")), MergeOutcome::Merged);
+    assert_eq!(replica.addresses(), Vec::<String>::new());
     replica.end();
 }
 

@@ -1,6 +1,7 @@
 //! A process that writes, stands down, follows, and writes again.
 
 use super::*;
+use crate::replicas::tombstones::Tombstones;
 
 /// A registry that was compared with Kubernetes under term 1, and whose writer runs on a thread of its own.
 pub(super) struct Replica {
@@ -45,7 +46,11 @@ impl Replica {
         self.runtime.block_on(self.handle.follow(followed)).expect("the writer is there");
     }
 
-    fn restore(&self, new_term: u64, services: Vec<(ServiceKey, Vec<Arc<Instance>>)>) -> Result<u64, Unavailable> {
+    pub(super) fn restore(
+        &self,
+        new_term: u64,
+        services: Vec<(ServiceKey, Vec<Arc<Instance>>)>,
+    ) -> Result<u64, Unavailable> {
         let held = KubernetesState {
             term: new_term - 1,
             generation: 8,
@@ -131,16 +136,38 @@ fn older_copy_of_a_directory_stays_older_however_often_it_starts() {
         drop(with_kubernetes(&dir));
     }
     let (mut registry, _) = with_kubernetes(&dir);
+    // As if .1 had been registered longer ago than removals are remembered.
+    let mut tombstones = Tombstones::default();
+    assert!(tombstones.raise_refuse_before(UnixMillis::now().0 * 1_000 + 1_000_000));
     let held = KubernetesState {
         term: 1,
         generation: copied + 1,
         new_term: 2,
         had_lease: true,
         services: vec![slices("web", &["10.0.0.2"])],
-        ..KubernetesState::default()
+        tombstones: vec![(VALIDATOR.service("prod", "web").expect("valid"), tombstones)],
     };
     restore(&mut registry, held);
     assert_eq!(addresses(registry.handle.catalog()), ["web 10.0.0.2"]);
+}
+
+#[test]
+fn lone_removal_that_the_mirror_before_had_taken_is_looked_at_by_the_next() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let replica = Replica::start(&dir);
+    let Command::Register { service, instance } = register("web", "10.0.0.1", 80, 1.0) else { panic!("it registers") };
+    let address = instance.address().clone();
+    let removal = Command::Unregister { service, address, ports: PortSet::default() };
+    let removed = replica.submit(vec![removal]).expect("it writes");
+    assert_eq!(removed.outcomes, [Outcome::NotFound { remembered: true }]);
+    let progress = replica.handle.mirror_progress();
+    assert!(replica.runtime.block_on(progress.take_dirty()).changed.len() == 1, "the mirror takes it, and ends");
+    let (web, _) = slices("web", &[]);
+    assert!(replica.handle.services_to_mirror().contains(&web));
+    let generation = replica.handle.catalog().generation();
+    replica.runtime.block_on(replica.handle.mirrored(vec![(web, generation)])).expect("it is there");
+    assert_eq!(progress.lag().services, 0);
+    replica.end();
 }
 
 #[test]

@@ -40,7 +40,12 @@ pub(super) fn draw_aimed(
     hot: &mut Vec<Micros>,
 ) {
     let slice = random.between(0, setup.slices as u64) as usize;
-    let key = Key { slice, address: random.between(0, setup.addresses as u64) as usize };
+    let any = |random: &mut Random| Key {
+        slice,
+        address: random.between(0, setup.addresses as u64) as usize,
+        ports: random.between(0, setup.ports as u64) as usize,
+    };
+    let key = any(random);
     let begin = random.between(25 * SECOND, heal - 45 * SECOND);
     let machine = Target::Holder;
     hot.push(begin);
@@ -72,9 +77,9 @@ pub(super) fn draw_aimed(
                 faults.push((begin, Fault::CutOff { machine, time: random.between(3 * SECOND, 8 * SECOND) }));
             }
             for _ in 0..3 {
-                let address = random.between(0, setup.addresses as u64) as usize;
+                let key = any(random);
                 let asked = begin + random.between(0, 8 * SECOND);
-                faults.push((asked, Fault::Register { key: Key { slice, address }, sustained: false }));
+                faults.push((asked, Fault::Register { key, sustained: false }));
             }
             hot.push(begin + 5 * SECOND);
         }
@@ -113,9 +118,9 @@ pub(super) fn draw_aimed(
         Aim::NamespaceDeleted => {
             let begin = begin.min(60 * SECOND);
             for _ in 0..2 {
-                let address = random.between(0, setup.addresses as u64) as usize;
+                let key = any(random);
                 let asked = begin - random.between(SECOND, 5 * SECOND);
-                faults.push((asked, Fault::Register { key: Key { slice, address }, sustained: false }));
+                faults.push((asked, Fault::Register { key, sustained: false }));
             }
             let time = random.between(18 * SECOND, 40 * SECOND);
             let disk = Disk::Kept;

@@ -31,8 +31,11 @@ pub(super) enum Violation {
     TakeoverUndone,
 }
 
+/// What a client asked for, of one instance.
 #[derive(Debug, Clone)]
 struct Change {
+    /// Which request asked for it; `None` where a hand made it.
+    op: Option<usize>,
     key: Key,
     /// 0 for a removal.
     value: Value,
@@ -45,35 +48,48 @@ struct Change {
 
 #[derive(Debug)]
 pub(super) struct Checker {
+    /// By request: the key, which may be a whole address, and the value.
+    requests: Vec<(Key, Value)>,
     changes: Vec<Change>,
     violations: Vec<Violation>,
     /// Changes closer together than this may stand in either order.
     margin: Micros,
+    /// Sets of ports of each address: the removal of an address is one of each of its instances.
+    ports: usize,
 }
 
 impl Checker {
-    pub(super) fn new(margin: Micros) -> Self {
-        Self { changes: Vec::new(), violations: Vec::new(), margin }
+    pub(super) fn new(margin: Micros, ports: usize) -> Self {
+        Self { requests: Vec::new(), changes: Vec::new(), violations: Vec::new(), margin, ports }
     }
 
     pub(super) fn invoked(&mut self, key: Key, value: Value, machine: usize, asked: Micros) -> usize {
-        self.changes.push(Change { key, value, machine, asked, answered: None, exempt: false });
-        self.changes.len() - 1
+        let op = self.requests.len();
+        self.requests.push((key, value));
+        let change = |key| Change { op: Some(op), key, value, machine, asked, answered: None, exempt: false };
+        if key.is_every() {
+            self.changes.extend((0..self.ports).map(|ports| change(Key { ports, ..key })));
+        } else {
+            self.changes.push(change(key));
+        }
+        op
     }
 
     pub(super) fn change(&self, op: usize) -> (Key, Value) {
-        (self.changes[op].key, self.changes[op].value)
+        self.requests[op]
     }
 
     pub(super) fn answered(&mut self, op: usize, status: u16, time: Micros) {
-        self.changes[op].answered.get_or_insert((status, time));
+        for change in self.changes.iter_mut().filter(|change| change.op == Some(op)) {
+            change.answered.get_or_insert((status, time));
+        }
     }
 
     /// The directory that alone held the last word on `key` is gone.
     pub(super) fn lost_with_directory(&mut self, key: Key, machine: usize) {
         for change in &mut self.changes {
             let accepted = change.answered.is_none_or(|(status, _)| status == 202);
-            if change.key == key && change.machine == machine && accepted {
+            if key.covers(change.key) && change.machine == machine && accepted {
                 change.exempt = true;
             }
         }
@@ -103,7 +119,15 @@ impl Checker {
         }
         if let Some(value) = value {
             let answered = Some((0, listed));
-            self.changes.push(Change { key, value, machine: usize::MAX, asked: edited, answered, exempt: true });
+            self.changes.push(Change {
+                op: None,
+                key,
+                value,
+                machine: usize::MAX,
+                asked: edited,
+                answered,
+                exempt: true,
+            });
         }
     }
 
@@ -121,7 +145,8 @@ impl Checker {
         }
         if certain {
             let answered = Some((204, seen));
-            self.changes.push(Change { key, value: 0, machine: usize::MAX, asked: deleted, answered, exempt: false });
+            let machine = usize::MAX;
+            self.changes.push(Change { op: None, key, value: 0, machine, asked: deleted, answered, exempt: false });
         }
     }
 

@@ -31,6 +31,7 @@ pub(super) enum Fault {
     RegisterAgain {
         key: Key,
     },
+    /// Of an instance, or of every one of its address.
     Remove {
         key: Key,
     },
@@ -129,9 +130,7 @@ impl Plan {
                 draw_aimed(setup, aim, &mut random, heal, &mut faults, &mut hot);
             }
         }
-        let all: Vec<Key> = (0..setup.slices)
-            .flat_map(|slice| (0..setup.addresses).map(move |address| Key { slice, address }))
-            .collect();
+        let all: Vec<Key> = setup.keys().collect();
         // Half of the histories fight over few keys.
         let few = random.percent(50);
         let keys = if few { random.between(1, all.len() as u64 + 1) } else { all.len() as u64 };
@@ -150,7 +149,8 @@ impl Plan {
                 _ if index < 2 => Fault::Register { key, sustained: random.percent(setup.sustained) },
                 0..45 => Fault::Register { key, sustained: random.percent(setup.sustained) },
                 45..65 => Fault::RegisterAgain { key },
-                _ => Fault::Remove { key },
+                65..90 => Fault::Remove { key },
+                _ => Fault::Remove { key: key.every() },
             };
             faults.push((time.min(heal), change));
         }

@@ -3,6 +3,7 @@
 use super::{
     super::{rules::Rules, word::TombstoneLifetime},
     aims::Aim,
+    replica::Key,
     world::{Micros, SECOND},
 };
 
@@ -13,6 +14,8 @@ pub(super) struct Setup {
     pub(super) replicas: usize,
     pub(super) slices: usize,
     pub(super) addresses: usize,
+    /// Sets of ports of each address.
+    pub(super) ports: usize,
     /// Most registrations and removals in a history.
     pub(super) changes: u64,
     /// Tombstones that a slice has room for.
@@ -31,6 +34,17 @@ pub(super) struct Setup {
     pub(super) settle: Micros,
 }
 
+impl Setup {
+    /// Every instance that there can be.
+    pub(super) fn keys(&self) -> impl Iterator<Item = Key> + use<> {
+        let Self { slices, addresses, ports, .. } = *self;
+        let of_slice = move |slice| (0..addresses).map(move |address| (slice, address));
+        (0..slices)
+            .flat_map(of_slice)
+            .flat_map(move |(slice, address)| (0..ports).map(move |ports| Key { slice, address, ports }))
+    }
+}
+
 /// Kinds of faults beyond crashes, pauses, partitions and late requests.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Faults {
@@ -47,7 +61,8 @@ pub(super) const SETUP: Setup = Setup {
     rules: Rules::ALL,
     replicas: 3,
     slices: 2,
-    addresses: 2,
+    addresses: 1,
+    ports: 2,
     changes: 24,
     room: usize::MAX,
     lifetime: TombstoneLifetime(1_000 * SECOND),
@@ -90,15 +105,15 @@ pub(super) const TWINS: Setup = Setup { aims: &[Aim::Twins, Aim::Twins, Aim::Sta
 pub(super) const SETUPS: &[(&str, Setup)] = &[
     ("three replicas", SETUP),
     ("two replicas and one slice", Setup { replicas: 2, slices: 1, changes: 50, ..SETUP }),
-    ("many keys", Setup { slices: 4, addresses: 6, changes: 80, ..SETUP }),
+    ("many keys", Setup { slices: 4, addresses: 3, changes: 80, ..SETUP }),
     ("no room for tombstones", Setup { room: 0, ..SETUP }),
     ("room for one tombstone a slice", Setup { room: 1, ..SETUP }),
-    ("room for three tombstones a slice", Setup { room: 3, slices: 1, addresses: 8, changes: 80, ..SETUP }),
+    ("room for three tombstones a slice", Setup { room: 3, slices: 1, addresses: 4, changes: 80, ..SETUP }),
     ("no room, away for longer than tombstones live", Setup { room: 0, ..AWAY }),
     ("room for one, away for longer than tombstones live", Setup { room: 1, ..AWAY }),
     (
         "room for three, away for longer than tombstones live",
-        Setup { room: 3, slices: 1, addresses: 8, changes: 80, ..AWAY },
+        Setup { room: 3, slices: 1, addresses: 4, changes: 80, ..AWAY },
     ),
     ("away for longer than tombstones live", AWAY),
     ("Lease deleted after an absence", LEASE_DELETED),

@@ -26,22 +26,11 @@ impl Replica {
         let mut needs = Vec::new();
         let mut refused = Vec::new();
         for &(key, word) in &words {
-            let known = self.directory.words.get(&key).map(|known| known.stamp);
-            let merged = match self.limit(at).merge(known, &word) {
-                Merged::TooOld if !self.rules.refuse_old_puts => Merged::Applied,
-                Merged::Outranked if !self.rules.merge_by_stamp => Merged::Applied,
-                merged => merged,
-            };
-            match merged {
-                Merged::Applied => {
-                    self.directory.generation += 1;
-                    self.directory.words.insert(key, word);
-                    self.directory.outbox.insert(key, word);
-                    self.directory.clock.observe(word.stamp.clock);
-                }
-                Merged::Outranked => {}
-                Merged::TooOld => refused.push((key, word)),
+            let merge = self.merge(at);
+            if merge.merge(&mut Receiver(&mut self.directory), &key, &word) == Merged::TooOld {
+                refused.push((key, word));
             }
+            self.directory.shrink(key.slice, self.room);
             needs.push((key.slice, self.directory.generation));
         }
         self.election.published(self.directory.generation);

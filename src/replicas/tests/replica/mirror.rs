@@ -4,7 +4,7 @@ use super::*;
 
 impl Replica {
     fn wanted(&self, slice: usize, at: Clocks) -> Option<Record> {
-        let words: BTreeMap<Key, Word<Value>> = self
+        let words: WordMap = self
             .directory
             .words
             .iter()
@@ -16,12 +16,11 @@ impl Replica {
             generation: self.directory.generation,
             writer: self.directory.id,
             words,
-            refuse_before: self.directory.refuse_before,
+            refuse_before: self.directory.refuse_before.get(&slice).copied().unwrap_or(0),
         };
-        let spoken_of = !record.words.is_empty() || self.slices[slice].observed.is_some();
         record.shrink(self.room);
         let expired_before = self.lifetime.expired_before(self.directory.clock.now(at.wall));
-        (spoken_of && record.is_needed(expired_before)).then_some(record)
+        record.is_needed(expired_before).then_some(record)
     }
 
     /// Brings one slice to what it should be, one request at a time.
@@ -152,7 +151,7 @@ impl Replica {
         let Some(term) = writing.filter(|_| self.is_writer()) else { return };
         if let Some((_, record)) = found {
             match self.judge(slice, &record, term, at) {
-                Judgement::Late if self.rules.merge_late_writes => self.merge_late(at, &record),
+                Judgement::Late if self.rules.merge_late_writes => self.merge_late(at, slice, &record),
                 Judgement::Own => self.shown(slice, record.generation, at),
                 // The annotations are repaired, too.
                 Judgement::Altered | Judgement::Forged => self.slices[slice].rewrite = true,
@@ -189,21 +188,25 @@ impl Replica {
         true
     }
 
-    /// Words of a request that a former writer sent and that was carried out late.
-    fn merge_late(&mut self, at: Clocks, record: &Record) {
-        self.directory.refuse_before = self.directory.refuse_before.max(record.refuse_before);
-        let limit = self.limit(at);
+    /// Words of a request that a former writer sent and that was carried out late. Its age limit is about what is not in it.
+    fn merge_late(&mut self, at: Clocks, slice: usize, record: &Record) {
+        let mut refused = Vec::new();
         for (key, word) in &record.words {
-            let known = self.directory.words.get(key).map(|known| known.stamp);
-            if limit.merge(known, word) == Merged::Applied {
-                self.directory.words.insert(*key, *word);
-                self.directory.clock.observe(word.stamp.clock);
+            let merge = self.merge(at);
+            if merge.merge(&mut Receiver(&mut self.directory), key, word) == Merged::TooOld {
+                refused.push((*key, *word));
             }
+        }
+        self.directory.raise_refuse_before(slice, record.refuse_before);
+        self.directory.shrink(slice, self.room);
+        self.election.published(self.directory.generation);
+        if !refused.is_empty() {
+            self.outputs.push(Output::Refused(refused));
         }
     }
 
-    pub(super) fn limit(&self, at: Clocks) -> AgeLimit {
-        AgeLimit::at(self.directory.clock, at.wall, self.lifetime, self.directory.refuse_before)
+    pub(super) fn merge(&self, at: Clocks) -> Merge {
+        Merge { clock: self.directory.clock, wall: at.wall, lifetime: self.lifetime, rules: self.rules }
     }
 
     fn shown(&mut self, slice: usize, generation: u64, at: Clocks) {
@@ -242,13 +245,13 @@ impl Replica {
             if key.slice != slice {
                 return true;
             }
-            match shown.and_then(|record| record.words.get(key)) {
+            match shown.and_then(|record| last_word(&record.words, *key)) {
                 Some(shown) => shown.stamp < word.stamp,
                 None => {
                     // A tombstone that the slice had no room for, or may not hold.
                     let dropped = shown.is_some_and(|record| record.refuse_before >= word.stamp.clock);
                     let expired = word.stamp.clock < expired_before;
-                    !word.is_tombstone() || (tombstones && !dropped && !expired && words.contains_key(key))
+                    !word.is_tombstone() || (tombstones && !dropped && !expired && last_word(words, *key).is_some())
                 }
             }
         });

@@ -1,5 +1,6 @@
 //! One replica: the protocol's pieces put together, with every effect as an [`Output`].
 
+mod directory;
 mod hand_over;
 mod mirror;
 
@@ -10,21 +11,56 @@ use super::super::{
     election::{Action, Deposed, Election, Role, Tenure},
     lease::{DirectoryId, LeaseRecord, LeaseWrite, ObservedLease, Opened, RequestId, ResourceVersion},
     rules::Rules,
-    slice::{Judgement, SliceRecord, Writer},
-    takeover::{self, Directory, HigherTerm},
+    slice::{Judgement, SliceRecord, Writer, dropped_to},
+    takeover::{DirectoryAge, Merge, Rank, TakenDirectory, Words},
     time::{BootTime, Now},
-    word::{AgeLimit, Merged, TombstoneLifetime, Word},
+    word::{Merged, TombstoneLifetime, Word},
 };
-use crate::model::Stamp;
+use crate::model::{HybridClock, Stamp};
+pub(super) use directory::Directory;
+use directory::{HigherTerm, Receiver};
 
-/// An instance: its service, whose slice holds it, and its address.
+/// An instance: its service, whose slice holds it, its address and its ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Key {
     pub(super) slice: usize,
     pub(super) address: usize,
+    /// [`EVERY`] in a removal of the whole address.
+    pub(super) ports: usize,
+}
+
+/// As [`PortSet::every`](crate::model::PortSet::every).
+const EVERY: usize = usize::MAX;
+
+impl Key {
+    /// Every instance of the address.
+    pub(super) fn every(self) -> Self {
+        Self { ports: EVERY, ..self }
+    }
+
+    pub(super) fn is_every(self) -> bool {
+        self.ports == EVERY
+    }
+
+    /// Whether a word on `self` is one on `other`, too.
+    pub(super) fn covers(self, other: Self) -> bool {
+        self == other || self == other.every()
+    }
 }
 
 pub(super) type Value = u32;
+pub(super) type WordMap = BTreeMap<Key, Word<Value>>;
+
+/// The last word on an instance: one of its own, or the removal of its whole address.
+pub(super) fn last_word(words: &WordMap, key: Key) -> Option<Word<Value>> {
+    let (own, every) = (words.get(&key), words.get(&key.every()));
+    own.into_iter().chain(every).max_by_key(|word| word.stamp).copied()
+}
+
+/// What an instance is; 0 where it is not registered.
+pub(super) fn value_of(words: &WordMap, key: Key) -> Value {
+    last_word(words, key).and_then(|word| word.value).unwrap_or(0)
+}
 pub(super) type Record = SliceRecord<Key, Value>;
 
 /// A slice as it was read, with its version.
@@ -134,7 +170,7 @@ pub(super) struct Replica {
     room: usize,
     pub(super) election: Election,
     /// What is durable: changed only together with what an output promises.
-    pub(super) directory: Directory<Key, Value>,
+    pub(super) directory: Directory,
     slices: Vec<SliceState>,
     confirmations: Confirmations<usize>,
     waiting: Vec<Waiting>,
@@ -151,7 +187,7 @@ const HAND_OVER_INTERVAL: std::time::Duration = std::time::Duration::from_secs(5
 
 impl Replica {
     pub(super) fn start(
-        directory: Directory<Key, Value>,
+        directory: Directory,
         slices: usize,
         rules: Rules,
         lifetime: TombstoneLifetime,
@@ -197,12 +233,11 @@ impl Replica {
 
     /// What this replica answers for `key`.
     pub(super) fn answers(&self, key: Key) -> Value {
-        let word = if self.may_accept() {
-            self.directory.words.get(&key)
+        if self.may_accept() {
+            value_of(&self.directory.words, key)
         } else {
-            self.slices[key.slice].observed.as_ref().and_then(|(_, record)| record.words.get(&key))
-        };
-        word.and_then(|word| word.value).unwrap_or(0)
+            self.slices[key.slice].observed.as_ref().map_or(0, |(_, record)| value_of(&record.words, key))
+        }
     }
 
     /// Whether nothing is left that Kubernetes may not have.
@@ -328,17 +363,10 @@ impl Replica {
     }
 
     fn take_over(&mut self, at: Clocks, tenure: &Tenure, list: &[Option<Observed>]) {
-        let records = list.iter().flatten().map(|(_, record)| record);
-        let truth = match takeover::merge(
-            tenure,
-            records,
-            &self.directory,
-            self.election.highest_term(at.now),
-            at.wall,
-            self.lifetime,
-            self.rules,
-        ) {
-            Ok(truth) => truth,
+        let highest_term = self.election.highest_term(at.now);
+        let taken = self.directory.take_over(tenure, list, highest_term, self.merge(at));
+        let (directory, refused) = match taken {
+            Ok(taken) => taken,
             Err(HigherTerm(term)) => {
                 let actions = self.election.outranked(term);
                 return self.act(at, actions);
@@ -349,18 +377,9 @@ impl Replica {
             return self.act(at, actions);
         }
         self.act(at, actions);
-        let takeover::Truth { words, outbox, refused, generation, clock, refuse_before } = truth;
-        self.directory = Directory {
-            id: self.directory.id,
-            term: tenure.term,
-            followed: false,
-            generation,
-            clock,
-            words,
-            outbox,
-            refuse_before,
-        };
-        self.election.published(generation);
+        self.directory = directory;
+        (0..self.slices.len()).for_each(|slice| self.directory.shrink(slice, self.room));
+        self.election.published(self.directory.generation);
         if !refused.is_empty() {
             self.outputs.push(Output::Refused(refused));
         }
@@ -392,25 +411,36 @@ impl Replica {
 
     /// Applies a change to the directory. Returns the status that confirms it.
     pub(super) fn decide(&mut self, at: Clocks, key: Key, value: Option<Value>) -> u16 {
-        let current = self.directory.words.get(&key).and_then(|word| word.value);
-        let (status, write) = match (value, current) {
-            (None, None) => (404, self.rules.tombstone_for_absent),
-            (None, Some(_)) => (204, true),
-            (Some(new), Some(old)) if new == old => (200, self.rules.stamp_unchanged),
-            (Some(_), Some(_)) => (200, true),
-            (Some(_), None) => (201, true),
+        let removed = match value {
+            None => self.directory.registered(key),
+            Some(_) => Vec::new(),
+        };
+        let current = value_of(&self.directory.words, key);
+        let (status, write) = match value {
+            None if removed.is_empty() => (404, self.rules.tombstone_for_absent),
+            None => (204, true),
+            Some(new) if new == current => (200, self.rules.stamp_unchanged),
+            Some(_) if current != 0 => (200, true),
+            Some(_) => (201, true),
         };
         if write {
-            let term = self.directory.term;
-            self.directory.generation += 1;
-            let stamp =
-                Stamp { clock: self.directory.clock.next(at.wall), term, generation: self.directory.generation };
-            let word = Word { value, stamp };
-            self.directory.words.insert(key, word);
-            self.directory.outbox.insert(key, word);
+            // That of the address comes after those of its instances.
+            removed.into_iter().filter(|one| *one != key).for_each(|one| self.say(at, one, None));
+            self.say(at, key, value);
+            self.directory.shrink(key.slice, self.room);
             self.election.published(self.directory.generation);
         }
         status
+    }
+
+    /// A word of this replica's own.
+    fn say(&mut self, at: Clocks, key: Key, value: Option<Value>) {
+        let term = self.directory.term;
+        self.directory.generation += 1;
+        let stamp = Stamp { clock: self.directory.clock.next(at.wall), term, generation: self.directory.generation };
+        let word = Word { value, stamp };
+        self.directory.apply(&key, &word);
+        self.directory.outbox.insert(key, word);
     }
 
     /// A second has passed since `op` was submitted.

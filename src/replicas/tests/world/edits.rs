@@ -66,8 +66,8 @@ impl World {
         let deleted = edit == Edit::DeleteSlice;
         for key in self.keys().filter(|key| key.slice == slice) {
             // The age limit goes with the slice, and that speaks of all keys.
-            if deleted || before.words.get(&key) != after.words.get(&key) {
-                let stamp = before.words.get(&key).map(|word| word.stamp).unwrap_or_default();
+            if deleted || last_word(&before.words, key) != last_word(&after.words, key) {
+                let stamp = last_word(&before.words, key).map(|word| word.stamp).unwrap_or_default();
                 let known = self.edited.get(&key).map_or(stamp, |edited| edited.stamp.max(stamp));
                 self.edited.insert(key, Edited { time: self.time, stamp: known });
             }
@@ -114,7 +114,7 @@ impl World {
     /// before there were such words, puts nothing right.
     pub(super) fn put_right(&mut self, slice: usize, record: &Record) {
         self.edited.retain(|key, edited| {
-            let word = record.words.get(key);
+            let word = last_word(&record.words, *key);
             let stands =
                 word.is_some_and(|word| word.stamp >= edited.stamp) || record.refuse_before >= edited.stamp.clock;
             key.slice != slice || !stands
@@ -124,7 +124,7 @@ impl World {
     /// A take-over lists slices. What a hand did to them and is not repaired is the truth from now on.
     pub(super) fn edits_are_listed(&mut self) {
         for (key, edited) in std::mem::take(&mut self.edited) {
-            let word = self.slices[key.slice].as_ref().and_then(|(_, record)| record.words.get(&key));
+            let word = self.slices[key.slice].as_ref().and_then(|(_, record)| last_word(&record.words, key));
             let value = word.and_then(|word| word.value).filter(|value| *value >= BY_HAND);
             self.checker.edited(key, edited.time, value, self.time);
         }

@@ -65,7 +65,7 @@ impl World {
             }
             Fault::Remove { key } => {
                 let Some(writer) = self.writer() else { return };
-                self.sustained.remove(&key);
+                self.sustained.retain(|other, _| !key.covers(*other));
                 self.submit(writer, key, 0);
             }
             Fault::Crash { machine, time, disk, boots } => {

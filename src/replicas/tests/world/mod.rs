@@ -15,14 +15,13 @@ use std::{
 use super::{
     super::{
         lease::{DirectoryId, LeaseRecord, LeaseWrite, ObservedLease, RequestId, ResourceVersion},
-        takeover::Directory,
         time::{BootTime, Now},
         word::Word,
     },
     checker::{Checker, Violation},
     plan::{Fault, Plan, Target},
     random::Random,
-    replica::{Clocks, Key, Observed, Output, Record, Replica, SliceWrite, Value},
+    replica::{Clocks, Directory, Key, Observed, Output, Record, Replica, SliceWrite, Value, last_word, value_of},
     setup::Setup,
 };
 use crate::model::{HybridClock, Stamp};
@@ -90,10 +89,10 @@ enum Event {
 #[derive(Debug)]
 struct Machine {
     replica: Option<Replica>,
-    directory: Directory<Key, Value>,
+    directory: Directory,
     /// On which machine, and at which of its boots, the directory was opened last.
     opened: (usize, u32),
-    copies: Vec<(Directory<Key, Value>, (usize, u32))>,
+    copies: Vec<(Directory, (usize, u32))>,
     boots: u32,
     /// Grows with every start: what belongs to a former process is dropped.
     epoch: u32,
@@ -186,7 +185,7 @@ impl World {
             log: Vec::new(),
             calls: Vec::new(),
             machines,
-            checker: Checker::new(2 * setup.skew),
+            checker: Checker::new(2 * setup.skew, setup.ports),
             edited: BTreeMap::new(),
             namespaces: BTreeMap::new(),
             deletions_seen: BTreeSet::new(),
@@ -324,14 +323,12 @@ impl World {
     }
 
     fn keys(&self) -> impl Iterator<Item = Key> + use<> {
-        let addresses = self.setup.addresses;
-        (0..self.setup.slices).flat_map(move |slice| (0..addresses).map(move |address| Key { slice, address }))
+        self.setup.keys()
     }
 
     fn judge(&mut self) -> Vec<Violation> {
         let truth = |key: &Key| -> Value {
-            let word = self.slices[key.slice].as_ref().and_then(|(_, record)| record.words.get(key));
-            word.and_then(|word| word.value).unwrap_or(0)
+            self.slices[key.slice].as_ref().map_or(0, |(_, record)| value_of(&record.words, *key))
         };
         let replicas = || self.machines.iter().filter_map(|machine| machine.replica.as_ref());
         let mut found = Vec::new();
