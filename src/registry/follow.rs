@@ -52,6 +52,14 @@ pub(super) struct StandDownRequest {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TakeOverTurn(pub(super) u64);
 
+#[cfg(test)]
+impl TakeOverTurn {
+    /// For tests without a writer.
+    pub(crate) const fn any() -> Self {
+        Self(0)
+    }
+}
+
 /// Says that another process writes, or wrote.
 #[derive(Debug)]
 pub(super) struct OutrankedRequest {

@@ -302,4 +302,9 @@ impl Status {
     pub(crate) fn at(phase: Phase) -> Self {
         Self::in_phase(phase)
     }
+
+    /// As after a failure of the journal.
+    pub(crate) fn fail_storage(&self) {
+        self.storage_failed("the disk is full");
+    }
 }

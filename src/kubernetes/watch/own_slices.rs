@@ -363,6 +363,31 @@ mod tests {
         assert!(handler.before.is_empty());
     }
 
+    /// The watches are one task: an error would end all of them, and this process follows from now on.
+    #[test]
+    fn journal_that_fails_during_a_take_over_does_not_end_the_watches() {
+        use futures::FutureExt as _;
+
+        let metrics = std::sync::Arc::new(Metrics::new());
+        let options = crate::registry::Options { max_instances: 10, kubernetes: None };
+        let (registry, unrecovered) = crate::registry::new(options, std::sync::Arc::clone(&metrics));
+        // Nobody answers the request for a restore.
+        drop(unrecovered);
+        registry.status().fail_storage();
+        let cache = ClusterCache::new();
+        let mut handler = OwnSlicesHandler::new(&cache, &registry, &metrics.kubernetes, VALIDATOR, Vec::new());
+        let (reply, restored) = oneshot::channel();
+        handler.begin(SlicesRequest::TakeOver(TakeOver {
+            tenure: Tenure::new(4, None),
+            highest_term: 9,
+            turn: crate::registry::TakeOverTurn::any(),
+            restored: reply,
+        }));
+        let list = vec![ObjectEvent::Init, ObjectEvent::InitDone("9".into())];
+        assert_eq!(handler.handle(list).now_or_never(), Some(Ok(())));
+        assert!(restored.now_or_never().is_some_and(|restored| restored.is_err()), "it did not take over");
+    }
+
     #[test]
     fn restore_takes_the_newest_slice_and_starts_over_with_the_list() {
         let metrics = Metrics::new().kubernetes;
