@@ -177,17 +177,17 @@ fn process_that_drains_answers_what_the_next_writer_registers() {
     let long = ["--drain", "60s"];
     let server = serve_by(&kubeconfig, &long);
     let mut harness = MirrorHarness { server, cluster: lock.cluster, _lock: lock };
-    make_namespace(harness.cluster, &mut Stream::open(harness.server.grpc), "drained");
-    assert_eq!(Stream::open(harness.server.grpc).register("drained", "web", "10.13.2.1").0, 201);
+    make_namespace(harness.cluster, &mut Stream::open(harness.server.grpc), "still-asked");
+    assert_eq!(Stream::open(harness.server.grpc).register("still-asked", "web", "10.13.2.1").0, 201);
     let second = Replica::on_standby(&kubeconfig);
     let follower = Replica::on_standby_with(&kubeconfig, &long);
     harness.server.signal_terminate();
     follower.signal("TERM");
     second.wait_until_it_writes();
-    assert_eq!(second.register("drained", "web", "10.13.2.2"), 201);
-    assert_eq!(second.remove("drained", "web", "10.13.2.1"), 204);
+    assert_eq!(second.register("still-asked", "web", "10.13.2.2"), 201);
+    assert_eq!(second.remove("still-asked", "web", "10.13.2.1"), 204);
     for (name, dns) in [("the former writer", harness.server.dns), ("the follower", follower.dns)] {
-        let a = || answers(dns, Over::Udp, &dns_name("drained", "web"), RecordType::A);
+        let a = || answers(dns, Over::Udp, &dns_name("still-asked", "web"), RecordType::A);
         wait_until(&format!("{name} answers what is new"), || (a() == ["10.13.2.2"]).then_some(()));
     }
     drop(follower);
