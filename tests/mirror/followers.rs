@@ -108,22 +108,22 @@ fn follower_answers_every_question_while_it_takes_over() {
     let kubeconfig = lock.cluster.kubeconfig_for_gangplank();
     let flags = ["--drain", "1s"];
     let mut harness = MirrorHarness { server: serve_by(&kubeconfig, &flags), cluster: lock.cluster, _lock: lock };
-    make_namespace(harness.cluster, &mut Stream::open(harness.server.grpc), "handed-over");
+    make_namespace(harness.cluster, &mut Stream::open(harness.server.grpc), "asked-all-the-time");
     let second = Replica::on_standby(&kubeconfig);
-    let probe = DnsProbe::start(second.dns, "handed-over");
+    let probe = DnsProbe::start(second.dns, "asked-all-the-time");
     harness.server.signal_terminate();
     second.wait_until_it_writes();
     assert!(harness.server.exit().success());
-    assert_eq!(second.register("handed-over", "web", "10.12.0.1"), 201);
+    assert_eq!(second.register("asked-all-the-time", "web", "10.12.0.1"), 201);
     probe.end();
 
     // The new writer is killed without a word.
     let third = Replica::on_standby(&kubeconfig);
-    let probe = DnsProbe::start(third.dns, "handed-over");
+    let probe = DnsProbe::start(third.dns, "asked-all-the-time");
     second.kill();
     third.wait_until_it_writes();
-    assert_eq!(answers(third.dns, Over::Udp, &dns_name("handed-over", "web"), RecordType::A), ["10.12.0.1"]);
-    assert_eq!(third.register("handed-over", "web", "10.12.0.2"), 201);
+    assert_eq!(answers(third.dns, Over::Udp, &dns_name("asked-all-the-time", "web"), RecordType::A), ["10.12.0.1"]);
+    assert_eq!(third.register("asked-all-the-time", "web", "10.12.0.2"), 201);
     probe.end();
 }
 
