@@ -11,7 +11,10 @@ use std::{
     time::Instant,
 };
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
 use tonic::{
     Code, Status,
     body::Body,
@@ -23,6 +26,7 @@ use tonic::{
 };
 
 use super::{
+    handover,
     incoming::ConnectionInfo,
     memory::{BudgetTimer, ConnectionMemory, Responses},
     metered::FRAME_OVERHEAD,
@@ -78,8 +82,15 @@ impl Service<Request<Body>> for TrackedRoutes {
             }
             None => request,
         };
+        let deadline = handover::deadline(request.uri().path());
         let answered = self.routes.call(request);
-        Box::pin(async move { answered.await.map(|response| call.follow(response)) })
+        let Some(deadline) = deadline else {
+            return Box::pin(async move { answered.await.map(|response| call.follow(response)) });
+        };
+        Box::pin(async move {
+            let late = |_| Ok(Status::deadline_exceeded("the request took too long").into_http());
+            timeout(deadline, answered).await.unwrap_or_else(late).map(|response| call.follow(response))
+        })
     }
 }
 

@@ -21,14 +21,17 @@ use std::{io, sync::Arc, time::Duration};
 use futures::future;
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
-use tonic::{service::Routes, transport::Server};
+use tonic::{
+    service::{Routes, interceptor::InterceptedService},
+    transport::Server,
+};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 pub use self::handover::hand_over;
 use self::{
     call_tracker::TrackedRoutes,
     discovery_service::DiscoveryService,
-    handover::HandOverService,
+    handover::{HandOverService, Places},
     incoming::Lifetime,
     memory::MemoryBudget,
     proto::{
@@ -206,9 +209,10 @@ fn routes(context: &ServerContext, stop: &CancellationToken) -> io::Result<(Rout
     };
     let routes = Routes::new(ServiceRegistryServer::new(registry).max_decoding_message_size(MAX_MESSAGE_BYTES))
         .add_service(DiscoveryServer::new(discovery).max_decoding_message_size(MAX_MESSAGE_BYTES))
-        .add_service(
+        .add_service(InterceptedService::new(
             HandOverServer::new(HandOverService::new(context.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES),
-        )
+            Places::default(),
+        ))
         .add_service(health_service.max_decoding_message_size(MAX_MESSAGE_BYTES))
         .add_service(reflection().build_v1().map_err(io::Error::other)?.max_decoding_message_size(MAX_MESSAGE_BYTES))
         // Older clients, such as old releases of grpcurl, only use v1alpha.

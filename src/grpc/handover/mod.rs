@@ -15,12 +15,12 @@ use tokio::{
 };
 use tonic::{Request, Response, Status};
 
+pub(super) use places::Places;
 pub use sender::run as hand_over;
 
-use self::places::Places;
+use self::places::Place;
 use super::{
     ServerContext, convert,
-    incoming::ConnectionInfo,
     memory::ConnectionMemory,
     proto::gangplank::internal::v1::{
         HandOverRequest, HandOverResponse, Result as WireResult, Word, WordResult, hand_over_server::HandOver,
@@ -45,14 +45,26 @@ const MAX_CLOCK_WAIT: Duration = Duration::from_secs(3600);
 /// How long a request may wait until its words are merged. The sender's patience has to cover this and [`MAX_WAIT`].
 const MERGE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long one request may take, for both sides: both waits, and some time for everything else.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Requests that wait for Kubernetes at the same time; others are answered at once, and sent again.
 const MAX_WAITING: usize = 64;
+
+/// How long a call may take until it is answered; `None` for calls that are no hand-over. It has its place from its begin on,
+/// and may send its request as slowly as it likes.
+pub(super) fn deadline(path: &str) -> Option<Duration> {
+    (path == "/gangplank.internal.v1.HandOver/Send").then_some(REQUEST_TIMEOUT)
+}
+
+fn busy() -> Status {
+    Status::resource_exhausted("other words are being taken over; try again later")
+}
 
 /// Takes the words of other processes.
 #[derive(Debug)]
 pub(super) struct HandOverService {
     context: ServerContext,
-    places: Places,
     waiting: Semaphore,
 }
 
@@ -81,7 +93,7 @@ impl Drop for Charge {
 
 impl HandOverService {
     pub(super) fn new(context: ServerContext) -> Self {
-        Self { context, places: Places::default(), waiting: Semaphore::new(MAX_WAITING) }
+        Self { context, waiting: Semaphore::new(MAX_WAITING) }
     }
 
     /// Waits for Kubernetes to have the merged ones of `words`. Returns one result per word.
@@ -170,9 +182,7 @@ impl HandOver for HandOverService {
         if !self.context.registry.mirror_progress().is_mirrored() {
             return Err(Status::failed_precondition("this process does not write to Kubernetes"));
         }
-        let busy = || Status::resource_exhausted("other words are being taken over; try again later");
-        let peer = request.extensions().get::<ConnectionInfo>().map(|connection| connection.handle.peer());
-        let place = self.places.take(peer).ok_or_else(busy)?;
+        let place = request.extensions_mut().remove::<Arc<Place>>();
         let memory = request.extensions_mut().remove::<Arc<ConnectionMemory>>();
         let HandOverRequest { words, wait_millis } = request.into_inner();
         if words.len() > MAX_WORDS {

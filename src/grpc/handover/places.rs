@@ -1,10 +1,16 @@
-//! How many requests may wait for their merge at once: a few of each peer, so that none keeps the others out.
+//! How many requests are read and merged at once: a few of each peer, so that none keeps the others out.
+//!
+//! A request has its place before its body is read. So those that are refused cost no memory and next to no time.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
     net::IpAddr,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
+
+use tonic::{Request, Status, service::Interceptor};
+
+use crate::grpc::incoming::ConnectionInfo;
 
 /// Places of one peer. A process hands over one request at a time, and several may be behind one address.
 const MAX_PER_PEER: usize = 4;
@@ -13,19 +19,19 @@ const MAX_PER_PEER: usize = 4;
 const MAX_PLACES: usize = 64;
 
 /// The places. A peer is a network address as the limits on connections count it, `None` without a connection.
-#[derive(Debug, Default)]
-pub(super) struct Places(Mutex<HashMap<Option<IpAddr>, usize>>);
+#[derive(Debug, Clone, Default)]
+pub(in crate::grpc) struct Places(Arc<Mutex<HashMap<Option<IpAddr>, usize>>>);
 
 impl Places {
     /// Takes a place, unless this peer or all together have as many as they may.
-    pub(super) fn take(&self, peer: Option<IpAddr>) -> Option<Place<'_>> {
+    fn take(&self, peer: Option<IpAddr>) -> Option<Place> {
         let mut taken = self.lock();
         let of_peer = taken.get(&peer).copied().unwrap_or_default();
         if of_peer >= MAX_PER_PEER || taken.values().sum::<usize>() >= MAX_PLACES {
             return None;
         }
         taken.insert(peer, of_peer + 1);
-        Some(Place { places: self, peer })
+        Some(Place { places: self.clone(), peer })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Option<IpAddr>, usize>> {
@@ -34,14 +40,24 @@ impl Places {
     }
 }
 
+impl Interceptor for Places {
+    /// Puts a [`Place`] into the extensions of a request, or refuses the request.
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        let peer = request.extensions().get::<ConnectionInfo>().map(|connection| connection.handle.peer());
+        let place = self.take(peer).ok_or_else(super::busy)?;
+        request.extensions_mut().insert(Arc::new(place));
+        Ok(request)
+    }
+}
+
 /// One place, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Place<'a> {
-    places: &'a Places,
+pub(super) struct Place {
+    places: Places,
     peer: Option<IpAddr>,
 }
 
-impl Drop for Place<'_> {
+impl Drop for Place {
     fn drop(&mut self) {
         if let Entry::Occupied(mut taken) = self.places.lock().entry(self.peer) {
             *taken.get_mut() -= 1;

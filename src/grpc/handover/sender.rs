@@ -13,7 +13,7 @@ use tonic::{
 };
 use tracing::{debug, info, warn};
 
-use super::{MAX_WAIT, MAX_WORDS};
+use super::{MAX_WAIT, MAX_WORDS, REQUEST_TIMEOUT};
 use crate::{
     grpc::{
         MAX_MESSAGE_BYTES, convert,
@@ -28,9 +28,6 @@ use crate::{
 
 /// How long a connection may take to open.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// How long one request may take: the wait for Kubernetes, and as long again for everything else.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Between two rounds while words are left, longer each time without progress. Each is spread at random from half of it to
 /// the whole.
