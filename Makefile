@@ -92,7 +92,8 @@ mirror: ## the Kubernetes mirror at length: 200 and 50 kills in the middle of wr
 		cargo test --locked --test integration mirror:: -- --nocapture --test-threads 1
 
 .PHONY: mirror-figures
-mirror-figures: ## our DNS beside CoreDNS on our slices, a restore from 1 000 slices, memory beside 4 000 Services
+mirror-figures: ## our DNS beside CoreDNS, a take-over beside client-go's, what followers and slices cost the API server
+	tests/tools/install.sh election
 	GANGPLANK_MIRROR_FIGURES=200 cargo test --locked --test integration mirror::figures -- --nocapture --test-threads 1
 
 .PHONY: older

@@ -79,6 +79,11 @@ impl Replica {
         self.process.signal(name);
     }
 
+    /// Its process id.
+    pub(super) fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
     pub(super) fn data_dir(&self) -> &Path {
         self.data.path()
     }

@@ -3,7 +3,8 @@
 #
 #   tests/tools/install.sh            everything the tests use
 #   tests/tools/install.sh dns go     only these: dns (dig, nslookup, kdig, drill, knotd, curl), python, go, coredns,
-#                                     kubernetes (etcd, kube-apiserver, kube-controller-manager, kubectl), deny
+#                                     kubernetes (etcd, kube-apiserver, kube-controller-manager, kubectl), deny,
+#                                     election (only if asked for: a comparison of `make mirror-figures`)
 #
 # GANGPLANK_TEST_KUBERNETES chooses the release of Kubernetes, here and for the tests: 1.36 unless set, or 1.35.
 # Both may be there, side by side.
@@ -121,6 +122,15 @@ install_kubernetes() {
     mark_done "kubernetes-$release" "${inputs[@]}"
 }
 
+# A candidate of client-go's leader election.
+install_election() {
+    local inputs=("$sources"/election/* "$sources/install.sh")
+    done_for election "${inputs[@]}" && return
+    say "leader election of client-go"
+    (cd "$sources/election" && CGO_ENABLED=0 GOFLAGS='-mod=readonly -buildvcs=false' go build -ldflags '-s -w' -o "$bin/election" .)
+    mark_done election "${inputs[@]}"
+}
+
 # cargo-deny, which checks licences, duplicates and sources.
 install_deny() {
     local version=0.20.2
@@ -132,7 +142,7 @@ install_deny() {
 if [ $# -eq 0 ]; then set -- dns python go coredns kubernetes deny; fi
 for tool in "$@"; do
     case $tool in
-        dns | python | go | coredns | kubernetes | deny) "install_$tool" ;;
-        *) say "no tool is called $tool: dns, python, go, coredns, kubernetes or deny" && exit 2 ;;
+        dns | python | go | coredns | kubernetes | deny | election) "install_$tool" ;;
+        *) say "no tool is called $tool: dns, python, go, coredns, kubernetes, deny or election" && exit 2 ;;
     esac
 done

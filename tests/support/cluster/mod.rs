@@ -20,6 +20,7 @@ mod pki;
 use std::{
     env, fs,
     io::{self, Write as _},
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{
@@ -247,6 +248,11 @@ impl Cluster {
     /// Its port on 127.0.0.1.
     pub(crate) fn port(&self) -> u16 {
         self.port
+    }
+
+    /// Where etcd listens, over HTTP.
+    pub(crate) fn etcd(&self) -> SocketAddr {
+        SocketAddr::from((Ipv4Addr::LOCALHOST, self.etcd_port))
     }
 
     /// TLS to it without a client certificate.

@@ -1,9 +1,14 @@
-//! Figures of the mirror: our own DNS beside CoreDNS' kubernetes plugin on the slices that we write,
-//! and a restore from slices alone.
+//! Figures of the mirror and of replicas: our own DNS beside CoreDNS' kubernetes plugin on the slices that we write, a restore
+//! from slices alone, a take-over beside client-go's leader election, and what followers and slices cost.
 //!
 //! Figures are printed and never asserted: a timed test is flaky by design. The assertion is that
 //! everything arrives. `GANGPLANK_MIRROR_FIGURES` sets the rounds; `make mirror-figures` takes 200
 //! rounds, and 1 000 services of ten instances.
+
+mod load;
+mod stored;
+mod take_over;
+mod visible;
 
 use std::{
     env, fs,
