@@ -21,6 +21,7 @@ mod several_servers;
 mod staleness;
 mod tombstones;
 mod trial;
+mod upgrade;
 mod write_counts;
 mod writer_events;
 

@@ -152,6 +152,11 @@ impl Process {
         Self::spawn(shifted, data, flags)
     }
 
+    /// The same with another binary than the one under test.
+    pub(crate) fn serve_binary<S: AsRef<OsStr>>(binary: &Path, data: &Path, flags: &[S]) -> Self {
+        Self::spawn(Command::new(binary), data, flags)
+    }
+
     /// The same, with at most so many open descriptors.
     pub(crate) fn serve_within(descriptors: usize, data: &Path) -> Self {
         let mut limited = Command::new("prlimit");
