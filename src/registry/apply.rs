@@ -76,6 +76,7 @@ impl Applier {
         services: IndexMap<ServiceKey, Service, S>,
         tombstones: impl IntoIterator<Item = (ServiceKey, Tombstones)>,
     ) {
+        self.catalog.begin_generation(generation);
         tombstones.into_iter().for_each(|(service, tombstones)| self.catalog.set_tombstones(service, tombstones));
         self.catalog.reserve(services.len());
         self.publisher.reserve(services.len(), services.values().flat_map(|service| &service.instances));
@@ -149,6 +150,7 @@ impl Applier {
 
     fn publish(&mut self, generation: u64, serial: u64, changes: StagedChanges, durable: UnixMillis) -> AppliedBatch {
         let begun = Instant::now();
+        self.catalog.begin_generation(generation);
         let StagedChanges { mut services, events, tombstones, .. } = changes;
         for staged in services.values_mut() {
             staged.after.generation = generation;
@@ -180,7 +182,9 @@ impl Applier {
     /// Appends an applied batch to the feed; its registrants were answered at `acknowledged`.
     pub(super) fn announce(&self, applied: AppliedBatch, acknowledged: UnixMillis) {
         let AppliedBatch { generation, events, durable, visible } = applied;
-        if !events.is_empty() {
+        if events.is_empty() {
+            self.feed.skip(generation);
+        } else {
             self.feed.push(Batch { generation, events, durable, visible, acknowledged });
         }
     }

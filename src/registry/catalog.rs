@@ -16,6 +16,8 @@ pub struct Catalog {
     tombstones: papaya::HashMap<ServiceKey, Tombstones, foldhash::fast::RandomState>,
     instances: AtomicUsize,
     tombstone_count: AtomicUsize,
+    /// The generation that is being applied, or was applied last.
+    begun: AtomicU64,
     generation: AtomicU64,
 }
 
@@ -100,9 +102,19 @@ impl Catalog {
         self.generation.load(Ordering::Acquire)
     }
 
+    /// The newest generation of which a reader can have seen a change: each is begun before its first change.
+    pub(super) fn newest_visible(&self) -> u64 {
+        self.begun.load(Ordering::Acquire)
+    }
+
     /// Makes room for so many services more.
     pub(super) fn reserve(&self, services: usize) {
         self.services.pin().reserve(services);
+    }
+
+    /// Must come before the first change of `generation`: a service that is removed shows no generation itself.
+    pub(super) fn begin_generation(&self, generation: u64) {
+        self.begun.store(generation, Ordering::Release);
     }
 
     /// Replaces one service; one without instances is removed.

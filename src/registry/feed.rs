@@ -56,11 +56,15 @@ impl Batch {
 #[error("more changes happened than are kept")]
 pub struct Lagged;
 
-/// The latest changes, and the channel that wakes readers for the next one.
+/// The latest changes, and the channels that wake readers for the next one.
 #[derive(Debug)]
 pub struct Feed {
     ring: Mutex<Ring>,
+    /// The generation of the newest batch.
     newest: watch::Sender<u64>,
+    /// The generation that was announced last. Apart from `newest`, so that a generation without changes, such as
+    /// that of a repeated registration, wakes no watch.
+    announced: watch::Sender<u64>,
     epoch: u64,
 }
 
@@ -71,6 +75,8 @@ struct Ring {
     events: usize,
     /// The generation just before the oldest batch: a reader at this position can read every batch.
     before: u64,
+    /// The generation that was announced last; one without changes has no batch.
+    announced: u64,
 }
 
 impl Ring {
@@ -79,6 +85,7 @@ impl Ring {
     #[must_use = "dropped outside the lock"]
     fn push(&mut self, batch: Arc<Batch>) -> Vec<Arc<Batch>> {
         self.events += batch.events.len();
+        self.announced = batch.generation;
         self.batches.push_back(batch);
         let mut evicted = Vec::new();
         // The newest batch stays even if it alone exceeds the limit: without it every reader would lag.
@@ -95,8 +102,9 @@ impl Ring {
 impl Feed {
     pub(super) fn new() -> Self {
         Self {
-            ring: Mutex::new(Ring { batches: VecDeque::new(), events: 0, before: 0 }),
+            ring: Mutex::new(Ring { batches: VecDeque::new(), events: 0, before: 0, announced: 0 }),
             newest: watch::Sender::new(0),
+            announced: watch::Sender::new(0),
             epoch: fastrand::u64(1..),
         }
     }
@@ -115,16 +123,27 @@ impl Feed {
 
     /// Starts the feed after `generation`: recovered services are not changes.
     pub(super) fn start_after(&self, generation: u64) {
-        self.lock().before = generation;
+        {
+            let mut ring = self.lock();
+            (ring.before, ring.announced) = (generation, generation);
+        }
         self.newest.send_replace(generation);
+        self.announced.send_replace(generation);
     }
 
     pub(super) fn push(&self, batch: Batch) {
         let generation = batch.generation;
         let evicted = self.lock().push(Arc::new(batch));
         self.newest.send_replace(generation);
+        self.announced.send_replace(generation);
         // Freeing tens of thousands of events takes milliseconds: not under the readers' lock.
         drop(evicted);
+    }
+
+    /// Announces a generation without changes.
+    pub(super) fn skip(&self, generation: u64) {
+        self.lock().announced = generation;
+        self.announced.send_replace(generation);
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Ring> {
@@ -177,12 +196,33 @@ impl Subscription {
                 return Err(Lagged);
             }
             let at = ring.batches.partition_point(|batch| batch.generation <= self.seen);
-            ring.batches.get(at).cloned()
+            let next = ring.batches.get(at).cloned();
+            // Behind the newest batch there can be generations without changes.
+            let seen = next.as_ref().map_or(ring.announced, |batch| batch.generation);
+            self.seen = self.seen.max(seen);
+            next
         };
-        if let Some(batch) = &next {
-            self.seen = batch.generation;
-        }
         Ok(next)
+    }
+
+    /// The batches up to `generation`; waits until it is announced. Cancelling loses what was read.
+    ///
+    /// # Errors
+    /// As [`Subscription::next`].
+    pub(super) async fn read_until(&mut self, generation: u64) -> Result<Vec<Arc<Batch>>, Lagged> {
+        let mut announced = self.feed.announced.subscribe();
+        let mut batches = Vec::new();
+        while self.seen < generation {
+            match self.try_next()? {
+                Some(batch) => batches.push(batch),
+                None if self.seen < generation => {
+                    // Fails only without a sender, which `self.feed` owns.
+                    let _ = announced.wait_for(|announced| *announced >= generation).await;
+                }
+                None => {}
+            }
+        }
+        Ok(batches)
     }
 }
 

@@ -186,13 +186,7 @@ impl Snapshots {
         let mut feed = self.feed.subscribe(self.catalog.generation());
         let found = self.catalog.get(key).map(|service| (key.clone(), service));
         let mut services: Services = found.into_iter().collect();
-        // The catalog has a generation before the feed does, and a service before the catalog's generation.
-        let newest = services.first().map_or(0, |(_, service)| service.generation);
-        let until = newest.max(self.catalog.generation());
-        let mut missed = Vec::new();
-        while feed.seen() < until {
-            missed.push(feed.next().await?);
-        }
+        let missed = feed.read_until(self.catalog.newest_visible()).await?;
         settle(&mut services, &missed, |changed| changed == key);
         Ok(Snapshot { services, generation: feed.seen() })
     }
@@ -260,12 +254,7 @@ impl Snapshots {
                 }
             }
         };
-        // The catalog has a generation before the feed does, and a service before the catalog's generation.
-        let newest = services.iter().map(|(_, service)| service.generation).max().unwrap_or(0);
-        let until = newest.max(self.catalog.generation());
-        while feed.seen() < until {
-            missed.push(feed.next().await?);
-        }
+        missed.extend(feed.read_until(self.catalog.newest_visible()).await?);
         if !missed.is_empty() {
             let settled = spawn_blocking(move || {
                 settle(&mut services, &missed, |_| true);
@@ -284,6 +273,7 @@ impl Snapshots {
         let newest = catalog.services().into_iter().map(|(_, service)| service.generation).max().unwrap_or(0);
         let feed = Arc::new(Feed::new());
         feed.start_after(newest);
+        catalog.begin_generation(newest);
         catalog.set_generation(newest);
         Self::new(catalog, feed, metrics)
     }
@@ -349,7 +339,10 @@ fn apply(service: &mut Service, changes: &[(&InstanceChange, u64)]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{InstanceSpec, UnixMillis, Validator};
+    use crate::{
+        model::{InstanceSpec, UnixMillis, Validator},
+        registry::Event,
+    };
 
     const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
@@ -362,6 +355,57 @@ mod tests {
         });
         let catalog = Arc::new(Catalog::of(services));
         Snapshots::within(limits, catalog, Arc::new(Feed::new()), Arc::new(Metrics::new()))
+    }
+
+    /// Snapshots of a catalog with one service, as of generation 1, and the service.
+    fn one_service() -> (Snapshots, ServiceKey, Service) {
+        let snapshots = snapshots(LIMITS, 1);
+        let (key, service) = snapshots.catalog.services().remove(0);
+        snapshots.catalog.begin_generation(1);
+        snapshots.catalog.set_generation(1);
+        snapshots.feed.start_after(1);
+        (snapshots, key, service)
+    }
+
+    /// A service that is gone shows no generation, so only the begin of its removal tells that it is newer.
+    #[tokio::test]
+    async fn removal_that_is_being_applied_belongs_to_its_own_generation() {
+        let (snapshots, key, service) = one_service();
+        snapshots.catalog.begin_generation(2);
+        snapshots.catalog.set(key.clone(), Service::default());
+        let (mut one, mut list) = (Box::pin(snapshots.service(&key)), Box::pin(snapshots.list()));
+        assert!(futures::poll!(&mut one).is_pending());
+        assert!(futures::poll!(&mut list).is_pending());
+
+        let before = service.instances.iter().next().cloned();
+        let event =
+            Event { service: key.clone(), change: InstanceChange { before, after: None }, received: UnixMillis(1) };
+        snapshots.catalog.set_generation(2);
+        snapshots.feed.push(Batch {
+            generation: 2,
+            events: vec![event],
+            durable: UnixMillis(1),
+            visible: UnixMillis(1),
+            acknowledged: UnixMillis(1),
+        });
+        let (one, list) = (one.await.expect("the feed has it"), list.await.expect("a permit"));
+        assert_eq!((one.generation(), one.services().len()), (2, 0));
+        assert_eq!((list.generation(), list.services().len()), (2, 0));
+    }
+
+    /// A registration that is repeated takes a generation in which nothing changes.
+    #[tokio::test]
+    async fn list_during_a_generation_without_changes_ends() {
+        let (snapshots, key, _) = one_service();
+        snapshots.catalog.begin_generation(2);
+        let (mut one, mut list) = (Box::pin(snapshots.service(&key)), Box::pin(snapshots.list()));
+        assert!(futures::poll!(&mut one).is_pending());
+        assert!(futures::poll!(&mut list).is_pending());
+        snapshots.catalog.set_generation(2);
+        snapshots.feed.skip(2);
+        let (one, list) = (one.await.expect("the feed has it"), list.await.expect("a permit"));
+        assert_eq!((one.generation(), one.services().len()), (2, 1));
+        assert_eq!((list.generation(), list.services().len()), (2, 1));
     }
 
     #[tokio::test]
