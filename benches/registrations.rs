@@ -5,27 +5,21 @@
 
 #[path = "support/ratio.rs"]
 mod ratio;
+#[path = "support/registrant.rs"]
+mod registrant;
+#[path = "support/server.rs"]
+mod server;
 
-use std::{
-    hint::black_box,
-    net::SocketAddr,
-    path::Path,
-    pin::Pin,
-    time::{Duration, Instant},
-};
+use std::{net::SocketAddr, path::Path, pin::Pin};
 
-use clap::Parser;
-use gangplank::{
-    app,
-    config::ServeArgs,
-    grpc::proto::registry::{
-        NamedPort, RegistrationMsg, RegistrationResponse, RegistrationResult, ServiceInfo,
-        service_registry_client::ServiceRegistryClient,
-        service_registry_server::{ServiceRegistry, ServiceRegistryServer},
-    },
+use gangplank::grpc::proto::registry::{
+    RegistrationMsg, RegistrationResponse, RegistrationResult, ServiceInfo,
+    service_registry_server::{ServiceRegistry, ServiceRegistryServer},
 };
 use ratio::{machine, row};
-use tokio::{net::TcpListener, sync::oneshot, task::JoinSet};
+use registrant::{connect, message, stream};
+use server::Server;
+use tokio::{net::TcpListener, task::JoinSet};
 use tokio_stream::{Stream, StreamExt as _, wrappers::TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -38,60 +32,6 @@ const ROUNDS: usize = 5;
 
 /// Messages of one round.
 const MESSAGES: u32 = 200_000;
-
-/// gangplank in this process, until it is stopped.
-struct Server {
-    /// The address of its gRPC listener.
-    grpc: SocketAddr,
-    stop: oneshot::Sender<()>,
-    running: JoinSet<anyhow::Result<()>>,
-}
-
-#[derive(Debug, Parser)]
-struct BenchArgs {
-    #[command(flatten)]
-    serve: ServeArgs,
-}
-
-impl Server {
-    /// Starts one on free ports of loopback and waits until it is ready.
-    async fn start(data_dir: &Path) -> Self {
-        let dir = data_dir.display().to_string();
-        let free_port = "127.0.0.1:0";
-        let args = [
-            "bench",
-            "--data-dir",
-            &dir,
-            "--grpc-listen",
-            free_port,
-            "--dns-listen",
-            free_port,
-            "--admin-listen",
-            free_port,
-            "--drain",
-            "0s",
-        ];
-        let config = BenchArgs::parse_from(args).serve.check().expect("valid flags");
-        let bound = app::bind(config).expect("ports are free");
-        let listeners = bound.listeners().expect("they are bound");
-        let address = |what| listeners.iter().find(|(name, _)| *name == what).expect("it listens").1;
-        let grpc = address("grpc");
-        let (stop, stopped) = oneshot::channel::<()>();
-        let (ready, is_ready) = oneshot::channel();
-        let shutdown = async { stopped.await.unwrap_or(()) };
-        let mut running = JoinSet::new();
-        running.spawn(bound.run(shutdown, move |_| ready.send(()).expect("the bench waits")));
-        is_ready.await.expect("it recovers");
-        Self { grpc, stop, running }
-    }
-
-    /// Stops it and waits for its end.
-    async fn stop(mut self) {
-        let _ = self.stop.send(());
-        let ended = self.running.join_next().await.expect("it was started");
-        ended.expect("it does not panic").expect("it stops cleanly");
-    }
-}
 
 /// The baseline: one answer per message, and nothing else.
 struct NoopRegistry;
@@ -129,46 +69,14 @@ impl ServiceRegistry for NoopRegistry {
     }
 }
 
-/// The `n`th message of a round; the instances are spread over `services` services.
-fn message(round: usize, n: u32, services: u32) -> RegistrationMsg {
-    let [_, b, c, d] = n.to_be_bytes();
-    RegistrationMsg {
-        namespace: format!("round{round}"),
-        service_name: format!("s{}", n % services),
-        ipaddress: format!("10.{b}.{c}.{d}"),
-        ports: vec![NamedPort { port: 8080, name: "http".into(), ..NamedPort::default() }],
-        ..RegistrationMsg::default()
-    }
-}
-
-/// Streams the messages of one round and waits for every answer.
-async fn stream(to: SocketAddr, messages: Vec<RegistrationMsg>) -> Duration {
-    let mut client = ServiceRegistryClient::connect(format!("http://{to}")).await.expect("it listens");
-    let count = messages.len();
-    let begun = Instant::now();
-    let answers = client.registration_event(tokio_stream::iter(messages)).await.expect("it streams");
-    let mut answers = answers.into_inner();
-    let mut answered = 0;
-    while let Some(answer) = answers.next().await {
-        let answer = answer.expect("the stream goes on");
-        assert_eq!(black_box(answer).status, 201, "every message is a new instance");
-        answered += 1;
-        if answered == count {
-            break;
-        }
-    }
-    assert_eq!(answered, count, "one answer per message");
-    begun.elapsed()
-}
-
 async fn versus_noop(noop: SocketAddr, parent: &Path, what: &str, goal: &str) {
     let dir = tempfile::tempdir_in(parent).expect("a data directory");
-    let server = Server::start(dir.path()).await;
+    let server = Server::start(dir.path(), &[]).await;
     let mut ratios = Vec::new();
     for round in 0..ROUNDS {
         let messages: Vec<_> = (0..MESSAGES).map(|n| message(round, n, 20_000)).collect();
-        let baseline = stream(noop, messages.clone()).await;
-        let ours = stream(server.grpc, messages).await;
+        let baseline = stream(connect(noop).await, messages.clone()).await;
+        let ours = stream(connect(server.grpc).await, messages).await;
         println!(
             "  {:>9.0}/s no-op   {:>9.0}/s ours",
             f64::from(MESSAGES) / baseline.as_secs_f64(),
@@ -183,11 +91,14 @@ async fn versus_noop(noop: SocketAddr, parent: &Path, what: &str, goal: &str) {
 async fn one_service_versus_many(parent: &Path) {
     const INSTANCES: u32 = 10_000;
     let dir = tempfile::tempdir_in(parent).expect("a data directory");
-    let server = Server::start(dir.path()).await;
+    let server = Server::start(dir.path(), &[]).await;
     let mut ratios = Vec::new();
     for round in 0..ROUNDS {
-        let many = stream(server.grpc, (0..INSTANCES).map(|n| message(2 * round, n, INSTANCES)).collect()).await;
-        let one = stream(server.grpc, (0..INSTANCES).map(|n| message(2 * round + 1, n, 1)).collect()).await;
+        let many =
+            stream(connect(server.grpc).await, (0..INSTANCES).map(|n| message(2 * round, n, INSTANCES)).collect())
+                .await;
+        let one =
+            stream(connect(server.grpc).await, (0..INSTANCES).map(|n| message(2 * round + 1, n, 1)).collect()).await;
         ratios.push(one.as_secs_f64() / many.as_secs_f64());
     }
     server.stop().await;

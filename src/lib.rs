@@ -36,9 +36,11 @@
 //!     cluster. DNS has a change before the API server does; the answer to a registrant waits for
 //!     the slice for at most a second. The slices alone restore a lost data directory.
 //!
+//! 11. **One door.** A connection becomes an identity in one function, and an identity gets a yes or a no
+//!     in one other ([`identity`]); every call passes both, and a test asks the server for its calls.
+//!
 //! Not implemented yet, and where it will go: probes set readiness (`health`), names of instances
-//! are resolved (`upstream`), TLS identifies clients where [`grpc`] accepts connections, encrypted
-//! DNS joins UDP and TCP in [`dns`].
+//! are resolved (`upstream`), encrypted DNS joins UDP and TCP in [`dns`].
 
 pub mod admin;
 pub mod app;
@@ -46,6 +48,7 @@ pub mod cli;
 pub mod config;
 pub mod dns;
 pub mod grpc;
+pub mod identity;
 pub mod kubernetes;
 pub mod metrics;
 pub mod model;

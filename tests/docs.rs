@@ -13,6 +13,7 @@ use std::{
 };
 
 use crate::{
+    identity::pki::TestCa,
     mirror,
     support::{
         server::{BINARY, Server},
@@ -76,8 +77,29 @@ fn functions_of_the_walks_exist_in_their_files() {
 fn docs_kubernetes() {
     let Some(turn) = mirror::ClusterLock::take() else { return };
     let (mine, theirs) = (turn.cluster.kubeconfig_for_gangplank(), turn.cluster.kubeconfig_admin());
-    let page = Page { kubeconfig: Some((mine, theirs)), kubectl: Some(turn.cluster.kubectl_folder()) };
+    let page = Page { kubeconfig: Some((mine, theirs)), kubectl: Some(turn.cluster.kubectl_folder()), folder: None };
     page.replay("docs/kubernetes.md", &["dig"]);
+}
+
+/// With certificates of a CA like the reader's, and the policy as the page shows it.
+#[test]
+fn docs_security() {
+    let files = tempfile::tempdir().expect("a directory");
+    let ca = TestCa::new();
+    let write = |name: &str, text: &str| fs::write(files.path().join(name), text).expect("a file");
+    write("ca.crt", &ca.pem);
+    for (name, user, groups) in
+        [("server", "gangplank", &[][..]), ("vm-1", "vm-1", &[]), ("ada", "ada", &["operators"])]
+    {
+        let signed = ca.sign(user, groups);
+        write(&format!("{name}.crt"), &signed.cert);
+        write(&format!("{name}.key"), &signed.key);
+    }
+    let text = fs::read_to_string(Path::new(ROOT).join("docs/security.md")).expect("a page is UTF-8");
+    let (_, policy) = text.split_once("```toml\n").expect("the page shows a policy");
+    write("policy.toml", policy.split_once("```").expect("the block ends").0);
+    let page = Page { folder: Some(files.path().to_owned()), ..Page::default() };
+    page.replay("docs/security.md", &["curl"]);
 }
 
 #[test]
@@ -128,6 +150,8 @@ struct Page {
     /// Gangplank's and the reader's.
     kubeconfig: Option<(PathBuf, PathBuf)>,
     kubectl: Option<PathBuf>,
+    /// Where its commands run, and its files are; else in the project's root.
+    folder: Option<PathBuf>,
 }
 
 impl Page {
@@ -138,9 +162,9 @@ impl Page {
         let text = fs::read_to_string(Path::new(ROOT).join(page)).expect("a page is UTF-8");
         let steps = steps(&text);
         assert!(steps.len() > 2, "{page} shows commands");
-        let mut server: Option<Server> = None;
+        let (mut server, mut exported): (Option<Server>, Vec<(String, String)>) = (None, Vec::new());
         for Step { line, command, printed } in steps {
-            let (out, real) = self.carry_out(&command, &mut server);
+            let (out, real) = self.carry_out(&command, &mut server, &mut exported);
             let real = if let Some(server) = &server { as_documented(&real, server) } else { real };
             let lines = |text: &str| text.trim_end().lines().map(masked).collect::<Vec<_>>();
             let (shown, got) = (lines(&printed.join("\n")), lines(&real));
@@ -148,8 +172,24 @@ impl Page {
         }
     }
 
+    /// The flags of a server that a page starts, with the paths of this run.
+    fn flags(&self, command: &str) -> Vec<String> {
+        let words = command.split_whitespace().skip(2).filter(|&word| word != "\\");
+        let path = |word: &str| match (&self.kubeconfig, &self.folder) {
+            (Some((kubeconfig, _)), _) if word == "~/.kube/config" => kubeconfig.clone(),
+            (_, Some(folder)) if folder.join(word).exists() => folder.join(word),
+            _ => word.into(),
+        };
+        words.map(|word| path(word).into_os_string().into_string().expect("a path in UTF-8")).collect()
+    }
+
     /// How it ended, and what it printed on stdout and stderr.
-    fn carry_out(&self, command: &str, server: &mut Option<Server>) -> (String, String) {
+    fn carry_out(
+        &self,
+        command: &str,
+        server: &mut Option<Server>,
+        exported: &mut Vec<(String, String)>,
+    ) -> (String, String) {
         match command {
             "make run" => {
                 let started = server.take().map_or_else(|| Server::start_with(&QUICK), Server::restart);
@@ -157,10 +197,10 @@ impl Page {
                 *server = Some(started);
                 ("started".into(), greeting)
             }
-            "gangplank serve --kubeconfig ~/.kube/config" => {
-                let (kubeconfig, _) = self.kubeconfig.as_ref().expect("this page has a cluster");
-                let kubeconfig = kubeconfig.to_str().expect("a path in UTF-8");
-                let started = Server::start_with(&[&["--kubeconfig", kubeconfig][..], &QUICK].concat());
+            serve if serve.starts_with("gangplank serve ") => {
+                let flags = self.flags(serve);
+                let flags: Vec<&str> = flags.iter().map(String::as_str).chain(QUICK).collect();
+                let started = Server::start_with(&flags);
                 let greeting = started.greeting.join("\n");
                 *server = Some(started);
                 ("started".into(), greeting)
@@ -176,6 +216,14 @@ impl Page {
                 }
                 ("signalled".into(), String::new())
             }
+            export if export.starts_with("export GANGPLANK_") => {
+                let server = server.as_ref().expect("the page starts the server first");
+                let variables = as_running(export, server);
+                let variables =
+                    variables.split_whitespace().skip(1).map(|word| word.split_once('=').expect("NAME=VALUE"));
+                exported.extend(variables.map(|(name, value)| (name.to_owned(), value.to_owned())));
+                ("exported".into(), String::new())
+            }
             command => {
                 let server = server.as_ref().expect("the page starts the server first");
                 let command = format!("{{ {}\n}} 2>&1", as_running(command, server));
@@ -190,7 +238,8 @@ impl Page {
                     .envs(theirs)
                     .env("GANGPLANK_SERVER", format!("http://{}", server.grpc))
                     .env("GANGPLANK_DNS", server.dns.to_string())
-                    .current_dir(ROOT)
+                    .envs(exported.iter().map(|(name, value)| (name, value)))
+                    .current_dir(self.folder.as_deref().unwrap_or_else(|| Path::new(ROOT)))
                     .stdin(Stdio::null())
                     .output()
                     .expect("there is a bash");

@@ -6,6 +6,7 @@ mod coredns;
 mod crash;
 mod docs;
 mod hygiene;
+mod identity;
 mod knot;
 mod kubernetes_watch;
 mod lifecycle;

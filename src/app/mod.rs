@@ -25,12 +25,13 @@ use tracing::{info, warn};
 use self::parts::Parts;
 use crate::{
     admin::{self, Admin},
-    config::Config,
+    config::{Config, SecurityConfig},
     dns, grpc,
+    identity::{Authenticator, Authorizer, RefusalLog, certificate_user},
     kubernetes::Kubernetes,
     metrics::Metrics,
     model::{ServerAddress, test_clock_offset},
-    net::{self, ConnectionCaps, DescriptorBudget},
+    net::{self, ConnectionCaps, DescriptorBudget, tls::ServerTls},
     registry::{self, OutboxWord, Unrecovered},
     store::{self, DataDir, RecoveryProgress},
     zone::{Publisher, Zone, ZoneConfig},
@@ -73,7 +74,8 @@ pub fn bind(mut config: Config) -> anyhow::Result<BoundServer> {
         warn!("the clock of this process is shifted by {offset} ms, for a test");
     }
     let data_dir = DataDir::lock(&config.data_dir)?;
-    let grpc = listen("--grpc-listen", &config.grpc_listen)?;
+    let grpc: Vec<_> = config.grpc_listen.iter().map(|(address, _)| *address).collect();
+    let grpc = listen("--grpc-listen", &grpc)?;
     let admin = listen("--admin-listen", &config.admin_listen)?;
     let dns = dns::bind(&config.dns).context("--dns-listen")?;
     Ok(BoundServer { config, data_dir, dns, grpc, admin })
@@ -163,11 +165,14 @@ impl BoundServer {
             grpc: grpc_limits,
             admin_connections,
             max_staleness,
-            grpc_listen: _,
+            security,
+            grpc_listen,
             admin_listen: _,
             dns: _,
             data_dir: _,
         } = config;
+        let metrics = Arc::new(Metrics::new());
+        let security = grpc_security(security, &metrics)?;
         let kubernetes = match kubernetes {
             Some(options) => {
                 let listeners = grpc.iter().map(StdTcpListener::local_addr).collect::<io::Result<Vec<_>>>()?;
@@ -188,7 +193,6 @@ impl BoundServer {
             }
             None => None,
         };
-        let metrics = Arc::new(Metrics::new());
         let (zone, publisher) = Zone::new(with_name_servers(zone, &dns.reachable_addresses()?));
         let (registry, unrecovered) = registry::new(registry, Arc::clone(&metrics));
         let status = registry.status().clone();
@@ -214,12 +218,14 @@ impl BoundServer {
             let directory = data_dir.identity()?;
             let mirror = kubernetes.run(directory, registry.clone(), Arc::clone(&metrics), stop_answers.clone());
             parts.spawn("the Kubernetes mirror", mirror);
-            let hand_over = grpc::hand_over(registry.clone(), Arc::clone(&metrics), stop_answers.clone());
+            let hand_over =
+                grpc::hand_over(registry.clone(), Arc::clone(&metrics), security.tls.clone(), stop_answers.clone());
             parts.spawn("the hand-over", hand_over.map(Ok::<_, Infallible>));
         }
 
-        let services = grpc::ServerContext { registry: registry.clone(), validator, metrics };
-        let calls = grpc::run(from_std(grpc)?, services, grpc_limits, stop_grpc.clone());
+        let services = grpc::ServerContext { registry: registry.clone(), validator, metrics, security };
+        let grpc = from_std(grpc)?.into_iter().zip(grpc_listen.into_iter().map(|(_, security)| security)).collect();
+        let calls = grpc::run(grpc, services, grpc_limits, stop_grpc.clone());
         let then_writer = stop_writer.clone();
         parts.spawn("the gRPC listeners", async move {
             let ended = calls.await;
@@ -338,6 +344,17 @@ impl ProgressReporter {
         let percent = (read * 100).checked_div(total).unwrap_or(100);
         Some(format!("recovering: {percent} % ({} of {} MiB)", read >> 20, total >> 20))
     }
+}
+
+/// Reads certificates and policy.
+fn grpc_security(config: SecurityConfig, metrics: &Arc<Metrics>) -> anyhow::Result<Arc<grpc::Security>> {
+    let SecurityConfig { tls, authorization } = config;
+    let log = Arc::new(RefusalLog::default());
+    let tls = tls.map(|files| ServerTls::load(files, Arc::clone(&metrics.connections))).transpose()?;
+    let replica = tls.as_ref().and_then(|tls| certificate_user(&tls.certificate()?).ok());
+    let authorizer = Authorizer::new(authorization, replica, Arc::clone(&metrics.identity), Arc::clone(&log))
+        .context("--authorization-policy")?;
+    Ok(Arc::new(grpc::Security { tls, authenticator: Authenticator, authorizer: Arc::new(authorizer), log }))
 }
 
 fn from_std(listeners: Vec<StdTcpListener>) -> io::Result<Vec<TcpListener>> {

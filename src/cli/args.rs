@@ -1,10 +1,10 @@
 //! Arguments that several subcommands share, and how their texts are parsed.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use super::error::{CommandError, ErrorKind};
 use crate::{
-    grpc::client::Servers,
+    grpc::client::{ClientTls, ClientTlsFiles, Servers},
     model::{PortSpec, Protocol, ServiceKey, Validator},
 };
 
@@ -27,12 +27,30 @@ pub(super) struct ServerArgs {
         default_value = "http://127.0.0.1:9080"
     )]
     pub(super) server: Vec<String>,
+
+    /// The CAs of a server with an https URL, in PEM
+    #[arg(long, env = "GANGPLANK_CACERT", value_name = "FILE")]
+    cacert: Option<PathBuf>,
+
+    /// The client certificate to show, in PEM
+    #[arg(long, env = "GANGPLANK_CERT", value_name = "FILE")]
+    cert: Option<PathBuf>,
+
+    /// The key of --cert, in PEM
+    #[arg(long, env = "GANGPLANK_KEY", value_name = "FILE")]
+    key: Option<PathBuf>,
 }
 
 impl ServerArgs {
     /// The servers, for commands that read.
-    pub(super) fn readers(self) -> Servers {
-        Servers::new(self.server, Duration::ZERO)
+    pub(super) fn readers(self) -> Result<Servers, CommandError> {
+        self.servers(Duration::ZERO)
+    }
+
+    fn servers(self, patience: Duration) -> Result<Servers, CommandError> {
+        let Self { server, cacert, cert, key } = self;
+        let tls = ClientTls::load(&ClientTlsFiles { ca: cacert, cert, key })?;
+        Ok(Servers::new(server, tls, patience))
     }
 }
 
@@ -47,8 +65,8 @@ pub(super) struct WriterArgs {
 }
 
 impl WriterArgs {
-    pub(super) fn servers(self) -> Servers {
-        Servers::new(self.server.server, self.timeout)
+    pub(super) fn servers(self) -> Result<Servers, CommandError> {
+        self.server.servers(self.timeout)
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::output::colour_allowed;
-use crate::grpc::client::{Attempt, ClientError};
+use crate::grpc::client::{Attempt, ClientError, ClientTlsError};
 
 /// What went wrong, as the exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +78,15 @@ impl From<ClientError> for CommandError {
                     .hint("name another:  --server URL, or GANGPLANK_SERVER")
             }
             ClientError::Url { .. } => Self::new(ErrorKind::Usage, error.to_string()).hint("give one: --server URL"),
+            ClientError::NoCa { .. } => Self::new(ErrorKind::Usage, error.to_string()),
+            ClientError::Tls { .. } => Self::new(ErrorKind::Usage, error.to_string()),
+            ClientError::Status { code, .. } if code == "Unauthenticated" => {
+                Self::new(ErrorKind::Failed, error.to_string()).hint("show a certificate: --cert FILE --key FILE")
+            }
+            ClientError::Status { code, .. } if code == "PermissionDenied" => {
+                Self::new(ErrorKind::Failed, error.to_string())
+                    .hint("a rule of the server's --authorization-policy has to allow it")
+            }
             ClientError::Status { .. } => Self::new(ErrorKind::Failed, error.to_string())
                 .hint("check that it is a gangplank server and ready:")
                 .hint("curl http://127.0.0.1:9153/readyz/registrations"),
@@ -89,6 +98,13 @@ impl From<ClientError> for CommandError {
             ClientError::InvalidResponse(_) => Self::new(ErrorKind::Failed, error.to_string())
                 .hint("client and server may be of different versions: gangplank --version"),
         }
+    }
+}
+
+impl From<ClientTlsError> for CommandError {
+    fn from(err: ClientTlsError) -> Self {
+        let source = err.source().map_or_else(String::new, |source| format!(": {source}"));
+        Self::new(ErrorKind::Usage, format!("{err}{source}"))
     }
 }
 

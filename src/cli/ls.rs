@@ -46,7 +46,7 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     let Args { service, scope, output, server } = args;
     let namespace = scope.of(service.as_ref());
     let format = output.output;
-    let servers = server.readers();
+    let servers = server.readers()?;
     match (&service, namespace) {
         (None, namespace) => {
             namespace.map_or(Ok(()), check_namespace)?;

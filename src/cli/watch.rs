@@ -86,7 +86,7 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
         None => namespace.map_or(Ok(()), check_namespace)?,
     }
     let name = service.as_ref().map(|service| service.name.as_str());
-    let watching = follow(server.readers(), namespace, name, from.map(|CursorArg(bytes)| bytes), output.output);
+    let watching = follow(server.readers()?, namespace, name, from.map(|CursorArg(bytes)| bytes), output.output);
     tokio::select! {
         ended = watching => ended,
         interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),

@@ -22,10 +22,10 @@ use tonic::{
         Body as HttpBody, Bytes, Service,
         http::{HeaderMap, Request, Response},
     },
-    service::Routes,
 };
 
 use super::{
+    authentication::AuthenticatedRoutes,
     handover,
     incoming::ConnectionInfo,
     memory::{BudgetTimer, ConnectionMemory, Responses},
@@ -40,15 +40,15 @@ use crate::{
 /// The routes. Each call takes one permit until its response is sent.
 #[derive(Debug, Clone)]
 pub(super) struct TrackedRoutes {
-    routes: Routes,
+    routes: AuthenticatedRoutes,
     permits: Arc<Semaphore>,
     metrics: Arc<Metrics>,
 }
 
 impl TrackedRoutes {
     /// Shares `permits` with the other listeners.
-    pub(super) fn new(routes: Routes, permits: Arc<Semaphore>, metrics: Arc<Metrics>) -> Self {
-        Self { routes: routes.prepare(), permits, metrics }
+    pub(super) fn new(routes: AuthenticatedRoutes, permits: Arc<Semaphore>, metrics: Arc<Metrics>) -> Self {
+        Self { routes, permits, metrics }
     }
 }
 

@@ -1,8 +1,7 @@
 //! Serves an accepted connection: a deadline for the preface, then tonic, until the connection is idle,
 //! old or evicted.
 //!
-//! TLS belongs into [`serve_connection`], under the deadline of the handshake: there a slow handshake
-//! delays no other connection.
+//! The handshake of TLS has its deadline here too, so that a slow one delays no other connection.
 
 use std::{
     convert::Infallible,
@@ -26,9 +25,13 @@ use tonic::{
     transport::{Server, server::Connected},
 };
 
-use super::{memory::ConnectionMemory, metered::Metered};
+use super::{
+    memory::ConnectionMemory,
+    metered::Metered,
+    security::{ListenerSecurity, Peer, SecuredStream, Security},
+};
 use crate::{
-    metrics::CloseReason,
+    metrics::{CloseReason, Metrics},
     net::{ConnectionHandle, Permit, Signal},
 };
 
@@ -49,11 +52,19 @@ pub(super) struct Lifetime {
     pub(super) max_age: Duration,
 }
 
+/// A connection that was accepted.
+pub(super) struct Accepted {
+    pub(super) stream: TcpStream,
+    pub(super) permit: Permit,
+    pub(super) memory: Arc<ConnectionMemory>,
+    pub(super) listener: ListenerSecurity,
+}
+
 /// Serves one connection until it has ended.
 pub(super) async fn serve_connection<S, B>(
-    stream: TcpStream,
-    permit: Permit,
-    memory: Arc<ConnectionMemory>,
+    Accepted { stream, permit, memory, listener }: Accepted,
+    security: Arc<Security>,
+    metrics: Arc<Metrics>,
     server: Server,
     service: S,
     lifetime: Lifetime,
@@ -69,8 +80,14 @@ pub(super) async fn serve_connection<S, B>(
     // Responses are small and the client waits for each, so Nagle's delay would only slow it down.
     let _ = stream.set_nodelay(true);
     let handle = permit.handle().clone();
+    let secured = tokio::select! {
+        secured = security.secure(stream, listener, lifetime.handshake) => secured,
+        _ = handle.signalled(Signal::Drain) => None,
+    };
+    let Some((stream, peer, certificate)) = secured else { return };
     let handshake = Some((Box::pin(sleep(lifetime.handshake)), 0));
-    let connection = GrpcConnection { stream: Metered::new(stream, memory), handshake, permit };
+    let peer = Arc::new(peer);
+    let connection = GrpcConnection { stream: Metered::new(stream, memory), handshake, permit, peer };
     // tonic stops when its stream of connections ends, so the stream stays pending after this one.
     let connections = stream::once(std::future::ready(Ok::<_, io::Error>(connection))).chain(stream::pending());
     let go_away = Notify::new();
@@ -80,8 +97,17 @@ pub(super) async fn serve_connection<S, B>(
         go_away.notify_one();
         close_when_unused(&handle).await;
     };
-    // tonic only reports errors of accepting, and it accepts nothing here.
-    let _ = tokio::join!(served, supervised);
+    let ended = async {
+        // tonic only reports errors of accepting, and it accepts nothing here.
+        let _ = tokio::join!(served, supervised);
+    };
+    match certificate {
+        None => ended.await,
+        Some(certificate) => tokio::select! {
+            () = ended => {}
+            () = certificate.run(&metrics.identity) => {}
+        },
+    }
 }
 
 /// Waits until the connection should take no more calls: it is idle or old, the server stops, or the
@@ -123,14 +149,16 @@ pub(super) struct ConnectionInfo {
     /// Calls mark their connection as in use.
     pub(super) handle: ConnectionHandle,
     pub(super) memory: Arc<ConnectionMemory>,
+    pub(super) peer: Arc<Peer>,
 }
 
 /// A connection that fails after the deadline for its preface, and after [`Signal::Close`].
 struct GrpcConnection {
-    stream: Metered<TcpStream>,
+    stream: Metered<SecuredStream>,
     /// The deadline for the preface and its bytes so far; `None` after the preface.
     handshake: Option<(Pin<Box<Sleep>>, usize)>,
     permit: Permit,
+    peer: Arc<Peer>,
 }
 
 impl GrpcConnection {
@@ -156,7 +184,11 @@ impl Connected for GrpcConnection {
     type ConnectInfo = ConnectionInfo;
 
     fn connect_info(&self) -> ConnectionInfo {
-        ConnectionInfo { handle: self.permit.handle().clone(), memory: self.stream.connect_info() }
+        ConnectionInfo {
+            handle: self.permit.handle().clone(),
+            memory: self.stream.connect_info(),
+            peer: Arc::clone(&self.peer),
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! `tonic` and protobuf types stay inside this module: `convert` converts each message once, and the
 //! registry gets model types.
 
+mod authentication;
 mod call_tracker;
 pub mod client;
 mod codec;
@@ -14,6 +15,7 @@ mod incoming;
 mod memory;
 mod metered;
 mod registry_service;
+mod security;
 mod writer_hint;
 
 use std::{io, sync::Arc, time::Duration};
@@ -27,18 +29,22 @@ use tonic::{
 };
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-pub use self::handover::hand_over;
 use self::{
+    authentication::AuthenticatedRoutes,
     call_tracker::TrackedRoutes,
     discovery_service::DiscoveryService,
     handover::{HandOverService, Places},
-    incoming::Lifetime,
+    incoming::{Accepted, Lifetime},
     memory::MemoryBudget,
     proto::{
         gangplank::{internal::v1::hand_over_server::HandOverServer, v1::discovery_server::DiscoveryServer},
         registry::service_registry_server::ServiceRegistryServer,
     },
     registry_service::RegistryService,
+};
+pub use self::{
+    handover::hand_over,
+    security::{ListenerSecurity, Security},
 };
 use crate::{
     metrics::{ListenerKind, Metrics},
@@ -81,6 +87,8 @@ pub struct ServerContext {
     pub validator: Validator,
     /// The metrics of the process.
     pub metrics: Arc<Metrics>,
+    /// Who may call, and do what.
+    pub security: Arc<Security>,
 }
 
 /// Limits on connections; configurable.
@@ -153,7 +161,7 @@ const HEALTH_SERVICES: [&str; 3] = ["", "registry.ServiceRegistry", "gangplank.v
 /// # Errors
 /// The first listener that fails stops all.
 pub async fn run(
-    listeners: Vec<TcpListener>,
+    listeners: Vec<(TcpListener, ListenerSecurity)>,
     context: ServerContext,
     connections: ConnectionLimits,
     stop: CancellationToken,
@@ -162,7 +170,7 @@ pub async fn run(
 }
 
 async fn serve(
-    listeners: Vec<TcpListener>,
+    listeners: Vec<(TcpListener, ListenerSecurity)>,
     context: ServerContext,
     ConnectionLimits { connections, idle, max_age }: ConnectionLimits,
     limits: ServerLimits,
@@ -171,21 +179,29 @@ async fn serve(
     let (routes, health) = routes(&context, &stop)?;
     // tonic-health reports SERVING from its creation, which no client may see.
     set_health(&health, ServingStatus::NotServing).await;
+    let security = Arc::clone(&context.security);
+    let routes = AuthenticatedRoutes::new(routes, Arc::clone(&security), Arc::clone(&context.metrics));
     let routes = TrackedRoutes::new(routes, Arc::new(Semaphore::new(limits.calls)), Arc::clone(&context.metrics));
     let budget = MemoryBudget::new(limits.memory, Arc::clone(&context.metrics));
     let metrics = Arc::clone(&context.metrics.connections);
     let limiter = ConnectionLimiter::new(ListenerKind::Grpc, connections, None, EvictionPolicy::Unused, metrics);
     let lifetime = Lifetime { handshake: limits.handshake, idle, max_age };
-    let servers = listeners.into_iter().map(|listener| {
+    let servers = listeners.into_iter().map(|(socket, listener)| {
         let (server, routes, budget) = (server(), routes.clone(), Arc::clone(&budget));
-        net::serve(listener, Arc::clone(&limiter), limits.grace, stop.clone(), move |stream, permit| {
-            incoming::serve_connection(stream, permit, budget.connection(), server.clone(), routes.clone(), lifetime)
+        let (security, metrics) = (Arc::clone(&security), Arc::clone(&context.metrics));
+        net::serve(socket, Arc::clone(&limiter), limits.grace, stop.clone(), move |stream, permit| {
+            let accepted = Accepted { stream, permit, memory: budget.connection(), listener };
+            let (security, metrics) = (Arc::clone(&security), Arc::clone(&metrics));
+            incoming::serve_connection(accepted, security, metrics, server.clone(), routes.clone(), lifetime)
         })
     });
+    let health = follow_health(context.registry.status(), health, &stop);
     // Without a listener too, this future must not end before the stop.
-    future::join3(future::join_all(servers), follow_health(context.registry.status(), health, &stop), stop.cancelled())
-        .await;
-    Ok(())
+    let served = future::join3(future::join_all(servers), health, stop.cancelled());
+    tokio::select! {
+        _ = served => Ok(()),
+        never = security.follow_files() => match never {},
+    }
 }
 
 fn server() -> Server {

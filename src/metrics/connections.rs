@@ -2,7 +2,10 @@
 
 use std::sync::atomic::AtomicU64;
 
-use prometheus_client::{metrics::gauge::Gauge, registry::Registry};
+use prometheus_client::{
+    metrics::{counter::Counter, gauge::Gauge},
+    registry::Registry,
+};
 
 use super::labels::{EnumCounter, EnumGauge, label_enum};
 
@@ -40,6 +43,28 @@ label_enum! {
     }
 }
 
+label_enum! {
+    /// Why a TLS handshake failed.
+    pub enum HandshakeFailure {
+        /// Not complete within the deadline.
+        Timeout => "timeout",
+        /// Given up for another, as the oldest of too many.
+        Evicted => "evicted",
+        /// The client sent more than a handshake takes.
+        TooLarge => "too_large",
+        /// The client's certificate is expired, not valid yet, or of another CA.
+        BadCertificate => "bad_certificate",
+        /// The octets are not TLS.
+        NotTls => "not_tls",
+        /// No common version or cipher, or another fault of the protocol.
+        Protocol => "protocol",
+        /// The client refused, for example because it does not know the CA of the server.
+        RefusedByPeer => "refused_by_peer",
+        /// The client ended the connection.
+        Closed => "closed",
+    }
+}
+
 /// Connections of all listeners.
 #[derive(Debug)]
 pub struct ConnectionMetrics {
@@ -56,6 +81,12 @@ pub struct ConnectionMetrics {
     /// Bytes that are held for TCP peers of DNS: answers that they do not read, questions that they
     /// do not finish.
     pub dns_held_bytes: Gauge<u64, AtomicU64>,
+    /// TLS handshakes that succeeded.
+    pub handshakes: Counter,
+    /// TLS handshakes that failed.
+    pub handshakes_failed: EnumCounter<HandshakeFailure>,
+    /// Times that a changed file of TLS was invalid.
+    pub tls_reload_errors: Counter,
 }
 
 impl ConnectionMetrics {
@@ -66,6 +97,13 @@ impl ConnectionMetrics {
             "dns_tcp_held_bytes",
             "Answers that TCP peers do not read and questions that they do not finish, in bytes",
             dns_held_bytes.clone(),
+        );
+        let (handshakes, tls_reload_errors) = (Counter::default(), Counter::default());
+        all.register("tls_handshakes", "TLS handshakes that succeeded", handshakes.clone());
+        all.register(
+            "tls_reload_errors",
+            "Times that a changed certificate, key or CA file was invalid, so that the last valid one stays in use",
+            tls_reload_errors.clone(),
         );
         Self {
             open: EnumGauge::register(all, "connections", "listener", "Open TCP connections"),
@@ -84,6 +122,14 @@ impl ConnectionMetrics {
                 "TCP connections that the server refused or ended, by reason",
             ),
             dns_held_bytes,
+            handshakes,
+            handshakes_failed: EnumCounter::register(
+                all,
+                "tls_handshakes_failed",
+                "reason",
+                "TLS handshakes that failed, by reason",
+            ),
+            tls_reload_errors,
         }
     }
 }

@@ -13,7 +13,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::labels::{EnumCounter, LabelEnum, label_enum};
+use super::labels::{EnumCounter, label_enum};
 
 /// A method as labels. Every method that is not in [`Method::ALL`] is [`Method::UNKNOWN`], so that a client
 /// cannot create series.
@@ -95,31 +95,6 @@ label_enum! {
         Unavailable => "503",
         /// The limit of instances is reached.
         Full => "507",
-    }
-}
-
-impl RegistrationStatus {
-    /// The number on the wire: the one of HTTP, where HTTP has one for it.
-    #[must_use]
-    pub fn code(self) -> u32 {
-        match self {
-            Self::Ok => 200,
-            Self::Created => 201,
-            Self::Accepted => 202,
-            Self::Removed => 204,
-            Self::Invalid => 400,
-            Self::Forbidden => 403,
-            Self::NotFound => 404,
-            Self::Conflict => 409,
-            Self::Unavailable => 503,
-            Self::Full => 507,
-        }
-    }
-
-    /// The status with this number on the wire.
-    #[must_use]
-    pub fn from_code(code: u32) -> Option<Self> {
-        Self::ALL.iter().copied().find(|status| status.code() == code)
     }
 }
 
@@ -247,19 +222,5 @@ impl GrpcMetrics {
     /// Counts one answer to a registration or removal.
     pub fn registration(&self, kind: RegistrationKind, status: RegistrationStatus) {
         self.registrations.at((kind, status)).inc();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn labels_of_statuses_are_their_numbers_on_the_wire() {
-        for status in RegistrationStatus::ALL {
-            assert_eq!(status.as_str(), status.code().to_string());
-            assert_eq!(RegistrationStatus::from_code(status.code()), Some(*status));
-        }
-        assert_eq!(RegistrationStatus::from_code(418), None);
     }
 }

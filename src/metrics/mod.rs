@@ -7,6 +7,7 @@ mod connections;
 pub mod dns;
 mod grpc;
 mod guard;
+mod identity;
 mod kubernetes;
 mod labels;
 mod lists;
@@ -19,10 +20,11 @@ use std::sync::Arc;
 
 use prometheus_client::registry::Registry;
 
-pub use connections::{CloseReason, ConnectionMetrics, ListenerKind};
+pub use connections::{CloseReason, ConnectionMetrics, HandshakeFailure, ListenerKind};
 pub use dns::DnsMetrics;
 pub use grpc::{ConnectionClosed, GrpcMetrics, Method, RegistrationKind, RegistrationStatus, WatchEnd};
 pub use guard::GaugeGuard;
+pub use identity::{AuthenticationFailure, Decision, IdentityMetrics};
 pub use kubernetes::{KubernetesMetrics, LeaseRole, RestartReason, Watched};
 pub use labels::{EnumCounter, EnumFamily, EnumGauge, LabelEnum, LabelValues};
 pub use lists::ListMetrics;
@@ -39,6 +41,8 @@ pub struct Metrics {
     pub dns: DnsMetrics,
     /// The gRPC listeners.
     pub grpc: GrpcMetrics,
+    /// Identities and what they may do.
+    pub identity: Arc<IdentityMetrics>,
     /// Lists of everything, over gRPC and HTTP.
     pub lists: ListMetrics,
     /// The registry: registrations, instances, batches.
@@ -62,6 +66,7 @@ impl Metrics {
             connections: Arc::new(ConnectionMetrics::register(&mut all)),
             dns: DnsMetrics::register(&mut all),
             grpc: GrpcMetrics::register(&mut all),
+            identity: Arc::new(IdentityMetrics::register(&mut all)),
             lists: ListMetrics::register(&mut all),
             registry: RegistryMetrics::register(&mut all),
             store: StoreMetrics::register(&mut all),

@@ -7,6 +7,7 @@
 //!    idlest connection of the peer with the most connections is closed for a new one.
 //! 4. [`run_on_runtime`] gives a transport threads of its own, so that a flood of one does not delay
 //!    the others.
+//! 5. [`tls`] does the handshakes of the listeners that have a certificate.
 //!
 //! Independent of protocols: transports import this module, and it imports `metrics` only.
 
@@ -14,6 +15,7 @@ mod accept;
 mod budget;
 mod limiter;
 mod runtime;
+pub mod tls;
 
 pub use accept::serve;
 pub use budget::{ConnectionCaps, DescriptorBudget, raise_open_files_limit};

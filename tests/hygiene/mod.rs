@@ -8,6 +8,7 @@ mod data_frames;
 mod flood;
 mod handover;
 mod peer;
+mod tls;
 
 use std::{
     env, fs,

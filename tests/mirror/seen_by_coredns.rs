@@ -12,7 +12,7 @@ use std::{
 
 use futures::future;
 use gangplank::{
-    grpc::client::Client,
+    grpc::client::{Client, ClientTls},
     model::{InstanceSpec, PortSpec, Protocol},
 };
 use hickory_proto::{
@@ -177,7 +177,9 @@ fn services() -> Vec<(&'static str, Vec<InstanceSpec>)> {
 fn register(harness: &MirrorHarness) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
-        let client = Client::connect(&format!("http://{}", harness.server.grpc)).await.expect("it listens");
+        let client = Client::connect(&format!("http://{}", harness.server.grpc), &ClientTls::default())
+            .await
+            .expect("it listens");
         for (service, specs) in services() {
             let registered = specs.iter().map(|spec| {
                 let mut client = client.clone();

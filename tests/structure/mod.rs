@@ -13,11 +13,12 @@ use crate::support::tools::ROOT;
 /// allows only that item. `app` joins everything and is not here.
 const DOWN: &[(&str, &[&str])] = &[
     ("main", &["app", "cli", "config", "telemetry"]),
-    ("config", &["dns", "grpc", "kubernetes", "model", "registry", "store", "zone"]),
+    ("config", &["dns", "grpc", "identity", "kubernetes", "model", "net", "registry", "store", "zone"]),
     ("telemetry", &[]),
     ("cli", &["grpc::client", "model"]),
     ("dns", &["metrics", "model", "net", "zone"]),
-    ("grpc", &["metrics", "model", "net", "registry"]),
+    ("grpc", &["identity", "metrics", "model", "net", "registry"]),
+    ("identity", &["metrics", "model"]),
     ("admin", &["metrics", "model", "net", "registry", "zone"]),
     ("kubernetes", &["metrics", "model", "registry", "replicas"]),
     ("registry", &["metrics", "model", "replicas", "store", "zone"]),
@@ -50,9 +51,12 @@ const PLACES: &[(&str, &[&str])] = &[
     ("nix", &["dns::wildcard"]),
     ("prometheus_client", &["metrics", "admin"]),
     ("prost", &["grpc", "store::format"]),
+    ("rustls", &["identity", "net::tls"]),
     ("sha2", &["kubernetes"]),
-    ("tokio", &["main", "app", "admin", "cli", "dns", "grpc", "kubernetes", "net", "registry"]),
+    ("tokio", &["main", "app", "admin", "cli", "dns", "grpc", "identity", "kubernetes", "net", "registry"]),
+    ("toml", &["identity"]),
     ("tonic", &["grpc"]),
+    ("x509_parser", &["identity"]),
 ];
 
 /// Files that may contain `unsafe`: the program that counts allocations.

@@ -101,7 +101,7 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     let target = QueryTarget::complete(&name, namespace.get(), &zone)?;
     let ports = match &target {
         QueryTarget::Service(_, key) if types.is_empty() && ports.is_empty() => {
-            named_ports(&server.readers(), key).await
+            named_ports(&server.readers()?, key).await
         }
         _ => ports,
     };

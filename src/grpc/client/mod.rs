@@ -5,6 +5,7 @@
 
 mod replicas;
 mod servers;
+mod tls;
 
 use std::{collections::VecDeque, error::Error, sync::Arc, time::Duration};
 
@@ -14,9 +15,11 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
+use self::servers::innermost;
 pub use self::{
     replicas::FoundReplicas,
     servers::{Attempt, Servers},
+    tls::{ClientTls, ClientTlsError, ClientTlsFiles},
 };
 use super::{
     convert::{change_from_proto, port_to_proto, service_from_proto},
@@ -64,10 +67,22 @@ pub enum ClientError {
         source: Box<dyn Error + Send + Sync>,
     },
     /// The text is not a URL.
-    #[error("{url:?} is not a server URL such as http://127.0.0.1:9080")]
+    #[error("{url:?} is not a server URL such as http://127.0.0.1:9080 or https://gangplank.example.com:9080")]
     Url {
         /// The text.
         url: String,
+    },
+    /// There is nothing to know a server with an `https` URL by.
+    #[error("{url}: https needs the CA of the server: give --cacert FILE")]
+    NoCa {
+        /// The URL.
+        url: String,
+    },
+    /// A certificate, key or CA is invalid.
+    #[error("the certificate, the key or the CA of the client is invalid: {reason}")]
+    Tls {
+        /// What is wrong.
+        reason: String,
     },
     /// The server answered the call with a gRPC status.
     #[error("the server answered {code}: {message}")]
@@ -96,7 +111,11 @@ impl ClientError {
             Self::Status { code, .. } => {
                 ["Unavailable", "ResourceExhausted", "DeadlineExceeded", "Cancelled"].contains(&code.as_str())
             }
-            Self::Url { .. } | Self::InvalidResponse(_) | Self::NoneAnswered { .. } => false,
+            Self::Url { .. }
+            | Self::NoCa { .. }
+            | Self::Tls { .. }
+            | Self::InvalidResponse(_)
+            | Self::NoneAnswered { .. } => false,
         }
     }
 
@@ -248,16 +267,24 @@ pub struct Client {
 }
 
 impl Client {
-    /// Dials `url`, for instance `http://127.0.0.1:9080`.
+    /// Dials `url`, for instance `http://127.0.0.1:9080`, or with `https` by what `tls` trusts and shows.
     ///
     /// # Errors
-    /// When `url` is not a URL, or no server listens there.
-    pub async fn connect(url: &str) -> Result<Self, ClientError> {
+    /// When `url` is not a URL, no server listens there, or one of them does not trust the other.
+    pub async fn connect(url: &str, tls: &ClientTls) -> Result<Self, ClientError> {
         let no_url = || ClientError::Url { url: url.to_owned() };
-        let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| no_url())?;
-        // TLS is not implemented: with `https` the channel would send plaintext.
-        if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().host().is_none_or(str::is_empty) {
+        let mut endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| no_url())?;
+        if endpoint.uri().host().is_none_or(str::is_empty) {
             return Err(no_url());
+        }
+        match endpoint.uri().scheme_str() {
+            Some("http") => {}
+            Some("https") => {
+                let config = tls.config().ok_or_else(|| ClientError::NoCa { url: url.to_owned() })?;
+                let invalid = |err: tonic::transport::Error| ClientError::Tls { reason: innermost(&err) };
+                endpoint = endpoint.tls_config(config).map_err(invalid)?;
+            }
+            _ => return Err(no_url()),
         }
         let endpoint = endpoint
             .connect_timeout(CONNECT_TIMEOUT)

@@ -10,7 +10,10 @@ use http::Uri;
 use tokio::{net::lookup_host, time::timeout};
 use tonic::Response;
 
-use super::{Attempt, Client, ClientError, Servers, call, refused, servers::chain};
+use super::{
+    Attempt, Client, ClientError, ClientTls, Servers, call, refused,
+    servers::{innermost, scheme},
+};
 use crate::{
     grpc::{convert::replica_from_proto, proto::gangplank::v1::GetReplicaRequest},
     model::Replica,
@@ -61,7 +64,7 @@ impl Servers {
             targets.push(resolve(url).await?);
         }
         let mut found = FoundReplicas { replicas: Vec::new(), failed: Vec::new() };
-        found.ask(targets).await;
+        found.ask(targets, self.tls()).await;
         let names: HashSet<&str> = found.replicas.iter().map(|(_, replica)| replica.name.as_str()).collect();
         let unasked = found
             .replicas
@@ -69,8 +72,9 @@ impl Servers {
             .map(|(_, replica)| replica)
             .find(|replica| !replica.writer_addresses.is_empty() && !names.contains(replica.writer.as_str()));
         if let Some(Replica { writer_addresses, .. }) = unasked {
-            let urls = writer_addresses.iter().map(|address| format!("http://{address}")).collect();
-            found.ask(vec![Target { urls, is_one: true }]).await;
+            let scheme = self.urls().first().map_or("http", |url| scheme(url));
+            let urls = writer_addresses.iter().map(|address| format!("{scheme}://{address}")).collect();
+            found.ask(vec![Target { urls, is_one: true }], self.tls()).await;
         }
         found.replicas.sort_by(|(_, one), (_, other)| one.name.cmp(&other.name));
         Ok(found)
@@ -78,10 +82,11 @@ impl Servers {
 }
 
 impl FoundReplicas {
-    async fn ask(&mut self, targets: Vec<Target>) {
+    async fn ask(&mut self, targets: Vec<Target>, tls: &ClientTls) {
         let asked = targets.into_iter().map(async |Target { urls, is_one }| {
             let answers = urls.into_iter().map(async |url| {
-                let answer = timeout(REPLICA_TIMEOUT, async { Client::connect(&url).await?.replica().await }).await;
+                let answer =
+                    timeout(REPLICA_TIMEOUT, async { Client::connect(&url, tls).await?.replica().await }).await;
                 let answer = answer.unwrap_or_else(|late| Err(ClientError::late(&url, late)));
                 (url, answer)
             });
@@ -94,7 +99,7 @@ impl FoundReplicas {
                     Ok(replica) if !self.has(&url, &replica) => self.replicas.push((url, replica)),
                     Ok(_) => {}
                     Err(_) if is_one && answered => {}
-                    Err(err) => self.failed.push(Attempt { url, reason: chain(&err) }),
+                    Err(err) => self.failed.push(Attempt { url, reason: innermost(&err) }),
                 }
             }
         }

@@ -12,7 +12,7 @@ use std::{
 
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Client, ClientError, MutationResponse};
+use super::{Client, ClientError, ClientTls, MutationResponse};
 use crate::model::InstanceSpec;
 
 /// Most servers of one round that refusals name. A wrong hint costs a connection each.
@@ -42,6 +42,7 @@ pub struct Attempt {
 #[derive(Debug, Clone)]
 pub struct Servers {
     urls: Vec<String>,
+    tls: ClientTls,
     /// How long a mutation looks for a server that takes it.
     patience: Duration,
 }
@@ -66,14 +67,18 @@ impl Servers {
     /// The servers at `urls`, each like `http://127.0.0.1:9080`, in the order in which they are asked. A mutation looks for
     /// a server that takes it for `patience`.
     #[must_use]
-    pub const fn new(urls: Vec<String>, patience: Duration) -> Self {
-        Self { urls, patience }
+    pub const fn new(urls: Vec<String>, tls: ClientTls, patience: Duration) -> Self {
+        Self { urls, tls, patience }
     }
 
     /// The URLs, as given.
     #[must_use]
     pub fn urls(&self) -> &[String] {
         &self.urls
+    }
+
+    pub(super) const fn tls(&self) -> &ClientTls {
+        &self.tls
     }
 
     /// Registers one instance, as [`Client::register`].
@@ -109,10 +114,10 @@ impl Servers {
     pub async fn read<T>(&self, call: impl AsyncFn(&mut Client) -> Result<T, ClientError>) -> Result<T, ClientError> {
         let mut attempts = Vec::new();
         for url in &self.urls {
-            let called = async { call(&mut Client::connect(url).await?).await };
+            let called = async { call(&mut Client::connect(url, &self.tls).await?).await };
             match called.await {
                 Err(err) if self.urls.len() > 1 && err.is_of_one_server() => {
-                    attempts.push(Attempt { url: url.clone(), reason: chain(&err) });
+                    attempts.push(Attempt { url: url.clone(), reason: innermost(&err) });
                 }
                 result => return result,
             }
@@ -162,7 +167,7 @@ impl Servers {
                 continue;
             }
             let call = async {
-                let mut client = Client::connect(&url).await?;
+                let mut client = Client::connect(&url, &self.tls).await?;
                 match mutation {
                     Mutation::Register => client.register(namespace, name, spec).await,
                     Mutation::Unregister => client.unregister(namespace, name, spec).await,
@@ -180,7 +185,7 @@ impl Servers {
                 Ok(response) if response.status == 503 && !(alone && response.writers.is_empty()) => {
                     round.refused = true;
                     for writer in response.writers.iter().rev() {
-                        let writer = format!("http://{writer}");
+                        let writer = format!("{}://{writer}", scheme(&url));
                         if round.hints < MAX_HINTS && !asked.contains(&writer) {
                             round.hints += 1;
                             pending.push_front(writer);
@@ -188,7 +193,7 @@ impl Servers {
                     }
                     response.details
                 }
-                Err(err) if !alone && err.is_of_one_server() => chain(&err),
+                Err(err) if !alone && err.is_of_one_server() => innermost(&err),
                 ended => return Some(ended),
             };
             round.attempts.push(Attempt { url, reason });
@@ -197,8 +202,13 @@ impl Servers {
     }
 }
 
+/// The scheme of a URL: the replicas of one gangplank have the same.
+pub(super) fn scheme(url: &str) -> &str {
+    if url.starts_with("https:") { "https" } else { "http" }
+}
+
 /// The error and its innermost cause: hyper and tonic wrap the cause several times, and only the innermost is short.
-pub(super) fn chain(err: &ClientError) -> String {
-    let innermost = iter::successors(std::error::Error::source(err), |cause| cause.source()).last();
+pub(super) fn innermost(err: &dyn std::error::Error) -> String {
+    let innermost = iter::successors(err.source(), |cause| cause.source()).last();
     innermost.map_or_else(|| err.to_string(), ToString::to_string)
 }

@@ -9,6 +9,7 @@
 mod discovery;
 mod handover;
 mod replica;
+mod response;
 
 use std::sync::Arc;
 
@@ -18,18 +19,18 @@ pub(super) use discovery::{
 };
 pub(super) use handover::{word_from_proto, word_to_proto};
 pub(super) use replica::{replica_from_proto, replica_to_proto};
+pub(super) use response::{Refusal, ResponseBuilder, response_status};
 
 use super::proto::registry::{
     Health, NamedPort, Protocol as WireProtocol, RegistrationMsg, RegistrationResponse, RegistrationResult,
     RegistrationType, ServiceInfo,
 };
 use crate::{
-    metrics::RegistrationStatus,
     model::{
         InstanceSpec, MAX_INSTANCE_BYTES, PortError, PortSet, PortSpec, Protocol, ServiceKey, UnixMillis, Validator,
         invariants,
     },
-    registry::{Command, KubernetesRefusal, Outcome, Unavailable},
+    registry::Command,
 };
 
 /// Most bytes of a `request_id`, which is only echoed.
@@ -67,100 +68,6 @@ fn shorten(text: &mut String, most: usize) {
     if text.len() > most {
         text.truncate(text.floor_char_boundary(most.saturating_sub('…'.len_utf8())));
         text.push('…');
-    }
-}
-
-/// Builds the response to a message. Holds the fields that the response repeats: those that identify the
-/// instance, and the request's id.
-#[derive(Debug, Default)]
-pub(super) struct ResponseBuilder {
-    kind: i32,
-    namespace: String,
-    service_name: String,
-    ipaddress: String,
-    ports: Vec<NamedPort>,
-    request_id: String,
-}
-
-impl ResponseBuilder {
-    /// The response to a message that was refused here.
-    pub(super) fn refused(self, invalid: InvalidMessage) -> RegistrationResponse {
-        self.answer(RegistrationStatus::Invalid, invalid.0, 0)
-    }
-
-    /// The response to a message that the registry did not accept.
-    pub(super) fn unavailable(self, err: &Unavailable) -> RegistrationResponse {
-        self.answer(RegistrationStatus::Unavailable, err.to_string(), 0)
-    }
-
-    /// The response to a message that the registry carried out in `generation`. `mirrored` is false while
-    /// Kubernetes does not have the change yet; of a removal that no slice has, while it is not certain.
-    pub(super) fn completed(self, outcome: Outcome, generation: u64, mirrored: bool) -> RegistrationResponse {
-        match outcome {
-            _ if !mirrored && outcome.is_word() => {
-                let details = "durable and served; not in Kubernetes yet, it will follow".into();
-                self.answer(RegistrationStatus::Accepted, details, generation)
-            }
-            Outcome::Created => self.answer(RegistrationStatus::Created, String::new(), generation),
-            Outcome::Updated | Outcome::Unchanged => self.answer(RegistrationStatus::Ok, String::new(), generation),
-            Outcome::Removed(_) => self.answer(RegistrationStatus::Removed, String::new(), generation),
-            Outcome::NotFound { .. } if !mirrored => {
-                let details = "nothing is registered there, but another server may have taken over; try again".into();
-                self.answer(RegistrationStatus::Unavailable, details, 0)
-            }
-            Outcome::NotFound { .. } => {
-                let details = format!("{}/{} has no instance at {}", self.namespace, self.service_name, self.ipaddress);
-                let with_ports = if self.ports.is_empty() { "" } else { " with exactly these ports" };
-                self.answer(RegistrationStatus::NotFound, details + with_ports, generation)
-            }
-            Outcome::Full { limit } => {
-                let details = format!(
-                    "the server holds {limit} instances, or remembers removals in that many services, which is its limit; \
-                     nothing was added"
-                );
-                self.answer(RegistrationStatus::Full, details, 0)
-            }
-            Outcome::Refused(err) => self.refused_by_kubernetes(err),
-        }
-    }
-
-    fn refused_by_kubernetes(self, err: KubernetesRefusal) -> RegistrationResponse {
-        let Self { namespace, service_name, .. } = &self;
-        let (status, details) = match err {
-            KubernetesRefusal::Reserved => (
-                RegistrationStatus::Forbidden,
-                format!("namespace: {namespace}/{service_name} is the cluster's own and never takes registrations"),
-            ),
-            KubernetesRefusal::NamespaceAbsent => (
-                RegistrationStatus::NotFound,
-                format!(
-                    "namespace: {namespace} does not exist in Kubernetes; create it, or start the server with \
-                     --create-namespaces"
-                ),
-            ),
-            KubernetesRefusal::ForeignService => (
-                RegistrationStatus::Conflict,
-                format!(
-                    "service_name: the Service {namespace}/{service_name} is not managed by gangplank; label it \
-                     gangplank.dev/service=joined to let external instances join it"
-                ),
-            ),
-        };
-        self.answer(status, details, 0)
-    }
-
-    fn answer(self, status: RegistrationStatus, details: String, generation: u64) -> RegistrationResponse {
-        RegistrationResponse {
-            r#type: self.kind,
-            namespace: self.namespace,
-            service_name: self.service_name,
-            ipaddress: self.ipaddress,
-            ports: self.ports,
-            status: status.code(),
-            status_details: details,
-            request_id: self.request_id,
-            generation,
-        }
     }
 }
 
@@ -387,7 +294,7 @@ mod tests {
     use prost_types::Duration;
 
     use super::*;
-    use crate::{grpc::proto::registry::HealthCheck, model::ServerAddress, registry::LeaseHolder};
+    use crate::{grpc::proto::registry::HealthCheck, registry::Outcome};
 
     const VALIDATOR: Validator = Validator { zone_wire_len: 15, names_allowed: false };
 
@@ -408,7 +315,7 @@ mod tests {
 
     fn refusal(message: RegistrationMsg) -> String {
         let (response, command) = parse(message, &VALIDATOR, UnixMillis(1));
-        let response = response.refused(command.expect_err("must be refused"));
+        let response = response.refused(command.expect_err("must be refused").into());
         assert_eq!(response.status, 400);
         assert_eq!(response.generation, 0);
         response.status_details
@@ -510,14 +417,14 @@ mod tests {
             assert!(details.len() <= MAX_DETAILS, "{} bytes: {details}", details.len());
         }
         let (response, refused) = parse(RegistrationMsg { request_id: long, ..good() }, &VALIDATOR, UnixMillis(1));
-        let response = response.refused(refused.expect_err("too long"));
+        let response = response.refused(refused.expect_err("too long").into());
         assert!(response.request_id.len() <= MAX_REQUEST_ID && response.request_id.ends_with('…'));
     }
 
     #[test]
     fn refused_message_is_echoed() {
         let (response, command) = parse(RegistrationMsg { weight: Some(-1.0), ..good() }, &VALIDATOR, UnixMillis(1));
-        let response = response.refused(command.expect_err("the weight is below 0"));
+        let response = response.refused(command.expect_err("the weight is below 0").into());
         assert_eq!((response.ipaddress.as_str(), response.ports), ("10.0.0.1", good().ports));
     }
 
@@ -544,39 +451,5 @@ mod tests {
         assert_eq!(refusal(bad), "ports[1]: must be 1..=65535, got 65536");
         let bad = RegistrationMsg { ttl: Some(Duration::default()), ..message };
         assert!(refusal(bad).starts_with("ttl: not supported yet"));
-    }
-
-    #[test]
-    fn every_outcome_has_its_status() {
-        for (outcome, status, generation) in [
-            (Outcome::Created, 201, 5),
-            (Outcome::Updated, 200, 5),
-            (Outcome::Unchanged, 200, 5),
-            (Outcome::Removed(3), 204, 5),
-            (Outcome::NotFound { remembered: true }, 404, 5),
-            (Outcome::Full { limit: 10 }, 507, 0),
-        ] {
-            let (response, _) = parse(good(), &VALIDATOR, UnixMillis(1));
-            let response = response.completed(outcome, 5, true);
-            assert_eq!((response.status, response.generation), (status, generation), "{outcome:?}");
-            assert_eq!(response.status_details.is_empty(), status < 300, "{}", response.status_details);
-        }
-        for (outcome, status, generation) in [
-            (Outcome::Created, 202, 5),
-            (Outcome::NotFound { remembered: true }, 202, 5),
-            (Outcome::NotFound { remembered: false }, 503, 0),
-        ] {
-            let (response, _) = parse(good(), &VALIDATOR, UnixMillis(1));
-            let response = response.completed(outcome, 5, false);
-            assert_eq!((response.status, response.generation), (status, generation), "{outcome:?}, not confirmed");
-        }
-        let addresses = ServerAddress::parse_list("10.0.0.1:9080,[2001:db8::1]:9080");
-        let standby = Unavailable::Standby(Arc::new(LeaseHolder { name: "other".into(), addresses }));
-        assert!(standby.to_string().ends_with("; register at 10.0.0.1:9080 or [2001:db8::1]:9080"), "{standby}");
-        for err in [Unavailable::NotReady, standby, Unavailable::ShuttingDown, Unavailable::StorageFailed] {
-            let (response, _) = parse(good(), &VALIDATOR, UnixMillis(1));
-            let response = response.unavailable(&err);
-            assert_eq!((response.status, response.status_details), (503, err.to_string()));
-        }
     }
 }

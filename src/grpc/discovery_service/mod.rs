@@ -25,9 +25,11 @@ use super::{
         GetServicesByMethodResponse, ListServicesRequest, ListServicesResponse, WatchRequest, WatchResponse,
         discovery_server::Discovery, restart::Reason,
     },
+    security::Caller,
     writer_hint,
 };
 use crate::{
+    identity::AccessVerb,
     model::{Field, InvalidInstance, Namespace, ServiceKey},
     registry::{ListError, Phase, Unavailable},
 };
@@ -93,8 +95,10 @@ fn list_error(err: ListError) -> Status {
 impl Discovery for DiscoveryService {
     async fn get_service(&self, request: Request<GetServiceRequest>) -> Result<Response<GetServiceResponse>, Status> {
         self.ready()?;
+        let caller = Caller::of(&request)?;
         let GetServiceRequest { namespace, name } = request.into_inner();
         let key = self.service(&namespace, &name)?;
+        caller.may_call(AccessVerb::Get, Some(key.namespace()), Some(key.name()))?;
         let catalog = self.context.registry.catalog();
         let generation = catalog.generation();
         let service =
@@ -116,8 +120,9 @@ impl Discovery for DiscoveryService {
 
     async fn get_services_by_method(
         &self,
-        _request: Request<GetServicesByMethodRequest>,
+        request: Request<GetServicesByMethodRequest>,
     ) -> Result<Response<GetServicesByMethodResponse>, Status> {
+        Caller::of(&request)?.may_call(AccessVerb::List, None, None)?;
         Err(Status::unimplemented("registrations carry no methods yet, so there is nothing to find by them"))
     }
 
@@ -133,7 +138,10 @@ impl Discovery for DiscoveryService {
         request: Request<ListServicesRequest>,
     ) -> Result<Response<Self::ListServicesStream>, Status> {
         self.ready()?;
+        let caller = Caller::of(&request)?;
         let filter = self.filter(request.into_inner().namespace, "")?;
+        let (namespace, service) = filter.scope();
+        caller.may_call(AccessVerb::List, namespace, service)?;
         let list = self.context.registry.snapshots().list().await.map_err(list_error)?;
         let generation = list.generation();
         let messages = Messages::new(list, &filter);
@@ -145,8 +153,11 @@ impl Discovery for DiscoveryService {
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         self.ready()?;
+        let caller = Caller::of(&request)?;
         let WatchRequest { namespace, service, cursor } = request.into_inner();
         let filter = self.filter(namespace, &service)?;
+        let (scope, named) = filter.scope();
+        caller.may_call(AccessVerb::Watch, scope, named)?;
         let registry = &self.context.registry;
         let watch = if cursor.is_empty() {
             FeedWatch::from_snapshot(&self.context, filter, self.stop.clone()).await?

@@ -28,6 +28,15 @@ impl Filter {
         }
     }
 
+    /// The namespace and the service; `None` for all of them.
+    pub(super) fn scope(&self) -> (Option<&str>, Option<&str>) {
+        match self {
+            Self::All => (None, None),
+            Self::Namespace(namespace) => (Some(namespace), None),
+            Self::Service(service) => (Some(service.namespace()), Some(service.name())),
+        }
+    }
+
     fn range(&self, snapshot: &Snapshot) -> Range<usize> {
         match self {
             Self::All => 0..snapshot.services().len(),

@@ -25,9 +25,11 @@ use super::{
     proto::gangplank::internal::v1::{
         HandOverRequest, HandOverResponse, Result as WireResult, Word, WordResult, hand_over_server::HandOver,
     },
+    security::Caller,
     writer_hint,
 };
 use crate::{
+    identity::AccessVerb,
     model::UnixMillis,
     registry::{KubernetesRefusal, MergeAck, MergeOutcome, OutboxWord, Unavailable},
 };
@@ -179,6 +181,8 @@ impl Answer {
 #[tonic::async_trait]
 impl HandOver for HandOverService {
     async fn send(&self, mut request: Request<HandOverRequest>) -> Result<Response<HandOverResponse>, Status> {
+        // The words may be of any instance.
+        Caller::of(&request)?.may_call(AccessVerb::HandOver, None, None)?;
         if !self.context.registry.mirror_progress().is_mirrored() {
             return Err(Status::failed_precondition("this process does not write to Kubernetes"));
         }

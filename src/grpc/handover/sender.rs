@@ -16,13 +16,16 @@ use tracing::{debug, info, warn};
 use super::{MAX_WAIT, MAX_WORDS, REQUEST_TIMEOUT};
 use crate::{
     grpc::{
-        MAX_MESSAGE_BYTES, convert,
+        MAX_MESSAGE_BYTES,
+        client::ClientTls,
+        convert,
         proto::gangplank::internal::v1::{
             HandOverRequest, HandOverResponse, Result as WireResult, WordResult, hand_over_client::HandOverClient,
         },
     },
     metrics::{HandOverResult, Metrics},
     model::Stamp,
+    net::tls::{ClientPem, ServerTls},
     registry::{LeaseHolder, OutboxPage, OutboxWord, RegistryHandle, Unavailable},
 };
 
@@ -47,9 +50,14 @@ const MAX_PAGE: usize = 16_384;
 const MAX_REASONS: usize = 64;
 
 /// Hands words over whenever another process writes, until `stop`.
-pub async fn run(registry: RegistryHandle, metrics: Arc<Metrics>, stop: CancellationToken) {
+pub async fn run(
+    registry: RegistryHandle,
+    metrics: Arc<Metrics>,
+    tls: Option<Arc<ServerTls>>,
+    stop: CancellationToken,
+) {
     let holder = registry.status().watch_holder();
-    let sender = Sender { registry, metrics, holder, reported: BTreeSet::new() };
+    let sender = Sender { registry, metrics, tls, holder, reported: BTreeSet::new() };
     // An error means that the registry has ended, which reports itself why.
     let _ = stop.run_until_cancelled(sender.run()).await;
     stop.cancelled().await;
@@ -58,6 +66,8 @@ pub async fn run(registry: RegistryHandle, metrics: Arc<Metrics>, stop: Cancella
 struct Sender {
     registry: RegistryHandle,
     metrics: Arc<Metrics>,
+    /// With TLS, the certificate that this process shows the other.
+    tls: Option<Arc<ServerTls>>,
     holder: watch::Receiver<Option<Arc<LeaseHolder>>>,
     /// Why words wait, as far as it was logged.
     reported: BTreeSet<String>,
@@ -116,7 +126,7 @@ impl Sender {
             after = Some(last.stamp);
             let connected = match &mut client {
                 Some(client) => client,
-                None => match connect(holder).await {
+                None => match connect(holder, self.tls.as_deref()).await {
                     Some(channel) => client.insert(HandOverClient::new(channel)),
                     None => break,
                 },
@@ -194,9 +204,17 @@ impl Sender {
     }
 }
 
-async fn connect(holder: &LeaseHolder) -> Option<Channel> {
+/// With TLS, as a client that shows the certificate of this server, to a server of the same CA.
+async fn connect(holder: &LeaseHolder, tls: Option<&ServerTls>) -> Option<Channel> {
+    let scheme = if tls.is_some() { "https" } else { "http" };
     for address in &holder.addresses {
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).ok()?.connect_timeout(CONNECT_TIMEOUT);
+        let mut endpoint =
+            Endpoint::from_shared(format!("{scheme}://{address}")).ok()?.connect_timeout(CONNECT_TIMEOUT);
+        if let Some(tls) = tls {
+            let ClientPem { cert, key, ca } = tls.as_client()?;
+            let tls = ClientTls::new(ca, Some(tonic::transport::Identity::from_pem(cert, key)));
+            endpoint = endpoint.tls_config(tls.config()?).ok()?;
+        }
         match timeout(CONNECT_TIMEOUT, endpoint.connect()).await {
             Ok(Ok(channel)) => return Some(channel),
             Ok(Err(err)) => debug!(%address, %err, "no connection for the hand-over"),

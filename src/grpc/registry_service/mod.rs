@@ -13,15 +13,18 @@ pub(super) use stream::RegistrationStream;
 use mirror_wait::MirrorWait;
 
 use super::{
-    ServerContext, convert,
+    ServerContext,
+    convert::{self, Refusal},
     memory::ConnectionMemory,
     proto::registry::{
         RegistrationMsg, RegistrationResponse, RegistrationResult, RegistrationType, ServiceInfo,
         service_registry_server::ServiceRegistry,
     },
+    security::Caller,
     writer_hint,
 };
 use crate::{
+    identity::AccessVerb,
     metrics::{Metrics, RefusalReason, RegistrationKind, RegistrationStatus},
     model::UnixMillis,
     registry::{Ack, Command, Outcome, Phase, Unavailable},
@@ -41,11 +44,11 @@ impl RegistryService {
 
     /// Carries out one message. If the call is cancelled meanwhile, the registry still carries out a
     /// submitted command as a whole.
-    async fn carry_out(&self, message: RegistrationMsg) -> Response<RegistrationResult> {
+    async fn carry_out(&self, caller: &Caller, message: RegistrationMsg) -> Response<RegistrationResult> {
         let (response, command) = convert::parse(message, &self.context.validator, UnixMillis::now());
         let mut unavailable = None;
-        let response = match command {
-            Err(invalid) => response.refused(invalid),
+        let response = match command.map_err(Refusal::from).and_then(|command| authorized(caller, command)) {
+            Err(refusal) => response.refused(refusal),
             Ok(command) => match self.submit_one(command).await {
                 Ok((outcome, generation, mirrored)) => response.completed(outcome, generation, mirrored),
                 Err(err) => {
@@ -78,13 +81,15 @@ impl RegistryService {
 #[tonic::async_trait]
 impl ServiceRegistry for RegistryService {
     async fn register(&self, request: Request<ServiceInfo>) -> Result<Response<RegistrationResult>, Status> {
+        let caller = Caller::of(&request)?;
         let message = convert::message(RegistrationType::Register, request.into_inner());
-        Ok(self.carry_out(message).await)
+        Ok(self.carry_out(&caller, message).await)
     }
 
     async fn un_register(&self, request: Request<ServiceInfo>) -> Result<Response<RegistrationResult>, Status> {
+        let caller = Caller::of(&request)?;
         let message = convert::message(RegistrationType::Unregister, request.into_inner());
-        Ok(self.carry_out(message).await)
+        Ok(self.carry_out(&caller, message).await)
     }
 
     type RegistrationEventStream = RegistrationStream<Streaming<RegistrationMsg>>;
@@ -93,11 +98,12 @@ impl ServiceRegistry for RegistryService {
         &self,
         request: Request<Streaming<RegistrationMsg>>,
     ) -> Result<Response<Self::RegistrationEventStream>, Status> {
+        let caller = Caller::of(&request)?;
         let stop = self.stop.clone().cancelled_owned();
         let memory = request.extensions().get::<Arc<ConnectionMemory>>().map(Arc::clone);
         let memory = memory.ok_or_else(|| Status::internal("the connection has no account of its memory"))?;
         let mut responses =
-            Response::new(RegistrationStream::new(request.into_inner(), self.context.clone(), stop, memory));
+            Response::new(RegistrationStream::new(request.into_inner(), caller, self.context.clone(), stop, memory));
         if let Phase::Standby(holder) = self.context.registry.status().phase() {
             writer_hint::add(responses.metadata_mut(), &holder);
         }
@@ -105,9 +111,19 @@ impl ServiceRegistry for RegistryService {
     }
 }
 
+/// Returns `command` if `caller` may give it.
+fn authorized(caller: &Caller, command: Command) -> Result<Command, Refusal> {
+    let (verb, service, address) = match &command {
+        Command::Register { service, instance } => (AccessVerb::Create, service, instance.address().ip()),
+        Command::Unregister { service, .. } | Command::SetReady { service, .. } => (AccessVerb::Delete, service, None),
+    };
+    caller.may(verb, Some(service.namespace()), Some(service.name()), address)?;
+    Ok(command)
+}
+
 /// Counts a response; `unavailable` is the reason if the registry did not accept the message.
 fn count(metrics: &Metrics, response: &RegistrationResponse, unavailable: Option<&Unavailable>) {
-    let status = RegistrationStatus::from_code(response.status);
+    let status = convert::response_status(response);
     let refused = match unavailable {
         Some(Unavailable::NotReady) => Some(RefusalReason::NotReady),
         Some(Unavailable::Standby(_)) => Some(RefusalReason::Standby),

@@ -26,13 +26,14 @@ use futures::{Stream, future::Either};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::Status;
 
-use super::{MirrorWait, count};
+use super::{MirrorWait, authorized, count};
 use crate::{
     grpc::{
         ServerContext,
-        convert::{self, InvalidMessage, ResponseBuilder},
+        convert::{self, Refusal, ResponseBuilder},
         memory::ConnectionMemory,
         proto::registry::{RegistrationMsg, RegistrationResponse},
+        security::Caller,
         writer_hint,
     },
     model::UnixMillis,
@@ -51,7 +52,7 @@ type SubmitFuture = Pin<Box<dyn Future<Output = Result<AckFuture, Unavailable>> 
 
 /// The response to a message that was read, with its wait for Kubernetes, or with the reason why the
 /// message was not submitted.
-type PendingResponse = (ResponseBuilder, Result<MirrorWait, InvalidMessage>);
+type PendingResponse = (ResponseBuilder, Result<MirrorWait, Refusal>);
 
 /// Messages that were read together and are one submission to the registry.
 struct InFlightBatch {
@@ -112,6 +113,7 @@ enum InboundState {
 /// The responses to a stream of messages, as a stream.
 pub(in crate::grpc) struct RegistrationStream<S> {
     inbound: S,
+    caller: Caller,
     context: ServerContext,
     stop: Pin<Box<WaitForCancellationFutureOwned>>,
     /// Completes when this process has stopped writing to Kubernetes.
@@ -145,12 +147,14 @@ where
 {
     pub(in crate::grpc) fn new(
         inbound: S,
+        caller: Caller,
         context: ServerContext,
         stop: WaitForCancellationFutureOwned,
         memory: Arc<ConnectionMemory>,
     ) -> Self {
         Self {
             inbound,
+            caller,
             deposed: Box::pin(context.registry.status().deposed()),
             context,
             stop: Box::pin(stop),
@@ -216,9 +220,11 @@ where
                     bytes += message_bytes;
                     let (response, command) = convert::parse(message, &self.context.validator, now);
                     let registry = &self.context.registry;
+                    let authorized =
+                        command.map_err(Refusal::from).and_then(|command| authorized(&self.caller, command));
                     responses.push((
                         response,
-                        command.map(|command| {
+                        authorized.map(|command| {
                             let mirror_wait = MirrorWait::of(&command, registry);
                             commands.push(command);
                             mirror_wait
@@ -272,7 +278,7 @@ where
                     return Poll::Ready(None);
                 };
                 let mirror_wait = match pending {
-                    Err(invalid) => return self.counted(response.refused(invalid), None),
+                    Err(refusal) => return self.counted(response.refused(refusal), None),
                     Ok(mirror_wait) => mirror_wait,
                 };
                 let outcome = match self.completed.next_outcome() {

@@ -44,7 +44,7 @@ fn mirror(server: &TestServer, tasks: &mut JoinSet<()>) {
 
 fn hand_over_from(server: &TestServer, tasks: &mut JoinSet<()>) {
     let ServerContext { registry, metrics, .. } = server.registry.context.clone();
-    tasks.spawn(hand_over(registry, metrics, server.stop.clone()));
+    tasks.spawn(hand_over(registry, metrics, None, server.stop.clone()));
 }
 
 #[tokio::test(flavor = "multi_thread")]

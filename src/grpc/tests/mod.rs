@@ -14,11 +14,12 @@ use tokio::{runtime::Handle, task::JoinSet};
 use tonic::transport::{Channel, Endpoint};
 
 use super::{
-    client::Client,
+    client::{Client, ClientTls},
     proto::registry::{NamedPort, RegistrationMsg, RegistrationType},
     *,
 };
 use crate::{
+    identity::{Authenticator, Authorization, Authorizer, Credentials, RefusalLog},
     model::DnsName,
     registry::{self, Unrecovered, Writer},
     store::{DataDir, Options},
@@ -36,6 +37,22 @@ const CONNECTIONS: ConnectionLimits =
 
 async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(TEST_TIMEOUT, future).await.unwrap_or_else(|_| panic!("{what}: not within {TEST_TIMEOUT:?}"))
+}
+
+/// Without TLS and without a policy.
+fn plaintext(metrics: &Metrics) -> Arc<Security> {
+    let log = Arc::new(RefusalLog::default());
+    let authorizer = Authorizer::new(Authorization::Plaintext, None, Arc::clone(&metrics.identity), Arc::clone(&log));
+    let authorizer = Arc::new(authorizer.expect("no file to read"));
+    Arc::new(Security { tls: None, authenticator: Authenticator, authorizer, log })
+}
+
+/// A caller who may do all.
+fn caller(registry: &Registry) -> security::Caller {
+    let security = &registry.context.security;
+    let now = std::time::SystemTime::now();
+    let identity = security.authenticator.identify(&Credentials::LoopbackPlaintext, now).expect("needs nothing");
+    security::Caller::new(Arc::new(identity), std::net::Ipv4Addr::LOCALHOST.into(), &security.authorizer)
 }
 
 /// A registry with a store of its own; a test starts its recovery and its writer.
@@ -56,7 +73,7 @@ impl Registry {
         let metrics = Arc::new(Metrics::new());
         let (registry, unrecovered) = registry::new(options, Arc::clone(&metrics));
         Self {
-            context: ServerContext { registry, validator: VALIDATOR, metrics },
+            context: ServerContext { registry, validator: VALIDATOR, security: plaintext(&metrics), metrics },
             unrecovered: Some(unrecovered),
             writer: None,
             stop: CancellationToken::new(),
@@ -139,7 +156,13 @@ impl TestServer {
         let address = listener.local_addr().expect("bound");
         let stop = CancellationToken::new();
         let mut running = JoinSet::new();
-        running.spawn(serve(vec![listener], registry.context.clone(), connections, limits, stop.clone()));
+        running.spawn(serve(
+            vec![(listener, ListenerSecurity::Loopback)],
+            registry.context.clone(),
+            connections,
+            limits,
+            stop.clone(),
+        ));
         Self { registry, address, stop, running }
     }
 
@@ -148,7 +171,7 @@ impl TestServer {
     }
 
     async fn client(&self) -> Client {
-        Client::connect(&self.url()).await.expect("it listens")
+        Client::connect(&self.url(), &ClientTls::default()).await.expect("it listens")
     }
 
     async fn channel(&self) -> Channel {

@@ -97,6 +97,7 @@ where
     let memory = MemoryBudget::new(memory::LIMITS, Arc::clone(&registry.context.metrics)).connection();
     RegistrationStream::new(
         stream::iter(messages).chain(then),
+        caller(registry),
         registry.context.clone(),
         stop.clone().cancelled_owned(),
         memory,

@@ -12,7 +12,7 @@ use tonic_reflection::pb::{
 
 use super::*;
 use crate::{
-    grpc::client::ClientError,
+    grpc::client::{ClientError, ClientTls},
     model::{InstanceSpec, PortSpec, testing::unstamped},
 };
 
@@ -134,13 +134,16 @@ async fn client_tells_an_unreachable_server_from_an_invalid_url() {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
     let url = format!("http://{}", listener.local_addr().expect("bound"));
     drop(listener);
-    let err = Client::connect(&url).await.expect_err("no server listens");
+    let err = Client::connect(&url, &ClientTls::default()).await.expect_err("no server listens");
     assert!(matches!(err, ClientError::Unreachable { .. }), "{err}");
     assert_eq!(err.to_string(), format!("no gangplank server at {url}"));
-    for url in ["", "127.0.0.1:9080", "ftp://host", "https://127.0.0.1:9080", "http://", "not a url"] {
-        let err = Client::connect(url).await.expect_err("no URL");
+    for url in ["", "127.0.0.1:9080", "ftp://host", "http://", "not a url"] {
+        let err = Client::connect(url, &ClientTls::default()).await.expect_err("no URL");
         assert!(matches!(err, ClientError::Url { .. }), "{url:?}: {err}");
     }
+
+    let err = Client::connect("https://127.0.0.1:9080", &ClientTls::default()).await.expect_err("no CA");
+    assert!(matches!(err, ClientError::NoCa { .. }), "{err}");
 
     // A listener that closes each connection at once.
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
@@ -151,7 +154,7 @@ async fn client_tells_an_unreachable_server_from_an_invalid_url() {
             drop(listener.accept().await.expect("a connection"));
         }
     });
-    let err = match Client::connect(&url).await {
+    let err = match Client::connect(&url, &ClientTls::default()).await {
         Err(err) => err,
         Ok(mut client) => client.services(None).await.expect_err("no answer"),
     };

@@ -1,7 +1,9 @@
 //! Configuration of `gangplank serve`: flags, environment variables, defaults, and their checks.
 
+mod advertise;
+mod security;
+
 use std::{
-    collections::HashSet,
     env,
     net::{IpAddr, SocketAddr},
     num::{NonZeroU32, NonZeroUsize},
@@ -10,16 +12,19 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use clap::{Args, builder::FalseyValueParser};
 
 use crate::{
     dns::{DnsConfig, MAX_NSID, TcpLimits},
     grpc, kubernetes,
-    model::{DnsName, Namespace, ServerAddress, ServiceName, Validator},
+    model::{DnsName, Namespace, ServiceName, Validator},
     registry, store,
     zone::ZoneConfig,
 };
+
+use self::security::SecurityArgs;
+pub use self::{advertise::Advertise, security::SecurityConfig};
 
 /// Largest `--ttl` in seconds. Clients cache a removed instance for that long.
 const MAX_TTL: u32 = 3600;
@@ -36,7 +41,7 @@ const MIN_SEGMENT: u64 = 4096;
 /// The flags of `gangplank serve`. Every flag is an environment variable too, lists with commas.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
-    /// Where registrants connect; repeatable. Anything but loopback needs --insecure
+    /// Where registrants connect; repeatable. Anything but loopback needs --tls-cert, or --insecure
     #[arg(
         long,
         env = "GANGPLANK_GRPC_LISTEN",
@@ -110,9 +115,8 @@ pub struct ServeArgs {
     #[arg(long, env = "GANGPLANK_NSID", value_name = "TEXT")]
     nsid: Option<String>,
 
-    /// Listen for gRPC beyond loopback without TLS: every client that reaches the port may register anything
-    #[arg(long, env = "GANGPLANK_INSECURE", value_parser = FalseyValueParser::new())]
-    insecure: bool,
+    #[command(flatten)]
+    security: SecurityArgs,
 
     /// Mirror what is registered into Kubernetes, and restore it from there
     #[arg(long, env = "GANGPLANK_KUBERNETES", value_parser = FalseyValueParser::new())]
@@ -211,8 +215,10 @@ pub struct ServeArgs {
 /// The checked flags, in the types of the modules that use them.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Where registrants connect.
-    pub grpc_listen: Vec<SocketAddr>,
+    /// Where registrants connect, and how.
+    pub grpc_listen: Vec<(SocketAddr, grpc::ListenerSecurity)>,
+    /// Who may connect, and do what.
+    pub security: SecurityConfig,
     /// Where operators connect.
     pub admin_listen: Vec<SocketAddr>,
     /// Limits on gRPC connections.
@@ -241,64 +247,6 @@ pub struct Config {
     pub drain: Duration,
 }
 
-/// Where registrants reach this process, as far as it is known before the listeners are bound.
-#[derive(Debug, Clone)]
-pub struct Advertise {
-    /// `--advertise`, valid with any port.
-    given: Vec<String>,
-    /// The addresses of the pod.
-    pod: Vec<IpAddr>,
-}
-
-impl Advertise {
-    fn new(given: Vec<String>, kubernetes: bool) -> anyhow::Result<Self> {
-        for text in &given {
-            ServerAddress::parse(text, 1).with_context(|| format!("--advertise {text:?}"))?;
-        }
-        let variable =
-            |name| env::var(name).ok().filter(|value| kubernetes && !value.is_empty()).map(|value| (name, value));
-        let pod = match variable("POD_IPS").or_else(|| variable("POD_IP")) {
-            None => Vec::new(),
-            Some((name, value)) => {
-                let pod = value.split(',').map(|ip| ip.trim().parse()).collect::<Result<_, _>>();
-                pod.with_context(|| {
-                    format!("the environment variable {name}={value:?} is no list of IP addresses; give --advertise")
-                })?
-            }
-        };
-        Ok(Self { given, pod })
-    }
-
-    /// The addresses, for a server that listens at `listeners`. Empty if only wildcards listen and no flag or
-    /// variable says where.
-    #[must_use]
-    pub fn addresses(&self, listeners: &[SocketAddr]) -> Vec<ServerAddress> {
-        let port = listeners.first().map_or(0, SocketAddr::port);
-        let mut all: Vec<_> = self.given.iter().filter_map(|text| ServerAddress::parse(text, port).ok()).collect();
-        if all.is_empty() {
-            let reachable = listeners.iter().filter(|listener| !listener.ip().is_loopback());
-            all = reachable.flat_map(|listener| self.reached_at(*listener)).collect();
-        }
-        // Whoever reaches one of these processes is on the same machine.
-        if all.is_empty() && listeners.iter().all(|listener| listener.ip().is_loopback()) {
-            all = listeners.iter().map(|listener| ServerAddress::new(listener.ip(), listener.port())).collect();
-        }
-        let mut seen = HashSet::new();
-        all.retain(|address| seen.insert(address.clone()));
-        all
-    }
-
-    fn reached_at(&self, listener: SocketAddr) -> Vec<ServerAddress> {
-        let addresses = match listener.ip() {
-            // IPv4 connections arrive at a socket of IPv6, too.
-            IpAddr::V6(any) if any.is_unspecified() => self.pod.clone(),
-            IpAddr::V4(any) if any.is_unspecified() => self.pod.iter().copied().filter(IpAddr::is_ipv4).collect(),
-            one => vec![one],
-        };
-        addresses.into_iter().map(|ip| ServerAddress::new(ip, listener.port())).collect()
-    }
-}
-
 impl ServeArgs {
     /// Checks the flags.
     ///
@@ -321,7 +269,7 @@ impl ServeArgs {
             ns_address,
             publish_not_ready,
             nsid,
-            insecure,
+            security,
             kubernetes,
             kubeconfig,
             lease_namespace,
@@ -346,15 +294,7 @@ impl ServeArgs {
             drain,
         } = self;
 
-        if let Some(open) = grpc_listen.iter().find(|addr| !addr.ip().is_loopback())
-            && !insecure
-        {
-            bail!(
-                "--grpc-listen {open}: every client that reaches this address could register anything, because there is no TLS yet. \
-                 Listen on a loopback address (127.0.0.1:{port}), or, where the network itself is trusted, add --insecure",
-                port = open.port()
-            );
-        }
+        let (grpc_listen, security) = security.check(grpc_listen)?;
         let most = kubernetes::MAX_ENDPOINTS;
         ensure!((1..=most).contains(&slice_endpoints), "--slice-endpoints {slice_endpoints}: must be 1..={most}");
         ensure!(
@@ -416,6 +356,7 @@ impl ServeArgs {
 
         Ok(Config {
             grpc_listen,
+            security,
             admin_listen,
             grpc: grpc::ConnectionLimits { connections: grpc_connections, idle: grpc_idle, max_age: grpc_max_age },
             admin_connections,
@@ -543,26 +484,6 @@ mod tests {
         }
         let err = check(&["--advertise", "10.0.0.1"]).expect_err("refused");
         assert_eq!(err, "--advertise: means nothing without --kubernetes");
-    }
-
-    #[test]
-    fn advertised_addresses_default_to_those_that_others_reach() {
-        let addresses = |given: &[&str], pod: &[&str], listeners: &[&str]| {
-            let given = given.iter().map(|&one| one.to_owned()).collect();
-            let advertise = Advertise { given, pod: pod.iter().map(|ip| ip.parse().expect("an address")).collect() };
-            let listeners: Vec<_> = listeners.iter().map(|one| one.parse().expect("an address and a port")).collect();
-            ServerAddress::list(&advertise.addresses(&listeners), " ")
-        };
-        let pod = ["10.1.0.7", "2001:db8::7"];
-        assert_eq!(
-            addresses(&["a.example.com", "10.0.0.1:1"], &pod, &["0.0.0.0:9080"]),
-            "a.example.com:9080 10.0.0.1:1"
-        );
-        assert_eq!(addresses(&[], &pod, &["0.0.0.0:9080"]), "10.1.0.7:9080");
-        assert_eq!(addresses(&[], &pod, &["[::]:9080", "0.0.0.0:9080"]), "10.1.0.7:9080 [2001:db8::7]:9080");
-        assert_eq!(addresses(&[], &pod, &["127.0.0.1:9080", "10.0.0.2:9081"]), "10.0.0.2:9081");
-        assert_eq!(addresses(&[], &pod, &["127.0.0.1:9080"]), "127.0.0.1:9080", "nobody reaches the pod");
-        assert_eq!(addresses(&[], &[], &["0.0.0.0:9080"]), "", "nobody knows");
     }
 
     #[test]

@@ -1,0 +1,168 @@
+//! Flags about who may connect, and do what.
+
+use std::{net::SocketAddr, path::PathBuf, str::FromStr};
+
+use anyhow::{bail, ensure};
+use clap::Args;
+
+use crate::{grpc::ListenerSecurity, identity::Authorization, net::tls::TlsFiles};
+
+#[derive(Debug, Args)]
+pub(super) struct SecurityArgs {
+    /// The certificate of the gRPC listeners in PEM, with the intermediate ones after it. Read again when it changes
+    #[arg(long, env = "GANGPLANK_TLS_CERT", value_name = "FILE")]
+    tls_cert: Option<PathBuf>,
+
+    /// The key of --tls-cert, in PEM
+    #[arg(long, env = "GANGPLANK_TLS_KEY", value_name = "FILE")]
+    tls_key: Option<PathBuf>,
+
+    /// The CAs of client certificates, in PEM. A client is the common name of its certificate, in the groups that its
+    /// organizations are; or its SPIFFE ID
+    #[arg(long, env = "GANGPLANK_TLS_CLIENT_CA", value_name = "FILE")]
+    tls_client_ca: Option<PathBuf>,
+
+    /// What clients with a certificate may do, in TOML; nothing without a rule. Read again when it changes
+    #[arg(long, env = "GANGPLANK_AUTHORIZATION_POLICY", value_name = "FILE")]
+    authorization_policy: Option<PathBuf>,
+
+    /// Check what plaintext clients may do, too, by the policy: over loopback they are the user gangplank:loopback,
+    /// else system:anonymous [default: they may do all]
+    #[arg(long, env = "GANGPLANK_AUTHORIZATION", value_name = "SOURCE")]
+    authorization: Option<AuthorizationSource>,
+
+    /// Take plaintext beyond loopback, on every gRPC listener or on the named ones: whoever reaches them may do all,
+    /// unless --authorization is set
+    #[arg(
+        long,
+        env = "GANGPLANK_INSECURE",
+        value_name = "ADDR:PORT,...",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        default_value = "false",
+        hide_default_value = true
+    )]
+    insecure: Insecure,
+}
+
+/// `--authorization`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum AuthorizationSource {
+    /// --authorization-policy
+    Policy,
+}
+
+/// `--insecure`: which listeners take plaintext beyond loopback.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Insecure {
+    None,
+    All,
+    Only(Vec<SocketAddr>),
+}
+
+impl FromStr for Insecure {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.to_ascii_lowercase().as_str() {
+            "" | "0" | "n" | "no" | "f" | "false" | "off" => Ok(Self::None),
+            "1" | "y" | "yes" | "t" | "true" | "on" => Ok(Self::All),
+            listeners => {
+                let parse = |one: &str| one.parse().map_err(|_| format!("{one:?} is not the ADDR:PORT of a listener"));
+                listeners.split(',').map(parse).collect::<Result<_, _>>().map(Self::Only)
+            }
+        }
+    }
+}
+
+impl Insecure {
+    fn names(&self, listener: &SocketAddr) -> bool {
+        match self {
+            Self::None => false,
+            Self::All => true,
+            Self::Only(named) => named.contains(listener),
+        }
+    }
+}
+
+/// Who may connect, and do what.
+#[derive(Debug, Clone)]
+pub struct SecurityConfig {
+    /// Certificate, key and client CA of the gRPC listeners.
+    pub tls: Option<TlsFiles>,
+    /// Where rights come from.
+    pub authorization: Authorization,
+}
+
+impl SecurityArgs {
+    /// Also says how each of `listeners` takes connections.
+    pub(super) fn check(
+        self,
+        listeners: Vec<SocketAddr>,
+    ) -> anyhow::Result<(Vec<(SocketAddr, ListenerSecurity)>, SecurityConfig)> {
+        let Self { tls_cert, tls_key, tls_client_ca, authorization_policy, authorization, insecure } = self;
+        let tls = tls_files(tls_cert, tls_key, tls_client_ca)?;
+        let listeners = secured(listeners, &insecure, tls.is_some())?;
+        ensure!(
+            authorization_policy.is_some() || authorization.is_none(),
+            "--authorization policy: needs --authorization-policy FILE"
+        );
+        let authorization = match authorization_policy {
+            Some(file) => Authorization::Policy { file, plaintext: authorization.is_some() },
+            None => Authorization::Plaintext,
+        };
+        ensure!(
+            tls.is_none() || authorization != Authorization::Plaintext,
+            "--tls-cert: nothing says what clients may do: give --authorization-policy FILE"
+        );
+        Ok((listeners, SecurityConfig { tls, authorization }))
+    }
+}
+
+/// The files of TLS, of which the certificate and the key need each other.
+fn tls_files(
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    client_ca: Option<PathBuf>,
+) -> anyhow::Result<Option<TlsFiles>> {
+    match (cert, key) {
+        (Some(cert), Some(key)) => {
+            ensure!(client_ca.is_some(), "--tls-cert: needs --tls-client-ca FILE, or no client has an identity");
+            Ok(Some(TlsFiles { cert, key, client_ca }))
+        }
+        (None, None) => {
+            ensure!(client_ca.is_none(), "--tls-client-ca: means nothing without --tls-cert and --tls-key");
+            Ok(None)
+        }
+        (Some(_), None) => bail!("--tls-cert: needs --tls-key FILE"),
+        (None, Some(_)) => bail!("--tls-key: needs --tls-cert FILE"),
+    }
+}
+
+/// How each gRPC listener takes connections.
+fn secured(
+    listeners: Vec<SocketAddr>,
+    insecure: &Insecure,
+    tls: bool,
+) -> anyhow::Result<Vec<(SocketAddr, ListenerSecurity)>> {
+    if let Insecure::Only(named) = insecure
+        && let Some(unknown) = named.iter().find(|named| !listeners.contains(named))
+    {
+        bail!("--insecure {unknown}: is none of --grpc-listen");
+    }
+    let security = |listener: SocketAddr| {
+        Ok(match listener {
+            _ if listener.ip().is_loopback() => (listener, ListenerSecurity::Loopback),
+            _ if insecure.names(&listener) => (listener, ListenerSecurity::Insecure),
+            _ if tls => (listener, ListenerSecurity::Tls),
+            _ => bail!(
+                "--grpc-listen {listener}: every client that reaches this address could register anything. Give \
+                 --tls-cert, --tls-key and --tls-client-ca, listen on a loopback address (127.0.0.1:{port}), or, where the \
+                 network itself is trusted, add --insecure",
+                port = listener.port()
+            ),
+        })
+    };
+    listeners.into_iter().map(security).collect()
+}

@@ -1,0 +1,120 @@
+//! The layer that every call passes: no call without an identity reaches a service, and no response goes on when its
+//! identity or its right has ended.
+
+use std::{
+    convert::Infallible,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use tonic::{
+    Status,
+    body::Body,
+    codegen::{
+        Body as HttpBody, Bytes, Service,
+        http::{HeaderMap, Request, Response},
+    },
+    service::Routes,
+};
+use tracing::warn;
+
+use super::{
+    incoming::ConnectionInfo,
+    security::{Caller, Peer, Security},
+};
+use crate::{
+    identity::Unauthenticated,
+    metrics::{AuthenticationFailure, Metrics},
+};
+
+/// The routes, behind the check of who calls.
+#[derive(Debug, Clone)]
+pub(super) struct AuthenticatedRoutes {
+    routes: Routes,
+    security: Arc<Security>,
+    metrics: Arc<Metrics>,
+}
+
+impl AuthenticatedRoutes {
+    pub(super) fn new(routes: Routes, security: Arc<Security>, metrics: Arc<Metrics>) -> Self {
+        Self { routes: routes.prepare(), security, metrics }
+    }
+
+    fn refuse(&self, peer: &Peer, path: &str, err: &Unauthenticated) -> Response<Body> {
+        self.metrics.identity.unauthenticated.at(AuthenticationFailure::from(err)).inc();
+        self.security.log.refused(|suppressed| {
+            warn!(peer = %peer.address, call = path, error = %err, suppressed, "refused: the caller has no identity");
+        });
+        Status::unauthenticated(err.to_string()).into_http()
+    }
+}
+
+impl Service<Request<Body>> for AuthenticatedRoutes {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Service::<Request<Body>>::poll_ready(&mut self.routes, cx)
+    }
+
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        let Some(peer) = request.extensions().get::<ConnectionInfo>().map(|info| Arc::clone(&info.peer)) else {
+            let status = Status::internal("the call has no connection");
+            return Box::pin(async move { Ok(status.into_http()) });
+        };
+        let identity = match peer.identity() {
+            Ok(identity) => identity,
+            Err(err) => {
+                let refused = self.refuse(&peer, request.uri().path(), &err);
+                return Box::pin(async move { Ok(refused) });
+            }
+        };
+        let caller = Caller::new(identity, peer.address, &self.security.authorizer);
+        let end = caller.end(peer.end());
+        request.extensions_mut().insert(caller);
+        let answered = self.routes.call(request);
+        Box::pin(async move {
+            let response = answered.await?;
+            Ok(match end {
+                None => response,
+                Some(end) => response.map(|body| Body::new(EndingBody { body, end: Box::pin(end), ended: false })),
+            })
+        })
+    }
+}
+
+/// A response that ends when its caller may not have it any more.
+struct EndingBody<F> {
+    body: Body,
+    end: Pin<Box<F>>,
+    ended: bool,
+}
+
+impl<F: Future<Output = Status> + Send> HttpBody for EndingBody<F> {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<Bytes>, Status>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        if let Poll::Ready(status) = self.end.as_mut().poll(cx) {
+            self.ended = true;
+            // Ends the call at its service, too.
+            self.body = Body::empty();
+            let mut trailers = HeaderMap::new();
+            return Poll::Ready(Some(status.add_header(&mut trailers).map(|()| http_body::Frame::trailers(trailers))));
+        }
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.ended || self.body.is_end_stream()
+    }
+}

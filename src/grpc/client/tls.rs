@@ -1,0 +1,86 @@
+//! How a client trusts a server with an `https` URL, and shows who it is.
+
+use std::{
+    fmt, fs, io,
+    path::{Path, PathBuf},
+};
+
+use tonic::transport::{Certificate, ClientTlsConfig, Identity};
+
+/// The files of a client, each in PEM.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ClientTlsFiles {
+    /// The CAs of the server.
+    pub ca: Option<PathBuf>,
+    /// The client's certificate, with the intermediate ones after it.
+    pub cert: Option<PathBuf>,
+    /// The key of the certificate.
+    pub key: Option<PathBuf>,
+}
+
+/// What a client trusts and shows. The default speaks plaintext only.
+#[derive(Clone, Default)]
+pub struct ClientTls(Option<ClientTlsConfig>);
+
+impl fmt::Debug for ClientTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Without what it holds: a key is in it.
+        f.debug_tuple("ClientTls").field(&self.0.is_some()).finish()
+    }
+}
+
+/// Why TLS cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientTlsError {
+    /// A file cannot be read.
+    #[error("{path} cannot be read", path = path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A certificate without its key, or the other way round.
+    #[error("a client certificate needs its key, and a key its certificate: give --cert and --key")]
+    Incomplete,
+    /// A certificate, but nothing to know the server by.
+    #[error("a client certificate needs the CA of the server: give --cacert")]
+    NoCa,
+}
+
+impl ClientTls {
+    /// Reads the files.
+    ///
+    /// # Errors
+    /// Names the file that cannot be read or is missing.
+    pub fn load(files: &ClientTlsFiles) -> Result<Self, ClientTlsError> {
+        let ClientTlsFiles { ca, cert, key } = files;
+        let identity = match (cert, key) {
+            (None, None) => None,
+            (Some(cert), Some(key)) => Some(Identity::from_pem(read(cert)?, read(key)?)),
+            (Some(_), None) | (None, Some(_)) => return Err(ClientTlsError::Incomplete),
+        };
+        let Some(ca) = ca else {
+            return if identity.is_some() { Err(ClientTlsError::NoCa) } else { Ok(Self::default()) };
+        };
+        Ok(Self::new(read(ca)?, identity))
+    }
+
+    /// Trusts the CAs in `ca`, in PEM, and shows `identity`.
+    pub(in crate::grpc) fn new(ca: Vec<u8>, identity: Option<Identity>) -> Self {
+        let config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca));
+        Self(Some(match identity {
+            Some(identity) => config.identity(identity),
+            None => config,
+        }))
+    }
+
+    /// The configuration for `https`; `None` if there is no CA to know a server by.
+    pub(in crate::grpc) fn config(&self) -> Option<ClientTlsConfig> {
+        self.0.clone()
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, ClientTlsError> {
+    fs::read(path).map_err(|source| ClientTlsError::Unreadable { path: path.to_owned(), source })
+}

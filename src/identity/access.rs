@@ -1,0 +1,66 @@
+//! What a caller asks to do.
+
+use std::{fmt, net::IpAddr};
+
+/// What is done with instances, in the words of Kubernetes RBAC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum AccessVerb {
+    /// Register, and update.
+    Create,
+    /// Unregister.
+    Delete,
+    /// Read one service.
+    Get,
+    /// Read all services of a namespace.
+    List,
+    /// Follow changes.
+    Watch,
+    /// Hand over the words of another process, of any instance.
+    HandOver,
+}
+
+impl AccessVerb {
+    pub(super) const ALL: [Self; 6] = [Self::Create, Self::Delete, Self::Get, Self::List, Self::Watch, Self::HandOver];
+
+    pub(super) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Create => "create",
+            Self::Delete => "delete",
+            Self::Get => "get",
+            Self::List => "list",
+            Self::Watch => "watch",
+            Self::HandOver => "handover",
+        }
+    }
+}
+
+/// One act of one caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Access<'a> {
+    /// What is done.
+    pub verb: AccessVerb,
+    /// The namespace; `None` for all of them.
+    pub namespace: Option<&'a str>,
+    /// The service; `None` for all of the namespace.
+    pub service: Option<&'a str>,
+    /// The address of the instance that is registered; `None` for other acts, and for a name.
+    pub address: Option<IpAddr>,
+    /// Where the connection comes from.
+    pub peer: IpAddr,
+}
+
+/// Why an act is not allowed; `status_details` of a 403.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Denied(pub(super) String);
+
+impl fmt::Display for Access<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verb = self.verb.as_str();
+        match (self.namespace, self.service) {
+            (Some(namespace), Some(service)) => write!(f, "{verb} instances of {namespace}/{service}"),
+            (Some(namespace), None) => write!(f, "{verb} instances of the namespace {namespace}"),
+            (None, _) => write!(f, "{verb} instances of all namespaces"),
+        }
+    }
+}

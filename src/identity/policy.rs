@@ -1,0 +1,330 @@
+//! The policy file: who may do what where no Kubernetes says so. TOML; what no rule allows is denied.
+//!
+//! ```toml
+//! [[rule]]
+//! users = ["vm-1", "spiffe://example.org/web"] # or groups = ["web-servers"]; "*" is everybody
+//! namespaces = ["shop"]
+//! services = ["web"]                           # without: every service of the namespaces
+//! verbs = ["create", "delete"]                 # create, delete, get, list, watch, handover; "*" is all
+//! addresses = ["10.1.0.0/16", "own"]           # without: any; "own" is where the connection comes from
+//! ```
+
+use std::{
+    fs, io,
+    io::Read as _,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use ipnet::IpNet;
+use serde::Deserialize;
+
+use super::{Access, AccessVerb, Denied, Identity};
+use crate::model::{Namespace, ServiceName};
+
+/// Most bytes of a policy file.
+const MAX_FILE_BYTES: u64 = 1024 * 1024;
+
+/// The text that stands for all.
+const EVERY: &str = "*";
+
+/// A policy file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PolicyError {
+    /// It cannot be read.
+    #[error("{path}: cannot be read: {err}", path = path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        err: io::Error,
+    },
+    /// It says something invalid.
+    #[error("{path}: {reason}", path = path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What, and in which line.
+        reason: String,
+    },
+}
+
+/// What is wrong with a text, and where.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct InvalidPolicy(String);
+
+impl InvalidPolicy {
+    pub(super) fn of(self, path: &Path) -> PolicyError {
+        PolicyError::Invalid { path: path.to_owned(), reason: self.0 }
+    }
+}
+
+pub(super) fn read(path: &Path) -> Result<String, PolicyError> {
+    let mut text = String::new();
+    let read = fs::File::open(path).and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text));
+    match read {
+        Ok(_) if text.len() as u64 > MAX_FILE_BYTES => {
+            Err(PolicyError::Invalid { path: path.to_owned(), reason: "is larger than 1 MiB".into() })
+        }
+        Ok(_) => Ok(text),
+        Err(err) => Err(PolicyError::Unreadable { path: path.to_owned(), err }),
+    }
+}
+
+/// The rules of a policy file.
+#[derive(Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub struct Policy {
+    #[serde(default, rename = "rule")]
+    rules: Vec<Rule>,
+}
+
+/// Allows some callers some verbs on some services.
+#[derive(Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+struct Rule {
+    #[serde(default)]
+    users: Vec<String>,
+    #[serde(default)]
+    groups: Vec<String>,
+    namespaces: Vec<Pattern<NamespaceText>>,
+    #[serde(default)]
+    services: Option<Vec<Pattern<ServiceText>>>,
+    verbs: Vec<VerbPattern>,
+    #[serde(default)]
+    addresses: Option<Vec<AddressPattern>>,
+}
+
+/// One name, or `*` for every one.
+#[derive(Debug, PartialEq, Eq)]
+enum Pattern<T> {
+    Every,
+    One(T),
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct NamespaceText(String);
+
+#[derive(Debug, PartialEq, Eq)]
+struct ServiceText(String);
+
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+enum VerbPattern {
+    Every,
+    One(AccessVerb),
+}
+
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+enum AddressPattern {
+    /// The address that the connection comes from.
+    Own,
+    Network(IpNet),
+}
+
+impl<'de> Deserialize<'de> for Pattern<NamespaceText> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        pattern(deserializer, |text| Namespace::parse(text).map(|_| NamespaceText(text.into())))
+    }
+}
+
+impl<'de> Deserialize<'de> for Pattern<ServiceText> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        pattern(deserializer, |text| ServiceName::parse(text).map(|_| ServiceText(text.into())))
+    }
+}
+
+fn pattern<'de, T, E: std::fmt::Display, D: serde::Deserializer<'de>>(
+    deserializer: D,
+    parse: impl FnOnce(&str) -> Result<T, E>,
+) -> Result<Pattern<T>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text == EVERY {
+        return Ok(Pattern::Every);
+    }
+    parse(&text).map(Pattern::One).map_err(|err| serde::de::Error::custom(format!("{text:?}: {err}")))
+}
+
+impl TryFrom<String> for VerbPattern {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        if text == EVERY {
+            return Ok(Self::Every);
+        }
+        let verb = AccessVerb::ALL.iter().find(|verb| verb.as_str() == text);
+        verb.copied().map(Self::One).ok_or_else(|| {
+            let all: Vec<_> = AccessVerb::ALL.iter().map(|verb| verb.as_str()).collect();
+            format!("{text:?} is none of {} and {EVERY:?}", all.join(", "))
+        })
+    }
+}
+
+impl TryFrom<String> for AddressPattern {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        if text == "own" {
+            return Ok(Self::Own);
+        }
+        let network = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+        let network = network
+            .map_err(|_| format!("{text:?} is neither a network such as 10.1.0.0/16, an address, nor \"own\""))?;
+        if network.trunc() == network {
+            Ok(Self::Network(network))
+        } else {
+            Err(format!("{text:?} has bits beyond its prefix: {}", network.trunc()))
+        }
+    }
+}
+
+impl Policy {
+    /// Parses a policy.
+    pub(super) fn parse(text: &str) -> Result<Self, InvalidPolicy> {
+        let policy: Self = toml::from_str(text).map_err(|err| InvalidPolicy(err.to_string().trim_end().to_owned()))?;
+        for (index, rule) in policy.rules.iter().enumerate() {
+            if rule.users.is_empty() && rule.groups.is_empty() {
+                return Err(InvalidPolicy(format!("rule {}: names neither users nor groups", index + 1)));
+            }
+        }
+        Ok(policy)
+    }
+
+    pub(super) fn decide(&self, identity: &Identity, access: &Access<'_>) -> Result<(), Denied> {
+        let mut elsewhere = false;
+        for rule in self.rules.iter().filter(|rule| rule.holds_for(identity, access)) {
+            if rule.holds_for_address(access) {
+                return Ok(());
+            }
+            elsewhere = true;
+        }
+        Err(Denied(match access.address {
+            Some(address) if elsewhere => format!("{identity} may not register the address {address}"),
+            _ => format!("{identity} may not {access}"),
+        }))
+    }
+}
+
+impl Rule {
+    fn holds_for(&self, identity: &Identity, access: &Access<'_>) -> bool {
+        let is = |name: &String, who: &str| name == EVERY || name == who;
+        let who = self.users.iter().any(|user| is(user, &identity.user))
+            || self.groups.iter().any(|group| identity.groups.iter().any(|of| is(group, of)));
+        who && self.verbs.iter().any(|verb| match verb {
+            VerbPattern::Every => true,
+            VerbPattern::One(one) => *one == access.verb,
+        }) && self.namespaces.iter().any(|pattern| match pattern {
+            Pattern::Every => true,
+            Pattern::One(NamespaceText(name)) => access.namespace == Some(name.as_str()),
+        }) && self.services.as_ref().is_none_or(|services| {
+            services.iter().any(|pattern| match pattern {
+                Pattern::Every => true,
+                Pattern::One(ServiceText(name)) => access.service == Some(name.as_str()),
+            })
+        })
+    }
+
+    /// An instance without an IP address is only allowed where any address is.
+    fn holds_for_address(&self, access: &Access<'_>) -> bool {
+        let Some(patterns) = &self.addresses else { return true };
+        access.verb != AccessVerb::Create
+            || access.address.is_some_and(|address| {
+                patterns.iter().any(|pattern| match pattern {
+                    AddressPattern::Own => address == access.peer.to_canonical(),
+                    AddressPattern::Network(network) => network.contains(&address),
+                })
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::IdentitySource;
+
+    const PEER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 7));
+
+    fn identity(user: &str, groups: &[&str]) -> Identity {
+        let groups = groups.iter().map(|&group| group.into()).collect();
+        Identity { user: user.into(), groups, source: IdentitySource::Certificate, expires: None }
+    }
+
+    fn access<'a>(verb: AccessVerb, namespace: &'a str, service: &'a str) -> Access<'a> {
+        let named = |text: &'a str| (!text.is_empty()).then_some(text);
+        let address = (verb == AccessVerb::Create).then_some(PEER);
+        Access { verb, namespace: named(namespace), service: named(service), address, peer: PEER }
+    }
+
+    fn allows(policy: &str, identity: &Identity, access: &Access<'_>) -> bool {
+        Policy::parse(policy).expect("a valid policy").decide(identity, access).is_ok()
+    }
+
+    #[test]
+    fn nothing_is_allowed_that_no_rule_allows() {
+        let rule = "[[rule]]\nusers = ['vm-1']\nnamespaces = ['shop']\nservices = ['web']\nverbs = ['create', 'get']";
+        let (vm, other) = (identity("vm-1", &[]), identity("vm-2", &["vm-1"]));
+        assert!(allows(rule, &vm, &access(AccessVerb::Create, "shop", "web")));
+        assert!(allows(rule, &vm, &access(AccessVerb::Get, "shop", "web")));
+        for denied in [
+            access(AccessVerb::Delete, "shop", "web"),
+            access(AccessVerb::Create, "shop", "api"),
+            access(AccessVerb::Create, "prod", "web"),
+            access(AccessVerb::Get, "shop", ""),
+            access(AccessVerb::Get, "", ""),
+        ] {
+            assert!(!allows(rule, &vm, &denied), "{denied:?}");
+        }
+        assert!(!allows(rule, &other, &access(AccessVerb::Create, "shop", "web")), "a user is not a group");
+        assert!(!allows("", &vm, &access(AccessVerb::Create, "shop", "web")), "deny by default");
+    }
+
+    #[test]
+    fn wildcards_stand_for_all() {
+        let rule = "[[rule]]\ngroups = ['ops']\nnamespaces = ['*']\nverbs = ['*']";
+        let ops = identity("ada", &["ops"]);
+        assert!(allows(rule, &ops, &access(AccessVerb::Watch, "", "")));
+        assert!(allows(rule, &ops, &access(AccessVerb::Delete, "shop", "web")));
+        let everybody = "[[rule]]\nusers = ['*']\nnamespaces = ['shop']\nverbs = ['list']";
+        assert!(allows(everybody, &identity("x", &[]), &access(AccessVerb::List, "shop", "")));
+        assert!(!allows(everybody, &identity("x", &[]), &access(AccessVerb::List, "", "")), "one namespace is not all");
+    }
+
+    #[test]
+    fn addresses_narrow_what_may_be_registered() {
+        let rule = |addresses: &str| {
+            format!("[[rule]]\nusers = ['vm-1']\nnamespaces = ['shop']\nverbs = ['*']\naddresses = {addresses}")
+        };
+        let vm = identity("vm-1", &[]);
+        let at = |address: &str| Access { address: address.parse().ok(), ..access(AccessVerb::Create, "shop", "web") };
+        assert!(allows(&rule("['10.1.0.0/16']"), &vm, &at("10.1.2.3")));
+        assert!(!allows(&rule("['10.1.0.0/16']"), &vm, &at("10.2.0.1")));
+        assert!(allows(&rule("['2001:db8::/32']"), &vm, &at("2001:db8::1")));
+        assert!(allows(&rule("['own']"), &vm, &at("192.0.2.7")));
+        assert!(!allows(&rule("['own']"), &vm, &at("192.0.2.8")));
+        assert!(!allows(&rule("['0.0.0.0/0', '::/0']"), &vm, &at("")), "a name is no address");
+        assert!(!allows(&rule("[]"), &vm, &at("10.1.2.3")));
+        assert!(
+            allows(&rule("['10.1.0.0/16']"), &vm, &access(AccessVerb::Delete, "shop", "web")),
+            "only for registrations"
+        );
+        let denied = Policy::parse(&rule("['own']")).expect("valid").decide(&vm, &at("10.0.0.1")).expect_err("denied");
+        assert_eq!(denied.to_string(), "vm-1 may not register the address 10.0.0.1");
+    }
+
+    #[test]
+    fn errors_name_the_line() {
+        let refused = |text: &str, line: &str, why: &str| {
+            let err = Policy::parse(text).expect_err(text).0;
+            assert!(err.contains(line) && err.contains(why), "{err:?} should contain {line:?} and {why:?}");
+        };
+        let rule = "[[rule]]\nusers = ['vm-1']\nnamespaces = ['shop']\n";
+        refused(&format!("{rule}verbs = ['register']"), "line 4", "none of create, delete, get, list, watch, handover");
+        refused(&format!("{rule}verbs = ['*']\nservices = ['Web']"), "line 5", "Web");
+        refused(&format!("{rule}verbs = ['*']\naddresses = ['10.1.0.1/16']"), "line 5", "10.1.0.0/16");
+        refused(&format!("{rule}verbs = ['*']\naddress = ['10.1.0.1']"), "line 5", "unknown field");
+        refused("[[rule]]\nusers = ['vm-1'\n", "line", "");
+        refused("[[rule]]\nnamespaces = ['shop']\nverbs = ['*']", "rule 1", "neither users nor groups");
+        refused("[[rules]]\n", "line 1", "unknown field");
+    }
+}

@@ -1,0 +1,257 @@
+//! TLS of a listener: certificate, key and client CA from files, read again when they change, and
+//! handshakes within limits.
+//!
+//! 1. A connection keeps the configuration with which it was accepted, so that no stream is dropped when the
+//!    files change. [`ServerTls::changes`] tells when the client CA has changed: [`ServerTls::check`] then says
+//!    whether a client's certificate is still good.
+//! 2. No session is resumed: a resumed one would bring back a certificate that was checked earlier.
+//! 3. A handshake takes [`MAX_HANDSHAKE_BYTES`] and [`MAX_HANDSHAKES`] of a peer's work at most. With more at
+//!    once, the oldest is given up: a client that answers at once is done long before.
+//!
+//! Which names a certificate holds, and what they may do, is not decided here.
+
+mod files;
+mod handshake;
+
+use std::{
+    convert::Infallible,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use rustls::{
+    ServerConfig,
+    pki_types::{CertificateDer, UnixTime},
+    server::{NoServerSessionStorage, WebPkiClientVerifier, danger::ClientCertVerifier},
+    version::{TLS12, TLS13},
+};
+use tokio::{net::TcpStream, sync::watch, time::sleep};
+use tokio_rustls::server::TlsStream;
+use tracing::{info, warn};
+
+pub use files::{TlsFileError, TlsFiles};
+
+use self::{
+    files::FileContents,
+    handshake::{Handshakes, LimitedStream},
+};
+use crate::metrics::{ConnectionMetrics, HandshakeFailure};
+
+/// How often the files are read. A kubelet replaces the files of a Secret within about a minute.
+const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Handshakes at once, of all listeners.
+const MAX_HANDSHAKES: usize = 1024;
+
+/// Most bytes that a client may send before its handshake is complete. A chain of three certificates takes some
+/// 4 KiB, one with RSA keys of 4096 bits some 8 KiB.
+const MAX_HANDSHAKE_BYTES: usize = 32 * 1024;
+
+/// The identifier of HTTP/2 in ALPN (RFC 9113 §3.2).
+const ALPN_H2: &[u8] = b"h2";
+
+/// The certificates that a client has shown, its own first, in DER. Checked against the client CA.
+pub type PeerCertificates = Arc<[CertificateDer<'static>]>;
+
+/// A stream whose handshake is complete.
+pub type ServerTlsStream = TlsStream<LimitedStream<TcpStream>>;
+
+/// What a TLS listener serves with; shared by all its connections.
+pub struct ServerTls {
+    files: TlsFiles,
+    state: ArcSwap<TlsState>,
+    contents: Mutex<FileContents>,
+    changes: watch::Sender<u64>,
+    handshakes: Handshakes,
+    metrics: Arc<ConnectionMetrics>,
+}
+
+struct TlsState {
+    config: Arc<ServerConfig>,
+    /// `None` without a client CA.
+    verifier: Option<Arc<dyn ClientCertVerifier>>,
+    certificate: Option<CertificateDer<'static>>,
+}
+
+/// What [`ServerTls::as_client`] returns.
+pub struct ClientPem {
+    /// The certificate, and the intermediate ones after it.
+    pub cert: Vec<u8>,
+    /// Its key.
+    pub key: Vec<u8>,
+    /// The CA of the other side.
+    pub ca: Vec<u8>,
+}
+
+impl fmt::Debug for ServerTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Without the contents of the files: one is a key.
+        f.debug_struct("ServerTls").field("files", &self.files).finish_non_exhaustive()
+    }
+}
+
+impl ServerTls {
+    /// Reads the files.
+    ///
+    /// # Errors
+    /// Names the file that cannot be read, or that does not hold what it should.
+    pub fn load(files: TlsFiles, metrics: Arc<ConnectionMetrics>) -> Result<Arc<Self>, TlsFileError> {
+        let contents = files.read()?;
+        let state = TlsState::new(&files, &contents)?;
+        Ok(Arc::new(Self {
+            files,
+            state: ArcSwap::from_pointee(state),
+            contents: Mutex::new(contents),
+            changes: watch::Sender::new(0),
+            handshakes: Handshakes::new(MAX_HANDSHAKES),
+            metrics,
+        }))
+    }
+
+    /// Reads the files again at intervals, for ever. When they change and are valid, new connections get what they
+    /// hold; else the last valid contents stay in use, and the error is logged once.
+    pub async fn follow_files(self: Arc<Self>) -> Infallible {
+        let mut reported = None;
+        loop {
+            sleep(RELOAD_INTERVAL).await;
+            let tls = Arc::clone(&self);
+            // Files on a network may block.
+            let reloaded = tokio::task::spawn_blocking(move || tls.reload()).await;
+            match reloaded {
+                Ok(Ok(changed)) => {
+                    reported = None;
+                    if changed {
+                        info!(files = %self.files, "TLS: the files have changed; new connections use what they hold");
+                    }
+                }
+                Ok(Err(err)) => {
+                    let err = err.to_string();
+                    if reported.as_ref() != Some(&err) {
+                        warn!(error = err, "TLS: a changed file is invalid; what was read before stays in use");
+                        self.metrics.tls_reload_errors.inc();
+                        reported = Some(err);
+                    }
+                }
+                Err(err) => warn!(error = %err, "TLS: reading the files panicked"),
+            }
+        }
+    }
+
+    /// Reads the files once. Returns whether they have changed.
+    fn reload(&self) -> Result<bool, TlsFileError> {
+        let read = self.files.read()?;
+        let mut contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
+        if *contents == read {
+            return Ok(false);
+        }
+        let state = TlsState::new(&self.files, &read)?;
+        let ca_changed = contents.client_ca != read.client_ca;
+        *contents = read;
+        self.state.store(Arc::new(state));
+        if ca_changed {
+            self.changes.send_modify(|count| *count += 1);
+        }
+        Ok(true)
+    }
+
+    /// The certificate of this server, without the intermediate ones.
+    #[must_use]
+    pub fn certificate(&self) -> Option<CertificateDer<'static>> {
+        self.state.load().certificate.clone()
+    }
+
+    /// Certificate, key and client CA, each in PEM, as they were read last: what a replica shows another, and trusts.
+    /// `None` without a client CA.
+    #[must_use]
+    pub fn as_client(&self) -> Option<ClientPem> {
+        let contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
+        let FileContents { cert, key, client_ca } = &*contents;
+        Some(ClientPem { cert: cert.clone(), key: key.clone(), ca: client_ca.clone()? })
+    }
+
+    /// Changes whenever the client CA does, after which open connections should be checked again.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// Checks a client's certificates against the client CA and the clock, as a new handshake would.
+    ///
+    /// # Errors
+    /// Says what is wrong with them.
+    pub fn check(&self, certificates: &[CertificateDer<'static>]) -> Result<(), rustls::Error> {
+        let state = self.state.load();
+        let verifier = state.verifier.as_ref().ok_or(rustls::Error::NoCertificatesPresented)?;
+        let (own, intermediates) = certificates.split_first().ok_or(rustls::Error::NoCertificatesPresented)?;
+        verifier.verify_client_cert(own, intermediates, UnixTime::now()).map(|_| ())
+    }
+
+    /// Completes the handshake of an accepted connection within `deadline`. Returns the stream, and what
+    /// certificates the client has shown, if any.
+    ///
+    /// # Errors
+    /// When the handshake fails; counted.
+    pub async fn accept(
+        &self,
+        stream: TcpStream,
+        deadline: Duration,
+    ) -> Result<(ServerTlsStream, Option<PeerCertificates>), HandshakeError> {
+        let config = Arc::clone(&self.state.load().config);
+        let accepted = self.handshakes.run(stream, config, deadline).await;
+        match &accepted {
+            Ok(_) => {
+                self.metrics.handshakes.inc();
+            }
+            Err(err) => {
+                self.metrics.handshakes_failed.at(err.reason).inc();
+            }
+        }
+        let stream = accepted?;
+        let certificates = stream.get_ref().1.peer_certificates().filter(|chain| !chain.is_empty()).map(Arc::from);
+        Ok((stream, certificates))
+    }
+}
+
+impl TlsState {
+    fn new(files: &TlsFiles, contents: &FileContents) -> Result<Self, TlsFileError> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let (certified, roots) = files.parse(contents, &provider)?;
+        let certificate = certified.cert.first().cloned();
+        let verifier = roots
+            .map(|roots| {
+                WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+                    // A client without a certificate may show a token; who shows neither is refused with UNAUTHENTICATED.
+                    .allow_unauthenticated()
+                    .build()
+                    .map_err(|err| files.invalid_client_ca(&err))
+            })
+            .transpose()?;
+        let builder = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&TLS13, &TLS12])
+            .map_err(|err| files.invalid_cert(&err))?;
+        let builder = match &verifier {
+            Some(verifier) => builder.with_client_cert_verifier(Arc::clone(verifier)),
+            None => builder.with_no_client_auth(),
+        };
+        let mut config = builder.with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certified)));
+        config.alpn_protocols = vec![ALPN_H2.to_vec()];
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        Ok(Self { config: Arc::new(config), verifier, certificate })
+    }
+}
+
+/// Why a handshake failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{detail}")]
+pub struct HandshakeError {
+    /// The kind, as it is counted.
+    pub reason: HandshakeFailure,
+    /// The explanation, for logs.
+    pub detail: String,
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,93 @@
+//! Who may call what: a real server with certificates and a policy, and every call that it has.
+
+mod command_line;
+mod matrix;
+pub(crate) mod pki;
+mod streams;
+
+use std::{fs, net::SocketAddr, path::PathBuf};
+
+use tempfile::TempDir;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
+
+use self::pki::{Credential, TestCa};
+use crate::support::server::Server;
+
+/// The policy of the tests: `vm-1` owns shop/web at addresses of 10.1.0.0/16, the group `ops` may read all.
+const POLICY: &str = "\
+[[rule]]
+users = ['vm-1']
+namespaces = ['shop']
+services = ['web']
+verbs = ['create', 'delete', 'get', 'watch']
+addresses = ['10.1.0.0/16']
+
+[[rule]]
+groups = ['ops']
+namespaces = ['*']
+verbs = ['get', 'list', 'watch']
+";
+
+/// A server with TLS and a policy, and the CA that it trusts.
+pub(crate) struct SecuredServer {
+    pub(crate) server: Server,
+    pub(crate) ca: TestCa,
+    pub(crate) files: TempDir,
+}
+
+impl SecuredServer {
+    pub(crate) fn start() -> Self {
+        let (ca, files) = (TestCa::new(), tempfile::tempdir().expect("a directory"));
+        let secured = |name: &str, text: &str| {
+            let path = files.path().join(name);
+            fs::write(&path, text).expect("a file");
+            path.to_str().expect("UTF-8").to_owned()
+        };
+        let own = ca.sign("gangplank", &[]);
+        let flags = [
+            ["--tls-cert".to_owned(), secured("server.crt", &own.cert)],
+            ["--tls-key".to_owned(), secured("server.key", &own.key)],
+            ["--tls-client-ca".to_owned(), secured("ca.crt", &ca.pem)],
+            ["--authorization-policy".to_owned(), secured("policy.toml", POLICY)],
+        ]
+        .concat();
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        Self { server: Server::start_with(&flags), ca, files }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.files.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) -> String {
+        let path = self.file(name);
+        fs::write(&path, text).expect("a file");
+        path.to_str().expect("UTF-8").to_owned()
+    }
+
+    fn url(&self) -> String {
+        url(self.server.grpc)
+    }
+
+    async fn connect(&self, credential: Option<&Credential>) -> Result<Channel, tonic::transport::Error> {
+        connect(self.server.grpc, &self.ca, credential).await
+    }
+}
+
+fn url(server: SocketAddr) -> String {
+    format!("https://localhost:{}", server.port())
+}
+
+/// A connection that shows `credential`. Fails if the handshake does.
+pub(crate) async fn connect(
+    to: SocketAddr,
+    ca: &TestCa,
+    credential: Option<&Credential>,
+) -> Result<Channel, tonic::transport::Error> {
+    let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&ca.pem));
+    let tls = match credential {
+        Some(credential) => tls.identity(credential.identity()),
+        None => tls,
+    };
+    Endpoint::from_shared(url(to))?.tls_config(tls)?.connect().await
+}
