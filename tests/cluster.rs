@@ -41,7 +41,8 @@ fn service(name: &str, labels: &Value) -> Value {
 fn slice(name: &str, manager: &str, address: &str) -> Value {
     json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
         "metadata": {"name": name, "labels": {
-            "kubernetes.io/service-name": "web", "endpointslice.kubernetes.io/managed-by": manager}},
+            "kubernetes.io/service-name": "web", "endpointslice.kubernetes.io/managed-by": manager,
+            "service.kubernetes.io/headless": ""}},
         "endpoints": [{"addresses": [address], "conditions": {"ready": true}}],
         "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}]})
 }
@@ -186,6 +187,57 @@ fn admission_policy_limits_the_account_to_labelled_objects() {
     let arguments = ["create", "--dry-run=server", "--namespace=policy", "-f", "-"];
     let said = cluster.kubectl_as(&cluster.kubeconfig_for_gangplank(), &arguments, &yaml).expect_err("it is denied");
     assert!(said.contains("gangplank may write services only with the label gangplank.dev/service: owned"), "{said}");
+}
+
+/// What gangplank's account cannot write even with its own labels, so that nobody's traffic can be led elsewhere.
+#[test]
+fn admission_policy_admits_headless_objects_only() {
+    let Some(cluster) = Cluster::shared() else { return };
+    cluster.create_namespace("policy-kinds");
+    let [services, slices] = [services("policy-kinds"), slices("policy-kinds")];
+    let denied = |method: &str, path: &str, body: Option<&Value>, err: &str| {
+        let (status, said) = gangplank(cluster, method, path, body);
+        assert!(status == 403 && said.contains(err), "{method} {path}: {status} {said}");
+    };
+    let headless = "only headless Services without selector and externalIPs";
+    let edits: [(&str, Value); 6] = [
+        ("clusterIP", json!("")),
+        ("selector", json!({"app": "web"})),
+        ("externalIPs", json!(["192.0.2.7"])),
+        ("type", json!("LoadBalancer")),
+        ("type", json!("NodePort")),
+        ("type", json!("ExternalName")),
+    ];
+    for (field, value) in edits {
+        let mut service = service("web", &owned());
+        if matches!(value.as_str(), Some("LoadBalancer" | "NodePort" | "ExternalName")) {
+            service["spec"].as_object_mut().expect("a map").remove("clusterIP");
+            service["spec"]["externalName"] = (value == "ExternalName").then_some("example.com").into();
+        }
+        service["spec"][field] = value;
+        denied("POST", &services, Some(&service), headless);
+    }
+    let mut visible = slice("web-1", "gangplank.dev", "10.0.0.1");
+    visible["metadata"]["labels"].as_object_mut().expect("a map").remove("service.kubernetes.io/headless");
+    denied("POST", &slices, Some(&visible), "only EndpointSlices with the label service.kubernetes.io/headless");
+
+    let reserved = "nothing in kube-system, and nothing of default/kubernetes";
+    let of_api_server = |namespace: &str| {
+        let mut slice = slice("kubernetes-1", "gangplank.dev", "10.0.0.1");
+        slice["metadata"]["labels"]["kubernetes.io/service-name"] = "kubernetes".into();
+        denied("POST", &self::slices(namespace), Some(&slice), reserved);
+    };
+    of_api_server("default");
+    denied("POST", &self::services("kube-system"), Some(&service("web", &owned())), reserved);
+    denied("POST", &self::slices("kube-system"), Some(&slice("web-1", "gangplank.dev", "10.0.0.1")), reserved);
+
+    // Somebody typed the label on a Service that gangplank did not make.
+    let mut native = service("native", &owned());
+    native["spec"]["selector"] = json!({"app": "native"});
+    create(cluster, &services, &native);
+    let path = format!("{services}/native");
+    denied("DELETE", &path, None, "only if it made them");
+    denied("PUT", &path, Some(&service("native", &owned())), "only if it made them");
 }
 
 #[test]

@@ -225,3 +225,44 @@ fn directory_whose_writer_has_seen_only_the_lease_of_the_next_one_is_not_answere
     assert_eq!(said.response_code, ResponseCode::ServFail);
     assert_eq!(first.register("lease-only", "web", "10.13.1.2"), 503);
 }
+
+/// A slice with gangplank's labels under the Service of somebody else: it would lead that Service's clients elsewhere.
+#[test]
+fn slices_under_a_foreign_service_are_neither_followed_nor_restored() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let kubeconfig = lock.cluster.kubeconfig_for_gangplank();
+    let cluster = lock.cluster;
+    let harness = MirrorHarness { server: serve_by(&kubeconfig, &[]), cluster, _lock: lock };
+    let mut stream = Stream::open(harness.server.grpc);
+    make_namespace(cluster, &mut stream, "forged");
+    let follower = Replica::on_standby(&kubeconfig);
+
+    let slice = |service: &str| {
+        serde_json::json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": format!("{service}-forged"), "namespace": "forged", "labels": {
+                "kubernetes.io/service-name": service, "endpointslice.kubernetes.io/managed-by": "gangplank.dev",
+                "service.kubernetes.io/headless": ""}},
+            "endpoints": [{"addresses": ["10.66.6.6"], "conditions": {"ready": true}}], "ports": []})
+    };
+    let native = |name: &str| {
+        serde_json::json!({"apiVersion": "v1", "kind": "Service",
+            "metadata": {"name": name, "namespace": "forged"},
+            "spec": {"selector": {"app": name}, "ports": [{"port": 80}]}})
+    };
+    // The writer removes slices of its own under such a Service: it must not see these first.
+    harness.server.signal("STOP");
+    cluster.apply(&native("before").to_string());
+    cluster.apply(&slice("before").to_string());
+    cluster.apply(&slice("after").to_string());
+    let shown = |service: &str| answers(follower.dns, Over::Udp, &dns_name("forged", service), RecordType::A);
+    wait_until("a slice without a Service is followed", || (shown("after") == ["10.66.6.6"]).then_some(()));
+    assert_eq!(shown("before"), [""; 0]);
+    cluster.apply(&native("after").to_string());
+    wait_until("it is not any more", || shown("after").is_empty().then_some(()));
+
+    // The follower takes the Lease, whose holder does not answer.
+    follower.wait_until_it_writes();
+    assert_eq!((shown("before"), shown("after")), (vec![], vec![]));
+    assert!(follower.stderr().contains("are not restored"), "{}", follower.stderr());
+    harness.server.signal("CONT");
+}

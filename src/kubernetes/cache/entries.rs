@@ -112,10 +112,12 @@ impl CachedObject for CachedNamespace {
 }
 
 impl CachedService {
-    pub(super) fn read(mut service: Service) -> Option<Self> {
+    /// Reads a Service of which `known` is what was read last.
+    pub(super) fn read(mut service: Service, known: Option<&Self>) -> Option<Self> {
         service.metadata.managed_fields = None;
+        let known_uid = known.filter(|known| known.ownership == Ownership::Ours).map(|known| &*known.uid);
+        let ownership = Ownership::of(&service, known_uid);
         let meta = &service.metadata;
-        let ownership = Ownership::of(meta);
         Some(Self {
             uid: meta.uid.as_deref()?.into(),
             resource_version: meta.resource_version.as_deref()?.into(),

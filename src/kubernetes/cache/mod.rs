@@ -98,11 +98,17 @@ pub(super) struct ClusterCache {
     state: Mutex<State>,
     notify: Notify,
     joined: watch::Sender<BTreeSet<ServiceKey>>,
+    owner_changes: watch::Sender<u64>,
 }
 
 impl ClusterCache {
     pub(super) fn new() -> Self {
-        Self { state: Mutex::new(State::new()), notify: Notify::new(), joined: watch::Sender::default() }
+        Self {
+            state: Mutex::new(State::new()),
+            notify: Notify::new(),
+            joined: watch::Sender::default(),
+            owner_changes: watch::Sender::default(),
+        }
     }
 
     /// What the cluster holds of `service`.
@@ -156,6 +162,16 @@ impl ClusterCache {
         self.joined.subscribe()
     }
 
+    /// Changes whenever a Service with slices of ours becomes foreign, or stops being so.
+    pub(super) fn owner_changes(&self) -> watch::Receiver<u64> {
+        self.owner_changes.subscribe()
+    }
+
+    /// Whether a Service of this name belongs to somebody else. Slices of ours under it are a forgery, or left behind.
+    pub(super) fn is_foreign(&self, key: &ServiceKey) -> bool {
+        self.lock().services.get(key).is_some_and(|known| known.ownership == Ownership::Foreign)
+    }
+
     /// Applies events of the watch of namespaces.
     pub(super) fn apply_namespaces(&self, events: Vec<ObjectEvent<Namespace>>) -> Vec<ClusterFact> {
         self.update(|state| state.apply_namespaces(events))
@@ -164,7 +180,11 @@ impl ClusterCache {
     /// Applies events of the watch of Services.
     pub(super) fn apply_services(&self, events: Vec<ObjectEvent<Service>>) -> Vec<ClusterFact> {
         let mut joined = Vec::new();
-        let facts = self.update(|state| state.apply_services(events, &mut joined));
+        let (facts, owner_changes) = self.update(|state| {
+            let facts = state.apply_services(events, &mut joined);
+            (facts, state.owner_changes)
+        });
+        self.owner_changes.send_if_modified(|seen| std::mem::replace(seen, owner_changes) != owner_changes);
         self.joined.send_if_modified(|all| {
             let changed = |(key, is): (ServiceKey, bool)| if is { all.insert(key) } else { all.remove(&key) };
             joined.into_iter().map(changed).fold(false, |any, one| any | one)
@@ -221,11 +241,11 @@ impl ClusterCache {
     /// Only the watch decides whose a Service is, because the registry has to learn it too: an
     /// answer with another owner is ignored, and the watch reports the same later.
     pub(super) fn service_written(&self, service: &Service) {
-        let Some((key, cached)) = service_key(&service.metadata).zip(CachedService::read(service.clone())) else {
-            return;
-        };
+        let Some(key) = service_key(&service.metadata) else { return };
         let mut state = self.lock();
-        let was_others = state.services.get(&key).is_some_and(|known| known.ownership != Ownership::Ours);
+        let known = state.services.get(&key);
+        let Some(cached) = CachedService::read(service.clone(), known) else { return };
+        let was_others = known.is_some_and(|known| known.ownership != Ownership::Ours);
         if cached.ownership == Ownership::Ours && !was_others {
             let _ = state.services.apply(key, cached);
         }

@@ -28,6 +28,8 @@ pub(super) struct State {
     pub(super) occupied: HashMap<ServiceKey, HashSet<String>>,
     /// Keys that the mirror has not taken yet.
     pub(super) changed: BTreeSet<ChangedKey>,
+    /// Times that a Service with slices of ours became foreign, or stopped being so.
+    pub(super) owner_changes: u64,
 }
 
 impl State {
@@ -40,6 +42,7 @@ impl State {
             slice_names: BTreeMap::new(),
             occupied: HashMap::new(),
             changed: BTreeSet::new(),
+            owner_changes: 0,
         }
     }
 
@@ -114,6 +117,7 @@ impl State {
             let is = |which: Ownership| (before == Some(which), now == Some(which));
             let ((was_foreign, foreign), (was_joined, is_joined)) = (is(Ownership::Foreign), is(Ownership::Joined));
             if was_foreign != foreign {
+                self.owner_changes += u64::from(self.slice_names.contains_key(&key));
                 facts.push(ClusterFact::Service { service: key.clone(), foreign });
             }
             if was_joined != is_joined {
@@ -130,27 +134,21 @@ impl State {
                     }
                 }
                 ObjectEvent::InitApply(service) => {
-                    let Some((key, cached)) = service_key(&service.metadata).zip(CachedService::read(service)) else {
-                        continue;
-                    };
+                    let Some((key, cached)) = read_service(&self.services, service) else { continue };
                     let now = cached.ownership;
                     if let Applied::Changed(before) = self.services.init_apply(key.clone(), cached) {
                         note(key, before.map(|one| one.ownership), Some(now));
                     }
                 }
                 ObjectEvent::Apply(service) => {
-                    let Some((key, cached)) = service_key(&service.metadata).zip(CachedService::read(service)) else {
-                        continue;
-                    };
+                    let Some((key, cached)) = read_service(&self.services, service) else { continue };
                     let now = cached.ownership;
                     if let Applied::Changed(before) = self.services.apply(key.clone(), cached) {
                         note(key, before.map(|one| one.ownership), Some(now));
                     }
                 }
                 ObjectEvent::Delete(service) => {
-                    let Some((key, gone)) = service_key(&service.metadata).zip(CachedService::read(service)) else {
-                        continue;
-                    };
+                    let Some((key, gone)) = read_service(&self.services, service) else { continue };
                     if let Some(before) = self.services.delete(&key, &gone.uid, &gone.resource_version) {
                         note(key, Some(before.ownership), None);
                     }
@@ -255,4 +253,13 @@ impl State {
             }
         }
     }
+}
+
+fn read_service(
+    known: &ObjectStore<ServiceKey, CachedService>,
+    service: Service,
+) -> Option<(ServiceKey, CachedService)> {
+    let key = service_key(&service.metadata)?;
+    let cached = CachedService::read(service, known.get(&key))?;
+    Some((key, cached))
 }

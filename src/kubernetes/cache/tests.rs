@@ -33,9 +33,9 @@ fn deleting<T: Metadata<Ty = ObjectMeta>>(mut object: T) -> T {
 fn service(name: &str, label: Option<&str>, version: u64) -> Service {
     let service = json!({ "metadata": {
         "namespace": "prod", "name": name, "uid": format!("uid-{name}"), "resourceVersion": version.to_string(),
-        "labels": label.map(|value| json!({ names::SERVICE: value })),
+        "labels": label.map(|value| json!({ names::SERVICE: value, names::SERVICE_TYPE: names::EXTERNAL })),
         "managedFields": [{ "manager": "someone" }],
-    } });
+    }, "spec": { "clusterIP": "None" } });
     serde_json::from_value(service).expect("a Service")
 }
 

@@ -15,12 +15,17 @@ use k8s_openapi::{
 
 use super::{
     names,
-    slices::{Family, PortList, SliceGroup, hostname, owner},
+    slices::{Family, PortList, SliceGroup, hostname, label, owner},
 };
 use crate::model::{CowTree, Instance, Port, ServiceKey};
 
 /// Most addresses of an Endpoints object, that of Kubernetes' own controller.
 pub const MAX_ADDRESSES: usize = 1000;
+
+/// Whether an Endpoints object carries gangplank's label.
+pub(in crate::kubernetes) fn is_ours(meta: &ObjectMeta) -> bool {
+    label(meta, names::SERVICE) == Some(names::OWNED)
+}
 
 /// The Endpoints object of a service whose Service has the uid `service_uid`.
 ///

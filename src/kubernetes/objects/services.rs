@@ -4,7 +4,7 @@
 //! the instances' ports as one list can hold.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
 
@@ -13,7 +13,10 @@ use k8s_openapi::{
     apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
 
-use super::{names, slices::PortList};
+use super::{
+    names,
+    slices::{PortList, label},
+};
 use crate::model::{CowTree, Instance, Label, Protocol, ServiceKey};
 
 /// Most ports of a Service. Kubernetes has no limit but the size of the object.
@@ -35,15 +38,27 @@ pub enum Ownership {
 }
 
 impl Ownership {
-    /// From the labels of a Service.
+    /// From the Service as it is, unless a Service with `known_uid` was ours already: then only the label of
+    /// gangplank decides, and other edits of it are reverted.
+    ///
+    /// The label alone makes no Service ours: a native one on which somebody types `owned` would lose its selector.
     #[must_use]
-    pub fn of(meta: &ObjectMeta) -> Self {
-        match meta.labels.as_ref().and_then(|labels| labels.get(names::SERVICE)).map(String::as_str) {
-            Some(names::OWNED) => Self::Ours,
+    pub fn of(service: &Service, known_uid: Option<&str>) -> Self {
+        match label(&service.metadata, names::SERVICE) {
+            Some(names::OWNED) if is_made_by_gangplank(service) => Self::Ours,
+            Some(names::OWNED) if known_uid.is_some() && service.metadata.uid.as_deref() == known_uid => Self::Ours,
             Some(names::JOINED) => Self::Joined,
             _ => Self::Foreign,
         }
     }
+}
+
+/// Whether a Service is one that gangplank creates: external, headless, and without a selector.
+fn is_made_by_gangplank(service: &Service) -> bool {
+    label(&service.metadata, names::SERVICE_TYPE) == Some(names::EXTERNAL)
+        && service.spec.as_ref().is_some_and(|spec| {
+            spec.cluster_ip.as_deref() == Some(NO_CLUSTER_IP) && spec.selector.as_ref().is_none_or(BTreeMap::is_empty)
+        })
 }
 
 /// The Service as gangplank creates it.
@@ -201,14 +216,38 @@ mod tests {
                 },
             })
         );
-        assert_eq!(Ownership::of(&service.metadata), Ownership::Ours);
-        let labelled = |value: Option<&str>| ObjectMeta {
-            labels: value.map(|value| [(names::SERVICE.to_owned(), value.to_owned())].into()),
-            ..ObjectMeta::default()
+        assert_eq!(Ownership::of(&service, None), Ownership::Ours);
+    }
+
+    #[test]
+    fn only_a_service_as_gangplank_makes_it_is_ours() {
+        let mut ours = desired(&web(), &table(&[]));
+        ours.metadata.uid = Some("a".into());
+        let edited = |edit: &dyn Fn(&mut Service)| {
+            let mut service = ours.clone();
+            edit(&mut service);
+            [None, Some("a"), Some("b")].map(|known| Ownership::of(&service, known))
         };
-        assert_eq!(Ownership::of(&labelled(Some("joined"))), Ownership::Joined);
-        assert_eq!(Ownership::of(&labelled(Some("Owned"))), Ownership::Foreign);
-        assert_eq!(Ownership::of(&labelled(None)), Ownership::Foreign);
+        let labelled = |value: Option<&str>| {
+            edited(&|service| {
+                service.metadata.labels = value.map(|value| [(names::SERVICE.to_owned(), value.to_owned())].into());
+            })
+        };
+        use Ownership::{Foreign, Joined, Ours};
+        assert_eq!(edited(&|_| {}), [Ours; 3]);
+        assert_eq!(labelled(Some("joined")), [Joined; 3]);
+        assert_eq!(labelled(Some("Owned")), [Foreign; 3]);
+        assert_eq!(labelled(None), [Foreign; 3]);
+        // A native one with the label, and an edit of one that was ours.
+        let selecting = |service: &mut Service| {
+            service.spec.as_mut().expect("set").selector = Some([("app".into(), "web".into())].into());
+        };
+        assert_eq!(labelled(Some("owned")), [Foreign, Ours, Foreign]);
+        assert_eq!(edited(&selecting), [Foreign, Ours, Foreign]);
+        assert_eq!(
+            edited(&|service| service.spec.as_mut().expect("set").cluster_ip = Some("10.0.0.1".into())),
+            [Foreign, Ours, Foreign]
+        );
     }
 
     #[test]

@@ -105,7 +105,7 @@ impl Watch {
     ) -> Unavailable {
         let (registry, metrics) = (&self.registry, &self.metrics.kubernetes);
         let mut handler = OwnSlicesHandler::new(&self.cache, registry, metrics, self.validator, before);
-        let mut phases = registry.status().watch();
+        let (mut phases, mut owners) = (registry.status().watch(), self.cache.owner_changes());
         let mut next = tokio::select! {
             Some(request) = requests.recv() => Some(request),
             Ok(_) = phases.wait_for(|phase| matches!(phase, Phase::Standby(_))) => None,
@@ -121,6 +121,8 @@ impl Watch {
                 gone = reflector.run(&mut handler) => return gone,
                 // The handler may be dropped in the middle of a batch: the list that follows compares everything.
                 Some(request) = requests.recv() => next = Some(request),
+                // A list for the same purpose: slices under that Service count from now on, or count no more.
+                Ok(()) = owners.changed() => {}
             }
         }
     }

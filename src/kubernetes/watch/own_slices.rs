@@ -138,7 +138,11 @@ impl<'a> OwnSlicesHandler<'a> {
         let SliceInstances { view, rank, .. } = &mut self.instances;
         let SliceRank { term, generation } = *rank;
         let changed = view.take_changed();
-        let instances = |service: &ServiceKey| (service.clone(), view.instances(service));
+        // What stands under the Service of somebody else is not served.
+        let instances = |service: &ServiceKey| {
+            let foreign = self.cache.is_foreign(service);
+            (service.clone(), if foreign { Vec::new() } else { view.instances(service) })
+        };
         let services: Vec<_> =
             if complete { view.services().map(instances).collect() } else { changed.iter().map(instances).collect() };
         let replica = self.registry.status().replica();
@@ -165,7 +169,13 @@ impl<'a> OwnSlicesHandler<'a> {
             warn!("{} more endpoints of slices were skipped or changed", instances.skipped - MAX_LOG_LINES);
         }
         self.purpose = Purpose::Writing(LateWrites::new(self.registry.clone(), validator, tenure.term));
-        let restored = instances.into_state(&tenure);
+        let mut restored = instances.into_state(&tenure);
+        let found = restored.services.len();
+        restored.services.retain(|(service, _)| !self.cache.is_foreign(service));
+        if restored.services.len() < found {
+            let foreign = found - restored.services.len();
+            warn!(foreign, "slices under Services that are not gangplank's are not restored");
+        }
         let (services, found) = (restored.services.len(), restored.term);
         // Without a term this process does not take over any more, or cannot: then the next request is on its way, or the
         // elector gives the Lease up after a while. If the writer has ended, the process ends.
@@ -195,6 +205,7 @@ impl EventHandler<EndpointSlice> for OwnSlicesHandler<'_> {
                 Purpose::Writing(late) => {
                     if let ObjectEvent::InitApply(slice) | ObjectEvent::Apply(slice) = &event
                         && let Some(observed) = self.cache.new_slice(&cached)
+                        && !self.cache.is_foreign(&observed.service)
                         && late.merge(slice, observed).await.is_err()
                     {
                         // This process ends, or follows from the next list on. What the cache does not know is not replaced.

@@ -152,3 +152,21 @@ fn service_without_our_label_is_foreign() {
         disowned["metadata"]["uid"]
     );
 }
+
+/// Somebody types gangplank's label on a Service with pods: it keeps its selector, and is not deleted.
+#[test]
+fn native_service_with_our_label_is_untouched() {
+    let Some(mut harness) = MirrorHarness::with_controllers(&["--service-linger", "0s"]) else { return };
+    let cluster = harness.cluster;
+    harness.create_namespace("typed");
+    ready_pod(cluster, "typed", "web-0", "web", "10.13.9.9");
+    let labels = json!({"gangplank.dev/service": "owned"});
+    let service = create(cluster, &service_path("typed", ""), &native("web", &labels));
+    soon("registrations are refused", || harness.conflicts("typed", "web").then_some(()));
+    soon("the pod's slice is there", || (addresses(cluster, "typed", "web") == ["10.13.9.9"]).then_some(()));
+    // A process that has not seen it before reads it the same way, and a later registration comes after it.
+    harness.restart_empty(&["--service-linger", "0s"]);
+    soon("registrations are refused again", || harness.conflicts("typed", "web").then_some(()));
+    harness.mirrored("typed", "other", "10.13.0.1", "http=8080");
+    assert_eq!(cluster.get_json(&service_path("typed", "web")), service);
+}

@@ -2,7 +2,7 @@
 //! test needs it, as child processes on free ports of loopback.
 //!
 //! RBAC is on, certificates are real, and gangplank's account has the rights of `deploy/` and no
-//! others: every cluster here has `rbac.yaml` applied and `admission-policy.yaml` in force.
+//! others: every cluster here has the rights applied and `admission-policy.yaml` in force.
 //! There is no kubelet, so that pods stay Pending, and no ServiceAccount admission, so that a
 //! namespace can be used as soon as it is made. Without the controller manager nothing collects
 //! garbage and a deleted namespace stays Terminating.
@@ -163,7 +163,7 @@ impl Cluster {
     /// Does what an operator does: applies `deploy/`, and creates a token of the account.
     fn install_gangplank(&mut self) {
         let deploy = Path::new(ROOT).join("deploy");
-        for file in ["rbac.yaml", "admission-policy.yaml"] {
+        for file in ["rbac.yaml", "rbac-endpoints-object.yaml", "admission-policy.yaml"] {
             self.apply(&fs::read_to_string(deploy.join(file)).expect("it is in the repository"));
         }
         let token = self.kubectl(&["create", "token", "gangplank", "--namespace=gangplank", "--duration=24h"]);

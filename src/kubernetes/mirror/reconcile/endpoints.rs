@@ -3,7 +3,7 @@
 
 use k8s_openapi::api::core::v1::Endpoints;
 
-use super::{DesiredState, Reconciler, is_ours, object_backoff, refused_writes::is_refusal};
+use super::{DesiredState, Reconciler, object_backoff, refused_writes::is_refusal};
 use crate::{
     kubernetes::{
         api::{ApiError, Preconditions},
@@ -18,7 +18,7 @@ impl Reconciler {
         let (namespace, name) = (desired.service.namespace(), desired.service.name());
         let ours = endpoints::desired(desired.service, uid, desired.instances, self.options.publish_not_ready);
         match self.api.get::<Endpoints>(namespace, name).await {
-            Ok(existing) if !is_ours(&existing.metadata) => Ok(()),
+            Ok(existing) if !endpoints::is_ours(&existing.metadata) => Ok(()),
             Ok(existing) => match endpoints::amend(&existing, &ours) {
                 Some(amended) => {
                     let written = self.api.replace(namespace, name, &amended).await?;
@@ -58,7 +58,7 @@ impl Reconciler {
 
     async fn delete_endpoints(&self, service: &ServiceKey) -> Result<(), ApiError> {
         let existing = match self.api.get::<Endpoints>(service.namespace(), service.name()).await {
-            Ok(existing) if is_ours(&existing.metadata) => existing,
+            Ok(existing) if endpoints::is_ours(&existing.metadata) => existing,
             Ok(_) | Err(ApiError::NotFound) => return Ok(()),
             Err(err) => return Err(err),
         };

@@ -20,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-use k8s_openapi::{api::discovery::v1::EndpointSlice, apimachinery::pkg::apis::meta::v1::ObjectMeta};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use tokio::time::Instant;
 
 use self::{object_backoff::ObjectBackoff, refused_writes::is_refusal};
@@ -29,11 +29,7 @@ use crate::{
     kubernetes::{
         api::{ApiClient, ApiError},
         cache::{ClusterCache, LateWrites, NamespaceState, ServiceState},
-        objects::{
-            names,
-            services::{self, Ownership},
-            slices::ObservedSlice,
-        },
+        objects::{names, services, slices::ObservedSlice},
     },
     metrics::Metrics,
     model::{CowTree, Instance, ServiceKey},
@@ -297,8 +293,4 @@ impl Reconciler {
         // Nothing panics while it holds the lock.
         self.empty_since.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn is_ours(meta: &ObjectMeta) -> bool {
-    Ownership::of(meta) == Ownership::Ours
 }

@@ -33,7 +33,7 @@ pub use render::{ContentDigest, SliceStamps};
 pub use tombstones::read_tombstones;
 pub use view::{InstanceView, SliceRank};
 
-pub(in crate::kubernetes) use observed::service_of;
+pub(in crate::kubernetes) use observed::{label, service_of};
 pub(super) use {
     group::PortList,
     render::{hostname, owner},

@@ -221,7 +221,7 @@ fn same_ports(existing: Option<&[EndpointPort]>, ours: Option<&[EndpointPort]>) 
     existing.len() == ours.len() && existing.iter().zip(ours).all(same)
 }
 
-pub(super) fn label<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {
+pub(in crate::kubernetes) fn label<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {
     meta.labels.as_ref()?.get(key).map(String::as_str)
 }
 
