@@ -11,7 +11,7 @@ use super::{
     output::{Format, NONE, OutputArgs, Table, age, percent, print, print_json, print_yaml},
 };
 use crate::model::{
-    Port, Protocol, Service, ServiceKey,
+    Port, Protocol, Registrant, Service, ServiceKey,
     view::{Rfc3339, ServiceView, ServicesView, TrafficShares},
 };
 
@@ -154,8 +154,8 @@ fn services_table(services: &[(ServiceKey, Service)], format: Option<Format>, no
 fn instances_table(services: &[(ServiceKey, Service)], format: Option<Format>, now: SystemTime) -> String {
     let wide = format == Some(Format::Wide);
     let mut titles = vec!["NAMESPACE", "NAME", "ADDRESS", "PORTS", "SHARE", "READY"];
-    let more = ["WEIGHT", "PRIORITY", "HOST", "NODE", "AGE"];
-    titles.extend_from_slice(if wide { &more } else { &more[4..] });
+    let more = ["WEIGHT", "PRIORITY", "HOST", "NODE", "REGISTRANT", "AGE"];
+    titles.extend_from_slice(if wide { &more } else { &more[5..] });
     let mut table = Table::new(&titles, &["PORTS"], format);
     for (key, service) in services {
         let shares = TrafficShares::of(service);
@@ -174,6 +174,7 @@ fn instances_table(services: &[(ServiceKey, Service)], format: Option<Format>, n
                 row.push(instance.priority().to_string());
                 row.push(text(instance.host_name().map(|label| label.as_str())));
                 row.push(text(instance.node_name().map(|name| name.as_str())));
+                row.push(text(instance.registrant().map(Registrant::as_str)));
             }
             row.push(age(instance.registered(), now));
             table.row(row);
@@ -234,7 +235,8 @@ mod tests {
                 ..InstanceSpec::default()
             };
             let instance = PERMISSIVE_VALIDATOR.instance(&key, &spec, UnixMillis(1_000_000)).expect("valid");
-            Arc::new(instance.with_ready(*ready))
+            let registrant = Registrant::new("spiffe://a".into()).expect("a name");
+            Arc::new(instance.with_ready(*ready).with_registrant(Some(registrant)))
         });
         (key.clone(), Service { instances: instances.collect(), generation: 1712 })
     }
@@ -274,8 +276,11 @@ mod tests {
              prod        web    2001:db8::1   <none>      25%     true    5m\n"
         );
         let wide = instances_table(&[web], Some(Format::Wide), now());
-        assert!(wide.lines().next().expect("titles").ends_with("WEIGHT   PRIORITY   HOST     NODE   AGE"), "{wide}");
-        assert!(wide.contains("75%     true    3        0          <none>   vm-7   5m"), "{wide}");
+        assert!(
+            wide.lines().next().expect("titles").ends_with("WEIGHT   PRIORITY   HOST     NODE   REGISTRANT   AGE"),
+            "{wide}"
+        );
+        assert!(wide.contains("75%     true    3        0          <none>   vm-7   spiffe://a   5m"), "{wide}");
     }
 
     #[test]

@@ -88,6 +88,8 @@ impl Mutation<'_> {
             404 if details.starts_with("namespace:") => {
                 Err(refused(ErrorKind::NotFound).hint(format!("create it:  kubectl create namespace {namespace}")))
             }
+            409 if !details.starts_with("service_name:") => Err(refused(ErrorKind::Failed)
+                .hint(format!("whose instances they are:  gangplank ls {namespace}/{name} -o wide"))),
             409 => Err(refused(ErrorKind::Failed)
                 .hint(format!("whose it is:  kubectl get service {name} -n {namespace} -o yaml"))
                 .hint(format!("let external instances join:  kubectl label service {name} -n {namespace} gangplank.dev/service=joined"))),
@@ -152,6 +154,8 @@ mod tests {
         assert!(absent.to_string().contains("kubectl create namespace prod"), "{absent}");
         let foreign = outcome(409, "service_name: not managed").expect_err("refused");
         assert!(foreign.to_string().contains("gangplank.dev/service=joined"), "{foreign}");
+        let owned = outcome(409, "10.0.0.1 of prod/web is registered by vm-1").expect_err("refused");
+        assert!(owned.to_string().contains("gangplank ls prod/web -o wide"), "{owned}");
         let line = outcome(202, "").expect("durable and served");
         assert!(line.ends_with("accepted, not in Kubernetes yet, generation 1712\n"), "{line}");
     }

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     grpc::client::{ChangeKind, Servers, WatchEvent},
     model::{
-        Instance, ServiceKey, Timeline,
+        Instance, Registrant, ServiceKey, Timeline,
         view::{InstanceView, ServiceView, TimelineView},
     },
 };
@@ -207,7 +207,7 @@ impl EventPrinter {
     fn rows(&mut self, event: &WatchEvent, now: SystemTime) -> String {
         let mut text = String::new();
         if !self.titled {
-            let more = if self.wide() { "   GENERATION   VISIBLE" } else { "" };
+            let more = if self.wide() { "   GENERATION   VISIBLE   REGISTRANT      " } else { "" };
             text = format!("NAMESPACE    NAME               CHANGE    INSTANCE               READY{more}   AGE\n");
             self.titled = true;
         }
@@ -256,7 +256,8 @@ impl EventPrinter {
                 || "<none>".to_owned(),
                 |timeline| format!("{}ms", timeline.visible.0.saturating_sub(timeline.received.0)),
             );
-            write!(row, "   {generation:<10}   {visible:<7}").expect("a String takes everything");
+            let registrant = instance.registrant().map_or("<none>", Registrant::as_str);
+            write!(row, "   {generation:<10}   {visible:<7}   {registrant:<16}").expect("a String takes everything");
         }
         row + "   " + &age(instance.registered(), now) + "\n"
     }
@@ -363,6 +364,21 @@ mod tests {
         ends("CHANGE", "present", 1);
         ends("CHANGE", "added", 2);
         assert!(rows.iter().all(|row| row.chars().count() <= 80), "{text}");
+    }
+
+    #[test]
+    fn wide_rows_show_the_registrant() {
+        let mut printer = EventPrinter { format: Some(Format::Wide), colour: false, titled: false };
+        let mut event = change();
+        if let WatchEvent::Change { instance, .. } = &mut event {
+            let registrant = Registrant::new("vm-7".into()).expect("a name");
+            *instance = Arc::new(Instance::clone(instance).with_registrant(Some(registrant)));
+        }
+        let text = printer.rows(&event, SystemTime::now());
+        let rows: Vec<&str> = text.lines().collect();
+        assert_eq!(rows[0].find("REGISTRANT"), rows[1].find("vm-7"), "{text}");
+        assert_eq!(json_of(&event)["instance"]["registrant"], "vm-7");
+        assert_eq!(json_of(&change())["instance"]["registrant"], Value::Null);
     }
 
     #[test]

@@ -72,7 +72,13 @@ impl Service<Request<Body>> for AuthenticatedRoutes {
                 return Box::pin(async move { Ok(refused) });
             }
         };
-        let caller = Caller::new(identity, peer.address, &self.security.authorizer);
+        let caller = match Caller::new(identity, peer.address, &self.security.authorizer) {
+            Ok(caller) => caller,
+            Err(err) => {
+                let status = Status::unauthenticated(err.to_string());
+                return Box::pin(async move { Ok(status.into_http()) });
+            }
+        };
         let end = caller.end(peer.end());
         request.extensions_mut().insert(caller);
         let answered = self.routes.call(request);

@@ -25,7 +25,9 @@ use crate::{
         Access, AccessVerb, Authenticator, Authorizer, Credentials, Denied, Identity, RefusalLog, Unauthenticated,
     },
     metrics::{AuthenticationFailure, IdentityMetrics},
+    model::{Registrant, RegistrantError},
     net::tls::{PeerCertificates, ServerTls, ServerTlsStream},
+    registry::Requester,
 };
 
 /// How often a certificate's time is looked at. Not one long sleep: the clock may be set.
@@ -79,6 +81,7 @@ pub(super) struct Caller {
     identity: Arc<Identity>,
     peer: IpAddr,
     authorizer: Arc<Authorizer>,
+    requester: Requester,
     /// What the call was allowed, to be decided again when rights change; `None` for who may do all.
     ongoing: Option<Arc<Mutex<HashSet<OngoingAccess>>>>,
 }
@@ -101,9 +104,26 @@ impl Caller {
         request.extensions().get::<Self>().cloned().ok_or_else(|| Status::internal("the call was not authenticated"))
     }
 
-    pub(super) fn new(identity: Arc<Identity>, peer: IpAddr, authorizer: &Arc<Authorizer>) -> Self {
-        let ongoing = (!authorizer.allows_all(&identity)).then(Arc::default);
-        Self { identity, peer, authorizer: Arc::clone(authorizer), ongoing }
+    /// # Errors
+    /// When no instance could be registered under the user's name.
+    pub(super) fn new(
+        identity: Arc<Identity>,
+        peer: IpAddr,
+        authorizer: &Arc<Authorizer>,
+    ) -> Result<Self, RegistrantError> {
+        let allows_all = authorizer.allows_all(&identity);
+        let ongoing = (!allows_all).then(Arc::default);
+        let requester = if allows_all {
+            Requester::Unrestricted
+        } else {
+            Requester::Identity { registrant: Registrant::new(Arc::clone(&identity.user))?, overrides: false }
+        };
+        Ok(Self { identity, peer, authorizer: Arc::clone(authorizer), requester, ongoing })
+    }
+
+    /// On whose behalf the call changes instances, without the right to change those of others.
+    pub(super) fn requester(&self) -> Requester {
+        self.requester.clone()
     }
 
     /// Whether the caller may do this.

@@ -9,6 +9,8 @@ pub enum AccessVerb {
     Create,
     /// Unregister.
     Delete,
+    /// Update or unregister what another identity has registered.
+    Override,
     /// Read one service.
     Get,
     /// Read all services of a namespace.
@@ -20,12 +22,14 @@ pub enum AccessVerb {
 }
 
 impl AccessVerb {
-    pub(super) const ALL: [Self; 6] = [Self::Create, Self::Delete, Self::Get, Self::List, Self::Watch, Self::HandOver];
+    pub(super) const ALL: [Self; 7] =
+        [Self::Create, Self::Delete, Self::Override, Self::Get, Self::List, Self::Watch, Self::HandOver];
 
     pub(super) const fn as_str(self) -> &'static str {
         match self {
             Self::Create => "create",
             Self::Delete => "delete",
+            Self::Override => "override",
             Self::Get => "get",
             Self::List => "list",
             Self::Watch => "watch",

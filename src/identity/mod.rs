@@ -21,17 +21,13 @@ pub use authorizer::{Authorization, Authorizer};
 pub use policy::{Policy, PolicyError};
 pub use refusal_log::RefusalLog;
 
-use crate::metrics::AuthenticationFailure;
+use crate::{metrics::AuthenticationFailure, model::Registrant};
 
 /// The user of a plaintext connection over loopback.
 const LOOPBACK_USER: &str = "gangplank:loopback";
 
 /// The user of a plaintext connection to a listener of `--insecure`, as Kubernetes calls one without credentials.
 const ANONYMOUS_USER: &str = "system:anonymous";
-
-/// Most bytes of a user or group name. Kubernetes sets no limit; a certificate's common name has 64 at most
-/// (RFC 5280, appendix A.1), and a SPIFFE ID 2048.
-const MAX_NAME: usize = 2048;
 
 /// An authenticated caller, in the words of Kubernetes: a user name, and the groups it is in.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -143,5 +139,5 @@ pub fn certificate_user(der: &CertificateDer<'_>) -> Result<Arc<str>, Unauthenti
 
 /// Whether a name is one that logs and rules can hold: not empty, of bounded length, without control characters.
 fn is_name(text: &str) -> bool {
-    !text.is_empty() && text.len() <= MAX_NAME && !text.chars().any(char::is_control)
+    Registrant::is_name(text)
 }

@@ -5,7 +5,7 @@
 //! users = ["vm-1", "spiffe://example.org/web"] # or groups = ["web-servers"]; "*" is everybody
 //! namespaces = ["shop"]
 //! services = ["web"]                           # without: every service of the namespaces
-//! verbs = ["create", "delete"]                 # create, delete, get, list, watch, handover; "*" is all
+//! verbs = ["create", "delete"]                 # create, delete, override, get, list, watch, handover; "*" is all
 //! addresses = ["10.1.0.0/16", "own"]           # without: any; "own" is where the connection comes from
 //! ```
 
@@ -319,7 +319,11 @@ mod tests {
             assert!(err.contains(line) && err.contains(why), "{err:?} should contain {line:?} and {why:?}");
         };
         let rule = "[[rule]]\nusers = ['vm-1']\nnamespaces = ['shop']\n";
-        refused(&format!("{rule}verbs = ['register']"), "line 4", "none of create, delete, get, list, watch, handover");
+        refused(
+            &format!("{rule}verbs = ['register']"),
+            "line 4",
+            "none of create, delete, override, get, list, watch, handover",
+        );
         refused(&format!("{rule}verbs = ['*']\nservices = ['Web']"), "line 5", "Web");
         refused(&format!("{rule}verbs = ['*']\naddresses = ['10.1.0.1/16']"), "line 5", "10.1.0.0/16");
         refused(&format!("{rule}verbs = ['*']\naddress = ['10.1.0.1']"), "line 5", "unknown field");

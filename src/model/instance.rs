@@ -11,6 +11,7 @@ use super::{
     cow_tree::Row,
     name::{DnsName, Label},
     port::{EVERY_PORT, PortSet, Ports, Protocol},
+    registrant::Registrant,
     stamp::Stamp,
     wall_clock::wall_clock,
 };
@@ -127,6 +128,7 @@ pub struct Instance {
     pub(super) ready: bool,
     pub(super) registered: UnixMillis,
     pub(super) stamp: Stamp,
+    pub(super) registrant: Option<Registrant>,
 }
 
 impl Instance {
@@ -185,6 +187,12 @@ impl Instance {
         self.stamp
     }
 
+    /// Who registered it, and alone may change it; `None` if that is nobody.
+    #[must_use]
+    pub fn registrant(&self) -> Option<&Registrant> {
+        self.registrant.as_ref()
+    }
+
     /// Its identity within its service.
     #[must_use]
     pub fn id(&self) -> InstanceId {
@@ -209,10 +217,27 @@ impl Instance {
         Self { stamp, ..self }
     }
 
+    /// The same instance with another registrant.
+    #[must_use]
+    pub fn with_registrant(self, registrant: Option<Registrant>) -> Self {
+        Self { registrant, ..self }
+    }
+
     /// Whether `other` equals this in every attribute that a registrant sets.
     #[must_use]
     pub fn same_attributes(&self, other: &Self) -> bool {
-        let Self { address, ports, host_name, node_name, weight, priority, ready: _, registered: _, stamp: _ } = self;
+        let Self {
+            address,
+            ports,
+            host_name,
+            node_name,
+            weight,
+            priority,
+            ready: _,
+            registered: _,
+            stamp: _,
+            registrant: _,
+        } = self;
         (address, ports, host_name, node_name, weight, priority)
             == (&other.address, &other.ports, &other.host_name, &other.node_name, &other.weight, &other.priority)
     }
@@ -220,7 +245,8 @@ impl Instance {
     /// Whether `other` differs at most in its stamp: DNS and readers see no difference.
     #[must_use]
     pub fn same_but_for_stamp(&self, other: &Self) -> bool {
-        self.same_attributes(other) && (self.ready, self.registered) == (other.ready, other.registered)
+        let own = |one: &Self| (one.ready, one.registered);
+        self.same_attributes(other) && own(self) == own(other) && self.registrant == other.registrant
     }
 
     /// Upper estimate of the bytes of the instance in protobuf.

@@ -131,6 +131,7 @@ impl InstanceSpec {
             ready: true,
             registered,
             stamp: Stamp::default(),
+            registrant: None,
         })
     }
 }

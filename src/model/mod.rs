@@ -12,6 +12,7 @@ mod instance;
 pub mod invariants;
 mod name;
 mod port;
+mod registrant;
 mod replica;
 mod server_address;
 mod service;
@@ -29,6 +30,7 @@ pub use instance::{Instance, InstanceChange, InstanceId, InstanceKey, UnixMillis
 pub use invariants::{Field, InstanceSpec, InvalidInstance};
 pub use name::{DnsName, Label, MAX_LABEL, MAX_WIRE_NAME, NameError, Namespace, ServiceKey, ServiceName};
 pub use port::{Port, PortError, PortSet, PortSpec, Ports, Protocol};
+pub use registrant::{Registrant, RegistrantError, RegistrantPool};
 pub use replica::{Replica, ReplicaRole};
 pub use server_address::{ServerAddress, ServerAddressError};
 pub use service::{Service, Timeline};

@@ -8,7 +8,7 @@
 //!   "instances": [{
 //!     "address": "10.0.0.1", "ports": [{"port": 8080, "protocol": "TCP", "name": "http"}],
 //!     "host_name": null, "node_name": "vm-7", "weight": 1.0, "share": 0.5, "priority": 0,
-//!     "ready": true, "registered": "2026-11-21T10:00:00.000Z"
+//!     "ready": true, "registered": "2026-11-21T10:00:00.000Z", "registrant": "vm-7"
 //!   }]
 //! }
 //! ```
@@ -20,7 +20,7 @@ use std::fmt;
 
 use serde::{Serialize, Serializer, ser::SerializeStruct as _};
 
-use super::{Instance, Port, Service, ServiceKey, Timeline, UnixMillis};
+use super::{Instance, Port, Registrant, Service, ServiceKey, Timeline, UnixMillis};
 
 /// A service with its instances.
 #[derive(Debug, Clone, Copy)]
@@ -105,7 +105,7 @@ pub struct InstanceView<'a> {
 impl Serialize for InstanceView<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let Self { instance, share } = self;
-        let mut fields = serializer.serialize_struct("Instance", 9)?;
+        let mut fields = serializer.serialize_struct("Instance", 10)?;
         fields.serialize_field("address", &DisplayText(instance.address()))?;
         fields.serialize_field("ports", &PortListView(instance.ports().as_slice()))?;
         fields.serialize_field("host_name", &instance.host_name().map(|label| label.as_str()))?;
@@ -115,6 +115,7 @@ impl Serialize for InstanceView<'_> {
         fields.serialize_field("priority", &instance.priority())?;
         fields.serialize_field("ready", &instance.ready())?;
         fields.serialize_field("registered", &Rfc3339(instance.registered()))?;
+        fields.serialize_field("registrant", &instance.registrant().map(Registrant::as_str))?;
         fields.end()
     }
 }

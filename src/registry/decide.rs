@@ -8,9 +8,10 @@
 use std::sync::Arc;
 
 use super::{
-    Catalog, Command, NamespacePolicy, Outcome,
+    Catalog, Command, NamespacePolicy, Outcome, Requester,
     cluster_facts::ClusterFacts,
     expiries::{Expiries, MAX_SHRUNK},
+    requester::removal,
     staged::StagedChanges,
     stamper::Stamper,
 };
@@ -164,18 +165,24 @@ impl Decider {
     /// Decides one command and stages what it changes.
     pub(super) fn decide(&mut self, command: Command, received: UnixMillis) -> Outcome {
         match command {
-            Command::Register { service, instance } => self.register(service, instance, received),
-            Command::Unregister { service, address, ports } => self.unregister(&service, address, ports, received),
+            Command::Register { service, instance, by } => self.register(service, instance, &by, received),
+            Command::Unregister { service, address, ports, by } => {
+                self.unregister(&service, address, ports, &by, received)
+            }
             Command::SetReady { service, id, ready } => self.set_ready(service, &id, ready, received),
         }
     }
 
-    fn register(&mut self, key: ServiceKey, instance: Arc<Instance>, received: UnixMillis) -> Outcome {
+    fn register(&mut self, key: ServiceKey, instance: Arc<Instance>, by: &Requester, received: UnixMillis) -> Outcome {
         if let Some(err) = self.facts.refuse(&key) {
             return Outcome::Refused(err);
         }
         let service = self.service(&key);
         let before = service.as_ref().and_then(|service| service.instances.get(&instance.key()).cloned());
+        if let Some(other) = by.refused_by(&before) {
+            return Outcome::Owned(other.clone());
+        }
+        let registrant = by.registrant_after(before.as_ref());
         let (outcome, instance) = match &before {
             None => {
                 if let Some(limit) = self.reached_limit(&key, false) {
@@ -183,7 +190,7 @@ impl Decider {
                 }
                 (Outcome::Created, Arc::unwrap_or_clone(instance))
             }
-            Some(before) if before.same_attributes(&instance) => {
+            Some(before) if before.same_attributes(&instance) && before.registrant() == registrant.as_ref() => {
                 if !self.stamps_unchanged {
                     return Outcome::Unchanged;
                 }
@@ -195,17 +202,28 @@ impl Decider {
                 (Outcome::Updated, instance.with_ready(before.ready()).with_registered(before.registered()))
             }
         };
-        let instance = Arc::new(instance.with_stamp(self.stamper.next(received)));
+        let instance = Arc::new(instance.with_registrant(registrant).with_stamp(self.stamper.next(received)));
         self.batch.records.push(Record::Put { service: key.clone(), instance: Arc::clone(&instance) });
         self.batch.changes.stage(key, service, InstanceChange { before, after: Some(instance) }, received);
         outcome
     }
 
-    fn unregister(&mut self, key: &ServiceKey, address: Address, ports: PortSet, received: UnixMillis) -> Outcome {
+    fn unregister(
+        &mut self,
+        key: &ServiceKey,
+        address: Address,
+        ports: PortSet,
+        by: &Requester,
+        received: UnixMillis,
+    ) -> Outcome {
         let service = self.service(key);
         let all = ports.as_slice().is_empty();
-        let id = InstanceId { address, ports: if all { PortSet::every() } else { ports } };
+        let id = removal(address, ports);
         let found = service.as_ref().map(|service| service.instances.removed_by(&id)).unwrap_or_default();
+        // All or none: what is left would be neither what the caller asked for nor what it was told.
+        if let Some(other) = by.refused_by(&found) {
+            return Outcome::Owned(other.clone());
+        }
         let removed = found.len();
         for instance in found {
             let id = instance.id();
@@ -409,13 +427,15 @@ mod tests {
     }
 
     fn register(decider: &mut Decider, instance: &Arc<Instance>) -> Outcome {
-        let command = Command::Register { service: key("web"), instance: Arc::clone(instance) };
+        let by = Requester::Unrestricted;
+        let command = Command::Register { service: key("web"), instance: Arc::clone(instance), by };
         decider.decide(command, UnixMillis(2))
     }
 
     fn unregister(decider: &mut Decider, address: &str, ports: PortSet) -> Outcome {
         let address = VALIDATOR.address(address).expect("valid");
-        decider.decide(Command::Unregister { service: key("web"), address, ports }, UnixMillis(2))
+        let by = Requester::Unrestricted;
+        decider.decide(Command::Unregister { service: key("web"), address, ports, by }, UnixMillis(2))
     }
 
     const NOT_FOUND: Outcome = Outcome::NotFound { remembered: false };
@@ -447,8 +467,10 @@ mod tests {
             let (service, web) = (key(&format!("s{n}")), instance("10.0.0.1", 80, 1.0));
             let (address, ports) = (web.address().clone(), web.ports().set());
             decider.stamper().set_generation(n);
-            outcomes.push(decider.decide(Command::Register { service: service.clone(), instance: web }, UnixMillis(n)));
-            decider.decide(Command::Unregister { service, address, ports }, UnixMillis(n));
+            let by = Requester::Unrestricted;
+            let register = Command::Register { service: service.clone(), instance: web, by: by.clone() };
+            outcomes.push(decider.decide(register, UnixMillis(n)));
+            decider.decide(Command::Unregister { service, address, ports, by }, UnixMillis(n));
             for (service, (tombstones, _)) in decider.take().changes.tombstones {
                 catalog.set_tombstones(service, tombstones);
             }
@@ -483,7 +505,7 @@ mod tests {
         let mut decider = Decider::new(Arc::new(Catalog::default()), 10, None, Stamper::default(), true);
         let full = Outcome::Full { limit: 10 };
         let outcomes = come_and_go(&mut decider, 0..12);
-        assert_eq!(outcomes, [&[Outcome::Created; 10][..], &[full; 2]].concat());
+        assert_eq!(outcomes, [vec![Outcome::Created; 10], vec![full.clone(); 2]].concat());
         assert_eq!(come_and_go(&mut decider, 3..4), [Outcome::Created], "its removals are remembered already");
         assert_eq!(
             unregister(&mut decider, "10.0.0.1", PortSet::default()),

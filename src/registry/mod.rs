@@ -40,6 +40,7 @@ mod outbox;
 mod recover;
 mod refused_words;
 mod replica;
+mod requester;
 mod restore;
 mod snapshot;
 mod staged;
@@ -63,12 +64,13 @@ pub use outbox::{OutboxPage, OutboxWord};
 pub use recover::{Options, Unrecovered, new};
 pub use refused_words::{RefusalReason, RefusedWord, RefusedWords};
 pub use replica::ReplicaStatus;
+pub use requester::Requester;
 pub use restore::KubernetesState;
 pub use snapshot::{List, ListError, ListPermit, Snapshot, Snapshots};
 pub use status::{LeaseHolder, Phase, Status, StoodDown};
 pub use writer::Writer;
 
-use crate::model::{Address, Instance, InstanceId, PortSet, ServiceKey, UnixMillis};
+use crate::model::{Address, Instance, InstanceId, PortSet, Registrant, ServiceKey, UnixMillis};
 pub(crate) use crate::store::DirectoryTerm;
 
 /// Most commands in one submission; the caller splits longer ones.
@@ -86,6 +88,8 @@ pub enum Command {
         service: ServiceKey,
         /// The instance with all attributes; none is merged with those of an earlier registration.
         instance: Arc<Instance>,
+        /// Who registers it.
+        by: Requester,
     },
     /// Removes an instance.
     Unregister {
@@ -95,6 +99,8 @@ pub enum Command {
         address: Address,
         /// The ports of the instance; empty for every instance of the address.
         ports: PortSet,
+        /// Who removes it.
+        by: Requester,
     },
     /// Sets whether an instance is served. Not journaled: after a restart every instance is ready.
     SetReady {
@@ -108,7 +114,7 @@ pub enum Command {
 }
 
 /// The result of one command.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// The instance is new.
     Created,
@@ -128,6 +134,8 @@ pub enum Outcome {
         /// [`Options::max_instances`].
         limit: usize,
     },
+    /// Another identity has registered the instance, or one of those to be removed; nothing changed.
+    Owned(Registrant),
     /// The mirror could not write the registration.
     Refused(KubernetesRefusal),
 }
@@ -139,7 +147,7 @@ impl Outcome {
         match self {
             Self::Created | Self::Updated | Self::Unchanged | Self::Removed(_) => true,
             Self::NotFound { remembered } => *remembered,
-            Self::Full { .. } | Self::Refused(_) => false,
+            Self::Full { .. } | Self::Owned(_) | Self::Refused(_) => false,
         }
     }
 }

@@ -467,12 +467,12 @@ impl Writer {
         registry.set_registered(self.catalog.len(), self.catalog.instances(), self.generation());
         registry.set_queue_length(self.queue.len());
         for outcome in pending.replies.iter().flat_map(|(_, outcomes)| outcomes) {
-            registry.count(counted(*outcome), 1);
+            registry.count(counted(outcome), 1);
         }
     }
 }
 
-fn counted(outcome: Outcome) -> CommandOutcome {
+fn counted(outcome: &Outcome) -> CommandOutcome {
     match outcome {
         Outcome::Created => CommandOutcome::Created,
         Outcome::Updated => CommandOutcome::Updated,
@@ -480,6 +480,7 @@ fn counted(outcome: Outcome) -> CommandOutcome {
         Outcome::Removed(_) => CommandOutcome::Removed,
         Outcome::NotFound { .. } => CommandOutcome::NotFound,
         Outcome::Full { .. } => CommandOutcome::Full,
+        Outcome::Owned(_) => CommandOutcome::Owned,
         Outcome::Refused(_) => CommandOutcome::Refused,
     }
 }

@@ -11,7 +11,8 @@ use prost::Message;
 
 use super::{DirectoryTerm, Record};
 use crate::model::{
-    Instance, InstanceId, InstanceSpec, PortSet, PortSpec, Protocol, ServiceKey, Stamp, UnixMillis, invariants,
+    Instance, InstanceId, InstanceSpec, PortSet, PortSpec, Protocol, RegistrantPool, ServiceKey, Stamp, UnixMillis,
+    invariants,
 };
 
 /// The payload of a frame.
@@ -88,6 +89,9 @@ struct PutEntry {
     /// Absent in stores from before there were stamps.
     #[prost(message, optional, tag = "11")]
     stamp: Option<StoredStamp>,
+    /// A user name. Empty for nobody: in stores from before there were identities, too.
+    #[prost(string, tag = "12")]
+    registrant: String,
 }
 
 /// The removal of an instance.
@@ -240,6 +244,7 @@ impl PutEntry {
             registered: instance.registered().0,
             since: None,
             stamp: StoredStamp::new(instance.stamp()),
+            registrant: instance.registrant().map_or_else(String::new, |registrant| registrant.as_str().into()),
         }
     }
 }
@@ -374,6 +379,7 @@ pub(super) enum EntryKind {
 pub(super) struct RecordDecoder {
     /// The last service: neighbours in a snapshot share one allocation.
     service: Option<ServiceKey>,
+    registrants: RegistrantPool,
 }
 
 impl RecordDecoder {
@@ -397,8 +403,9 @@ impl RecordDecoder {
                     priority,
                 };
                 let instance = spec.to_instance(UnixMillis(put.registered));
+                let registrant = self.registrants.get(&put.registrant).map_err(|err| invalid(&err))?;
                 let instance = instance.map_err(|err| invalid(&err))?.with_stamp(put.stamp.into());
-                Ok(Record::Put { service, instance: Arc::new(instance) })
+                Ok(Record::Put { service, instance: Arc::new(instance.with_registrant(registrant)) })
             }
             Some(EntryBody::Remove(remove)) => {
                 let service = self.service(&remove.namespace, &remove.service)?;
@@ -445,7 +452,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::store::frame::{FRAME_LEN, FileId, FileKind, Frame, FrameBuffer};
+    use crate::{
+        model::Registrant,
+        store::frame::{FRAME_LEN, FileId, FileKind, Frame, FrameBuffer},
+    };
 
     fn label() -> impl Strategy<Value = String> {
         "[a-z]([a-z0-9-]{0,20}[a-z0-9])?"
@@ -488,10 +498,12 @@ mod tests {
             registered in any::<u64>(),
             (clock, term, generation) in any::<(u64, u64, u64)>(),
             kind in 0..6u8,
+            registrant in prop::option::of("[ -~é]{1,40}"),
         ) -> Option<Record> {
             let service = invariants::parse_service(&namespace, &name).expect("labels");
             let stamp = Stamp { clock, term, generation };
-            let instance = spec.to_instance(UnixMillis(registered)).ok()?.with_stamp(stamp);
+            let registrant = registrant.map(|name| Registrant::new(name.into()).expect("a name"));
+            let instance = spec.to_instance(UnixMillis(registered)).ok()?.with_stamp(stamp).with_registrant(registrant);
             Some(match kind {
                 0 => Record::Term(DirectoryTerm { term: registered, followed: generation % 2 == 1 }),
                 1 if clock % 2 == 0 => Record::RefuseBefore { service, clock: registered },

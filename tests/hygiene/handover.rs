@@ -77,6 +77,7 @@ fn words(next: &AtomicU64) -> Bytes {
             stamp: Some(Stamp { clock, term: 1, generation }),
             registered_millis: 1,
             every_port: false,
+            registrant: String::new(),
         }
     });
     framed([&HandOverRequest { words: words.collect(), wait_millis: 2000 }])

@@ -2,10 +2,15 @@
 
 mod command_line;
 mod matrix;
+pub(crate) mod ownership;
 pub(crate) mod pki;
 mod streams;
 
-use std::{fs, net::SocketAddr, path::PathBuf};
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
 use tempfile::TempDir;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
@@ -37,20 +42,12 @@ pub(crate) struct SecuredServer {
 
 impl SecuredServer {
     pub(crate) fn start() -> Self {
+        Self::start_with(POLICY)
+    }
+
+    fn start_with(policy: &str) -> Self {
         let (ca, files) = (TestCa::new(), tempfile::tempdir().expect("a directory"));
-        let secured = |name: &str, text: &str| {
-            let path = files.path().join(name);
-            fs::write(&path, text).expect("a file");
-            path.to_str().expect("UTF-8").to_owned()
-        };
-        let own = ca.sign("gangplank", &[]);
-        let flags = [
-            ["--tls-cert".to_owned(), secured("server.crt", &own.cert)],
-            ["--tls-key".to_owned(), secured("server.key", &own.key)],
-            ["--tls-client-ca".to_owned(), secured("ca.crt", &ca.pem)],
-            ["--authorization-policy".to_owned(), secured("policy.toml", POLICY)],
-        ]
-        .concat();
+        let flags = security_flags(&ca, files.path(), policy);
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         Self { server: Server::start_with(&flags), ca, files }
     }
@@ -76,6 +73,23 @@ impl SecuredServer {
 
 fn url(server: SocketAddr) -> String {
     format!("https://localhost:{}", server.port())
+}
+
+/// The flags of a server with a certificate of `ca`, whose clients have one too, and with this policy.
+pub(crate) fn security_flags(ca: &TestCa, files: &Path, policy: &str) -> Vec<String> {
+    let secured = |name: &str, text: &str| {
+        let path = files.join(name);
+        fs::write(&path, text).expect("a file");
+        path.to_str().expect("UTF-8").to_owned()
+    };
+    let own = ca.sign("gangplank", &[]);
+    [
+        ["--tls-cert".to_owned(), secured("server.crt", &own.cert)],
+        ["--tls-key".to_owned(), secured("server.key", &own.key)],
+        ["--tls-client-ca".to_owned(), secured("ca.crt", &ca.pem)],
+        ["--authorization-policy".to_owned(), secured("policy.toml", policy)],
+    ]
+    .concat()
 }
 
 /// A connection that shows `credential`. Fails if the handshake does.

@@ -174,6 +174,7 @@ fn words_that_are_too_old_are_told_by_an_event() {
         stamp: Some(stamp),
         registered_millis: 1,
         every_port: false,
+        registrant: String::new(),
     });
     let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
     let answer = runtime.block_on(async {

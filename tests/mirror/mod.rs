@@ -13,6 +13,7 @@ mod handover;
 mod kill_cycles;
 mod late_writes;
 mod lease;
+mod ownership;
 mod replica;
 mod replicas_command;
 mod reregistered;

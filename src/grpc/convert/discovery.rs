@@ -11,8 +11,8 @@ use crate::{
         proto::{gangplank::v1, registry::Protocol as WireProtocol},
     },
     model::{
-        Instance, InstanceChange, InstanceSpec, PortSpec, Protocol, Service, ServiceKey, Timeline, UnixMillis,
-        invariants,
+        Instance, InstanceChange, InstanceSpec, PortSpec, Protocol, RegistrantPool, Service, ServiceKey, Timeline,
+        UnixMillis, invariants,
     },
 };
 
@@ -57,6 +57,7 @@ fn instance_to_proto(instance: &Instance) -> v1::Instance {
         priority: instance.priority().into(),
         ready: instance.ready(),
         registered: Some(timestamp(instance.registered())),
+        registrant: instance.registrant().map_or_else(String::new, ToString::to_string),
     }
 }
 
@@ -174,6 +175,7 @@ fn instance_from_proto(service: &ServiceKey, instance: v1::Instance) -> Result<I
         weight: Some(instance.weight),
         priority: u16::try_from(instance.priority).map_err(|err| unreadable(&err))?,
     };
+    let registrant = RegistrantPool::default().get(&instance.registrant).map_err(|err| unreadable(&err))?;
     let read = spec.to_instance(millis(instance.registered)).map_err(|err| unreadable(&err))?;
-    Ok(read.with_ready(instance.ready))
+    Ok(read.with_ready(instance.ready).with_registrant(registrant))
 }

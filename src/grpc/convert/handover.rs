@@ -9,8 +9,8 @@ use crate::{
         gangplank::internal::v1::{Stamp as WireStamp, Word},
         registry::{NamedPort, RegistrationMsg, RegistrationType},
     },
-    model::{Instance, InstanceId, PortSet, Stamp, UnixMillis, Validator},
-    registry::{Command, OutboxWord},
+    model::{Instance, InstanceId, PortSet, RegistrantPool, Stamp, UnixMillis, Validator},
+    registry::{Command, OutboxWord, Requester},
 };
 
 /// A word as a message.
@@ -34,6 +34,10 @@ pub(in crate::grpc) fn word_to_proto(word: &OutboxWord) -> Word {
         stamp: Some(WireStamp { clock, term, generation }),
         registered_millis: instance.as_ref().map_or(0, |instance| instance.registered().0),
         every_port: id.ports.is_every(),
+        registrant: instance
+            .as_ref()
+            .and_then(|instance| instance.registrant())
+            .map_or_else(String::new, ToString::to_string),
     }
 }
 
@@ -65,17 +69,19 @@ pub(in crate::grpc) fn word_from_proto(
     validator: &Validator,
     now: UnixMillis,
 ) -> Result<OutboxWord, String> {
-    let Word { message, stamp, registered_millis, every_port } = word;
+    let Word { message, stamp, registered_millis, every_port, registrant } = word;
     let message = message.ok_or("message: must be there")?;
     let WireStamp { clock, term, generation } = stamp.ok_or("stamp: must be there")?;
     let stamp = Stamp { clock, term, generation };
     let registered = UnixMillis(registered_millis).min(now);
-    match parse(*message, validator, registered).1.map_err(|invalid| invalid.0)? {
-        Command::Register { service, instance } => {
-            let instance = Arc::unwrap_or_clone(instance).with_stamp(stamp);
+    let registrant = RegistrantPool::default().get(&registrant).map_err(|err| err.to_string())?;
+    // The requester does not matter: a word is merged by its stamp.
+    match parse(*message, validator, registered, Requester::Unrestricted).1.map_err(|invalid| invalid.0)? {
+        Command::Register { service, instance, by: _ } => {
+            let instance = Arc::unwrap_or_clone(instance).with_stamp(stamp).with_registrant(registrant);
             Ok(OutboxWord { service, id: instance.id(), instance: Some(Arc::new(instance)), stamp })
         }
-        Command::Unregister { service, address, ports } => {
+        Command::Unregister { service, address, ports, by: _ } => {
             let ports = if every_port { PortSet::every() } else { ports };
             Ok(OutboxWord { service, id: InstanceId { address, ports }, instance: None, stamp })
         }
@@ -93,6 +99,7 @@ mod tests {
         let mut spec = spec("10.0.0.1", &["http:80", "dns:53/udp", "9"]);
         (spec.host_name, spec.node_name, spec.weight, spec.priority) = ("one".into(), "node-1".into(), Some(2.5), 7);
         let instance = VALIDATOR.instance(&key("web.prod"), &spec, UnixMillis(5)).expect("valid").with_stamp(stamp);
+        let instance = instance.with_registrant(RegistrantPool::default().get("vm-1").expect("valid"));
         let id = instance.id();
         OutboxWord { service: key("web.prod"), id, instance: (!removal).then(|| Arc::new(instance)), stamp }
     }
@@ -122,6 +129,8 @@ mod tests {
         let loopback = RegistrationMsg { ipaddress: "127.0.0.1".into(), ..message.clone() };
         assert!(bad(Some(loopback)).starts_with("ipaddress: 127.0.0.1: loopback"));
         assert!(bad(Some(RegistrationMsg { topology_zone: "a".into(), ..message })).starts_with("topology_zone: "));
+        let named = Word { registrant: "a\nb".into(), ..sent.clone() };
+        assert!(word_from_proto(named, &VALIDATOR, UnixMillis(1)).expect_err("bad").starts_with("registrant: "));
         let unstamped = Word { stamp: None, ..sent };
         assert!(word_from_proto(unstamped, &VALIDATOR, UnixMillis(1)).expect_err("bad").starts_with("stamp: "));
     }

@@ -30,7 +30,7 @@ use crate::{
         InstanceSpec, MAX_INSTANCE_BYTES, PortError, PortSet, PortSpec, Protocol, ServiceKey, UnixMillis, Validator,
         invariants,
     },
-    registry::Command,
+    registry::{Command, Requester},
 };
 
 /// Most bytes of a `request_id`, which is only echoed.
@@ -148,6 +148,7 @@ pub(super) fn parse(
     message: RegistrationMsg,
     validator: &Validator,
     now: UnixMillis,
+    by: Requester,
 ) -> (ResponseBuilder, Result<Command, InvalidMessage>) {
     let invalid = reserved(&message).err();
     let RegistrationMsg {
@@ -179,9 +180,9 @@ pub(super) fn parse(
     let command = match RegistrationType::try_from(kind) {
         Ok(RegistrationType::Register) => {
             let rest = InstanceSpec { host_name, node_name, weight, ..InstanceSpec::default() };
-            register(&mut response, rest, priority, validator, now)
+            register(&mut response, rest, priority, validator, now, by)
         }
-        Ok(RegistrationType::Unregister) => unregister(&response),
+        Ok(RegistrationType::Unregister) => unregister(&response, by),
         Ok(later @ (RegistrationType::Heartbeat | RegistrationType::Drain)) => {
             Err(InvalidMessage(format!("type: {} is not supported yet", later.as_str_name())))
         }
@@ -216,6 +217,7 @@ fn register(
     priority: u32,
     validator: &Validator,
     now: UnixMillis,
+    by: Requester,
 ) -> Result<Command, InvalidMessage> {
     let service = service(response, validator)?;
     let priority = u16::try_from(priority)
@@ -235,12 +237,12 @@ fn register(
     for (port, lent) in response.ports.iter_mut().zip(spec.ports) {
         port.name = lent.name;
     }
-    Ok(Command::Register { service, instance: Arc::new(instance?) })
+    Ok(Command::Register { service, instance: Arc::new(instance?), by })
 }
 
 /// Checks the invariants only, not the policy: an instance that an earlier version or another zone
 /// admitted can be removed.
-fn unregister(response: &ResponseBuilder) -> Result<Command, InvalidMessage> {
+fn unregister(response: &ResponseBuilder, by: Requester) -> Result<Command, InvalidMessage> {
     let service = invariants::parse_service(&response.namespace, &response.service_name)
         .map_err(|err| InvalidMessage::new(&err))?;
     let address = invariants::parse_address(&response.ipaddress).map_err(|err| InvalidMessage::new(&err))?;
@@ -254,7 +256,7 @@ fn unregister(response: &ResponseBuilder) -> Result<Command, InvalidMessage> {
             Ok(number) => pairs.push((protocol, number)),
         }
     }
-    Ok(Command::Unregister { service, address, ports: PortSet::new(pairs) })
+    Ok(Command::Unregister { service, address, ports: PortSet::new(pairs), by })
 }
 
 fn service(response: &ResponseBuilder, validator: &Validator) -> Result<ServiceKey, InvalidMessage> {
@@ -314,7 +316,7 @@ mod tests {
     }
 
     fn refusal(message: RegistrationMsg) -> String {
-        let (response, command) = parse(message, &VALIDATOR, UnixMillis(1));
+        let (response, command) = parse(message, &VALIDATOR, UnixMillis(1), Requester::Unrestricted);
         let response = response.refused(command.expect_err("must be refused").into());
         assert_eq!(response.status, 400);
         assert_eq!(response.generation, 0);
@@ -323,9 +325,13 @@ mod tests {
 
     #[test]
     fn registration_becomes_a_command_and_is_echoed() {
-        let (response, command) =
-            parse(RegistrationMsg { ipaddress: "10.0.0.1".into(), ..good() }, &VALIDATOR, UnixMillis(7));
-        let Ok(Command::Register { service, instance }) = command else { panic!("{command:?}") };
+        let (response, command) = parse(
+            RegistrationMsg { ipaddress: "10.0.0.1".into(), ..good() },
+            &VALIDATOR,
+            UnixMillis(7),
+            Requester::Unrestricted,
+        );
+        let Ok(Command::Register { service, instance, by: _ }) = command else { panic!("{command:?}") };
         assert_eq!(service.to_string(), "prod/web");
         assert_eq!(instance.id().to_string(), "10.0.0.1:8080,9090");
         assert_eq!(instance.registered(), UnixMillis(7));
@@ -416,14 +422,16 @@ mod tests {
             let details = refusal(bad);
             assert!(details.len() <= MAX_DETAILS, "{} bytes: {details}", details.len());
         }
-        let (response, refused) = parse(RegistrationMsg { request_id: long, ..good() }, &VALIDATOR, UnixMillis(1));
+        let (response, refused) =
+            parse(RegistrationMsg { request_id: long, ..good() }, &VALIDATOR, UnixMillis(1), Requester::Unrestricted);
         let response = response.refused(refused.expect_err("too long").into());
         assert!(response.request_id.len() <= MAX_REQUEST_ID && response.request_id.ends_with('…'));
     }
 
     #[test]
     fn refused_message_is_echoed() {
-        let (response, command) = parse(RegistrationMsg { weight: Some(-1.0), ..good() }, &VALIDATOR, UnixMillis(1));
+        let (response, command) =
+            parse(RegistrationMsg { weight: Some(-1.0), ..good() }, &VALIDATOR, UnixMillis(1), Requester::Unrestricted);
         let response = response.refused(command.expect_err("the weight is below 0").into());
         assert_eq!((response.ipaddress.as_str(), response.ports), ("10.0.0.1", good().ports));
     }
@@ -439,11 +447,12 @@ mod tests {
             ports: vec![port(9090, ""), port(80, ""), port(9090, "UPPER")],
             ..good()
         };
-        let (_, command) = parse(message.clone(), &VALIDATOR, UnixMillis(1));
+        let (_, command) = parse(message.clone(), &VALIDATOR, UnixMillis(1), Requester::Unrestricted);
         let expected = Command::Unregister {
             service: VALIDATOR.service("prod", "web").expect("valid"),
             address: crate::model::Address::parse("10.0.0.1").expect("valid"),
             ports: PortSet::new(vec![(Protocol::Tcp, 80), (Protocol::Tcp, 9090)]),
+            by: Requester::Unrestricted,
         };
         assert_eq!(command, Ok(expected));
 

@@ -103,6 +103,13 @@ impl ResponseBuilder {
                 );
                 self.answer(RegistrationStatus::Full, details, 0)
             }
+            Outcome::Owned(registrant) => {
+                let details = format!(
+                    "{} of {}/{} is registered by {registrant}; to change it you need the right of the verb override",
+                    self.ipaddress, self.namespace, self.service_name
+                );
+                self.answer(RegistrationStatus::Conflict, details, 0)
+            }
             Outcome::Refused(err) => self.refused_by_kubernetes(err),
         }
     }
@@ -152,7 +159,10 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::{model::ServerAddress, registry::LeaseHolder};
+    use crate::{
+        model::{Registrant, ServerAddress},
+        registry::LeaseHolder,
+    };
 
     #[test]
     fn labels_of_statuses_are_their_numbers_on_the_wire() {
@@ -174,8 +184,9 @@ mod tests {
             (Outcome::Removed(3), 204, 5),
             (Outcome::NotFound { remembered: true }, 404, 5),
             (Outcome::Full { limit: 10 }, 507, 0),
+            (Outcome::Owned(Registrant::new("vm-1".into()).expect("a name")), 409, 0),
         ] {
-            let response = ResponseBuilder::default().completed(outcome, 5, true);
+            let response = ResponseBuilder::default().completed(outcome.clone(), 5, true);
             assert_eq!((response.status, response.generation), (status, generation), "{outcome:?}");
             assert_eq!(response.status_details.is_empty(), status < 300, "{}", response.status_details);
         }
@@ -184,7 +195,7 @@ mod tests {
             (Outcome::NotFound { remembered: true }, 202, 5),
             (Outcome::NotFound { remembered: false }, 503, 0),
         ] {
-            let response = ResponseBuilder::default().completed(outcome, 5, false);
+            let response = ResponseBuilder::default().completed(outcome.clone(), 5, false);
             assert_eq!((response.status, response.generation), (status, generation), "{outcome:?}, not confirmed");
         }
         let addresses = ServerAddress::parse_list("10.0.0.1:9080,[2001:db8::1]:9080");

@@ -93,7 +93,7 @@ mod tests {
     use crate::{
         grpc::tests::{Registry, VALIDATOR},
         model::{Instance, InstanceSpec, PortSet, Service},
-        registry::Command,
+        registry::{Command, Requester},
     };
     use std::sync::Arc;
 
@@ -109,11 +109,11 @@ mod tests {
         let address = format!("10.0.0.{}", fastrand::u8(1..4));
         if fastrand::bool() {
             let address = VALIDATOR.address(&address).expect("valid");
-            return Command::Unregister { service, address, ports: PortSet::default() };
+            return Command::Unregister { service, address, ports: PortSet::default(), by: Requester::Unrestricted };
         }
         let spec = InstanceSpec { address, weight: Some(fastrand::u8(..3).into()), ..InstanceSpec::default() };
         let instance = VALIDATOR.instance(&service, &spec, UnixMillis(1)).expect("valid");
-        Command::Register { service, instance: Arc::new(instance) }
+        Command::Register { service, instance: Arc::new(instance), by: Requester::Unrestricted }
     }
 
     /// A snapshot is the state as of its generation, also if services change during its build.

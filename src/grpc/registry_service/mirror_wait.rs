@@ -39,7 +39,7 @@ impl MirrorWait {
             return Self { wanted: None };
         }
         let (service, address) = match command {
-            Command::Register { service, instance } => (service, instance.address()),
+            Command::Register { service, instance, .. } => (service, instance.address()),
             Command::Unregister { service, address, .. } => (service, address),
             Command::SetReady { service, id, .. } => (service, &id.address),
         };
@@ -55,7 +55,7 @@ impl MirrorWait {
     pub(super) fn wait(
         self,
         registry: &RegistryHandle,
-        outcome: Outcome,
+        outcome: &Outcome,
         generation: u64,
     ) -> Either<Ready<bool>, impl Future<Output = bool> + Send + use<>> {
         let progress = registry.mirror_progress();
@@ -85,7 +85,7 @@ mod tests {
     use crate::{
         metrics::Metrics,
         model::{PortSet, testing::VALIDATOR},
-        registry::{self, NamespacePolicy, Options},
+        registry::{self, NamespacePolicy, Options, Requester},
     };
 
     #[tokio::test]
@@ -95,8 +95,8 @@ mod tests {
             registry::new(Options { max_instances: 10, kubernetes }, Arc::new(Metrics::new()));
         let service = VALIDATOR.service("absent", "web").expect("valid");
         let address = VALIDATOR.address("10.0.0.1").expect("valid");
-        let removal = Command::Unregister { service, address, ports: PortSet::default() };
-        let not_found = |wait: MirrorWait| wait.wait(&registry, Outcome::NotFound { remembered: false }, 7);
+        let removal = Command::Unregister { service, address, ports: PortSet::default(), by: Requester::Unrestricted };
+        let not_found = |wait: MirrorWait| wait.wait(&registry, &Outcome::NotFound { remembered: false }, 7);
         let begun = Instant::now();
         assert!(!not_found(MirrorWait::of(&removal, &registry)).await, "it is not certain in time");
         assert!(begun.elapsed() >= MIRROR_TIMEOUT);
@@ -107,6 +107,6 @@ mod tests {
         registry.mirror_progress().take_askers().await.answer();
         assert_eq!(waits.now_or_never(), Some(true));
         let refused = Outcome::Full { limit: 10 };
-        assert_eq!(MirrorWait::of(&removal, &registry).wait(&registry, refused, 7).now_or_never(), Some(true));
+        assert_eq!(MirrorWait::of(&removal, &registry).wait(&registry, &refused, 7).now_or_never(), Some(true));
     }
 }

@@ -27,7 +27,7 @@ use crate::{
     identity::AccessVerb,
     metrics::{Metrics, RefusalReason, RegistrationKind, RegistrationStatus},
     model::UnixMillis,
-    registry::{Ack, Command, Outcome, Phase, Unavailable},
+    registry::{Ack, Command, Outcome, Phase, RegistryHandle, Unavailable},
 };
 
 /// `registry.ServiceRegistry`.
@@ -45,9 +45,13 @@ impl RegistryService {
     /// Carries out one message. If the call is cancelled meanwhile, the registry still carries out a
     /// submitted command as a whole.
     async fn carry_out(&self, caller: &Caller, message: RegistrationMsg) -> Response<RegistrationResult> {
-        let (response, command) = convert::parse(message, &self.context.validator, UnixMillis::now());
+        let (response, command) =
+            convert::parse(message, &self.context.validator, UnixMillis::now(), caller.requester());
         let mut unavailable = None;
-        let response = match command.map_err(Refusal::from).and_then(|command| authorized(caller, command)) {
+        let response = match command
+            .map_err(Refusal::from)
+            .and_then(|command| authorized(caller, command, &self.context.registry))
+        {
             Err(refusal) => response.refused(refusal),
             Ok(command) => match self.submit_one(command).await {
                 Ok((outcome, generation, mirrored)) => response.completed(outcome, generation, mirrored),
@@ -72,8 +76,8 @@ impl RegistryService {
         let mirror_wait = MirrorWait::of(&command, registry);
         let Ack { generation, outcomes } = registry.submit(vec![command]).await?.await?;
         // One outcome per command; without one the command must not be reported as done.
-        let outcome = outcomes.first().copied().ok_or(Unavailable::ShuttingDown)?;
-        let mirrored = mirror_wait.wait(registry, outcome, generation).await;
+        let outcome = outcomes.into_iter().next().ok_or(Unavailable::ShuttingDown)?;
+        let mirrored = mirror_wait.wait(registry, &outcome, generation).await;
         Ok((outcome, generation, mirrored))
     }
 }
@@ -112,12 +116,19 @@ impl ServiceRegistry for RegistryService {
 }
 
 /// Returns `command` if `caller` may give it.
-fn authorized(caller: &Caller, command: Command) -> Result<Command, Refusal> {
+fn authorized(caller: &Caller, mut command: Command, registry: &RegistryHandle) -> Result<Command, Refusal> {
     let (verb, service, address) = match &command {
-        Command::Register { service, instance } => (AccessVerb::Create, service, instance.address().ip()),
+        Command::Register { service, instance, .. } => (AccessVerb::Create, service, instance.address().ip()),
         Command::Unregister { service, .. } | Command::SetReady { service, .. } => (AccessVerb::Delete, service, None),
     };
     caller.may(verb, Some(service.namespace()), Some(service.name()), address)?;
+    // Most callers only change their own, so the right is asked for where it would be needed now. The writer decides: if
+    // another identity registers the instance meanwhile, the answer is 409 once, and the right one when the caller asks again.
+    if registry.changes_others_instance(&command) {
+        let service = command.service();
+        let overrides = caller.may(AccessVerb::Override, Some(service.namespace()), Some(service.name()), None).is_ok();
+        command.set_overrides(overrides);
+    }
     Ok(command)
 }
 

@@ -218,10 +218,11 @@ where
                     let message_bytes = convert::bytes(&message);
                     self.memory.charge_unanswered(message_bytes);
                     bytes += message_bytes;
-                    let (response, command) = convert::parse(message, &self.context.validator, now);
+                    let (response, command) =
+                        convert::parse(message, &self.context.validator, now, self.caller.requester());
                     let registry = &self.context.registry;
                     let authorized =
-                        command.map_err(Refusal::from).and_then(|command| authorized(&self.caller, command));
+                        command.map_err(Refusal::from).and_then(|command| authorized(&self.caller, command, registry));
                     responses.push((
                         response,
                         authorized.map(|command| {
@@ -286,7 +287,7 @@ where
                     Ok(outcome) => outcome,
                 };
                 let generation = self.completed.generation;
-                match mirror_wait.wait(&self.context.registry, outcome, generation) {
+                match mirror_wait.wait(&self.context.registry, &outcome, generation) {
                     Either::Left(_) => return self.counted(response.completed(outcome, generation, true), None),
                     Either::Right(mirrored) => AwaitingMirror { response, outcome, mirrored: Box::pin(mirrored) },
                 }

@@ -53,6 +53,7 @@ fn caller(registry: &Registry) -> security::Caller {
     let now = std::time::SystemTime::now();
     let identity = security.authenticator.identify(&Credentials::LoopbackPlaintext, now).expect("needs nothing");
     security::Caller::new(Arc::new(identity), std::net::Ipv4Addr::LOCALHOST.into(), &security.authorizer)
+        .expect("a name")
 }
 
 /// A registry with a store of its own; a test starts its recovery and its writer.

@@ -6,7 +6,7 @@ use super::*;
 use crate::{
     grpc::client::{ChangeKind, WatchEvent, WatchEvents},
     model::{Instance, InstanceId, InstanceSpec, ServiceKey, UnixMillis, testing::unstamped},
-    registry::{Command, Outcome},
+    registry::{Command, Outcome, Requester},
 };
 
 type InstanceMap = BTreeMap<(ServiceKey, InstanceId), Arc<Instance>>;
@@ -74,12 +74,17 @@ fn register(service: &str, address: &str, weight: f32) -> Command {
     let service = VALIDATOR.service("prod", service).expect("valid");
     let spec = InstanceSpec { address: address.into(), weight: Some(weight), ..InstanceSpec::default() };
     let instance = VALIDATOR.instance(&service, &spec, UnixMillis(1)).expect("valid");
-    Command::Register { service, instance: Arc::new(instance) }
+    Command::Register { service, instance: Arc::new(instance), by: Requester::Unrestricted }
 }
 
 fn unregister(service: &str, address: &str) -> Command {
     let service = VALIDATOR.service("prod", service).expect("valid");
-    Command::Unregister { service, address: VALIDATOR.address(address).expect("valid"), ports: Default::default() }
+    Command::Unregister {
+        service,
+        address: VALIDATOR.address(address).expect("valid"),
+        ports: Default::default(),
+        by: Requester::Unrestricted,
+    }
 }
 
 async fn submit(server: &TestServer, commands: Vec<Command>) -> (u64, Vec<Outcome>) {

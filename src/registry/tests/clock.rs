@@ -92,6 +92,7 @@ fn what_is_stamped_in_the_future_is_stamped_anew_at_the_end_of_a_take_over() {
         service: web(),
         address: VALIDATOR.address("10.0.0.1").expect("valid"),
         ports: PortSet::default(),
+        by: Requester::Unrestricted,
     };
     replica.submit(vec![removal, register("web", "10.0.0.2", 80, 1.0)]).expect("it writes");
     let stamps = stamps(replica.handle.catalog());

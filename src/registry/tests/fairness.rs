@@ -71,7 +71,7 @@ fn written_by_another(services: u32) -> KubernetesState {
     let service = |n: u32| {
         let [_, b, c, d] = n.to_be_bytes();
         match register(&format!("s{n}"), &format!("10.{b}.{c}.{d}"), 80, 1.0) {
-            Command::Register { service, instance } => (service, vec![instance]),
+            Command::Register { service, instance, .. } => (service, vec![instance]),
             other => panic!("{other:?} registers"),
         }
     };
@@ -154,6 +154,7 @@ fn change_during_a_comparison_replaces_its_result() {
         service,
         address: VALIDATOR.address("10.9.0.3").expect("valid"),
         ports: PortSet::default(),
+        by: Requester::Unrestricted,
     };
     let changes = vec![register("web", "10.9.0.1", 80, 5.0), gone, register("web", "10.9.0.4", 80, 1.0)];
     registry.batches_until_answered(changes);

@@ -9,7 +9,9 @@ use crate::model::{PortSet, Stamp};
 
 /// The word that registers or removes `address:80` of `service`, `ago` before now.
 fn word(service: &str, address: &str, removal: bool, ago: Duration) -> OutboxWord {
-    let Command::Register { service, instance } = register(service, address, 80, 1.0) else { panic!("it registers") };
+    let Command::Register { service, instance, .. } = register(service, address, 80, 1.0) else {
+        panic!("it registers")
+    };
     let clock = UnixMillis::now().0 * 1_000 - u64::try_from(ago.as_micros()).expect("not that long ago");
     let stamp = Stamp { clock, term: 1, generation: 3 };
     let instance = Arc::unwrap_or_clone(instance).with_stamp(stamp);

@@ -4,6 +4,7 @@ mod clock;
 mod failed_journal;
 mod fairness;
 mod handover;
+mod ownership;
 mod standby;
 
 use std::{collections::BTreeMap, time::Instant};
@@ -84,7 +85,7 @@ fn register(service: &str, address: &str, port: u16, weight: f32) -> Command {
     let ports = vec![PortSpec { number: port.into(), ..PortSpec::default() }];
     let spec = InstanceSpec { address: address.into(), ports, weight: Some(weight), ..InstanceSpec::default() };
     let instance = VALIDATOR.instance(&service, &spec, UnixMillis(1)).expect("valid");
-    Command::Register { service, instance: Arc::new(instance) }
+    Command::Register { service, instance: Arc::new(instance), by: Requester::Unrestricted }
 }
 
 fn scrape(metrics: &Metrics) -> String {
@@ -162,7 +163,15 @@ fn any_command(rng: &mut Rng, model: &mut Model, most: usize) -> (Command, Outco
     let outcome = if removed == 0 { Outcome::NotFound { remembered: false } } else { Outcome::Removed(removed) };
     let ports = PortSet::new(if all { Vec::new() } else { vec![(Protocol::Tcp, port)] });
     let key = VALIDATOR.service("prod", &service).expect("valid");
-    (Command::Unregister { service: key, address: VALIDATOR.address(&address).expect("valid"), ports }, outcome)
+    (
+        Command::Unregister {
+            service: key,
+            address: VALIDATOR.address(&address).expect("valid"),
+            ports,
+            by: Requester::Unrestricted,
+        },
+        outcome,
+    )
 }
 
 fn held(catalog: &Catalog) -> Model {
@@ -250,7 +259,9 @@ fn registration_is_refused_before_the_restore_and_checked_after_it() {
 
     let facts = vec![ClusterFact::Namespace { name: "prod".into(), exists: true }, ClusterFact::NamespacesComplete];
     registry.runtime.block_on(registry.handle.learn(facts)).expect("the registry is there");
-    let Command::Register { service, instance } = register("web", "10.0.0.7", 80, 2.0) else { panic!("it registers") };
+    let Command::Register { service, instance, .. } = register("web", "10.0.0.7", 80, 2.0) else {
+        panic!("it registers")
+    };
     let in_kubernetes = KubernetesState {
         term: 41,
         generation: 1,
@@ -271,7 +282,7 @@ fn registration_is_refused_before_the_restore_and_checked_after_it() {
 
     let elsewhere = VALIDATOR.service("stage", "web").expect("valid");
     let Command::Register { instance, .. } = register("web", "10.0.0.8", 80, 1.0) else { panic!("it registers") };
-    let absent = Command::Register { service: elsewhere, instance };
+    let absent = Command::Register { service: elsewhere, instance, by: Requester::Unrestricted };
     let (acks, catalog, _) = registry.run_with(vec![vec![register("web", "10.0.0.8", 80, 1.0), absent]]);
     assert_eq!(acks[0].outcomes, [Outcome::Created, Outcome::Refused(KubernetesRefusal::NamespaceAbsent)]);
     assert_eq!(catalog.instances(), 2);
@@ -300,7 +311,9 @@ fn foreign_endpoints_are_served_and_neither_journaled_nor_mirrored() {
     let (mut registry, zone) = with_kubernetes(&dir);
     assert_eq!(restore(&mut registry, KubernetesState { new_term: 1, ..KubernetesState::default() }), 1);
     let (generation, synced) = (registry.writer.generation(), syncs(&registry.metrics));
-    let Command::Register { service, instance } = register("web", "10.0.0.7", 80, 1.0) else { panic!("it registers") };
+    let Command::Register { service, instance, .. } = register("web", "10.0.0.7", 80, 1.0) else {
+        panic!("it registers")
+    };
     let endpoints = ClusterFact::Endpoints { service, instances: vec![instance] };
     registry.runtime.block_on(registry.handle.learn(vec![endpoints])).expect("the registry is there");
     let (handle, metrics) = (registry.handle.clone(), Arc::clone(&registry.metrics));
@@ -329,7 +342,9 @@ fn unchanged_registration_survives_a_comparison_that_drops_the_stored_instance()
     // As after the timeout.
     registry.writer.status.ready();
     let handle = registry.handle.clone();
-    let Command::Register { service, instance } = register("db", "10.0.0.3", 80, 1.0) else { panic!("it registers") };
+    let Command::Register { service, instance, .. } = register("db", "10.0.0.3", 80, 1.0) else {
+        panic!("it registers")
+    };
     let answer = runtime.block_on(handle.submit(vec![known])).expect("it is ready");
     let in_kubernetes = KubernetesState {
         term: 7,
@@ -408,7 +423,11 @@ fn stored_instance_that_the_policy_refuses_now_is_served() {
         specs.iter().map(|spec| Arc::new(spec.to_instance(UnixMillis(1)).expect("it can be"))).collect();
     let commands = stored
         .iter()
-        .map(|instance| Command::Register { service: service.clone(), instance: Arc::clone(instance) })
+        .map(|instance| Command::Register {
+            service: service.clone(),
+            instance: Arc::clone(instance),
+            by: Requester::Unrestricted,
+        })
         .collect();
     TestRegistry::on(&dir, 10).run_with(vec![commands]);
 
@@ -424,7 +443,12 @@ fn stored_instance_that_the_policy_refuses_now_is_served() {
 
     // Such an instance can be removed.
     let ids = stored.iter().map(|instance| instance.id());
-    let commands = ids.map(|id| Command::Unregister { service: service.clone(), address: id.address, ports: id.ports });
+    let commands = ids.map(|id| Command::Unregister {
+        service: service.clone(),
+        address: id.address,
+        ports: id.ports,
+        by: Requester::Unrestricted,
+    });
     let (acks, catalog, _) = registry.run_with(vec![commands.collect()]);
     assert_eq!((acks[0].outcomes.clone(), catalog.len()), (vec![Outcome::Removed(1); 3], 0));
 }

@@ -155,9 +155,11 @@ fn older_copy_of_a_directory_stays_older_however_often_it_starts() {
 fn lone_removal_that_the_mirror_before_had_taken_is_looked_at_by_the_next() {
     let dir = tempfile::tempdir().expect("a directory");
     let replica = Replica::start(&dir);
-    let Command::Register { service, instance } = register("web", "10.0.0.1", 80, 1.0) else { panic!("it registers") };
+    let Command::Register { service, instance, .. } = register("web", "10.0.0.1", 80, 1.0) else {
+        panic!("it registers")
+    };
     let address = instance.address().clone();
-    let removal = Command::Unregister { service, address, ports: PortSet::default() };
+    let removal = Command::Unregister { service, address, ports: PortSet::default(), by: Requester::Unrestricted };
     let removed = replica.submit(vec![removal]).expect("it writes");
     assert_eq!(removed.outcomes, [Outcome::NotFound { remembered: true }]);
     let progress = replica.handle.mirror_progress();

@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::PermissionsExt, path::Path, sync::Arc};
 use super::{ExpectedStore, Instances, VALIDATOR, apply, instance_of, random_batch, service};
 use crate::{
     metrics::Metrics,
-    model::{InstanceSpec, PortSpec, Protocol, Stamp, UnixMillis},
+    model::{InstanceSpec, PortSpec, Protocol, RegistrantPool, Stamp, UnixMillis},
     store::{DataDir, DirectoryTerm, Journal, Options, Record, RecoveryReport, StoreError, create_durably},
 };
 
@@ -222,6 +222,22 @@ fn tombstone_fixture() -> [Vec<Record>; 3] {
     ]
 }
 
+/// The same of `tests/fixtures/store/v1-registrants`: of identities, and of nobody.
+fn registrant_fixture() -> [Vec<Record>; 3] {
+    let by = |name: &str, address: &str| {
+        let spec = InstanceSpec { address: address.into(), ..InstanceSpec::default() };
+        let Record::Put { service, instance } = put("web", spec, 1) else { panic!("it is put") };
+        let registrant = RegistrantPool::default().get(name).expect("a name");
+        Record::Put { service, instance: Arc::new(Arc::unwrap_or_clone(instance).with_registrant(registrant)) }
+    };
+    let spiffe = "spiffe://example.org/web";
+    [
+        vec![by("vm-1", "10.0.0.1"), by("vm-1", "10.0.0.2"), by("", "10.0.0.3")],
+        vec![by(spiffe, "10.0.0.2")],
+        vec![by("", "10.0.0.1"), by("vm-2", "10.0.0.4")],
+    ]
+}
+
 /// A copy of the fixture.
 fn copied(fixture: &str, clean_stop: bool) -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("a temporary directory");
@@ -279,9 +295,18 @@ fn format_version_1_with_tombstones_is_read() {
     }
 }
 
+#[test]
+fn format_version_1_with_registrants_is_read() {
+    let dir = copied("v1-registrants", false);
+    let mut instances = Instances::new();
+    registrant_fixture().iter().flatten().for_each(|record| apply(&mut instances, record));
+    let (_, _, read) = start(dir.path(), &Options::default());
+    assert_eq!((read.len(), &read), (4, &instances));
+}
+
 /// Writes the fixtures. Only for a new version of the format, into directories of its own:
 /// `GANGPLANK_FIXTURE=tests/fixtures/store/vN cargo test --lib write_fixtures -- --ignored`
-/// makes that one, `vN-outbox` and `vN-tombstones`.
+/// makes that one, `vN-outbox`, `vN-tombstones` and `vN-registrants`.
 #[test]
 #[ignore = "writes a fixture; run by hand for a new version of the format"]
 fn write_fixtures() {
@@ -289,6 +314,7 @@ fn write_fixtures() {
     write_fixture(Path::new(&path), &fixture(), false);
     write_fixture(Path::new(&format!("{path}-outbox")), &outbox_fixture(), true);
     write_fixture(Path::new(&format!("{path}-tombstones")), &tombstone_fixture(), true);
+    write_fixture(Path::new(&format!("{path}-registrants")), &registrant_fixture(), false);
 }
 
 fn write_fixture(path: &Path, batches: &[Vec<Record>], outbox: bool) {

@@ -174,9 +174,9 @@ fn group_of(slice: &EndpointSlice, family: Family) -> Option<SliceGroup> {
 /// can be read in it; `None` for any other.
 fn untouched(slice: &EndpointSlice, service: &ServiceKey, name: &str, group: &SliceGroup) -> Option<ContentDigest> {
     let meta = &slice.metadata;
-    let annotations = InstancesAnnotation::read(annotation(meta, names::INSTANCES)).ok()?;
+    let mut annotations = InstancesAnnotation::read(annotation(meta, names::INSTANCES)).ok()?;
     let endpoints =
-        slice.endpoints.iter().map(|endpoint| endpoint_of(endpoint, &annotations)).collect::<Option<Vec<_>>>()?;
+        slice.endpoints.iter().map(|endpoint| endpoint_of(endpoint, &mut annotations)).collect::<Option<Vec<_>>>()?;
     if !endpoints.is_sorted_by(|a, b| a.ip < b.ip)
         || endpoints.iter().any(|endpoint| Family::of(endpoint.ip) != group.family)
     {
@@ -198,7 +198,7 @@ fn untouched(slice: &EndpointSlice, service: &ServiceKey, name: &str, group: &Sl
 }
 
 /// The content of an endpoint; `None` if gangplank writes no such endpoint.
-fn endpoint_of<'a>(endpoint: &'a Endpoint, annotations: &InstancesAnnotation) -> Option<SliceEndpoint<'a>> {
+fn endpoint_of<'a>(endpoint: &'a Endpoint, annotations: &mut InstancesAnnotation) -> Option<SliceEndpoint<'a>> {
     let [address] = &endpoint.addresses[..] else { return None };
     Some(SliceEndpoint {
         ip: address.parse().ok()?,

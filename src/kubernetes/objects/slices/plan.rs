@@ -22,7 +22,7 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use super::{
     group::{Family, PortList, SliceGroup},
     observed::ObservedSlice,
-    record::{MAX_ENTRY_BYTES, MAX_PORT_LIST_BYTES},
+    record::{MAX_ENTRY_BYTES, MAX_PORT_LIST_BYTES, registrant_bytes},
     render::{SliceEndpoint, SliceStamps, digest, render},
     tombstones,
 };
@@ -286,11 +286,12 @@ fn assign<'a>(
     members: &[GroupMember<'_>],
     mut slices: Vec<&'a ObservedSlice>,
 ) -> Vec<Assignment<'a>> {
+    let entry_bytes = entry_bytes(members);
     // An endpoint that is in two slices stays in the larger.
     slices.sort_unstable_by(|a, b| b.addresses.len().cmp(&a.addresses.len()).then_with(|| a.name.cmp(&b.name)));
     let mut assigned = vec![false; members.len()];
     let stays = slices.into_iter().map(|slice| {
-        let capacity = capacity(options, slice);
+        let capacity = capacity(options, Some(slice), entry_bytes);
         let mut stay = Vec::new();
         for ip in &slice.addresses {
             if stay.len() < capacity
@@ -314,7 +315,7 @@ fn assign<'a>(
             open += 1;
         }
         if open == assignments.len() {
-            let capacity = options.max_endpoints.clamp(1, MAX_ENDPOINTS);
+            let capacity = capacity(options, None, entry_bytes);
             assignments.push(Assignment { slice: None, members: Vec::new(), capacity, gains: true, loses: false });
         }
         assignments[open].members.push(at);
@@ -326,10 +327,17 @@ fn assign<'a>(
     assignments
 }
 
-/// How many endpoints a slice may have: fewer than usual if annotations of others use much of what
+/// Most bytes of an entry in the annotation of a group's slices. In coarse steps, because a longer registrant may make
+/// room for fewer endpoints, and then each slice that has more is written anew.
+fn entry_bytes(members: &[GroupMember<'_>]) -> usize {
+    let longest = members.iter().map(|(_, instance)| registrant_bytes(instance.registrant())).max();
+    MAX_ENTRY_BYTES + longest.filter(|&bytes| bytes > 0).map_or(0, |bytes| bytes.next_power_of_two().max(128))
+}
+
+/// How many endpoints a slice may have: fewer than usual if long registrants, or annotations of others, use much of what
 /// Kubernetes allows.
-fn capacity(options: &PlanOptions<'_>, slice: &ObservedSlice) -> usize {
-    let foreign = slice.foreign.as_ref().map_or(0, |foreign| foreign.annotation_octets());
+fn capacity(options: &PlanOptions<'_>, slice: Option<&ObservedSlice>, entry_bytes: usize) -> usize {
+    let foreign = slice.and_then(|slice| slice.foreign.as_ref()).map_or(0, |foreign| foreign.annotation_octets());
     let octets = MAX_ANNOTATION_BYTES.saturating_sub(FIXED_ANNOTATIONS + foreign);
-    options.max_endpoints.clamp(1, MAX_ENDPOINTS).min(octets / MAX_ENTRY_BYTES)
+    options.max_endpoints.clamp(1, MAX_ENDPOINTS).min(octets / entry_bytes)
 }

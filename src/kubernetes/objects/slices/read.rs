@@ -81,9 +81,9 @@ pub fn read_slice(slice: &EndpointSlice, validator: &Validator) -> (Vec<Arc<Inst
             return (instances, skipped);
         }
     };
-    let annotations = InstancesAnnotation::read(annotation(meta, names::INSTANCES)).unwrap_or_else(|err| {
-        skip(None, format!("annotation {} {err}: weights and priorities are lost", names::INSTANCES));
-        InstancesAnnotation::none()
+    let mut annotations = InstancesAnnotation::read(annotation(meta, names::INSTANCES)).unwrap_or_else(|err| {
+        skip(None, format!("annotation {} {err}: weights, priorities and registrants are lost", names::INSTANCES));
+        InstancesAnnotation::default()
     });
     let created = created(slice);
     let mut known = HashSet::new();
@@ -141,7 +141,7 @@ fn instance(
     attributes: InstanceAnnotation,
     created: UnixMillis,
 ) -> Result<Instance, String> {
-    let InstanceAnnotation { weight, priority, registered, stamp } = attributes;
+    let InstanceAnnotation { weight, priority, registered, stamp, registrant } = attributes;
     let hostname = endpoint.hostname.as_deref().unwrap_or_default();
     // The label that spells the own address is the default of an instance without a host name.
     let ip = validator.address(address).map_err(|err| err.to_string())?.ip();
@@ -155,7 +155,8 @@ fn instance(
         priority,
     };
     let registered = if registered == UnixMillis(0) { created } else { registered };
-    Ok(spec.to_instance(registered).map_err(|err| err.to_string())?.with_stamp(stamp))
+    let instance = spec.to_instance(registered).map_err(|err| err.to_string())?;
+    Ok(instance.with_stamp(stamp).with_registrant(registrant))
 }
 
 /// When the slice was created; 1970 when it does not say.

@@ -4,11 +4,11 @@
 //! attributes that are not the default:
 //!
 //! ```json
-//! {"10.0.0.1":{"weight":0.5,"priority":3,"registered":1700000000123,"stamp":[1700000000123000,3,1700000042]}}
+//! {"10.0.0.1":{"weight":0.5,"priority":3,"registered":1700000000123,"stamp":[1700000000123000,3,1700000042],"registrant":"vm-1"}}
 //! ```
 //!
 //! `registered` is in milliseconds since 1970; `stamp` is the [`Stamp`]: its clock in microseconds since 1970, its
-//! term and its generation. `gangplank.dev/ports` is on the slices of a
+//! term and its generation; `registrant` is the user name of who registered it. `gangplank.dev/ports` is on the slices of a
 //! part only (see [`SliceGroup`](super::SliceGroup)):
 //! `[{"port":53,"protocol":"TCP","name":"dns"},{"port":53,"protocol":"UDP","name":"dns"}]`.
 //!
@@ -20,10 +20,18 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::group::MAX_PORTS;
-use crate::model::{PortSpec, Ports, Protocol, Stamp, UnixMillis, Weight};
+use crate::model::{PortSpec, Ports, Protocol, Registrant, RegistrantPool, Stamp, UnixMillis, Weight};
 
-/// Most bytes of one entry with its comma: 41 of the address in quotes, 67 of the stamp and 80 of the rest.
+/// Most bytes of one entry with its comma and without its registrant: 41 of the address in quotes, 67 of the stamp and 80 of the
+/// rest.
 pub(super) const MAX_ENTRY_BYTES: usize = 192;
+
+/// Most bytes that the registrant adds to an entry.
+pub(super) fn registrant_bytes(registrant: Option<&Registrant>) -> usize {
+    // Its key with quotes, colon and comma; the text is escaped at `"` and `\` only, because it has no control characters.
+    let text = |name: &str| name.len() + name.bytes().filter(|byte| matches!(byte, b'"' | b'\\')).count();
+    registrant.map_or(0, |registrant| r#""registrant":"","#.len() + text(registrant.as_str()))
+}
 
 /// The highest clock and term of a stamp that is read: a number that somebody wrote by hand must not use up those
 /// that follow. As a clock it is in the year 2255.
@@ -33,16 +41,17 @@ pub(super) const MAX_STAMP: u64 = 1 << 53;
 pub(super) const MAX_PORT_LIST_BYTES: usize = 16 * 1024;
 
 /// The attributes of an instance that an endpoint has no field for.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub(super) struct InstanceAnnotation {
     pub(super) weight: Weight,
     pub(super) priority: u16,
     pub(super) registered: UnixMillis,
     pub(super) stamp: Stamp,
+    pub(super) registrant: Option<Registrant>,
 }
 
 #[derive(Serialize)]
-struct Entry {
+struct Entry<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     weight: Option<f32>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -51,19 +60,22 @@ struct Entry {
     registered: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     stamp: Option<[u64; 3]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    registrant: Option<&'a str>,
 }
 
 /// The annotation for these instances; those with default attributes are left out.
-pub(super) fn instances_json(records: impl Iterator<Item = (IpAddr, InstanceAnnotation)>) -> String {
-    let not_default = records.filter(|(_, record)| *record != InstanceAnnotation::default());
+pub(super) fn instances_json<'a>(records: impl Iterator<Item = (IpAddr, &'a InstanceAnnotation)>) -> String {
+    let not_default = records.filter(|(_, record)| **record != InstanceAnnotation::default());
     let entries = not_default.map(|(ip, record)| {
-        let InstanceAnnotation { weight, priority, registered, stamp } = record;
-        let weight = Some(weight).filter(|weight| *weight != Weight::default());
+        let InstanceAnnotation { weight, priority, registered, stamp, registrant } = record;
+        let weight = Some(*weight).filter(|weight| *weight != Weight::default());
         let entry = Entry {
             weight: weight.map(Weight::get),
-            priority: Some(priority).filter(|priority| *priority != 0),
+            priority: Some(*priority).filter(|priority| *priority != 0),
             registered: Some(registered.0).filter(|registered| *registered != 0),
-            stamp: (stamp != Stamp::default()).then_some([stamp.clock, stamp.term, stamp.generation]),
+            stamp: (*stamp != Stamp::default()).then_some([stamp.clock, stamp.term, stamp.generation]),
+            registrant: registrant.as_ref().map(Registrant::as_str),
         };
         (ip, entry)
     });
@@ -74,7 +86,11 @@ pub(super) fn instances_json(records: impl Iterator<Item = (IpAddr, InstanceAnno
 }
 
 /// A parsed annotation of a slice.
-pub(super) struct InstancesAnnotation(HashMap<String, Value>);
+#[derive(Default)]
+pub(super) struct InstancesAnnotation {
+    entries: HashMap<String, Value>,
+    registrants: RegistrantPool,
+}
 
 impl InstancesAnnotation {
     /// Parses the annotation of a slice.
@@ -83,28 +99,26 @@ impl InstancesAnnotation {
     /// If there is none, or it is not a JSON object; then every instance gets the defaults.
     pub(super) fn read(text: Option<&str>) -> Result<Self, String> {
         let text = text.ok_or("is missing")?;
-        serde_json::from_str(text).map(Self).map_err(|err| format!("is not what gangplank writes: {err}"))
-    }
-
-    /// An annotation without entries.
-    pub(super) fn none() -> Self {
-        Self(HashMap::new())
+        let entries = serde_json::from_str(text).map_err(|err| format!("is not what gangplank writes: {err}"))?;
+        Ok(Self { entries, registrants: RegistrantPool::default() })
     }
 
     /// The attributes of the instance at `address`, the defaults if it has no entry.
     ///
     /// # Errors
     /// Which attribute is invalid.
-    pub(super) fn get(&self, address: &str) -> Result<InstanceAnnotation, String> {
+    pub(super) fn get(&mut self, address: &str) -> Result<InstanceAnnotation, String> {
         #[derive(Deserialize)]
         struct Entry {
             weight: Option<f64>,
             priority: Option<u16>,
             registered: Option<u64>,
             stamp: Option<[u64; 3]>,
+            registrant: Option<String>,
         }
-        let Some(entry) = self.0.get(address) else { return Ok(InstanceAnnotation::default()) };
-        let Entry { weight, priority, registered, stamp } = Entry::deserialize(entry).map_err(|err| err.to_string())?;
+        let Some(entry) = self.entries.get(address) else { return Ok(InstanceAnnotation::default()) };
+        let entry = Entry::deserialize(entry).map_err(|err| err.to_string())?;
+        let Entry { weight, priority, registered, stamp, registrant } = entry;
         let weight = match weight {
             None => Weight::default(),
             Some(weight) => exact(weight)
@@ -116,7 +130,8 @@ impl InstancesAnnotation {
             return Err(format!("stamp: the clock and the term must be at most {MAX_STAMP}, got {clock} and {term}"));
         }
         let (registered, stamp) = (UnixMillis(registered.unwrap_or(0)), Stamp { clock, term, generation });
-        Ok(InstanceAnnotation { weight, priority: priority.unwrap_or(0), registered, stamp })
+        let registrant = self.registrants.get(&registrant.unwrap_or_default()).map_err(|err| err.to_string())?;
+        Ok(InstanceAnnotation { weight, priority: priority.unwrap_or(0), registered, stamp, registrant })
     }
 }
 
@@ -170,7 +185,11 @@ mod tests {
 
     fn record(weight: f32, priority: u16, registered: u64) -> InstanceAnnotation {
         let (weight, registered) = (Weight::new(weight).expect("valid"), UnixMillis(registered));
-        InstanceAnnotation { weight, priority, registered, stamp: Stamp::default() }
+        InstanceAnnotation { weight, priority, registered, ..InstanceAnnotation::default() }
+    }
+
+    fn registrant(name: &str) -> Option<Registrant> {
+        RegistrantPool::default().get(name).expect("valid")
     }
 
     /// These texts exist in clusters: later versions must read them.
@@ -183,18 +202,19 @@ mod tests {
             (ip("10.0.0.2"), InstanceAnnotation::default()),
             (ip("10.0.0.3"), record(0.1, 0, 7)),
             (ip("10.0.0.4"), record(0.0, 65_535, 0)),
+            (ip("10.0.0.5"), InstanceAnnotation { registrant: registrant("vm-1"), ..record(1.0, 0, 7) }),
         ];
-        let text = instances_json(records.into_iter());
+        let text = instances_json(records.iter().map(|(ip, record)| (*ip, record)));
         assert_eq!(
             text,
-            r#"{"10.0.0.1":{"weight":0.5,"priority":3,"registered":1700000000123,"stamp":[1700000000123000,3,1700000042]},"10.0.0.3":{"weight":0.1,"registered":7},"10.0.0.4":{"weight":0.0,"priority":65535}}"#
+            r#"{"10.0.0.1":{"weight":0.5,"priority":3,"registered":1700000000123,"stamp":[1700000000123000,3,1700000042]},"10.0.0.3":{"weight":0.1,"registered":7},"10.0.0.4":{"weight":0.0,"priority":65535},"10.0.0.5":{"registered":7,"registrant":"vm-1"}}"#
         );
-        let read = InstancesAnnotation::read(Some(&text)).expect("an object");
+        let mut read = InstancesAnnotation::read(Some(&text)).expect("an object");
         for (ip, record) in records {
             assert_eq!(read.get(&ip.to_string()), Ok(record));
         }
-        assert_eq!(instances_json([(ip("10.0.0.1"), InstanceAnnotation::default())].into_iter()), "{}");
-        let later =
+        assert_eq!(instances_json([(ip("10.0.0.1"), &InstanceAnnotation::default())].into_iter()), "{}");
+        let mut later =
             InstancesAnnotation::read(Some(r#"{"10.0.0.1":{"priority":4,"colour":"red"}}"#)).expect("an object");
         assert_eq!(later.get("10.0.0.1"), Ok(record(1.0, 4, 0)));
 
@@ -225,6 +245,8 @@ mod tests {
             r#"{"a":{"stamp":[1,2]}}"#,
             r#"{"a":{"stamp":[9007199254740993,1,1]}}"#,
             r#"{"a":{"stamp":[1,9007199254740993,1]}}"#,
+            r#"{"a":{"registrant":"x\ny"}}"#,
+            r#"{"a":{"registrant":7}}"#,
         ] {
             assert!(InstancesAnnotation::read(Some(bad)).expect("an object").get("a").is_err(), "{bad}");
         }
@@ -244,9 +266,13 @@ mod tests {
         let longest: IpAddr = "2001:1db8:1234:5678:9abc:def0:1234:5678".parse().expect("an address");
         for weight in [1.234_567_9e-38, 654.999_94, 1e-45, f32::MIN_POSITIVE] {
             let stamp = Stamp { clock: u64::MAX, term: u64::MAX, generation: u64::MAX };
-            let longest_entry = InstanceAnnotation { stamp, ..record(weight, u16::MAX, u64::MAX) };
-            let text = instances_json([(longest, longest_entry)].into_iter());
-            assert!(text.len() <= MAX_ENTRY_BYTES, "{text}");
+            for name in ["", "vm-1", r#"a"b\c\\"#, "é"] {
+                let registrant = registrant(name);
+                let most = MAX_ENTRY_BYTES + registrant_bytes(registrant.as_ref());
+                let longest_entry = InstanceAnnotation { stamp, registrant, ..record(weight, u16::MAX, u64::MAX) };
+                let text = instances_json([(longest, &longest_entry)].into_iter());
+                assert!(text.len() <= most, "{text}");
+            }
         }
     }
 
@@ -255,7 +281,7 @@ mod tests {
         fn every_weight_is_read_back_bit_for_bit(bits in 0u32..=655f32.to_bits()) {
             let ip: IpAddr = "10.0.0.1".parse().expect("an address");
             let record = record(f32::from_bits(bits), 0, 0);
-            let text = instances_json([(ip, record)].into_iter());
+            let text = instances_json([(ip, &record)].into_iter());
             let read = InstancesAnnotation::read(Some(&text)).expect("an object").get("10.0.0.1").expect("valid");
             prop_assert_eq!(read.weight.get().to_bits(), bits);
         }

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     kubernetes::objects::names,
-    model::{DashedLabel, Instance, ServiceKey, UnixMillis, view::Rfc3339},
+    model::{DashedLabel, Instance, Registrant, ServiceKey, UnixMillis, view::Rfc3339},
 };
 
 /// Annotations that are set when a slice is written. They alone are no reason to write it.
@@ -76,6 +76,7 @@ impl<'a> SliceEndpoint<'a> {
                 priority: instance.priority(),
                 registered: instance.registered(),
                 stamp: instance.stamp(),
+                registrant: instance.registrant().cloned(),
             },
         }
     }
@@ -139,7 +140,7 @@ pub(super) fn render(
     group: &SliceGroup,
     endpoints: &[SliceEndpoint<'_>],
 ) -> EndpointSlice {
-    let records = endpoints.iter().map(|endpoint| (endpoint.ip, endpoint.record));
+    let records = endpoints.iter().map(|endpoint| (endpoint.ip, &endpoint.record));
     let mut annotations = BTreeMap::from([(names::INSTANCES.to_owned(), instances_json(records))]);
     if group.part.is_some() {
         annotations.insert(names::PORTS.to_owned(), ports_json(&group.ports));
@@ -194,12 +195,13 @@ pub(super) fn digest(uid: &str, group: &SliceGroup, endpoints: &[SliceEndpoint<'
         content.push(u8::from(*ready));
         text(&mut content, hostname.as_deref());
         text(&mut content, *node);
-        let InstanceAnnotation { weight, priority, registered, stamp } = record;
+        let InstanceAnnotation { weight, priority, registered, stamp, registrant } = record;
         content.extend(weight.get().to_bits().to_le_bytes());
         content.extend(priority.to_le_bytes());
         for number in [registered.0, stamp.clock, stamp.term, stamp.generation] {
             content.extend(number.to_le_bytes());
         }
+        text(&mut content, registrant.as_ref().map(Registrant::as_str));
     }
     let hash = <Sha256 as sha2::Digest>::digest(&content);
     ContentDigest::of(&hash.into())

@@ -293,7 +293,9 @@ fn newer_slice_wins_and_a_missing_annotation_is_reported() {
     assert_eq!(alone[0].weight().get(), 1.0);
     assert_eq!(
         skipped.iter().map(ToString::to_string).collect::<Vec<_>>(),
-        ["slice web-0000000000: annotation gangplank.dev/instances is missing: weights and priorities are lost"]
+        [
+            "slice web-0000000000: annotation gangplank.dev/instances is missing: weights, priorities and registrants are lost"
+        ]
     );
 }
 
