@@ -1,6 +1,8 @@
 //! The control plane of the other tests: it is real and of the configured release, gangplank's account
 //! has its rights and no others, and the proxy injects the faults that it is told to.
 
+mod admission_policy;
+
 use std::{
     fs,
     io::{BufRead as _, BufReader},
@@ -132,112 +134,6 @@ fn service_account_has_the_rights_it_needs_and_no_others() {
     assert!(said.contains("cannot create resource \"pods\""), "{said}");
     let (status, said) = gangplank(cluster, "GET", "/api/v1/secrets", None);
     assert_eq!(status, 403, "{said}");
-}
-
-#[test]
-fn admission_policy_limits_the_account_to_labelled_objects() {
-    let Some(cluster) = Cluster::shared() else { return };
-    cluster.create_namespace("policy");
-    let [services, slices] = [services("policy"), slices("policy")];
-    let denied = |method: &str, path: &str, body: Option<&Value>, err: &str| {
-        let (status, said) = gangplank(cluster, method, path, body);
-        assert_eq!(status, 403, "{method} {path}: {said}");
-        assert!(said.contains("ValidatingAdmissionPolicy 'gangplank.dev'") && said.contains(err), "{said}");
-    };
-    let allowed = |method: &str, path: &str, body: Option<&Value>| {
-        let (status, said) = gangplank(cluster, method, path, body);
-        assert!(status == 200 || status == 201, "{method} {path}: {status} {said}");
-    };
-    // Creating.
-    let may_write = "gangplank may write services only with the label gangplank.dev/service: owned";
-    denied("POST", &services, Some(&service("bare", &json!({}))), may_write);
-    denied("POST", &services, Some(&service("bare", &json!({"gangplank.dev/service": "joined"}))), may_write);
-    allowed("POST", &services, Some(&service("web", &owned())));
-    let may_write = "gangplank may write endpointslices only with the label endpointslice.kubernetes.io/managed-by";
-    denied("POST", &slices, Some(&slice("web-2", "endpointslice-controller.k8s.io", "10.0.0.2")), may_write);
-    allowed("POST", &slices, Some(&slice("web-1", "gangplank.dev", "10.0.0.1")));
-    let endpoints = |labels: Value| {
-        json!({"apiVersion": "v1", "kind": "Endpoints", "metadata": {"name": "web", "labels": labels},
-            "subsets": [{"addresses": [{"ip": "10.0.0.1"}]}]})
-    };
-    let all_endpoints = "/api/v1/namespaces/policy/endpoints";
-    denied("POST", all_endpoints, Some(&endpoints(json!({}))), "gangplank may write endpoints only");
-    allowed("POST", all_endpoints, Some(&endpoints(owned())));
-    // Changing: neither what belongs to others, nor handing over what belongs to it.
-    create(cluster, &services, &service("native", &json!({"app": "native"})));
-    create(cluster, &slices, &slice("web-native", "somebody-else", "10.0.0.3"));
-    let foreign = "and this one does not";
-    denied("PUT", &format!("{services}/native"), Some(&service("native", &owned())), foreign);
-    denied("PUT", &format!("{slices}/web-native"), Some(&slice("web-native", "gangplank.dev", "10.6.6.6")), foreign);
-    let handed_over = slice("web-1", "somebody-else", "10.0.0.1");
-    denied("PUT", &format!("{slices}/web-1"), Some(&handed_over), may_write);
-    let outside = slice("web-1", "writer.gangplank.dev", "10.0.0.1");
-    denied("PUT", &format!("{slices}/web-1"), Some(&outside), may_write);
-    allowed("PUT", &format!("{slices}/web-1"), Some(&slice("web-1", "gangplank.dev", "10.0.0.9")));
-    // Deleting.
-    denied("DELETE", &format!("{services}/native"), None, foreign);
-    denied("DELETE", &format!("{slices}/web-native"), None, foreign);
-    // The API server deletes the Endpoints of a deleted Service by itself.
-    for path in [format!("{slices}/web-1"), format!("{all_endpoints}/web"), format!("{services}/web")] {
-        allowed("DELETE", &path, None);
-    }
-    // Others are not concerned, and the message reaches whoever uses the account by hand.
-    assert_eq!(cluster.get_json(&format!("{slices}/web-native"))["endpoints"][0]["addresses"][0], "10.0.0.3");
-    let yaml = service("bare", &json!({})).to_string();
-    let arguments = ["create", "--dry-run=server", "--namespace=policy", "-f", "-"];
-    let said = cluster.kubectl_as(&cluster.kubeconfig_for_gangplank(), &arguments, &yaml).expect_err("it is denied");
-    assert!(said.contains("gangplank may write services only with the label gangplank.dev/service: owned"), "{said}");
-}
-
-/// What gangplank's account cannot write even with its own labels, so that nobody's traffic can be led elsewhere.
-#[test]
-fn admission_policy_admits_headless_objects_only() {
-    let Some(cluster) = Cluster::shared() else { return };
-    cluster.create_namespace("policy-kinds");
-    let [services, slices] = [services("policy-kinds"), slices("policy-kinds")];
-    let denied = |method: &str, path: &str, body: Option<&Value>, err: &str| {
-        let (status, said) = gangplank(cluster, method, path, body);
-        assert!(status == 403 && said.contains(err), "{method} {path}: {status} {said}");
-    };
-    let headless = "only headless Services without selector and externalIPs";
-    let edits: [(&str, Value); 6] = [
-        ("clusterIP", json!("")),
-        ("selector", json!({"app": "web"})),
-        ("externalIPs", json!(["192.0.2.7"])),
-        ("type", json!("LoadBalancer")),
-        ("type", json!("NodePort")),
-        ("type", json!("ExternalName")),
-    ];
-    for (field, value) in edits {
-        let mut service = service("web", &owned());
-        if matches!(value.as_str(), Some("LoadBalancer" | "NodePort" | "ExternalName")) {
-            service["spec"].as_object_mut().expect("a map").remove("clusterIP");
-            service["spec"]["externalName"] = (value == "ExternalName").then_some("example.com").into();
-        }
-        service["spec"][field] = value;
-        denied("POST", &services, Some(&service), headless);
-    }
-    let mut visible = slice("web-1", "gangplank.dev", "10.0.0.1");
-    visible["metadata"]["labels"].as_object_mut().expect("a map").remove("service.kubernetes.io/headless");
-    denied("POST", &slices, Some(&visible), "only EndpointSlices with the label service.kubernetes.io/headless");
-
-    let reserved = "nothing in kube-system, and nothing of default/kubernetes";
-    let of_api_server = |namespace: &str| {
-        let mut slice = slice("kubernetes-1", "gangplank.dev", "10.0.0.1");
-        slice["metadata"]["labels"]["kubernetes.io/service-name"] = "kubernetes".into();
-        denied("POST", &self::slices(namespace), Some(&slice), reserved);
-    };
-    of_api_server("default");
-    denied("POST", &self::services("kube-system"), Some(&service("web", &owned())), reserved);
-    denied("POST", &self::slices("kube-system"), Some(&slice("web-1", "gangplank.dev", "10.0.0.1")), reserved);
-
-    // Somebody typed the label on a Service that gangplank did not make.
-    let mut native = service("native", &owned());
-    native["spec"]["selector"] = json!({"app": "native"});
-    create(cluster, &services, &native);
-    let path = format!("{services}/native");
-    denied("DELETE", &path, None, "only if it made them");
-    denied("PUT", &path, Some(&service("native", &owned())), "only if it made them");
 }
 
 #[test]
