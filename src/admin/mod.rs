@@ -1,9 +1,11 @@
 //! The operator's HTTP listener: metrics, liveness, readiness, the services as JSON.
 //!
 //! The pages only read, and never wait for the writer. The listener is plain HTTP/1.1 without
-//! authentication: it belongs on loopback or a management network. A cap on connections, and deadlines
+//! authentication: it belongs on loopback or a management network; a request that names a host of somebody else
+//! is refused. A cap on connections, and deadlines
 //! for peers that send or read too slowly, keep it open for probes.
 
+mod host;
 mod json;
 mod pages;
 mod readiness;
@@ -42,6 +44,8 @@ pub struct Admin {
     pub status: Status,
     /// The metrics of the process.
     pub metrics: Arc<Metrics>,
+    /// Names by which the listener may be asked, beside IP addresses and `localhost`.
+    pub hosts: Vec<String>,
     /// A process on standby whose answers may be older than this is not ready. `None`: any age is.
     pub max_staleness: Option<Duration>,
 }

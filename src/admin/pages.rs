@@ -4,12 +4,18 @@ use axum::{
     Router,
     extract::{Path, Query, State, rejection::QueryRejection},
     http::{HeaderMap, StatusCode, Uri, header},
+    middleware,
     response::{IntoResponse, Response},
     routing::get,
 };
 use serde::Deserialize;
 
-use super::{Admin, json, readiness::Readiness};
+use super::{
+    Admin,
+    host::{self, AllowedHosts},
+    json,
+    readiness::Readiness,
+};
 use crate::{
     model::{Namespace, ServiceKey, ServiceName},
     registry::{ListError, Phase, Unavailable},
@@ -33,6 +39,7 @@ Both readyz pages answer in JSON to ?format=json or `Accept: application/json`.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 pub(super) fn router(admin: Admin) -> Router {
+    let hosts = AllowedHosts::new(&admin.hosts);
     Router::new()
         .route("/", get(async || format!("gangplank {}\n\n{INDEX}", env!("CARGO_PKG_VERSION"))))
         .route("/metrics", get(metrics))
@@ -44,6 +51,7 @@ pub(super) fn router(admin: Admin) -> Router {
         .route("/api/v1/namespaces/{namespace}/services", get(services_of_namespace))
         .route("/api/v1/namespaces/{namespace}/services/{name}", get(service))
         .fallback(async || (StatusCode::NOT_FOUND, format!("404: no such page. There are:\n\n{INDEX}")))
+        .layer(middleware::from_fn_with_state(hosts, host::check))
         .with_state(admin)
 }
 

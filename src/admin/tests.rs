@@ -48,8 +48,14 @@ impl TestAdmin {
         let (zone, _publisher) = Zone::new(config);
         let metrics = Arc::new(Metrics::new());
         let snapshots = Snapshots::of(Arc::new(Catalog::of(services)), Arc::clone(&metrics));
-        let admin =
-            Admin { zone, snapshots: Arc::new(snapshots), status: Status::at(phase), metrics, max_staleness: None };
+        let admin = Admin {
+            zone,
+            snapshots: Arc::new(snapshots),
+            status: Status::at(phase),
+            metrics,
+            hosts: vec!["admin.example".into()],
+            max_staleness: None,
+        };
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
         let stop = CancellationToken::new();
@@ -74,7 +80,8 @@ impl TestAdmin {
     }
 
     async fn ask(&self, path: &str, accept: &str) -> HttpResponse {
-        let request = format!("GET {path} HTTP/1.1\r\nHost: test\r\nAccept: {accept}\r\nConnection: close\r\n\r\n");
+        let request =
+            format!("GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: {accept}\r\nConnection: close\r\n\r\n");
         let mut stream = self.send(&request).await;
         HttpResponse::read(&mut stream).await
     }
@@ -265,8 +272,28 @@ async fn long_list_is_complete() {
     running.stop().await;
 }
 
-const LIST: &str = "GET /api/v1/services HTTP/1.1\r\nHost: test\r\n\r\n";
-const LIVEZ: &str = "GET /livez HTTP/1.1\r\nHost: test\r\n\r\n";
+#[tokio::test]
+async fn hosts_of_others_are_refused_but_for_probes() {
+    let admin = TestAdmin::with(vec![service("prod", "web", 1)]).await;
+    let status = async |target: &str, host: &str| {
+        let mut stream =
+            admin.send(&format!("GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")).await;
+        HttpResponse::read(&mut stream).await.status
+    };
+    for path in
+        ["/", "/metrics", "/api/v1/replica", "/api/v1/services", "/api/v1/namespaces/prod/services/web", "/none"]
+    {
+        assert_eq!(status(path, "evil.example:9153").await, 421, "{path}");
+    }
+    assert_eq!(status("http://evil.example/metrics", "127.0.0.1").await, 421, "the target takes precedence");
+    assert_eq!(status("/metrics", "admin.example").await, 200);
+    for probe in ["/livez", "/readyz"] {
+        assert_ne!(status(probe, "evil.example").await, 421, "{probe}");
+    }
+}
+
+const LIST: &str = "GET /api/v1/services HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n";
+const LIVEZ: &str = "GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n";
 
 /// Reads one answer's first line from a connection that stays open.
 async fn first_line(stream: &mut TcpStream) -> String {

@@ -168,6 +168,7 @@ impl BoundServer {
             security,
             grpc_listen,
             admin_listen: _,
+            admin_hosts,
             dns: _,
             data_dir: _,
         } = config;
@@ -209,6 +210,7 @@ impl BoundServer {
             snapshots: Arc::clone(registry.snapshots()),
             status: status.clone(),
             metrics: Arc::clone(&metrics),
+            hosts: admin_hosts,
             max_staleness,
         };
         let admin = admin::run(admin, pages, admin_connections, stop_answers.clone());

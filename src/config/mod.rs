@@ -71,6 +71,11 @@ pub struct ServeArgs {
     )]
     admin_listen: Vec<SocketAddr>,
 
+    /// A name by which --admin-listen may be asked, beside IP addresses and localhost; repeatable. Others get 421, for a
+    /// stranger's web page could point a name at this listener (DNS rebinding)
+    #[arg(long, env = "GANGPLANK_ADMIN_HOST", value_name = "NAME", value_delimiter = ',')]
+    admin_host: Vec<String>,
+
     /// Where registrations are kept [default: $XDG_STATE_HOME/gangplank, or ~/.local/state/gangplank]
     #[arg(long, env = "GANGPLANK_DATA_DIR", value_name = "DIR")]
     data_dir: Option<PathBuf>,
@@ -221,6 +226,8 @@ pub struct Config {
     pub security: SecurityConfig,
     /// Where operators connect.
     pub admin_listen: Vec<SocketAddr>,
+    /// Names by which operators may ask, beside IP addresses and `localhost`.
+    pub admin_hosts: Vec<String>,
     /// Limits on gRPC connections.
     pub grpc: grpc::ConnectionLimits,
     /// Most admin connections.
@@ -258,6 +265,7 @@ impl ServeArgs {
             grpc_listen,
             dns_listen,
             admin_listen,
+            admin_host,
             data_dir,
             accept_loss,
             segment_bytes,
@@ -358,6 +366,7 @@ impl ServeArgs {
             grpc_listen,
             security,
             admin_listen,
+            admin_hosts: admin_host,
             grpc: grpc::ConnectionLimits { connections: grpc_connections, idle: grpc_idle, max_age: grpc_max_age },
             admin_connections,
             max_staleness,
