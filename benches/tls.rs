@@ -131,8 +131,10 @@ async fn main() {
     };
     let (cert, key) = (file("server.crt", &own.cert), file("server.key", &own.key));
     let (client_ca, policy) = (file("ca.crt", &ca.pem), file("policy.toml", POLICY));
-    let flags =
+    let files =
         ["--tls-cert", &cert, "--tls-key", &key, "--tls-client-ca", &client_ca, "--authorization-policy", &policy];
+    let no_quotas = ["--max-messages-per-identity", "0", "--max-instances-per-identity", "0"];
+    let flags = [&files[..], &no_quotas].concat();
     let server = Server::start(&dir.path().join("data"), &flags).await;
 
     let mut ratios = Vec::new();

@@ -27,7 +27,7 @@ use crate::{
     admin::{self, Admin},
     config::{Config, SecurityConfig},
     dns, grpc,
-    identity::{Authenticator, Authorizer, RefusalLog, certificate_user},
+    identity::{Authenticator, Authorizer, RefusalLog, Usage, certificate_user},
     kubernetes::Kubernetes,
     metrics::Metrics,
     model::{ServerAddress, test_clock_offset},
@@ -350,13 +350,15 @@ impl ProgressReporter {
 
 /// Reads certificates and policy.
 fn grpc_security(config: SecurityConfig, metrics: &Arc<Metrics>) -> anyhow::Result<Arc<grpc::Security>> {
-    let SecurityConfig { tls, authorization } = config;
+    let SecurityConfig { tls, authorization, usage } = config;
     let log = Arc::new(RefusalLog::default());
     let tls = tls.map(|files| ServerTls::load(files, Arc::clone(&metrics.connections))).transpose()?;
     let replica = tls.as_ref().and_then(|tls| certificate_user(&tls.certificate()?).ok());
     let authorizer = Authorizer::new(authorization, replica, Arc::clone(&metrics.identity), Arc::clone(&log))
         .context("--authorization-policy")?;
-    Ok(Arc::new(grpc::Security { tls, authenticator: Authenticator, authorizer: Arc::new(authorizer), log }))
+    let usage = Usage::new(usage, Arc::clone(&metrics.identity));
+    let authorizer = Arc::new(authorizer);
+    Ok(Arc::new(grpc::Security { tls, authenticator: Authenticator, authorizer, usage, log }))
 }
 
 fn from_std(listeners: Vec<StdTcpListener>) -> io::Result<Vec<TcpListener>> {

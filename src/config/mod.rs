@@ -1,6 +1,7 @@
 //! Configuration of `gangplank serve`: flags, environment variables, defaults, and their checks.
 
 mod advertise;
+mod quotas;
 mod security;
 
 use std::{
@@ -23,8 +24,8 @@ use crate::{
     zone::ZoneConfig,
 };
 
-use self::security::SecurityArgs;
 pub use self::{advertise::Advertise, security::SecurityConfig};
+use self::{quotas::QuotaArgs, security::SecurityArgs};
 
 /// Largest `--ttl` in seconds. Clients cache a removed instance for that long.
 const MAX_TTL: u32 = 3600;
@@ -176,6 +177,9 @@ pub struct ServeArgs {
     #[arg(long, env = "GANGPLANK_MAX_INSTANCES", value_name = "N", default_value_t = 2_000_000)]
     max_instances: usize,
 
+    #[command(flatten)]
+    quotas: QuotaArgs,
+
     /// gRPC connections in all; when there is no room, the idlest without a call is closed
     #[arg(long, env = "GANGPLANK_GRPC_CONNECTIONS", value_name = "N", default_value_t = 12_000)]
     grpc_connections: usize,
@@ -290,6 +294,7 @@ impl ServeArgs {
             kubernetes_qps,
             service_linger,
             max_instances,
+            quotas,
             grpc_connections,
             grpc_idle,
             grpc_max_age,
@@ -302,7 +307,7 @@ impl ServeArgs {
             drain,
         } = self;
 
-        let (grpc_listen, security) = security.check(grpc_listen)?;
+        let (grpc_listen, security) = security.check(grpc_listen, quotas.usage())?;
         let most = kubernetes::MAX_ENDPOINTS;
         ensure!((1..=most).contains(&slice_endpoints), "--slice-endpoints {slice_endpoints}: must be 1..={most}");
         ensure!(
@@ -386,7 +391,11 @@ impl ServeArgs {
             zone: ZoneConfig { origin, ttl, reverse_zones, ns_addresses: ns_address, publish_not_ready },
             data_dir: data_dir.map_or_else(default_data_dir, Ok)?,
             store: store::Options { accept_loss, segment_bytes, outbox: kubernetes },
-            registry: registry::Options { max_instances, kubernetes: kubernetes.then_some(policy) },
+            registry: registry::Options {
+                max_instances,
+                quotas: quotas.instances(),
+                kubernetes: kubernetes.then_some(policy),
+            },
             kubernetes: kubernetes.then_some(kubernetes::Options {
                 kubeconfig,
                 lease_namespace,

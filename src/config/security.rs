@@ -5,7 +5,11 @@ use std::{net::SocketAddr, path::PathBuf, str::FromStr};
 use anyhow::{bail, ensure};
 use clap::Args;
 
-use crate::{grpc::ListenerSecurity, identity::Authorization, net::tls::TlsFiles};
+use crate::{
+    grpc::ListenerSecurity,
+    identity::{Authorization, UsageLimits},
+    net::tls::TlsFiles,
+};
 
 #[derive(Debug, Args)]
 pub(super) struct SecurityArgs {
@@ -93,6 +97,8 @@ pub struct SecurityConfig {
     pub tls: Option<TlsFiles>,
     /// Where rights come from.
     pub authorization: Authorization,
+    /// What one identity may use at a time.
+    pub usage: UsageLimits,
 }
 
 impl SecurityArgs {
@@ -100,6 +106,7 @@ impl SecurityArgs {
     pub(super) fn check(
         self,
         listeners: Vec<SocketAddr>,
+        usage: UsageLimits,
     ) -> anyhow::Result<(Vec<(SocketAddr, ListenerSecurity)>, SecurityConfig)> {
         let Self { tls_cert, tls_key, tls_client_ca, authorization_policy, authorization, insecure } = self;
         let tls = tls_files(tls_cert, tls_key, tls_client_ca)?;
@@ -116,7 +123,7 @@ impl SecurityArgs {
             tls.is_none() || authorization != Authorization::Plaintext,
             "--tls-cert: nothing says what clients may do: give --authorization-policy FILE"
         );
-        Ok((listeners, SecurityConfig { tls, authorization }))
+        Ok((listeners, SecurityConfig { tls, authorization, usage }))
     }
 }
 

@@ -72,10 +72,13 @@ impl Service<Request<Body>> for AuthenticatedRoutes {
                 return Box::pin(async move { Ok(refused) });
             }
         };
-        let caller = match Caller::new(identity, peer.address, &self.security.authorizer) {
+        let caller = match Caller::new(identity, peer.address, &self.security) {
             Ok(caller) => caller,
-            Err(err) => {
-                let status = Status::unauthenticated(err.to_string());
+            Err(status) => {
+                self.security.log.refused(|suppressed| {
+                    let (call, error) = (request.uri().path(), status.message());
+                    warn!(peer = %peer.address, call, error, suppressed, "refused");
+                });
                 return Box::pin(async move { Ok(status.into_http()) });
             }
         };

@@ -8,7 +8,7 @@ use std::{
     io,
     net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::{
@@ -22,10 +22,11 @@ use tracing::{debug, warn};
 
 use crate::{
     identity::{
-        Access, AccessVerb, Authenticator, Authorizer, Credentials, Denied, Identity, RefusalLog, Unauthenticated,
+        Access, AccessVerb, Authenticator, Authorizer, Credentials, Denied, Identity, OpenCall, RefusalLog,
+        Unauthenticated, Usage,
     },
     metrics::{AuthenticationFailure, IdentityMetrics},
-    model::{Registrant, RegistrantError},
+    model::Registrant,
     net::tls::{PeerCertificates, ServerTls, ServerTlsStream},
     registry::Requester,
 };
@@ -51,7 +52,7 @@ pub enum ListenerSecurity {
 }
 
 /// Who may connect, and do what: shared by all listeners.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Security {
     /// Certificate and client CA; `None` without TLS.
     pub tls: Option<Arc<ServerTls>>,
@@ -59,6 +60,8 @@ pub struct Security {
     pub authenticator: Authenticator,
     /// Decides on them.
     pub authorizer: Arc<Authorizer>,
+    /// What identities use.
+    pub usage: Usage,
     /// Where refusals are logged.
     pub log: Arc<RefusalLog>,
 }
@@ -82,6 +85,8 @@ pub(super) struct Caller {
     peer: IpAddr,
     authorizer: Arc<Authorizer>,
     requester: Requester,
+    /// Its place among those of the identity; `None` for who may do all.
+    open: Option<Arc<OpenCall>>,
     /// What the call was allowed, to be decided again when rights change; `None` for who may do all.
     ongoing: Option<Arc<Mutex<HashSet<OngoingAccess>>>>,
 }
@@ -105,25 +110,37 @@ impl Caller {
     }
 
     /// # Errors
-    /// When no instance could be registered under the user's name.
-    pub(super) fn new(
-        identity: Arc<Identity>,
-        peer: IpAddr,
-        authorizer: &Arc<Authorizer>,
-    ) -> Result<Self, RegistrantError> {
+    /// When no instance could be registered under the user's name, or the identity has too many calls open.
+    pub(super) fn new(identity: Arc<Identity>, peer: IpAddr, security: &Security) -> Result<Self, Status> {
+        let authorizer = &security.authorizer;
         let allows_all = authorizer.allows_all(&identity);
         let ongoing = (!allows_all).then(Arc::default);
-        let requester = if allows_all {
-            Requester::Unrestricted
+        let (requester, open) = if allows_all {
+            (Requester::Unrestricted, None)
         } else {
-            Requester::Identity { registrant: Registrant::new(Arc::clone(&identity.user))?, overrides: false }
+            let open = security.usage.begin(&identity).map_err(|err| Status::resource_exhausted(err.to_string()))?;
+            let registrant = Registrant::new(Arc::clone(&identity.user));
+            let registrant = registrant.map_err(|err| Status::unauthenticated(err.to_string()))?;
+            (Requester::Identity { registrant, overrides: false }, Some(open))
         };
-        Ok(Self { identity, peer, authorizer: Arc::clone(authorizer), requester, ongoing })
+        Ok(Self { identity, peer, authorizer: Arc::clone(authorizer), requester, open, ongoing })
     }
 
     /// On whose behalf the call changes instances, without the right to change those of others.
     pub(super) fn requester(&self) -> Requester {
         self.requester.clone()
+    }
+
+    /// How long the caller's next message has to wait; `None` if it may come.
+    pub(super) fn message_wait(&self) -> Option<Duration> {
+        self.open.as_ref()?.wait(Instant::now())
+    }
+
+    /// A message of the caller was read.
+    pub(super) fn count_message(&self) {
+        if let Some(open) = &self.open {
+            open.count_message();
+        }
     }
 
     /// Whether the caller may do this.

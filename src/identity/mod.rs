@@ -11,6 +11,7 @@ mod authorizer;
 mod certificate;
 mod policy;
 mod refusal_log;
+mod usage;
 
 use std::{fmt, sync::Arc, time::SystemTime};
 
@@ -20,6 +21,7 @@ pub use access::{Access, AccessVerb, Denied};
 pub use authorizer::{Authorization, Authorizer};
 pub use policy::{Policy, PolicyError};
 pub use refusal_log::RefusalLog;
+pub use usage::{OpenCall, TooManyStreams, Usage, UsageLimits};
 
 use crate::{metrics::AuthenticationFailure, model::Registrant};
 

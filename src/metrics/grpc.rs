@@ -93,6 +93,8 @@ label_enum! {
         Conflict => "409",
         /// Try again later.
         Unavailable => "503",
+        /// A quota of an identity or a namespace is used up.
+        OverQuota => "429",
         /// The limit of instances is reached.
         Full => "507",
     }

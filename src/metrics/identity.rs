@@ -28,6 +28,20 @@ label_enum! {
     }
 }
 
+label_enum! {
+    /// What an identity or a namespace has as much of as it may.
+    pub enum QuotaKind {
+        /// Instances of an identity.
+        IdentityInstances => "identity_instances",
+        /// Instances of a namespace.
+        NamespaceInstances => "namespace_instances",
+        /// Messages a second of an identity.
+        IdentityMessages => "identity_messages",
+        /// Open calls of an identity.
+        IdentityStreams => "identity_streams",
+    }
+}
+
 /// Who called, and what was decided.
 #[derive(Debug)]
 pub struct IdentityMetrics {
@@ -35,6 +49,8 @@ pub struct IdentityMetrics {
     pub unauthenticated: EnumCounter<AuthenticationFailure>,
     /// Decisions.
     pub decisions: EnumCounter<Decision>,
+    /// Times that a quota was used up.
+    pub over_quota: EnumCounter<QuotaKind>,
     /// Times that a changed policy file was invalid.
     pub policy_reload_errors: Counter,
 }
@@ -60,6 +76,12 @@ impl IdentityMetrics {
                 "authorization_decisions",
                 "result",
                 "Decisions on what an identity may do",
+            ),
+            over_quota: EnumCounter::register(
+                all,
+                "over_quota",
+                "quota",
+                "Registrations and calls that were refused for a quota, and messages that had to wait for one",
             ),
             policy_reload_errors,
         }

@@ -34,6 +34,8 @@ label_enum! {
         NotFound => "not_found",
         /// The instance limit is reached.
         Full => "full",
+        /// A quota of an identity or a namespace is used up.
+        OverQuota => "over_quota",
         /// Another identity has registered the instance.
         Owned => "owned",
         /// The Kubernetes cluster, as it is now, forbids the registration.

@@ -84,6 +84,9 @@ impl Applier {
             after.generation = generation;
             let added = |instance: &Arc<_>| InstanceChange { before: None, after: Some(Arc::clone(instance)) };
             let changes: Vec<InstanceChange> = after.instances.iter().map(added).collect();
+            let mut counts = self.catalog.counts();
+            after.instances.iter().for_each(|instance| counts.replace(service.namespace(), None, Some(instance)));
+            drop(counts);
             let change = ServiceChange { service: &service, changes: &changes };
             self.publisher.publish(generation, &[change]);
             self.catalog.set(service, after);
@@ -151,7 +154,8 @@ impl Applier {
     fn publish(&mut self, generation: u64, serial: u64, changes: StagedChanges, durable: UnixMillis) -> AppliedBatch {
         let begun = Instant::now();
         self.catalog.begin_generation(generation);
-        let StagedChanges { mut services, events, tombstones, .. } = changes;
+        let StagedChanges { mut services, events, tombstones, counts, .. } = changes;
+        self.catalog.counts().merge(&counts);
         for staged in services.values_mut() {
             staged.after.generation = generation;
         }

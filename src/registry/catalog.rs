@@ -1,7 +1,11 @@
 //! What is registered, for readers: a lock-free map of immutable services.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{
+    Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicU64, AtomicUsize, Ordering},
+};
 
+use super::quota::InstanceCounts;
 use crate::{
     model::{Service, ServiceKey},
     replicas::tombstones::Tombstones,
@@ -15,6 +19,8 @@ pub struct Catalog {
     /// Beside the services, so that one without instances is invisible to every reader.
     tombstones: papaya::HashMap<ServiceKey, Tombstones, foldhash::fast::RandomState>,
     instances: AtomicUsize,
+    /// Only the writer's thread takes it.
+    counts: Mutex<InstanceCounts>,
     tombstone_count: AtomicUsize,
     /// The generation that is being applied, or was applied last.
     begun: AtomicU64,
@@ -94,6 +100,11 @@ impl Catalog {
     #[must_use]
     pub fn instances(&self) -> usize {
         self.instances.load(Ordering::Relaxed)
+    }
+
+    /// Instances by registrant and by namespace.
+    pub(super) fn counts(&self) -> MutexGuard<'_, InstanceCounts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The generation that was applied last. All its changes can be read.

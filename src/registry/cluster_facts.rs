@@ -1,8 +1,12 @@
 //! Facts about the cluster that registrations are checked against. The mirror sends them through the
 //! registry's handle, so that a check never waits for the API server. They are kept in memory only.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
+use super::AnnotatedQuota;
 use crate::model::{Instance, ServiceKey};
 
 /// One fact about the cluster, as the API server reports it.
@@ -14,6 +18,13 @@ pub enum ClusterFact {
         name: Box<str>,
         /// Whether instances may be registered in it.
         exists: bool,
+    },
+    /// How many instances a namespace may have, by its annotation; `None` without one.
+    Quota {
+        /// The namespace.
+        namespace: Box<str>,
+        /// Its limit.
+        quota: Option<AnnotatedQuota>,
     },
     /// The list of namespaces is complete: a namespace without a [`ClusterFact::Namespace`] does not
     /// exist.
@@ -39,7 +50,7 @@ impl ClusterFact {
     /// The cost of learning the fact, as a multiple of the cheapest: each instance is published.
     pub(super) fn cost(&self) -> usize {
         match self {
-            Self::Namespace { .. } | Self::NamespacesComplete | Self::Service { .. } => 1,
+            Self::Namespace { .. } | Self::Quota { .. } | Self::NamespacesComplete | Self::Service { .. } => 1,
             Self::Endpoints { instances, .. } => 1 + instances.len(),
         }
     }
@@ -71,11 +82,12 @@ pub(super) struct ClusterFacts {
     complete: bool,
     namespaces: HashSet<Box<str>>,
     foreign: HashSet<ServiceKey>,
+    quotas: HashMap<Box<str>, AnnotatedQuota>,
 }
 
 impl ClusterFacts {
     pub(super) fn new(policy: Option<NamespacePolicy>) -> Self {
-        Self { policy, complete: false, namespaces: HashSet::new(), foreign: HashSet::new() }
+        Self { policy, complete: false, namespaces: HashSet::new(), foreign: HashSet::new(), quotas: HashMap::new() }
     }
 
     /// Why a registration under `service` is refused, or `None`. A fact that was not received yet
@@ -102,6 +114,18 @@ impl ClusterFacts {
     /// Returns whether that is a change.
     pub(super) fn set_namespace(&mut self, name: Box<str>, exists: bool) -> bool {
         if exists { self.namespaces.insert(name) } else { self.namespaces.remove(&name) }
+    }
+
+    /// The limit of instances of a namespace, by its annotation.
+    pub(super) fn quota(&self, namespace: &str) -> Option<AnnotatedQuota> {
+        self.quotas.get(namespace).copied()
+    }
+
+    pub(super) fn set_quota(&mut self, namespace: Box<str>, quota: Option<AnnotatedQuota>) {
+        match quota {
+            Some(quota) => drop(self.quotas.insert(namespace, quota)),
+            None => drop(self.quotas.remove(&namespace)),
+        }
     }
 
     pub(super) fn namespaces_are_complete(&mut self) {

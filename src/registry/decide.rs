@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use super::{
-    Catalog, Command, NamespacePolicy, Outcome, Requester,
+    Catalog, Command, InstanceQuotas, NamespacePolicy, Outcome, QuotaExceeded, Requester,
     cluster_facts::ClusterFacts,
     expiries::{Expiries, MAX_SHRUNK},
     requester::removal,
@@ -45,6 +45,7 @@ impl DecidedBatch {
 pub(super) struct Decider {
     catalog: Arc<Catalog>,
     max_instances: usize,
+    quotas: InstanceQuotas,
     facts: ClusterFacts,
     stamper: Stamper,
     /// When tombstones expire; `None` where removals are not remembered.
@@ -73,7 +74,13 @@ impl Decider {
             }
             expiries
         });
-        Self { catalog, max_instances, facts, stamper, expiries, stamps_unchanged, batch: DecidedBatch::default() }
+        let (quotas, batch) = (InstanceQuotas::default(), DecidedBatch::default());
+        Self { catalog, max_instances, quotas, facts, stamper, expiries, stamps_unchanged, batch }
+    }
+
+    /// From now on these quotas hold.
+    pub(super) fn set_quotas(&mut self, quotas: InstanceQuotas) {
+        self.quotas = quotas;
     }
 
     /// Stamps what is decided.
@@ -182,6 +189,9 @@ impl Decider {
         if let Some(other) = by.refused_by(&before) {
             return Outcome::Owned(other.clone());
         }
+        if let Some(exceeded) = self.exceeded_quota(&key, before.as_ref(), by) {
+            return Outcome::OverQuota(exceeded);
+        }
         let registrant = by.registrant_after(before.as_ref());
         let (outcome, instance) = match &before {
             None => {
@@ -206,6 +216,23 @@ impl Decider {
         self.batch.records.push(Record::Put { service: key.clone(), instance: Arc::clone(&instance) });
         self.batch.changes.stage(key, service, InstanceChange { before, after: Some(instance) }, received);
         outcome
+    }
+
+    fn exceeded_quota(
+        &self,
+        key: &ServiceKey,
+        before: Option<&Arc<Instance>>,
+        by: &Requester,
+    ) -> Option<QuotaExceeded> {
+        let staged = &self.batch.changes.counts;
+        let sum = |held: isize, staged: isize| usize::try_from(held + staged).unwrap_or(0);
+        self.quotas.exceeded(
+            by,
+            before,
+            self.facts.quota(key.namespace()),
+            |name| sum(self.catalog.counts().of_registrant(name), staged.of_registrant(name)),
+            || sum(self.catalog.counts().of_namespace(key.namespace()), staged.of_namespace(key.namespace())),
+        )
     }
 
     fn unregister(

@@ -37,6 +37,7 @@ mod merge;
 mod mirror_progress;
 mod mirror_records;
 mod outbox;
+mod quota;
 mod recover;
 mod refused_words;
 mod replica;
@@ -61,6 +62,7 @@ pub use follow::{FollowedServices, TakeOverTurn};
 pub use merge::{LateSlice, MergeAck, MergeOutcome};
 pub use mirror_progress::{Askers, DirtyServices, MirrorLag, MirrorProgress};
 pub use outbox::{OutboxPage, OutboxWord};
+pub use quota::{AnnotatedQuota, InstanceQuotas, QuotaExceeded};
 pub use recover::{Options, Unrecovered, new};
 pub use refused_words::{RefusalReason, RefusedWord, RefusedWords};
 pub use replica::ReplicaStatus;
@@ -134,6 +136,8 @@ pub enum Outcome {
         /// [`Options::max_instances`].
         limit: usize,
     },
+    /// A quota is used up; nothing was added.
+    OverQuota(QuotaExceeded),
     /// Another identity has registered the instance, or one of those to be removed; nothing changed.
     Owned(Registrant),
     /// The mirror could not write the registration.
@@ -147,7 +151,7 @@ impl Outcome {
         match self {
             Self::Created | Self::Updated | Self::Unchanged | Self::Removed(_) => true,
             Self::NotFound { remembered } => *remembered,
-            Self::Full { .. } | Self::Owned(_) | Self::Refused(_) => false,
+            Self::Full { .. } | Self::OverQuota(_) | Self::Owned(_) | Self::Refused(_) => false,
         }
     }
 }

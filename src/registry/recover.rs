@@ -7,8 +7,8 @@ use tokio::sync::{Semaphore, mpsc};
 use tracing::{error, info, warn};
 
 use super::{
-    Catalog, Feed, MirrorProgress, NamespacePolicy, QUEUE_LEN, RefusedWords, RegistryHandle, Snapshots, Status, Writer,
-    WriterMessage, apply::Applier, batch_limit::BatchLimit, commit::Committer, decide::Decider,
+    Catalog, Feed, InstanceQuotas, MirrorProgress, NamespacePolicy, QUEUE_LEN, RefusedWords, RegistryHandle, Snapshots,
+    Status, Writer, WriterMessage, apply::Applier, batch_limit::BatchLimit, commit::Committer, decide::Decider,
     mirror_records::MirrorRecords, restore::LocalState, stamper::Stamper,
 };
 use crate::{
@@ -24,6 +24,8 @@ use crate::{
 pub struct Options {
     /// Instances that may be registered; more get [`Outcome::Full`](super::Outcome::Full).
     pub max_instances: usize,
+    /// How many of them an identity and a namespace may have.
+    pub quotas: InstanceQuotas,
     /// How registrations are checked against Kubernetes; `None` without Kubernetes.
     pub kubernetes: Option<NamespacePolicy>,
 }
@@ -97,7 +99,7 @@ impl Unrecovered {
             mirror_progress,
             refused_words,
             metrics,
-            options: Options { max_instances, kubernetes },
+            options: Options { max_instances, quotas, kubernetes },
         } = self;
         let mut stored = Replayed::default();
         let mut take = |record| stored.replay(record);
@@ -149,11 +151,13 @@ impl Unrecovered {
         } else {
             status.ready();
         }
+        let mut decider = Decider::new(Arc::clone(&catalog), max_instances, kubernetes, stamper, recovery.tombstones);
+        decider.set_quotas(quotas);
         let committer = Committer::new(journal, status.clone(), generation);
         info!(services = catalog.len(), instances = catalog.instances(), generation, "recovered");
         Ok(Writer {
             queue,
-            decider: Decider::new(Arc::clone(&catalog), max_instances, kubernetes, stamper, recovery.tombstones),
+            decider,
             committer,
             applier,
             mirror_records: MirrorRecords::new(local),

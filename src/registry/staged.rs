@@ -7,7 +7,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use super::{Catalog, Event};
+use super::{Catalog, Event, quota::InstanceCounts};
 use crate::{
     model::{InstanceChange, Service, ServiceKey, UnixMillis},
     replicas::tombstones::Tombstones,
@@ -24,6 +24,8 @@ pub(super) struct StagedChanges {
     pub(super) tombstones: HashMap<ServiceKey, (Tombstones, UnixMillis), foldhash::fast::RandomState>,
     /// Added minus removed instances.
     growth: isize,
+    /// The same by registrant and by namespace.
+    pub(super) counts: InstanceCounts,
 }
 
 /// One service that changed.
@@ -49,6 +51,7 @@ impl StagedChanges {
             events: Vec::with_capacity(self.events.len()),
             tombstones: HashMap::default(),
             growth: 0,
+            counts: InstanceCounts::default(),
         }
     }
 
@@ -107,19 +110,13 @@ impl StagedChanges {
             received,
         });
         let instances = &mut staged.after.instances;
-        match (&change.before, &change.after) {
-            (_, Some(after)) => {
-                if instances.put(Arc::clone(after)).is_none() {
-                    self.growth += 1;
-                }
-            }
-            (Some(before), None) => {
-                if instances.remove(&before.key()).is_some() {
-                    self.growth -= 1;
-                }
-            }
-            (None, None) => {}
-        }
+        let (replaced, after) = match (&change.before, &change.after) {
+            (_, Some(after)) => (instances.put(Arc::clone(after)), Some(&**after)),
+            (Some(before), None) => (instances.remove(&before.key()), None),
+            (None, None) => (None, None),
+        };
+        self.growth += isize::from(after.is_some()) - isize::from(replaced.is_some());
+        self.counts.replace(key.namespace(), replaced.as_deref(), after);
         if let (Some(before), Some(after)) = (&change.before, &change.after)
             && before.same_but_for_stamp(after)
         {

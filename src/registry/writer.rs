@@ -341,6 +341,7 @@ impl Writer {
                     self.applier.set_namespace(&name, exists);
                 }
             }
+            ClusterFact::Quota { namespace, quota } => self.decider.facts().set_quota(namespace, quota),
             ClusterFact::NamespacesComplete => self.decider.facts().namespaces_are_complete(),
             ClusterFact::Service { service, foreign } => self.decider.facts().set_foreign(service, foreign),
             ClusterFact::Endpoints { service, instances } => self.applier.set_foreign_endpoints(service, instances),
@@ -468,6 +469,9 @@ impl Writer {
         registry.set_queue_length(self.queue.len());
         for outcome in pending.replies.iter().flat_map(|(_, outcomes)| outcomes) {
             registry.count(counted(outcome), 1);
+            if let Outcome::OverQuota(exceeded) = outcome {
+                self.metrics.identity.over_quota.at(exceeded.kind()).inc();
+            }
         }
     }
 }
@@ -480,6 +484,7 @@ fn counted(outcome: &Outcome) -> CommandOutcome {
         Outcome::Removed(_) => CommandOutcome::Removed,
         Outcome::NotFound { .. } => CommandOutcome::NotFound,
         Outcome::Full { .. } => CommandOutcome::Full,
+        Outcome::OverQuota(_) => CommandOutcome::OverQuota,
         Outcome::Owned(_) => CommandOutcome::Owned,
         Outcome::Refused(_) => CommandOutcome::Refused,
     }

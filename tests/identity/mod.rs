@@ -4,6 +4,7 @@ mod command_line;
 mod matrix;
 pub(crate) mod ownership;
 pub(crate) mod pki;
+mod quotas;
 mod streams;
 
 use std::{
@@ -46,9 +47,13 @@ impl SecuredServer {
     }
 
     fn start_with(policy: &str) -> Self {
+        Self::start_with_flags(policy, &[])
+    }
+
+    fn start_with_flags(policy: &str, more: &[&str]) -> Self {
         let (ca, files) = (TestCa::new(), tempfile::tempdir().expect("a directory"));
         let flags = security_flags(&ca, files.path(), policy);
-        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        let flags: Vec<&str> = flags.iter().map(String::as_str).chain(more.iter().copied()).collect();
         Self { server: Server::start_with(&flags), ca, files }
     }
 

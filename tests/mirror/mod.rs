@@ -14,6 +14,7 @@ mod kill_cycles;
 mod late_writes;
 mod lease;
 mod ownership;
+mod quotas;
 mod replica;
 mod replicas_command;
 mod reregistered;

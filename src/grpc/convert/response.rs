@@ -7,7 +7,7 @@ use super::{
 use crate::{
     identity::Denied,
     metrics::{LabelEnum as _, RegistrationStatus},
-    registry::{KubernetesRefusal, Outcome, Unavailable},
+    registry::{KubernetesRefusal, Outcome, QuotaExceeded, Unavailable},
 };
 
 /// The number of a status on the wire: the one of HTTP, where HTTP has one for it.
@@ -22,6 +22,7 @@ fn wire_code(status: RegistrationStatus) -> u32 {
         RegistrationStatus::NotFound => 404,
         RegistrationStatus::Conflict => 409,
         RegistrationStatus::Unavailable => 503,
+        RegistrationStatus::OverQuota => 429,
         RegistrationStatus::Full => 507,
     }
 }
@@ -47,6 +48,25 @@ impl From<InvalidMessage> for Refusal {
 impl From<Denied> for Refusal {
     fn from(denied: Denied) -> Self {
         Self::Denied(denied)
+    }
+}
+
+/// Which number, and which limit.
+fn quota_details(exceeded: &QuotaExceeded, namespace: &str) -> String {
+    match exceeded {
+        QuotaExceeded::Identity { registrant, limit } => format!(
+            "{registrant} has {limit} instances or more, which is the limit of one identity (--max-instances-per-identity)"
+        ),
+        QuotaExceeded::Namespace { limit } => format!(
+            "namespace: {namespace} has {limit} instances or more, which is the limit of one namespace \
+             (--max-instances-per-namespace)"
+        ),
+        QuotaExceeded::Annotation { limit: Some(limit) } => format!(
+            "namespace: {namespace} has {limit} instances or more, which is its limit (annotation gangplank.dev/max-instances)"
+        ),
+        QuotaExceeded::Annotation { limit: None } => format!(
+            "namespace: the annotation gangplank.dev/max-instances of {namespace} is not a number, so nothing new is registered"
+        ),
     }
 }
 
@@ -102,6 +122,10 @@ impl ResponseBuilder {
                      nothing was added"
                 );
                 self.answer(RegistrationStatus::Full, details, 0)
+            }
+            Outcome::OverQuota(exceeded) => {
+                let details = quota_details(&exceeded, &self.namespace);
+                self.answer(RegistrationStatus::OverQuota, details, 0)
             }
             Outcome::Owned(registrant) => {
                 let details = format!(
@@ -184,6 +208,7 @@ mod tests {
             (Outcome::Removed(3), 204, 5),
             (Outcome::NotFound { remembered: true }, 404, 5),
             (Outcome::Full { limit: 10 }, 507, 0),
+            (Outcome::OverQuota(QuotaExceeded::Namespace { limit: 3 }), 429, 0),
             (Outcome::Owned(Registrant::new("vm-1".into()).expect("a name")), 409, 0),
         ] {
             let response = ResponseBuilder::default().completed(outcome.clone(), 5, true);

@@ -91,8 +91,10 @@ mod tests {
     #[tokio::test]
     async fn removal_that_no_slice_confirms_waits_until_no_other_process_can_have_the_lease() {
         let kubernetes = Some(NamespacePolicy { create_namespaces: false });
-        let (registry, _unrecovered) =
-            registry::new(Options { max_instances: 10, kubernetes }, Arc::new(Metrics::new()));
+        let (registry, _unrecovered) = registry::new(
+            Options { max_instances: 10, quotas: Default::default(), kubernetes },
+            Arc::new(Metrics::new()),
+        );
         let service = VALIDATOR.service("absent", "web").expect("valid");
         let address = VALIDATOR.address("10.0.0.1").expect("valid");
         let removal = Command::Unregister { service, address, ports: PortSet::default(), by: Requester::Unrestricted };

@@ -5,6 +5,7 @@ mod stream;
 
 use std::sync::Arc;
 
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -45,6 +46,10 @@ impl RegistryService {
     /// Carries out one message. If the call is cancelled meanwhile, the registry still carries out a
     /// submitted command as a whole.
     async fn carry_out(&self, caller: &Caller, message: RegistrationMsg) -> Response<RegistrationResult> {
+        while let Some(wait) = caller.message_wait() {
+            sleep(wait).await;
+        }
+        caller.count_message();
         let (response, command) =
             convert::parse(message, &self.context.validator, UnixMillis::now(), caller.requester());
         let mut unavailable = None;

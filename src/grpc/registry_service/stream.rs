@@ -23,6 +23,7 @@ use std::{
 };
 
 use futures::{Stream, future::Either};
+use tokio::time::{Sleep, sleep};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::Status;
 
@@ -116,6 +117,8 @@ pub(in crate::grpc) struct RegistrationStream<S> {
     caller: Caller,
     context: ServerContext,
     stop: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Until the identity may send another message.
+    message_wait: Option<Pin<Box<Sleep>>>,
     /// Completes when this process has stopped writing to Kubernetes.
     deposed: Pin<Box<dyn Future<Output = StoodDown> + Send>>,
     inbound_state: InboundState,
@@ -155,6 +158,7 @@ where
         Self {
             inbound,
             caller,
+            message_wait: None,
             deposed: Box::pin(context.registry.status().deposed()),
             context,
             stop: Box::pin(stop),
@@ -191,6 +195,21 @@ where
         true
     }
 
+    /// Waits while the identity has sent as many messages in this second as it may. The client is not refused: it is not
+    /// read, as if the server were slow.
+    fn poll_message_wait(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            if let Some(wait) = &mut self.message_wait {
+                ready!(wait.as_mut().poll(cx));
+                self.message_wait = None;
+            }
+            match self.caller.message_wait() {
+                None => return Poll::Ready(()),
+                Some(wait) => self.message_wait = Some(Box::pin(sleep(wait))),
+            }
+        }
+    }
+
     /// Reads the messages that have arrived as one batch. Returns whether anything was read, the
     /// end of the stream included.
     fn read_batch(&mut self, cx: &mut Context<'_>) -> bool {
@@ -212,9 +231,10 @@ where
         let now = UnixMillis::now();
         let (mut responses, mut commands, mut bytes) = (Vec::new(), Vec::new(), 0);
         let mut ended = false;
-        while responses.len() < MAX_COMMANDS && self.may_read(bytes) {
+        while responses.len() < MAX_COMMANDS && self.may_read(bytes) && self.poll_message_wait(cx).is_ready() {
             match Pin::new(&mut self.inbound).poll_next(cx) {
                 Poll::Ready(Some(Ok(message))) => {
+                    self.caller.count_message();
                     let message_bytes = convert::bytes(&message);
                     self.memory.charge_unanswered(message_bytes);
                     bytes += message_bytes;

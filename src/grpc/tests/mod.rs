@@ -19,7 +19,7 @@ use super::{
     *,
 };
 use crate::{
-    identity::{Authenticator, Authorization, Authorizer, Credentials, RefusalLog},
+    identity::{Authenticator, Authorization, Authorizer, Credentials, RefusalLog, Usage, UsageLimits},
     model::DnsName,
     registry::{self, Unrecovered, Writer},
     store::{DataDir, Options},
@@ -44,7 +44,8 @@ fn plaintext(metrics: &Metrics) -> Arc<Security> {
     let log = Arc::new(RefusalLog::default());
     let authorizer = Authorizer::new(Authorization::Plaintext, None, Arc::clone(&metrics.identity), Arc::clone(&log));
     let authorizer = Arc::new(authorizer.expect("no file to read"));
-    Arc::new(Security { tls: None, authenticator: Authenticator, authorizer, log })
+    let usage = Usage::new(UsageLimits::default(), Arc::clone(&metrics.identity));
+    Arc::new(Security { tls: None, authenticator: Authenticator, authorizer, usage, log })
 }
 
 /// A caller who may do all.
@@ -52,8 +53,7 @@ fn caller(registry: &Registry) -> security::Caller {
     let security = &registry.context.security;
     let now = std::time::SystemTime::now();
     let identity = security.authenticator.identify(&Credentials::LoopbackPlaintext, now).expect("needs nothing");
-    security::Caller::new(Arc::new(identity), std::net::Ipv4Addr::LOCALHOST.into(), &security.authorizer)
-        .expect("a name")
+    security::Caller::new(Arc::new(identity), std::net::Ipv4Addr::LOCALHOST.into(), security).expect("a name")
 }
 
 /// A registry with a store of its own; a test starts its recovery and its writer.
@@ -67,7 +67,7 @@ pub(super) struct Registry {
 
 impl Registry {
     fn new(max_instances: usize) -> Self {
-        Self::with(registry::Options { max_instances, kubernetes: None })
+        Self::with(registry::Options { max_instances, quotas: Default::default(), kubernetes: None })
     }
 
     fn with(options: registry::Options) -> Self {
@@ -111,7 +111,11 @@ impl Registry {
     /// A registry with an empty Kubernetes, whose mirror is the test itself.
     pub(super) async fn mirrored() -> Self {
         let rules = registry::NamespacePolicy { create_namespaces: true };
-        let mut registry = Self::with(registry::Options { max_instances: 1_000_000, kubernetes: Some(rules) });
+        let mut registry = Self::with(registry::Options {
+            max_instances: 1_000_000,
+            quotas: Default::default(),
+            kubernetes: Some(rules),
+        });
         registry.recover();
         registry.write();
         let handle = registry.context.registry.clone();

@@ -9,8 +9,9 @@ use k8s_openapi::{
 
 use super::object_store::CachedObject;
 use crate::{
-    kubernetes::objects::{services::Ownership, slices::ObservedSlice},
+    kubernetes::objects::{names, services::Ownership, slices::ObservedSlice},
     model::{self, ServiceKey, ServiceName},
+    registry::AnnotatedQuota,
 };
 
 /// Namespace and name of an object.
@@ -45,6 +46,8 @@ pub(super) struct CachedNamespace {
     pub(super) uid: Box<str>,
     pub(super) resource_version: Box<str>,
     pub(super) terminating: bool,
+    /// By its annotation.
+    pub(super) quota: Option<AnnotatedQuota>,
 }
 
 /// A Service and its owner.
@@ -86,14 +89,29 @@ impl CachedObject for CachedEndpoints {
     }
 }
 
+fn annotated<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {
+    meta.annotations.as_ref()?.get(key).map(String::as_str)
+}
+
 impl CachedNamespace {
     pub(super) fn read(meta: &ObjectMeta) -> Option<(Box<str>, Self)> {
         let cached = Self {
             uid: meta.uid.as_deref()?.into(),
             resource_version: meta.resource_version.as_deref()?.into(),
             terminating: meta.deletion_timestamp.is_some(),
+            quota: annotated(meta, names::MAX_INSTANCES)
+                .map(|text| text.parse().map_or(AnnotatedQuota::Invalid, AnnotatedQuota::Limit)),
         };
         Some((meta.name.as_deref()?.into(), cached))
+    }
+}
+
+/// Whether a namespace terminates, and how many instances it may have.
+pub(super) type NamespaceState = (bool, Option<AnnotatedQuota>);
+
+impl CachedNamespace {
+    pub(super) fn state(&self) -> NamespaceState {
+        (self.terminating, self.quota)
     }
 }
 
@@ -107,7 +125,7 @@ impl CachedObject for CachedNamespace {
     }
 
     fn same_content(&self, later: &Self) -> bool {
-        self.terminating == later.terminating
+        (self.terminating, self.quota) == (later.terminating, later.quota)
     }
 }
 

@@ -3,17 +3,18 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use k8s_openapi::api::core::v1::{Endpoints, Namespace, Service};
+use tracing::warn;
 
 use super::{
     ChangedKey,
-    entries::{CachedEndpoints, CachedNamespace, CachedService, CachedSlice, ObjectKey, service_key},
+    entries::{CachedEndpoints, CachedNamespace, CachedService, CachedSlice, NamespaceState, ObjectKey, service_key},
     event::ObjectEvent,
     object_store::{Applied, ObjectStore},
 };
 use crate::{
-    kubernetes::objects::{services::Ownership, slices::ObservedSlice},
+    kubernetes::objects::{names, services::Ownership, slices::ObservedSlice},
     model::ServiceKey,
-    registry::ClusterFact,
+    registry::{AnnotatedQuota, ClusterFact},
 };
 
 #[derive(Debug)]
@@ -55,8 +56,20 @@ impl State {
     pub(super) fn apply_namespaces(&mut self, events: Vec<ObjectEvent<Namespace>>) -> Vec<ClusterFact> {
         let mut facts = Vec::new();
         let mut changed: HashSet<Box<str>> = HashSet::new();
-        // `Some(true)`: terminating; `None`: absent.
-        let mut note = |name: Box<str>, before: Option<bool>, now: Option<bool>| {
+        // `None`: absent.
+        let mut note = |name: Box<str>, before: Option<NamespaceState>, now: Option<NamespaceState>| {
+            let quota = |state: Option<NamespaceState>| state.and_then(|(_, quota)| quota);
+            if quota(before) != quota(now) {
+                if quota(now) == Some(AnnotatedQuota::Invalid) {
+                    warn!(
+                        namespace = &*name,
+                        annotation = names::MAX_INSTANCES,
+                        "the annotation is not a number: nothing new is registered in the namespace"
+                    );
+                }
+                facts.push(ClusterFact::Quota { namespace: name.clone(), quota: quota(now) });
+            }
+            let [before, now] = [before, now].map(|state| state.map(|(terminating, _)| terminating));
             let (existed, exists) = (before == Some(false), now == Some(false));
             if existed != exists {
                 facts.push(ClusterFact::Namespace { name: name.clone(), exists });
@@ -72,25 +85,25 @@ impl State {
                 ObjectEvent::InitDone(version) => {
                     complete |= !self.namespaces.is_complete();
                     for (name, gone) in self.namespaces.init_done(&version) {
-                        note(name, Some(gone.terminating), None);
+                        note(name, Some(gone.state()), None);
                     }
                 }
                 ObjectEvent::InitApply(ref namespace) | ObjectEvent::Apply(ref namespace) => {
                     let Some((name, cached)) = CachedNamespace::read(&namespace.metadata) else { continue };
-                    let now = Some(cached.terminating);
+                    let now = Some(cached.state());
                     let applied = if matches!(event, ObjectEvent::InitApply(_)) {
                         self.namespaces.init_apply(name.clone(), cached)
                     } else {
                         self.namespaces.apply(name.clone(), cached)
                     };
                     if let Applied::Changed(before) = applied {
-                        note(name, before.map(|one| one.terminating), now);
+                        note(name, before.map(|one| one.state()), now);
                     }
                 }
                 ObjectEvent::Delete(namespace) => {
                     let Some((name, gone)) = CachedNamespace::read(&namespace.metadata) else { continue };
                     if let Some(before) = self.namespaces.delete(&name, &gone.uid, &gone.resource_version) {
-                        note(name, Some(before.terminating), None);
+                        note(name, Some(before.state()), None);
                     }
                 }
             }

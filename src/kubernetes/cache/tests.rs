@@ -72,6 +72,7 @@ fn addresses(cluster: &ClusterCache) -> Vec<String> {
 fn said(facts: &[ClusterFact]) -> Vec<String> {
     let one = |fact: &ClusterFact| match fact {
         ClusterFact::Namespace { name, exists } => format!("{name} {exists}"),
+        ClusterFact::Quota { namespace, quota } => format!("{namespace} quota {quota:?}"),
         ClusterFact::NamespacesComplete => "complete".into(),
         ClusterFact::Service { service, foreign } => format!("{service} foreign {foreign}"),
         ClusterFact::Endpoints { .. } => "endpoints".into(),

@@ -2,6 +2,9 @@
 //!
 //! Objects in clusters carry them, so none of them ever changes.
 
+/// Annotation of a namespace: how many instances it may have.
+pub const MAX_INSTANCES: &str = "gangplank.dev/max-instances";
+
 /// Label of Services that represent something outside the cluster.
 pub const SERVICE_TYPE: &str = "service-type";
 

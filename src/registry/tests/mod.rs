@@ -5,6 +5,7 @@ mod failed_journal;
 mod fairness;
 mod handover;
 mod ownership;
+mod quotas;
 mod standby;
 
 use std::{collections::BTreeMap, time::Instant};
@@ -39,7 +40,8 @@ impl TestRegistry {
 
     fn with_zone(dir: &TempDir, max_instances: usize) -> (Self, Arc<Zone>) {
         let metrics = Arc::new(Metrics::new());
-        let (handle, unrecovered) = new(super::Options { max_instances, kubernetes: None }, Arc::clone(&metrics));
+        let (handle, unrecovered) =
+            new(super::Options { max_instances, quotas: Default::default(), kubernetes: None }, Arc::clone(&metrics));
         let origin = DnsName::parse("cluster.local").expect("a name");
         let (reverse_zones, ns_addresses) = (Vec::new(), Vec::new());
         let config = ZoneConfig { origin, ttl: 5, reverse_zones, ns_addresses, publish_not_ready: false };
@@ -219,8 +221,11 @@ fn random_commands_and_restarts_match_the_model() {
 /// A registry with Kubernetes, whose writer waits for the restore.
 fn with_kubernetes(dir: &TempDir) -> (TestRegistry, Arc<Zone>) {
     let metrics = Arc::new(Metrics::new());
-    let options =
-        super::Options { max_instances: 100_000, kubernetes: Some(NamespacePolicy { create_namespaces: false }) };
+    let options = super::Options {
+        max_instances: 100_000,
+        quotas: Default::default(),
+        kubernetes: Some(NamespacePolicy { create_namespaces: false }),
+    };
     let (handle, unrecovered) = new(options, Arc::clone(&metrics));
     let origin = DnsName::parse("cluster.local").expect("a name");
     let (reverse_zones, ns_addresses) = (Vec::new(), Vec::new());

@@ -3,15 +3,15 @@
 use super::{standby::Replica, *};
 use crate::model::{PortSet, Stamp};
 
-fn identity(name: &str, overrides: bool) -> Requester {
+pub(super) fn identity(name: &str, overrides: bool) -> Requester {
     Requester::Identity { registrant: registrant(name), overrides }
 }
 
-fn registrant(name: &str) -> Registrant {
+pub(super) fn registrant(name: &str) -> Registrant {
     Registrant::new(name.into()).expect("a name")
 }
 
-fn register_by(by: Requester, address: &str, port: u16, weight: f32) -> Command {
+pub(super) fn register_by(by: Requester, address: &str, port: u16, weight: f32) -> Command {
     match register("web", address, port, weight) {
         Command::Register { service, instance, .. } => Command::Register { service, instance, by },
         other => panic!("{other:?} registers"),
@@ -19,7 +19,7 @@ fn register_by(by: Requester, address: &str, port: u16, weight: f32) -> Command 
 }
 
 /// Without a port: everything at the address.
-fn remove_by(by: Requester, address: &str, port: Option<u16>) -> Command {
+pub(super) fn remove_by(by: Requester, address: &str, port: Option<u16>) -> Command {
     let service = VALIDATOR.service("prod", "web").expect("valid");
     let ports = port.map(|port| (Protocol::Tcp, port)).into_iter().collect();
     let address = VALIDATOR.address(address).expect("valid");
@@ -33,7 +33,7 @@ fn registrants(catalog: &Catalog) -> Vec<(String, Option<String>)> {
     web.instances.iter().map(of).collect()
 }
 
-fn outcomes(acks: &[Ack]) -> Vec<Outcome> {
+pub(super) fn outcomes(acks: &[Ack]) -> Vec<Outcome> {
     acks.iter().flat_map(|ack| ack.outcomes.clone()).collect()
 }
 

@@ -41,7 +41,7 @@ impl Replica {
         assert_eq!(self.handle.status().phase(), Phase::Standby(Arc::new(other())));
     }
 
-    fn follow(&self, complete: bool, services: Vec<(ServiceKey, Vec<Arc<Instance>>)>) {
+    pub(super) fn follow(&self, complete: bool, services: Vec<(ServiceKey, Vec<Arc<Instance>>)>) {
         let followed = FollowedServices { term: 2, generation: 7, complete, services };
         self.runtime.block_on(self.handle.follow(followed)).expect("the writer is there");
     }
@@ -82,7 +82,7 @@ fn other() -> LeaseHolder {
 }
 
 /// What slices hold of one service.
-fn slices(service: &str, addresses: &[&str]) -> (ServiceKey, Vec<Arc<Instance>>) {
+pub(super) fn slices(service: &str, addresses: &[&str]) -> (ServiceKey, Vec<Arc<Instance>>) {
     let instance = |address: &&str| match register(service, address, 80, 1.0) {
         Command::Register { instance, .. } => instance,
         other => panic!("{other:?} registers"),
