@@ -9,7 +9,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
     println!("cargo:rerun-if-changed=build.rs");
 
-    let files = protox::compile(["proto/registry.proto", "proto/discovery.proto", "proto/handover.proto"], ["proto"])?;
+    let files = protox::compile(
+        ["proto/registry.proto", "proto/discovery.proto", "proto/handover.proto", "proto/joining.proto"],
+        ["proto"],
+    )?;
 
     // The reflection service serves this set. tonic's own option for it needs protoc.
     let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);

@@ -38,6 +38,7 @@
 //!
 //! 11. **One door.** A connection becomes an identity in one function, and an identity gets a yes or a no
 //!     in one other ([`identity`]); every call passes both, and a test asks the server for its calls.
+//!     Only the two with which a machine joins need no identity.
 //!
 //! Not implemented yet, and where it will go: probes set readiness (`health`), names of instances
 //! are resolved (`upstream`), encrypted DNS joins UDP and TCP in [`dns`].

@@ -3,7 +3,8 @@
 //!
 //! A page is one session from top to bottom. `make run` starts the server, on free ports, and
 //! again on the same data; `kill -9 …` and `kill -TERM …` signal that server; every other command
-//! is run by a shell. Default ports in commands are replaced by the real ones, and back in their
+//! is run by a shell. After `vm$` it is run on a machine that knows nothing of the server, where the last
+//! token that was printed takes the place of the page's. Default ports in commands are replaced by the real ones, and back in their
 //! output; generations, times and process ids compare as equal, and so do runs of blanks.
 
 use std::{
@@ -11,6 +12,8 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
+
+use tempfile::TempDir;
 
 use crate::{
     identity::pki::TestCa,
@@ -40,6 +43,11 @@ fn docs_registry_api() {
 #[test]
 fn docs_dns() {
     replay("docs/dns.md", &["dig"]);
+}
+
+#[test]
+fn docs_joining() {
+    replay("docs/joining.md", &["dig"]);
 }
 
 #[test]
@@ -77,7 +85,8 @@ fn functions_of_the_walks_exist_in_their_files() {
 fn docs_kubernetes() {
     let Some(turn) = mirror::ClusterLock::take() else { return };
     let (mine, theirs) = (turn.cluster.kubeconfig_for_gangplank(), turn.cluster.kubeconfig_admin());
-    let page = Page { kubeconfig: Some((mine, theirs)), kubectl: Some(turn.cluster.kubectl_folder()), folder: None };
+    let page =
+        Page { kubeconfig: Some((mine, theirs)), kubectl: Some(turn.cluster.kubectl_folder()), ..Page::default() };
     page.replay("docs/kubernetes.md", &["dig"]);
 }
 
@@ -137,11 +146,13 @@ fn every_make_command_that_a_page_names_exists() {
 struct Step {
     line: usize,
     command: String,
+    /// Whether it is typed on a machine that joins.
+    vm: bool,
     printed: Vec<String>,
 }
 
 fn replay(page: &str, needed: &[&str]) {
-    Page::default().replay(page, needed);
+    Page { vm: TempDir::new().ok(), ..Page::default() }.replay(page, needed);
 }
 
 /// What the commands of a page run with.
@@ -152,6 +163,8 @@ struct Page {
     kubectl: Option<PathBuf>,
     /// Where its commands run, and its files are; else in the project's root.
     folder: Option<PathBuf>,
+    /// The configuration of the machine that joins.
+    vm: Option<TempDir>,
 }
 
 impl Page {
@@ -163,8 +176,14 @@ impl Page {
         let steps = steps(&text);
         assert!(steps.len() > 2, "{page} shows commands");
         let (mut server, mut exported): (Option<Server>, Vec<(String, String)>) = (None, Vec::new());
-        for Step { line, command, printed } in steps {
-            let (out, real) = self.carry_out(&command, &mut server, &mut exported);
+        let mut token = None;
+        for Step { line, command, vm, printed } in steps {
+            let command = with_token(&command, token.as_deref());
+            // A machine that joins knows nothing of the server.
+            let set = if vm { Vec::new() } else { server_variables(server.as_ref()) };
+            let (out, real) = self.carry_out(&command, &set, &mut server, &mut exported);
+            token = printed_token(&real).or(token);
+            let real = real.replace(&self.vm_dir(), "CONFIG_DIR");
             let real = if let Some(server) = &server { as_documented(&real, server) } else { real };
             let lines = |text: &str| text.trim_end().lines().map(masked).collect::<Vec<_>>();
             let (shown, got) = (lines(&printed.join("\n")), lines(&real));
@@ -174,6 +193,8 @@ impl Page {
 
     /// The flags of a server that a page starts, with the paths of this run.
     fn flags(&self, command: &str) -> Vec<String> {
+        // Where the tests start every server.
+        let command = command.replace(" --grpc-listen 127.0.0.1:9080", "").replace(":9443", ":0");
         let words = command.split_whitespace().skip(2).filter(|&word| word != "\\");
         let path = |word: &str| match (&self.kubeconfig, &self.folder) {
             (Some((kubeconfig, _)), _) if word == "~/.kube/config" => kubeconfig.clone(),
@@ -183,10 +204,15 @@ impl Page {
         words.map(|word| path(word).into_os_string().into_string().expect("a path in UTF-8")).collect()
     }
 
+    fn vm_dir(&self) -> String {
+        self.vm.as_ref().map_or_else(|| "no machine joins".into(), |dir| dir.path().display().to_string())
+    }
+
     /// How it ended, and what it printed on stdout and stderr.
     fn carry_out(
         &self,
         command: &str,
+        variables: &[(&str, String)],
         server: &mut Option<Server>,
         exported: &mut Vec<(String, String)>,
     ) -> (String, String) {
@@ -236,7 +262,8 @@ impl Page {
                     .args(["-c", &command])
                     .env("PATH", path)
                     .envs(theirs)
-                    .env("GANGPLANK_SERVER", format!("http://{}", server.grpc))
+                    .env("GANGPLANK_CONFIG_DIR", self.vm_dir())
+                    .envs(variables.iter().map(|(name, value)| (name, value)))
                     .env("GANGPLANK_DNS", server.dns.to_string())
                     .envs(exported.iter().map(|(name, value)| (name, value)))
                     .current_dir(self.folder.as_deref().unwrap_or_else(|| Path::new(ROOT)))
@@ -262,14 +289,33 @@ fn steps(page: &str) -> Vec<Step> {
             step.command.push('\n');
             step.command.push_str(line);
             open = line.ends_with('\\');
-        } else if let Some(command) = line.strip_prefix("$ ").filter(|_| inside) {
-            steps.push(Step { line: number, command: command.to_owned(), printed: Vec::new() });
+        } else if let Some((prompt, command)) =
+            line.split_once("$ ").filter(|(prompt, _)| inside && ["", "vm"].contains(prompt))
+        {
+            let vm = prompt == "vm";
+            steps.push(Step { line: number, command: command.to_owned(), vm, printed: Vec::new() });
             open = line.ends_with('\\');
         } else if inside {
             steps.last_mut().expect("a block begins with a command").printed.push(line.to_owned());
         }
     }
     steps
+}
+
+/// How a command on the server's machine finds it.
+fn server_variables(server: Option<&Server>) -> Vec<(&'static str, String)> {
+    server.map(|server| ("GANGPLANK_SERVER", format!("http://{}", server.grpc))).into_iter().collect()
+}
+
+/// The join token in what was printed.
+fn printed_token(text: &str) -> Option<String> {
+    text.split_whitespace().find(|word| word.starts_with("gp1.")).map(str::to_owned)
+}
+
+/// A command with `token` in the place of the page's.
+fn with_token(command: &str, token: Option<&str>) -> String {
+    let real = |word| if str::starts_with(word, "gp1.") { token.unwrap_or(word) } else { word };
+    command.split(' ').map(real).collect::<Vec<_>>().join(" ")
 }
 
 /// Documented port and real port of each listener.
@@ -284,7 +330,13 @@ fn as_running(command: &str, server: &Server) -> String {
 
 fn as_documented(printed: &str, server: &Server) -> String {
     let printed = printed.replace(&server.data_dir().display().to_string(), "DATA_DIR");
-    ports(server).iter().fold(printed, |printed, (documented, real)| printed.replace(real, documented))
+    let printed = ports(server).iter().fold(printed, |printed, (documented, real)| printed.replace(real, documented));
+    // A second gRPC listener.
+    let second = server.greeting.iter().filter(|line| line.starts_with("listening grpc ")).nth(1);
+    match second.and_then(|line| line.rsplit(':').next()) {
+        Some(port) => printed.replace(port, "9443"),
+        None => printed,
+    }
 }
 
 /// A line without what differs from run to run.
@@ -297,7 +349,15 @@ fn masked(line: &str) -> String {
             && bare.trim_end_matches(|c: char| "ums".contains(c)).chars().all(|c| c.is_ascii_digit() || c == '.');
         let generation = digits >= 10 && digits == bare.len();
         let time = bare.len() >= 20 && bare.contains('T') && bare.ends_with('Z');
-        if age || generation || time { word.replace(bare, "~") } else { word.to_owned() }
+        // A token, its id, and the name of who joined with it.
+        let hexadecimal = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_hexdigit());
+        let id = bare.len() == 16 && hexadecimal(bare);
+        let registrant = bare.strip_prefix("gangplank:registrant:").is_some_and(hexadecimal);
+        if age || generation || time || id || registrant || bare.starts_with("gp1.") {
+            word.replace(bare, "~")
+        } else {
+            word.to_owned()
+        }
     };
     line.split_whitespace().map(word).collect::<Vec<_>>().join(" ")
 }
@@ -308,6 +368,7 @@ fn commands_and_outputs_of_a_page_are_found() {
     let step = |line, command: &str, printed: &[&str]| Step {
         line,
         command: command.into(),
+        vm: false,
         printed: printed.iter().map(|&line| line.to_owned()).collect(),
     };
     assert_eq!(steps(page), [step(5, "a \\\n  b", &["x  1", "", "y"]), step(10, "c", &[])]);

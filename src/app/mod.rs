@@ -2,12 +2,14 @@
 //! [`BoundServer::run`] starts and stops the parts. The only module that imports all others; `main` and the
 //! tests share it.
 
+mod own_tls;
 mod parts;
 
 use std::{
     convert::Infallible,
     io,
     net::{IpAddr, SocketAddr, TcpListener as StdTcpListener},
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -22,15 +24,17 @@ use tokio::{net::TcpListener, runtime::Handle, sync::oneshot, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use self::parts::Parts;
+use self::{own_tls::OwnTls, parts::Parts};
 use crate::{
     admin::{self, Admin},
-    config::{Config, SecurityConfig},
+    config::{Advertise, Config, SecurityConfig, Tls},
     dns, grpc,
-    identity::{Authenticator, Authorizer, RefusalLog, Usage, certificate_user},
+    identity::{
+        Authenticator, Authorizer, CertificateAuthority, RefusalLog, Usage, certificate_user, joining::Registrants,
+    },
     kubernetes::Kubernetes,
     metrics::Metrics,
-    model::{ServerAddress, test_clock_offset},
+    model::{ServerAddress, test_clock_offset, wall_clock},
     net::{self, ConnectionCaps, DescriptorBudget, tls::ServerTls},
     registry::{self, OutboxWord, Unrecovered},
     store::{self, DataDir, RecoveryProgress},
@@ -170,14 +174,18 @@ impl BoundServer {
             admin_listen: _,
             admin_hosts,
             dns: _,
-            data_dir: _,
+            data_dir: directory,
         } = config;
         let metrics = Arc::new(Metrics::new());
-        let security = grpc_security(security, &metrics)?;
+        let listeners = grpc.iter().map(StdTcpListener::local_addr).collect::<io::Result<Vec<_>>>()?;
+        let addresses = advertise.addresses(&listeners);
+        let own = match &security.tls {
+            Tls::OwnCa => Some(own_ca(&directory, &advertise, &listeners, &metrics)?),
+            Tls::Off | Tls::Files(_) => None,
+        };
+        let security = grpc_security(security, own, &metrics)?;
         let kubernetes = match kubernetes {
             Some(options) => {
-                let listeners = grpc.iter().map(StdTcpListener::local_addr).collect::<io::Result<Vec<_>>>()?;
-                let addresses = advertise.addresses(&listeners);
                 if addresses.is_empty() {
                     warn!(
                         "nothing says where registrants reach this process, so others cannot name it: give --advertise, or \
@@ -348,17 +356,48 @@ impl ProgressReporter {
     }
 }
 
+/// The CA in the data directory, with the names for which it signs, and who joined.
+fn own_ca(
+    directory: &Path,
+    advertise: &Advertise,
+    listeners: &[SocketAddr],
+    metrics: &Metrics,
+) -> anyhow::Result<(OwnTls, Arc<Registrants>)> {
+    // Those that other machines reach come first: their port is the default one of what is advertised.
+    let mut listeners = listeners.to_vec();
+    listeners.sort_by_key(|listener| listener.ip().is_loopback());
+    let mut addresses = advertise.addresses(&listeners);
+    if addresses.is_empty() {
+        addresses = own_tls::reachable(&listeners)?;
+    }
+    let ca = Arc::new(CertificateAuthority::open(directory, wall_clock())?);
+    let names = own_tls::names(&addresses, &listeners)?;
+    let registrants = Registrants::open(directory, Arc::clone(&ca), addresses, Arc::clone(&metrics.joining))?;
+    Ok((OwnTls::new(ca, names), registrants))
+}
+
 /// Reads certificates and policy.
-fn grpc_security(config: SecurityConfig, metrics: &Arc<Metrics>) -> anyhow::Result<Arc<grpc::Security>> {
+fn grpc_security(
+    config: SecurityConfig,
+    own: Option<(OwnTls, Arc<Registrants>)>,
+    metrics: &Arc<Metrics>,
+) -> anyhow::Result<Arc<grpc::Security>> {
     let SecurityConfig { tls, authorization, usage } = config;
     let log = Arc::new(RefusalLog::default());
-    let tls = tls.map(|files| ServerTls::load(files, Arc::clone(&metrics.connections))).transpose()?;
+    let load = Arc::clone(&metrics.connections);
+    let (own, registrants) = own.unzip();
+    let tls = match (tls, own) {
+        (Tls::Files(files), _) => Some(ServerTls::load(files, load)?),
+        (Tls::OwnCa, Some(own)) => Some(ServerTls::load(own, load)?),
+        (Tls::OwnCa, None) | (Tls::Off, _) => None,
+    };
     let replica = tls.as_ref().and_then(|tls| certificate_user(&tls.certificate()?).ok());
     let authorizer = Authorizer::new(authorization, replica, Arc::clone(&metrics.identity), Arc::clone(&log))
-        .context("--authorization-policy")?;
+        .context("--authorization-policy")?
+        .with_registrants(registrants.clone());
     let usage = Usage::new(usage, Arc::clone(&metrics.identity));
-    let authorizer = Arc::new(authorizer);
-    Ok(Arc::new(grpc::Security { tls, authenticator: Authenticator, authorizer, usage, log }))
+    let (authorizer, authenticator) = (Arc::new(authorizer), Authenticator { registrants: registrants.clone() });
+    Ok(Arc::new(grpc::Security { tls, authenticator, authorizer, registrants, usage, log }))
 }
 
 fn from_std(listeners: Vec<StdTcpListener>) -> io::Result<Vec<TcpListener>> {

@@ -2,11 +2,17 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::error::{CommandError, ErrorKind};
+use super::{
+    error::{CommandError, ErrorKind},
+    joined::ConfigDirArgs,
+};
 use crate::{
     grpc::client::{ClientTls, ClientTlsFiles, Servers},
     model::{PortSpec, Protocol, ServiceKey, Validator},
 };
+
+/// The server without `--server`, on a machine that did not join.
+const DEFAULT_SERVER: &str = "http://127.0.0.1:9080";
 
 /// The namespace without `-n` and `GANGPLANK_NAMESPACE`.
 const DEFAULT_NAMESPACE: &str = "default";
@@ -18,15 +24,10 @@ const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 #[derive(Debug, clap::Args)]
 pub(super) struct ServerArgs {
     /// The server's gRPC address; repeatable, or with commas, for several replicas, which are asked
-    /// in this order until one takes the call
-    #[arg(
-        long,
-        env = "GANGPLANK_SERVER",
-        value_name = "URL",
-        value_delimiter = ',',
-        default_value = "http://127.0.0.1:9080"
-    )]
-    pub(super) server: Vec<String>,
+    /// in this order until one takes the call [default: the one that `gangplank join` joined, else
+    /// http://127.0.0.1:9080]
+    #[arg(long, env = "GANGPLANK_SERVER", value_name = "URL", value_delimiter = ',')]
+    server: Vec<String>,
 
     /// The CAs of a server with an https URL, in PEM
     #[arg(long, env = "GANGPLANK_CACERT", value_name = "FILE")]
@@ -39,18 +40,45 @@ pub(super) struct ServerArgs {
     /// The key of --cert, in PEM
     #[arg(long, env = "GANGPLANK_KEY", value_name = "FILE")]
     key: Option<PathBuf>,
+
+    #[command(flatten)]
+    config_dir: ConfigDirArgs,
+}
+
+/// The servers to ask, and the defaults of a machine that joined.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) servers: Servers,
+    namespace: Option<String>,
+}
+
+impl Connection {
+    /// The namespace that this machine joined for, if it asks the server that it joined.
+    pub(super) fn namespace(&self) -> Option<&str> {
+        self.namespace.as_deref()
+    }
 }
 
 impl ServerArgs {
     /// The servers, for commands that read.
-    pub(super) fn readers(self) -> Result<Servers, CommandError> {
-        self.servers(Duration::ZERO)
+    pub(super) async fn readers(self) -> Result<Connection, CommandError> {
+        self.connection(Duration::ZERO).await
     }
 
-    fn servers(self, patience: Duration) -> Result<Servers, CommandError> {
-        let Self { server, cacert, cert, key } = self;
-        let tls = ClientTls::load(&ClientTlsFiles { ca: cacert, cert, key })?;
-        Ok(Servers::new(server, tls, patience))
+    async fn connection(self, patience: Duration) -> Result<Connection, CommandError> {
+        let Self { server, cacert, cert, key, config_dir } = self;
+        let explicit = cacert.is_some() || cert.is_some() || key.is_some();
+        // What joined is a whole: where the server is, whom to trust, what to show.
+        let secure = server.is_empty() || server.iter().any(|url| url.starts_with("https:"));
+        let joined = if secure && !explicit { config_dir.load_renewed().await? } else { None };
+        let Some(machine) = joined else {
+            let server = if server.is_empty() { vec![DEFAULT_SERVER.to_owned()] } else { server };
+            let tls = ClientTls::load(&ClientTlsFiles { ca: cacert, cert, key })?;
+            return Ok(Connection { servers: Servers::new(server, tls, patience), namespace: None });
+        };
+        let namespace = machine.namespace().map(str::to_owned);
+        let server = if server.is_empty() { machine.servers().to_vec() } else { server };
+        Ok(Connection { servers: Servers::new(server, machine.tls(), patience), namespace })
     }
 }
 
@@ -65,8 +93,8 @@ pub(super) struct WriterArgs {
 }
 
 impl WriterArgs {
-    pub(super) fn servers(self) -> Result<Servers, CommandError> {
-        self.server.servers(self.timeout)
+    pub(super) async fn connection(self) -> Result<Connection, CommandError> {
+        self.server.connection(self.timeout).await
     }
 }
 
@@ -78,19 +106,19 @@ fn patience(text: &str) -> Result<Duration, String> {
 /// `-n`, for commands about one namespace.
 #[derive(Debug, clap::Args)]
 pub(super) struct NamespaceArgs {
-    /// The namespace [default: default]
+    /// The namespace [default: the one that this machine joined for, else default]
     #[arg(short, long, env = "GANGPLANK_NAMESPACE")]
     pub(super) namespace: Option<String>,
 }
 
 impl NamespaceArgs {
-    /// The namespace of `service`: that of `NAMESPACE/NAME`, or that of `-n`.
-    pub(super) fn of<'a>(&'a self, service: &'a ServiceArg) -> &'a str {
-        service.namespace.as_deref().unwrap_or_else(|| self.get())
+    /// The namespace of `service`: that of `NAMESPACE/NAME`, or that of `-n`, or the one that was joined for.
+    pub(super) fn of<'a>(&'a self, service: &'a ServiceArg, joined: Option<&'a str>) -> &'a str {
+        service.namespace.as_deref().unwrap_or_else(|| self.get(joined))
     }
 
-    pub(super) fn get(&self) -> &str {
-        self.namespace.as_deref().unwrap_or(DEFAULT_NAMESPACE)
+    pub(super) fn get<'a>(&'a self, joined: Option<&'a str>) -> &'a str {
+        self.namespace.as_deref().or(joined).unwrap_or(DEFAULT_NAMESPACE)
     }
 }
 
@@ -106,9 +134,9 @@ pub(super) struct ScopeArgs {
 
 impl ScopeArgs {
     /// The namespace to ask the server for; `None` for all.
-    pub(super) fn of<'a>(&'a self, service: Option<&'a ServiceArg>) -> Option<&'a str> {
+    pub(super) fn of<'a>(&'a self, service: Option<&'a ServiceArg>, joined: Option<&'a str>) -> Option<&'a str> {
         let named = service.and_then(|service| service.namespace.as_deref());
-        if self.all_namespaces { named } else { named.or_else(|| Some(self.namespace.get())) }
+        if self.all_namespaces { named } else { named.or_else(|| Some(self.namespace.get(joined))) }
     }
 }
 
@@ -246,9 +274,11 @@ mod tests {
     #[test]
     fn namespace_of_the_service_name_wins() {
         let args = NamespaceArgs { namespace: Some("test".into()) };
-        assert_eq!(args.of(&"prod/web".parse().expect("valid")), "prod");
-        assert_eq!(args.of(&"web".parse().expect("valid")), "test");
-        assert_eq!(NamespaceArgs { namespace: None }.of(&"web".parse().expect("valid")), "default");
+        let (joined, none) = (Some("joined"), NamespaceArgs { namespace: None });
+        assert_eq!(args.of(&"prod/web".parse().expect("valid"), joined), "prod");
+        assert_eq!(args.of(&"web".parse().expect("valid"), joined), "test");
+        assert_eq!(none.of(&"web".parse().expect("valid"), joined), "joined");
+        assert_eq!(none.of(&"web".parse().expect("valid"), None), "default");
         for bad in ["", "/", "prod/", "/web", "a/b/c"] {
             assert!(bad.parse::<ServiceArg>().is_err(), "{bad:?}");
         }

@@ -41,7 +41,8 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     let Args { service, address: address_arg, ports, namespace, output, server } = args;
     let ports = address_arg.ports.into_iter().chain(ports).collect();
     let spec = InstanceSpec { address: address_arg.address, ports, ..InstanceSpec::default() };
-    let namespace = namespace.of(&service);
-    let answer = server.servers()?.unregister(namespace, &service.name, &spec).await?;
+    let connection = server.connection().await?;
+    let namespace = namespace.of(&service, connection.namespace());
+    let answer = connection.servers.unregister(namespace, &service.name, &spec).await?;
     Mutation { namespace, name: &service.name, spec: &spec, answer }.report(output.output)
 }

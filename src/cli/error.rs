@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::output::colour_allowed;
-use crate::grpc::client::{Attempt, ClientError, ClientTlsError};
+use crate::grpc::client::{Attempt, ClientError, ClientTlsError, JoinError};
 
 /// What went wrong, as the exit code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,7 +81,9 @@ impl From<ClientError> for CommandError {
             ClientError::NoCa { .. } => Self::new(ErrorKind::Usage, error.to_string()),
             ClientError::Tls { .. } => Self::new(ErrorKind::Usage, error.to_string()),
             ClientError::Status { code, .. } if code == "Unauthenticated" => {
-                Self::new(ErrorKind::Failed, error.to_string()).hint("show a certificate: --cert FILE --key FILE")
+                Self::new(ErrorKind::Failed, error.to_string())
+                    .hint("join with a token:   gangplank join TOKEN")
+                    .hint("show a certificate:  --cert FILE --key FILE")
             }
             ClientError::Status { code, .. } if code == "PermissionDenied" => {
                 Self::new(ErrorKind::Failed, error.to_string())
@@ -97,6 +99,24 @@ impl From<ClientError> for CommandError {
             }
             ClientError::InvalidResponse(_) => Self::new(ErrorKind::Failed, error.to_string())
                 .hint("client and server may be of different versions: gangplank --version"),
+        }
+    }
+}
+
+impl From<JoinError> for CommandError {
+    fn from(err: JoinError) -> Self {
+        match err {
+            JoinError::Client(ClientError::Status { message, .. }) => Self::new(ErrorKind::Failed, message),
+            JoinError::Client(err) => err.into(),
+            JoinError::Token(_) => Self::new(ErrorKind::Usage, err.to_string()),
+            JoinError::NotVerified(reasons) => {
+                let failure =
+                    Self::new(ErrorKind::Failed, "no server of the token was verified; its secret was not told");
+                reasons.into_iter().fold(failure, Self::hint)
+            }
+            JoinError::File { .. } | JoinError::Invalid { .. } | JoinError::Key(_) => {
+                Self::new(ErrorKind::Failed, err.to_string())
+            }
         }
     }
 }

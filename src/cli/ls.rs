@@ -44,9 +44,9 @@ pub struct Args {
 
 pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     let Args { service, scope, output, server } = args;
-    let namespace = scope.of(service.as_ref());
     let format = output.output;
-    let servers = server.readers()?;
+    let connection = server.readers().await?;
+    let (servers, namespace) = (&connection.servers, scope.of(service.as_ref(), connection.namespace()));
     match (&service, namespace) {
         (None, namespace) => {
             namespace.map_or(Ok(()), check_namespace)?;

@@ -10,12 +10,18 @@
 mod args;
 mod deregister;
 mod error;
+mod join;
+mod joined;
 mod ls;
 mod mutation;
 mod output;
 mod register;
+mod registrants;
+mod renew;
+mod renewal_timer;
 mod replicas;
 mod resolve;
+mod token;
 mod watch;
 
 use std::process::ExitCode;
@@ -35,6 +41,18 @@ pub enum Subcommand {
     /// Print what is registered, then every change as it happens
     #[command(after_help = watch::EXAMPLES)]
     Watch(watch::Args),
+    /// Join a server with a token: get a certificate, with which every other command goes on
+    #[command(after_help = join::EXAMPLES)]
+    Join(join::Args),
+    /// Renew the certificate of a machine that joined, if it is due
+    #[command(after_help = renew::EXAMPLES)]
+    Renew(renew::Args),
+    /// Create, list and revoke join tokens
+    #[command(after_help = token::EXAMPLES)]
+    Token(token::Args),
+    /// List and revoke the machines that joined
+    #[command(after_help = registrants::EXAMPLES)]
+    Registrants(registrants::Args),
     /// List the processes that answer the same, and which of them writes
     #[command(after_help = replicas::EXAMPLES)]
     Replicas(replicas::Args),
@@ -50,6 +68,10 @@ pub async fn run(subcommand: Subcommand) -> ExitCode {
         Subcommand::Deregister(args) => deregister::run(args).await,
         Subcommand::Ls(args) => ls::run(args).await,
         Subcommand::Watch(args) => watch::run(args).await,
+        Subcommand::Join(args) => join::run(args).await,
+        Subcommand::Renew(args) => renew::run(args).await,
+        Subcommand::Token(args) => token::run(args).await,
+        Subcommand::Registrants(args) => registrants::run(args).await,
         Subcommand::Replicas(args) => replicas::run(args).await,
         Subcommand::Resolve(args) => resolve::run(args).await,
     };

@@ -146,6 +146,14 @@ pub(super) fn age(since: UnixMillis, now: SystemTime) -> String {
     }
 }
 
+/// How long it is until `end`, or that it is over.
+pub(super) fn remaining(end: SystemTime, now: SystemTime) -> String {
+    match end.duration_since(now) {
+        Ok(left) if !left.is_zero() => duration(left),
+        _ => "expired".to_owned(),
+    }
+}
+
 fn duration(age: Duration) -> String {
     let seconds = age.as_secs();
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);

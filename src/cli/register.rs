@@ -71,7 +71,8 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     } = args;
     let ports = address_arg.ports.into_iter().chain(ports).collect();
     let spec = InstanceSpec { address: address_arg.address, ports, host_name, node_name, weight, priority };
-    let namespace = namespace.of(&service);
-    let answer = server.servers()?.register(namespace, &service.name, &spec).await?;
+    let connection = server.connection().await?;
+    let namespace = namespace.of(&service, connection.namespace());
+    let answer = connection.servers.register(namespace, &service.name, &spec).await?;
     Mutation { namespace, name: &service.name, spec: &spec, answer }.report(output.output)
 }

@@ -56,7 +56,7 @@ struct ReplicasView<'a> {
 
 pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     let Args { output, server } = args;
-    let FoundReplicas { replicas, failed } = server.readers()?.replicas().await?;
+    let FoundReplicas { replicas, failed } = server.readers().await?.servers.replicas().await?;
     let view = || ReplicasView {
         replicas: replicas.iter().map(|(server, replica)| ReplicaView { server, replica }).collect(),
     };

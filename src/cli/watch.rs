@@ -80,13 +80,15 @@ fn hex(cursor: &[u8]) -> String {
 
 pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     let Args { service, scope, from, output, server } = args;
-    let namespace = scope.of(service.as_ref());
+    let connection = server.readers().await?;
+    let namespace = scope.of(service.as_ref(), connection.namespace());
     match &service {
         Some(service) => drop(key(namespace.unwrap_or_default(), &service.name)?),
         None => namespace.map_or(Ok(()), check_namespace)?,
     }
     let name = service.as_ref().map(|service| service.name.as_str());
-    let watching = follow(server.readers()?, namespace, name, from.map(|CursorArg(bytes)| bytes), output.output);
+    let watching =
+        follow(connection.servers.clone(), namespace, name, from.map(|CursorArg(bytes)| bytes), output.output);
     tokio::select! {
         ended = watching => ended,
         interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),

@@ -24,7 +24,10 @@ use crate::{
     zone::ZoneConfig,
 };
 
-pub use self::{advertise::Advertise, security::SecurityConfig};
+pub use self::{
+    advertise::Advertise,
+    security::{SecurityConfig, Tls},
+};
 use self::{quotas::QuotaArgs, security::SecurityArgs};
 
 /// Largest `--ttl` in seconds. Clients cache a removed instance for that long.
@@ -42,7 +45,8 @@ const MIN_SEGMENT: u64 = 4096;
 /// The flags of `gangplank serve`. Every flag is an environment variable too, lists with commas.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
-    /// Where registrants connect; repeatable. Anything but loopback needs --tls-cert, or --insecure
+    /// Where registrants connect; repeatable. Beyond loopback by TLS: with --tls-cert, or else with a CA of gangplank's
+    /// own in the data directory; --insecure takes plaintext
     #[arg(
         long,
         env = "GANGPLANK_GRPC_LISTEN",
@@ -138,8 +142,8 @@ pub struct ServeArgs {
     lease_namespace: Option<String>,
 
     /// Where registrants reach this process: ADDRESS or NAME, with :PORT if it is not the one of --grpc-listen; repeatable.
-    /// Written into the Lease, for registrants that reach another process [default: POD_IPS or POD_IP, or the addresses
-    /// of --grpc-listen]
+    /// Written into the Lease, for registrants that reach another process; or, with a CA of its own, into the
+    /// certificate and into join tokens [default: POD_IPS or POD_IP, or the addresses of --grpc-listen]
     #[arg(long, env = "GANGPLANK_ADVERTISE", value_name = "ADDR|NAME[:PORT]", value_delimiter = ',')]
     advertise: Vec<String>,
 
@@ -307,7 +311,8 @@ impl ServeArgs {
             drain,
         } = self;
 
-        let (grpc_listen, security) = security.check(grpc_listen, quotas.usage())?;
+        let kubernetes = kubernetes || kubeconfig.is_some();
+        let (grpc_listen, security) = security.check(grpc_listen, kubernetes, quotas.usage())?;
         let most = kubernetes::MAX_ENDPOINTS;
         ensure!((1..=most).contains(&slice_endpoints), "--slice-endpoints {slice_endpoints}: must be 1..={most}");
         ensure!(
@@ -315,7 +320,6 @@ impl ServeArgs {
             "--service-linger: must be at most {}",
             humantime::format_duration(MAX_DURATION)
         );
-        let kubernetes = kubernetes || kubeconfig.is_some();
         if let Some(namespace) = &lease_namespace {
             Namespace::parse(namespace).with_context(|| format!("--lease-namespace {namespace:?}"))?;
         }
@@ -323,11 +327,14 @@ impl ServeArgs {
             ("--create-namespaces", create_namespaces),
             ("--endpoints-object", endpoints_object),
             ("--lease-namespace", lease_namespace.is_some()),
-            ("--advertise", !advertise.is_empty()),
             ("--grpc-service", grpc_service.is_some()),
         ] {
             ensure!(kubernetes || !given, "{flag}: means nothing without --kubernetes");
         }
+        ensure!(
+            kubernetes || security.tls == Tls::OwnCa || advertise.is_empty(),
+            "--advertise: means nothing without --kubernetes, and without --grpc-listen beyond loopback and a CA of gangplank's own"
+        );
         if let Some(service) = &grpc_service {
             ServiceName::parse(service).with_context(|| format!("--grpc-service {service:?}"))?;
         }
@@ -460,11 +467,14 @@ mod tests {
     }
 
     #[test]
-    fn grpc_beyond_loopback_needs_insecure() {
-        let err = check(&["--grpc-listen", "0.0.0.0:9080"]).expect_err("refused");
+    fn grpc_beyond_loopback_has_a_ca_of_its_own_or_is_insecure() {
+        let tls = |flags: &[&str]| check(flags).expect("valid").security.tls;
+        assert_eq!(tls(&["--grpc-listen", "0.0.0.0:9080"]), Tls::OwnCa);
+        assert_eq!(tls(&["--grpc-listen", "127.0.0.1:9080,10.0.0.1:9080", "--advertise", "a.example.com"]), Tls::OwnCa);
+        assert_eq!(tls(&["--grpc-listen", "0.0.0.0:9080", "--insecure"]), Tls::Off);
+        assert_eq!(tls(&["--grpc-listen", "[::1]:9080"]), Tls::Off);
+        let err = check(&["--grpc-listen", "0.0.0.0:9080", "--kubernetes"]).expect_err("refused");
         assert!(err.contains("--grpc-listen 0.0.0.0:9080") && err.contains("--insecure"), "{err}");
-        assert!(check(&["--grpc-listen", "0.0.0.0:9080", "--insecure"]).is_ok());
-        assert!(check(&["--grpc-listen", "[::1]:9080"]).is_ok());
     }
 
     #[test]
@@ -501,7 +511,7 @@ mod tests {
             assert!(err.starts_with(expected), "{err}");
         }
         let err = check(&["--advertise", "10.0.0.1"]).expect_err("refused");
-        assert_eq!(err, "--advertise: means nothing without --kubernetes");
+        assert!(err.starts_with("--advertise: means nothing without --kubernetes"), "{err}");
     }
 
     #[test]

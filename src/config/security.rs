@@ -90,11 +90,22 @@ impl Insecure {
     }
 }
 
+/// Where the gRPC listeners have certificate, key and client CA from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tls {
+    /// No TLS: every listener is loopback or takes plaintext.
+    Off,
+    /// From files.
+    Files(TlsFiles),
+    /// From a CA of gangplank's own, in the data directory.
+    OwnCa,
+}
+
 /// Who may connect, and do what.
 #[derive(Debug, Clone)]
 pub struct SecurityConfig {
-    /// Certificate, key and client CA of the gRPC listeners.
-    pub tls: Option<TlsFiles>,
+    /// Where the gRPC listeners have certificate, key and client CA from.
+    pub tls: Tls,
     /// Where rights come from.
     pub authorization: Authorization,
     /// What one identity may use at a time.
@@ -106,11 +117,18 @@ impl SecurityArgs {
     pub(super) fn check(
         self,
         listeners: Vec<SocketAddr>,
+        kubernetes: bool,
         usage: UsageLimits,
     ) -> anyhow::Result<(Vec<(SocketAddr, ListenerSecurity)>, SecurityConfig)> {
         let Self { tls_cert, tls_key, tls_client_ca, authorization_policy, authorization, insecure } = self;
         let tls = tls_files(tls_cert, tls_key, tls_client_ca)?;
-        let listeners = secured(listeners, &insecure, tls.is_some())?;
+        let listeners = secured(listeners, &insecure, tls.is_some(), kubernetes)?;
+        let needs_tls = listeners.iter().any(|(_, security)| *security == ListenerSecurity::Tls);
+        let tls = match tls {
+            Some(files) => Tls::Files(files),
+            None if needs_tls => Tls::OwnCa,
+            None => Tls::Off,
+        };
         ensure!(
             authorization_policy.is_some() || authorization.is_none(),
             "--authorization policy: needs --authorization-policy FILE"
@@ -120,7 +138,7 @@ impl SecurityArgs {
             None => Authorization::Plaintext,
         };
         ensure!(
-            tls.is_none() || authorization != Authorization::Plaintext,
+            !matches!(tls, Tls::Files(_)) || authorization != Authorization::Plaintext,
             "--tls-cert: nothing says what clients may do: give --authorization-policy FILE"
         );
         Ok((listeners, SecurityConfig { tls, authorization, usage }))
@@ -151,7 +169,8 @@ fn tls_files(
 fn secured(
     listeners: Vec<SocketAddr>,
     insecure: &Insecure,
-    tls: bool,
+    files: bool,
+    kubernetes: bool,
 ) -> anyhow::Result<Vec<(SocketAddr, ListenerSecurity)>> {
     if let Insecure::Only(named) = insecure
         && let Some(unknown) = named.iter().find(|named| !listeners.contains(named))
@@ -162,13 +181,14 @@ fn secured(
         Ok(match listener {
             _ if listener.ip().is_loopback() => (listener, ListenerSecurity::Loopback),
             _ if insecure.names(&listener) => (listener, ListenerSecurity::Insecure),
-            _ if tls => (listener, ListenerSecurity::Tls),
-            _ => bail!(
-                "--grpc-listen {listener}: every client that reaches this address could register anything. Give \
-                 --tls-cert, --tls-key and --tls-client-ca, listen on a loopback address (127.0.0.1:{port}), or, where the \
-                 network itself is trusted, add --insecure",
+            // A CA of its own is not shared by replicas yet: each would trust only the clients of its own.
+            _ if kubernetes && !files => bail!(
+                "--grpc-listen {listener}: every client that reaches this address could register anything. With \
+                 --kubernetes, give --tls-cert, --tls-key and --tls-client-ca, listen on a loopback address \
+                 (127.0.0.1:{port}), or, where the network itself is trusted, add --insecure",
                 port = listener.port()
             ),
+            _ => (listener, ListenerSecurity::Tls),
         })
     };
     listeners.into_iter().map(security).collect()

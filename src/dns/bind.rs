@@ -128,7 +128,10 @@ pub(super) fn without_covered(listen: &[SocketAddr]) -> Vec<SocketAddr> {
 /// The addresses at which other machines reach sockets that are bound to `bound`: without loopback,
 /// and with the addresses of this machine's interfaces for a wildcard. Link-local addresses are
 /// left out: they need a scope, and pods do not use them.
-pub(super) fn reachable(bound: &[SocketAddr]) -> io::Result<Vec<IpAddr>> {
+///
+/// # Errors
+/// When the system does not list them.
+pub fn reachable(bound: &[SocketAddr]) -> io::Result<Vec<IpAddr>> {
     let mut reachable = Vec::new();
     for ip in bound.iter().map(SocketAddr::ip) {
         if !ip.is_unspecified() {

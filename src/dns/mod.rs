@@ -44,6 +44,7 @@ use crate::{
     zone::Zone,
 };
 use bind::Sockets;
+pub use bind::reachable;
 use responder::Responder;
 
 /// Longest NSID payload in octets: it must leave room for the answer (RFC 5001 sets no limit).

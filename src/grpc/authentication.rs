@@ -1,5 +1,5 @@
 //! The layer that every call passes: no call without an identity reaches a service, and no response goes on when its
-//! identity or its right has ended.
+//! identity or its right has ended. The exceptions are the calls of machines that join, see [`super::joining`].
 
 use std::{
     convert::Infallible,
@@ -22,6 +22,7 @@ use tracing::warn;
 
 use super::{
     incoming::ConnectionInfo,
+    joining::OpenCalls,
     security::{Caller, Peer, Security},
 };
 use crate::{
@@ -35,11 +36,13 @@ pub(super) struct AuthenticatedRoutes {
     routes: Routes,
     security: Arc<Security>,
     metrics: Arc<Metrics>,
+    open_calls: Arc<OpenCalls>,
 }
 
 impl AuthenticatedRoutes {
     pub(super) fn new(routes: Routes, security: Arc<Security>, metrics: Arc<Metrics>) -> Self {
-        Self { routes: routes.prepare(), security, metrics }
+        let open_calls = OpenCalls::new(security.registrants.clone());
+        Self { routes: routes.prepare(), security, metrics, open_calls: Arc::new(open_calls) }
     }
 
     fn refuse(&self, peer: &Peer, path: &str, err: &Unauthenticated) -> Response<Body> {
@@ -65,6 +68,11 @@ impl Service<Request<Body>> for AuthenticatedRoutes {
             let status = Status::internal("the call has no connection");
             return Box::pin(async move { Ok(status.into_http()) });
         };
+        if OpenCalls::contains(request.uri().path()) {
+            let open_calls = Arc::clone(&self.open_calls);
+            let routes = self.routes.clone();
+            return Box::pin(async move { open_calls.call(peer.address, routes, request).await });
+        }
         let identity = match peer.identity() {
             Ok(identity) => identity,
             Err(err) => {

@@ -12,6 +12,7 @@ mod convert;
 mod discovery_service;
 mod handover;
 mod incoming;
+mod joining;
 mod memory;
 mod metered;
 mod registry_service;
@@ -35,9 +36,14 @@ use self::{
     discovery_service::DiscoveryService,
     handover::{HandOverService, Places},
     incoming::{Accepted, Lifetime},
+    joining::{JoiningService, RegistrantsService},
     memory::MemoryBudget,
     proto::{
-        gangplank::{internal::v1::hand_over_server::HandOverServer, v1::discovery_server::DiscoveryServer},
+        gangplank::{
+            internal::v1::hand_over_server::HandOverServer,
+            join::v1::{joining_server::JoiningServer, registrants_server::RegistrantsServer},
+            v1::discovery_server::DiscoveryServer,
+        },
         registry::service_registry_server::ServiceRegistryServer,
     },
     registry_service::RegistryService,
@@ -65,6 +71,13 @@ pub mod proto {
         /// Package `gangplank.v1`.
         pub mod v1 {
             tonic::include_proto!("gangplank.v1");
+        }
+        /// Packages for joining.
+        pub mod join {
+            /// Package `gangplank.join.v1`.
+            pub mod v1 {
+                tonic::include_proto!("gangplank.join.v1");
+            }
         }
         /// Packages for processes of one gangplank. They may change with any version.
         pub mod internal {
@@ -229,6 +242,13 @@ fn routes(context: &ServerContext, stop: &CancellationToken) -> io::Result<(Rout
             HandOverServer::new(HandOverService::new(context.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES),
             Places::default(),
         ))
+        .add_service(
+            JoiningServer::new(JoiningService::new(context.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES),
+        )
+        .add_service(
+            RegistrantsServer::new(RegistrantsService::new(context.clone()))
+                .max_decoding_message_size(MAX_MESSAGE_BYTES),
+        )
         .add_service(health_service.max_decoding_message_size(MAX_MESSAGE_BYTES))
         .add_service(reflection().build_v1().map_err(io::Error::other)?.max_decoding_message_size(MAX_MESSAGE_BYTES))
         // Older clients, such as old releases of grpcurl, only use v1alpha.

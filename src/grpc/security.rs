@@ -22,8 +22,8 @@ use tracing::{debug, warn};
 
 use crate::{
     identity::{
-        Access, AccessVerb, Authenticator, Authorizer, Credentials, Denied, Identity, OpenCall, RefusalLog,
-        Unauthenticated, Usage,
+        Access, AccessResource, AccessVerb, Authenticator, Authorizer, Credentials, Denied, Identity, OpenCall,
+        RefusalLog, Unauthenticated, Usage, joining::Registrants,
     },
     metrics::{AuthenticationFailure, IdentityMetrics},
     model::Registrant,
@@ -62,6 +62,8 @@ pub struct Security {
     pub authorizer: Arc<Authorizer>,
     /// What identities use.
     pub usage: Usage,
+    /// Who joined; `None` without a CA of its own.
+    pub registrants: Option<Arc<Registrants>>,
     /// Where refusals are logged.
     pub log: Arc<RefusalLog>,
 }
@@ -154,7 +156,8 @@ impl Caller {
         service: Option<&str>,
         address: Option<IpAddr>,
     ) -> Result<(), Denied> {
-        self.authorizer.decide(&self.identity, &Access { verb, namespace, service, address, peer: self.peer })?;
+        self.authorizer
+            .decide(&self.identity, &self.access(AccessResource::Instances, verb, namespace, service, address))?;
         if let Some(ongoing) = &self.ongoing {
             let mut ongoing = ongoing.lock().unwrap_or_else(PoisonError::into_inner);
             if ongoing.len() < MAX_ONGOING {
@@ -163,6 +166,35 @@ impl Caller {
             }
         }
         Ok(())
+    }
+
+    /// Whether the caller may do this with tokens or registrants, as [`Caller::may_call`].
+    pub(super) fn may_administer(
+        &self,
+        resource: AccessResource,
+        verb: AccessVerb,
+        namespace: Option<&str>,
+        service: Option<&str>,
+    ) -> Result<(), Status> {
+        let access = self.access(resource, verb, namespace, service, None);
+        let decided = self.authorizer.decide(&self.identity, &access);
+        decided.map_err(|denied| Status::permission_denied(denied.to_string()))
+    }
+
+    const fn access<'a>(
+        &self,
+        resource: AccessResource,
+        verb: AccessVerb,
+        namespace: Option<&'a str>,
+        service: Option<&'a str>,
+        address: Option<IpAddr>,
+    ) -> Access<'a> {
+        Access { resource, verb, namespace, service, address, peer: self.peer }
+    }
+
+    /// Who calls.
+    pub(super) fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     /// As [`Caller::may`], where a refusal ends the call with PERMISSION_DENIED.
@@ -210,7 +242,7 @@ impl Caller {
             let ongoing = ongoing.lock().unwrap_or_else(PoisonError::into_inner);
             let denied = ongoing.iter().find_map(|OngoingAccess { verb, namespace, service, address }| {
                 let (namespace, service) = (namespace.as_deref(), service.as_deref());
-                let access = Access { verb: *verb, namespace, service, address: *address, peer: self.peer };
+                let access = self.access(AccessResource::Instances, *verb, namespace, service, *address);
                 self.authorizer.decide(&self.identity, &access).err()
             });
             if let Some(denied) = denied {
@@ -248,6 +280,8 @@ impl Peer {
 pub(super) struct CertificateWatch {
     tls: Arc<ServerTls>,
     certificates: PeerCertificates,
+    authenticator: Authenticator,
+    identity: Option<Arc<Identity>>,
     expires: Option<SystemTime>,
     ended: watch::Sender<Option<Unauthenticated>>,
 }
@@ -256,12 +290,15 @@ impl CertificateWatch {
     /// Ends the identity when the certificate expires or the client CA no longer vouches for it.
     pub(super) async fn run(self, metrics: &IdentityMetrics) {
         let mut changes = self.tls.changes();
+        let mut revocations = self.authenticator.changes();
         // The CA may have changed since the handshake.
         let mut check = true;
         loop {
             let expired = self.expires.is_some_and(|expires| expires <= SystemTime::now());
             let err = if expired {
                 Some(Unauthenticated::Expired)
+            } else if let Some(Err(err)) = self.identity.as_ref().map(|identity| self.authenticator.check(identity)) {
+                Some(err)
             } else if check && let Err(err) = self.tls.check(&self.certificates) {
                 debug!(%err, "a client certificate is not good any more");
                 Some(Unauthenticated::Untrusted)
@@ -276,6 +313,7 @@ impl CertificateWatch {
             let left = self.expires.and_then(|expires| expires.duration_since(SystemTime::now()).ok());
             tokio::select! {
                 changed = changes.changed() => check = changed.is_ok(),
+                () = changed(&mut revocations) => check = false,
                 () = sleep(left.unwrap_or(EXPIRY_INTERVAL).min(EXPIRY_INTERVAL)) => check = false,
             }
         }
@@ -335,9 +373,12 @@ impl Security {
             Some(chain) => chain.first().cloned().map_or(Credentials::NoCertificate, Credentials::Certificate),
         };
         let (ended, peer) = self.peer(address, &credentials);
-        let expires = peer.identity.as_ref().ok().and_then(|identity| identity.expires);
-        let watch =
-            certificates.map(|certificates| CertificateWatch { tls: Arc::clone(tls), certificates, expires, ended });
+        let watch = certificates.map(|certificates| {
+            let (tls, authenticator) = (Arc::clone(tls), self.authenticator.clone());
+            let identity = peer.identity.as_ref().ok().map(Arc::clone);
+            let expires = identity.as_ref().and_then(|identity| identity.expires);
+            CertificateWatch { tls, certificates, authenticator, identity, expires, ended }
+        });
         Some((Either::Right(Box::new(stream)), peer, watch))
     }
 
@@ -355,6 +396,16 @@ impl Security {
         let (sender, ended) = watch::channel(None);
         (sender, Peer { address, identity, ended })
     }
+}
+
+/// Ready when what `changes` follows has changed; never without it.
+async fn changed(changes: &mut Option<watch::Receiver<u64>>) {
+    if let Some(changes) = changes
+        && changes.changed().await.is_ok()
+    {
+        return;
+    }
+    pending::<()>().await;
 }
 
 /// Whether the peer speaks TLS. `None` if it says nothing within `deadline`.

@@ -2,12 +2,35 @@
 
 use std::{fmt, net::IpAddr};
 
-/// What is done with instances, in the words of Kubernetes RBAC.
+/// On what something is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum AccessResource {
+    /// What is registered.
+    Instances,
+    /// Join tokens.
+    Tokens,
+    /// Machines that joined.
+    Registrants,
+}
+
+impl AccessResource {
+    pub(super) const ALL: [Self; 3] = [Self::Instances, Self::Tokens, Self::Registrants];
+
+    pub(super) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Instances => "instances",
+            Self::Tokens => "tokens",
+            Self::Registrants => "registrants",
+        }
+    }
+}
+
+/// What is done, in the words of Kubernetes RBAC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum AccessVerb {
-    /// Register, and update.
+    /// Register, and update; create a token.
     Create,
-    /// Unregister.
+    /// Unregister; revoke.
     Delete,
     /// Update or unregister what another identity has registered.
     Override,
@@ -41,6 +64,8 @@ impl AccessVerb {
 /// One act of one caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Access<'a> {
+    /// On what.
+    pub resource: AccessResource,
     /// What is done.
     pub verb: AccessVerb,
     /// The namespace; `None` for all of them.
@@ -60,11 +85,11 @@ pub struct Denied(pub(super) String);
 
 impl fmt::Display for Access<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let verb = self.verb.as_str();
+        let (verb, resource) = (self.verb.as_str(), self.resource.as_str());
         match (self.namespace, self.service) {
-            (Some(namespace), Some(service)) => write!(f, "{verb} instances of {namespace}/{service}"),
-            (Some(namespace), None) => write!(f, "{verb} instances of the namespace {namespace}"),
-            (None, _) => write!(f, "{verb} instances of all namespaces"),
+            (Some(namespace), Some(service)) => write!(f, "{verb} {resource} of {namespace}/{service}"),
+            (Some(namespace), None) => write!(f, "{verb} {resource} of the namespace {namespace}"),
+            (None, _) => write!(f, "{verb} {resource} of all namespaces"),
         }
     }
 }

@@ -11,7 +11,9 @@ use arc_swap::ArcSwap;
 use tokio::{sync::watch, time::sleep};
 use tracing::{info, warn};
 
-use super::{Access, AccessVerb, Denied, Identity, IdentitySource, Policy, PolicyError, RefusalLog, policy};
+use super::{
+    Access, AccessVerb, Denied, Identity, IdentitySource, Policy, PolicyError, RefusalLog, joining::Registrants, policy,
+};
 use crate::metrics::{Decision, IdentityMetrics};
 
 /// How often the policy file is read.
@@ -20,7 +22,7 @@ const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
 /// Where rights come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Authorization {
-    /// Plaintext connections may do all; nobody else has an identity.
+    /// Plaintext connections may do all, and registrants that joined what their token says.
     Plaintext,
     /// A policy file. `plaintext` says whether it also holds for plaintext connections, which else may do all.
     Policy {
@@ -39,6 +41,8 @@ pub struct Authorizer {
     replica: Option<Arc<str>>,
     /// Whether a plaintext connection may do all.
     plaintext: bool,
+    /// Who joined: each may do what its token said, whatever the policy says.
+    registrants: Option<Arc<Registrants>>,
     metrics: Arc<IdentityMetrics>,
     log: Arc<RefusalLog>,
 }
@@ -76,7 +80,13 @@ impl Authorizer {
                 (Some(policy), !plaintext)
             }
         };
-        Ok(Self { policy, replica, plaintext, metrics, log })
+        Ok(Self { policy, replica, plaintext, registrants: None, metrics, log })
+    }
+
+    /// The same, which also decides on registrants that joined.
+    #[must_use]
+    pub fn with_registrants(self, registrants: Option<Arc<Registrants>>) -> Self {
+        Self { registrants, ..self }
     }
 
     /// Whether `identity` may do what it asks for.
@@ -84,8 +94,10 @@ impl Authorizer {
     /// # Errors
     /// When it may not, with the reason.
     pub fn decide(&self, identity: &Identity, access: &Access<'_>) -> Result<(), Denied> {
+        let joined = self.registrants.as_ref().and_then(|registrants| registrants.decide(identity, access));
         let decided = match &self.policy {
             _ if self.allows_all(identity) => return Ok(()),
+            _ if let Some(decided) = joined => decided,
             _ if access.verb == AccessVerb::HandOver && self.is_replica(identity) => Ok(()),
             Some(file) => file.policy.load().decide(identity, access),
             None => Err(Denied(format!("{identity} may not {access}: the server has no --authorization-policy"))),

@@ -2,10 +2,13 @@
 //!
 //! The chain and the dates were checked in the handshake; here is only what the certificate says.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use rustls::pki_types::CertificateDer;
-use x509_parser::{extensions::GeneralName, prelude::X509Certificate, x509::X509Name};
+use x509_parser::{extensions::GeneralName, prelude::X509Certificate, time::ASN1Time, x509::X509Name};
 
 use super::{Identity, IdentitySource, Unauthenticated, is_name};
 
@@ -29,6 +32,27 @@ pub(super) fn identity(der: &CertificateDer<'_>) -> Result<Identity, Unauthentic
     // Far beyond what the clock can say: no end.
     let expires = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds));
     Ok(Identity { user: user.into(), groups, source: IdentitySource::Certificate, expires })
+}
+
+/// What of a certificate a renewal depends on.
+pub(super) struct Facts {
+    pub(super) user: Arc<str>,
+    pub(super) not_before: SystemTime,
+    pub(super) not_after: SystemTime,
+    /// In DER (SubjectPublicKeyInfo).
+    pub(super) public_key: Vec<u8>,
+}
+
+/// `None` when it cannot be read.
+pub(super) fn facts(der: &CertificateDer<'_>) -> Option<Facts> {
+    let (rest, certificate) = x509_parser::parse_x509_certificate(der).ok()?;
+    let time = |time: ASN1Time| {
+        SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(u64::try_from(time.timestamp()).unwrap_or(0)))
+    };
+    let user = common_name(certificate.subject()).ok()?.into();
+    let (not_before, not_after) = (time(certificate.validity().not_before)?, time(certificate.validity().not_after)?);
+    let public_key = certificate.public_key().raw.to_vec();
+    rest.is_empty().then_some(Facts { user, not_before, not_after, public_key })
 }
 
 /// The URI among the subject's alternative names. X.509-SVID §2: exactly one URI, which is the SPIFFE ID.
@@ -60,7 +84,7 @@ fn common_name<'a>(subject: &'a X509Name<'_>) -> Result<&'a str, &'static str> {
     }
 }
 
-fn groups(subject: &X509Name<'_>) -> Result<std::sync::Arc<[Box<str>]>, &'static str> {
+fn groups(subject: &X509Name<'_>) -> Result<Arc<[Box<str>]>, &'static str> {
     let mut groups = Vec::new();
     for organization in subject.iter_organization() {
         match organization.as_str() {

@@ -8,21 +8,27 @@
 
 mod access;
 mod authorizer;
+mod ca;
 mod certificate;
+pub mod joining;
 mod policy;
+pub mod private_file;
 mod refusal_log;
 mod usage;
 
 use std::{fmt, sync::Arc, time::SystemTime};
 
 use rustls::pki_types::CertificateDer;
+use tokio::sync::watch;
 
-pub use access::{Access, AccessVerb, Denied};
+pub use access::{Access, AccessResource, AccessVerb, Denied};
 pub use authorizer::{Authorization, Authorizer};
+pub use ca::{CaError, CertificateAuthority, PublicKeyHash, ServerCertificate, ServerNames, Signed, renewal_time};
 pub use policy::{Policy, PolicyError};
 pub use refusal_log::RefusalLog;
 pub use usage::{OpenCall, TooManyStreams, Usage, UsageLimits};
 
+use self::joining::Registrants;
 use crate::{metrics::AuthenticationFailure, model::Registrant};
 
 /// The user of a plaintext connection over loopback.
@@ -95,6 +101,9 @@ pub enum Unauthenticated {
     /// The CA that has signed it is not among the client CAs any more.
     #[error("the client certificate is not of the client CA any more")]
     Untrusted,
+    /// The registrant was revoked, or is not known to this server.
+    #[error("the registrant was revoked, or never joined this server; it may join with a new token")]
+    Revoked,
 }
 
 impl From<&Unauthenticated> for AuthenticationFailure {
@@ -104,20 +113,24 @@ impl From<&Unauthenticated> for AuthenticationFailure {
             Unauthenticated::Certificate(_) => Self::BadCertificate,
             Unauthenticated::Expired => Self::Expired,
             Unauthenticated::Untrusted => Self::Untrusted,
+            Unauthenticated::Revoked => Self::Revoked,
         }
     }
 }
 
 /// Makes identities.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Authenticator;
+#[derive(Debug, Clone, Default)]
+pub struct Authenticator {
+    /// With a CA of its own: who joined, and nobody else has a certificate.
+    pub registrants: Option<Arc<Registrants>>,
+}
 
 impl Authenticator {
     /// The identity of a connection that has shown `credentials`, at `now`.
     ///
     /// # Errors
     /// When the credentials are missing or not good.
-    pub fn identify(self, credentials: &Credentials, now: SystemTime) -> Result<Identity, Unauthenticated> {
+    pub fn identify(&self, credentials: &Credentials, now: SystemTime) -> Result<Identity, Unauthenticated> {
         let identity = match credentials {
             Credentials::LoopbackPlaintext => Identity::without_groups(LOOPBACK_USER, IdentitySource::Loopback),
             Credentials::InsecurePlaintext => Identity::without_groups(ANONYMOUS_USER, IdentitySource::Anonymous),
@@ -127,7 +140,25 @@ impl Authenticator {
         if identity.expires.is_some_and(|expires| expires <= now) {
             return Err(Unauthenticated::Expired);
         }
+        self.check(&identity)?;
         Ok(identity)
+    }
+
+    /// Whether the identity of a connection is still good.
+    ///
+    /// # Errors
+    /// When its registrant was revoked since.
+    pub fn check(&self, identity: &Identity) -> Result<(), Unauthenticated> {
+        match &self.registrants {
+            Some(registrants) if identity.source == IdentitySource::Certificate => registrants.check(&identity.user),
+            _ => Ok(()),
+        }
+    }
+
+    /// Changes whenever [`Authenticator::check`] may say something else. `None` if it never does.
+    #[must_use]
+    pub fn changes(&self) -> Option<watch::Receiver<u64>> {
+        self.registrants.as_ref().map(|registrants| registrants.changes())
     }
 }
 
@@ -137,6 +168,14 @@ impl Authenticator {
 /// When it does not say one.
 pub fn certificate_user(der: &CertificateDer<'_>) -> Result<Arc<str>, Unauthenticated> {
     certificate::identity(der).map(|identity| identity.user)
+}
+
+/// Random bytes, for secrets and names.
+fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    let random = rustls::crypto::ring::default_provider().secure_random;
+    random.fill(&mut bytes).expect("the system has random bytes");
+    bytes
 }
 
 /// Whether a name is one that logs and rules can hold: not empty, of bounded length, without control characters.

@@ -7,6 +7,7 @@
 //! services = ["web"]                           # without: every service of the namespaces
 //! verbs = ["create", "delete"]                 # create, delete, override, get, list, watch, handover; "*" is all
 //! addresses = ["10.1.0.0/16", "own"]           # without: any; "own" is where the connection comes from
+//! resources = ["instances"]                    # without: instances; else of instances, tokens and registrants
 //! ```
 
 use std::{
@@ -19,7 +20,7 @@ use std::{
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use super::{Access, AccessVerb, Denied, Identity};
+use super::{Access, AccessResource, AccessVerb, Denied, Identity};
 use crate::model::{Namespace, ServiceName};
 
 /// Most bytes of a policy file.
@@ -93,6 +94,28 @@ struct Rule {
     verbs: Vec<VerbPattern>,
     #[serde(default)]
     addresses: Option<Vec<AddressPattern>>,
+    #[serde(default = "instances")]
+    resources: Vec<ResourceText>,
+}
+
+/// What a rule without resources is about.
+fn instances() -> Vec<ResourceText> {
+    vec![ResourceText(AccessResource::Instances)]
+}
+
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+struct ResourceText(AccessResource);
+
+impl TryFrom<String> for ResourceText {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        AccessResource::ALL.into_iter().find(|one| one.as_str() == text).map(Self).ok_or_else(|| {
+            let all = AccessResource::ALL.map(AccessResource::as_str);
+            format!("{text:?} is none of {}", all.join(", "))
+        })
+    }
 }
 
 /// One name, or `*` for every one.
@@ -211,24 +234,29 @@ impl Rule {
         let is = |name: &String, who: &str| name == EVERY || name == who;
         let who = self.users.iter().any(|user| is(user, &identity.user))
             || self.groups.iter().any(|group| identity.groups.iter().any(|of| is(group, of)));
-        who && self.verbs.iter().any(|verb| match verb {
-            VerbPattern::Every => true,
-            VerbPattern::One(one) => *one == access.verb,
-        }) && self.namespaces.iter().any(|pattern| match pattern {
-            Pattern::Every => true,
-            Pattern::One(NamespaceText(name)) => access.namespace == Some(name.as_str()),
-        }) && self.services.as_ref().is_none_or(|services| {
-            services.iter().any(|pattern| match pattern {
-                Pattern::Every => true,
-                Pattern::One(ServiceText(name)) => access.service == Some(name.as_str()),
+        let about = self.resources.iter().any(|ResourceText(resource)| *resource == access.resource);
+        who && about
+            && self.verbs.iter().any(|verb| match verb {
+                VerbPattern::Every => true,
+                VerbPattern::One(one) => *one == access.verb,
             })
-        })
+            && self.namespaces.iter().any(|pattern| match pattern {
+                Pattern::Every => true,
+                Pattern::One(NamespaceText(name)) => access.namespace == Some(name.as_str()),
+            })
+            && self.services.as_ref().is_none_or(|services| {
+                services.iter().any(|pattern| match pattern {
+                    Pattern::Every => true,
+                    Pattern::One(ServiceText(name)) => access.service == Some(name.as_str()),
+                })
+            })
     }
 
     /// An instance without an IP address is only allowed where any address is.
     fn holds_for_address(&self, access: &Access<'_>) -> bool {
         let Some(patterns) = &self.addresses else { return true };
         access.verb != AccessVerb::Create
+            || access.resource != AccessResource::Instances
             || access.address.is_some_and(|address| {
                 patterns.iter().any(|pattern| match pattern {
                     AddressPattern::Own => address == access.peer.to_canonical(),
@@ -253,7 +281,14 @@ mod tests {
     fn access<'a>(verb: AccessVerb, namespace: &'a str, service: &'a str) -> Access<'a> {
         let named = |text: &'a str| (!text.is_empty()).then_some(text);
         let address = (verb == AccessVerb::Create).then_some(PEER);
-        Access { verb, namespace: named(namespace), service: named(service), address, peer: PEER }
+        Access {
+            resource: AccessResource::Instances,
+            verb,
+            namespace: named(namespace),
+            service: named(service),
+            address,
+            peer: PEER,
+        }
     }
 
     fn allows(policy: &str, identity: &Identity, access: &Access<'_>) -> bool {

@@ -15,6 +15,8 @@ label_enum! {
         Expired => "expired",
         /// The certificate is not of the client CA any more.
         Untrusted => "untrusted",
+        /// The registrant was revoked, or is unknown.
+        Revoked => "revoked",
     }
 }
 

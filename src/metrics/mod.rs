@@ -8,6 +8,7 @@ pub mod dns;
 mod grpc;
 mod guard;
 mod identity;
+mod joining;
 mod kubernetes;
 mod labels;
 mod lists;
@@ -25,6 +26,7 @@ pub use dns::DnsMetrics;
 pub use grpc::{ConnectionClosed, GrpcMetrics, Method, RegistrationKind, RegistrationStatus, WatchEnd};
 pub use guard::GaugeGuard;
 pub use identity::{AuthenticationFailure, Decision, IdentityMetrics, QuotaKind};
+pub use joining::{JoinResult, JoiningMetrics};
 pub use kubernetes::{KubernetesMetrics, LeaseRole, RestartReason, Watched};
 pub use labels::{EnumCounter, EnumFamily, EnumGauge, LabelEnum, LabelValues};
 pub use lists::ListMetrics;
@@ -43,6 +45,8 @@ pub struct Metrics {
     pub grpc: GrpcMetrics,
     /// Identities and what they may do.
     pub identity: Arc<IdentityMetrics>,
+    /// Machines that join.
+    pub joining: Arc<JoiningMetrics>,
     /// Lists of everything, over gRPC and HTTP.
     pub lists: ListMetrics,
     /// The registry: registrations, instances, batches.
@@ -67,6 +71,7 @@ impl Metrics {
             dns: DnsMetrics::register(&mut all),
             grpc: GrpcMetrics::register(&mut all),
             identity: Arc::new(IdentityMetrics::register(&mut all)),
+            joining: Arc::new(JoiningMetrics::register(&mut all)),
             lists: ListMetrics::register(&mut all),
             registry: RegistryMetrics::register(&mut all),
             store: StoreMetrics::register(&mut all),

@@ -104,6 +104,15 @@ impl ServerAddress {
         self.host.ip()
     }
 
+    /// The name, without the final dot, if the host is one.
+    #[must_use]
+    pub fn name(&self) -> Option<String> {
+        match &self.host {
+            Address::Ip(_) => None,
+            Address::Name(name) => Some(name.to_string()),
+        }
+    }
+
     /// The port.
     #[must_use]
     pub const fn port(&self) -> u16 {

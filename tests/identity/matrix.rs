@@ -31,6 +31,9 @@ enum Without {
     PermissionDenied,
     /// 403 in the answer to a message.
     Forbidden,
+    /// FAILED_PRECONDITION, also without an identity: this server has no CA of its own. A server that has one is attacked in
+    /// [`super::joining`].
+    Open,
 }
 
 /// Every call, and what an identity without any right gets.
@@ -44,6 +47,13 @@ const CALLS: &[(&str, Without)] = &[
     ("/gangplank.v1.Discovery/Watch", Without::PermissionDenied),
     ("/gangplank.v1.Discovery/GetReplica", Without::Answer),
     ("/gangplank.internal.v1.HandOver/Send", Without::PermissionDenied),
+    ("/gangplank.join.v1.Joining/Join", Without::Open),
+    ("/gangplank.join.v1.Joining/Renew", Without::Open),
+    ("/gangplank.join.v1.Registrants/CreateToken", Without::PermissionDenied),
+    ("/gangplank.join.v1.Registrants/ListTokens", Without::PermissionDenied),
+    ("/gangplank.join.v1.Registrants/RevokeToken", Without::PermissionDenied),
+    ("/gangplank.join.v1.Registrants/ListRegistrants", Without::PermissionDenied),
+    ("/gangplank.join.v1.Registrants/RevokeRegistrant", Without::PermissionDenied),
     ("/grpc.health.v1.Health/Check", Without::Answer),
     ("/grpc.health.v1.Health/Watch", Without::Answer),
     ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Without::Answer),
@@ -187,10 +197,15 @@ async fn no_call_is_answered_without_an_identity_or_carried_out_without_a_right(
     let stranger = secured.connect(Some(&secured.ca.sign("stranger", &["strangers"]))).await.expect("a handshake");
     for (path, without) in CALLS {
         let refused = call(&nobody, path, request(path)).await.expect_err(path);
-        assert_eq!(refused.code(), Code::Unauthenticated, "{path}: {refused}");
+        let expected = if *without == Without::Open { Code::FailedPrecondition } else { Code::Unauthenticated };
+        assert_eq!(refused.code(), expected, "{path}: {refused}");
 
         let answered = call(&stranger, path, request(path)).await;
         match without {
+            Without::Open => {
+                let refused = answered.expect_err(path);
+                assert_eq!(refused.code(), Code::FailedPrecondition, "{path}: {refused}");
+            }
             Without::Answer => assert!(answered.is_ok(), "{path}: {answered:?}"),
             Without::PermissionDenied => {
                 let refused = answered.expect_err(path);

@@ -1,11 +1,14 @@
 //! Who may call what: a real server with certificates and a policy, and every call that it has.
 
 mod command_line;
+mod joining;
 mod matrix;
+mod own_ca;
 pub(crate) mod ownership;
 pub(crate) mod pki;
 mod quotas;
 mod streams;
+mod walk;
 
 use std::{
     fs,

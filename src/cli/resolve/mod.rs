@@ -98,11 +98,15 @@ fn port_name(text: &str) -> Result<PortName, String> {
 
 pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     let Args { name, dns, types, ports, tcp, zone, namespace, output, server } = args;
-    let target = QueryTarget::complete(&name, namespace.get(), &zone)?;
+    // DNS answers, joined or not.
+    let connection = server.readers().await.ok();
+    let joined = connection.as_ref().and_then(|connection| connection.namespace());
+    let target = QueryTarget::complete(&name, namespace.get(joined), &zone)?;
     let ports = match &target {
-        QueryTarget::Service(_, key) if types.is_empty() && ports.is_empty() => {
-            named_ports(&server.readers()?, key).await
-        }
+        QueryTarget::Service(_, key) if types.is_empty() && ports.is_empty() => match &connection {
+            Some(connection) => named_ports(&connection.servers, key).await,
+            None => ports,
+        },
         _ => ports,
     };
     let mut asked = Vec::new();

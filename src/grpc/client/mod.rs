@@ -3,6 +3,7 @@
 //! [`Client::connect`] dials, so that an unreachable server is an error there and not at the first call.
 //! The client does not retry; [`Servers`] looks for a server that takes a call.
 
+mod joining;
 mod replicas;
 mod servers;
 mod tls;
@@ -15,8 +16,9 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use self::servers::innermost;
+use self::{joining::RegistrantCalls, servers::innermost};
 pub use self::{
+    joining::{JoinError, JoinedMachine, RegistrantView, TokenView},
     replicas::FoundReplicas,
     servers::{Attempt, Servers},
     tls::{ClientTls, ClientTlsError, ClientTlsFiles},
@@ -32,6 +34,7 @@ use super::{
     },
     writer_hint,
 };
+pub use crate::identity::joining::{ScopeSpec, TokenId};
 use crate::model::{Instance, InstanceSpec, ServerAddress, Service, ServiceKey, Timeline};
 
 /// How long a connection may take to open.
@@ -264,6 +267,7 @@ pub struct Client {
     url: Arc<str>,
     registry: ServiceRegistryClient<Channel>,
     discovery: DiscoveryClient<Channel>,
+    registrants: RegistrantCalls,
 }
 
 impl Client {
@@ -272,37 +276,12 @@ impl Client {
     /// # Errors
     /// When `url` is not a URL, no server listens there, or one of them does not trust the other.
     pub async fn connect(url: &str, tls: &ClientTls) -> Result<Self, ClientError> {
-        let no_url = || ClientError::Url { url: url.to_owned() };
-        let mut endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| no_url())?;
-        if endpoint.uri().host().is_none_or(str::is_empty) {
-            return Err(no_url());
-        }
-        match endpoint.uri().scheme_str() {
-            Some("http") => {}
-            Some("https") => {
-                let config = tls.config().ok_or_else(|| ClientError::NoCa { url: url.to_owned() })?;
-                let invalid = |err: tonic::transport::Error| ClientError::Tls { reason: innermost(&err) };
-                endpoint = endpoint.tls_config(config).map_err(invalid)?;
-            }
-            _ => return Err(no_url()),
-        }
-        let endpoint = endpoint
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-            .keep_alive_timeout(KEEPALIVE_TIMEOUT);
-        let dialled = tokio::time::timeout(CONNECT_TIMEOUT, endpoint.connect()).await;
-        let channel = match dialled {
-            Ok(Ok(channel)) => channel,
-            Ok(Err(source)) => return Err(ClientError::Unreachable { url: url.to_owned(), source: source.into() }),
-            Err(late) => return Err(ClientError::late(url, late)),
-        };
+        let channel = dial(url, tls).await?;
         Ok(Self {
             url: url.into(),
             registry: ServiceRegistryClient::new(channel.clone()),
-            discovery: DiscoveryClient::new(channel).max_decoding_message_size(MAX_RESPONSE_BYTES),
+            discovery: DiscoveryClient::new(channel.clone()).max_decoding_message_size(MAX_RESPONSE_BYTES),
+            registrants: RegistrantCalls::new(channel),
         })
     }
 
@@ -393,6 +372,37 @@ impl Client {
         let writers = writer_hint::read(answered.metadata());
         let RegistrationResult { status, status_details: details, generation, .. } = answered.into_inner();
         Ok(MutationResponse { status, details, generation, writers })
+    }
+}
+
+/// Dials `url`, as [`Client::connect`].
+async fn dial(url: &str, tls: &ClientTls) -> Result<Channel, ClientError> {
+    let no_url = || ClientError::Url { url: url.to_owned() };
+    let mut endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| no_url())?;
+    if endpoint.uri().host().is_none_or(str::is_empty) {
+        return Err(no_url());
+    }
+    match endpoint.uri().scheme_str() {
+        Some("http") => {}
+        Some("https") => {
+            let config = tls.config().ok_or_else(|| ClientError::NoCa { url: url.to_owned() })?;
+            let invalid = |err: tonic::transport::Error| ClientError::Tls { reason: innermost(&err) };
+            endpoint = endpoint.tls_config(config).map_err(invalid)?;
+        }
+        _ => return Err(no_url()),
+    }
+    let endpoint = endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT);
+    let dialled = tokio::time::timeout(CONNECT_TIMEOUT, endpoint.connect()).await;
+    match dialled {
+        Ok(Ok(channel)) => Ok(channel),
+        Ok(Err(source)) => Err(ClientError::Unreachable { url: url.to_owned(), source: source.into() }),
+        Err(late) => Err(ClientError::late(url, late)),
     }
 }
 

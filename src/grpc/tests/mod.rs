@@ -45,7 +45,8 @@ fn plaintext(metrics: &Metrics) -> Arc<Security> {
     let authorizer = Authorizer::new(Authorization::Plaintext, None, Arc::clone(&metrics.identity), Arc::clone(&log));
     let authorizer = Arc::new(authorizer.expect("no file to read"));
     let usage = Usage::new(UsageLimits::default(), Arc::clone(&metrics.identity));
-    Arc::new(Security { tls: None, authenticator: Authenticator, authorizer, usage, log })
+    let authenticator = Authenticator::default();
+    Arc::new(Security { tls: None, authenticator, authorizer, registrants: None, usage, log })
 }
 
 /// A caller who may do all.

@@ -1,4 +1,4 @@
-//! The files of a TLS listener, and what they must hold.
+//! Where a TLS listener has its certificate from, and what that must hold.
 
 use std::{
     fmt, fs, io,
@@ -27,9 +27,35 @@ pub struct TlsFiles {
     pub client_ca: Option<PathBuf>,
 }
 
+/// Certificate, key and client CA, from files or from a CA of this process. Asked again at intervals.
+pub trait TlsSource: fmt::Debug + fmt::Display + Send + Sync {
+    /// What there is now. May block.
+    ///
+    /// # Errors
+    /// When a part cannot be had.
+    fn read(&self) -> Result<TlsContents, TlsFileError>;
+
+    /// The error of a part that was read and is invalid.
+    fn invalid(&self, part: TlsPart, reason: String) -> TlsFileError;
+}
+
+/// A part of what a [`TlsSource`] has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TlsPart {
+    /// The certificate of the server.
+    Certificate,
+    /// Its key.
+    Key,
+    /// The CA of clients.
+    ClientCa,
+}
+
 /// A file that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsFileError {
+    /// The own CA cannot issue a certificate.
+    #[error("the server's own CA cannot issue a certificate: {0}")]
+    Own(String),
     /// It cannot be read.
     #[error("{flag} {path}: cannot be read: {err}", path = path.display())]
     Unreadable {
@@ -52,12 +78,22 @@ pub enum TlsFileError {
     },
 }
 
-/// What the files held when they were read.
-#[derive(PartialEq, Eq)]
-pub(super) struct FileContents {
-    pub(super) cert: Vec<u8>,
-    pub(super) key: Vec<u8>,
-    pub(super) client_ca: Option<Vec<u8>>,
+/// What a source had when it was read, each in PEM.
+#[derive(Clone, PartialEq, Eq)]
+pub struct TlsContents {
+    /// The certificate of the server, and the intermediate ones after it.
+    pub cert: Vec<u8>,
+    /// Its key.
+    pub key: Vec<u8>,
+    /// The CA of clients.
+    pub client_ca: Option<Vec<u8>>,
+}
+
+impl fmt::Debug for TlsContents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Without the contents: one is a key.
+        f.debug_struct("TlsContents").finish_non_exhaustive()
+    }
 }
 
 impl fmt::Display for TlsFiles {
@@ -67,55 +103,54 @@ impl fmt::Display for TlsFiles {
     }
 }
 
-impl TlsFiles {
-    pub(super) fn read(&self) -> Result<FileContents, TlsFileError> {
+impl TlsSource for TlsFiles {
+    fn read(&self) -> Result<TlsContents, TlsFileError> {
         let client_ca = self.client_ca.as_ref().map(|path| read("--tls-client-ca", path)).transpose()?;
-        Ok(FileContents { cert: read("--tls-cert", &self.cert)?, key: read("--tls-key", &self.key)?, client_ca })
+        Ok(TlsContents { cert: read("--tls-cert", &self.cert)?, key: read("--tls-key", &self.key)?, client_ca })
     }
 
-    /// The server's certificate with its key, and the CAs of clients.
-    pub(super) fn parse(
-        &self,
-        contents: &FileContents,
-        provider: &CryptoProvider,
-    ) -> Result<(CertifiedKey, Option<RootCertStore>), TlsFileError> {
-        let chain = certificates(&contents.cert).map_err(|reason| self.invalid_cert(&reason))?;
-        let key = PrivateKeyDer::from_pem_slice(&contents.key)
-            .map_err(|_| invalid("--tls-key", &self.key, "holds no private key in PEM"))?;
-        // Also compares the key with the certificate.
-        let certified = CertifiedKey::from_der(chain, key, provider).map_err(|err| match err {
-            rustls::Error::InconsistentKeys(_) => {
-                invalid("--tls-key", &self.key, format!("is not the key of the certificate in {}", self.cert.display()))
-            }
-            other => self.invalid_cert(&other),
-        })?;
-        let Some(ca) = &contents.client_ca else { return Ok((certified, None)) };
-        let mut roots = RootCertStore::empty();
-        for certificate in certificates(ca).map_err(|reason| self.invalid_client_ca(&reason))? {
-            roots.add(certificate).map_err(|err| self.invalid_client_ca(&err))?;
-        }
-        Ok((certified, Some(roots)))
-    }
-
-    pub(super) fn invalid_cert(&self, reason: &dyn fmt::Display) -> TlsFileError {
-        invalid("--tls-cert", &self.cert, reason)
-    }
-
-    pub(super) fn invalid_client_ca(&self, reason: &dyn fmt::Display) -> TlsFileError {
-        let path = self.client_ca.as_deref().unwrap_or_else(|| Path::new(""));
-        invalid("--tls-client-ca", path, reason)
+    fn invalid(&self, part: TlsPart, reason: String) -> TlsFileError {
+        let (flag, path) = match part {
+            TlsPart::Certificate => ("--tls-cert", Some(&self.cert)),
+            TlsPart::Key => ("--tls-key", Some(&self.key)),
+            TlsPart::ClientCa => ("--tls-client-ca", self.client_ca.as_ref()),
+        };
+        invalid(flag, path.map_or_else(|| Path::new(""), PathBuf::as_path), reason)
     }
 }
 
-fn invalid(flag: &'static str, path: &Path, reason: impl fmt::Display) -> TlsFileError {
-    TlsFileError::Invalid { flag, path: path.to_owned(), reason: reason.to_string() }
+/// The server's certificate with its key, and the CAs of clients.
+pub(super) fn parse(
+    source: &dyn TlsSource,
+    contents: &TlsContents,
+    provider: &CryptoProvider,
+) -> Result<(CertifiedKey, Option<RootCertStore>), TlsFileError> {
+    let bad = |part, reason: &dyn fmt::Display| source.invalid(part, reason.to_string());
+    let chain = certificates(&contents.cert).map_err(|reason| bad(TlsPart::Certificate, &reason))?;
+    let key =
+        PrivateKeyDer::from_pem_slice(&contents.key).map_err(|_| bad(TlsPart::Key, &"holds no private key in PEM"))?;
+    // Also compares the key with the certificate.
+    let certified = CertifiedKey::from_der(chain, key, provider).map_err(|err| match err {
+        rustls::Error::InconsistentKeys(_) => bad(TlsPart::Key, &"is not the key of the certificate"),
+        other => bad(TlsPart::Certificate, &other),
+    })?;
+    let Some(ca) = &contents.client_ca else { return Ok((certified, None)) };
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(ca).map_err(|reason| bad(TlsPart::ClientCa, &reason))? {
+        roots.add(certificate).map_err(|err| bad(TlsPart::ClientCa, &err))?;
+    }
+    Ok((certified, Some(roots)))
+}
+
+fn invalid(flag: &'static str, path: &Path, reason: String) -> TlsFileError {
+    TlsFileError::Invalid { flag, path: path.to_owned(), reason }
 }
 
 fn read(flag: &'static str, path: &Path) -> Result<Vec<u8>, TlsFileError> {
     let mut bytes = Vec::new();
     let read = fs::File::open(path).and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes));
     match read {
-        Ok(_) if bytes.len() as u64 > MAX_FILE_BYTES => Err(invalid(flag, path, "is larger than 1 MiB")),
+        Ok(_) if bytes.len() as u64 > MAX_FILE_BYTES => Err(invalid(flag, path, "is larger than 1 MiB".into())),
         Ok(_) => Ok(bytes),
         Err(err) => Err(TlsFileError::Unreadable { flag, path: path.to_owned(), err }),
     }

@@ -1,5 +1,5 @@
-//! TLS of a listener: certificate, key and client CA from files, read again when they change, and
-//! handshakes within limits.
+//! TLS of a listener: certificate, key and client CA from files or a CA of this process, read again when they change,
+//! and handshakes within limits.
 //!
 //! 1. A connection keeps the configuration with which it was accepted, so that no stream is dropped when the
 //!    files change. [`ServerTls::changes`] tells when the client CA has changed: [`ServerTls::check`] then says
@@ -12,6 +12,7 @@
 
 mod files;
 mod handshake;
+mod pinned;
 
 use std::{
     convert::Infallible,
@@ -31,12 +32,10 @@ use tokio::{net::TcpStream, sync::watch, time::sleep};
 use tokio_rustls::server::TlsStream;
 use tracing::{info, warn};
 
-pub use files::{TlsFileError, TlsFiles};
+pub use files::{TlsContents, TlsFileError, TlsFiles, TlsPart, TlsSource};
+pub use pinned::fetch_pinned_ca;
 
-use self::{
-    files::FileContents,
-    handshake::{Handshakes, LimitedStream},
-};
+use self::handshake::{Handshakes, LimitedStream};
 use crate::metrics::{ConnectionMetrics, HandshakeFailure};
 
 /// How often the files are read. A kubelet replaces the files of a Secret within about a minute.
@@ -60,9 +59,9 @@ pub type ServerTlsStream = TlsStream<LimitedStream<TcpStream>>;
 
 /// What a TLS listener serves with; shared by all its connections.
 pub struct ServerTls {
-    files: TlsFiles,
+    source: Box<dyn TlsSource>,
     state: ArcSwap<TlsState>,
-    contents: Mutex<FileContents>,
+    contents: Mutex<TlsContents>,
     changes: watch::Sender<u64>,
     handshakes: Handshakes,
     metrics: Arc<ConnectionMetrics>,
@@ -88,20 +87,20 @@ pub struct ClientPem {
 impl fmt::Debug for ServerTls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Without the contents of the files: one is a key.
-        f.debug_struct("ServerTls").field("files", &self.files).finish_non_exhaustive()
+        f.debug_struct("ServerTls").field("source", &self.source).finish_non_exhaustive()
     }
 }
 
 impl ServerTls {
-    /// Reads the files.
+    /// Reads the source.
     ///
     /// # Errors
     /// Names the file that cannot be read, or that does not hold what it should.
-    pub fn load(files: TlsFiles, metrics: Arc<ConnectionMetrics>) -> Result<Arc<Self>, TlsFileError> {
-        let contents = files.read()?;
-        let state = TlsState::new(&files, &contents)?;
+    pub fn load(source: impl TlsSource + 'static, metrics: Arc<ConnectionMetrics>) -> Result<Arc<Self>, TlsFileError> {
+        let contents = source.read()?;
+        let state = TlsState::new(&source, &contents)?;
         Ok(Arc::new(Self {
-            files,
+            source: Box::new(source),
             state: ArcSwap::from_pointee(state),
             contents: Mutex::new(contents),
             changes: watch::Sender::new(0),
@@ -110,7 +109,7 @@ impl ServerTls {
         }))
     }
 
-    /// Reads the files again at intervals, for ever. When they change and are valid, new connections get what they
+    /// Reads the source again at intervals, for ever. When they change and are valid, new connections get what they
     /// hold; else the last valid contents stay in use, and the error is logged once.
     pub async fn follow_files(self: Arc<Self>) -> Infallible {
         let mut reported = None;
@@ -123,13 +122,13 @@ impl ServerTls {
                 Ok(Ok(changed)) => {
                     reported = None;
                     if changed {
-                        info!(files = %self.files, "TLS: the files have changed; new connections use what they hold");
+                        info!(source = %self.source, "TLS: the certificate, the key or the client CA has changed; new connections use it");
                     }
                 }
                 Ok(Err(err)) => {
                     let err = err.to_string();
                     if reported.as_ref() != Some(&err) {
-                        warn!(error = err, "TLS: a changed file is invalid; what was read before stays in use");
+                        warn!(error = err, "TLS: what has changed is invalid; what was read before stays in use");
                         self.metrics.tls_reload_errors.inc();
                         reported = Some(err);
                     }
@@ -139,14 +138,14 @@ impl ServerTls {
         }
     }
 
-    /// Reads the files once. Returns whether they have changed.
+    /// Reads the source once. Returns whether they have changed.
     fn reload(&self) -> Result<bool, TlsFileError> {
-        let read = self.files.read()?;
+        let read = self.source.read()?;
         let mut contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
         if *contents == read {
             return Ok(false);
         }
-        let state = TlsState::new(&self.files, &read)?;
+        let state = TlsState::new(&*self.source, &read)?;
         let ca_changed = contents.client_ca != read.client_ca;
         *contents = read;
         self.state.store(Arc::new(state));
@@ -167,7 +166,7 @@ impl ServerTls {
     #[must_use]
     pub fn as_client(&self) -> Option<ClientPem> {
         let contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
-        let FileContents { cert, key, client_ca } = &*contents;
+        let TlsContents { cert, key, client_ca } = &*contents;
         Some(ClientPem { cert: cert.clone(), key: key.clone(), ca: client_ca.clone()? })
     }
 
@@ -215,9 +214,10 @@ impl ServerTls {
 }
 
 impl TlsState {
-    fn new(files: &TlsFiles, contents: &FileContents) -> Result<Self, TlsFileError> {
+    fn new(source: &dyn TlsSource, contents: &TlsContents) -> Result<Self, TlsFileError> {
+        let invalid = |part, err: &dyn fmt::Display| source.invalid(part, err.to_string());
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let (certified, roots) = files.parse(contents, &provider)?;
+        let (certified, roots) = files::parse(source, contents, &provider)?;
         let certificate = certified.cert.first().cloned();
         let verifier = roots
             .map(|roots| {
@@ -225,12 +225,12 @@ impl TlsState {
                     // A client without a certificate may show a token; who shows neither is refused with UNAUTHENTICATED.
                     .allow_unauthenticated()
                     .build()
-                    .map_err(|err| files.invalid_client_ca(&err))
+                    .map_err(|err| invalid(TlsPart::ClientCa, &err))
             })
             .transpose()?;
         let builder = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&TLS13, &TLS12])
-            .map_err(|err| files.invalid_cert(&err))?;
+            .map_err(|err| invalid(TlsPart::Certificate, &err))?;
         let builder = match &verifier {
             Some(verifier) => builder.with_client_cert_verifier(Arc::clone(verifier)),
             None => builder.with_no_client_auth(),

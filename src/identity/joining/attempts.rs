@@ -1,0 +1,112 @@
+//! How often machines without an identity may call: by address, and all together.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv6Addr},
+    time::{Duration, Instant},
+};
+
+/// Calls of one address, or of one IPv6 /64, at once, and one more each [`ADDRESS_INTERVAL`].
+const ADDRESS_BURST: u32 = 100;
+const ADDRESS_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Calls of all addresses at once, and one more each [`TOTAL_INTERVAL`].
+const TOTAL_BURST: u32 = 500;
+const TOTAL_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Addresses that are remembered. With more, those that have their whole burst again are forgotten first.
+const MAX_ADDRESSES: usize = 4096;
+
+/// What was used of a burst, as the time at which all of it is there again.
+#[derive(Debug, Clone, Copy)]
+struct Bucket {
+    full_at: Instant,
+}
+
+impl Bucket {
+    const fn new(now: Instant) -> Self {
+        Self { full_at: now }
+    }
+
+    fn take(&mut self, now: Instant, burst: u32, interval: Duration) -> bool {
+        let full_at = self.full_at.max(now) + interval;
+        if full_at.duration_since(now) > interval * burst {
+            return false;
+        }
+        self.full_at = full_at;
+        true
+    }
+}
+
+/// Counts attempts.
+#[derive(Debug)]
+pub(super) struct Attempts {
+    total: Bucket,
+    by_address: HashMap<IpAddr, Bucket>,
+}
+
+impl Attempts {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { total: Bucket::new(now), by_address: HashMap::new() }
+    }
+
+    /// Whether a call of `peer` may go on; counts it. One that its address may not make costs the others nothing.
+    pub(super) fn admit(&mut self, peer: IpAddr, now: Instant) -> bool {
+        let group = group(peer);
+        if !self.by_address.contains_key(&group) && self.by_address.len() >= MAX_ADDRESSES {
+            self.by_address.retain(|_, bucket| bucket.full_at > now);
+            if self.by_address.len() >= MAX_ADDRESSES {
+                return false;
+            }
+        }
+        let bucket = self.by_address.entry(group).or_insert_with(|| Bucket::new(now));
+        bucket.take(now, ADDRESS_BURST, ADDRESS_INTERVAL) && self.total.take(now, TOTAL_BURST, TOTAL_INTERVAL)
+    }
+}
+
+/// An IPv4 address, or the /64 of an IPv6 address, all of which one host can have.
+fn group(peer: IpAddr) -> IpAddr {
+    match peer.to_canonical() {
+        IpAddr::V4(v4) => v4.into(),
+        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64).into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(number: u32) -> IpAddr {
+        IpAddr::V4(number.into())
+    }
+
+    #[test]
+    fn address_has_its_burst_and_then_its_rate() {
+        let now = Instant::now();
+        let mut attempts = Attempts::new(now);
+        for _ in 0..ADDRESS_BURST {
+            assert!(attempts.admit(address(1), now));
+        }
+        assert!(!attempts.admit(address(1), now));
+        assert!(attempts.admit(address(2), now), "another address");
+        assert!(attempts.admit(address(1), now + ADDRESS_INTERVAL));
+        assert!(!attempts.admit(address(1), now + ADDRESS_INTERVAL));
+        let of_64 = |last: u16| IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 1, 0, 0, 0, last));
+        for last in 0..100 {
+            assert!(attempts.admit(of_64(last), now));
+        }
+        assert!(!attempts.admit(of_64(7), now), "one /64 is one host");
+    }
+
+    #[test]
+    fn flood_from_many_addresses_is_bounded() {
+        let now = Instant::now();
+        let mut attempts = Attempts::new(now);
+        let admitted = (0..100_000).filter(|number| attempts.admit(address(*number), now)).count();
+        assert_eq!(admitted, TOTAL_BURST as usize);
+        assert_eq!(attempts.by_address.len(), MAX_ADDRESSES);
+        let later = now + TOTAL_INTERVAL * TOTAL_BURST;
+        assert!(attempts.admit(address(200_000), later), "an honest one, after the flood");
+        assert_eq!(attempts.by_address.len(), 1);
+    }
+}

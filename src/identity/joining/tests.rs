@@ -1,0 +1,193 @@
+//! A server's side of joining, attacked.
+
+use std::{os::unix::fs::PermissionsExt as _, thread};
+
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair};
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+use super::*;
+use crate::metrics::Metrics;
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+fn now() -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)
+}
+
+fn open(dir: &Path) -> Arc<Registrants> {
+    let ca = Arc::new(CertificateAuthority::open(dir, now()).expect("a CA"));
+    let addresses = ServerAddress::parse_list("10.0.0.1:9080");
+    Registrants::open(dir, ca, addresses, Metrics::new().joining).expect("readable")
+}
+
+fn scope() -> Scope {
+    let spec = ScopeSpec { namespace: "shop".into(), service: "web".into(), ..ScopeSpec::default() };
+    Scope::parse(&spec).expect("valid")
+}
+
+impl Registrants {
+    fn token(&self, uses: u32) -> JoinToken {
+        self.create_token(scope(), "ada", HOUR, uses, now()).expect("created").0
+    }
+
+    fn use_token(&self, token: &JoinToken, request: &[u8]) -> Result<Joined, JoiningError> {
+        self.join(token.id, token.secret.expose(), request, "vm", b"", now())
+    }
+}
+
+#[test]
+fn machine_joins_and_renews_until_it_is_revoked() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let registrants = open(dir.path());
+    let (key, request) = new_request().expect("a key");
+    let joined = registrants.use_token(&registrants.token(1), &request).expect("joined");
+    assert!(joined.user.starts_with("gangplank:registrant:") && joined.scope == scope());
+    assert_eq!(registrants.check(&joined.user), Ok(()));
+
+    // After a restart, and a week after the certificate has expired.
+    drop(registrants);
+    let registrants = open(dir.path());
+    let late = now() + CERTIFICATE_LIFETIME + RENEWAL_GRACE;
+    let again = request_with(&key).expect("the key");
+    let renewed = registrants.renew(&joined.certificate, &again, late).expect("renewed");
+    assert_eq!(renewed.user, joined.user);
+    let too_late = registrants.renew(&joined.certificate, &again, late + Duration::from_secs(1));
+    assert!(matches!(too_late, Err(JoiningError::Expired)), "{too_late:?}");
+
+    assert!(registrants.revoke(&joined.user, late).expect("stored"));
+    let revoked = registrants.renew(&renewed.certificate, &again, late);
+    assert!(matches!(revoked, Err(JoiningError::Revoked)), "{revoked:?}");
+    assert_eq!(registrants.check(&joined.user), Err(Unauthenticated::Revoked));
+    assert!(!registrants.revoke("gangplank:registrant:0", late).expect("stored"), "there is none");
+}
+
+#[test]
+fn certificate_has_the_name_that_the_server_gives_and_no_other() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let registrants = open(dir.path());
+    // A request that asks for all: the server's name, other names, and to be a CA.
+    let mut params = CertificateParams::new(vec!["gangplank.example.com".into(), "10.0.0.1".into()]).expect("names");
+    params.distinguished_name.push(DnType::CommonName, "gangplank");
+    params.distinguished_name.push(DnType::OrganizationName, "system:masters");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
+    params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth];
+    let key = KeyPair::generate().expect("a key");
+    let request = params.serialize_request(&key).expect("a request");
+    let joined = registrants.use_token(&registrants.token(1), request.der()).expect("joined");
+
+    let (_, signed) = X509Certificate::from_der(&joined.certificate).expect("readable");
+    assert_eq!(signed.subject().to_string(), format!("CN={}", joined.user));
+    assert!(!signed.is_ca() && signed.subject_alternative_name().expect("readable").is_none());
+    let usage = signed.extended_key_usage().expect("readable").expect("there").value;
+    assert!(usage.client_auth && !usage.server_auth && !usage.any);
+    assert!(!signed.key_usage().expect("readable").expect("there").value.key_cert_sign());
+    let identity = certificate::identity(&joined.certificate).expect("one name");
+    assert!(identity.groups.is_empty());
+}
+
+#[test]
+fn what_is_not_good_is_refused_and_uses_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let registrants = open(dir.path());
+    let (_, request) = new_request().expect("a key");
+    let token = registrants.token(1);
+    let wrong = JoinToken { secret: Secret::generate(), ..token.clone() };
+    let refused = |attempt: Result<Joined, JoiningError>| attempt.expect_err("refused").result();
+    assert_eq!(refused(registrants.use_token(&wrong, &request)), JoinResult::UnknownToken);
+    let other = JoinToken { id: TokenId::generate(), ..token.clone() };
+    assert_eq!(refused(registrants.use_token(&other, &request)), JoinResult::UnknownToken);
+    assert_eq!(refused(registrants.use_token(&token, b"junk")), JoinResult::InvalidRequest);
+    let control = registrants.join(token.id, token.secret.expose(), &request, "vm\n", b"", now());
+    assert_eq!(refused(control), JoinResult::InvalidRequest);
+    let late = registrants.join(token.id, token.secret.expose(), &request, "vm", b"", now() + HOUR);
+    assert_eq!(refused(late), JoinResult::ExpiredToken);
+    assert!(registrants.registrants().is_empty());
+    registrants.use_token(&token, &request).expect("its one use is still there");
+    assert_eq!(refused(registrants.use_token(&token, &request)), JoinResult::UsedToken);
+    let revoked = registrants.token(1);
+    assert!(registrants.revoke_token(revoked.id, now()).expect("stored"));
+    assert_eq!(refused(registrants.use_token(&revoked, &request)), JoinResult::UnknownToken);
+    for (ttl, uses) in [(Duration::ZERO, 1), (MAX_TTL + HOUR, 1), (HOUR, 0), (HOUR, MAX_USES + 1)] {
+        assert!(registrants.create_token(scope(), "ada", ttl, uses, now()).is_err(), "{ttl:?} {uses}");
+    }
+}
+
+#[test]
+fn only_the_holder_of_the_key_renews_a_certificate_of_this_ca() {
+    let (dir, elsewhere) = (tempfile::tempdir().expect("a directory"), tempfile::tempdir().expect("a directory"));
+    let (registrants, foreign) = (open(dir.path()), open(elsewhere.path()));
+    let (_, request) = new_request().expect("a key");
+    let joined = registrants.use_token(&registrants.token(1), &request).expect("joined");
+    let refused = |certificate: &[u8], request: &[u8]| {
+        registrants.renew(certificate, request, now()).expect_err("refused").to_string()
+    };
+    let (_, of_thief) = new_request().expect("a key");
+    assert!(refused(&joined.certificate, &of_thief).contains("for another key"));
+    let mut forged = request.clone();
+    let last = forged.len() - 1;
+    forged[last] ^= 1;
+    assert!(refused(&joined.certificate, &forged).contains("not signed with the key in it"));
+    let of_other_ca = foreign.use_token(&foreign.token(1), &request).expect("joined");
+    assert!(refused(&of_other_ca.certificate, &request).contains("has not signed it"));
+    assert!(refused(b"junk", &request).contains("has not signed it"));
+    assert!(refused(&vec![0; MAX_CERTIFICATE_BYTES + 1], &request).contains("more than 4 KiB"));
+    // The server's own certificate is of this CA, and no registrant's.
+    let own = registrants.ca.issue_server(&crate::identity::ServerNames::default(), now()).expect("issued");
+    let own = <CertificateDer<'_> as rustls::pki_types::pem::PemObject>::from_pem_slice(own.chain.as_bytes());
+    assert!(refused(&own.expect("a certificate"), &request).contains("the registrant is unknown"));
+}
+
+#[test]
+fn token_with_uses_left_is_used_as_often_by_many_at_once() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let registrants = open(dir.path());
+    let token = registrants.token(3);
+    let joined = thread::scope(|scope| {
+        let join = || new_request().is_ok_and(|(_, request)| registrants.use_token(&token, &request).is_ok());
+        let threads: Vec<_> = (0..12).map(|_| scope.spawn(join)).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).filter(|joined| *joined).count()
+    });
+    assert_eq!((joined, registrants.registrants().len()), (3, 3));
+}
+
+#[test]
+fn no_secret_is_stored_and_what_is_stored_is_private() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let registrants = open(dir.path());
+    let token = registrants.token(1);
+    let path = dir.path().join(STATE_FILE);
+    let stored = std::fs::read_to_string(&path).expect("readable");
+    assert!(stored.contains(&token.id.to_string()) && !stored.contains(&to_hex(token.secret.expose())));
+    assert_eq!(std::fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o600);
+    let shown = format!("{registrants:?} {token:?}");
+    assert!(!shown.contains("PRIVATE KEY") && !shown.contains(&token.to_string()), "{shown}");
+    // A disk that is full: nothing is acknowledged that is not stored.
+    std::fs::remove_file(&path).expect("removed");
+    std::fs::create_dir_all(path.join("in the way")).expect("a directory");
+    let failed = registrants.create_token(scope(), "ada", HOUR, 1, now());
+    assert!(matches!(failed, Err(JoiningError::Store { .. })), "{failed:?}");
+    assert_eq!(registrants.tokens().len(), 1);
+}
+
+#[test]
+fn machine_that_joins_again_keeps_its_name_if_it_has_the_key_and_was_not_revoked() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let registrants = open(dir.path());
+    let join = |request: &[u8], previous: &[u8], at| {
+        let token = registrants.create_token(scope(), "ada", HOUR, 1, at).expect("created").0;
+        registrants.join(token.id, token.secret.expose(), request, "vm", previous, at).expect("joined")
+    };
+    let (_, request) = new_request().expect("a key");
+    let first = join(&request, b"", now());
+    // Too late to be renewed.
+    let late = now() + CERTIFICATE_LIFETIME + 2 * RENEWAL_GRACE;
+    let again = join(&request, &first.certificate, late);
+    assert_eq!(again.user, first.user);
+    let (_, of_thief) = new_request().expect("a key");
+    assert_ne!(join(&of_thief, &first.certificate, late).user, first.user, "without the key");
+    assert_ne!(join(&request, b"junk", late).user, first.user);
+    assert!(registrants.revoke(&first.user, late).expect("stored"));
+    assert_ne!(join(&request, &first.certificate, late).user, first.user, "revoked");
+    assert_eq!(registrants.check(&first.user), Err(Unauthenticated::Revoked));
+}
