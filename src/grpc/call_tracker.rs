@@ -4,7 +4,6 @@
 use std::{
     convert::Infallible,
     future::Future,
-    mem,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -28,8 +27,8 @@ use super::{
     authentication::AuthenticatedRoutes,
     handover,
     incoming::ConnectionInfo,
-    memory::{BudgetTimer, ConnectionMemory, Responses},
-    metered::FRAME_OVERHEAD,
+    memory::{BudgetTimer, Responses},
+    metered_request::MeteredRequest,
 };
 use crate::{
     metrics::{Method, Metrics},
@@ -183,83 +182,6 @@ fn code_name(code: Code) -> &'static str {
     }
 }
 
-/// The messages of a call. The memory of each frame is released when all of it is read.
-struct MeteredRequest {
-    body: Body,
-    memory: Arc<ConnectionMemory>,
-    /// The rest of the frame that was read last.
-    rest: Bytes,
-    /// What that frame is charged until `rest` is empty: all of it, because `rest` keeps its buffer.
-    charged: usize,
-    ended: bool,
-}
-
-impl MeteredRequest {
-    /// Most bytes that tonic gets at once. tonic copies each piece behind the rest of the last message, into
-    /// a buffer of 1 KiB that doubles when they do not fit, and that a waiting call keeps.
-    const PIECE_BYTES: usize = 512;
-
-    fn new(body: Body, memory: Arc<ConnectionMemory>) -> Self {
-        memory.request_opened();
-        Self { body, memory, rest: Bytes::new(), charged: 0, ended: false }
-    }
-
-    fn next_piece(&mut self) -> http_body::Frame<Bytes> {
-        let piece = self.rest.split_to(self.rest.len().min(Self::PIECE_BYTES));
-        if self.rest.is_empty() {
-            self.memory.release_received(mem::take(&mut self.charged));
-        }
-        http_body::Frame::data(piece)
-    }
-}
-
-impl HttpBody for MeteredRequest {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<http_body::Frame<Bytes>, Status>>> {
-        if self.rest.is_empty() {
-            match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
-                Some(Ok(frame)) => match frame.into_data() {
-                    Ok(data) => {
-                        self.charged = data.len() + FRAME_OVERHEAD;
-                        self.rest = data;
-                    }
-                    Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
-                },
-                end => {
-                    self.ended = true;
-                    return Poll::Ready(end);
-                }
-            }
-        }
-        Poll::Ready(Some(Ok(self.next_piece())))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.rest.is_empty() && self.body.is_end_stream()
-    }
-}
-
-impl Drop for MeteredRequest {
-    fn drop(&mut self) {
-        self.memory.release_received(self.charged);
-        // h2 drops the unread frames of a call without a notification, so they are read and released here.
-        let mut cx = Context::from_waker(std::task::Waker::noop());
-        while !self.ended
-            && let Poll::Ready(Some(Ok(frame))) = Pin::new(&mut self.body).poll_frame(&mut cx)
-        {
-            if let Ok(data) = frame.into_data() {
-                self.memory.release_received(data.len() + FRAME_OVERHEAD);
-            }
-        }
-        self.memory.request_closed();
-    }
-}
-
 /// The body of a response, and its call.
 #[derive(Debug)]
 pub(super) struct TrackedBody {
@@ -300,31 +222,5 @@ impl HttpBody for TrackedBody {
 
     fn is_end_stream(&self) -> bool {
         self.body.is_end_stream()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use http_body_util::{BodyExt as _, StreamBody};
-
-    use super::*;
-    use crate::grpc::memory::{LIMITS, MemoryBudget};
-
-    #[tokio::test]
-    async fn frame_is_charged_until_all_of_it_is_read() {
-        const FRAME: usize = 16 * 1024;
-        let metrics = Arc::new(Metrics::new());
-        let memory = MemoryBudget::new(LIMITS, Arc::clone(&metrics)).connection();
-        let frame = Ok::<_, Status>(http_body::Frame::data(Bytes::from_static(&[0; FRAME])));
-        memory.charge_received(FRAME + FRAME_OVERHEAD);
-        let mut request = MeteredRequest::new(Body::new(StreamBody::new(futures::stream::iter([frame]))), memory);
-        let mut read = 0;
-        while read < FRAME {
-            // The rest of a frame keeps the buffer of the whole frame.
-            assert_eq!(metrics.grpc.buffered_bytes.get(), (FRAME + FRAME_OVERHEAD) as i64, "after {read} bytes");
-            let piece = request.frame().await.expect("more of the frame").expect("a good frame");
-            read += piece.into_data().expect("DATA").len();
-        }
-        assert_eq!(metrics.grpc.buffered_bytes.get(), 0);
     }
 }

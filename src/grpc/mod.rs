@@ -15,6 +15,7 @@ mod incoming;
 mod joining;
 mod memory;
 mod metered;
+mod metered_request;
 mod registry_service;
 mod security;
 mod writer_hint;

@@ -143,7 +143,9 @@ impl Writer {
                 // The clock may be set meanwhile.
                 Err(Woken::TimedOut) if !self.may_begin_alone() => deadline = Instant::now() + RESTORE_TIMEOUT,
                 Err(Woken::TimedOut) => {
-                    warn!("Kubernetes does not answer; going on with what is stored, and its slices follow later");
+                    warn!(
+                        "this process has neither the Lease nor another writer to follow; going on with what is stored"
+                    );
                     break;
                 }
             }

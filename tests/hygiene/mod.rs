@@ -42,6 +42,9 @@ const MIB: u64 = 1024 * 1024;
 /// MiB that lists may take above rest: eight snapshots and what waits for peers.
 const LISTS: u64 = 64;
 
+/// MiB that messages may take which are not complete: the budget of 64 MiB, in buffers that double when they are full.
+const ENDLESS: u64 = 160;
+
 /// MiB that all peers together may take above rest, whatever they do.
 const ALL: u64 = 256;
 
@@ -323,6 +326,23 @@ fn answered_registrations_leave_no_memory_in_open_streams() {
     });
     target.check(&format!("{streams} silent streams, {} KiB each", each / 1024), ALL);
     drop(open);
+}
+
+/// The begin of a message in each call, as long as a message may be, and never its end.
+#[test]
+fn messages_that_never_end_have_one_budget_and_a_deadline() {
+    let target = Target::with_services(0);
+    let runtime = runtime();
+    let (connections, calls) = (sized(20, 60), 199);
+    // Field 1 of almost 64 KiB.
+    let mut begin = vec![0; 60_000];
+    begin[1..5].copy_from_slice(&(64_u32 * 1024).to_be_bytes());
+    begin[5..9].copy_from_slice(&[0x0a, 0xf0, 0xff, 0x03]);
+    let peers = runtime.block_on(unread(&target, connections, calls, DEFAULT_WINDOW, STREAM, begin.into()));
+    target.check(&format!("{} messages that never end", connections * calls), ENDLESS);
+    target.wait_metric("gangplank_grpc_streams", |open| open == 0.0);
+    drop(peers);
+    target.wait_metric("gangplank_grpc_buffered_bytes", |bytes| bytes < 4096.0);
 }
 
 #[test]
