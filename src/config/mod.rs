@@ -401,6 +401,7 @@ impl ServeArgs {
             registry: registry::Options {
                 max_instances,
                 quotas: quotas.instances(),
+                deny_addresses: quotas.deny_addresses(),
                 kubernetes: kubernetes.then_some(policy),
             },
             kubernetes: kubernetes.then_some(kubernetes::Options {

@@ -1,10 +1,11 @@
-//! Flags about how much one identity, and one namespace, may have.
+//! Flags about what one identity, and one namespace, may have.
 
 use std::num::{NonZeroU32, NonZeroUsize};
 
 use clap::Args;
+use ipnet::IpNet;
 
-use crate::{identity::UsageLimits, registry::InstanceQuotas};
+use crate::{identity::UsageLimits, model::parse_network, registry::InstanceQuotas};
 
 #[derive(Debug, Args)]
 pub(super) struct QuotaArgs {
@@ -12,6 +13,11 @@ pub(super) struct QuotaArgs {
     /// stolen key does not take the room of all others. Plaintext clients that may do all are no identity
     #[arg(long, env = "GANGPLANK_MAX_INSTANCES_PER_IDENTITY", value_name = "N", default_value_t = 100_000)]
     max_instances_per_identity: usize,
+
+    /// A network whose addresses nobody may register; repeatable. Clients with a certificate are refused those of the cluster's
+    /// Services anyway
+    #[arg(long, env = "GANGPLANK_DENY_ADDRESSES", value_name = "CIDR", value_delimiter = ',', value_parser = parse_network)]
+    deny_addresses: Vec<IpNet>,
 
     /// Instances of one namespace, where its annotation gangplank.dev/max-instances says nothing else; beyond that the answer is
     /// 429. 0 for any number, because everything may be in one namespace
@@ -36,6 +42,11 @@ impl QuotaArgs {
             per_identity: NonZeroUsize::new(self.max_instances_per_identity),
             per_namespace: NonZeroUsize::new(self.max_instances_per_namespace),
         }
+    }
+
+    /// What nobody may register.
+    pub(super) fn deny_addresses(&self) -> Vec<IpNet> {
+        self.deny_addresses.clone()
     }
 
     /// What one identity may use at a time.

@@ -123,7 +123,7 @@ impl Caller {
             let open = security.usage.begin(&identity).map_err(|err| Status::resource_exhausted(err.to_string()))?;
             let registrant = Registrant::new(Arc::clone(&identity.user));
             let registrant = registrant.map_err(|err| Status::unauthenticated(err.to_string()))?;
-            (Requester::Identity { registrant, overrides: false }, Some(open))
+            (Requester::Identity { registrant, overrides: false, peer }, Some(open))
         };
         Ok(Self { identity, peer, authorizer: Arc::clone(authorizer), requester, open, ongoing })
     }

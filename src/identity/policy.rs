@@ -13,15 +13,13 @@
 use std::{
     fs, io,
     io::Read as _,
-    net::IpAddr,
     path::{Path, PathBuf},
 };
 
-use ipnet::IpNet;
 use serde::Deserialize;
 
 use super::{Access, AccessResource, AccessVerb, Denied, Identity};
-use crate::model::{Namespace, ServiceName};
+use crate::model::{AddressPattern, Namespace, ServiceName};
 
 /// Most bytes of a policy file.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
@@ -138,14 +136,6 @@ enum VerbPattern {
     One(AccessVerb),
 }
 
-#[derive(Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-enum AddressPattern {
-    /// The address that the connection comes from.
-    Own,
-    Network(IpNet),
-}
-
 impl<'de> Deserialize<'de> for Pattern<NamespaceText> {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         pattern(deserializer, |text| Namespace::parse(text).map(|_| NamespaceText(text.into())))
@@ -181,24 +171,6 @@ impl TryFrom<String> for VerbPattern {
             let all: Vec<_> = AccessVerb::ALL.iter().map(|verb| verb.as_str()).collect();
             format!("{text:?} is none of {} and {EVERY:?}", all.join(", "))
         })
-    }
-}
-
-impl TryFrom<String> for AddressPattern {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        if text == "own" {
-            return Ok(Self::Own);
-        }
-        let network = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
-        let network = network
-            .map_err(|_| format!("{text:?} is neither a network such as 10.1.0.0/16, an address, nor \"own\""))?;
-        if network.trunc() == network {
-            Ok(Self::Network(network))
-        } else {
-            Err(format!("{text:?} has bits beyond its prefix: {}", network.trunc()))
-        }
     }
 }
 
@@ -257,17 +229,16 @@ impl Rule {
         let Some(patterns) = &self.addresses else { return true };
         access.verb != AccessVerb::Create
             || access.resource != AccessResource::Instances
-            || access.address.is_some_and(|address| {
-                patterns.iter().any(|pattern| match pattern {
-                    AddressPattern::Own => address == access.peer.to_canonical(),
-                    AddressPattern::Network(network) => network.contains(&address),
-                })
-            })
+            || access
+                .address
+                .is_some_and(|address| patterns.iter().any(|pattern| pattern.contains(address, access.peer)))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
     use crate::identity::IdentitySource;
 

@@ -23,6 +23,8 @@ label_enum! {
         Slices => "slices",
         /// EndpointSlices of others under a Service that external instances joined.
         Joined => "joined",
+        /// Ranges of the cluster's Services.
+        ServiceCidrs => "servicecidrs",
         /// Managed Endpoints objects.
         Endpoints => "endpoints",
     }

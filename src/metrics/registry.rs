@@ -34,6 +34,8 @@ label_enum! {
         NotFound => "not_found",
         /// The instance limit is reached.
         Full => "full",
+        /// The address may not be registered.
+        AddressRefused => "address_refused",
         /// A quota of an identity or a namespace is used up.
         OverQuota => "over_quota",
         /// Another identity has registered the instance.

@@ -6,6 +6,7 @@
 //! encoding; what Kubernetes or a resolver would refuse is refused here first.
 
 mod address;
+mod address_pattern;
 pub mod cow_tree;
 mod dns;
 mod instance;
@@ -24,6 +25,7 @@ pub mod view;
 mod wall_clock;
 
 pub use address::{Address, AddressError, DashedLabel, parse_dashed_label};
+pub use address_pattern::{AddressPattern, parse_network};
 pub use cow_tree::CowTree;
 pub use dns::{Rcode, RecordType};
 pub use instance::{Instance, InstanceChange, InstanceId, InstanceKey, UnixMillis, Weight, WeightError};

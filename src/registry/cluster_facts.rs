@@ -6,7 +6,9 @@ use std::{
     sync::Arc,
 };
 
-use super::AnnotatedQuota;
+use ipnet::IpNet;
+
+use super::{AnnotatedAddresses, AnnotatedQuota, address_rules::AddressRules};
 use crate::model::{Instance, ServiceKey};
 
 /// One fact about the cluster, as the API server reports it.
@@ -26,6 +28,15 @@ pub enum ClusterFact {
         /// Its limit.
         quota: Option<AnnotatedQuota>,
     },
+    /// Which addresses may be registered in a namespace, by its annotation; `None` without one.
+    Addresses {
+        /// The namespace.
+        namespace: Box<str>,
+        /// What the annotation says.
+        addresses: Option<AnnotatedAddresses>,
+    },
+    /// All ranges of the cluster's Services.
+    ServiceRanges(Vec<IpNet>),
     /// The list of namespaces is complete: a namespace without a [`ClusterFact::Namespace`] does not
     /// exist.
     NamespacesComplete,
@@ -50,7 +61,12 @@ impl ClusterFact {
     /// The cost of learning the fact, as a multiple of the cheapest: each instance is published.
     pub(super) fn cost(&self) -> usize {
         match self {
-            Self::Namespace { .. } | Self::Quota { .. } | Self::NamespacesComplete | Self::Service { .. } => 1,
+            Self::Namespace { .. }
+            | Self::Quota { .. }
+            | Self::Addresses { .. }
+            | Self::ServiceRanges(_)
+            | Self::NamespacesComplete
+            | Self::Service { .. } => 1,
             Self::Endpoints { instances, .. } => 1 + instances.len(),
         }
     }
@@ -83,11 +99,20 @@ pub(super) struct ClusterFacts {
     namespaces: HashSet<Box<str>>,
     foreign: HashSet<ServiceKey>,
     quotas: HashMap<Box<str>, AnnotatedQuota>,
+    /// Which addresses may be registered.
+    pub(super) addresses: AddressRules,
 }
 
 impl ClusterFacts {
     pub(super) fn new(policy: Option<NamespacePolicy>) -> Self {
-        Self { policy, complete: false, namespaces: HashSet::new(), foreign: HashSet::new(), quotas: HashMap::new() }
+        Self {
+            policy,
+            complete: false,
+            namespaces: HashSet::new(),
+            foreign: HashSet::new(),
+            quotas: HashMap::new(),
+            addresses: AddressRules::new(policy.is_some()),
+        }
     }
 
     /// Why a registration under `service` is refused, or `None`. A fact that was not received yet

@@ -184,6 +184,9 @@ impl Decider {
         if let Some(err) = self.facts.refuse(&key) {
             return Outcome::Refused(err);
         }
+        if let Some(refusal) = self.facts.addresses.refuse(&key, instance.address(), by) {
+            return Outcome::AddressRefused(refusal);
+        }
         let service = self.service(&key);
         let before = service.as_ref().and_then(|service| service.instances.get(&instance.key()).cloned());
         if let Some(other) = by.refused_by(&before) {

@@ -22,6 +22,7 @@
 //! ([`FollowedServices`]). The registry depends on Kubernetes in no other way. What it accepted before, and Kubernetes
 //! lacks, is handed over to that process ([`OutboxWord`]).
 
+mod address_rules;
 mod apply;
 mod batch_limit;
 mod catalog;
@@ -55,6 +56,7 @@ use std::{collections::HashSet, future::Future, sync::Arc};
 
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
+pub use address_rules::{AddressRefusal, AnnotatedAddresses};
 pub use catalog::Catalog;
 pub use cluster_facts::{ClusterFact, KubernetesRefusal, NamespacePolicy};
 pub use feed::{Batch, Event, Feed, Lagged, Subscription};
@@ -138,6 +140,8 @@ pub enum Outcome {
     },
     /// A quota is used up; nothing was added.
     OverQuota(QuotaExceeded),
+    /// The address may not be registered.
+    AddressRefused(AddressRefusal),
     /// Another identity has registered the instance, or one of those to be removed; nothing changed.
     Owned(Registrant),
     /// The mirror could not write the registration.
@@ -151,7 +155,9 @@ impl Outcome {
         match self {
             Self::Created | Self::Updated | Self::Unchanged | Self::Removed(_) => true,
             Self::NotFound { remembered } => *remembered,
-            Self::Full { .. } | Self::OverQuota(_) | Self::Owned(_) | Self::Refused(_) => false,
+            Self::Full { .. } | Self::AddressRefused(_) | Self::OverQuota(_) | Self::Owned(_) | Self::Refused(_) => {
+                false
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use indexmap::IndexMap;
+use ipnet::IpNet;
 use tokio::sync::{Semaphore, mpsc};
 use tracing::{error, info, warn};
 
@@ -26,6 +27,8 @@ pub struct Options {
     pub max_instances: usize,
     /// How many of them an identity and a namespace may have.
     pub quotas: InstanceQuotas,
+    /// Addresses that nobody may register.
+    pub deny_addresses: Vec<IpNet>,
     /// How registrations are checked against Kubernetes; `None` without Kubernetes.
     pub kubernetes: Option<NamespacePolicy>,
 }
@@ -99,7 +102,7 @@ impl Unrecovered {
             mirror_progress,
             refused_words,
             metrics,
-            options: Options { max_instances, quotas, kubernetes },
+            options: Options { max_instances, quotas, deny_addresses, kubernetes },
         } = self;
         let mut stored = Replayed::default();
         let mut take = |record| stored.replay(record);
@@ -153,6 +156,7 @@ impl Unrecovered {
         }
         let mut decider = Decider::new(Arc::clone(&catalog), max_instances, kubernetes, stamper, recovery.tombstones);
         decider.set_quotas(quotas);
+        decider.facts().addresses.set_denied(deny_addresses);
         let committer = Committer::new(journal, status.clone(), generation);
         info!(services = catalog.len(), instances = catalog.instances(), generation, "recovered");
         Ok(Writer {

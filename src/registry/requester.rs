@@ -3,7 +3,7 @@
 //! The decider asks this about each command, with the changes of all commands before it: what a caller knew when it sent
 //! the command may have changed since. Words of other processes are not asked about: they were decided there.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use super::{Command, RegistryHandle};
 use crate::model::{Address, Instance, InstanceId, PortSet, Registrant, ServiceKey};
@@ -19,6 +19,8 @@ pub enum Requester {
         registrant: Registrant,
         /// Whether it may change what another identity has registered.
         overrides: bool,
+        /// Where it connects from.
+        peer: IpAddr,
     },
 }
 
@@ -30,7 +32,7 @@ impl Requester {
     ) -> Option<&'a Registrant> {
         match self {
             Self::Unrestricted | Self::Identity { overrides: true, .. } => None,
-            Self::Identity { registrant, overrides: false } => {
+            Self::Identity { registrant, overrides: false, .. } => {
                 instances.into_iter().filter_map(|instance| instance.registrant()).find(|other| *other != registrant)
             }
         }
@@ -70,15 +72,16 @@ impl RegistryHandle {
     /// Whether `command` would change the instance of another identity, as far as readers see now. The writer decides.
     #[must_use]
     pub fn changes_others_instance(&self, command: &Command) -> bool {
-        let (by, removed_by) = match command {
+        let held = || self.catalog.get(command.service()).unwrap_or_default().instances;
+        match command {
             Command::Register { by: Requester::Unrestricted, .. }
             | Command::Unregister { by: Requester::Unrestricted, .. }
-            | Command::SetReady { .. } => return false,
-            Command::Register { instance, by, .. } => (by, instance.id()),
-            Command::Unregister { address, ports, by, .. } => (by, removal(address.clone(), ports.clone())),
-        };
-        let Some(service) = self.catalog.get(command.service()) else { return false };
-        by.refused_by(&service.instances.removed_by(&removed_by)).is_some()
+            | Command::SetReady { .. } => false,
+            Command::Register { instance, by, .. } => by.refused_by(held().get(&instance.key())).is_some(),
+            Command::Unregister { address, ports, by, .. } => {
+                by.refused_by(&held().removed_by(&removal(address.clone(), ports.clone()))).is_some()
+            }
+        }
     }
 }
 
@@ -90,6 +93,8 @@ pub(super) fn removal(address: Address, ports: PortSet) -> InstanceId {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
     use crate::model::{
         UnixMillis,
@@ -106,7 +111,7 @@ mod tests {
     }
 
     fn identity(name: &str, overrides: bool) -> Requester {
-        Requester::Identity { registrant: registrant(name), overrides }
+        Requester::Identity { registrant: registrant(name), overrides, peer: Ipv4Addr::LOCALHOST.into() }
     }
 
     #[test]

@@ -344,6 +344,10 @@ impl Writer {
                 }
             }
             ClusterFact::Quota { namespace, quota } => self.decider.facts().set_quota(namespace, quota),
+            ClusterFact::Addresses { namespace, addresses } => {
+                self.decider.facts().addresses.set_annotated(namespace, addresses);
+            }
+            ClusterFact::ServiceRanges(ranges) => self.decider.facts().addresses.set_service_ranges(ranges),
             ClusterFact::NamespacesComplete => self.decider.facts().namespaces_are_complete(),
             ClusterFact::Service { service, foreign } => self.decider.facts().set_foreign(service, foreign),
             ClusterFact::Endpoints { service, instances } => self.applier.set_foreign_endpoints(service, instances),
@@ -486,6 +490,7 @@ fn counted(outcome: &Outcome) -> CommandOutcome {
         Outcome::Removed(_) => CommandOutcome::Removed,
         Outcome::NotFound { .. } => CommandOutcome::NotFound,
         Outcome::Full { .. } => CommandOutcome::Full,
+        Outcome::AddressRefused(_) => CommandOutcome::AddressRefused,
         Outcome::OverQuota(_) => CommandOutcome::OverQuota,
         Outcome::Owned(_) => CommandOutcome::Owned,
         Outcome::Refused(_) => CommandOutcome::Refused,

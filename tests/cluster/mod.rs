@@ -125,6 +125,7 @@ fn service_account_has_the_rights_it_needs_and_no_others() {
             "/services: get list watch create update delete",
             "discovery.k8s.io/endpointslices: get list watch create update delete",
             "events.k8s.io/events: create patch",
+            "networking.k8s.io/servicecidrs: list watch",
         ]
     );
     let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"},

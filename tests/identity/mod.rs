@@ -1,5 +1,6 @@
 //! Who may call what: a real server with certificates and a policy, and every call that it has.
 
+mod addresses;
 mod command_line;
 mod joining;
 mod matrix;

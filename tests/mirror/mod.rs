@@ -1,6 +1,7 @@
 //! Registrations are mirrored into Kubernetes and restored from it: a real gangplank under its own
 //! ServiceAccount, with the rights and the policy of `deploy/`, and a real API server.
 
+mod addresses;
 mod api_server_accepts;
 mod api_server_outage;
 mod basics;

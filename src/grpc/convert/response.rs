@@ -7,7 +7,7 @@ use super::{
 use crate::{
     identity::Denied,
     metrics::{LabelEnum as _, RegistrationStatus},
-    registry::{KubernetesRefusal, Outcome, QuotaExceeded, Unavailable},
+    registry::{AddressRefusal, KubernetesRefusal, Outcome, QuotaExceeded, Unavailable},
 };
 
 /// The number of a status on the wire: the one of HTTP, where HTTP has one for it.
@@ -49,6 +49,24 @@ impl From<Denied> for Refusal {
     fn from(denied: Denied) -> Self {
         Self::Denied(denied)
     }
+}
+
+/// Which rule refuses.
+fn address_details(refusal: &AddressRefusal, address: &str, namespace: &str) -> String {
+    let rule = match refusal {
+        AddressRefusal::Denied(network) => format!("{network} (--deny-addresses)"),
+        AddressRefusal::ServiceRange(range) => format!("{range}, a range of the cluster's own Services"),
+        AddressRefusal::ServiceRangesUnknown => "unknown ranges".into(),
+        AddressRefusal::Annotation(text) => {
+            let rule = format!("the annotation gangplank.dev/addresses of {namespace} allows {text:?} only");
+            return format!("ipaddress: {address} may not be registered: {rule}");
+        }
+        AddressRefusal::InvalidAnnotation(text) => {
+            let rule = format!("the annotation gangplank.dev/addresses of {namespace} is invalid: {text:?}");
+            return format!("ipaddress: {address} may not be registered: {rule}");
+        }
+    };
+    format!("ipaddress: {address} may not be registered: it is in {rule}")
 }
 
 /// Which number, and which limit.
@@ -122,6 +140,15 @@ impl ResponseBuilder {
                      nothing was added"
                 );
                 self.answer(RegistrationStatus::Full, details, 0)
+            }
+            Outcome::AddressRefused(AddressRefusal::ServiceRangesUnknown) => {
+                let details = "ipaddress: the ranges of the cluster's Services are not known yet (the right to list and watch \
+                               servicecidrs.networking.k8s.io); try again";
+                self.answer(RegistrationStatus::Unavailable, details.into(), 0)
+            }
+            Outcome::AddressRefused(refusal) => {
+                let details = address_details(&refusal, &self.ipaddress, &self.namespace);
+                self.answer(RegistrationStatus::Forbidden, details, 0)
             }
             Outcome::OverQuota(exceeded) => {
                 let details = quota_details(&exceeded, &self.namespace);
@@ -208,6 +235,8 @@ mod tests {
             (Outcome::Removed(3), 204, 5),
             (Outcome::NotFound { remembered: true }, 404, 5),
             (Outcome::Full { limit: 10 }, 507, 0),
+            (Outcome::AddressRefused(AddressRefusal::Annotation("own".into())), 403, 0),
+            (Outcome::AddressRefused(AddressRefusal::ServiceRangesUnknown), 503, 0),
             (Outcome::OverQuota(QuotaExceeded::Namespace { limit: 3 }), 429, 0),
             (Outcome::Owned(Registrant::new("vm-1".into()).expect("a name")), 409, 0),
         ] {

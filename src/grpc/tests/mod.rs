@@ -68,7 +68,12 @@ pub(super) struct Registry {
 
 impl Registry {
     fn new(max_instances: usize) -> Self {
-        Self::with(registry::Options { max_instances, quotas: Default::default(), kubernetes: None })
+        Self::with(registry::Options {
+            max_instances,
+            quotas: Default::default(),
+            deny_addresses: Vec::new(),
+            kubernetes: None,
+        })
     }
 
     fn with(options: registry::Options) -> Self {
@@ -115,6 +120,7 @@ impl Registry {
         let mut registry = Self::with(registry::Options {
             max_instances: 1_000_000,
             quotas: Default::default(),
+            deny_addresses: Vec::new(),
             kubernetes: Some(rules),
         });
         registry.recover();

@@ -10,8 +10,8 @@ use k8s_openapi::{
 use super::object_store::CachedObject;
 use crate::{
     kubernetes::objects::{names, services::Ownership, slices::ObservedSlice},
-    model::{self, ServiceKey, ServiceName},
-    registry::AnnotatedQuota,
+    model::{self, AddressPattern, ServiceKey, ServiceName},
+    registry::{AnnotatedAddresses, AnnotatedQuota},
 };
 
 /// Namespace and name of an object.
@@ -48,6 +48,8 @@ pub(super) struct CachedNamespace {
     pub(super) terminating: bool,
     /// By its annotation.
     pub(super) quota: Option<AnnotatedQuota>,
+    /// By its annotation.
+    pub(super) addresses: Option<AnnotatedAddresses>,
 }
 
 /// A Service and its owner.
@@ -101,17 +103,26 @@ impl CachedNamespace {
             terminating: meta.deletion_timestamp.is_some(),
             quota: annotated(meta, names::MAX_INSTANCES)
                 .map(|text| text.parse().map_or(AnnotatedQuota::Invalid, AnnotatedQuota::Limit)),
+            addresses: annotated(meta, names::ADDRESSES).map(|text| AnnotatedAddresses {
+                text: text.into(),
+                allowed: AddressPattern::parse_list(text).ok().map(Into::into),
+            }),
         };
         Some((meta.name.as_deref()?.into(), cached))
     }
 }
 
-/// Whether a namespace terminates, and how many instances it may have.
-pub(super) type NamespaceState = (bool, Option<AnnotatedQuota>);
+/// What matters of a namespace.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct NamespaceState {
+    pub(super) terminating: bool,
+    pub(super) quota: Option<AnnotatedQuota>,
+    pub(super) addresses: Option<AnnotatedAddresses>,
+}
 
 impl CachedNamespace {
     pub(super) fn state(&self) -> NamespaceState {
-        (self.terminating, self.quota)
+        NamespaceState { terminating: self.terminating, quota: self.quota, addresses: self.addresses.clone() }
     }
 }
 
@@ -125,7 +136,7 @@ impl CachedObject for CachedNamespace {
     }
 
     fn same_content(&self, later: &Self) -> bool {
-        (self.terminating, self.quota) == (later.terminating, later.quota)
+        self.state() == later.state()
     }
 }
 

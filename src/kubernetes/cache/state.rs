@@ -14,7 +14,7 @@ use super::{
 use crate::{
     kubernetes::objects::{names, services::Ownership, slices::ObservedSlice},
     model::ServiceKey,
-    registry::{AnnotatedQuota, ClusterFact},
+    registry::{AnnotatedAddresses, AnnotatedQuota, ClusterFact},
 };
 
 #[derive(Debug)]
@@ -58,18 +58,8 @@ impl State {
         let mut changed: HashSet<Box<str>> = HashSet::new();
         // `None`: absent.
         let mut note = |name: Box<str>, before: Option<NamespaceState>, now: Option<NamespaceState>| {
-            let quota = |state: Option<NamespaceState>| state.and_then(|(_, quota)| quota);
-            if quota(before) != quota(now) {
-                if quota(now) == Some(AnnotatedQuota::Invalid) {
-                    warn!(
-                        namespace = &*name,
-                        annotation = names::MAX_INSTANCES,
-                        "the annotation is not a number: nothing new is registered in the namespace"
-                    );
-                }
-                facts.push(ClusterFact::Quota { namespace: name.clone(), quota: quota(now) });
-            }
-            let [before, now] = [before, now].map(|state| state.map(|(terminating, _)| terminating));
+            limits(&name, before.as_ref(), now.as_ref(), &mut facts);
+            let [before, now] = [before, now].map(|state| state.map(|state| state.terminating));
             let (existed, exists) = (before == Some(false), now == Some(false));
             if existed != exists {
                 facts.push(ClusterFact::Namespace { name: name.clone(), exists });
@@ -275,4 +265,30 @@ fn read_service(
     let key = service_key(&service.metadata)?;
     let cached = CachedService::read(service, known.get(&key))?;
     Some((key, cached))
+}
+
+/// What changed of the limits that a namespace's annotations set.
+fn limits(name: &str, before: Option<&NamespaceState>, now: Option<&NamespaceState>, facts: &mut Vec<ClusterFact>) {
+    let quota = |state: Option<&NamespaceState>| state.and_then(|state| state.quota);
+    if quota(before) != quota(now) {
+        if quota(now) == Some(AnnotatedQuota::Invalid) {
+            let annotation = names::MAX_INSTANCES;
+            warn!(
+                namespace = name,
+                annotation, "the annotation is not a number: nothing new is registered in the namespace"
+            );
+        }
+        facts.push(ClusterFact::Quota { namespace: name.into(), quota: quota(now) });
+    }
+    let addresses = |state: Option<&NamespaceState>| state.and_then(|state| state.addresses.clone());
+    if addresses(before) != addresses(now) {
+        if let Some(AnnotatedAddresses { text, allowed: None }) = addresses(now) {
+            let (annotation, text) = (names::ADDRESSES, &*text);
+            warn!(
+                namespace = name,
+                annotation, text, "the annotation is invalid: nothing is registered in the namespace"
+            );
+        }
+        facts.push(ClusterFact::Addresses { namespace: name.into(), addresses: addresses(now) });
+    }
 }

@@ -73,6 +73,8 @@ fn said(facts: &[ClusterFact]) -> Vec<String> {
     let one = |fact: &ClusterFact| match fact {
         ClusterFact::Namespace { name, exists } => format!("{name} {exists}"),
         ClusterFact::Quota { namespace, quota } => format!("{namespace} quota {quota:?}"),
+        ClusterFact::Addresses { namespace, addresses } => format!("{namespace} addresses {addresses:?}"),
+        ClusterFact::ServiceRanges(ranges) => format!("{ranges:?}"),
         ClusterFact::NamespacesComplete => "complete".into(),
         ClusterFact::Service { service, foreign } => format!("{service} foreign {foreign}"),
         ClusterFact::Endpoints { .. } => "endpoints".into(),

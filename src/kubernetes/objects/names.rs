@@ -5,6 +5,9 @@
 /// Annotation of a namespace: how many instances it may have.
 pub const MAX_INSTANCES: &str = "gangplank.dev/max-instances";
 
+/// Annotation of a namespace: which addresses may be registered in it, networks and `own` with commas.
+pub const ADDRESSES: &str = "gangplank.dev/addresses";
+
 /// Label of Services that represent something outside the cluster.
 pub const SERVICE_TYPE: &str = "service-type";
 

@@ -1,7 +1,7 @@
 //! Lists and watches what the cluster holds, for the [`ClusterCache`] and the registry.
 //!
-//! Four watches, whatever the size of the cluster: namespaces, Services, our own slices, and the
-//! slices of other writers under Services that external instances joined ([`joined`]); a fifth with
+//! Five watches, whatever the size of the cluster: namespaces, Services, the ranges of their addresses, our own slices, and the
+//! slices of other writers under Services that external instances joined ([`joined`]); a sixth with
 //! `--endpoints-object`. Services are watched whole and not only by their metadata, because one
 //! watch then reports both the owner and the content, and what is kept of them is the same.
 //!
@@ -18,6 +18,7 @@ mod joined;
 mod outage;
 mod own_slices;
 mod reflector;
+mod service_ranges;
 
 use std::sync::Arc;
 
@@ -32,6 +33,7 @@ use self::{
     outage::Outages,
     own_slices::OwnSlicesHandler,
     reflector::Reflector,
+    service_ranges::ServiceRangesHandler,
 };
 use super::{cache::ClusterCache, objects::names};
 use crate::{
@@ -76,6 +78,7 @@ impl Watch {
                 gone = self.services(&outages, services_listed) => gone,
                 gone = self.slices(&outages, requests, vec![namespaces, joined]) => gone,
                 gone = self.joined(&outages, services, joined_listed) => gone,
+                gone = self.service_ranges(&outages) => gone,
                 gone = self.endpoints(&outages), if self.endpoints => gone,
             }
         };
@@ -94,6 +97,13 @@ impl Watch {
         let mut handler = ClusterFactHandler { registry: &self.registry, apply, listed: Some(listed) };
         let api = Api::all(self.client.clone());
         self.reflector(api, Watched::Services, String::new(), outages).run(&mut handler).await
+    }
+
+    /// The ranges of the cluster's Services. Nothing waits for them: without them no identity registers anything.
+    async fn service_ranges(&self, outages: &Outages) -> Unavailable {
+        let mut handler = ServiceRangesHandler::new(&self.registry);
+        let api = Api::all(self.client.clone());
+        self.reflector(api, Watched::ServiceCidrs, String::new(), outages).run(&mut handler).await
     }
 
     /// Our own slices, once it is known who writes.

@@ -359,7 +359,12 @@ mod tests {
         use futures::FutureExt as _;
 
         let metrics = std::sync::Arc::new(Metrics::new());
-        let options = crate::registry::Options { max_instances: 10, quotas: Default::default(), kubernetes: None };
+        let options = crate::registry::Options {
+            max_instances: 10,
+            quotas: Default::default(),
+            deny_addresses: Vec::new(),
+            kubernetes: None,
+        };
         let (registry, _unrecovered) = crate::registry::new(options, std::sync::Arc::clone(&metrics));
         let cache = ClusterCache::new();
         let (first, one) = oneshot::channel();
@@ -380,7 +385,12 @@ mod tests {
         use futures::FutureExt as _;
 
         let metrics = std::sync::Arc::new(Metrics::new());
-        let options = crate::registry::Options { max_instances: 10, quotas: Default::default(), kubernetes: None };
+        let options = crate::registry::Options {
+            max_instances: 10,
+            quotas: Default::default(),
+            deny_addresses: Vec::new(),
+            kubernetes: None,
+        };
         let (registry, unrecovered) = crate::registry::new(options, std::sync::Arc::clone(&metrics));
         // Nobody answers the request for a restore.
         drop(unrecovered);

@@ -40,8 +40,10 @@ impl TestRegistry {
 
     fn with_zone(dir: &TempDir, max_instances: usize) -> (Self, Arc<Zone>) {
         let metrics = Arc::new(Metrics::new());
-        let (handle, unrecovered) =
-            new(super::Options { max_instances, quotas: Default::default(), kubernetes: None }, Arc::clone(&metrics));
+        let (handle, unrecovered) = new(
+            super::Options { max_instances, quotas: Default::default(), deny_addresses: Vec::new(), kubernetes: None },
+            Arc::clone(&metrics),
+        );
         let origin = DnsName::parse("cluster.local").expect("a name");
         let (reverse_zones, ns_addresses) = (Vec::new(), Vec::new());
         let config = ZoneConfig { origin, ttl: 5, reverse_zones, ns_addresses, publish_not_ready: false };
@@ -224,6 +226,7 @@ fn with_kubernetes(dir: &TempDir) -> (TestRegistry, Arc<Zone>) {
     let options = super::Options {
         max_instances: 100_000,
         quotas: Default::default(),
+        deny_addresses: Vec::new(),
         kubernetes: Some(NamespacePolicy { create_namespaces: false }),
     };
     let (handle, unrecovered) = new(options, Arc::clone(&metrics));

@@ -1,10 +1,12 @@
 //! An instance is changed by who has registered it, also after a restart, a take-over and a hand-over.
 
+use std::net::Ipv4Addr;
+
 use super::{standby::Replica, *};
 use crate::model::{PortSet, Stamp};
 
 pub(super) fn identity(name: &str, overrides: bool) -> Requester {
-    Requester::Identity { registrant: registrant(name), overrides }
+    Requester::Identity { registrant: registrant(name), overrides, peer: Ipv4Addr::LOCALHOST.into() }
 }
 
 pub(super) fn registrant(name: &str) -> Registrant {
@@ -114,6 +116,8 @@ fn registrant_counts_at_the_next_writer() {
     let web = VALIDATOR.service("prod", "web").expect("valid");
     let in_slices = vec![instance(Some("vm-1"), "10.0.0.1", now - 9), instance(None, "10.0.0.2", now - 8)];
     assert_eq!(replica.restore(3, vec![(web.clone(), in_slices)]), Ok(3));
+    let ranges = vec![ClusterFact::ServiceRanges(Vec::new())];
+    replica.runtime.block_on(replica.handle.learn(ranges)).expect("it writes");
     // Handed over by the process that wrote before.
     let handed = instance(Some("vm-3"), "10.0.0.3", now - 7);
     let word = OutboxWord { service: web, id: handed.id(), stamp: handed.stamp(), instance: Some(handed) };

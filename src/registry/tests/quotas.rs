@@ -83,6 +83,8 @@ fn namespace_has_as_many_instances_as_its_annotation_says_or_else_the_flag() {
 fn counts_are_those_of_the_slices_after_a_take_over() {
     let dir = tempfile::tempdir().expect("a directory");
     let replica = Replica::start(&dir);
+    let ranges = vec![ClusterFact::ServiceRanges(Vec::new())];
+    replica.runtime.block_on(replica.handle.learn(ranges)).expect("it writes");
     replica.submit(vec![register_by(identity("vm-1", false), &address(1), 80, 1.0)]).expect("it writes");
     let count = || {
         let counts = replica.handle.catalog().counts();
