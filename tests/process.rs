@@ -105,9 +105,9 @@ fn invalid_namespace_is_a_usage_error() {
 }
 
 #[test]
-fn grpc_beyond_loopback_needs_the_insecure_flag() {
+fn grpc_beyond_loopback_with_kubernetes_needs_certificates_or_the_insecure_flag() {
     let data = tempfile::tempdir().expect("a temporary directory can be made");
-    let mut refused = Process::serve(data.path(), &["--grpc-listen", "0.0.0.0:0"]);
+    let mut refused = Process::serve(data.path(), &["--grpc-listen", "0.0.0.0:0", "--kubernetes"]);
     let status = refused.exit();
     assert!(!status.success(), "{status}");
     assert!(refused.stderr().contains("--insecure"), "{}", refused.stderr());
