@@ -256,7 +256,7 @@ mod tests {
                     {"port": 8080, "protocol": "TCP", "name": "http"},
                     {"port": 53, "protocol": "UDP", "name": null},
                 ],
-                "host_name": null, "node_name": "vm-7", "weight": weight, "share": share, "priority": 3,
+                "host_name": null, "node_name": "vm-7", "weight": weight, "share": share, "priority": 3, "registrant": null,
                 "ready": ready, "registered": "2023-11-14T22:13:20.123Z",
             })
         };
