@@ -30,7 +30,11 @@ const FOREIGN: &str = "is not managed by gangplank";
 
 /// A headless Service; `label` says what gangplank is to it.
 fn service(name: &str, label: Option<&str>) -> Value {
-    let labels = label.map(|value| json!({ "gangplank.dev/service": value }));
+    let labels = label.map(|value| match value {
+        // As gangplank itself makes it.
+        "owned" => json!({ "gangplank.dev/service": value, "service-type": "external" }),
+        _ => json!({ "gangplank.dev/service": value }),
+    });
     json!({ "metadata": { "name": name, "labels": labels }, "spec": { "clusterIP": "None" } })
 }
 
