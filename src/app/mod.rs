@@ -32,7 +32,7 @@ use crate::{
     identity::{
         Authenticator, Authorizer, CertificateAuthority, RefusalLog, Usage, certificate_user, joining::Registrants,
     },
-    kubernetes::Kubernetes,
+    kubernetes::{Kubernetes, api::Reviews},
     metrics::Metrics,
     model::{ServerAddress, test_clock_offset, wall_clock},
     net::{self, ConnectionCaps, DescriptorBudget, tls::ServerTls},
@@ -183,7 +183,14 @@ impl BoundServer {
             Tls::OwnCa => Some(own_ca(&directory, &advertise, &listeners, &metrics)?),
             Tls::Off | Tls::Files(_) => None,
         };
-        let security = grpc_security(security, own, &metrics)?;
+        let reviews = match &kubernetes {
+            Some(options) => {
+                let reviews = Reviews::connect(options.kubeconfig.as_deref(), Arc::clone(&metrics.identity)).await?;
+                Some(Arc::new(reviews))
+            }
+            None => None,
+        };
+        let security = grpc_security(security, own, reviews, &metrics)?;
         let kubernetes = match kubernetes {
             Some(options) => {
                 if addresses.is_empty() {
@@ -380,9 +387,11 @@ fn own_ca(
 fn grpc_security(
     config: SecurityConfig,
     own: Option<(OwnTls, Arc<Registrants>)>,
+    reviews: Option<Arc<Reviews>>,
     metrics: &Arc<Metrics>,
 ) -> anyhow::Result<Arc<grpc::Security>> {
-    let SecurityConfig { tls, authorization, usage } = config;
+    let SecurityConfig { tls, authorization, authorization_stale, usage } = config;
+    let reviews = reviews.map(|reviews| (reviews, authorization_stale));
     let log = Arc::new(RefusalLog::default());
     let load = Arc::clone(&metrics.connections);
     let (own, registrants) = own.unzip();
@@ -392,11 +401,23 @@ fn grpc_security(
         (Tls::OwnCa, None) | (Tls::Off, _) => None,
     };
     let replica = tls.as_ref().and_then(|tls| certificate_user(&tls.certificate()?).ok());
-    let authorizer = Authorizer::new(authorization, replica, Arc::clone(&metrics.identity), Arc::clone(&log))
-        .context("--authorization-policy")?
-        .with_registrants(registrants.clone());
+    if reviews.is_some() && tls.as_ref().is_some_and(|tls| tls.as_client().is_none()) {
+        warn!(
+            "without --tls-client-ca this process cannot take over what other replicas have accepted, and they cannot take over \
+             from it: they know each other by their certificate"
+        );
+    }
+    let authenticator = Authenticator::new(registrants.clone());
+    let authenticator = match &reviews {
+        Some((reviews, stale)) => {
+            authenticator.with_tokens(Arc::clone(reviews), *stale, Arc::clone(&metrics.identity), Arc::clone(&log))?
+        }
+        None => authenticator,
+    };
+    let authorizer = Authorizer::new(authorization, reviews, replica, Arc::clone(&metrics.identity), Arc::clone(&log));
+    let authorizer = authorizer.context("--authorization-policy")?.with_registrants(registrants.clone());
     let usage = Usage::new(usage, Arc::clone(&metrics.identity));
-    let (authorizer, authenticator) = (Arc::new(authorizer), Authenticator { registrants: registrants.clone() });
+    let authorizer = Arc::new(authorizer);
     Ok(Arc::new(grpc::Security { tls, authenticator, authorizer, registrants, usage, log }))
 }
 

@@ -41,6 +41,11 @@ pub(super) struct ServerArgs {
     #[arg(long, env = "GANGPLANK_KEY", value_name = "FILE")]
     key: Option<PathBuf>,
 
+    /// A token to show with each call, over https or to this machine, such as one of a Kubernetes ServiceAccount for the
+    /// audience gangplank. Read again for each call
+    #[arg(long, env = "GANGPLANK_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
+
     #[command(flatten)]
     config_dir: ConfigDirArgs,
 }
@@ -66,14 +71,14 @@ impl ServerArgs {
     }
 
     async fn connection(self, patience: Duration) -> Result<Connection, CommandError> {
-        let Self { server, cacert, cert, key, config_dir } = self;
-        let explicit = cacert.is_some() || cert.is_some() || key.is_some();
+        let Self { server, cacert, cert, key, token_file, config_dir } = self;
+        let explicit = cacert.is_some() || cert.is_some() || key.is_some() || token_file.is_some();
         // What joined is a whole: where the server is, whom to trust, what to show.
         let secure = server.is_empty() || server.iter().any(|url| url.starts_with("https:"));
         let joined = if secure && !explicit { config_dir.load_renewed().await? } else { None };
         let Some(machine) = joined else {
             let server = if server.is_empty() { vec![DEFAULT_SERVER.to_owned()] } else { server };
-            let tls = ClientTls::load(&ClientTlsFiles { ca: cacert, cert, key })?;
+            let tls = ClientTls::load(&ClientTlsFiles { ca: cacert, cert, key, token: token_file })?;
             return Ok(Connection { servers: Servers::new(server, tls, patience), namespace: None });
         };
         let namespace = machine.namespace().map(str::to_owned);

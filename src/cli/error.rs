@@ -80,14 +80,20 @@ impl From<ClientError> for CommandError {
             ClientError::Url { .. } => Self::new(ErrorKind::Usage, error.to_string()).hint("give one: --server URL"),
             ClientError::NoCa { .. } => Self::new(ErrorKind::Usage, error.to_string()),
             ClientError::Tls { .. } => Self::new(ErrorKind::Usage, error.to_string()),
+            ClientError::TokenInPlaintext { .. } => Self::new(ErrorKind::Usage, error.to_string()),
+            ClientError::Token(err) => {
+                let source = err.source().map_or_else(String::new, |source| format!(": {source}"));
+                Self::new(ErrorKind::Usage, format!("{err}{source}"))
+            }
             ClientError::Status { code, .. } if code == "Unauthenticated" => {
                 Self::new(ErrorKind::Failed, error.to_string())
                     .hint("join with a token:   gangplank join TOKEN")
                     .hint("show a certificate:  --cert FILE --key FILE")
+                    .hint("show a token:        --token-file FILE")
             }
             ClientError::Status { code, .. } if code == "PermissionDenied" => {
                 Self::new(ErrorKind::Failed, error.to_string())
-                    .hint("a rule of the server's --authorization-policy has to allow it")
+                    .hint("a rule of the server's --authorization-policy has to allow it, or a Role in Kubernetes")
             }
             ClientError::Status { .. } => Self::new(ErrorKind::Failed, error.to_string())
                 .hint("check that it is a gangplank server and ready:")

@@ -1,15 +1,19 @@
 //! Flags about who may connect, and do what.
 
-use std::{net::SocketAddr, path::PathBuf, str::FromStr};
+use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use anyhow::{bail, ensure};
 use clap::Args;
 
+use super::MAX_DURATION;
 use crate::{
     grpc::ListenerSecurity,
     identity::{Authorization, UsageLimits},
     net::tls::TlsFiles,
 };
+
+/// Smallest `--authorization-stale`: any decision counts for that long.
+const MIN_AUTHORIZATION_STALE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
 pub(super) struct SecurityArgs {
@@ -26,14 +30,25 @@ pub(super) struct SecurityArgs {
     #[arg(long, env = "GANGPLANK_TLS_CLIENT_CA", value_name = "FILE")]
     tls_client_ca: Option<PathBuf>,
 
-    /// What clients with a certificate may do, in TOML; nothing without a rule. Read again when it changes
+    /// What clients may do, in TOML; nothing without a rule. Read again when it changes
     #[arg(long, env = "GANGPLANK_AUTHORIZATION_POLICY", value_name = "FILE")]
     authorization_policy: Option<PathBuf>,
 
-    /// Check what plaintext clients may do, too, by the policy: over loopback they are the user gangplank:loopback,
-    /// else system:anonymous [default: they may do all]
+    /// What says what clients may do, plaintext ones too: over loopback they are the user gangplank:loopback, else
+    /// system:anonymous [default: the policy if there is one, else Kubernetes, and plaintext clients may do all]
     #[arg(long, env = "GANGPLANK_AUTHORIZATION", value_name = "SOURCE")]
     authorization: Option<AuthorizationSource>,
+
+    /// While the API server cannot be asked: how long what it has said of a right counts, and how long a stream goes on
+    /// without a review of its token; 10s or more
+    #[arg(
+        long,
+        env = "GANGPLANK_AUTHORIZATION_STALE",
+        value_name = "TIME",
+        default_value = "5m",
+        value_parser = humantime::parse_duration
+    )]
+    authorization_stale: Duration,
 
     /// Take plaintext beyond loopback, on every gRPC listener or on the named ones: whoever reaches them may do all,
     /// unless --authorization is set
@@ -53,8 +68,10 @@ pub(super) struct SecurityArgs {
 /// `--authorization`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum AuthorizationSource {
-    /// --authorization-policy
+    /// The file of --authorization-policy
     Policy,
+    /// Kubernetes RBAC, on the resource instances of the group gangplank.dev
+    Kubernetes,
 }
 
 /// `--insecure`: which listeners take plaintext beyond loopback.
@@ -108,20 +125,30 @@ pub struct SecurityConfig {
     pub tls: Tls,
     /// Where rights come from.
     pub authorization: Authorization,
+    /// How long what Kubernetes has said counts while it cannot be asked; 10 s at least.
+    pub authorization_stale: Duration,
     /// What one identity may use at a time.
     pub usage: UsageLimits,
 }
 
 impl SecurityArgs {
-    /// Also says how each of `listeners` takes connections.
+    /// Also says how each of `listeners` takes connections. With `kubernetes` there are tokens and RBAC.
     pub(super) fn check(
         self,
         listeners: Vec<SocketAddr>,
         kubernetes: bool,
         usage: UsageLimits,
     ) -> anyhow::Result<(Vec<(SocketAddr, ListenerSecurity)>, SecurityConfig)> {
-        let Self { tls_cert, tls_key, tls_client_ca, authorization_policy, authorization, insecure } = self;
-        let tls = tls_files(tls_cert, tls_key, tls_client_ca)?;
+        let Self {
+            tls_cert,
+            tls_key,
+            tls_client_ca,
+            authorization_policy,
+            authorization,
+            authorization_stale,
+            insecure,
+        } = self;
+        let tls = tls_files(tls_cert, tls_key, tls_client_ca, kubernetes)?;
         let listeners = secured(listeners, &insecure, tls.is_some(), kubernetes)?;
         let needs_tls = listeners.iter().any(|(_, security)| *security == ListenerSecurity::Tls);
         let tls = match tls {
@@ -129,19 +156,39 @@ impl SecurityArgs {
             None if needs_tls => Tls::OwnCa,
             None => Tls::Off,
         };
-        ensure!(
-            authorization_policy.is_some() || authorization.is_none(),
-            "--authorization policy: needs --authorization-policy FILE"
-        );
-        let authorization = match authorization_policy {
-            Some(file) => Authorization::Policy { file, plaintext: authorization.is_some() },
-            None => Authorization::Plaintext,
-        };
+        let authorization = source_of_rights(authorization, authorization_policy, kubernetes)?;
         ensure!(
             !matches!(tls, Tls::Files(_)) || authorization != Authorization::Plaintext,
-            "--tls-cert: nothing says what clients may do: give --authorization-policy FILE"
+            "--tls-cert: nothing says what clients may do: give --authorization-policy FILE, or --kubernetes"
         );
-        Ok((listeners, SecurityConfig { tls, authorization, usage }))
+        ensure!(
+            (MIN_AUTHORIZATION_STALE..=MAX_DURATION).contains(&authorization_stale),
+            "--authorization-stale: must be at least {}, which is how long any decision counts, and at most {}",
+            humantime::format_duration(MIN_AUTHORIZATION_STALE),
+            humantime::format_duration(MAX_DURATION)
+        );
+        Ok((listeners, SecurityConfig { tls, authorization, authorization_stale, usage }))
+    }
+}
+
+/// Where rights come from, by the flags.
+fn source_of_rights(
+    source: Option<AuthorizationSource>,
+    policy: Option<PathBuf>,
+    kubernetes: bool,
+) -> anyhow::Result<Authorization> {
+    match (source, policy) {
+        (Some(AuthorizationSource::Kubernetes), Some(_)) => {
+            bail!("--authorization kubernetes: leave out --authorization-policy: rights come from one of them")
+        }
+        (Some(AuthorizationSource::Policy), None) => bail!("--authorization policy: needs --authorization-policy FILE"),
+        (Some(AuthorizationSource::Kubernetes), None) => {
+            ensure!(kubernetes, "--authorization kubernetes: needs --kubernetes or --kubeconfig FILE");
+            Ok(Authorization::Kubernetes { plaintext: true })
+        }
+        (source, Some(file)) => Ok(Authorization::Policy { file, plaintext: source.is_some() }),
+        (None, None) if kubernetes => Ok(Authorization::Kubernetes { plaintext: false }),
+        (None, None) => Ok(Authorization::Plaintext),
     }
 }
 
@@ -150,10 +197,14 @@ fn tls_files(
     cert: Option<PathBuf>,
     key: Option<PathBuf>,
     client_ca: Option<PathBuf>,
+    tokens: bool,
 ) -> anyhow::Result<Option<TlsFiles>> {
     match (cert, key) {
         (Some(cert), Some(key)) => {
-            ensure!(client_ca.is_some(), "--tls-cert: needs --tls-client-ca FILE, or no client has an identity");
+            ensure!(
+                client_ca.is_some() || tokens,
+                "--tls-cert: needs --tls-client-ca FILE, or --kubernetes for tokens, or no client has an identity"
+            );
             Ok(Some(TlsFiles { cert, key, client_ca }))
         }
         (None, None) => {

@@ -4,9 +4,11 @@
 use std::{
     convert::Infallible,
     future::Future,
+    mem,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
+    time::SystemTime,
 };
 
 use tonic::{
@@ -14,19 +16,23 @@ use tonic::{
     body::Body,
     codegen::{
         Body as HttpBody, Bytes, Service,
-        http::{HeaderMap, Request, Response},
+        http::{
+            HeaderMap, Request, Response,
+            header::{AUTHORIZATION, Entry},
+        },
     },
     service::Routes,
 };
 use tracing::warn;
 
 use super::{
+    caller::{Caller, unauthenticated},
     incoming::ConnectionInfo,
     joining::OpenCalls,
-    security::{Caller, Peer, Security},
+    security::{Peer, Security},
 };
 use crate::{
-    identity::Unauthenticated,
+    identity::{BearerToken, Credentials, Identity, Unauthenticated},
     metrics::{AuthenticationFailure, Metrics},
 };
 
@@ -50,7 +56,40 @@ impl AuthenticatedRoutes {
         self.security.log.refused(|suppressed| {
             warn!(peer = %peer.address, call = path, error = %err, suppressed, "refused: the caller has no identity");
         });
-        Status::unauthenticated(err.to_string()).into_http()
+        unauthenticated(err).into_http()
+    }
+
+    /// Passes the call on. Its response ends when `identity_end` is ready, or when a right of the call is withdrawn.
+    fn answer<F>(
+        mut self,
+        mut request: Request<Body>,
+        peer: &Peer,
+        identity: Arc<Identity>,
+        identity_end: Option<F>,
+    ) -> impl Future<Output = Result<Response<Body>, Infallible>> + Send + use<F>
+    where
+        F: Future<Output = Unauthenticated> + Send + 'static,
+    {
+        let caller = Caller::new(identity, peer.address, &self.security);
+        if let Err(status) = &caller {
+            self.security.log.refused(|suppressed| {
+                let (call, error) = (request.uri().path(), status.message());
+                warn!(peer = %peer.address, call, error, suppressed, "refused");
+            });
+        }
+        async move {
+            let caller = match caller {
+                Ok(caller) => caller,
+                Err(status) => return Ok(status.into_http()),
+            };
+            let end = caller.end(identity_end);
+            request.extensions_mut().insert(caller);
+            let response = self.routes.call(request).await?;
+            Ok(match end {
+                None => response,
+                Some(end) => response.map(|body| Body::new(EndingBody { body, end: Box::pin(end), ended: false })),
+            })
+        }
     }
 }
 
@@ -73,33 +112,48 @@ impl Service<Request<Body>> for AuthenticatedRoutes {
             let routes = self.routes.clone();
             return Box::pin(async move { open_calls.call(peer.address, routes, request).await });
         }
-        let identity = match peer.identity() {
-            Ok(identity) => identity,
+        // The clone is kept for the next call: this one is ready.
+        let next = self.clone();
+        let this = mem::replace(self, next);
+        match take_token(request.headers_mut()) {
+            // Without a token nothing is waited for.
+            Ok(None) => match peer.identity() {
+                Ok(identity) => {
+                    let end = peer.end();
+                    Box::pin(this.answer(request, &peer, identity, end))
+                }
+                Err(err) => {
+                    let refused = this.refuse(&peer, request.uri().path(), &err);
+                    Box::pin(async move { Ok(refused) })
+                }
+            },
+            Ok(Some(token)) => Box::pin(async move {
+                let credentials = Credentials::Token(token.clone());
+                let authenticator = this.security.authenticator.clone();
+                let identity = match authenticator.identify(&credentials, SystemTime::now()).await {
+                    Ok(identity) => identity,
+                    Err(err) => return Ok(this.refuse(&peer, request.uri().path(), &err)),
+                };
+                let end = authenticator.token_end(token, Arc::clone(&identity));
+                this.answer(request, &peer, identity, Some(end)).await
+            }),
             Err(err) => {
-                let refused = self.refuse(&peer, request.uri().path(), &err);
-                return Box::pin(async move { Ok(refused) });
+                let refused = this.refuse(&peer, request.uri().path(), &err);
+                Box::pin(async move { Ok(refused) })
             }
-        };
-        let caller = match Caller::new(identity, peer.address, &self.security) {
-            Ok(caller) => caller,
-            Err(status) => {
-                self.security.log.refused(|suppressed| {
-                    let (call, error) = (request.uri().path(), status.message());
-                    warn!(peer = %peer.address, call, error, suppressed, "refused");
-                });
-                return Box::pin(async move { Ok(status.into_http()) });
-            }
-        };
-        let end = caller.end(peer.end());
-        request.extensions_mut().insert(caller);
-        let answered = self.routes.call(request);
-        Box::pin(async move {
-            let response = answered.await?;
-            Ok(match end {
-                None => response,
-                Some(end) => response.map(|body| Body::new(EndingBody { body, end: Box::pin(end), ended: false })),
-            })
-        })
+        }
+    }
+}
+
+/// Takes the token out of a call's headers, so that nothing behind this sees it.
+fn take_token(headers: &mut HeaderMap) -> Result<Option<BearerToken>, Unauthenticated> {
+    let shown = match headers.entry(AUTHORIZATION) {
+        Entry::Vacant(_) => return Ok(None),
+        Entry::Occupied(shown) => shown.remove_entry_mult().1.collect::<Vec<_>>(),
+    };
+    match &shown[..] {
+        [one] => BearerToken::parse(one.as_bytes()).map(Some),
+        _ => Err(Unauthenticated::NotBearer),
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod authentication;
 mod call_tracker;
+mod caller;
 pub mod client;
 mod codec;
 mod convert;

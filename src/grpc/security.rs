@@ -2,13 +2,12 @@
 //! [`Peer`].
 
 use std::{
-    collections::HashSet,
     convert::Infallible,
     future::{Future, pending},
     io,
     net::IpAddr,
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant, SystemTime},
+    sync::Arc,
+    time::{Duration, SystemTime},
 };
 
 use tokio::{
@@ -17,25 +16,18 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_util::either::Either;
-use tonic::{Request, Status};
 use tracing::{debug, warn};
 
 use crate::{
     identity::{
-        Access, AccessResource, AccessVerb, Authenticator, Authorizer, Credentials, Denied, Identity, OpenCall,
-        RefusalLog, Unauthenticated, Usage, joining::Registrants,
+        Authenticator, Authorizer, Credentials, Identity, RefusalLog, Unauthenticated, Usage, joining::Registrants,
     },
     metrics::{AuthenticationFailure, IdentityMetrics},
-    model::Registrant,
     net::tls::{PeerCertificates, ServerTls, ServerTlsStream},
-    registry::Requester,
 };
 
 /// How often a certificate's time is looked at. Not one long sleep: the clock may be set.
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(10);
-
-/// Most acts of one call that are decided again when rights change. What it does beyond is checked when it does it.
-const MAX_ONGOING: usize = 1024;
 
 /// The first octet of a TLS connection: a handshake record (RFC 8446 §5.1). HTTP/2 begins with `P`.
 const TLS_HANDSHAKE: u8 = 22;
@@ -78,178 +70,6 @@ pub(super) struct Peer {
     identity: Result<Arc<Identity>, Unauthenticated>,
     /// Set when the identity ends.
     ended: watch::Receiver<Option<Unauthenticated>>,
-}
-
-/// An authenticated caller, in the extensions of its request. The only way for a service to ask what it may do.
-#[derive(Debug, Clone)]
-pub(super) struct Caller {
-    identity: Arc<Identity>,
-    peer: IpAddr,
-    authorizer: Arc<Authorizer>,
-    requester: Requester,
-    /// Its place among those of the identity; `None` for who may do all.
-    open: Option<Arc<OpenCall>>,
-    /// What the call was allowed, to be decided again when rights change; `None` for who may do all.
-    ongoing: Option<Arc<Mutex<HashSet<OngoingAccess>>>>,
-}
-
-/// An act that lasts as long as its call.
-#[derive(Debug, PartialEq, Eq, Hash)]
-struct OngoingAccess {
-    verb: AccessVerb,
-    namespace: Option<Box<str>>,
-    service: Option<Box<str>>,
-    address: Option<IpAddr>,
-}
-
-impl Caller {
-    /// The caller of a request; [`AuthenticatedRoutes`](super::authentication::AuthenticatedRoutes) has put it there.
-    ///
-    /// # Errors
-    /// When the request has not passed there, which is a fault of this program: it is not carried out.
-    pub(super) fn of<T>(request: &Request<T>) -> Result<Self, Status> {
-        request.extensions().get::<Self>().cloned().ok_or_else(|| Status::internal("the call was not authenticated"))
-    }
-
-    /// # Errors
-    /// When no instance could be registered under the user's name, or the identity has too many calls open.
-    pub(super) fn new(identity: Arc<Identity>, peer: IpAddr, security: &Security) -> Result<Self, Status> {
-        let authorizer = &security.authorizer;
-        let allows_all = authorizer.allows_all(&identity);
-        let ongoing = (!allows_all).then(Arc::default);
-        let (requester, open) = if allows_all {
-            (Requester::Unrestricted, None)
-        } else {
-            let open = security.usage.begin(&identity).map_err(|err| Status::resource_exhausted(err.to_string()))?;
-            let registrant = Registrant::new(Arc::clone(&identity.user));
-            let registrant = registrant.map_err(|err| Status::unauthenticated(err.to_string()))?;
-            (Requester::Identity { registrant, overrides: false, peer }, Some(open))
-        };
-        Ok(Self { identity, peer, authorizer: Arc::clone(authorizer), requester, open, ongoing })
-    }
-
-    /// On whose behalf the call changes instances, without the right to change those of others.
-    pub(super) fn requester(&self) -> Requester {
-        self.requester.clone()
-    }
-
-    /// How long the caller's next message has to wait; `None` if it may come.
-    pub(super) fn message_wait(&self) -> Option<Duration> {
-        self.open.as_ref()?.wait(Instant::now())
-    }
-
-    /// A message of the caller was read.
-    pub(super) fn count_message(&self) {
-        if let Some(open) = &self.open {
-            open.count_message();
-        }
-    }
-
-    /// Whether the caller may do this.
-    ///
-    /// # Errors
-    /// When it may not, with the reason.
-    pub(super) fn may(
-        &self,
-        verb: AccessVerb,
-        namespace: Option<&str>,
-        service: Option<&str>,
-        address: Option<IpAddr>,
-    ) -> Result<(), Denied> {
-        self.authorizer
-            .decide(&self.identity, &self.access(AccessResource::Instances, verb, namespace, service, address))?;
-        if let Some(ongoing) = &self.ongoing {
-            let mut ongoing = ongoing.lock().unwrap_or_else(PoisonError::into_inner);
-            if ongoing.len() < MAX_ONGOING {
-                let (namespace, service) = (namespace.map(Box::from), service.map(Box::from));
-                ongoing.insert(OngoingAccess { verb, namespace, service, address });
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the caller may do this with tokens or registrants, as [`Caller::may_call`].
-    pub(super) fn may_administer(
-        &self,
-        resource: AccessResource,
-        verb: AccessVerb,
-        namespace: Option<&str>,
-        service: Option<&str>,
-    ) -> Result<(), Status> {
-        let access = self.access(resource, verb, namespace, service, None);
-        let decided = self.authorizer.decide(&self.identity, &access);
-        decided.map_err(|denied| Status::permission_denied(denied.to_string()))
-    }
-
-    const fn access<'a>(
-        &self,
-        resource: AccessResource,
-        verb: AccessVerb,
-        namespace: Option<&'a str>,
-        service: Option<&'a str>,
-        address: Option<IpAddr>,
-    ) -> Access<'a> {
-        Access { resource, verb, namespace, service, address, peer: self.peer }
-    }
-
-    /// Who calls.
-    pub(super) fn identity(&self) -> &Identity {
-        &self.identity
-    }
-
-    /// As [`Caller::may`], where a refusal ends the call with PERMISSION_DENIED.
-    pub(super) fn may_call(
-        &self,
-        verb: AccessVerb,
-        namespace: Option<&str>,
-        service: Option<&str>,
-    ) -> Result<(), Status> {
-        self.may(verb, namespace, service, None).map_err(|denied| Status::permission_denied(denied.to_string()))
-    }
-
-    /// Ready when the identity ends, as `identity_end` says, or when a right of the call was withdrawn. `None` for who
-    /// may do all as long as the connection lasts.
-    pub(super) fn end<F: Future<Output = Unauthenticated> + Send>(
-        &self,
-        identity_end: Option<F>,
-    ) -> Option<impl Future<Output = Status> + Send + use<F>> {
-        if identity_end.is_none() && self.ongoing.is_none() {
-            return None;
-        }
-        // Before anything is decided, so that no change is missed.
-        let (caller, changes) = (self.clone(), self.authorizer.changes());
-        Some(async move {
-            let identity_end = async {
-                match identity_end {
-                    Some(end) => end.await,
-                    None => pending().await,
-                }
-            };
-            tokio::select! {
-                err = identity_end => Status::unauthenticated(err.to_string()),
-                denied = caller.withdrawn(changes) => Status::permission_denied(denied.to_string()),
-            }
-        })
-    }
-
-    /// Ready when something that the call was allowed is denied.
-    async fn withdrawn(&self, mut changes: watch::Receiver<u64>) -> Denied {
-        let Some(ongoing) = &self.ongoing else { return pending().await };
-        loop {
-            if changes.changed().await.is_err() {
-                return pending().await;
-            }
-            let ongoing = ongoing.lock().unwrap_or_else(PoisonError::into_inner);
-            let denied = ongoing.iter().find_map(|OngoingAccess { verb, namespace, service, address }| {
-                let (namespace, service) = (namespace.as_deref(), service.as_deref());
-                let access = self.access(AccessResource::Instances, *verb, namespace, service, *address);
-                self.authorizer.decide(&self.identity, &access).err()
-            });
-            if let Some(denied) = denied {
-                return denied;
-            }
-        }
-    }
 }
 
 impl Peer {
@@ -350,10 +170,10 @@ impl Security {
                 warn!("a TLS listener without a certificate takes no connection");
                 return None;
             }
-            (None, Some(credentials)) => return Some(self.plaintext(stream, address, &credentials)),
+            (None, Some(credentials)) => return Some(self.plaintext(stream, address, &credentials).await),
             (Some(tls), Some(credentials)) => {
                 if !begins_with_tls(&stream, deadline).await? {
-                    return Some(self.plaintext(stream, address, &credentials));
+                    return Some(self.plaintext(stream, address, &credentials).await);
                 }
                 tls
             }
@@ -372,7 +192,7 @@ impl Security {
             None => Credentials::NoCertificate,
             Some(chain) => chain.first().cloned().map_or(Credentials::NoCertificate, Credentials::Certificate),
         };
-        let (ended, peer) = self.peer(address, &credentials);
+        let (ended, peer) = self.peer(address, &credentials).await;
         let watch = certificates.map(|certificates| {
             let (tls, authenticator) = (Arc::clone(tls), self.authenticator.clone());
             let identity = peer.identity.as_ref().ok().map(Arc::clone);
@@ -382,17 +202,17 @@ impl Security {
         Some((Either::Right(Box::new(stream)), peer, watch))
     }
 
-    fn plaintext(
+    async fn plaintext(
         &self,
         stream: TcpStream,
         address: IpAddr,
         credentials: &Credentials,
     ) -> (SecuredStream, Peer, Option<CertificateWatch>) {
-        (Either::Left(stream), self.peer(address, credentials).1, None)
+        (Either::Left(stream), self.peer(address, credentials).await.1, None)
     }
 
-    fn peer(&self, address: IpAddr, credentials: &Credentials) -> (watch::Sender<Option<Unauthenticated>>, Peer) {
-        let identity = self.authenticator.identify(credentials, SystemTime::now()).map(Arc::new);
+    async fn peer(&self, address: IpAddr, credentials: &Credentials) -> (watch::Sender<Option<Unauthenticated>>, Peer) {
+        let identity = self.authenticator.identify(credentials, SystemTime::now()).await;
         let (sender, ended) = watch::channel(None);
         (sender, Peer { address, identity, ended })
     }

@@ -2,6 +2,8 @@
 
 use std::{fmt, net::IpAddr};
 
+use super::NotReviewed;
+
 /// On what something is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum AccessResource {
@@ -82,6 +84,23 @@ pub struct Access<'a> {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Denied(pub(super) String);
+
+/// Why an act is not carried out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NotAllowed {
+    /// The identity may not.
+    #[error("{0}")]
+    Denied(Denied),
+    /// Nobody can say whether it may.
+    #[error("{0}")]
+    Undecided(NotReviewed),
+}
+
+impl From<Denied> for NotAllowed {
+    fn from(denied: Denied) -> Self {
+        Self::Denied(denied)
+    }
+}
 
 impl fmt::Display for Access<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

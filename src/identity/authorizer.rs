@@ -4,7 +4,7 @@ use std::{
     convert::Infallible,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
@@ -12,9 +12,16 @@ use tokio::{sync::watch, time::sleep};
 use tracing::{info, warn};
 
 use super::{
-    Access, AccessVerb, Denied, Identity, IdentitySource, Policy, PolicyError, RefusalLog, joining::Registrants, policy,
+    Access, AccessVerb, Denied, Identity, IdentitySource, NotAllowed, Policy, PolicyError, RefusalLog,
+    access_reviews::AccessReviews,
+    joining::Registrants,
+    policy,
+    review_cache::{FRESH, Reviewed, Verdict},
 };
-use crate::metrics::{Decision, IdentityMetrics};
+use crate::{
+    kubernetes::api::Reviews,
+    metrics::{Decision, IdentityMetrics},
+};
 
 /// How often the policy file is read.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
@@ -31,12 +38,17 @@ pub enum Authorization {
         /// Whether it holds for plaintext, too.
         plaintext: bool,
     },
+    /// Kubernetes RBAC. `plaintext` as with a policy.
+    Kubernetes {
+        /// Whether it holds for plaintext, too.
+        plaintext: bool,
+    },
 }
 
 /// Decides what identities may do.
 #[derive(Debug)]
 pub struct Authorizer {
-    policy: Option<PolicyFile>,
+    rules: Rules,
     /// The user in the certificate of this server, which its replicas share: they hand over to each other.
     replica: Option<Arc<str>>,
     /// Whether a plaintext connection may do all.
@@ -48,6 +60,13 @@ pub struct Authorizer {
 }
 
 #[derive(Debug)]
+enum Rules {
+    None,
+    Policy(PolicyFile),
+    Kubernetes(AccessReviews),
+}
+
+#[derive(Debug)]
 struct PolicyFile {
     path: PathBuf,
     text: Mutex<String>,
@@ -56,18 +75,20 @@ struct PolicyFile {
 }
 
 impl Authorizer {
-    /// Reads the policy, if there is one.
+    /// Reads the policy, if there is one. `reviews` is how Kubernetes is asked, and how long what it has said counts
+    /// while it cannot be.
     ///
     /// # Errors
     /// When the file cannot be read or is invalid, with the line.
     pub fn new(
         authorization: Authorization,
+        reviews: Option<(Arc<Reviews>, Duration)>,
         replica: Option<Arc<str>>,
         metrics: Arc<IdentityMetrics>,
         log: Arc<RefusalLog>,
     ) -> Result<Self, PolicyError> {
-        let (policy, plaintext) = match authorization {
-            Authorization::Plaintext => (None, true),
+        let (rules, plaintext) = match authorization {
+            Authorization::Plaintext => (Rules::None, true),
             Authorization::Policy { file, plaintext } => {
                 let text = policy::read(&file)?;
                 let parsed = Policy::parse(&text).map_err(|err| err.of(&file))?;
@@ -77,10 +98,16 @@ impl Authorizer {
                     policy: ArcSwap::from_pointee(parsed),
                     changes: watch::Sender::new(0),
                 };
-                (Some(policy), !plaintext)
+                (Rules::Policy(policy), !plaintext)
+            }
+            Authorization::Kubernetes { plaintext } => {
+                let rules = reviews.map_or(Rules::None, |(reviews, stale)| {
+                    Rules::Kubernetes(AccessReviews::new(reviews, stale, Arc::clone(&metrics)))
+                });
+                (rules, !plaintext)
             }
         };
-        Ok(Self { policy, replica, plaintext, registrants: None, metrics, log })
+        Ok(Self { rules, replica, plaintext, registrants: None, metrics, log })
     }
 
     /// The same, which also decides on registrants that joined.
@@ -89,26 +116,101 @@ impl Authorizer {
         Self { registrants, ..self }
     }
 
-    /// Whether `identity` may do what it asks for.
+    /// Whether `identity` may do what it asks for, if that is known now: by the policy, or as Kubernetes has said lately.
+    /// Neither waits nor allocates unless it is denied. A yes says since when it is known.
+    pub fn known(&self, identity: &Identity, access: &Access<'_>) -> Option<Result<Instant, NotAllowed>> {
+        if self.allows_all(identity) {
+            return Some(Ok(Instant::now()));
+        }
+        let decided = match self.unreviewed(identity, access) {
+            Ok(decided) => decided,
+            Err(reviews) => verdict(reviews.known(identity, access)?, identity, access),
+        };
+        Some(self.told(decided, identity, access))
+    }
+
+    /// Whether `identity` may do what it asks for. A yes says since when it is known.
     ///
     /// # Errors
-    /// When it may not, with the reason.
-    pub fn decide(&self, identity: &Identity, access: &Access<'_>) -> Result<(), Denied> {
-        let joined = self.registrants.as_ref().and_then(|registrants| registrants.decide(identity, access));
-        let decided = match &self.policy {
-            _ if self.allows_all(identity) => return Ok(()),
-            _ if let Some(decided) = joined => decided,
-            _ if access.verb == AccessVerb::HandOver && self.is_replica(identity) => Ok(()),
-            Some(file) => file.policy.load().decide(identity, access),
-            None => Err(Denied(format!("{identity} may not {access}: the server has no --authorization-policy"))),
+    /// When it may not, with the reason, or when nobody can say.
+    pub async fn decide(&self, identity: &Identity, access: &Access<'_>) -> Result<Instant, NotAllowed> {
+        self.decide_within(identity, access, FRESH).await
+    }
+
+    /// As [`Authorizer::decide`], by a review that is not older than `max_age` where Kubernetes can be asked.
+    ///
+    /// # Errors
+    /// When it may not, with the reason, or when nobody can say.
+    pub async fn decide_within(
+        &self,
+        identity: &Identity,
+        access: &Access<'_>,
+        max_age: Duration,
+    ) -> Result<Instant, NotAllowed> {
+        if self.allows_all(identity) {
+            return Ok(Instant::now());
+        }
+        let decided = match self.unreviewed(identity, access) {
+            Ok(decided) => decided,
+            Err(reviews) => match reviews.decide(identity, access, max_age).await {
+                Ok(reviewed) => verdict(reviewed, identity, access),
+                Err(err) => Err(NotAllowed::Undecided(err)),
+            },
         };
-        self.metrics.decisions.at(if decided.is_ok() { Decision::Allowed } else { Decision::Denied }).inc();
-        if let Err(denied) = &decided {
+        self.told(decided, identity, access)
+    }
+
+    /// The decision, where Kubernetes is not asked; else whom to ask.
+    fn unreviewed(
+        &self,
+        identity: &Identity,
+        access: &Access<'_>,
+    ) -> Result<Result<Instant, NotAllowed>, &AccessReviews> {
+        let joined = self.registrants.as_ref().and_then(|registrants| registrants.decide(identity, access));
+        Ok(match &self.rules {
+            _ if let Some(decided) = joined => decided.map(|()| Instant::now()).map_err(NotAllowed::from),
+            _ if access.verb == AccessVerb::HandOver && self.is_replica(identity) => Ok(Instant::now()),
+            Rules::Policy(file) => {
+                file.policy.load().decide(identity, access).map(|()| Instant::now()).map_err(NotAllowed::from)
+            }
+            Rules::Kubernetes(reviews) => return Err(reviews),
+            Rules::None => Err(NotAllowed::Denied(Denied(format!(
+                "{identity} may not {access}: the server has neither --authorization-policy nor --kubernetes"
+            )))),
+        })
+    }
+
+    /// Counts a decision, and logs a refusal.
+    fn told(
+        &self,
+        decided: Result<Instant, NotAllowed>,
+        identity: &Identity,
+        access: &Access<'_>,
+    ) -> Result<Instant, NotAllowed> {
+        let counted = match &decided {
+            Ok(_) => Decision::Allowed,
+            Err(NotAllowed::Denied(_)) => Decision::Denied,
+            Err(NotAllowed::Undecided(_)) => Decision::Undecided,
+        };
+        self.metrics.decisions.at(counted).inc();
+        if let Err(err) = &decided {
             self.log.refused(|suppressed| {
-                warn!(user = %identity, peer = %access.peer, reason = %denied, suppressed, "denied: {access}");
+                let what = if counted == Decision::Denied { "denied" } else { "not decided" };
+                warn!(user = %identity, peer = %access.peer, reason = %err, suppressed, "{what}: {access}");
             });
         }
         decided
+    }
+
+    /// Counts a yes that a caller has remembered.
+    pub fn count_allowed(&self) {
+        self.metrics.decisions.at(Decision::Allowed).inc();
+    }
+
+    /// For how long after [`Authorizer::decide`] a caller may remember a yes. `None` where it changes at once.
+    #[must_use]
+    pub fn may_be_remembered(&self) -> Option<Duration> {
+        matches!(self.rules, Rules::Kubernetes(_)).then_some(FRESH)
     }
 
     fn is_replica(&self, identity: &Identity) -> bool {
@@ -120,16 +222,16 @@ impl Authorizer {
     pub fn allows_all(&self, identity: &Identity) -> bool {
         match identity.source {
             IdentitySource::Loopback | IdentitySource::Anonymous => self.plaintext,
-            IdentitySource::Certificate => false,
+            IdentitySource::Certificate | IdentitySource::Token => false,
         }
     }
 
     /// Changes whenever rights may have changed, after which what lasts has to be decided again.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
-        match &self.policy {
-            Some(file) => file.changes.subscribe(),
-            None => watch::Sender::new(0).subscribe(),
+        match &self.rules {
+            Rules::Policy(file) => file.changes.subscribe(),
+            Rules::None | Rules::Kubernetes(_) => watch::Sender::new(0).subscribe(),
         }
     }
 
@@ -163,7 +265,7 @@ impl Authorizer {
 
     /// Reads the policy file once. Returns whether it has changed.
     fn reload(&self) -> Result<bool, PolicyError> {
-        let Some(file) = &self.policy else { return Ok(false) };
+        let Rules::Policy(file) = &self.rules else { return Ok(false) };
         let read = policy::read(&file.path)?;
         let mut text = file.text.lock().unwrap_or_else(PoisonError::into_inner);
         if *text == read {
@@ -174,5 +276,16 @@ impl Authorizer {
         file.policy.store(Arc::new(parsed));
         file.changes.send_modify(|count| *count += 1);
         Ok(true)
+    }
+}
+
+fn verdict(
+    Reviewed { verdict, at }: Reviewed<()>,
+    identity: &Identity,
+    access: &Access<'_>,
+) -> Result<Instant, NotAllowed> {
+    match verdict {
+        Verdict::Yes(()) => Ok(at),
+        Verdict::No => Err(NotAllowed::Denied(Denied(format!("{identity} may not {access}")))),
     }
 }

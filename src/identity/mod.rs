@@ -7,6 +7,7 @@
 //! connection has shown as [`Credentials`].
 
 mod access;
+mod access_reviews;
 mod authorizer;
 mod ca;
 mod certificate;
@@ -14,22 +15,34 @@ pub mod joining;
 mod policy;
 pub mod private_file;
 mod refusal_log;
+mod review_cache;
+mod token;
 mod usage;
 
-use std::{fmt, sync::Arc, time::SystemTime};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
 
-pub use access::{Access, AccessResource, AccessVerb, Denied};
+pub use access::{Access, AccessResource, AccessVerb, Denied, NotAllowed};
 pub use authorizer::{Authorization, Authorizer};
 pub use ca::{CaError, CertificateAuthority, PublicKeyHash, ServerCertificate, ServerNames, Signed, renewal_time};
 pub use policy::{Policy, PolicyError};
 pub use refusal_log::RefusalLog;
+pub use review_cache::NotReviewed;
+pub use token::{BearerToken, NoRandomNumbers};
 pub use usage::{OpenCall, TooManyStreams, Usage, UsageLimits};
 
-use self::joining::Registrants;
-use crate::{metrics::AuthenticationFailure, model::Registrant};
+use self::{joining::Registrants, token::TokenReviews};
+use crate::{
+    kubernetes::api::Reviews,
+    metrics::{AuthenticationFailure, IdentityMetrics},
+    model::Registrant,
+};
 
 /// The user of a plaintext connection over loopback.
 const LOOPBACK_USER: &str = "gangplank:loopback";
@@ -42,7 +55,7 @@ const ANONYMOUS_USER: &str = "system:anonymous";
 pub struct Identity {
     /// The user's name.
     pub user: Arc<str>,
-    /// Its groups, in the order of the certificate.
+    /// Its groups, in the order of the certificate, or as Kubernetes has named them.
     pub groups: Arc<[Box<str>]>,
     /// How it was authenticated.
     pub source: IdentitySource,
@@ -55,6 +68,8 @@ pub struct Identity {
 pub enum IdentitySource {
     /// By a client certificate.
     Certificate,
+    /// By a token that Kubernetes has reviewed.
+    Token,
     /// By a plaintext connection over loopback.
     Loopback,
     /// Not at all, on a listener of `--insecure`.
@@ -73,7 +88,7 @@ impl Identity {
     }
 }
 
-/// What a connection has shown of its peer.
+/// What a connection has shown of its peer, or a call of its caller.
 #[derive(Debug, Clone)]
 pub enum Credentials {
     /// Plaintext over loopback.
@@ -84,13 +99,17 @@ pub enum Credentials {
     NoCertificate,
     /// TLS with a client certificate that the client CA has signed, in DER.
     Certificate(CertificateDer<'static>),
+    /// A call with a token: it is the token's user, whatever its connection has shown.
+    Token(BearerToken),
 }
 
 /// Why a caller has no identity.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unauthenticated {
     /// Neither a certificate nor anything else.
-    #[error("this listener needs a client certificate, and none was shown")]
+    #[error(
+        "this listener needs a client certificate, or a token where the server has --kubernetes, and none was shown"
+    )]
     NoCredentials,
     /// The certificate says no name, or more than one.
     #[error("the client certificate {0}")]
@@ -104,6 +123,21 @@ pub enum Unauthenticated {
     /// The registrant was revoked, or is not known to this server.
     #[error("the registrant was revoked, or never joined this server; it may join with a new token")]
     Revoked,
+    /// What stands in `authorization` is not a token.
+    #[error("authorization: must be \"Bearer TOKEN\", once")]
+    NotBearer,
+    /// Nobody here can say whose the token is.
+    #[error("a token was shown, and this server takes none: it runs without --kubernetes")]
+    TokensNotTaken,
+    /// Kubernetes does not accept the token.
+    #[error("the token is not accepted: it has expired or was withdrawn, or is not for the audience \"gangplank\"")]
+    Token,
+    /// Kubernetes does not accept the token any more, or says that it is another user's.
+    #[error("the token is not accepted any more")]
+    TokenEnded,
+    /// Kubernetes could not be asked. The only one that says nothing of the caller.
+    #[error("whose token it is: {0}")]
+    Unreviewed(#[from] NotReviewed),
 }
 
 impl From<&Unauthenticated> for AuthenticationFailure {
@@ -114,6 +148,11 @@ impl From<&Unauthenticated> for AuthenticationFailure {
             Unauthenticated::Expired => Self::Expired,
             Unauthenticated::Untrusted => Self::Untrusted,
             Unauthenticated::Revoked => Self::Revoked,
+            Unauthenticated::NotBearer
+            | Unauthenticated::TokensNotTaken
+            | Unauthenticated::Token
+            | Unauthenticated::TokenEnded => Self::BadToken,
+            Unauthenticated::Unreviewed(_) => Self::Unreviewed,
         }
     }
 }
@@ -122,26 +161,61 @@ impl From<&Unauthenticated> for AuthenticationFailure {
 #[derive(Debug, Clone, Default)]
 pub struct Authenticator {
     /// With a CA of its own: who joined, and nobody else has a certificate.
-    pub registrants: Option<Arc<Registrants>>,
+    registrants: Option<Arc<Registrants>>,
+    /// `None` where no token is taken.
+    tokens: Option<Arc<TokenReviews>>,
 }
 
 impl Authenticator {
-    /// The identity of a connection that has shown `credentials`, at `now`.
+    /// Knows who joined, with a CA of its own.
+    #[must_use]
+    pub const fn new(registrants: Option<Arc<Registrants>>) -> Self {
+        Self { registrants, tokens: None }
+    }
+
+    /// Takes tokens. Open streams outlast the last review of their token by `stale`, while Kubernetes cannot be asked.
     ///
     /// # Errors
-    /// When the credentials are missing or not good.
-    pub fn identify(&self, credentials: &Credentials, now: SystemTime) -> Result<Identity, Unauthenticated> {
+    /// When the system has no random numbers.
+    pub fn with_tokens(
+        self,
+        reviews: Arc<Reviews>,
+        stale: Duration,
+        metrics: Arc<IdentityMetrics>,
+        log: Arc<RefusalLog>,
+    ) -> Result<Self, NoRandomNumbers> {
+        let tokens = TokenReviews::new(reviews, stale, metrics, log)?;
+        Ok(Self { tokens: Some(Arc::new(tokens)), ..self })
+    }
+
+    /// The identity of a connection or a call that has shown `credentials`, at `now`. Waits only for the review of a
+    /// token.
+    ///
+    /// # Errors
+    /// When the credentials are missing or not good, or Kubernetes cannot be asked.
+    pub async fn identify(&self, credentials: &Credentials, now: SystemTime) -> Result<Arc<Identity>, Unauthenticated> {
         let identity = match credentials {
             Credentials::LoopbackPlaintext => Identity::without_groups(LOOPBACK_USER, IdentitySource::Loopback),
             Credentials::InsecurePlaintext => Identity::without_groups(ANONYMOUS_USER, IdentitySource::Anonymous),
             Credentials::NoCertificate => return Err(Unauthenticated::NoCredentials),
             Credentials::Certificate(der) => certificate::identity(der)?,
+            Credentials::Token(token) => {
+                return self.tokens.as_ref().ok_or(Unauthenticated::TokensNotTaken)?.identity(token).await;
+            }
         };
         if identity.expires.is_some_and(|expires| expires <= now) {
             return Err(Unauthenticated::Expired);
         }
         self.check(&identity)?;
-        Ok(identity)
+        Ok(Arc::new(identity))
+    }
+
+    /// Ready when `token`, which was `identity`'s, is not any more. Asks again at intervals.
+    pub async fn token_end(self, token: BearerToken, identity: Arc<Identity>) -> Unauthenticated {
+        match &self.tokens {
+            Some(tokens) => tokens.end(&token, &identity).await,
+            None => Unauthenticated::TokensNotTaken,
+        }
     }
 
     /// Whether the identity of a connection is still good.

@@ -12,7 +12,7 @@
 //!
 //! DNS never waits for any of it.
 
-mod api;
+pub mod api;
 mod cache;
 mod mirror;
 pub mod objects;

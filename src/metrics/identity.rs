@@ -1,8 +1,14 @@
 //! Metrics of identities and rights.
 
-use prometheus_client::{metrics::counter::Counter, registry::Registry};
+use prometheus_client::{
+    metrics::{
+        counter::Counter,
+        histogram::{Histogram, exponential_buckets},
+    },
+    registry::{Registry, Unit},
+};
 
-use super::labels::{EnumCounter, label_enum};
+use super::labels::{EnumCounter, EnumGauge, label_enum};
 
 label_enum! {
     /// Why a call has no identity.
@@ -17,6 +23,34 @@ label_enum! {
         Untrusted => "untrusted",
         /// The registrant was revoked, or is unknown.
         Revoked => "revoked",
+        /// The token is nobody's, or there is no token where one should be.
+        BadToken => "bad_token",
+        /// Nobody could say whose the token is.
+        Unreviewed => "unreviewed",
+    }
+}
+
+label_enum! {
+    /// What Kubernetes is asked.
+    pub enum ReviewKind {
+        /// Whose token it is: TokenReview.
+        Token => "token",
+        /// Whether a user may do it: SubjectAccessReview.
+        Access => "access",
+    }
+}
+
+label_enum! {
+    /// How a review ended.
+    pub enum ReviewResult {
+        /// A user's token, or allowed.
+        Yes => "yes",
+        /// Nobody's token, or not allowed.
+        No => "no",
+        /// No answer.
+        Error => "error",
+        /// Not asked, because too many wait.
+        Overloaded => "overloaded",
     }
 }
 
@@ -27,6 +61,8 @@ label_enum! {
         Allowed => "allowed",
         /// Denied.
         Denied => "denied",
+        /// Kubernetes could not be asked.
+        Undecided => "undecided",
     }
 }
 
@@ -55,6 +91,16 @@ pub struct IdentityMetrics {
     pub over_quota: EnumCounter<QuotaKind>,
     /// Times that a changed policy file was invalid.
     pub policy_reload_errors: Counter,
+    /// Reviews by Kubernetes.
+    pub reviews: EnumCounter<(ReviewKind, ReviewResult)>,
+    /// Reviews that wait or are under way.
+    pub reviews_in_flight: EnumGauge<ReviewKind>,
+    /// What is remembered of reviews.
+    pub review_cache_entries: EnumGauge<ReviewKind>,
+    /// How long a review took.
+    pub review_seconds: Histogram,
+    /// Decisions that were older than usual.
+    pub stale_decisions: Counter,
 }
 
 impl IdentityMetrics {
@@ -66,7 +112,41 @@ impl IdentityMetrics {
             "Times that a changed policy file was invalid, so that its last valid version stays in force",
             policy_reload_errors.clone(),
         );
+        let stale_decisions = Counter::default();
+        all.register(
+            "stale_decisions",
+            "Decisions by what Kubernetes said earlier, because it could not be asked again",
+            stale_decisions.clone(),
+        );
+        // 1 ms … 4 s: the API server answers in milliseconds and is given three seconds.
+        let review_seconds = Histogram::new(exponential_buckets(0.001, 2.0, 13));
+        all.register_with_unit(
+            "review_duration",
+            "How long Kubernetes took to review a token or a right",
+            Unit::Seconds,
+            review_seconds.clone(),
+        );
         Self {
+            reviews: EnumCounter::register(
+                all,
+                "reviews",
+                ("kind", "result"),
+                "Reviews by Kubernetes: of tokens, and of what a user may do",
+            ),
+            reviews_in_flight: EnumGauge::register(
+                all,
+                "reviews_in_flight",
+                "kind",
+                "Reviews that wait for their turn or for an answer",
+            ),
+            review_cache_entries: EnumGauge::register(
+                all,
+                "review_cache_entries",
+                "kind",
+                "Reviews that are remembered, those that do not count any more included",
+            ),
+            review_seconds,
+            stale_decisions,
             unauthenticated: EnumCounter::register(
                 all,
                 "unauthenticated_calls",

@@ -25,7 +25,7 @@ pub use connections::{CloseReason, ConnectionMetrics, HandshakeFailure, Listener
 pub use dns::DnsMetrics;
 pub use grpc::{ConnectionClosed, GrpcMetrics, Method, RegistrationKind, RegistrationStatus, WatchEnd};
 pub use guard::GaugeGuard;
-pub use identity::{AuthenticationFailure, Decision, IdentityMetrics, QuotaKind};
+pub use identity::{AuthenticationFailure, Decision, IdentityMetrics, QuotaKind, ReviewKind, ReviewResult};
 pub use joining::{JoinResult, JoiningMetrics};
 pub use kubernetes::{KubernetesMetrics, LeaseRole, RestartReason, Watched};
 pub use labels::{EnumCounter, EnumFamily, EnumGauge, LabelEnum, LabelValues};

@@ -24,7 +24,7 @@ use crate::support::{http, wait_until};
 
 /// What an identity without any right gets of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Without {
+pub(super) enum Without {
     /// An answer: the call needs an identity only.
     Answer,
     /// PERMISSION_DENIED.
@@ -37,7 +37,7 @@ enum Without {
 }
 
 /// Every call, and what an identity without any right gets.
-const CALLS: &[(&str, Without)] = &[
+pub(super) const CALLS: &[(&str, Without)] = &[
     ("/registry.ServiceRegistry/Register", Without::Forbidden),
     ("/registry.ServiceRegistry/UnRegister", Without::Forbidden),
     ("/registry.ServiceRegistry/RegistrationEvent", Without::Forbidden),
@@ -100,19 +100,64 @@ impl Decoder for RawCodec {
     }
 }
 
+impl Without {
+    /// Whether this is how a call ended.
+    pub(super) fn check(self, path: &str, answered: Result<Vec<u8>, Status>) {
+        match self {
+            Self::Open => {
+                let refused = answered.expect_err(path);
+                assert_eq!(refused.code(), Code::FailedPrecondition, "{path}: {refused}");
+            }
+            Self::Answer => assert!(answered.is_ok(), "{path}: {answered:?}"),
+            Self::PermissionDenied => {
+                let refused = answered.expect_err(path);
+                assert_eq!(refused.code(), Code::PermissionDenied, "{path}: {refused}");
+            }
+            Self::Forbidden => {
+                let answer = answered.expect(path);
+                let status = if is_streaming(path) {
+                    RegistrationResponse::decode(&answer[..]).expect(path).status
+                } else {
+                    RegistrationResult::decode(&answer[..]).expect(path).status
+                };
+                assert_eq!(status, 403, "{path}");
+            }
+        }
+    }
+}
+
 /// Sends one message, and returns the first answer or the status.
 async fn call(channel: &Channel, path: &str, message: Vec<u8>) -> Result<Vec<u8>, Status> {
+    call_with(channel, &[], path, message).await
+}
+
+/// The same with values of `authorization`.
+pub(super) async fn call_with(
+    channel: &Channel,
+    authorization: &[&str],
+    path: &str,
+    message: Vec<u8>,
+) -> Result<Vec<u8>, Status> {
     let mut grpc = Grpc::new(channel.clone());
     grpc.ready().await.map_err(|err| Status::unknown(err.to_string()))?;
     let path = PathAndQuery::try_from(path).expect("a path");
     // As long as the test looks, the client sends no more.
     let messages = futures::StreamExt::chain(futures::stream::iter([message]), futures::stream::pending());
     let unary = path.as_str().ends_with("/Check");
+    let shown = |mut metadata: tonic::metadata::MetadataMap| {
+        for value in authorization {
+            metadata.append("authorization", value.parse().expect("ASCII"));
+        }
+        metadata
+    };
     let answered = if unary || !is_streaming(path.as_str()) {
-        let message = futures::StreamExt::take(messages, 1);
-        grpc.streaming(Request::new(message), path, RawCodec).await
+        let mut message = Request::new(futures::StreamExt::take(messages, 1));
+        *message.metadata_mut() = shown(message.metadata().clone());
+        grpc.streaming(message, path, RawCodec).await
     } else {
-        grpc.streaming(Request::new(messages), path, RawCodec).await
+        let mut messages = Request::new(messages);
+        *messages.metadata_mut() = shown(messages.metadata().clone());
+        grpc.streaming(messages, path, RawCodec).await
     };
     answered?.into_inner().message().await.map(Option::unwrap_or_default)
 }
@@ -123,7 +168,7 @@ fn is_streaming(path: &str) -> bool {
 }
 
 /// A message of the call that names what nobody has a right to.
-fn request(path: &str) -> Vec<u8> {
+pub(super) fn request(path: &str) -> Vec<u8> {
     let info = ServiceInfo {
         namespace: "other".into(),
         service_name: "web".into(),
@@ -201,26 +246,7 @@ async fn no_call_is_answered_without_an_identity_or_carried_out_without_a_right(
         assert_eq!(refused.code(), expected, "{path}: {refused}");
 
         let answered = call(&stranger, path, request(path)).await;
-        match without {
-            Without::Open => {
-                let refused = answered.expect_err(path);
-                assert_eq!(refused.code(), Code::FailedPrecondition, "{path}: {refused}");
-            }
-            Without::Answer => assert!(answered.is_ok(), "{path}: {answered:?}"),
-            Without::PermissionDenied => {
-                let refused = answered.expect_err(path);
-                assert_eq!(refused.code(), Code::PermissionDenied, "{path}: {refused}");
-            }
-            Without::Forbidden => {
-                let answer = answered.expect(path);
-                let status = if is_streaming(path) {
-                    RegistrationResponse::decode(&answer[..]).expect(path).status
-                } else {
-                    RegistrationResult::decode(&answer[..]).expect(path).status
-                };
-                assert_eq!(status, 403, "{path}");
-            }
-        }
+        without.check(path, answered);
     }
     let log = secured.server.stderr();
     assert!(log.contains("refused: the caller has no identity") && log.contains("peer=127.0.0.1"), "{log}");

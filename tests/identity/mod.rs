@@ -8,6 +8,7 @@ mod own_ca;
 pub(crate) mod ownership;
 pub(crate) mod pki;
 mod quotas;
+mod rbac;
 mod streams;
 mod walk;
 
@@ -61,6 +62,14 @@ impl SecuredServer {
         Self { server: Server::start_with(&flags), ca, files }
     }
 
+    /// With certificates and without a policy.
+    fn start_without_policy(more: &[&str]) -> Self {
+        let (ca, files) = (TestCa::new(), tempfile::tempdir().expect("a directory"));
+        let flags = tls_flags(&ca, files.path());
+        let flags: Vec<&str> = flags.iter().map(String::as_str).chain(more.iter().copied()).collect();
+        Self { server: Server::start_with(&flags), ca, files }
+    }
+
     fn file(&self, name: &str) -> PathBuf {
         self.files.path().join(name)
     }
@@ -86,19 +95,26 @@ fn url(server: SocketAddr) -> String {
 
 /// The flags of a server with a certificate of `ca`, whose clients have one too, and with this policy.
 pub(crate) fn security_flags(ca: &TestCa, files: &Path, policy: &str) -> Vec<String> {
-    let secured = |name: &str, text: &str| {
-        let path = files.join(name);
-        fs::write(&path, text).expect("a file");
-        path.to_str().expect("UTF-8").to_owned()
-    };
+    let mut flags = tls_flags(ca, files);
+    flags.extend(["--authorization-policy".to_owned(), flag_file(files, "policy.toml", policy)]);
+    flags
+}
+
+/// The same without a policy.
+fn tls_flags(ca: &TestCa, files: &Path) -> Vec<String> {
     let own = ca.sign("gangplank", &[]);
     [
-        ["--tls-cert".to_owned(), secured("server.crt", &own.cert)],
-        ["--tls-key".to_owned(), secured("server.key", &own.key)],
-        ["--tls-client-ca".to_owned(), secured("ca.crt", &ca.pem)],
-        ["--authorization-policy".to_owned(), secured("policy.toml", policy)],
+        ["--tls-cert".to_owned(), flag_file(files, "server.crt", &own.cert)],
+        ["--tls-key".to_owned(), flag_file(files, "server.key", &own.key)],
+        ["--tls-client-ca".to_owned(), flag_file(files, "ca.crt", &ca.pem)],
     ]
     .concat()
+}
+
+fn flag_file(files: &Path, name: &str, text: &str) -> String {
+    let path = files.join(name);
+    fs::write(&path, text).expect("a file");
+    path.to_str().expect("UTF-8").to_owned()
 }
 
 /// A connection that shows `credential`. Fails if the handshake does.

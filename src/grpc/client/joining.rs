@@ -15,9 +15,12 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
-use tonic::transport::{Channel, Identity};
+use tonic::{
+    service::interceptor::InterceptedService,
+    transport::{Channel, Identity},
+};
 
-use super::{CONNECT_TIMEOUT, ClientError, ClientTls, call, refused, servers::innermost};
+use super::{CONNECT_TIMEOUT, ClientError, ClientTls, call, refused, servers::innermost, token::ShowToken};
 use crate::{
     grpc::proto::gangplank::join::v1::{
         CreateTokenRequest, JoinRequest, JoinResponse, ListRegistrantsRequest, ListTokensRequest, Registrant,
@@ -390,11 +393,11 @@ fn registrant_view(Registrant { name, scope, host, token_id, joined, expires, re
 
 /// The operator's calls.
 #[derive(Debug, Clone)]
-pub(super) struct RegistrantCalls(RegistrantsClient<Channel>);
+pub(super) struct RegistrantCalls(RegistrantsClient<InterceptedService<Channel, ShowToken>>);
 
 impl RegistrantCalls {
-    pub(super) fn new(channel: Channel) -> Self {
-        Self(RegistrantsClient::new(channel))
+    pub(super) fn new(channel: Channel, show: ShowToken) -> Self {
+        Self(RegistrantsClient::with_interceptor(channel, show))
     }
 }
 

@@ -7,21 +7,28 @@ mod joining;
 mod replicas;
 mod servers;
 mod tls;
+mod token;
 
 use std::{collections::VecDeque, error::Error, sync::Arc, time::Duration};
 
 use tokio::time::error::Elapsed;
 use tonic::{
     Code, Request, Response, Status, Streaming,
+    service::interceptor::InterceptedService,
     transport::{Channel, Endpoint},
 };
 
-use self::{joining::RegistrantCalls, servers::innermost};
+use self::{
+    joining::RegistrantCalls,
+    servers::innermost,
+    token::{ShowToken, is_loopback},
+};
 pub use self::{
     joining::{JoinError, JoinedMachine, RegistrantView, TokenView},
     replicas::FoundReplicas,
     servers::{Attempt, Servers},
     tls::{ClientTls, ClientTlsError, ClientTlsFiles},
+    token::TokenError,
 };
 use super::{
     convert::{change_from_proto, port_to_proto, service_from_proto},
@@ -87,6 +94,15 @@ pub enum ClientError {
         /// What is wrong.
         reason: String,
     },
+    /// The token cannot be shown.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// Whoever is on the way to the server could read the token.
+    #[error("{url}: --token-file needs https, so that nobody on the way reads the token")]
+    TokenInPlaintext {
+        /// The URL.
+        url: String,
+    },
     /// The server answered the call with a gRPC status.
     #[error("the server answered {code}: {message}")]
     Status {
@@ -117,6 +133,8 @@ impl ClientError {
             Self::Url { .. }
             | Self::NoCa { .. }
             | Self::Tls { .. }
+            | Self::Token(_)
+            | Self::TokenInPlaintext { .. }
             | Self::InvalidResponse(_)
             | Self::NoneAnswered { .. } => false,
         }
@@ -265,8 +283,8 @@ fn join(open: &mut Option<(ServiceKey, Service)>, key: ServiceKey, part: Service
 #[derive(Debug, Clone)]
 pub struct Client {
     url: Arc<str>,
-    registry: ServiceRegistryClient<Channel>,
-    discovery: DiscoveryClient<Channel>,
+    registry: ServiceRegistryClient<InterceptedService<Channel, ShowToken>>,
+    discovery: DiscoveryClient<InterceptedService<Channel, ShowToken>>,
     registrants: RegistrantCalls,
 }
 
@@ -277,11 +295,13 @@ impl Client {
     /// When `url` is not a URL, no server listens there, or one of them does not trust the other.
     pub async fn connect(url: &str, tls: &ClientTls) -> Result<Self, ClientError> {
         let channel = dial(url, tls).await?;
+        let show = tls.token().clone();
+        let discovery = DiscoveryClient::with_interceptor(channel.clone(), show.clone());
         Ok(Self {
             url: url.into(),
-            registry: ServiceRegistryClient::new(channel.clone()),
-            discovery: DiscoveryClient::new(channel.clone()).max_decoding_message_size(MAX_RESPONSE_BYTES),
-            registrants: RegistrantCalls::new(channel),
+            registry: ServiceRegistryClient::with_interceptor(channel.clone(), show.clone()),
+            discovery: discovery.max_decoding_message_size(MAX_RESPONSE_BYTES),
+            registrants: RegistrantCalls::new(channel, show),
         })
     }
 
@@ -383,8 +403,13 @@ async fn dial(url: &str, tls: &ClientTls) -> Result<Channel, ClientError> {
         return Err(no_url());
     }
     match endpoint.uri().scheme_str() {
-        Some("http") => {}
+        Some("http") => {
+            if tls.token().is_there()? && !is_loopback(endpoint.uri()) {
+                return Err(ClientError::TokenInPlaintext { url: url.to_owned() });
+            }
+        }
         Some("https") => {
+            tls.token().is_there()?;
             let config = tls.config().ok_or_else(|| ClientError::NoCa { url: url.to_owned() })?;
             let invalid = |err: tonic::transport::Error| ClientError::Tls { reason: innermost(&err) };
             endpoint = endpoint.tls_config(config).map_err(invalid)?;

@@ -7,7 +7,9 @@ use std::{
 
 use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
-/// The files of a client, each in PEM.
+use super::token::ShowToken;
+
+/// The files of a client, each in PEM except the token.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ClientTlsFiles {
     /// The CAs of the server.
@@ -16,16 +18,21 @@ pub struct ClientTlsFiles {
     pub cert: Option<PathBuf>,
     /// The key of the certificate.
     pub key: Option<PathBuf>,
+    /// A token that is shown with each call. Read again for each.
+    pub token: Option<PathBuf>,
 }
 
 /// What a client trusts and shows. The default speaks plaintext only.
 #[derive(Clone, Default)]
-pub struct ClientTls(Option<ClientTlsConfig>);
+pub struct ClientTls {
+    config: Option<ClientTlsConfig>,
+    token: ShowToken,
+}
 
 impl fmt::Debug for ClientTls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Without what it holds: a key is in it.
-        f.debug_tuple("ClientTls").field(&self.0.is_some()).finish()
+        f.debug_struct("ClientTls").field("https", &self.config.is_some()).finish_non_exhaustive()
     }
 }
 
@@ -54,30 +61,36 @@ impl ClientTls {
     /// # Errors
     /// Names the file that cannot be read or is missing.
     pub fn load(files: &ClientTlsFiles) -> Result<Self, ClientTlsError> {
-        let ClientTlsFiles { ca, cert, key } = files;
+        let ClientTlsFiles { ca, cert, key, token } = files;
+        let token = ShowToken::from_file(token.clone());
         let identity = match (cert, key) {
             (None, None) => None,
             (Some(cert), Some(key)) => Some(Identity::from_pem(read(cert)?, read(key)?)),
             (Some(_), None) | (None, Some(_)) => return Err(ClientTlsError::Incomplete),
         };
         let Some(ca) = ca else {
-            return if identity.is_some() { Err(ClientTlsError::NoCa) } else { Ok(Self::default()) };
+            return if identity.is_some() { Err(ClientTlsError::NoCa) } else { Ok(Self { config: None, token }) };
         };
-        Ok(Self::new(read(ca)?, identity))
+        Ok(Self { token, ..Self::new(read(ca)?, identity) })
     }
 
     /// Trusts the CAs in `ca`, in PEM, and shows `identity`.
     pub(in crate::grpc) fn new(ca: Vec<u8>, identity: Option<Identity>) -> Self {
         let config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca));
-        Self(Some(match identity {
+        let config = match identity {
             Some(identity) => config.identity(identity),
             None => config,
-        }))
+        };
+        Self { config: Some(config), token: ShowToken::default() }
     }
 
     /// The configuration for `https`; `None` if there is no CA to know a server by.
     pub(in crate::grpc) fn config(&self) -> Option<ClientTlsConfig> {
-        self.0.clone()
+        self.config.clone()
+    }
+
+    pub(super) const fn token(&self) -> &ShowToken {
+        &self.token
     }
 }
 

@@ -5,7 +5,7 @@ use super::{
     InvalidMessage,
 };
 use crate::{
-    identity::Denied,
+    identity::{Denied, NotAllowed, NotReviewed},
     metrics::{LabelEnum as _, RegistrationStatus},
     registry::{AddressRefusal, KubernetesRefusal, Outcome, QuotaExceeded, Unavailable},
 };
@@ -37,6 +37,8 @@ pub(in crate::grpc) fn response_status(response: &RegistrationResponse) -> Optio
 pub(in crate::grpc) enum Refusal {
     Invalid(InvalidMessage),
     Denied(Denied),
+    /// Nobody can say whether it may.
+    Undecided(NotReviewed),
 }
 
 impl From<InvalidMessage> for Refusal {
@@ -45,9 +47,12 @@ impl From<InvalidMessage> for Refusal {
     }
 }
 
-impl From<Denied> for Refusal {
-    fn from(denied: Denied) -> Self {
-        Self::Denied(denied)
+impl From<NotAllowed> for Refusal {
+    fn from(err: NotAllowed) -> Self {
+        match err {
+            NotAllowed::Denied(denied) => Self::Denied(denied),
+            NotAllowed::Undecided(err) => Self::Undecided(err),
+        }
     }
 }
 
@@ -106,6 +111,9 @@ impl ResponseBuilder {
         match refusal {
             Refusal::Invalid(InvalidMessage(details)) => self.answer(RegistrationStatus::Invalid, details, 0),
             Refusal::Denied(denied) => self.answer(RegistrationStatus::Forbidden, denied.to_string(), 0),
+            Refusal::Undecided(err) => {
+                self.answer(RegistrationStatus::Unavailable, format!("whether this is allowed: {err}"), 0)
+            }
         }
     }
 

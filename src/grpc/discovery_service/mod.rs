@@ -19,13 +19,13 @@ use self::{
 };
 use super::{
     ServerContext,
+    caller::Caller,
     convert::{self, MAX_INSTANCES_PER_MESSAGE},
     proto::gangplank::v1::{
         GetReplicaRequest, GetReplicaResponse, GetServiceRequest, GetServiceResponse, GetServicesByMethodRequest,
         GetServicesByMethodResponse, ListServicesRequest, ListServicesResponse, WatchRequest, WatchResponse,
         discovery_server::Discovery, restart::Reason,
     },
-    security::Caller,
     writer_hint,
 };
 use crate::{
@@ -98,7 +98,7 @@ impl Discovery for DiscoveryService {
         let caller = Caller::of(&request)?;
         let GetServiceRequest { namespace, name } = request.into_inner();
         let key = self.service(&namespace, &name)?;
-        caller.may_call(AccessVerb::Get, Some(key.namespace()), Some(key.name()))?;
+        caller.may_call(AccessVerb::Get, Some(key.namespace()), Some(key.name())).await?;
         let catalog = self.context.registry.catalog();
         let generation = catalog.generation();
         let service =
@@ -122,7 +122,7 @@ impl Discovery for DiscoveryService {
         &self,
         request: Request<GetServicesByMethodRequest>,
     ) -> Result<Response<GetServicesByMethodResponse>, Status> {
-        Caller::of(&request)?.may_call(AccessVerb::List, None, None)?;
+        Caller::of(&request)?.may_call(AccessVerb::List, None, None).await?;
         Err(Status::unimplemented("registrations carry no methods yet, so there is nothing to find by them"))
     }
 
@@ -141,7 +141,7 @@ impl Discovery for DiscoveryService {
         let caller = Caller::of(&request)?;
         let filter = self.filter(request.into_inner().namespace, "")?;
         let (namespace, service) = filter.scope();
-        caller.may_call(AccessVerb::List, namespace, service)?;
+        caller.may_call(AccessVerb::List, namespace, service).await?;
         let list = self.context.registry.snapshots().list().await.map_err(list_error)?;
         let generation = list.generation();
         let messages = Messages::new(list, &filter);
@@ -157,7 +157,7 @@ impl Discovery for DiscoveryService {
         let WatchRequest { namespace, service, cursor } = request.into_inner();
         let filter = self.filter(namespace, &service)?;
         let (scope, named) = filter.scope();
-        caller.may_call(AccessVerb::Watch, scope, named)?;
+        caller.may_call(AccessVerb::Watch, scope, named).await?;
         let registry = &self.context.registry;
         let watch = if cursor.is_empty() {
             FeedWatch::from_snapshot(&self.context, filter, self.stop.clone()).await?

@@ -20,12 +20,13 @@ pub use sender::run as hand_over;
 
 use self::places::Place;
 use super::{
-    ServerContext, convert,
+    ServerContext,
+    caller::Caller,
+    convert,
     memory::ConnectionMemory,
     proto::gangplank::internal::v1::{
         HandOverRequest, HandOverResponse, Result as WireResult, Word, WordResult, hand_over_server::HandOver,
     },
-    security::Caller,
     writer_hint,
 };
 use crate::{
@@ -182,7 +183,7 @@ impl Answer {
 impl HandOver for HandOverService {
     async fn send(&self, mut request: Request<HandOverRequest>) -> Result<Response<HandOverResponse>, Status> {
         // The words may be of any instance.
-        Caller::of(&request)?.may_call(AccessVerb::HandOver, None, None)?;
+        Caller::of(&request)?.may_call(AccessVerb::HandOver, None, None).await?;
         if !self.context.registry.mirror_progress().is_mirrored() {
             return Err(Status::failed_precondition("this process does not write to Kubernetes"));
         }

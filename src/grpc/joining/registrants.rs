@@ -13,13 +13,13 @@ use super::{blocking, registrants, scope_from_proto, scope_to_proto, status};
 use crate::{
     grpc::{
         ServerContext,
+        caller::Caller,
         proto::gangplank::join::v1::{
             CreateTokenRequest, CreateTokenResponse, ListRegistrantsRequest, ListRegistrantsResponse,
             ListTokensRequest, ListTokensResponse, Registrant as WireRegistrant, RevokeRegistrantRequest,
             RevokeRegistrantResponse, RevokeTokenRequest, RevokeTokenResponse, Token as WireToken,
             registrants_server::Registrants,
         },
-        security::Caller,
     },
     identity::{
         AccessResource, AccessVerb,
@@ -47,16 +47,16 @@ impl RegistrantsService {
     }
 
     /// What is to be deleted, if the caller may delete it. Only who may delete all learns that it is not there.
-    fn deletable<T>(
+    async fn deletable<T: Send + Sync>(
         caller: &Caller,
         resource: AccessResource,
         found: Option<T>,
-        scope: impl Fn(&T) -> &Scope,
+        scope: impl Fn(&T) -> &Scope + Send,
         missing: &str,
     ) -> Result<T, Status> {
         let within = found.as_ref().map(scope);
         let (namespace, service) = (within.and_then(Scope::namespace), within.and_then(Scope::service));
-        caller.may_administer(resource, AccessVerb::Delete, namespace, service)?;
+        caller.may_administer(resource, AccessVerb::Delete, namespace, service).await?;
         found.ok_or_else(|| Status::not_found(missing))
     }
 }
@@ -108,10 +108,10 @@ impl Registrants for RegistrantsService {
         let CreateTokenRequest { scope, ttl_seconds, uses } = request.into_inner();
         let scope = scope_from_proto(scope.unwrap_or_default())?;
         let (namespace, service) = (scope.namespace(), scope.service());
-        caller.may_administer(AccessResource::Tokens, AccessVerb::Create, namespace, service)?;
+        caller.may_administer(AccessResource::Tokens, AccessVerb::Create, namespace, service).await?;
         // Nobody gives more than they have.
         for verb in scope.verbs() {
-            caller.may_administer(AccessResource::Instances, *verb, namespace, service)?;
+            caller.may_administer(AccessResource::Instances, *verb, namespace, service).await?;
         }
         let table = self.table()?;
         let ttl = Duration::from_secs(if ttl_seconds == 0 { DEFAULT_TTL_SECONDS } else { ttl_seconds });
@@ -127,7 +127,7 @@ impl Registrants for RegistrantsService {
         let caller = Caller::of(&request)?;
         let ListTokensRequest { namespace } = request.into_inner();
         let namespace = listed(&namespace)?;
-        caller.may_administer(AccessResource::Tokens, AccessVerb::List, namespace, None)?;
+        caller.may_administer(AccessResource::Tokens, AccessVerb::List, namespace, None).await?;
         let tokens = self.table()?.tokens();
         let tokens =
             tokens.iter().filter(|(_, token)| namespace.is_none_or(|one| token.scope.namespace() == Some(one)));
@@ -148,7 +148,8 @@ impl Registrants for RegistrantsService {
             found,
             |(_, token)| &token.scope,
             "id: there is no such token",
-        )?;
+        )
+        .await?;
         let table = self.table()?;
         blocking(move || table.revoke_token(id, wall_clock())).await?.map_err(status)?;
         info!(user = %caller.identity(), token = %id, "revoked a join token");
@@ -162,7 +163,7 @@ impl Registrants for RegistrantsService {
         let caller = Caller::of(&request)?;
         let ListRegistrantsRequest { namespace } = request.into_inner();
         let namespace = listed(&namespace)?;
-        caller.may_administer(AccessResource::Registrants, AccessVerb::List, namespace, None)?;
+        caller.may_administer(AccessResource::Registrants, AccessVerb::List, namespace, None).await?;
         let all = self.table()?.registrants().into_iter();
         let listed = all.filter(|(_, one)| namespace.is_none_or(|namespace| one.scope.namespace() == Some(namespace)));
         let registrants = listed.map(|(name, one)| registrant_to_proto(name, &one)).collect();
@@ -178,7 +179,7 @@ impl Registrants for RegistrantsService {
         let registrants = self.table().map(|table| table.registrants()).unwrap_or_default();
         let found = registrants.into_iter().find(|(known, _)| *known == name);
         let missing = "name: there is no such registrant";
-        Self::deletable(&caller, AccessResource::Registrants, found, |(_, one)| &one.scope, missing)?;
+        Self::deletable(&caller, AccessResource::Registrants, found, |(_, one)| &one.scope, missing).await?;
         let (table, revoked) = (self.table()?, name.clone());
         blocking(move || table.revoke(&revoked, wall_clock())).await?.map_err(status)?;
         info!(user = %caller.identity(), registrant = name, "revoked a registrant");

@@ -3,7 +3,7 @@
 mod mirror_wait;
 mod stream;
 
-use std::sync::Arc;
+use std::{future::Future, net::IpAddr, pin::Pin, sync::Arc};
 
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -15,17 +15,17 @@ use mirror_wait::MirrorWait;
 
 use super::{
     ServerContext,
+    caller::Caller,
     convert::{self, Refusal},
     memory::ConnectionMemory,
     proto::registry::{
         RegistrationMsg, RegistrationResponse, RegistrationResult, RegistrationType, ServiceInfo,
         service_registry_server::ServiceRegistry,
     },
-    security::Caller,
     writer_hint,
 };
 use crate::{
-    identity::AccessVerb,
+    identity::{AccessVerb, NotAllowed},
     metrics::{Metrics, RefusalReason, RegistrationKind, RegistrationStatus},
     model::UnixMillis,
     registry::{Ack, Command, Outcome, Phase, RegistryHandle, Unavailable},
@@ -53,10 +53,11 @@ impl RegistryService {
         let (response, command) =
             convert::parse(message, &self.context.validator, UnixMillis::now(), caller.requester());
         let mut unavailable = None;
-        let response = match command
-            .map_err(Refusal::from)
-            .and_then(|command| authorized(caller, command, &self.context.registry))
-        {
+        let authorized = match command.map_err(Refusal::from) {
+            Ok(command) => authorize(caller, command, &self.context.registry).decided().await,
+            Err(refusal) => Err(refusal),
+        };
+        let response = match authorized {
             Err(refusal) => response.refused(refusal),
             Ok(command) => match self.submit_one(command).await {
                 Ok((outcome, generation, mirrored)) => response.completed(outcome, generation, mirrored),
@@ -120,19 +121,72 @@ impl ServiceRegistry for RegistryService {
     }
 }
 
-/// Returns `command` if `caller` may give it.
-fn authorized(caller: &Caller, mut command: Command, registry: &RegistryHandle) -> Result<Command, Refusal> {
-    let (verb, service, address) = match &command {
-        Command::Register { service, instance, .. } => (AccessVerb::Create, service, instance.address().ip()),
-        Command::Unregister { service, .. } | Command::SetReady { service, .. } => (AccessVerb::Delete, service, None),
-    };
-    caller.may(verb, Some(service.namespace()), Some(service.name()), address)?;
-    // Most callers only change their own, so the right is asked for where it would be needed now. The writer decides: if
-    // another identity registers the instance meanwhile, the answer is 409 once, and the right one when the caller asks again.
-    if registry.changes_others_instance(&command) {
+/// Whether a command may be given.
+enum Authorized {
+    /// The command, or why not.
+    Known(Result<Command, Refusal>),
+    /// Kubernetes has to be asked.
+    Asking(Pin<Box<dyn Future<Output = Result<Command, Refusal>> + Send>>),
+}
+
+impl Authorized {
+    async fn decided(self) -> Result<Command, Refusal> {
+        match self {
+            Self::Known(known) => known,
+            Self::Asking(asking) => asking.await,
+        }
+    }
+}
+
+/// Decides whether `caller` may give `command`.
+fn authorize(caller: &Caller, command: Command, registry: &RegistryHandle) -> Authorized {
+    let (verb, address) = needed(&command);
+    let service = command.service();
+    match caller.known(verb, Some(service.namespace()), Some(service.name()), address) {
+        Some(Ok(())) => {}
+        Some(Err(err)) => return Authorized::Known(Err(err.into())),
+        None => return ask(caller, command, registry),
+    }
+    if !registry.changes_others_instance(&command) {
+        return Authorized::Known(Ok(command));
+    }
+    match caller.known(AccessVerb::Override, Some(service.namespace()), Some(service.name()), None) {
+        Some(overrides) => Authorized::Known(with_overrides(command, overrides)),
+        None => ask(caller, command, registry),
+    }
+}
+
+/// The same, where Kubernetes has to be asked.
+fn ask(caller: &Caller, command: Command, registry: &RegistryHandle) -> Authorized {
+    let (caller, registry) = (caller.clone(), registry.clone());
+    Authorized::Asking(Box::pin(async move {
+        let (verb, address) = needed(&command);
         let service = command.service();
-        let overrides = caller.may(AccessVerb::Override, Some(service.namespace()), Some(service.name()), None).is_ok();
-        command.set_overrides(overrides);
+        caller.may(verb, Some(service.namespace()), Some(service.name()), address).await?;
+        if !registry.changes_others_instance(&command) {
+            return Ok(command);
+        }
+        let overrides = caller.may(AccessVerb::Override, Some(service.namespace()), Some(service.name()), None).await;
+        with_overrides(command, overrides)
+    }))
+}
+
+/// The right that every command of its kind needs, and for which address.
+fn needed(command: &Command) -> (AccessVerb, Option<IpAddr>) {
+    match command {
+        Command::Register { instance, .. } => (AccessVerb::Create, instance.address().ip()),
+        Command::Unregister { .. } | Command::SetReady { .. } => (AccessVerb::Delete, None),
+    }
+}
+
+/// Most callers only change their own, so the right to override is asked for where it would be needed now. The writer
+/// decides: if another identity registers the instance meanwhile, the answer is 409 once, and the right one when the caller
+/// asks again.
+fn with_overrides(mut command: Command, overrides: Result<(), NotAllowed>) -> Result<Command, Refusal> {
+    match overrides {
+        Ok(()) => command.set_overrides(true),
+        Err(NotAllowed::Denied(_)) => command.set_overrides(false),
+        Err(err @ NotAllowed::Undecided(_)) => return Err(err.into()),
     }
     Ok(command)
 }

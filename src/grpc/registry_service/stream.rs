@@ -22,23 +22,26 @@ use std::{
     vec,
 };
 
-use futures::{Stream, future::Either};
+use futures::{
+    Stream,
+    future::{self, Either},
+};
 use tokio::time::{Sleep, sleep};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::Status;
 
-use super::{MirrorWait, authorized, count};
+use super::{Authorized, MirrorWait, authorize, count};
 use crate::{
     grpc::{
         ServerContext,
+        caller::Caller,
         convert::{self, Refusal, ResponseBuilder},
         memory::ConnectionMemory,
         proto::registry::{RegistrationMsg, RegistrationResponse},
-        security::Caller,
         writer_hint,
     },
     model::UnixMillis,
-    registry::{Ack, Command, MAX_COMMANDS, Outcome, StoodDown, Unavailable},
+    registry::{Ack, Command, MAX_COMMANDS, Outcome, RegistryHandle, StoodDown, Unavailable},
 };
 
 /// Unanswered batches of one stream; with more, the stream is not read.
@@ -49,11 +52,66 @@ const MAX_IN_FLIGHT: usize = 4;
 const MAX_STREAM_BYTES: usize = 1024 * 1024;
 
 type AckFuture = Pin<Box<dyn Future<Output = Result<Ack, Unavailable>> + Send>>;
+type AuthorizeFuture = Pin<Box<dyn Future<Output = Vec<Result<Command, Refusal>>> + Send>>;
 type SubmitFuture = Pin<Box<dyn Future<Output = Result<AckFuture, Unavailable>> + Send>>;
 
 /// The response to a message that was read, with its wait for Kubernetes, or with the reason why the
 /// message was not submitted.
 type PendingResponse = (ResponseBuilder, Result<MirrorWait, Refusal>);
+
+/// A message that was read, and its bytes.
+struct ReadMessage {
+    response: ResponseBuilder,
+    authorized: Authorized,
+    bytes: usize,
+}
+
+/// Messages that are being read as one batch. Those about which Kubernetes has to be asked are in a batch of their own,
+/// with those that follow them.
+#[derive(Default)]
+struct ReadBatch {
+    responses: Vec<PendingResponse>,
+    commands: Vec<Command>,
+    asking: Vec<(ResponseBuilder, Authorized)>,
+    bytes: usize,
+}
+
+impl ReadBatch {
+    fn len(&self) -> usize {
+        self.responses.len() + self.asking.len()
+    }
+
+    /// Adds a message, or returns it if it begins the next batch.
+    fn push(&mut self, message: ReadMessage, registry: &RegistryHandle) -> Option<ReadMessage> {
+        let ReadMessage { response, authorized, bytes } = message;
+        match authorized {
+            Authorized::Known(known) if self.asking.is_empty() => {
+                self.responses.push(pending_response(response, known, registry, &mut self.commands));
+            }
+            Authorized::Asking(_) if !self.responses.is_empty() => {
+                return Some(ReadMessage { response, authorized, bytes });
+            }
+            _ => self.asking.push((response, authorized)),
+        }
+        self.bytes += bytes;
+        None
+    }
+}
+
+/// The response to a message; adds its command to `commands`.
+fn pending_response(
+    response: ResponseBuilder,
+    authorized: Result<Command, Refusal>,
+    registry: &RegistryHandle,
+    commands: &mut Vec<Command>,
+) -> PendingResponse {
+    let pending = authorized.map(|command| {
+        let mirror_wait = MirrorWait::of(&command, registry);
+        commands.push(command);
+        mirror_wait
+    });
+    (response, pending)
+}
 
 /// Messages that were read together and are one submission to the registry.
 struct InFlightBatch {
@@ -63,6 +121,8 @@ struct InFlightBatch {
 }
 
 enum Stage {
+    /// Kubernetes is asked whether some of its messages are allowed.
+    Authorizing(Vec<ResponseBuilder>, AuthorizeFuture),
     /// Waits for room in the registry's queue.
     Submitting(SubmitFuture),
     /// In the registry's queue, or being carried out.
@@ -123,6 +183,9 @@ pub(in crate::grpc) struct RegistrationStream<S> {
     deposed: Pin<Box<dyn Future<Output = StoodDown> + Send>>,
     inbound_state: InboundState,
     in_flight: VecDeque<InFlightBatch>,
+    /// A message that was read, and about which Kubernetes has to be asked: the first of the next batch, so that those
+    /// before it do not wait.
+    next: Option<ReadMessage>,
     completed: CompletedBatch,
     /// Bytes of all batches, including the completed one. Charged to `memory`.
     bytes: usize,
@@ -164,6 +227,7 @@ where
             stop: Box::pin(stop),
             inbound_state: InboundState::Open,
             in_flight: VecDeque::new(),
+            next: None,
             completed: CompletedBatch::default(),
             bytes: 0,
             memory,
@@ -182,12 +246,22 @@ where
     /// Polls every batch that is not in the registry's queue yet. Returns whether the newest is,
     /// so that another may follow.
     fn poll_submissions(&mut self, cx: &mut Context<'_>) -> bool {
+        let registry = &self.context.registry;
         for batch in &mut self.in_flight {
+            // Only the newest batch can be pending: no further batch is read before it is submitted.
+            if let Stage::Authorizing(responses, authorized) = &mut batch.stage {
+                let Poll::Ready(authorized) = authorized.as_mut().poll(cx) else { return false };
+                let (responses, mut commands) = (mem::take(responses), Vec::new());
+                let pending = responses.into_iter().zip(authorized);
+                let pending =
+                    pending.map(|(response, known)| pending_response(response, known, registry, &mut commands));
+                batch.responses = pending.collect();
+                batch.stage = submit(registry, commands);
+            }
             if let Stage::Submitting(submission) = &mut batch.stage {
                 match submission.as_mut().poll(cx) {
                     Poll::Ready(Ok(acknowledgement)) => batch.stage = Stage::Submitted(acknowledgement),
                     Poll::Ready(Err(err)) => batch.stage = Stage::Completed(Err(err)),
-                    // Only the newest batch can be pending: no further batch is read before it is submitted.
                     Poll::Pending => return false,
                 }
             }
@@ -213,44 +287,36 @@ where
     /// Reads the messages that have arrived as one batch. Returns whether anything was read, the
     /// end of the stream included.
     fn read_batch(&mut self, cx: &mut Context<'_>) -> bool {
-        // The stop takes effect between batches only, so that every message that was read is answered.
-        if self.stop.as_mut().poll(cx).is_ready() {
-            self.inbound_state = InboundState::Failed(Status::unavailable("shutting down"));
-            return true;
-        }
-        if let Poll::Ready(StoodDown { holder, storage_failed }) = self.deposed.as_mut().poll(cx) {
-            let reason = if storage_failed {
-                "this gangplank cannot write its journal and has given up the Lease gangplank-writer"
-            } else {
-                "another gangplank has taken the Lease gangplank-writer"
-            };
-            let status = Status::unavailable(format!("{reason}{}", holder.hint()));
-            self.inbound_state = InboundState::Failed(writer_hint::with(status, &holder));
+        let mut batch = ReadBatch::default();
+        if let Some(first) = self.next.take() {
+            // Counted again with its batch.
+            self.bytes -= first.bytes;
+            batch.push(first, &self.context.registry);
+        } else if let Some(status) = self.poll_stop(cx) {
+            // The stop takes effect between batches only, so that every message that was read is answered.
+            self.inbound_state = InboundState::Failed(status);
             return true;
         }
         let now = UnixMillis::now();
-        let (mut responses, mut commands, mut bytes) = (Vec::new(), Vec::new(), 0);
         let mut ended = false;
-        while responses.len() < MAX_COMMANDS && self.may_read(bytes) && self.poll_message_wait(cx).is_ready() {
+        while batch.len() < MAX_COMMANDS && self.may_read(batch.bytes) && self.poll_message_wait(cx).is_ready() {
             match Pin::new(&mut self.inbound).poll_next(cx) {
                 Poll::Ready(Some(Ok(message))) => {
                     self.caller.count_message();
-                    let message_bytes = convert::bytes(&message);
-                    self.memory.charge_unanswered(message_bytes);
-                    bytes += message_bytes;
+                    let bytes = convert::bytes(&message);
+                    self.memory.charge_unanswered(bytes);
                     let (response, command) =
                         convert::parse(message, &self.context.validator, now, self.caller.requester());
-                    let registry = &self.context.registry;
-                    let authorized =
-                        command.map_err(Refusal::from).and_then(|command| authorized(&self.caller, command, registry));
-                    responses.push((
-                        response,
-                        authorized.map(|command| {
-                            let mirror_wait = MirrorWait::of(&command, registry);
-                            commands.push(command);
-                            mirror_wait
-                        }),
-                    ));
+                    let authorized = match command {
+                        Ok(command) => authorize(&self.caller, command, &self.context.registry),
+                        Err(invalid) => Authorized::Known(Err(invalid.into())),
+                    };
+                    let message = ReadMessage { response, authorized, bytes };
+                    self.next = batch.push(message, &self.context.registry);
+                    if let Some(next) = &self.next {
+                        self.bytes += next.bytes;
+                        break;
+                    }
                 }
                 Poll::Ready(Some(Err(status))) => {
                     self.inbound_state = InboundState::Failed(status);
@@ -265,24 +331,35 @@ where
                 Poll::Pending => break,
             }
         }
-        if responses.is_empty() {
+        if batch.len() == 0 {
             return ended;
         }
+        let ReadBatch { responses, commands, asking, bytes } = batch;
         self.bytes += bytes;
-        self.in_flight.push_back(InFlightBatch { responses, bytes, stage: self.submit(commands) });
+        let stage = if asking.is_empty() {
+            submit(&self.context.registry, commands)
+        } else {
+            let (responses, authorized): (Vec<_>, Vec<_>) = asking.into_iter().unzip();
+            let authorized = future::join_all(authorized.into_iter().map(Authorized::decided));
+            Stage::Authorizing(responses, Box::pin(authorized))
+        };
+        self.in_flight.push_back(InFlightBatch { responses, bytes, stage });
         true
     }
 
-    fn submit(&self, commands: Vec<Command>) -> Stage {
-        if commands.is_empty() {
-            // Every message was invalid: the registry has nothing to do.
-            return Stage::Completed(Ok(Ack { generation: 0, outcomes: Vec::new() }));
+    /// Why the stream ends, if the server stops or this process does not write to Kubernetes any more.
+    fn poll_stop(&mut self, cx: &mut Context<'_>) -> Option<Status> {
+        if self.stop.as_mut().poll(cx).is_ready() {
+            return Some(Status::unavailable("shutting down"));
         }
-        let registry = self.context.registry.clone();
-        Stage::Submitting(Box::pin(async move {
-            let acknowledgement = registry.submit(commands).await?;
-            Ok(Box::pin(acknowledgement) as AckFuture)
-        }))
+        let Poll::Ready(StoodDown { holder, storage_failed }) = self.deposed.as_mut().poll(cx) else { return None };
+        let reason = if storage_failed {
+            "this gangplank cannot write its journal and has given up the Lease gangplank-writer"
+        } else {
+            "another gangplank has taken the Lease gangplank-writer"
+        };
+        let status = Status::unavailable(format!("{reason}{}", holder.hint()));
+        Some(writer_hint::with(status, &holder))
     }
 
     /// The next response of the completed batch; `None` when it has none left.
@@ -339,7 +416,7 @@ where
     fn poll_oldest(&mut self, cx: &mut Context<'_>) -> Poll<Option<()>> {
         let Some(oldest) = self.in_flight.front_mut() else { return Poll::Ready(None) };
         let result = match &mut oldest.stage {
-            Stage::Submitting(_) => return Poll::Pending,
+            Stage::Authorizing(..) | Stage::Submitting(_) => return Poll::Pending,
             Stage::Submitted(acknowledgement) => ready!(acknowledgement.as_mut().poll(cx)),
             Stage::Completed(result) => mem::replace(result, Err(Unavailable::ShuttingDown)),
         };
@@ -360,6 +437,18 @@ where
     }
 }
 
+fn submit(registry: &RegistryHandle, commands: Vec<Command>) -> Stage {
+    if commands.is_empty() {
+        // No message is for the registry: each was invalid, or is not allowed.
+        return Stage::Completed(Ok(Ack { generation: 0, outcomes: Vec::new() }));
+    }
+    let registry = registry.clone();
+    Stage::Submitting(Box::pin(async move {
+        let acknowledgement = registry.submit(commands).await?;
+        Ok(Box::pin(acknowledgement) as AckFuture)
+    }))
+}
+
 impl<S> Stream for RegistrationStream<S>
 where
     S: Stream<Item = Result<RegistrationMsg, Status>> + Unpin,
@@ -378,7 +467,7 @@ where
             while this.poll_submissions(cx)
                 && matches!(this.inbound_state, InboundState::Open)
                 && this.in_flight.len() < MAX_IN_FLIGHT
-                && this.may_read(0)
+                && (this.next.is_some() || this.may_read(0))
                 && this.read_batch(cx)
             {}
             if awaits_mirror {

@@ -9,6 +9,7 @@ mod watching;
 
 use std::{future::Future, net::SocketAddr, time::Duration};
 
+use futures::FutureExt as _;
 use tempfile::TempDir;
 use tokio::{runtime::Handle, task::JoinSet};
 use tonic::transport::{Channel, Endpoint};
@@ -42,7 +43,8 @@ async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
 /// Without TLS and without a policy.
 fn plaintext(metrics: &Metrics) -> Arc<Security> {
     let log = Arc::new(RefusalLog::default());
-    let authorizer = Authorizer::new(Authorization::Plaintext, None, Arc::clone(&metrics.identity), Arc::clone(&log));
+    let authorizer =
+        Authorizer::new(Authorization::Plaintext, None, None, Arc::clone(&metrics.identity), Arc::clone(&log));
     let authorizer = Arc::new(authorizer.expect("no file to read"));
     let usage = Usage::new(UsageLimits::default(), Arc::clone(&metrics.identity));
     let authenticator = Authenticator::default();
@@ -50,11 +52,12 @@ fn plaintext(metrics: &Metrics) -> Arc<Security> {
 }
 
 /// A caller who may do all.
-fn caller(registry: &Registry) -> security::Caller {
+fn caller(registry: &Registry) -> caller::Caller {
     let security = &registry.context.security;
     let now = std::time::SystemTime::now();
-    let identity = security.authenticator.identify(&Credentials::LoopbackPlaintext, now).expect("needs nothing");
-    security::Caller::new(Arc::new(identity), std::net::Ipv4Addr::LOCALHOST.into(), security).expect("a name")
+    let identity = security.authenticator.identify(&Credentials::LoopbackPlaintext, now).now_or_never();
+    let identity = identity.expect("waits for nothing").expect("needs nothing");
+    caller::Caller::new(identity, std::net::Ipv4Addr::LOCALHOST.into(), security).expect("a name")
 }
 
 /// A registry with a store of its own; a test starts its recovery and its writer.

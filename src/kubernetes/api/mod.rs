@@ -6,6 +6,7 @@
 mod fence;
 mod rate_limiter;
 mod retry_after;
+mod reviews;
 
 use std::{future::Future, path::Path, sync::Arc, time::Duration};
 
@@ -25,6 +26,7 @@ use tokio::time::{Instant, timeout};
 
 pub(super) use self::fence::{Fence, boot_time};
 use self::rate_limiter::RateLimiter;
+pub use self::reviews::{AccessAttributes, ReviewError, ReviewedToken, Reviews};
 use crate::metrics::{Metrics, RequestOutcome, Verb};
 
 /// How long one request may take.

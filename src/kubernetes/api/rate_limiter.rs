@@ -63,6 +63,11 @@ impl RateLimiter {
         }
     }
 
+    /// Whether requests pause after a failure.
+    pub(super) fn is_paused(&self) -> bool {
+        self.lock().paused_until > Instant::now()
+    }
+
     /// Takes a token, or returns when to try again.
     fn take(&self, now: Instant) -> Option<Instant> {
         let mut state = self.lock();

@@ -1,0 +1,211 @@
+//! Rights by Kubernetes RBAC: what a Role says of `instances.gangplank.dev`.
+
+use std::{
+    fmt,
+    hash::{Hash, Hasher},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use indexmap::Equivalent;
+
+use super::{
+    Access, AccessResource, AccessVerb, Identity, IdentitySource,
+    review_cache::{FRESH, MAX_WAIT, NotReviewed, ReviewCache, ReviewLimits, Reviewed, Verdict},
+};
+use crate::{
+    kubernetes::api::{AccessAttributes, Reviews},
+    metrics::{IdentityMetrics, ReviewKind},
+};
+
+/// The group of every user that has shown who it is, which Kubernetes adds too.
+const AUTHENTICATED: &str = "system:authenticated";
+
+/// The group of everybody else.
+const UNAUTHENTICATED: &str = "system:unauthenticated";
+
+/// Decisions that are remembered, some 300 bytes each.
+const MAX_ENTRIES: usize = 65_536;
+
+/// Reviews under way at once, and as many repeated ones.
+const MAX_IN_FLIGHT: usize = 64;
+
+/// Reviews that wait: what some streams can ask for at once.
+const MAX_PENDING: u64 = 16_384;
+
+/// What is asked: everything that the answer depends on.
+#[derive(Debug, Clone)]
+struct Question {
+    user: Arc<str>,
+    groups: Arc<[Box<str>]>,
+    origin: &'static str,
+    resource: AccessResource,
+    verb: AccessVerb,
+    namespace: Option<Box<str>>,
+    service: Option<Box<str>>,
+}
+
+/// A question in borrowed parts, for which nothing is allocated.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Asked<'a> {
+    user: &'a str,
+    groups: &'a [Box<str>],
+    origin: &'static str,
+    resource: AccessResource,
+    verb: AccessVerb,
+    namespace: Option<&'a str>,
+    service: Option<&'a str>,
+}
+
+impl Question {
+    fn asked(&self) -> Asked<'_> {
+        Asked {
+            user: &self.user,
+            groups: &self.groups,
+            origin: self.origin,
+            resource: self.resource,
+            verb: self.verb,
+            namespace: self.namespace.as_deref(),
+            service: self.service.as_deref(),
+        }
+    }
+}
+
+impl PartialEq for Question {
+    fn eq(&self, other: &Self) -> bool {
+        self.asked() == other.asked()
+    }
+}
+
+impl Eq for Question {}
+
+impl Hash for Question {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.asked().hash(state);
+    }
+}
+
+impl Equivalent<Question> for Asked<'_> {
+    fn equivalent(&self, key: &Question) -> bool {
+        *self == key.asked()
+    }
+}
+
+impl<'a> Asked<'a> {
+    fn new(identity: &'a Identity, access: &Access<'a>) -> Self {
+        let origin = match identity.source {
+            IdentitySource::Certificate | IdentitySource::Token | IdentitySource::Loopback => AUTHENTICATED,
+            IdentitySource::Anonymous => UNAUTHENTICATED,
+        };
+        let Access { resource, verb, namespace, service, address: _, peer: _ } = *access;
+        Self { user: &identity.user, groups: &identity.groups, origin, resource, verb, namespace, service }
+    }
+}
+
+/// Asks Kubernetes what identities may do.
+pub(super) struct AccessReviews {
+    reviews: Arc<Reviews>,
+    cache: Arc<ReviewCache<Question, ()>>,
+}
+
+impl fmt::Debug for AccessReviews {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AccessReviews").field("cache", &self.cache).finish_non_exhaustive()
+    }
+}
+
+impl AccessReviews {
+    /// A decision counts for `stale` while Kubernetes cannot be asked.
+    pub(super) fn new(reviews: Arc<Reviews>, stale: Duration, metrics: Arc<IdentityMetrics>) -> Self {
+        let stale = stale.max(FRESH);
+        let (entries, in_flight, pending) = (MAX_ENTRIES, MAX_IN_FLIGHT, MAX_PENDING);
+        let limits = ReviewLimits { entries, in_flight, pending, stale, wait: MAX_WAIT };
+        Self { reviews, cache: ReviewCache::new(ReviewKind::Access, limits, metrics) }
+    }
+
+    /// The decision, if it needs no review. Neither waits nor allocates.
+    pub(super) fn known(&self, identity: &Identity, access: &Access<'_>) -> Option<Reviewed<()>> {
+        self.cache.known(&Asked::new(identity, access), self.reviews.is_paused(ReviewKind::Access), Instant::now())
+    }
+
+    /// The decision, of a review that is not older than `max_age` if Kubernetes can be asked.
+    pub(super) async fn decide(
+        &self,
+        identity: &Identity,
+        access: &Access<'_>,
+        max_age: Duration,
+    ) -> Result<Reviewed<()>, NotReviewed> {
+        let Asked { user: _, groups: _, origin, resource, verb, namespace, service } = Asked::new(identity, access);
+        let question = Question {
+            user: Arc::clone(&identity.user),
+            groups: Arc::clone(&identity.groups),
+            origin,
+            resource,
+            verb,
+            namespace: namespace.map(Box::from),
+            service: service.map(Box::from),
+        };
+        let ask = |first| {
+            let (reviews, question) = (Arc::clone(&self.reviews), question.clone());
+            async move {
+                if reviews.is_paused(ReviewKind::Access) {
+                    return Err(NotReviewed::Unavailable);
+                }
+                let Asked { user, groups, origin, resource, verb, namespace, service } = question.asked();
+                let (resource, verb) = (resource.as_str(), verb.as_str());
+                let attributes = AccessAttributes { user, groups, origin, resource, verb, namespace, service };
+                Ok(if reviews.access(attributes, first).await? { Verdict::Yes(()) } else { Verdict::No })
+            }
+        };
+        self.cache.review(question.clone(), max_age, Instant::now(), ask).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{hash::BuildHasher as _, net::IpAddr};
+
+    use super::*;
+
+    fn identity(source: IdentitySource) -> Identity {
+        Identity { user: "ada".into(), groups: ["ops".into()].into(), source, expires: None }
+    }
+
+    fn access<'a>(service: Option<&'a str>, peer: &str) -> Access<'a> {
+        let peer: IpAddr = peer.parse().expect("an address");
+        Access {
+            resource: AccessResource::Instances,
+            verb: AccessVerb::Create,
+            namespace: Some("shop"),
+            service,
+            address: Some(peer),
+            peer,
+        }
+    }
+
+    #[test]
+    fn question_is_found_by_its_parts() {
+        let ada = identity(IdentitySource::Token);
+        let question = Question {
+            user: "ada".into(),
+            groups: ["ops".into()].into(),
+            origin: AUTHENTICATED,
+            resource: AccessResource::Instances,
+            verb: AccessVerb::Create,
+            namespace: Some("shop".into()),
+            service: Some("web".into()),
+        };
+        let hasher = std::hash::RandomState::new();
+        let of = |identity: &Identity, access: Access<'_>| {
+            let asked = Asked::new(identity, &access);
+            (asked.equivalent(&question), hasher.hash_one(asked) == hasher.hash_one(&question))
+        };
+        assert_eq!(of(&ada, access(Some("web"), "10.0.0.1")), (true, true));
+        assert_eq!(of(&ada, access(Some("web"), "10.0.0.2")), (true, true), "RBAC knows no addresses");
+        assert_eq!(of(&ada, access(Some("api"), "10.0.0.1")), (false, false));
+        assert_eq!(of(&ada, access(None, "10.0.0.1")), (false, false));
+        assert_eq!(of(&identity(IdentitySource::Anonymous), access(Some("web"), "10.0.0.1")), (false, false));
+        let others = Identity { groups: [].into(), ..ada };
+        assert_eq!(of(&others, access(Some("web"), "10.0.0.1")), (false, false));
+    }
+}
