@@ -34,7 +34,7 @@ fn errors_say_what_is_missing() {
     secured.write("other.crt", &TestCa::new().pem);
     let vm = secured.ca.sign("vm-1", &[]);
     for (credential, ca, arguments, code, expected) in [
-        (None, "ca.crt", &["ls"][..], 1, "neither a client certificate"),
+        (None, "ca.crt", &["ls"][..], 1, "needs a client certificate, or a token"),
         (Some(&vm), "ca.crt", &["ls", "-A"], 1, "vm-1 may not list instances of all namespaces"),
         (
             Some(&vm),

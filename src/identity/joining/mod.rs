@@ -306,7 +306,7 @@ impl Registrants {
         registrant.revoked.is_none().then(|| facts.user.to_string())
     }
 
-    /// Signs a new certificate for a registrant that has one, valid or expired at most [`RENEWAL_GRACE`] ago, and proves by
+    /// Signs a new certificate for a registrant that has one, valid or expired at most 7 days ago, and proves by
     /// the signature of its request that it has the key. Blocks.
     ///
     /// # Errors

@@ -5,8 +5,8 @@
 //!    files change. [`ServerTls::changes`] tells when the client CA has changed: [`ServerTls::check`] then says
 //!    whether a client's certificate is still good.
 //! 2. No session is resumed: a resumed one would bring back a certificate that was checked earlier.
-//! 3. A handshake takes [`MAX_HANDSHAKE_BYTES`] and [`MAX_HANDSHAKES`] of a peer's work at most. With more at
-//!    once, the oldest is given up: a client that answers at once is done long before.
+//! 3. A client may send 32 KiB before its handshake is complete. With more than 1 024 handshakes at once, the oldest is
+//!    given up: a client that answers at once is done long before.
 //!
 //! Which names a certificate holds, and what they may do, is not decided here.
 
