@@ -410,7 +410,7 @@ fn grpc_security(
     let authenticator = Authenticator::new(registrants.clone());
     let authenticator = match &reviews {
         Some((reviews, stale)) => {
-            authenticator.with_tokens(Arc::clone(reviews), *stale, Arc::clone(&metrics.identity), Arc::clone(&log))?
+            authenticator.with_tokens(Arc::clone(reviews), *stale, Arc::clone(&metrics.identity), Arc::clone(&log))
         }
         None => authenticator,
     };

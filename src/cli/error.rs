@@ -63,6 +63,9 @@ impl fmt::Display for CommandError {
     }
 }
 
+/// Codes of a server that has understood a call and says what is wrong with it.
+const ANSWERS: [&str; 5] = ["NotFound", "InvalidArgument", "FailedPrecondition", "AlreadyExists", "ResourceExhausted"];
+
 impl From<ClientError> for CommandError {
     fn from(error: ClientError) -> Self {
         match &error {
@@ -94,6 +97,10 @@ impl From<ClientError> for CommandError {
             ClientError::Status { code, .. } if code == "PermissionDenied" => {
                 Self::new(ErrorKind::Failed, error.to_string())
                     .hint("a rule of the server's --authorization-policy has to allow it, or a Role in Kubernetes")
+            }
+            // The server has understood, and says all there is to say.
+            ClientError::Status { code, .. } if ANSWERS.contains(&code.as_str()) => {
+                Self::new(ErrorKind::Failed, error.to_string())
             }
             ClientError::Status { .. } => Self::new(ErrorKind::Failed, error.to_string())
                 .hint("check that it is a gangplank server and ready:")
@@ -173,6 +180,16 @@ mod tests {
     #[test]
     fn invalid_url_is_a_usage_error() {
         assert_eq!(CommandError::from(ClientError::Url { url: "nope".into() }).kind, ErrorKind::Usage);
+    }
+
+    #[test]
+    fn what_the_server_says_needs_no_hint() {
+        let status = |code: &str| {
+            let status = ClientError::Status { code: code.into(), message: "name: there is no such registrant".into() };
+            CommandError::from(status).to_string()
+        };
+        assert_eq!(status("NotFound"), "the server answered NotFound: name: there is no such registrant");
+        assert!(status("Unimplemented").contains("check that it is a gangplank server"));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::error::{CommandError, ErrorKind};
-use crate::grpc::client::{JoinError, JoinedMachine};
+use crate::grpc::client::{JoinError, JoinedMachine, ScopeSpec};
 
 /// The machine's configuration, which root joins with.
 const MACHINE_DIR: &str = "/etc/gangplank";
@@ -82,7 +82,24 @@ pub(super) fn user_config() -> Option<PathBuf> {
     from("XDG_CONFIG_HOME").or_else(|| from("HOME").map(|home| home.join(".config")))
 }
 
-/// As `of [namespace]/[service]`.
+/// The namespace and service of a scope, for tables.
+pub(super) fn scope_cell(scope: &ScopeSpec) -> String {
+    let ScopeSpec { namespace, service, verbs: _, addresses: _ } = scope;
+    scope_text(some(namespace), some(service))
+}
+
+/// What is empty stands for all.
+fn some(text: &str) -> Option<&str> {
+    (!text.is_empty()).then_some(text)
+}
+
+/// Its verbs and addresses, for wide tables.
+pub(super) fn wide_scope_cells(scope: &ScopeSpec) -> [String; 2] {
+    let addresses = if scope.addresses.is_empty() { "*".to_owned() } else { scope.addresses.join(",") };
+    [scope.verbs.join(","), addresses]
+}
+
+/// `NAMESPACE/SERVICE`, with `*` for all.
 pub(super) fn scope_text(namespace: Option<&str>, service: Option<&str>) -> String {
     format!("{}/{}", namespace.unwrap_or("*"), service.unwrap_or("*"))
 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{
     args::{ScopeArgs, ServerArgs, check_namespace},
     error::CommandError,
-    joined::scope_text,
+    joined::{scope_cell, wide_scope_cells},
     output::{Format, NONE, OutputArgs, Table, age, print, print_json, print_yaml, remaining},
 };
 use crate::{grpc::client::RegistrantView, model::UnixMillis};
@@ -91,17 +91,15 @@ fn table(registrants: &[RegistrantView], format: Option<Format>, now: SystemTime
     titles.extend_from_slice(if wide { &["VERBS", "ADDRESSES", "TOKEN", "AGE"] } else { &["AGE"] });
     let mut table = Table::new(&titles, &["HOST", "SCOPE"], format);
     for RegistrantView { name, scope, host, token, joined, expires, revoked } in registrants {
-        let named = |text: &str| (!text.is_empty()).then(|| text.to_owned());
-        let (namespace, service) = (named(&scope.namespace), named(&scope.service));
         let mut row = vec![
             name.clone(),
             if host.is_empty() { NONE.to_owned() } else { host.clone() },
-            scope_text(namespace.as_deref(), service.as_deref()),
+            scope_cell(scope),
             if revoked.is_some() { "revoked".to_owned() } else { remaining(*expires, now) },
         ];
         if wide {
-            let addresses = if scope.addresses.is_empty() { "*".into() } else { scope.addresses.join(",") };
-            row.extend([scope.verbs.join(","), addresses, token.clone()]);
+            row.extend(wide_scope_cells(scope));
+            row.push(token.clone());
         }
         let joined = joined.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis();
         row.push(age(UnixMillis(u64::try_from(joined).unwrap_or(u64::MAX)), now));

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{
     args::{ScopeArgs, ServerArgs, check_namespace},
     error::{CommandError, ErrorKind},
-    joined::scope_text,
+    joined::{scope_cell, wide_scope_cells},
     output::{Format, OutputArgs, Table, print, print_json, print_yaml, remaining},
 };
 use crate::grpc::client::{ScopeSpec, TokenId, TokenView};
@@ -137,17 +137,10 @@ fn table(tokens: &[TokenView], format: Option<Format>, now: SystemTime) -> Strin
     titles.extend_from_slice(if wide { &["VERBS", "ADDRESSES", "CREATED-BY"] } else { &[] });
     let mut table = Table::new(&titles, &["SCOPE"], format);
     for TokenView { id, scope, created_by, created: _, expires, uses, used } in tokens {
-        let named = |text: &str| (!text.is_empty()).then(|| text.to_owned());
-        let (namespace, service) = (named(&scope.namespace), named(&scope.service));
-        let mut row = vec![
-            id.clone(),
-            scope_text(namespace.as_deref(), service.as_deref()),
-            format!("{used}/{uses}"),
-            remaining(*expires, now),
-        ];
+        let mut row = vec![id.clone(), scope_cell(scope), format!("{used}/{uses}"), remaining(*expires, now)];
         if wide {
-            let addresses = if scope.addresses.is_empty() { "*".into() } else { scope.addresses.join(",") };
-            row.extend([scope.verbs.join(","), addresses, created_by.clone()]);
+            row.extend(wide_scope_cells(scope));
+            row.push(created_by.clone());
         }
         table.row(row);
     }

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     grpc::client::{ChangeKind, Servers, WatchEvent},
     model::{
-        Instance, Registrant, ServiceKey, Timeline,
+        Instance, Registrant, ServiceKey, Timeline, hex,
         view::{InstanceView, ServiceView, TimelineView},
     },
 };
@@ -62,20 +62,9 @@ impl FromStr for CursorArg {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let err = "a cursor is an even number of hexadecimal digits, as -o json prints it";
-        if text.is_empty() || !text.bytes().all(|b| b.is_ascii_hexdigit()) || !text.len().is_multiple_of(2) {
-            return Err(err);
-        }
-        let pairs = (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16));
-        pairs.collect::<Result<_, _>>().map(Self).map_err(|_| err)
+        let bytes = hex::decode(text).filter(|bytes| !bytes.is_empty());
+        bytes.map(Self).ok_or("a cursor is an even number of hexadecimal digits, as -o json prints it")
     }
-}
-
-fn hex(cursor: &[u8]) -> String {
-    cursor.iter().fold(String::new(), |mut text, byte| {
-        write!(text, "{byte:02x}").expect("a String takes everything");
-        text
-    })
 }
 
 pub(super) async fn run(args: Args) -> Result<(), CommandError> {
@@ -128,7 +117,7 @@ async fn follow(
 fn ended(message: &str, last_cursor: Option<&[u8]>) -> CommandError {
     let failure = CommandError::new(ErrorKind::Failed, message);
     match last_cursor {
-        Some(cursor) => failure.hint(format!("go on where it ended:  gangplank watch --from {}", hex(cursor))),
+        Some(cursor) => failure.hint(format!("go on where it ended:  gangplank watch --from {}", hex::encode(cursor))),
         None => failure.hint("start again:  gangplank watch"),
     }
 }
@@ -159,14 +148,16 @@ impl<'a> EventRecord<'a> {
     fn of(event: &'a WatchEvent) -> Option<Self> {
         Some(match event {
             WatchEvent::Snapshot(key, service) => Self::Snapshot { service: ServiceView { key, service } },
-            WatchEvent::Synced { generation, cursor } => Self::Synced { generation: *generation, cursor: hex(cursor) },
+            WatchEvent::Synced { generation, cursor } => {
+                Self::Synced { generation: *generation, cursor: hex::encode(cursor) }
+            }
             WatchEvent::Change { kind, service, instance, generation, timeline, cursor } => {
                 let changed = ChangeRecord {
                     namespace: service.namespace(),
                     name: service.name(),
                     instance: InstanceView { instance, share: None },
                     generation: *generation,
-                    cursor: hex(cursor),
+                    cursor: hex::encode(cursor),
                     timeline: TimelineView(*timeline),
                 };
                 match kind {
@@ -328,7 +319,7 @@ mod tests {
 
     #[test]
     fn printed_cursor_parses() {
-        assert_eq!(hex(&[0x00, 0x0a, 0xff]).parse(), Ok(CursorArg(vec![0x00, 0x0a, 0xff])));
+        assert_eq!(hex::encode(&[0x00, 0x0a, 0xff]).parse(), Ok(CursorArg(vec![0x00, 0x0a, 0xff])));
         for bad in ["", "a", "xy", "0a1", "äé", "+1"] {
             assert!(bad.parse::<CursorArg>().is_err(), "{bad:?}");
         }

@@ -14,8 +14,8 @@ pub(super) struct QuotaArgs {
     #[arg(long, env = "GANGPLANK_MAX_INSTANCES_PER_IDENTITY", value_name = "N", default_value_t = 100_000)]
     max_instances_per_identity: usize,
 
-    /// A network whose addresses nobody may register; repeatable. Clients with a certificate are refused those of the cluster's
-    /// Services anyway
+    /// A network whose addresses nobody may register; repeatable. With Kubernetes, everybody but a plaintext client that may do
+    /// all is refused those of the cluster's Services anyway
     #[arg(long, env = "GANGPLANK_DENY_ADDRESSES", value_name = "CIDR", value_delimiter = ',', value_parser = parse_network)]
     deny_addresses: Vec<IpNet>,
 

@@ -20,7 +20,8 @@ use tracing::{debug, warn};
 
 use crate::{
     identity::{
-        Authenticator, Authorizer, Credentials, Identity, RefusalLog, Unauthenticated, Usage, joining::Registrants,
+        Authenticator, Authorizer, Credentials, Identity, IdentitySource, RefusalLog, Unauthenticated, Usage,
+        joining::Registrants,
     },
     metrics::{AuthenticationFailure, IdentityMetrics},
     net::tls::{PeerCertificates, ServerTls, ServerTlsStream},
@@ -83,9 +84,9 @@ impl Peer {
 
     /// Ready when the identity ends. `None` if it lasts as long as the connection.
     pub(super) fn end(&self) -> Option<impl Future<Output = Unauthenticated> + Send + use<>> {
-        let expires = self.identity.as_ref().is_ok_and(|identity| identity.expires.is_some());
+        let can_end = self.identity.as_ref().is_ok_and(|identity| identity.source == IdentitySource::Certificate);
         let mut ended = self.ended.clone();
-        expires.then_some(async move {
+        can_end.then_some(async move {
             let err = ended.wait_for(Option::is_some).await.ok().and_then(|ended| ended.clone());
             match err {
                 Some(err) => err,

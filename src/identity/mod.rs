@@ -25,6 +25,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use ring::rand::{SecureRandom as _, SystemRandom};
 use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
 
@@ -34,7 +35,7 @@ pub use ca::{CaError, CertificateAuthority, PublicKeyHash, ServerCertificate, Se
 pub use policy::{Policy, PolicyError};
 pub use refusal_log::RefusalLog;
 pub use review_cache::NotReviewed;
-pub use token::{BearerToken, NoRandomNumbers};
+pub use token::BearerToken;
 pub use usage::{OpenCall, TooManyStreams, Usage, UsageLimits};
 
 use self::{joining::Registrants, token::TokenReviews};
@@ -174,18 +175,15 @@ impl Authenticator {
     }
 
     /// Takes tokens. Open streams outlast the last review of their token by `stale`, while Kubernetes cannot be asked.
-    ///
-    /// # Errors
-    /// When the system has no random numbers.
+    #[must_use]
     pub fn with_tokens(
         self,
         reviews: Arc<Reviews>,
         stale: Duration,
         metrics: Arc<IdentityMetrics>,
         log: Arc<RefusalLog>,
-    ) -> Result<Self, NoRandomNumbers> {
-        let tokens = TokenReviews::new(reviews, stale, metrics, log)?;
-        Ok(Self { tokens: Some(Arc::new(tokens)), ..self })
+    ) -> Self {
+        Self { tokens: Some(Arc::new(TokenReviews::new(reviews, stale, metrics, log))), ..self }
     }
 
     /// The identity of a connection or a call that has shown `credentials`, at `now`. Waits only for the review of a
@@ -247,8 +245,7 @@ pub fn certificate_user(der: &CertificateDer<'_>) -> Result<Arc<str>, Unauthenti
 /// Random bytes, for secrets and names.
 fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
-    let random = rustls::crypto::ring::default_provider().secure_random;
-    random.fill(&mut bytes).expect("the system has random bytes");
+    SystemRandom::new().fill(&mut bytes).expect("the system has random bytes");
     bytes
 }
 

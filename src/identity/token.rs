@@ -9,12 +9,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ring::{hmac, rand::SystemRandom};
+use ring::hmac;
 use tokio::time::{sleep, sleep_until};
 use tracing::{debug, warn};
 
 use super::{
-    Identity, IdentitySource, RefusalLog, Unauthenticated, is_name,
+    Identity, IdentitySource, RefusalLog, Unauthenticated, is_name, random,
     review_cache::{FRESH, MAX_WAIT, NotReviewed, ReviewCache, ReviewLimits, Reviewed, Verdict},
 };
 use crate::{
@@ -95,9 +95,9 @@ impl TokenReviews {
         stale: Duration,
         metrics: Arc<IdentityMetrics>,
         log: Arc<RefusalLog>,
-    ) -> Result<Self, NoRandomNumbers> {
-        let key = hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new()).map_err(|_| NoRandomNumbers)?;
-        Ok(Self { reviews, key, cache: ReviewCache::new(ReviewKind::Token, LIMITS, metrics), stale, log })
+    ) -> Self {
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &random::<32>());
+        Self { reviews, key, cache: ReviewCache::new(ReviewKind::Token, LIMITS, metrics), stale, log }
     }
 
     /// Whose token it is.
@@ -146,11 +146,6 @@ impl TokenReviews {
         reviewed
     }
 }
-
-/// Without random numbers nothing can be kept secret.
-#[derive(Debug, thiserror::Error)]
-#[error("the system has no random numbers")]
-pub struct NoRandomNumbers;
 
 fn verdict(reviewed: ReviewedToken, log: &RefusalLog) -> Verdict<Arc<Identity>> {
     let refused = |user: &str, reason: &str| {

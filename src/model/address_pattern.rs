@@ -1,12 +1,15 @@
 //! Which addresses may be registered: networks, and where a registrant connects from.
 
-use std::net::IpAddr;
+use std::{fmt, net::IpAddr};
 
 use ipnet::IpNet;
 use serde::Deserialize;
 
-/// Most of them in one rule: each registration is compared with each.
+/// Most of them in one annotation: each registration is compared with each.
 const MAX_PATTERNS: usize = 256;
+
+/// The text of [`AddressPattern::Own`].
+const OWN: &str = "own";
 
 /// One network, or the registrant's own address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -42,11 +45,20 @@ impl AddressPattern {
     }
 }
 
+impl fmt::Display for AddressPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Own => f.write_str(OWN),
+            Self::Network(network) => network.fmt(f),
+        }
+    }
+}
+
 impl TryFrom<String> for AddressPattern {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        if text == "own" { Ok(Self::Own) } else { parse_network(&text).map(Self::Network) }
+        if text == OWN { Ok(Self::Own) } else { parse_network(&text).map(Self::Network) }
     }
 }
 

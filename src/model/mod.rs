@@ -9,6 +9,7 @@ mod address;
 mod address_pattern;
 pub mod cow_tree;
 mod dns;
+pub mod hex;
 mod instance;
 pub mod invariants;
 mod name;

@@ -60,7 +60,7 @@ impl OpenCalls {
         };
         timeout(CALL_TIMEOUT, routes.call(request)).await.unwrap_or_else(|_| {
             registrants.count(JoinResult::Timeout);
-            Ok(Status::deadline_exceeded("not complete after 5 s").into_http())
+            Ok(Status::deadline_exceeded(format!("not complete after {CALL_TIMEOUT:?}")).into_http())
         })
     }
 }

@@ -152,7 +152,7 @@ fn authorize(caller: &Caller, command: Command, registry: &RegistryHandle) -> Au
     }
     match caller.known(AccessVerb::Override, Some(service.namespace()), Some(service.name()), None) {
         Some(overrides) => Authorized::Known(with_overrides(command, overrides)),
-        None => ask(caller, command, registry),
+        None => Authorized::Asking(Box::pin(overriding(caller.clone(), command))),
     }
 }
 
@@ -166,9 +166,15 @@ fn ask(caller: &Caller, command: Command, registry: &RegistryHandle) -> Authoriz
         if !registry.changes_others_instance(&command) {
             return Ok(command);
         }
-        let overrides = caller.may(AccessVerb::Override, Some(service.namespace()), Some(service.name()), None).await;
-        with_overrides(command, overrides)
+        overriding(caller, command).await
     }))
+}
+
+/// The command, with the right to override if the caller has it.
+async fn overriding(caller: Caller, command: Command) -> Result<Command, Refusal> {
+    let service = command.service();
+    let overrides = caller.may(AccessVerb::Override, Some(service.namespace()), Some(service.name()), None).await;
+    with_overrides(command, overrides)
 }
 
 /// The right that every command of its kind needs, and for which address.

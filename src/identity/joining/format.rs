@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::{
     Scope, ScopeSpec, from_hex,
     state::{JoinedRegistrant, JoiningState, Token},
-    to_hex,
 };
+use crate::model::hex;
 
 /// The version that is written.
 const VERSION: u32 = 1;
@@ -54,7 +54,7 @@ pub(super) fn encode(state: &JoiningState) -> Vec<u8> {
             .iter()
             .map(|(id, token)| StoredToken {
                 id: id.to_string(),
-                secret_sha256: to_hex(&token.secret),
+                secret_sha256: hex::encode(&token.secret),
                 scope: token.scope.spec(),
                 created_by: token.created_by.clone(),
                 created: seconds(token.created),

@@ -17,7 +17,6 @@ mod state;
 mod token;
 
 use std::{
-    fmt::Write as _,
     io,
     net::IpAddr,
     path::{Path, PathBuf},
@@ -47,7 +46,7 @@ use super::{
 };
 use crate::{
     metrics::{JoinResult, JoiningMetrics},
-    model::ServerAddress,
+    model::{ServerAddress, hex},
 };
 
 /// The file in the data directory.
@@ -271,7 +270,7 @@ impl Registrants {
         let request = VerifiedRequest::parse(request)?;
         let user = self
             .user_of(previous, &request)
-            .unwrap_or_else(|| format!("{USER_PREFIX}{}", to_hex(&random::<NAME_BYTES>())));
+            .unwrap_or_else(|| format!("{USER_PREFIX}{}", hex::encode(&random::<NAME_BYTES>())));
         let ca::Signed { certificate, not_after } =
             self.ca.sign_client(&request.public_key, &user, now, CERTIFICATE_LIFETIME)?;
         let scope = self.change(now, |state| {
@@ -429,23 +428,9 @@ impl Registrants {
     }
 }
 
-fn to_hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        write!(text, "{byte:02x}").expect("a String takes everything");
-        text
-    })
-}
-
 /// Exactly `N` bytes in hexadecimal digits.
 fn from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
-    if text.len() != 2 * N || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-        return None;
-    }
-    let mut bytes = [0; N];
-    for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
-        *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
-    }
-    Some(bytes)
+    hex::decode(text)?.try_into().ok()
 }
 
 #[cfg(test)]

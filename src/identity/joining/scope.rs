@@ -2,12 +2,11 @@
 
 use std::{fmt, net::IpAddr};
 
-use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     identity::{Access, AccessResource, AccessVerb, Denied},
-    model::{Namespace, ServiceName},
+    model::{AddressPattern, Namespace, ServiceName},
 };
 
 /// What a token allows unless its creator says otherwise.
@@ -25,9 +24,6 @@ const ALLOWED_VERBS: [AccessVerb; 6] = [
 
 /// Most networks of one scope.
 const MAX_ADDRESSES: usize = 64;
-
-/// The address of the peer, among the addresses.
-const OWN: &str = "own";
 
 /// A scope in texts, as it is asked for, stored and shown.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,22 +56,7 @@ pub struct Scope {
     service: Option<Box<str>>,
     verbs: Vec<AccessVerb>,
     /// Empty: any.
-    addresses: Vec<AddressRange>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum AddressRange {
-    Own,
-    Network(IpNet),
-}
-
-impl fmt::Display for AddressRange {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Own => f.write_str(OWN),
-            Self::Network(network) => network.fmt(f),
-        }
-    }
+    addresses: Vec<AddressPattern>,
 }
 
 impl Scope {
@@ -114,8 +95,8 @@ impl Scope {
         if addresses.len() > MAX_ADDRESSES {
             return Err(invalid("addresses", format!("at most {MAX_ADDRESSES}")));
         }
-        let addresses = addresses.iter().map(|text| address_range(text).map_err(|reason| invalid("addresses", reason)));
-        let addresses = addresses.collect::<Result<_, _>>()?;
+        let addresses = addresses.iter().cloned().map(AddressPattern::try_from).collect::<Result<_, _>>();
+        let addresses = addresses.map_err(|reason| invalid("addresses", reason))?;
         Ok(Self { namespace: named(namespace), service: named(service), verbs: parsed, addresses })
     }
 
@@ -172,11 +153,7 @@ impl Scope {
     }
 
     fn allows_address(&self, address: IpAddr, peer: IpAddr) -> bool {
-        self.addresses.is_empty()
-            || self.addresses.iter().any(|range| match range {
-                AddressRange::Own => address == peer.to_canonical(),
-                AddressRange::Network(network) => network.contains(&address),
-            })
+        self.addresses.is_empty() || self.addresses.iter().any(|pattern| pattern.contains(address, peer))
     }
 }
 
@@ -186,19 +163,6 @@ impl fmt::Display for Scope {
         let or_all = |text: String| if text.is_empty() { "*".to_owned() } else { text };
         write!(f, "{} of {}/{}", verbs.join(","), or_all(namespace), or_all(service))?;
         if addresses.is_empty() { Ok(()) } else { write!(f, " at {}", addresses.join(",")) }
-    }
-}
-
-fn address_range(text: &str) -> Result<AddressRange, String> {
-    if text == OWN {
-        return Ok(AddressRange::Own);
-    }
-    let network = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
-    let network = network.map_err(|_| format!("{text:?} is neither a network, an address, nor \"{OWN}\""))?;
-    if network.trunc() == network {
-        Ok(AddressRange::Network(network))
-    } else {
-        Err(format!("{text:?} has bits beyond its prefix: {}", network.trunc()))
     }
 }
 

@@ -6,7 +6,7 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::*;
-use crate::metrics::Metrics;
+use crate::{metrics::Metrics, model::hex};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -158,7 +158,7 @@ fn no_secret_is_stored_and_what_is_stored_is_private() {
     let token = registrants.token(1);
     let path = dir.path().join(STATE_FILE);
     let stored = std::fs::read_to_string(&path).expect("readable");
-    assert!(stored.contains(&token.id.to_string()) && !stored.contains(&to_hex(token.secret.expose())));
+    assert!(stored.contains(&token.id.to_string()) && !stored.contains(&hex::encode(token.secret.expose())));
     assert_eq!(std::fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o600);
     let shown = format!("{registrants:?} {token:?}");
     assert!(!shown.contains("PRIVATE KEY") && !shown.contains(&token.to_string()), "{shown}");

@@ -9,7 +9,7 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 
 use crate::{
     identity::{PublicKeyHash, random},
-    model::ServerAddress,
+    model::{ServerAddress, hex},
 };
 
 /// How every token begins. The number grows with the form.
@@ -79,7 +79,7 @@ impl TokenId {
 
 impl fmt::Display for TokenId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&super::to_hex(&self.0))
+        f.write_str(&hex::encode(&self.0))
     }
 }
 
