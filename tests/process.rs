@@ -8,7 +8,7 @@ use hickory_proto::{
 use crate::support::{
     dns::{Over, answers, ask},
     http::get,
-    server::{Process, Server},
+    server::Server,
 };
 
 const WEB: &str = "web.prod.svc.cluster.local.";
@@ -102,13 +102,4 @@ fn invalid_namespace_is_a_usage_error() {
         assert_eq!(output.status.code(), Some(2), "{said}");
         assert!(said.contains("namespace: must consist of") && !said.contains("the server answered"), "{said}");
     }
-}
-
-#[test]
-fn grpc_beyond_loopback_with_kubernetes_needs_certificates_or_the_insecure_flag() {
-    let data = tempfile::tempdir().expect("a temporary directory can be made");
-    let mut refused = Process::serve(data.path(), &["--grpc-listen", "0.0.0.0:0", "--kubernetes"]);
-    let status = refused.exit();
-    assert!(!status.success(), "{status}");
-    assert!(refused.stderr().contains("--insecure"), "{}", refused.stderr());
 }

@@ -2,6 +2,7 @@
 //! [`BoundServer::run`] starts and stops the parts. The only module that imports all others; `main` and the
 //! tests share it.
 
+mod own_ca;
 mod own_tls;
 mod parts;
 
@@ -9,7 +10,6 @@ use std::{
     convert::Infallible,
     io,
     net::{IpAddr, SocketAddr, TcpListener as StdTcpListener},
-    path::Path,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -24,17 +24,18 @@ use tokio::{net::TcpListener, runtime::Handle, sync::oneshot, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use self::{own_tls::OwnTls, parts::Parts};
+use self::{
+    own_ca::{OwnCa, SharedCa},
+    parts::Parts,
+};
 use crate::{
     admin::{self, Admin},
-    config::{Advertise, Config, SecurityConfig, Tls},
+    config::{Config, SecurityConfig, Tls},
     dns, grpc,
-    identity::{
-        Authenticator, Authorizer, CertificateAuthority, RefusalLog, Usage, certificate_user, joining::Registrants,
-    },
+    identity::{Authenticator, Authorizer, RefusalLog, SERVER_USER, Usage, certificate_user},
     kubernetes::{Kubernetes, api::Reviews},
     metrics::Metrics,
-    model::{ServerAddress, test_clock_offset, wall_clock},
+    model::{ServerAddress, test_clock_offset},
     net::{self, ConnectionCaps, DescriptorBudget, tls::ServerTls},
     registry::{self, OutboxWord, Unrecovered},
     store::{self, DataDir, RecoveryProgress},
@@ -179,8 +180,12 @@ impl BoundServer {
         let metrics = Arc::new(Metrics::new());
         let listeners = grpc.iter().map(StdTcpListener::local_addr).collect::<io::Result<Vec<_>>>()?;
         let addresses = advertise.addresses(&listeners);
+        let shared = match &kubernetes {
+            Some(options) if security.tls == Tls::OwnCa => Some(SharedCa::connect(options, directory.clone()).await?),
+            _ => None,
+        };
         let own = match &security.tls {
-            Tls::OwnCa => Some(own_ca(&directory, &advertise, &listeners, &metrics)?),
+            Tls::OwnCa => Some(OwnCa::open(&directory, shared.as_ref(), &advertise, &listeners, &metrics)?),
             Tls::Off | Tls::Files(_) => None,
         };
         let reviews = match &kubernetes {
@@ -205,7 +210,8 @@ impl BoundServer {
                     "--grpc-service: needs an IP address of this process that others reach: give --advertise ADDR, or set \
                      POD_IP by the downward API"
                 );
-                Some(Kubernetes::connect(options, addresses).await?)
+                let secrets = shared.as_ref().map(|shared| Arc::clone(&shared.secrets));
+                Some(Kubernetes::connect(options, addresses, secrets).await?)
             }
             None => None,
         };
@@ -231,6 +237,19 @@ impl BoundServer {
         let admin = admin::run(admin, pages, admin_connections, stop_answers.clone());
         parts.spawn("the admin listeners", net::run_on_runtime("admin", ADMIN_THREADS, admin)?);
 
+        if let Some(shared) = shared {
+            let stop = stop_answers.clone();
+            let follow = async move { stop.run_until_cancelled(shared.ca.run()).await };
+            parts.spawn("the CA", follow.map(|ended| ended.map_or(Ok(()), |ended| ended.map(|never| match never {}))));
+        }
+        if let Some(registrants) = security.registrants.clone() {
+            let (stop, status) = (stop_answers.clone(), status.clone());
+            let run = async move {
+                stop.run_until_cancelled(registrants.run(|| status.replica().is_writer())).await;
+                Ok::<_, Infallible>(())
+            };
+            parts.spawn("the registrants", run);
+        }
         if let Some(kubernetes) = kubernetes {
             let directory = data_dir.identity()?;
             let mirror = kubernetes.run(directory, registry.clone(), Arc::clone(&metrics), stop_answers.clone());
@@ -363,30 +382,10 @@ impl ProgressReporter {
     }
 }
 
-/// The CA in the data directory, with the names for which it signs, and who joined.
-fn own_ca(
-    directory: &Path,
-    advertise: &Advertise,
-    listeners: &[SocketAddr],
-    metrics: &Metrics,
-) -> anyhow::Result<(OwnTls, Arc<Registrants>)> {
-    // Those that other machines reach come first: their port is the default one of what is advertised.
-    let mut listeners = listeners.to_vec();
-    listeners.sort_by_key(|listener| listener.ip().is_loopback());
-    let mut addresses = advertise.addresses(&listeners);
-    if addresses.is_empty() {
-        addresses = own_tls::reachable(&listeners)?;
-    }
-    let ca = Arc::new(CertificateAuthority::open(directory, wall_clock())?);
-    let names = own_tls::names(&addresses, &listeners)?;
-    let registrants = Registrants::open(directory, Arc::clone(&ca), addresses, Arc::clone(&metrics.joining))?;
-    Ok((OwnTls::new(ca, names), registrants))
-}
-
 /// Reads certificates and policy.
 fn grpc_security(
     config: SecurityConfig,
-    own: Option<(OwnTls, Arc<Registrants>)>,
+    own: Option<OwnCa>,
     reviews: Option<Arc<Reviews>>,
     metrics: &Arc<Metrics>,
 ) -> anyhow::Result<Arc<grpc::Security>> {
@@ -394,19 +393,23 @@ fn grpc_security(
     let reviews = reviews.map(|reviews| (reviews, authorization_stale));
     let log = Arc::new(RefusalLog::default());
     let load = Arc::clone(&metrics.connections);
-    let (own, registrants) = own.unzip();
-    let tls = match (tls, own) {
-        (Tls::Files(files), _) => Some(ServerTls::load(files, load)?),
-        (Tls::OwnCa, Some(own)) => Some(ServerTls::load(own, load)?),
-        (Tls::OwnCa, None) | (Tls::Off, _) => None,
+    let (tls, registrants, replica) = match (tls, own) {
+        (Tls::Files(files), _) => {
+            let tls = ServerTls::load(files, load)?;
+            if reviews.is_some() && tls.as_client().is_none() {
+                warn!(
+                    "without --tls-client-ca this process cannot take over what other replicas have accepted, and they cannot \
+                     take over from it: they know each other by their certificate"
+                );
+            }
+            let user = tls.certificate().and_then(|certificate| certificate_user(&certificate).ok());
+            (Some(tls), None, user)
+        }
+        (Tls::OwnCa, Some(own)) => {
+            (Some(ServerTls::load(own.tls, load)?), Some(own.registrants), Some(SERVER_USER.into()))
+        }
+        (Tls::OwnCa, None) | (Tls::Off, _) => (None, None, None),
     };
-    let replica = tls.as_ref().and_then(|tls| certificate_user(&tls.certificate()?).ok());
-    if reviews.is_some() && tls.as_ref().is_some_and(|tls| tls.as_client().is_none()) {
-        warn!(
-            "without --tls-client-ca this process cannot take over what other replicas have accepted, and they cannot take over \
-             from it: they know each other by their certificate"
-        );
-    }
     let authenticator = Authenticator::new(registrants.clone());
     let authenticator = match &reviews {
         Some((reviews, stale)) => {

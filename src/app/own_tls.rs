@@ -1,4 +1,4 @@
-//! TLS by the CA in the data directory: a certificate for the names of this server, renewed while it runs.
+//! TLS by a CA of gangplank's own: a certificate for the names of this server, renewed while it runs.
 
 use std::{
     collections::BTreeSet,
@@ -7,9 +7,11 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use tokio::sync::watch;
+
 use crate::{
     dns,
-    identity::{CertificateAuthority, ServerCertificate, ServerNames},
+    identity::{CurrentCa, PublicKeyHash, ServerCertificate, ServerNames},
     model::{ServerAddress, wall_clock},
     net::tls::{TlsContents, TlsFileError, TlsPart, TlsSource},
 };
@@ -20,41 +22,51 @@ const LOCALHOST: &str = "localhost";
 /// The own CA as the source of a listener's certificate. A certificate lasts for the process: each start makes one.
 #[derive(Debug)]
 pub(super) struct OwnTls {
-    ca: Arc<CertificateAuthority>,
+    ca: Arc<CurrentCa>,
     names: ServerNames,
-    issued: Mutex<Option<ServerCertificate>>,
+    /// With the CA that has signed it.
+    issued: Mutex<Option<(PublicKeyHash, ServerCertificate)>>,
 }
 
 impl OwnTls {
-    pub(super) fn new(ca: Arc<CertificateAuthority>, names: ServerNames) -> Self {
+    pub(super) fn new(ca: Arc<CurrentCa>, names: ServerNames) -> Self {
         Self { ca, names, issued: Mutex::new(None) }
     }
 }
 
 impl fmt::Display for OwnTls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the CA in the data directory")
+        write!(f, "the CA in {}", self.ca.place())
     }
 }
 
 impl TlsSource for OwnTls {
     fn read(&self) -> Result<TlsContents, TlsFileError> {
         let now = wall_clock();
+        let ca = self.ca.get().map_err(|err| TlsFileError::Pending(err.to_string()))?;
+        let hash = *ca.public_key_hash();
         let mut issued = self.issued.lock().unwrap_or_else(PoisonError::into_inner);
-        let current = match issued.take().filter(|issued| !issued.is_due(now)) {
+        let current = match issued.take().filter(|(signer, issued)| *signer == hash && !issued.is_due(now)) {
             Some(current) => current,
-            None => self.ca.issue_server(&self.names, now).map_err(|err| TlsFileError::Own(err.to_string()))?,
+            None => {
+                let new = ca.issue_server(&self.names, now);
+                (hash, new.map_err(|err| TlsFileError::Own(err.to_string()))?)
+            }
         };
-        let ServerCertificate { chain, key, .. } = issued.insert(current);
+        let (_, ServerCertificate { chain, key, .. }) = issued.insert(current);
         Ok(TlsContents {
             cert: chain.clone().into_bytes(),
             key: key.clone().into_bytes(),
-            client_ca: Some(self.ca.pem().as_bytes().to_vec()),
+            client_ca: Some(ca.pem().as_bytes().to_vec()),
         })
     }
 
     fn invalid(&self, _part: TlsPart, reason: String) -> TlsFileError {
         TlsFileError::Own(reason)
+    }
+
+    fn changes(&self) -> Option<watch::Receiver<u64>> {
+        Some(self.ca.changes())
     }
 }
 
@@ -90,7 +102,7 @@ fn reachable_ips(listeners: &[SocketAddr]) -> io::Result<Vec<IpAddr>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{metrics::Metrics, net::tls::ServerTls};
+    use crate::{identity::CertificateAuthority, metrics::Metrics, net::tls::ServerTls};
 
     #[test]
     fn names_are_the_advertised_ones_and_the_listeners() {
@@ -105,13 +117,14 @@ mod tests {
     #[test]
     fn certificate_stays_until_it_is_due() {
         let dir = tempfile::tempdir().expect("a directory");
-        let ca = Arc::new(CertificateAuthority::open(dir.path(), wall_clock()).expect("created"));
-        let own = OwnTls::new(ca, ServerNames { dns: vec![LOCALHOST.into()], ip: Vec::new() });
+        let ca = CertificateAuthority::open(dir.path(), wall_clock()).expect("created");
+        let own = OwnTls::new(CurrentCa::in_directory(ca), ServerNames { dns: vec![LOCALHOST.into()], ip: Vec::new() });
         let first = own.read().expect("issued");
         assert_eq!(own.read().expect("the same"), first);
         let past = wall_clock() - std::time::Duration::from_secs(70 * 24 * 60 * 60);
-        let due = own.ca.issue_server(&own.names, past).expect("issued");
-        *own.issued.lock().expect("no panic") = Some(due.clone());
+        let ca = own.ca.get().expect("there is one");
+        let due = ca.issue_server(&own.names, past).expect("issued");
+        *own.issued.lock().expect("no panic") = Some((*ca.public_key_hash(), due.clone()));
         let renewed = own.read().expect("issued");
         assert!(
             renewed.cert != due.chain.as_bytes() && renewed.cert != first.cert,

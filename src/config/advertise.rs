@@ -42,7 +42,9 @@ impl Advertise {
     /// variable says where.
     #[must_use]
     pub fn addresses(&self, listeners: &[SocketAddr]) -> Vec<ServerAddress> {
-        let port = listeners.first().map_or(0, SocketAddr::port);
+        // Of one that others reach, if there is one.
+        let first = listeners.iter().find(|listener| !listener.ip().is_loopback()).or_else(|| listeners.first());
+        let port = first.map_or(0, SocketAddr::port);
         let mut all: Vec<_> = self.given.iter().filter_map(|text| ServerAddress::parse(text, port).ok()).collect();
         if all.is_empty() {
             let reachable = listeners.iter().filter(|listener| !listener.ip().is_loopback());
@@ -85,6 +87,7 @@ mod tests {
             addresses(&["a.example.com", "10.0.0.1:1"], &pod, &["0.0.0.0:9080"]),
             "a.example.com:9080 10.0.0.1:1"
         );
+        assert_eq!(addresses(&["a.example.com"], &[], &["127.0.0.1:9081", "0.0.0.0:9080"]), "a.example.com:9080");
         assert_eq!(addresses(&[], &pod, &["0.0.0.0:9080"]), "10.1.0.7:9080");
         assert_eq!(addresses(&[], &pod, &["[::]:9080", "0.0.0.0:9080"]), "10.1.0.7:9080 [2001:db8::7]:9080");
         assert_eq!(addresses(&[], &pod, &["127.0.0.1:9080", "10.0.0.2:9081"]), "10.0.0.2:9081");

@@ -114,7 +114,7 @@ pub enum Tls {
     Off,
     /// From files.
     Files(TlsFiles),
-    /// From a CA of gangplank's own, in the data directory.
+    /// From a CA of gangplank's own, in the data directory or in a Secret.
     OwnCa,
 }
 
@@ -149,7 +149,7 @@ impl SecurityArgs {
             insecure,
         } = self;
         let tls = tls_files(tls_cert, tls_key, tls_client_ca, kubernetes)?;
-        let listeners = secured(listeners, &insecure, tls.is_some(), kubernetes)?;
+        let listeners = secured(listeners, &insecure)?;
         let needs_tls = listeners.iter().any(|(_, security)| *security == ListenerSecurity::Tls);
         let tls = match tls {
             Some(files) => Tls::Files(files),
@@ -217,30 +217,16 @@ fn tls_files(
 }
 
 /// How each gRPC listener takes connections.
-fn secured(
-    listeners: Vec<SocketAddr>,
-    insecure: &Insecure,
-    files: bool,
-    kubernetes: bool,
-) -> anyhow::Result<Vec<(SocketAddr, ListenerSecurity)>> {
+fn secured(listeners: Vec<SocketAddr>, insecure: &Insecure) -> anyhow::Result<Vec<(SocketAddr, ListenerSecurity)>> {
     if let Insecure::Only(named) = insecure
         && let Some(unknown) = named.iter().find(|named| !listeners.contains(named))
     {
         bail!("--insecure {unknown}: is none of --grpc-listen");
     }
-    let security = |listener: SocketAddr| {
-        Ok(match listener {
-            _ if listener.ip().is_loopback() => (listener, ListenerSecurity::Loopback),
-            _ if insecure.names(&listener) => (listener, ListenerSecurity::Insecure),
-            // A CA of its own is not shared by replicas yet: each would trust only the clients of its own.
-            _ if kubernetes && !files => bail!(
-                "--grpc-listen {listener}: every client that reaches this address could register anything. With \
-                 --kubernetes, give --tls-cert, --tls-key and --tls-client-ca, listen on a loopback address \
-                 (127.0.0.1:{port}), or, where the network itself is trusted, add --insecure",
-                port = listener.port()
-            ),
-            _ => (listener, ListenerSecurity::Tls),
-        })
+    let security = |listener: SocketAddr| match listener {
+        _ if listener.ip().is_loopback() => (listener, ListenerSecurity::Loopback),
+        _ if insecure.names(&listener) => (listener, ListenerSecurity::Insecure),
+        _ => (listener, ListenerSecurity::Tls),
     };
-    listeners.into_iter().map(security).collect()
+    Ok(listeners.into_iter().map(security).collect())
 }

@@ -294,10 +294,7 @@ impl Caller {
 
 /// The status of a call without an identity.
 pub(super) fn unauthenticated(err: &Unauthenticated) -> Status {
-    match err {
-        Unauthenticated::Unreviewed(_) => Status::unavailable(err.to_string()),
-        _ => Status::unauthenticated(err.to_string()),
-    }
+    if err.is_unknown() { Status::unavailable(err.to_string()) } else { Status::unauthenticated(err.to_string()) }
 }
 
 /// The status of a call that is not carried out.

@@ -30,6 +30,9 @@ use crate::{
 /// How often a certificate's time is looked at. Not one long sleep: the clock may be set.
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(10);
 
+/// How long a connection is open for whose certificate nobody can say: long enough to tell its calls so.
+const UNKNOWN_LIFETIME: Duration = Duration::from_secs(2);
+
 /// The first octet of a TLS connection: a handshake record (RFC 8446 §5.1). HTTP/2 begins with `P`.
 const TLS_HANDSHAKE: u8 = 22;
 
@@ -103,13 +106,19 @@ pub(super) struct CertificateWatch {
     certificates: PeerCertificates,
     authenticator: Authenticator,
     identity: Option<Arc<Identity>>,
+    /// Nobody could say whose certificate it is.
+    unknown: bool,
     expires: Option<SystemTime>,
     ended: watch::Sender<Option<Unauthenticated>>,
 }
 
 impl CertificateWatch {
-    /// Ends the identity when the certificate expires or the client CA no longer vouches for it.
+    /// Ends the identity when the certificate expires or the client CA no longer vouches for it. Returns when the connection
+    /// should be closed, because another one may have an identity.
     pub(super) async fn run(self, metrics: &IdentityMetrics) {
+        if self.unknown {
+            return sleep(UNKNOWN_LIFETIME).await;
+        }
         let mut changes = self.tls.changes();
         let mut revocations = self.authenticator.changes();
         // The CA may have changed since the handshake.
@@ -197,8 +206,9 @@ impl Security {
         let watch = certificates.map(|certificates| {
             let (tls, authenticator) = (Arc::clone(tls), self.authenticator.clone());
             let identity = peer.identity.as_ref().ok().map(Arc::clone);
+            let unknown = peer.identity.as_ref().is_err_and(Unauthenticated::is_unknown);
             let expires = identity.as_ref().and_then(|identity| identity.expires);
-            CertificateWatch { tls, certificates, authenticator, identity, expires, ended }
+            CertificateWatch { tls, certificates, authenticator, identity, unknown, expires, ended }
         });
         Some((Either::Right(Box::new(stream)), peer, watch))
     }

@@ -31,7 +31,10 @@ use tokio::sync::watch;
 
 pub use access::{Access, AccessResource, AccessVerb, Denied, NotAllowed};
 pub use authorizer::{Authorization, Authorizer};
-pub use ca::{CaError, CertificateAuthority, PublicKeyHash, ServerCertificate, ServerNames, Signed, renewal_time};
+pub use ca::{
+    CaError, CertificateAuthority, ClusterCa, CurrentCa, PublicKeyHash, SERVER_USER, ServerCertificate, ServerNames,
+    Signed, renewal_time,
+};
 pub use policy::{Policy, PolicyError};
 pub use refusal_log::RefusalLog;
 pub use review_cache::NotReviewed;
@@ -124,6 +127,9 @@ pub enum Unauthenticated {
     /// The registrant was revoked, or is not known to this server.
     #[error("the registrant was revoked, or never joined this server; it may join with a new token")]
     Revoked,
+    /// Nobody can say whether the registrant joined, or was revoked. Says nothing of the caller either.
+    #[error("who joined is not known to this server yet: {0}")]
+    RegistrantUnknown(String),
     /// What stands in `authorization` is not a token.
     #[error("authorization: must be \"Bearer TOKEN\", once")]
     NotBearer,
@@ -136,9 +142,17 @@ pub enum Unauthenticated {
     /// Kubernetes does not accept the token any more, or says that it is another user's.
     #[error("the token is not accepted any more")]
     TokenEnded,
-    /// Kubernetes could not be asked. The only one that says nothing of the caller.
+    /// Kubernetes could not be asked. Says nothing of the caller.
     #[error("whose token it is: {0}")]
     Unreviewed(#[from] NotReviewed),
+}
+
+impl Unauthenticated {
+    /// Whether it says nothing of the caller: nobody could be asked.
+    #[must_use]
+    pub const fn is_unknown(&self) -> bool {
+        matches!(self, Self::Unreviewed(_) | Self::RegistrantUnknown(_))
+    }
 }
 
 impl From<&Unauthenticated> for AuthenticationFailure {
@@ -153,7 +167,7 @@ impl From<&Unauthenticated> for AuthenticationFailure {
             | Unauthenticated::TokensNotTaken
             | Unauthenticated::Token
             | Unauthenticated::TokenEnded => Self::BadToken,
-            Unauthenticated::Unreviewed(_) => Self::Unreviewed,
+            Unauthenticated::Unreviewed(_) | Unauthenticated::RegistrantUnknown(_) => Self::Unreviewed,
         }
     }
 }
@@ -187,7 +201,7 @@ impl Authenticator {
     }
 
     /// The identity of a connection or a call that has shown `credentials`, at `now`. Waits only for the review of a
-    /// token.
+    /// token, and for a registrant that is not known here.
     ///
     /// # Errors
     /// When the credentials are missing or not good, or Kubernetes cannot be asked.
@@ -204,7 +218,9 @@ impl Authenticator {
         if identity.expires.is_some_and(|expires| expires <= now) {
             return Err(Unauthenticated::Expired);
         }
-        self.check(&identity)?;
+        if let (Some(registrants), IdentitySource::Certificate) = (&self.registrants, identity.source) {
+            registrants.identify(&identity.user).await?;
+        }
         Ok(Arc::new(identity))
     }
 

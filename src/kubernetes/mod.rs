@@ -1,10 +1,11 @@
 //! Kubernetes: what is registered, as headless Services and EndpointSlices, and back.
 //!
-//! Six rooms; imports between them point down:
+//! Seven rooms; imports between them point down:
 //!
 //! * [`objects`]: Services, EndpointSlices and Endpoints as pure functions.
 //! * `api`: the client, its rate limit and its errors.
 //! * `cache`: what the cluster holds, fed by the watches and by our own writes.
+//! * [`secrets`]: Secrets of gangplank's own, which all processes share.
 //! * `replicas`: the Lease, by which one process at a time writes.
 //! * `watch`: lists and watches; feeds the cache and tells the registry what follows for
 //!   registrations.
@@ -17,6 +18,7 @@ mod cache;
 mod mirror;
 pub mod objects;
 mod replicas;
+pub mod secrets;
 mod watch;
 
 use std::{convert::Infallible, fmt, future, num::NonZeroU32, path::PathBuf, sync::Arc, time::Duration};
@@ -38,6 +40,7 @@ use self::{
     mirror::{Mirror, Reconciler},
     objects::names,
     replicas::{Elector, ElectorHandle, LeaseClient, ReplicaHandle, ServiceSlices, Turn, WriterEvents},
+    secrets::Secrets,
     watch::{Restored, SlicesRequest, TakeOver, Watch},
 };
 use crate::{
@@ -81,6 +84,8 @@ pub struct Kubernetes {
     namespace: String,
     /// Where registrants reach this process.
     addresses: Vec<ServerAddress>,
+    /// Followed, with a CA of gangplank's own.
+    secrets: Option<Arc<Secrets>>,
     options: Options,
 }
 
@@ -92,14 +97,18 @@ impl fmt::Debug for Kubernetes {
 
 impl Kubernetes {
     /// Makes a client from a kubeconfig or a ServiceAccount. Makes no request. `addresses` are where registrants reach
-    /// this process.
+    /// this process; `secrets` are followed.
     ///
     /// # Errors
     /// When there is no usable kubeconfig, or no ServiceAccount where none was given.
-    pub async fn connect(options: Options, addresses: Vec<ServerAddress>) -> Result<Self, ConnectError> {
+    pub async fn connect(
+        options: Options,
+        addresses: Vec<ServerAddress>,
+        secrets: Option<Arc<Secrets>>,
+    ) -> Result<Self, ConnectError> {
         let api::Connection { client, server, namespace } = api::connect(options.kubeconfig.as_deref()).await?;
         let namespace = options.lease_namespace.clone().unwrap_or(namespace);
-        Ok(Self { client, server, namespace, addresses, options })
+        Ok(Self { client, server, namespace, addresses, secrets, options })
     }
 
     /// Follows what another process writes, or takes the Lease, restores the registry from the cluster, and mirrors the
@@ -132,6 +141,7 @@ impl Kubernetes {
             registry: registry.clone(),
             validator: self.options.validator,
             endpoints: self.options.endpoints_object,
+            secrets: self.secrets.clone(),
             metrics: Arc::clone(&metrics),
         };
         let (slices, requests) = mpsc::channel(1);

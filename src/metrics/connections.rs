@@ -62,6 +62,8 @@ label_enum! {
         RefusedByPeer => "refused_by_peer",
         /// The client ended the connection.
         Closed => "closed",
+        /// This server has no certificate yet.
+        NotReady => "not_ready",
     }
 }
 

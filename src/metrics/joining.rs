@@ -31,6 +31,8 @@ label_enum! {
         RateLimited => "rate_limited",
         /// Not carried out within its time.
         Timeout => "timeout",
+        /// Kubernetes could not be asked, or refused.
+        Unavailable => "unavailable",
         /// The server could not do it.
         Failed => "failed",
     }

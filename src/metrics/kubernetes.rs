@@ -27,6 +27,8 @@ label_enum! {
         ServiceCidrs => "servicecidrs",
         /// Managed Endpoints objects.
         Endpoints => "endpoints",
+        /// Secrets of a CA of gangplank's own, its tokens and its registrants.
+        Secrets => "secrets",
     }
 }
 

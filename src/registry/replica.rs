@@ -79,6 +79,12 @@ impl ReplicaStatus {
         self.role.subscribe()
     }
 
+    /// Whether this process holds the Lease and writes.
+    #[must_use]
+    pub fn is_writer(&self) -> bool {
+        self.role() == ReplicaRole::Writer
+    }
+
     /// What this process is.
     pub(super) fn role(&self) -> ReplicaRole {
         self.role.borrow().role

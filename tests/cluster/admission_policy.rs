@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{create, gangplank, owned, service, services as services_of, slice, slices as slices_of};
-use crate::support::cluster::Cluster;
+use crate::support::cluster::{Cluster, in_namespace};
 
 #[test]
 fn admission_policy_limits_the_account_to_labelled_objects() {
@@ -109,4 +109,39 @@ fn admission_policy_admits_headless_objects_only() {
     let path = format!("{services}/native");
     denied("DELETE", &path, None, "only if it made them");
     denied("PUT", &path, Some(&service("native", &owned())), "only if it made them");
+}
+
+/// Whoever has the account writes Secrets of gangplank's own only, and not the CA that is there.
+#[test]
+fn admission_policy_limits_the_account_to_its_own_secrets() {
+    let Some(cluster) = Cluster::shared() else { return };
+    cluster.create_namespace("policy-secrets");
+    let rights = include_str!("../../deploy/rbac-own-ca.yaml");
+    cluster.apply(&in_namespace(rights, "policy-secrets"));
+    let secrets = "/api/v1/namespaces/policy-secrets/secrets";
+    let secret = |name: &str, kind: &str| {
+        json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name,
+            "labels": {"gangplank.dev/joining": kind}}, "stringData": {"a": "b"}})
+    };
+    let denied = |method: &str, name: &str, body: Option<&Value>, err: &str| {
+        let path = if method == "POST" { secrets.to_owned() } else { format!("{secrets}/{name}") };
+        let (status, said) = gangplank(cluster, method, &path, body);
+        assert!(status == 403 && said.contains(err), "{method} {name}: {status} {said}");
+    };
+    let label = "gangplank may write secrets only with the label gangplank.dev/joining: ca";
+    denied("POST", "", Some(&secret("gangplank-token-1", "other")), label);
+    denied("POST", "", Some(&secret("registry-password", "token")), "only Secrets with a name of its own");
+    denied("POST", "", Some(&secret("gangplank-token-1", "ca")), "a CA only as gangplank-ca");
+    for (name, kind) in [("gangplank-ca", "ca"), ("gangplank-token-1", "token")] {
+        let (status, said) = gangplank(cluster, "POST", secrets, Some(&secret(name, kind)));
+        assert_eq!(status, 201, "{said}");
+    }
+    let ca = "and neither change nor delete it";
+    denied("PUT", "gangplank-ca", Some(&secret("gangplank-ca", "ca")), ca);
+    denied("DELETE", "gangplank-ca", None, ca);
+    create(cluster, secrets, &json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "foreign"}}));
+    denied("DELETE", "foreign", None, "and this one does not");
+    denied("PUT", "foreign", Some(&secret("foreign", "token")), "and this one does not");
+    let (status, said) = gangplank(cluster, "DELETE", &format!("{secrets}/gangplank-token-1"), None);
+    assert_eq!(status, 200, "{said}");
 }

@@ -133,8 +133,13 @@ fn service_account_has_the_rights_it_needs_and_no_others() {
     let (status, said) = gangplank(cluster, "POST", "/api/v1/namespaces/default/pods", Some(&pod));
     assert_eq!(status, 403, "{said}");
     assert!(said.contains("cannot create resource \"pods\""), "{said}");
-    let (status, said) = gangplank(cluster, "GET", "/api/v1/secrets", None);
-    assert_eq!(status, 403, "{said}");
+    // Those of its own namespace, with a CA of its own; no others.
+    for (path, wanted) in [("/api/v1/secrets", 403), ("/api/v1/namespaces/kube-system/secrets", 403)] {
+        let (status, said) = gangplank(cluster, "GET", path, None);
+        assert_eq!(status, wanted, "{path}: {said}");
+    }
+    let (status, said) = gangplank(cluster, "GET", "/api/v1/namespaces/gangplank/secrets", None);
+    assert_eq!(status, 200, "{said}");
 }
 
 #[test]

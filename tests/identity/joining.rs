@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    net::SocketAddr,
     path::Path,
     process::{Command, Output, Stdio},
     time::{Duration, Instant},
@@ -31,51 +32,51 @@ use crate::support::{
 };
 
 /// Beside loopback, where the tests connect.
-const FLAGS: [&str; 4] = ["--grpc-listen", "0.0.0.0:0", "--advertise", "localhost"];
+pub(super) const FLAGS: [&str; 4] = ["--grpc-listen", "0.0.0.0:0", "--advertise", "localhost"];
 
 /// A machine with a configuration directory and nothing else.
-struct Machine(TempDir);
+pub(super) struct Machine(pub(super) TempDir);
 
 impl Machine {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(TempDir::new().expect("a directory"))
     }
 
-    fn command(&self) -> Command {
+    pub(super) fn command(&self) -> Command {
         let mut command = Command::new(BINARY);
         command.env_clear().env("GANGPLANK_CONFIG_DIR", self.0.path()).stdin(Stdio::null());
         command
     }
 
-    fn run(&self, arguments: &[&str]) -> Output {
+    pub(super) fn run(&self, arguments: &[&str]) -> Output {
         self.command().args(arguments).output().expect("the binary can be run")
     }
 
     /// Runs what must succeed, and returns what it prints.
-    fn succeed(&self, arguments: &[&str]) -> String {
+    pub(super) fn succeed(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
         assert!(output.status.success(), "{arguments:?}: {output:?}");
         String::from_utf8(output.stdout).expect("UTF-8")
     }
 
     /// Runs what must fail, and returns what it says.
-    fn fail(&self, arguments: &[&str]) -> String {
+    pub(super) fn fail(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
         assert!(!output.status.success(), "{arguments:?}: {output:?}");
         String::from_utf8(output.stderr).expect("UTF-8")
     }
 
-    fn joined(token: &str) -> Self {
+    pub(super) fn joined(token: &str) -> Self {
         let machine = Self::new();
         machine.succeed(&["join", token, "--no-timer"]);
         machine
     }
 
-    fn file(&self, name: &str) -> String {
+    pub(super) fn file(&self, name: &str) -> String {
         fs::read_to_string(self.0.path().join(name)).expect("a file")
     }
 
-    fn tls(&self) -> ClientTlsConfig {
+    pub(super) fn tls(&self) -> ClientTlsConfig {
         let identity = Identity::from_pem(self.file("client.crt"), self.file("client.key"));
         ClientTlsConfig::new().ca_certificate(Certificate::from_pem(self.file("server-ca.crt"))).identity(identity)
     }
@@ -83,14 +84,22 @@ impl Machine {
 
 /// What an operator on the server's machine types. Returns the token alone.
 fn create_token(server: &Server, arguments: &[&str]) -> String {
-    let output = server.run(&[&["token", "create"], arguments].concat());
+    token_of(&server.run(&[&["token", "create"], arguments].concat()))
+}
+
+/// The token that `token create` has printed.
+pub(super) fn token_of(output: &Output) -> String {
     assert!(output.status.success(), "{output:?}");
-    let line = String::from_utf8(output.stdout).expect("UTF-8");
+    let line = String::from_utf8_lossy(&output.stdout);
     line.trim().strip_prefix("gangplank join ").expect("one command").to_owned()
 }
 
 async fn connect(server: &Server, tls: ClientTlsConfig) -> Channel {
-    let url = format!("https://localhost:{}", server.grpc.port());
+    connect_to(server.grpc, tls).await
+}
+
+pub(super) async fn connect_to(server: SocketAddr, tls: ClientTlsConfig) -> Channel {
+    let url = format!("https://localhost:{}", server.port());
     let endpoint = Endpoint::from_shared(url).expect("a URL").tls_config(tls).expect("valid");
     endpoint.connect().await.expect("a handshake")
 }
@@ -326,7 +335,7 @@ fn replaced_ca_accepts_no_certificate_of_the_old_one() {
     assert!(said.contains("client.key: is not of `gangplank join`"), "{said}");
 }
 
-fn join_request(token: &JoinToken, request: Vec<u8>) -> JoinRequest {
+pub(super) fn join_request(token: &JoinToken, request: Vec<u8>) -> JoinRequest {
     JoinRequest {
         token_id: token.id.to_string(),
         secret: token.secret.expose().to_vec(),

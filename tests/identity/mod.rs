@@ -9,6 +9,7 @@ pub(crate) mod ownership;
 pub(crate) mod pki;
 mod quotas;
 mod rbac;
+mod shared;
 mod streams;
 mod walk;
 

@@ -18,7 +18,7 @@ const DOWN: &[(&str, &[&str])] = &[
     ("cli", &["grpc::client", "model"]),
     ("dns", &["metrics", "model", "net", "zone"]),
     ("grpc", &["identity", "metrics", "model", "net", "registry"]),
-    ("identity", &["kubernetes::api", "metrics", "model"]),
+    ("identity", &["kubernetes::api", "kubernetes::secrets", "metrics", "model"]),
     ("admin", &["metrics", "model", "net", "registry", "zone"]),
     ("kubernetes", &["metrics", "model", "registry", "replicas"]),
     ("registry", &["metrics", "model", "replicas", "store", "zone"]),
@@ -35,8 +35,9 @@ const KUBERNETES_ROOMS: &[(&str, &[&str])] = &[
     ("objects", &[]),
     ("api", &["objects"]),
     ("cache", &["objects"]),
+    ("secrets", &["objects", "api", "cache"]),
     ("replicas", &["objects", "api"]),
-    ("watch", &["objects", "api", "cache"]),
+    ("watch", &["objects", "api", "cache", "secrets"]),
     ("mirror", &["objects", "api", "cache"]),
 ];
 

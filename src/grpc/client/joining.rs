@@ -136,7 +136,7 @@ impl JoinedMachine {
             .map_err(|err| file(&writable, err))?;
         // What it has from an earlier time, if it can be read.
         let earlier = Self::load(dir).ok().flatten();
-        let mut reasons = Vec::new();
+        let (mut reasons, mut unavailable) = (Vec::new(), None);
         for address in &token.addresses {
             let ca = match verified_ca(address, &token).await {
                 Ok(ca) => ca,
@@ -153,7 +153,6 @@ impl JoinedMachine {
                 Some(kept) => kept,
                 None => new_request().map_err(|err| JoinError::Key(err.to_string()))?,
             };
-            let channel = super::dial(&url, &ClientTls::new(ca.clone().into_bytes(), None)).await?;
             let message = JoinRequest {
                 token_id: token.id.to_string(),
                 secret: token.secret.expose().to_vec(),
@@ -161,8 +160,18 @@ impl JoinedMachine {
                 host: host.to_owned(),
                 previous: earlier.map(|earlier| earlier.certificate.der.clone()).unwrap_or_default(),
             };
-            let joined =
-                JoiningClient::new(channel).join(call(message)).await.map_err(|status| refused(&url, status))?;
+            let joined = async {
+                let channel = super::dial(&url, &ClientTls::new(ca.clone().into_bytes(), None)).await?;
+                JoiningClient::new(channel).join(call(message)).await.map_err(|status| refused(&url, status))
+            };
+            let joined = match joined.await {
+                Ok(joined) => joined,
+                Err(err) if err.is_of_one_server() => {
+                    unavailable = Some(err);
+                    continue;
+                }
+                Err(err) => return Err(err.into()),
+            };
             let JoinResponse { registrant, certificate, scope } = joined.into_inner();
             let Scope { namespace, service, .. } = scope.unwrap_or_default();
             let mut servers: Vec<String> = token.addresses.iter().map(|address| format!("https://{address}")).collect();
@@ -172,7 +181,8 @@ impl JoinedMachine {
             let config = StoredConfig { version: VERSION, servers, registrant, namespace, service };
             return Self::save(dir, config, ca, key, certificate_to_pem(&certificate));
         }
-        Err(JoinError::NotVerified(reasons))
+        // One that was verified and could not let it join says more than those that could not be reached.
+        Err(unavailable.map_or(JoinError::NotVerified(reasons), JoinError::from))
     }
 
     fn save(

@@ -18,7 +18,10 @@ use super::{
     security::Security,
 };
 use crate::{
-    identity::joining::{InvalidScope, Joined, JoiningError, Registrants, Scope, ScopeSpec, TokenId, TokenRefused},
+    identity::{
+        CaError,
+        joining::{InvalidScope, Joined, JoiningError, Registrants, Scope, ScopeSpec, TokenId, TokenRefused},
+    },
     metrics::JoinResult,
     model::wall_clock,
 };
@@ -64,11 +67,6 @@ fn no_ca() -> Status {
     )
 }
 
-/// Runs what waits for the disk.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
-    tokio::task::spawn_blocking(work).await.map_err(|_| Status::internal("it panicked"))
-}
-
 fn peer<T>(request: &Request<T>) -> Result<IpAddr, Status> {
     let info = request.extensions().get::<ConnectionInfo>();
     info.map(|info| info.peer.address).ok_or_else(|| Status::internal("the call has no connection"))
@@ -84,7 +82,8 @@ fn status(err: JoiningError) -> Status {
         JoiningError::Request(_) | JoiningError::Field { .. } => Status::invalid_argument(text),
         JoiningError::Full(_) => Status::resource_exhausted(text),
         JoiningError::NoAddress => Status::failed_precondition(text),
-        JoiningError::Store { .. } | JoiningError::Ca(_) => Status::internal(text),
+        JoiningError::Unavailable(_) | JoiningError::Ca(CaError::Pending(_)) => Status::unavailable(text),
+        JoiningError::Damaged { .. } | JoiningError::Store { .. } | JoiningError::Ca(_) => Status::internal(text),
     }
 }
 
@@ -103,14 +102,13 @@ impl Joining for JoiningService {
     async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinResponse>, Status> {
         let (peer, registrants) = (peer(&request)?, registrants(&self.context.security)?);
         let JoinRequest { token_id, secret, certificate_request, host, previous } = request.into_inner();
-        let named = host.clone();
-        let joined = blocking(move || {
-            // An id of another form is that of no token.
-            let id: TokenId = token_id.parse().map_err(|_| TokenRefused::Unknown)?;
-            registrants.join(id, &secret, &certificate_request, &host, &previous, wall_clock())
-        });
-        let Joined { user, certificate, scope } = self.tell(peer, joined.await?, JoinResult::Joined)?;
-        info!(peer = %peer, registrant = user, host = named, scope = %scope, "joined");
+        // An id of another form is that of no token.
+        let joined = match token_id.parse::<TokenId>() {
+            Err(_) => Err(TokenRefused::Unknown.into()),
+            Ok(id) => registrants.join(id, &secret, &certificate_request, &host, &previous, wall_clock()).await,
+        };
+        let Joined { user, certificate, scope } = self.tell(peer, joined, JoinResult::Joined)?;
+        info!(peer = %peer, registrant = user, host, scope = %scope, "joined");
         let scope = Some(scope_to_proto(&scope));
         Ok(Response::new(JoinResponse { registrant: user, certificate: certificate.to_vec(), scope }))
     }
@@ -118,8 +116,8 @@ impl Joining for JoiningService {
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewResponse>, Status> {
         let (peer, registrants) = (peer(&request)?, registrants(&self.context.security)?);
         let RenewRequest { certificate, certificate_request } = request.into_inner();
-        let renewed = blocking(move || registrants.renew(&certificate, &certificate_request, wall_clock()));
-        let Joined { user, certificate, scope: _ } = self.tell(peer, renewed.await?, JoinResult::Renewed)?;
+        let renewed = registrants.renew(&certificate, &certificate_request, wall_clock()).await;
+        let Joined { user, certificate, scope: _ } = self.tell(peer, renewed, JoinResult::Renewed)?;
         info!(peer = %peer, registrant = user, "renewed the certificate");
         Ok(Response::new(RenewResponse { certificate: certificate.to_vec() }))
     }

@@ -9,7 +9,7 @@ use prost_types::Timestamp;
 use tonic::{Request, Response, Status};
 use tracing::info;
 
-use super::{blocking, registrants, scope_from_proto, scope_to_proto, status};
+use super::{registrants, scope_from_proto, scope_to_proto, status};
 use crate::{
     grpc::{
         ServerContext,
@@ -116,7 +116,10 @@ impl Registrants for RegistrantsService {
         let table = self.table()?;
         let ttl = Duration::from_secs(if ttl_seconds == 0 { DEFAULT_TTL_SECONDS } else { ttl_seconds });
         let creator = caller.identity().to_string();
-        let created = blocking(move || table.create_token(scope, &creator, ttl, uses.max(1), wall_clock())).await?;
+        // A machine that joins by this process looks for the one that writes when this one is gone.
+        let writer = self.context.registry.status().watch_holder().borrow().clone();
+        let others = writer.as_ref().map_or(&[][..], |writer| &writer.addresses);
+        let created = table.create_token(scope, &creator, ttl, uses.max(1), others, wall_clock()).await;
         let (token, description) = created.map_err(status)?;
         info!(user = %caller.identity(), token = %token.id, scope = %description.scope, uses = description.uses, "created a join token");
         let description = token_to_proto(token.id, &description);
@@ -128,7 +131,7 @@ impl Registrants for RegistrantsService {
         let ListTokensRequest { namespace } = request.into_inner();
         let namespace = listed(&namespace)?;
         caller.may_administer(AccessResource::Tokens, AccessVerb::List, namespace, None).await?;
-        let tokens = self.table()?.tokens();
+        let tokens = self.table()?.tokens().map_err(status)?;
         let tokens =
             tokens.iter().filter(|(_, token)| namespace.is_none_or(|one| token.scope.namespace() == Some(one)));
         Ok(Response::new(ListTokensResponse { tokens: tokens.map(|(id, token)| token_to_proto(*id, token)).collect() }))
@@ -140,7 +143,7 @@ impl Registrants for RegistrantsService {
     ) -> Result<Response<RevokeTokenResponse>, Status> {
         let caller = Caller::of(&request)?;
         let RevokeTokenRequest { id } = request.into_inner();
-        let tokens = self.table().map(|table| table.tokens()).unwrap_or_default();
+        let tokens = self.table().map_or_else(|_| Ok(Vec::new()), |table| table.tokens()).map_err(status)?;
         let found = tokens.into_iter().find(|(known, _)| known.to_string() == id);
         let (id, _) = Self::deletable(
             &caller,
@@ -151,7 +154,7 @@ impl Registrants for RegistrantsService {
         )
         .await?;
         let table = self.table()?;
-        blocking(move || table.revoke_token(id, wall_clock())).await?.map_err(status)?;
+        table.revoke_token(id, wall_clock()).await.map_err(status)?;
         info!(user = %caller.identity(), token = %id, "revoked a join token");
         Ok(Response::new(RevokeTokenResponse {}))
     }
@@ -164,7 +167,7 @@ impl Registrants for RegistrantsService {
         let ListRegistrantsRequest { namespace } = request.into_inner();
         let namespace = listed(&namespace)?;
         caller.may_administer(AccessResource::Registrants, AccessVerb::List, namespace, None).await?;
-        let all = self.table()?.registrants().into_iter();
+        let all = self.table()?.registrants().map_err(status)?.into_iter();
         let listed = all.filter(|(_, one)| namespace.is_none_or(|namespace| one.scope.namespace() == Some(namespace)));
         let registrants = listed.map(|(name, one)| registrant_to_proto(name, &one)).collect();
         Ok(Response::new(ListRegistrantsResponse { registrants }))
@@ -176,12 +179,11 @@ impl Registrants for RegistrantsService {
     ) -> Result<Response<RevokeRegistrantResponse>, Status> {
         let caller = Caller::of(&request)?;
         let RevokeRegistrantRequest { name } = request.into_inner();
-        let registrants = self.table().map(|table| table.registrants()).unwrap_or_default();
-        let found = registrants.into_iter().find(|(known, _)| *known == name);
+        let all = self.table().map_or_else(|_| Ok(Vec::new()), |table| table.registrants()).map_err(status)?;
+        let found = all.into_iter().find(|(known, _)| *known == name);
         let missing = "name: there is no such registrant";
         Self::deletable(&caller, AccessResource::Registrants, found, |(_, one)| &one.scope, missing).await?;
-        let (table, revoked) = (self.table()?, name.clone());
-        blocking(move || table.revoke(&revoked, wall_clock())).await?.map_err(status)?;
+        self.table()?.revoke(&name, wall_clock()).await.map_err(status)?;
         info!(user = %caller.identity(), registrant = name, "revoked a registrant");
         Ok(Response::new(RevokeRegistrantResponse {}))
     }

@@ -19,16 +19,16 @@ const MAX_ADDRESSES: usize = 4096;
 
 /// What was used of a burst, as the time at which all of it is there again.
 #[derive(Debug, Clone, Copy)]
-struct Bucket {
+pub(super) struct Bucket {
     full_at: Instant,
 }
 
 impl Bucket {
-    const fn new(now: Instant) -> Self {
+    pub(super) const fn new(now: Instant) -> Self {
         Self { full_at: now }
     }
 
-    fn take(&mut self, now: Instant, burst: u32, interval: Duration) -> bool {
+    pub(super) fn take(&mut self, now: Instant, burst: u32, interval: Duration) -> bool {
         let full_at = self.full_at.max(now) + interval;
         if full_at.duration_since(now) > interval * burst {
             return false;

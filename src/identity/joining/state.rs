@@ -96,53 +96,111 @@ pub enum Full {
     Registrants,
 }
 
+impl Token {
+    /// Whether a machine with this secret may use it now. Whoever does not know the secret learns nothing of the token.
+    pub(super) fn check(&self, secret: &[u8], now: SystemTime) -> Result<(), TokenRefused> {
+        if !is_secret(secret, &self.secret) {
+            return Err(TokenRefused::Unknown);
+        }
+        if now >= self.expires {
+            return Err(TokenRefused::Expired);
+        }
+        if self.used >= self.uses {
+            return Err(TokenRefused::Used);
+        }
+        Ok(())
+    }
+
+    /// The same with one use more.
+    pub(super) fn used_once(&self) -> Self {
+        Self { used: self.used + 1, ..self.clone() }
+    }
+}
+
+fn is_secret(secret: &[u8], expected: &SecretHash) -> bool {
+    hash(secret).ct_eq(expected).into()
+}
+
 /// All of them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct JoiningState {
     pub(super) tokens: BTreeMap<TokenId, Token>,
-    /// By user name.
+    /// By user name. Changed by the functions below, which count.
     pub(super) registrants: HashMap<String, JoinedRegistrant>,
+    /// Registrants that are not revoked.
+    active: usize,
 }
 
 impl JoiningState {
     /// Forgets what has no meaning any more.
     pub(super) fn purge(&mut self, now: SystemTime) {
-        self.tokens.retain(|_, token| now < token.expires + EXPIRED_TOKEN_MEMORY);
-        self.registrants.retain(|_, registrant| now < registrant.expires + REGISTRANT_MEMORY);
+        for id in self.forgettable_tokens(now).collect::<Vec<_>>() {
+            self.remove_token(id);
+        }
+        for user in self.forgettable_registrants(now).map(ToOwned::to_owned).collect::<Vec<_>>() {
+            self.remove_registrant(&user);
+        }
     }
 
-    pub(super) fn add_token(&mut self, id: TokenId, token: Token) -> Result<(), Full> {
-        if self.tokens.len() >= MAX_TOKENS {
-            return Err(Full::Tokens);
-        }
+    /// Tokens that have no meaning any more.
+    pub(super) fn forgettable_tokens(&self, now: SystemTime) -> impl Iterator<Item = TokenId> {
+        let past = self.tokens.iter().filter(move |(_, token)| now >= token.expires + EXPIRED_TOKEN_MEMORY);
+        past.map(|(id, _)| *id)
+    }
+
+    /// Registrants that have no meaning any more.
+    pub(super) fn forgettable_registrants(&self, now: SystemTime) -> impl Iterator<Item = &str> {
+        let past = self.registrants.iter().filter(move |(_, one)| now >= one.expires + REGISTRANT_MEMORY);
+        past.map(|(user, _)| user.as_str())
+    }
+
+    /// Registrants that are not revoked.
+    pub(super) const fn active(&self) -> usize {
+        self.active
+    }
+
+    pub(super) fn room_for_token(&self) -> Result<(), Full> {
+        if self.tokens.len() >= MAX_TOKENS { Err(Full::Tokens) } else { Ok(()) }
+    }
+
+    /// Whether a registrant of this name, who may be known already, can be added.
+    pub(super) fn room_for_registrant(&self, user: &str) -> Result<(), Full> {
+        let is_full = self.registrants.len() >= MAX_REGISTRANTS && !self.registrants.contains_key(user);
+        if is_full { Err(Full::Registrants) } else { Ok(()) }
+    }
+
+    /// Adds or replaces a token.
+    pub(super) fn put_token(&mut self, id: TokenId, token: Token) {
         self.tokens.insert(id, token);
-        Ok(())
     }
 
-    /// The token with this secret, if it may be used now. Whoever does not know the secret learns nothing of the token.
+    /// Removes a token. Returns whether there was one.
+    pub(super) fn remove_token(&mut self, id: TokenId) -> bool {
+        self.tokens.remove(&id).is_some()
+    }
+
+    /// The token with this secret, if it may be used now.
     pub(super) fn check_token(&self, id: TokenId, secret: &[u8], now: SystemTime) -> Result<&Token, TokenRefused> {
-        let token = self.tokens.get(&id);
-        // Compared for an unknown token, too, so that the time of the answer does not tell it from a known one.
-        let expected = token.map_or_else(|| hash(Secret::generate().expose()), |token| token.secret);
-        let equal = bool::from(hash(secret).ct_eq(&expected));
-        match token {
-            Some(token) if equal && now >= token.expires => Err(TokenRefused::Expired),
-            Some(token) if equal && token.used >= token.uses => Err(TokenRefused::Used),
-            Some(token) if equal => Ok(token),
-            _ => Err(TokenRefused::Unknown),
-        }
+        let Some(token) = self.tokens.get(&id) else {
+            // Compared for an unknown token, too, so that the time of the answer does not tell it from a known one.
+            is_secret(secret, &hash(Secret::generate().expose()));
+            return Err(TokenRefused::Unknown);
+        };
+        token.check(secret, now).map(|()| token)
     }
 
-    /// Uses the token once for a registrant, who may be known already.
-    pub(super) fn add_registrant(&mut self, user: String, registrant: JoinedRegistrant) -> Result<(), Full> {
-        if self.registrants.len() >= MAX_REGISTRANTS && !self.registrants.contains_key(&user) {
-            return Err(Full::Registrants);
-        }
-        if let Some(token) = self.tokens.get_mut(&registrant.token) {
-            token.used += 1;
-        }
-        self.registrants.insert(user, registrant);
-        Ok(())
+    /// Adds or replaces a registrant.
+    pub(super) fn put_registrant(&mut self, user: String, registrant: JoinedRegistrant) {
+        let is_active = |one: &JoinedRegistrant| usize::from(one.revoked.is_none());
+        self.active += is_active(&registrant);
+        self.active -= self.registrants.insert(user, registrant).as_ref().map_or(0, is_active);
+    }
+
+    /// Removes a registrant. Returns whether there was one.
+    pub(super) fn remove_registrant(&mut self, user: &str) -> bool {
+        let removed = self.registrants.remove(user);
+        self.active -= usize::from(removed.as_ref().is_some_and(|one| one.revoked.is_none()));
+        removed.is_some()
     }
 }
 
@@ -175,7 +233,7 @@ mod tests {
     #[test]
     fn token_is_good_for_its_secret_its_time_and_its_uses() {
         let (mut state, id, secret) = (JoiningState::default(), TokenId::generate(), Secret::generate());
-        state.add_token(id, token(&secret)).expect("there is room");
+        state.put_token(id, token(&secret));
         let check = |state: &JoiningState, secret: &[u8], at| state.check_token(id, secret, at).map(drop);
         assert_eq!(check(&state, secret.expose(), now()), Ok(()));
         assert_eq!(check(&state, secret.expose(), now() + TTL), Err(TokenRefused::Expired));
@@ -184,7 +242,7 @@ mod tests {
             assert_eq!(check(&state, wrong, now() + TTL), Err(TokenRefused::Unknown), "it tells nothing");
         }
         assert_eq!(state.check_token(TokenId::generate(), secret.expose(), now()), Err(TokenRefused::Unknown));
-        state.add_registrant("a".into(), registrant(id)).expect("there is room");
+        state.put_token(id, token(&secret).used_once());
         assert_eq!(check(&state, secret.expose(), now()), Err(TokenRefused::Used));
     }
 
@@ -192,18 +250,27 @@ mod tests {
     fn numbers_are_bounded_and_the_past_is_forgotten() {
         let (mut state, secret) = (JoiningState::default(), Secret::generate());
         for _ in 0..MAX_TOKENS {
-            state.add_token(TokenId::generate(), token(&secret)).expect("there is room");
+            state.room_for_token().expect("there is room");
+            state.put_token(TokenId::generate(), token(&secret));
         }
-        assert_eq!(state.add_token(TokenId::generate(), token(&secret)), Err(Full::Tokens));
+        assert_eq!(state.room_for_token(), Err(Full::Tokens));
         for number in 0..MAX_REGISTRANTS {
-            state.add_registrant(number.to_string(), registrant(TokenId::generate())).expect("there is room");
+            state.room_for_registrant(&number.to_string()).expect("there is room");
+            state.put_registrant(number.to_string(), registrant(TokenId::generate()));
         }
-        assert_eq!(state.add_registrant("one more".into(), registrant(TokenId::generate())), Err(Full::Registrants));
+        assert_eq!(state.room_for_registrant("one more"), Err(Full::Registrants));
+        assert_eq!(state.room_for_registrant("7"), Ok(()), "it is known");
+        let revoked = JoinedRegistrant { revoked: Some(now()), ..registrant(TokenId::generate()) };
+        for (registrant, active) in [(revoked, MAX_REGISTRANTS - 1), (registrant(TokenId::generate()), MAX_REGISTRANTS)]
+        {
+            state.put_registrant("7".into(), registrant);
+            assert_eq!(state.active(), active);
+        }
         state.purge(now() + TTL);
         assert_eq!((state.tokens.len(), state.registrants.len()), (MAX_TOKENS, MAX_REGISTRANTS));
         state.purge(now() + TTL + EXPIRED_TOKEN_MEMORY);
         assert_eq!((state.tokens.len(), state.registrants.len()), (0, MAX_REGISTRANTS));
         state.purge(now() + 24 * TTL + REGISTRANT_MEMORY);
-        assert_eq!(state.registrants.len(), 0);
+        assert_eq!((state.registrants.len(), state.active()), (0, 0));
     }
 }

@@ -1,12 +1,12 @@
 //! A server's side of joining, attacked.
 
-use std::{os::unix::fs::PermissionsExt as _, thread};
+use std::os::unix::fs::PermissionsExt as _;
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::*;
-use crate::{metrics::Metrics, model::hex};
+use crate::{identity::CertificateAuthority, metrics::Metrics, model::hex};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -15,7 +15,7 @@ fn now() -> SystemTime {
 }
 
 fn open(dir: &Path) -> Arc<Registrants> {
-    let ca = Arc::new(CertificateAuthority::open(dir, now()).expect("a CA"));
+    let ca = CurrentCa::in_directory(CertificateAuthority::open(dir, now()).expect("a CA"));
     let addresses = ServerAddress::parse_list("10.0.0.1:9080");
     Registrants::open(dir, ca, addresses, Metrics::new().joining).expect("readable")
 }
@@ -26,21 +26,21 @@ fn scope() -> Scope {
 }
 
 impl Registrants {
-    fn token(&self, uses: u32) -> JoinToken {
-        self.create_token(scope(), "ada", HOUR, uses, now()).expect("created").0
+    async fn token(&self, uses: u32) -> JoinToken {
+        self.create_token(scope(), "ada", HOUR, uses, &[], now()).await.expect("created").0
     }
 
-    fn use_token(&self, token: &JoinToken, request: &[u8]) -> Result<Joined, JoiningError> {
-        self.join(token.id, token.secret.expose(), request, "vm", b"", now())
+    async fn use_token(&self, token: &JoinToken, request: &[u8]) -> Result<Joined, JoiningError> {
+        self.join(token.id, token.secret.expose(), request, "vm", b"", now()).await
     }
 }
 
-#[test]
-fn machine_joins_and_renews_until_it_is_revoked() {
+#[tokio::test]
+async fn machine_joins_and_renews_until_it_is_revoked() {
     let dir = tempfile::tempdir().expect("a directory");
     let registrants = open(dir.path());
     let (key, request) = new_request().expect("a key");
-    let joined = registrants.use_token(&registrants.token(1), &request).expect("joined");
+    let joined = registrants.use_token(&registrants.token(1).await, &request).await.expect("joined");
     assert!(joined.user.starts_with("gangplank:registrant:") && joined.scope == scope());
     assert_eq!(registrants.check(&joined.user), Ok(()));
 
@@ -49,20 +49,20 @@ fn machine_joins_and_renews_until_it_is_revoked() {
     let registrants = open(dir.path());
     let late = now() + CERTIFICATE_LIFETIME + RENEWAL_GRACE;
     let again = request_with(&key).expect("the key");
-    let renewed = registrants.renew(&joined.certificate, &again, late).expect("renewed");
+    let renewed = registrants.renew(&joined.certificate, &again, late).await.expect("renewed");
     assert_eq!(renewed.user, joined.user);
-    let too_late = registrants.renew(&joined.certificate, &again, late + Duration::from_secs(1));
+    let too_late = registrants.renew(&joined.certificate, &again, late + Duration::from_secs(1)).await;
     assert!(matches!(too_late, Err(JoiningError::Expired)), "{too_late:?}");
 
-    assert!(registrants.revoke(&joined.user, late).expect("stored"));
-    let revoked = registrants.renew(&renewed.certificate, &again, late);
+    assert!(registrants.revoke(&joined.user, late).await.expect("stored"));
+    let revoked = registrants.renew(&renewed.certificate, &again, late).await;
     assert!(matches!(revoked, Err(JoiningError::Revoked)), "{revoked:?}");
     assert_eq!(registrants.check(&joined.user), Err(Unauthenticated::Revoked));
-    assert!(!registrants.revoke("gangplank:registrant:0", late).expect("stored"), "there is none");
+    assert!(!registrants.revoke("gangplank:registrant:0", late).await.expect("stored"), "there is none");
 }
 
-#[test]
-fn certificate_has_the_name_that_the_server_gives_and_no_other() {
+#[tokio::test]
+async fn certificate_has_the_name_that_the_server_gives_and_no_other() {
     let dir = tempfile::tempdir().expect("a directory");
     let registrants = open(dir.path());
     // A request that asks for all: the server's name, other names, and to be a CA.
@@ -74,7 +74,7 @@ fn certificate_has_the_name_that_the_server_gives_and_no_other() {
     params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth];
     let key = KeyPair::generate().expect("a key");
     let request = params.serialize_request(&key).expect("a request");
-    let joined = registrants.use_token(&registrants.token(1), request.der()).expect("joined");
+    let joined = registrants.use_token(&registrants.token(1).await, request.der()).await.expect("joined");
 
     let (_, signed) = X509Certificate::from_der(&joined.certificate).expect("readable");
     assert_eq!(signed.subject().to_string(), format!("CN={}", joined.user));
@@ -86,77 +86,80 @@ fn certificate_has_the_name_that_the_server_gives_and_no_other() {
     assert!(identity.groups.is_empty());
 }
 
-#[test]
-fn what_is_not_good_is_refused_and_uses_nothing() {
+#[tokio::test]
+async fn what_is_not_good_is_refused_and_uses_nothing() {
     let dir = tempfile::tempdir().expect("a directory");
     let registrants = open(dir.path());
     let (_, request) = new_request().expect("a key");
-    let token = registrants.token(1);
+    let token = registrants.token(1).await;
     let wrong = JoinToken { secret: Secret::generate(), ..token.clone() };
     let refused = |attempt: Result<Joined, JoiningError>| attempt.expect_err("refused").result();
-    assert_eq!(refused(registrants.use_token(&wrong, &request)), JoinResult::UnknownToken);
+    assert_eq!(refused(registrants.use_token(&wrong, &request).await), JoinResult::UnknownToken);
     let other = JoinToken { id: TokenId::generate(), ..token.clone() };
-    assert_eq!(refused(registrants.use_token(&other, &request)), JoinResult::UnknownToken);
-    assert_eq!(refused(registrants.use_token(&token, b"junk")), JoinResult::InvalidRequest);
-    let control = registrants.join(token.id, token.secret.expose(), &request, "vm\n", b"", now());
+    assert_eq!(refused(registrants.use_token(&other, &request).await), JoinResult::UnknownToken);
+    assert_eq!(refused(registrants.use_token(&token, b"junk").await), JoinResult::InvalidRequest);
+    let control = registrants.join(token.id, token.secret.expose(), &request, "vm\n", b"", now()).await;
     assert_eq!(refused(control), JoinResult::InvalidRequest);
-    let late = registrants.join(token.id, token.secret.expose(), &request, "vm", b"", now() + HOUR);
+    let late = registrants.join(token.id, token.secret.expose(), &request, "vm", b"", now() + HOUR).await;
     assert_eq!(refused(late), JoinResult::ExpiredToken);
-    assert!(registrants.registrants().is_empty());
-    registrants.use_token(&token, &request).expect("its one use is still there");
-    assert_eq!(refused(registrants.use_token(&token, &request)), JoinResult::UsedToken);
-    let revoked = registrants.token(1);
-    assert!(registrants.revoke_token(revoked.id, now()).expect("stored"));
-    assert_eq!(refused(registrants.use_token(&revoked, &request)), JoinResult::UnknownToken);
+    assert!(registrants.registrants().expect("listed").is_empty());
+    registrants.use_token(&token, &request).await.expect("its one use is still there");
+    assert_eq!(refused(registrants.use_token(&token, &request).await), JoinResult::UsedToken);
+    let revoked = registrants.token(1).await;
+    assert!(registrants.revoke_token(revoked.id, now()).await.expect("stored"));
+    assert_eq!(refused(registrants.use_token(&revoked, &request).await), JoinResult::UnknownToken);
     for (ttl, uses) in [(Duration::ZERO, 1), (MAX_TTL + HOUR, 1), (HOUR, 0), (HOUR, MAX_USES + 1)] {
-        assert!(registrants.create_token(scope(), "ada", ttl, uses, now()).is_err(), "{ttl:?} {uses}");
+        assert!(registrants.create_token(scope(), "ada", ttl, uses, &[], now()).await.is_err(), "{ttl:?} {uses}");
     }
 }
 
-#[test]
-fn only_the_holder_of_the_key_renews_a_certificate_of_this_ca() {
+#[tokio::test]
+async fn only_the_holder_of_the_key_renews_a_certificate_of_this_ca() {
     let (dir, elsewhere) = (tempfile::tempdir().expect("a directory"), tempfile::tempdir().expect("a directory"));
     let (registrants, foreign) = (open(dir.path()), open(elsewhere.path()));
     let (_, request) = new_request().expect("a key");
-    let joined = registrants.use_token(&registrants.token(1), &request).expect("joined");
-    let refused = |certificate: &[u8], request: &[u8]| {
-        registrants.renew(certificate, request, now()).expect_err("refused").to_string()
+    let joined = registrants.use_token(&registrants.token(1).await, &request).await.expect("joined");
+    let refused = async |certificate: &[u8], request: &[u8]| {
+        registrants.renew(certificate, request, now()).await.expect_err("refused").to_string()
     };
     let (_, of_thief) = new_request().expect("a key");
-    assert!(refused(&joined.certificate, &of_thief).contains("for another key"));
+    assert!(refused(&joined.certificate, &of_thief).await.contains("for another key"));
     let mut forged = request.clone();
     let last = forged.len() - 1;
     forged[last] ^= 1;
-    assert!(refused(&joined.certificate, &forged).contains("not signed with the key in it"));
-    let of_other_ca = foreign.use_token(&foreign.token(1), &request).expect("joined");
-    assert!(refused(&of_other_ca.certificate, &request).contains("has not signed it"));
-    assert!(refused(b"junk", &request).contains("has not signed it"));
-    assert!(refused(&vec![0; MAX_CERTIFICATE_BYTES + 1], &request).contains("more than 4 KiB"));
+    assert!(refused(&joined.certificate, &forged).await.contains("not signed with the key in it"));
+    let of_other_ca = foreign.use_token(&foreign.token(1).await, &request).await.expect("joined");
+    assert!(refused(&of_other_ca.certificate, &request).await.contains("has not signed it"));
+    assert!(refused(b"junk", &request).await.contains("has not signed it"));
+    assert!(refused(&vec![0; MAX_CERTIFICATE_BYTES + 1], &request).await.contains("more than 4 KiB"));
     // The server's own certificate is of this CA, and no registrant's.
-    let own = registrants.ca.issue_server(&crate::identity::ServerNames::default(), now()).expect("issued");
+    let own = registrants
+        .ca
+        .get()
+        .expect("there is one")
+        .issue_server(&crate::identity::ServerNames::default(), now())
+        .expect("issued");
     let own = <CertificateDer<'_> as rustls::pki_types::pem::PemObject>::from_pem_slice(own.chain.as_bytes());
-    assert!(refused(&own.expect("a certificate"), &request).contains("the registrant is unknown"));
+    assert!(refused(&own.expect("a certificate"), &request).await.contains("the registrant is unknown"));
 }
 
-#[test]
-fn token_with_uses_left_is_used_as_often_by_many_at_once() {
+#[tokio::test(flavor = "multi_thread")]
+async fn token_with_uses_left_is_used_as_often_by_many_at_once() {
     let dir = tempfile::tempdir().expect("a directory");
     let registrants = open(dir.path());
-    let token = registrants.token(3);
-    let joined = thread::scope(|scope| {
-        let join = || new_request().is_ok_and(|(_, request)| registrants.use_token(&token, &request).is_ok());
-        let threads: Vec<_> = (0..12).map(|_| scope.spawn(join)).collect();
-        threads.into_iter().map(|thread| thread.join().expect("no panic")).filter(|joined| *joined).count()
-    });
-    assert_eq!((joined, registrants.registrants().len()), (3, 3));
+    let token = registrants.token(3).await;
+    let requests: Vec<_> = (0..12).map(|_| new_request().expect("a key").1).collect();
+    let joined = requests.iter().map(|request| registrants.use_token(&token, request));
+    let joined = futures::future::join_all(joined).await.into_iter().filter(Result::is_ok).count();
+    assert_eq!((joined, registrants.registrants().expect("listed").len()), (3, 3));
 }
 
-#[test]
-fn no_secret_is_stored_and_what_is_stored_is_private() {
+#[tokio::test]
+async fn no_secret_is_stored_and_what_is_stored_is_private() {
     let dir = tempfile::tempdir().expect("a directory");
     let registrants = open(dir.path());
-    let token = registrants.token(1);
-    let path = dir.path().join(STATE_FILE);
+    let token = registrants.token(1).await;
+    let path = dir.path().join(directory::STATE_FILE);
     let stored = std::fs::read_to_string(&path).expect("readable");
     assert!(stored.contains(&token.id.to_string()) && !stored.contains(&hex::encode(token.secret.expose())));
     assert_eq!(std::fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o600);
@@ -165,29 +168,29 @@ fn no_secret_is_stored_and_what_is_stored_is_private() {
     // A disk that is full: nothing is acknowledged that is not stored.
     std::fs::remove_file(&path).expect("removed");
     std::fs::create_dir_all(path.join("in the way")).expect("a directory");
-    let failed = registrants.create_token(scope(), "ada", HOUR, 1, now());
+    let failed = registrants.create_token(scope(), "ada", HOUR, 1, &[], now()).await;
     assert!(matches!(failed, Err(JoiningError::Store { .. })), "{failed:?}");
-    assert_eq!(registrants.tokens().len(), 1);
+    assert_eq!(registrants.tokens().expect("listed").len(), 1);
 }
 
-#[test]
-fn machine_that_joins_again_keeps_its_name_if_it_has_the_key_and_was_not_revoked() {
+#[tokio::test]
+async fn machine_that_joins_again_keeps_its_name_if_it_has_the_key_and_was_not_revoked() {
     let dir = tempfile::tempdir().expect("a directory");
     let registrants = open(dir.path());
-    let join = |request: &[u8], previous: &[u8], at| {
-        let token = registrants.create_token(scope(), "ada", HOUR, 1, at).expect("created").0;
-        registrants.join(token.id, token.secret.expose(), request, "vm", previous, at).expect("joined")
+    let join = async |request: &[u8], previous: &[u8], at| {
+        let token = registrants.create_token(scope(), "ada", HOUR, 1, &[], at).await.expect("created").0;
+        registrants.join(token.id, token.secret.expose(), request, "vm", previous, at).await.expect("joined")
     };
     let (_, request) = new_request().expect("a key");
-    let first = join(&request, b"", now());
+    let first = join(&request, b"", now()).await;
     // Too late to be renewed.
     let late = now() + CERTIFICATE_LIFETIME + 2 * RENEWAL_GRACE;
-    let again = join(&request, &first.certificate, late);
+    let again = join(&request, &first.certificate, late).await;
     assert_eq!(again.user, first.user);
     let (_, of_thief) = new_request().expect("a key");
-    assert_ne!(join(&of_thief, &first.certificate, late).user, first.user, "without the key");
-    assert_ne!(join(&request, b"junk", late).user, first.user);
-    assert!(registrants.revoke(&first.user, late).expect("stored"));
-    assert_ne!(join(&request, &first.certificate, late).user, first.user, "revoked");
+    assert_ne!(join(&of_thief, &first.certificate, late).await.user, first.user, "without the key");
+    assert_ne!(join(&request, b"junk", late).await.user, first.user);
+    assert!(registrants.revoke(&first.user, late).await.expect("stored"));
+    assert_ne!(join(&request, &first.certificate, late).await.user, first.user, "revoked");
     assert_eq!(registrants.check(&first.user), Err(Unauthenticated::Revoked));
 }

@@ -25,7 +25,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::time::{Instant, timeout};
 
 pub(super) use self::fence::{Fence, boot_time};
-use self::rate_limiter::RateLimiter;
+pub(super) use self::rate_limiter::RateLimiter;
 pub use self::reviews::{AccessAttributes, ReviewError, ReviewedToken, Reviews};
 use crate::metrics::{Metrics, RequestOutcome, Verb};
 
@@ -330,7 +330,7 @@ fn path<K: NamespacedObject>(namespace: &str) -> Builder {
     Builder::new(format!("/{}/namespaces/{namespace}/{}", api::<K>(), K::URL_PATH_SEGMENT))
 }
 
-fn encode(object: &impl Serialize) -> Vec<u8> {
+pub(super) fn encode(object: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(object).expect("Kubernetes objects are JSON")
 }
 

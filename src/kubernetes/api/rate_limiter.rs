@@ -21,7 +21,7 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
 
 /// A token bucket.
 #[derive(Debug)]
-pub(super) struct RateLimiter {
+pub(in crate::kubernetes) struct RateLimiter {
     /// Time per token.
     interval: Duration,
     /// Size of the bucket.
@@ -41,7 +41,7 @@ struct State {
 
 impl RateLimiter {
     /// `per_second` requests, with a burst of twice as many.
-    pub(super) fn new(per_second: u32) -> Self {
+    pub(in crate::kubernetes) fn new(per_second: u32) -> Self {
         let now = Instant::now();
         Self {
             interval: Duration::from_secs(1) / per_second,
@@ -52,7 +52,7 @@ impl RateLimiter {
     }
 
     /// Waits until a request may be made.
-    pub(super) async fn acquire(&self) {
+    pub(in crate::kubernetes) async fn acquire(&self) {
         let _turn = self.turn.lock().await;
         loop {
             let wait = self.take(Instant::now());
@@ -64,7 +64,7 @@ impl RateLimiter {
     }
 
     /// Whether requests pause after a failure.
-    pub(super) fn is_paused(&self) -> bool {
+    pub(in crate::kubernetes) fn is_paused(&self) -> bool {
         self.lock().paused_until > Instant::now()
     }
 
@@ -84,12 +84,12 @@ impl RateLimiter {
     }
 
     /// The server answered.
-    pub(super) fn answered(&self) {
+    pub(in crate::kubernetes) fn answered(&self) {
         self.lock().failures = 0;
     }
 
     /// The server failed or did not answer; `retry_after` is what the answer says.
-    pub(super) fn failed(&self, retry_after: Option<Duration>) {
+    pub(in crate::kubernetes) fn failed(&self, retry_after: Option<Duration>) {
         self.pause(Instant::now(), retry_after);
     }
 

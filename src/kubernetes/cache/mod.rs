@@ -29,10 +29,14 @@ use k8s_openapi::api::{
 };
 use tokio::sync::{Notify, watch};
 
-pub(super) use self::{entries::CachedSlice, event::ObjectEvent, late_writes::LateWrites};
+pub(super) use self::{
+    entries::CachedSlice,
+    event::ObjectEvent,
+    late_writes::LateWrites,
+    object_store::{Applied, CachedObject, ObjectStore},
+};
 use self::{
     entries::{CachedEndpoints, CachedNamespace, CachedService, service_key},
-    object_store::CachedObject as _,
     state::State,
 };
 use super::objects::{services::Ownership, slices::ObservedSlice};

@@ -20,7 +20,7 @@ use std::{
 const MAX_RECENT_DELETIONS: usize = 4096;
 
 /// An object in the store.
-pub(super) trait CachedObject {
+pub(in crate::kubernetes) trait CachedObject {
     /// `metadata.uid`
     fn uid(&self) -> &str;
 
@@ -33,7 +33,7 @@ pub(super) trait CachedObject {
 
 /// What became of a reported object.
 #[derive(Debug, PartialEq)]
-pub(super) enum Applied<T> {
+pub(in crate::kubernetes) enum Applied<T> {
     /// It is stored, with the object that it replaces.
     Changed(Option<T>),
     /// It is stored; its content was known.
@@ -44,7 +44,7 @@ pub(super) enum Applied<T> {
 
 /// The objects of one kind.
 #[derive(Debug)]
-pub(super) struct ObjectStore<K, T> {
+pub(in crate::kubernetes) struct ObjectStore<K, T> {
     objects: HashMap<K, StoredObject<T>>,
     deletions: RecentDeletions,
     /// The number of the current or last list.
@@ -62,7 +62,7 @@ struct StoredObject<T> {
 }
 
 impl<K: Eq + Hash + Clone, T: CachedObject> ObjectStore<K, T> {
-    pub(super) fn new() -> Self {
+    pub(in crate::kubernetes) fn new() -> Self {
         Self {
             objects: HashMap::new(),
             deletions: RecentDeletions::default(),
@@ -73,23 +73,23 @@ impl<K: Eq + Hash + Clone, T: CachedObject> ObjectStore<K, T> {
     }
 
     /// Whether there was a complete list: an object that is not stored does not exist.
-    pub(super) fn is_complete(&self) -> bool {
+    pub(in crate::kubernetes) fn is_complete(&self) -> bool {
         self.complete
     }
 
-    pub(super) fn get<Q: Eq + Hash + ?Sized>(&self, key: &Q) -> Option<&T>
+    pub(in crate::kubernetes) fn get<Q: Eq + Hash + ?Sized>(&self, key: &Q) -> Option<&T>
     where
         K: Borrow<Q>,
     {
         self.objects.get(key).map(|stored| &stored.object)
     }
 
-    pub(super) fn keys(&self) -> impl Iterator<Item = &K> {
+    pub(in crate::kubernetes) fn keys(&self) -> impl Iterator<Item = &K> {
         self.objects.keys()
     }
 
     /// Applies an object from an event or from the answer to a write.
-    pub(super) fn apply(&mut self, key: K, object: T) -> Applied<T> {
+    pub(in crate::kubernetes) fn apply(&mut self, key: K, object: T) -> Applied<T> {
         // The last list would have named it: it was deleted between its version and the list's,
         // and no event will say so again.
         let before_list =
@@ -119,12 +119,12 @@ impl<K: Eq + Hash + Clone, T: CachedObject> ObjectStore<K, T> {
     }
 
     /// A list begins.
-    pub(super) fn init(&mut self) {
+    pub(in crate::kubernetes) fn init(&mut self) {
         self.list = self.list.wrapping_add(1);
     }
 
     /// Applies an object of the current list.
-    pub(super) fn init_apply(&mut self, key: K, object: T) -> Applied<T> {
+    pub(in crate::kubernetes) fn init_apply(&mut self, key: K, object: T) -> Applied<T> {
         let applied = self.apply_known(key.clone(), object);
         if let Some(stored) = self.objects.get_mut(&key) {
             stored.list = self.list;
@@ -133,7 +133,7 @@ impl<K: Eq + Hash + Clone, T: CachedObject> ObjectStore<K, T> {
     }
 
     /// The list is complete, as of `version`. Returns what is gone.
-    pub(super) fn init_done(&mut self, version: &str) -> Vec<(K, T)> {
+    pub(in crate::kubernetes) fn init_done(&mut self, version: &str) -> Vec<(K, T)> {
         self.complete = true;
         // Not the highest of all lists: a restored etcd begins at an older version.
         self.listed_as_of = number(version);
@@ -147,7 +147,7 @@ impl<K: Eq + Hash + Clone, T: CachedObject> ObjectStore<K, T> {
     }
 
     /// An event reports that the object `uid` was deleted as of `version`. Returns the stored object.
-    pub(super) fn delete(&mut self, key: &K, uid: &str, version: &str) -> Option<T> {
+    pub(in crate::kubernetes) fn delete(&mut self, key: &K, uid: &str, version: &str) -> Option<T> {
         self.deletions.record(uid, version);
         let stored = self.objects.get(key)?;
         let applies = stored.object.uid() == uid || is_newer(version, stored.object.resource_version());
@@ -155,7 +155,7 @@ impl<K: Eq + Hash + Clone, T: CachedObject> ObjectStore<K, T> {
     }
 
     /// We deleted the object `uid` in the stored version. Returns it.
-    pub(super) fn remove(&mut self, key: &K, uid: &str) -> Option<T> {
+    pub(in crate::kubernetes) fn remove(&mut self, key: &K, uid: &str) -> Option<T> {
         let stored = self.objects.get(key).filter(|stored| stored.object.uid() == uid)?;
         self.deletions.record(uid, stored.object.resource_version());
         self.objects.remove(key).map(|stored| stored.object)

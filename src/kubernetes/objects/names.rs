@@ -77,3 +77,6 @@ pub const OVER_CAPACITY: &str = "endpoints.kubernetes.io/over-capacity";
 
 /// Value of [`OVER_CAPACITY`].
 pub const TRUNCATED: &str = "truncated";
+
+/// Label of the Secrets that processes share, which says what each holds: the CA, a join token or a registrant.
+pub const JOINING: &str = "gangplank.dev/joining";

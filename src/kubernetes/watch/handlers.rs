@@ -1,12 +1,15 @@
 //! What the watches do with their events: they apply them to the [`ClusterCache`] and tell the
 //! registry the facts that follow.
 
-use k8s_openapi::api::core::v1::{Endpoints, Namespace, Service};
+use k8s_openapi::api::core::v1::{Endpoints, Namespace, Secret, Service};
 use tokio::sync::oneshot;
 
 use super::reflector::EventHandler;
 use crate::{
-    kubernetes::cache::{ClusterCache, ObjectEvent},
+    kubernetes::{
+        cache::{ClusterCache, ObjectEvent},
+        secrets::Secrets,
+    },
     registry::{ClusterFact, RegistryHandle, Unavailable},
 };
 
@@ -54,6 +57,18 @@ pub(super) struct EndpointsHandler<'a> {
 impl EventHandler<Endpoints> for EndpointsHandler<'_> {
     async fn handle(&mut self, events: Vec<ObjectEvent<Endpoints>>) -> Result<(), Unavailable> {
         self.cache.apply_endpoints(events);
+        Ok(())
+    }
+}
+
+/// Handles the Secrets that processes share.
+pub(super) struct SecretsHandler<'a> {
+    pub(super) secrets: &'a Secrets,
+}
+
+impl EventHandler<Secret> for SecretsHandler<'_> {
+    async fn handle(&mut self, events: Vec<ObjectEvent<Secret>>) -> Result<(), Unavailable> {
+        self.secrets.apply(events);
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Five watches, whatever the size of the cluster: namespaces, Services, the ranges of their addresses, our own slices, and the
 //! slices of other writers under Services that external instances joined ([`joined`]); a sixth with
-//! `--endpoints-object`. Services are watched whole and not only by their metadata, because one
+//! `--endpoints-object`, and one with a CA of gangplank's own, of the Secrets that processes share. Services are watched whole and not only by their metadata, because one
 //! watch then reports both the owner and the content, and what is kept of them is the same.
 //!
 //! The registry learns, in this order: every namespace, every Service and the instances under joined ones; then
@@ -20,22 +20,22 @@ mod own_slices;
 mod reflector;
 mod service_ranges;
 
-use std::sync::Arc;
+use std::{future, sync::Arc};
 
-use k8s_openapi::api::core::v1::Endpoints;
+use k8s_openapi::api::core::v1::{Endpoints, Secret};
 use kube::{Api, Client, core::DeserializeGuard};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 pub(super) use self::own_slices::{Restored, SlicesRequest, TakeOver};
 use self::{
-    handlers::{ClusterFactHandler, EndpointsHandler},
+    handlers::{ClusterFactHandler, EndpointsHandler, SecretsHandler},
     outage::Outages,
     own_slices::OwnSlicesHandler,
     reflector::Reflector,
     service_ranges::ServiceRangesHandler,
 };
-use super::{cache::ClusterCache, objects::names};
+use super::{cache::ClusterCache, objects::names, secrets::Secrets};
 use crate::{
     metrics::{Metrics, Watched},
     model::Validator,
@@ -54,6 +54,8 @@ pub(super) struct Watch {
     pub(super) validator: Validator,
     /// Whether to watch our Endpoints objects: `--endpoints-object`.
     pub(super) endpoints: bool,
+    /// With a CA of gangplank's own.
+    pub(super) secrets: Option<Arc<Secrets>>,
     pub(super) metrics: Arc<Metrics>,
 }
 
@@ -80,6 +82,7 @@ impl Watch {
                 gone = self.joined(&outages, services, joined_listed) => gone,
                 gone = self.service_ranges(&outages) => gone,
                 gone = self.endpoints(&outages), if self.endpoints => gone,
+                gone = self.secrets(&outages) => gone,
             }
         };
         stop.run_until_cancelled(all).await.map_or(Ok(()), Err)
@@ -143,6 +146,14 @@ impl Watch {
         let labels = format!("{}={}", names::SERVICE, names::OWNED);
         let api: Api<DeserializeGuard<Endpoints>> = Api::all(self.client.clone());
         self.reflector(api, Watched::Endpoints, labels, outages).run(&mut handler).await
+    }
+
+    /// The Secrets that processes share.
+    async fn secrets(&self, outages: &Outages) -> Unavailable {
+        let Some(secrets) = &self.secrets else { return future::pending().await };
+        let mut handler = SecretsHandler { secrets };
+        let api: Api<DeserializeGuard<Secret>> = Api::namespaced(self.client.clone(), secrets.namespace());
+        self.reflector(api, Watched::Secrets, names::JOINING.to_owned(), outages).run(&mut handler).await
     }
 
     fn reflector<'a, K>(

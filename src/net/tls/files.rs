@@ -12,6 +12,7 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
     sign::CertifiedKey,
 };
+use tokio::sync::watch;
 
 /// Most bytes of one file. A CA bundle of 150 certificates has some 250 KiB.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
@@ -37,6 +38,11 @@ pub trait TlsSource: fmt::Debug + fmt::Display + Send + Sync {
 
     /// The error of a part that was read and is invalid.
     fn invalid(&self, part: TlsPart, reason: String) -> TlsFileError;
+
+    /// Changes when the source should be read again at once. `None`: it says nothing.
+    fn changes(&self) -> Option<watch::Receiver<u64>> {
+        None
+    }
 }
 
 /// A part of what a [`TlsSource`] has.
@@ -56,6 +62,9 @@ pub enum TlsFileError {
     /// The own CA cannot issue a certificate.
     #[error("the server's own CA cannot issue a certificate: {0}")]
     Own(String),
+    /// There is nothing yet.
+    #[error("{0}")]
+    Pending(String),
     /// It cannot be read.
     #[error("{flag} {path}: cannot be read: {err}", path = path.display())]
     Unreadable {

@@ -8,6 +8,8 @@
 //! 3. A client may send 32 KiB before its handshake is complete. With more than 1 024 handshakes at once, the oldest is
 //!    given up: a client that answers at once is done long before.
 //!
+//! 4. While the source has nothing yet, no handshake is begun.
+//!
 //! Which names a certificate holds, and what they may do, is not decided here.
 
 mod files;
@@ -17,11 +19,12 @@ mod pinned;
 use std::{
     convert::Infallible,
     fmt,
+    future::pending,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::ArcSwapOption;
 use rustls::{
     ServerConfig,
     pki_types::{CertificateDer, UnixTime},
@@ -60,8 +63,9 @@ pub type ServerTlsStream = TlsStream<LimitedStream<TcpStream>>;
 /// What a TLS listener serves with; shared by all its connections.
 pub struct ServerTls {
     source: Box<dyn TlsSource>,
-    state: ArcSwap<TlsState>,
-    contents: Mutex<TlsContents>,
+    /// `None` while the source has nothing yet.
+    state: ArcSwapOption<TlsState>,
+    contents: Mutex<Option<TlsContents>>,
     changes: watch::Sender<u64>,
     handshakes: Handshakes,
     metrics: Arc<ConnectionMetrics>,
@@ -92,29 +96,29 @@ impl fmt::Debug for ServerTls {
 }
 
 impl ServerTls {
-    /// Reads the source.
+    /// Reads the source, which may have nothing yet.
     ///
     /// # Errors
     /// Names the file that cannot be read, or that does not hold what it should.
     pub fn load(source: impl TlsSource + 'static, metrics: Arc<ConnectionMetrics>) -> Result<Arc<Self>, TlsFileError> {
-        let contents = source.read()?;
-        let state = TlsState::new(&source, &contents)?;
-        Ok(Arc::new(Self {
+        let tls = Self {
             source: Box::new(source),
-            state: ArcSwap::from_pointee(state),
-            contents: Mutex::new(contents),
+            state: ArcSwapOption::empty(),
+            contents: Mutex::default(),
             changes: watch::Sender::new(0),
             handshakes: Handshakes::new(MAX_HANDSHAKES),
             metrics,
-        }))
+        };
+        tls.reload()?;
+        Ok(Arc::new(tls))
     }
 
     /// Reads the source again at intervals, for ever. When they change and are valid, new connections get what they
     /// hold; else the last valid contents stay in use, and the error is logged once.
     pub async fn follow_files(self: Arc<Self>) -> Infallible {
         let mut reported = None;
+        let mut changes = self.source.changes();
         loop {
-            sleep(RELOAD_INTERVAL).await;
             let tls = Arc::clone(&self);
             // Files on a network may block.
             let reloaded = tokio::task::spawn_blocking(move || tls.reload()).await;
@@ -135,38 +139,45 @@ impl ServerTls {
                 }
                 Err(err) => warn!(error = %err, "TLS: reading the files panicked"),
             }
+            tokio::select! {
+                () = sleep(RELOAD_INTERVAL) => {}
+                () = changed(&mut changes) => {}
+            }
         }
     }
 
-    /// Reads the source once. Returns whether they have changed.
+    /// Reads the source once. Returns whether it has changed.
     fn reload(&self) -> Result<bool, TlsFileError> {
-        let read = self.source.read()?;
+        let read = match self.source.read() {
+            Err(TlsFileError::Pending(_)) => return Ok(false),
+            read => read?,
+        };
         let mut contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
-        if *contents == read {
+        if contents.as_ref() == Some(&read) {
             return Ok(false);
         }
         let state = TlsState::new(&*self.source, &read)?;
-        let ca_changed = contents.client_ca != read.client_ca;
-        *contents = read;
-        self.state.store(Arc::new(state));
+        let ca_changed = contents.as_ref().is_some_and(|contents| contents.client_ca != read.client_ca);
+        *contents = Some(read);
+        self.state.store(Some(Arc::new(state)));
         if ca_changed {
             self.changes.send_modify(|count| *count += 1);
         }
         Ok(true)
     }
 
-    /// The certificate of this server, without the intermediate ones.
+    /// The certificate of this server, without the intermediate ones; `None` while there is none.
     #[must_use]
     pub fn certificate(&self) -> Option<CertificateDer<'static>> {
-        self.state.load().certificate.clone()
+        self.state.load().as_ref()?.certificate.clone()
     }
 
     /// Certificate, key and client CA, each in PEM, as they were read last: what a replica shows another, and trusts.
-    /// `None` without a client CA.
+    /// `None` without a client CA, and while the source has nothing.
     #[must_use]
     pub fn as_client(&self) -> Option<ClientPem> {
         let contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
-        let TlsContents { cert, key, client_ca } = &*contents;
+        let TlsContents { cert, key, client_ca } = contents.as_ref()?;
         Some(ClientPem { cert: cert.clone(), key: key.clone(), ca: client_ca.clone()? })
     }
 
@@ -182,9 +193,15 @@ impl ServerTls {
     /// Says what is wrong with them.
     pub fn check(&self, certificates: &[CertificateDer<'static>]) -> Result<(), rustls::Error> {
         let state = self.state.load();
-        let verifier = state.verifier.as_ref().ok_or(rustls::Error::NoCertificatesPresented)?;
+        let verifier = state.as_ref().and_then(|state| state.verifier.as_ref());
+        let verifier = verifier.ok_or(rustls::Error::NoCertificatesPresented)?;
         let (own, intermediates) = certificates.split_first().ok_or(rustls::Error::NoCertificatesPresented)?;
         verifier.verify_client_cert(own, intermediates, UnixTime::now()).map(|_| ())
+    }
+
+    fn not_ready(&self) -> HandshakeError {
+        let detail = self.source.read().err().map_or_else(|| "no certificate yet".into(), |err| err.to_string());
+        HandshakeError { reason: HandshakeFailure::NotReady, detail }
     }
 
     /// Completes the handshake of an accepted connection within `deadline`. Returns the stream, and what
@@ -197,8 +214,11 @@ impl ServerTls {
         stream: TcpStream,
         deadline: Duration,
     ) -> Result<(ServerTlsStream, Option<PeerCertificates>), HandshakeError> {
-        let config = Arc::clone(&self.state.load().config);
-        let accepted = self.handshakes.run(stream, config, deadline).await;
+        let config = self.state.load().as_ref().map(|state| Arc::clone(&state.config));
+        let accepted = match config {
+            Some(config) => self.handshakes.run(stream, config, deadline).await,
+            None => Err(self.not_ready()),
+        };
         match &accepted {
             Ok(_) => {
                 self.metrics.handshakes.inc();
@@ -211,6 +231,16 @@ impl ServerTls {
         let certificates = stream.get_ref().1.peer_certificates().filter(|chain| !chain.is_empty()).map(Arc::from);
         Ok((stream, certificates))
     }
+}
+
+/// Ready when what `changes` follows has changed; never without it.
+async fn changed(changes: &mut Option<watch::Receiver<u64>>) {
+    if let Some(changes) = changes
+        && changes.changed().await.is_ok()
+    {
+        return;
+    }
+    pending::<()>().await;
 }
 
 impl TlsState {

@@ -227,7 +227,7 @@ async fn oldest_of_too_many_handshakes_is_given_up() {
     let server = Server::start();
     let (listener, address) = listen().await;
     let handshakes = Handshakes::new(2);
-    let config = Arc::clone(&server.tls.state.load().config);
+    let config = Arc::clone(&server.tls.state.load_full().expect("loaded").config);
     let half_open = async || {
         let mut client = TcpStream::connect(address).await.expect("it listens");
         client.write_all(&[22]).await.expect("sent");

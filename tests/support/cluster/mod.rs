@@ -163,7 +163,7 @@ impl Cluster {
     /// Does what an operator does: applies `deploy/`, and creates a token of the account.
     fn install_gangplank(&mut self) {
         let deploy = Path::new(ROOT).join("deploy");
-        for file in ["rbac.yaml", "rbac-endpoints-object.yaml", "admission-policy.yaml"] {
+        for file in ["rbac.yaml", "rbac-endpoints-object.yaml", "rbac-own-ca.yaml", "admission-policy.yaml"] {
             self.apply(&fs::read_to_string(deploy.join(file)).expect("it is in the repository"));
         }
         let token = self.kubectl(&["create", "token", "gangplank", "--namespace=gangplank", "--duration=24h"]);
@@ -298,12 +298,17 @@ impl Cluster {
     /// Releases the Lease of a gangplank that was killed, so that the next test need not wait until it has expired.
     /// Does nothing while the API server is away.
     pub(crate) fn release_lease(&self) {
-        const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/gangplank/leases";
-        let path = format!("{LEASES}/gangplank-writer");
+        self.release_lease_in("gangplank");
+    }
+
+    /// The same with the Lease in another namespace.
+    pub(crate) fn release_lease_in(&self, namespace: &str) {
+        let leases = format!("/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases");
+        let path = format!("{leases}/gangplank-writer");
         let Ok((status, mut lease)) = self.request(Who::Admin, "GET", &path, None) else { return };
         let (method, path) = match status {
             200 => ("PUT", path.as_str()),
-            _ => ("POST", LEASES),
+            _ => ("POST", leases.as_str()),
         };
         if status == 404 {
             lease = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "gangplank-writer"}});
@@ -372,6 +377,13 @@ impl Cluster {
         assert_eq!(status, 200, "{path}: {answer}");
         answer
     }
+}
+
+/// The Roles of a manifest of `deploy/`, and their bindings, in another namespace; the account stays where it is.
+pub(crate) fn in_namespace(manifest: &str, namespace: &str) -> String {
+    let metadata = format!("  namespace: {namespace}\n");
+    let roles = manifest.split("\n---\n").filter(|one| one.contains("\nkind: Role"));
+    roles.map(|one| one.replacen("  namespace: gangplank\n", &metadata, 1)).collect::<Vec<_>>().join("\n---\n")
 }
 
 impl Drop for Cluster {

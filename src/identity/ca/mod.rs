@@ -1,15 +1,14 @@
-//! A CA of gangplank's own: a key in the data directory, which signs the server's certificate and those of registrants
-//! that join.
-//!
-//! ```text
-//! ca.key   its key, readable by the user of the process only
-//! ca.crt   its certificate; made anew from the key if it is missing
-//! ```
+//! A CA of gangplank's own, which signs the server's certificate and those of registrants that join. Its key is in the
+//! data directory (`directory`), or, with Kubernetes, in a Secret that all processes share (`cluster`).
+
+mod cluster;
+mod current;
+mod directory;
 
 use std::{
     fmt, io,
     net::IpAddr,
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::{Duration, SystemTime},
 };
 
@@ -21,13 +20,7 @@ use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use sha2::{Digest as _, Sha256};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-use super::private_file;
-
-const KEY_FILE: &str = "ca.key";
-const CERTIFICATE_FILE: &str = "ca.crt";
-
-/// Most bytes of either file.
-const MAX_FILE_BYTES: u64 = 64 * 1024;
+pub use self::{cluster::ClusterCa, current::CurrentCa};
 
 /// How long the CA's certificate is valid. Its end ends every certificate that it has signed.
 const CA_LIFETIME: Duration = days(3650);
@@ -39,7 +32,7 @@ const SERVER_LIFETIME: Duration = days(90);
 const MAX_CLOCK_SKEW: Duration = Duration::from_secs(300);
 
 /// The user in the server's own certificates. No registrant gets this name.
-pub(super) const SERVER_USER: &str = "gangplank";
+pub const SERVER_USER: &str = "gangplank";
 
 /// Bytes of a serial number, of which the first bit is 0 (RFC 5280 §4.1.2.2: positive, at most 20 octets).
 const SERIAL_BYTES: usize = 16;
@@ -70,9 +63,23 @@ pub enum CaError {
         /// What is wrong. Never a part of the file.
         reason: String,
     },
+    /// The Secret does not hold what it should.
+    #[error(
+        "the Secret {secret} {reason}. Put the right one back, or delete it: then a new CA is made, and every registrant has to \
+         join again"
+    )]
+    Secret {
+        /// Its namespace and name.
+        secret: String,
+        /// What is wrong. Never a part of what it holds.
+        reason: String,
+    },
     /// A certificate cannot be made.
     #[error("a certificate cannot be made: {0}")]
     Sign(rcgen::Error),
+    /// The CA is not known yet.
+    #[error("the CA of this gangplank is not known yet: {0}")]
+    Pending(String),
 }
 
 /// A certificate that was signed, in DER, and its time.
@@ -114,6 +121,44 @@ pub fn renewal_time(begin: SystemTime, lifetime: Duration) -> SystemTime {
     begin + lifetime * 2 / 3
 }
 
+/// Key and certificate of a CA in PEM, as they are stored.
+#[derive(Clone, PartialEq, Eq)]
+struct CaPem {
+    key: String,
+    certificate: String,
+}
+
+impl fmt::Debug for CaPem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Without the key.
+        f.debug_struct("CaPem").field("certificate", &self.certificate).finish_non_exhaustive()
+    }
+}
+
+impl CaPem {
+    /// A new key, and its certificate.
+    fn generate(now: SystemTime) -> Result<Self, CaError> {
+        let key = new_key()?;
+        let certificate = certificate_of(&key, now)?;
+        Ok(Self { key: key.serialize_pem(), certificate })
+    }
+}
+
+fn new_key() -> Result<KeyPair, CaError> {
+    KeyPair::generate().map_err(CaError::Sign)
+}
+
+/// The certificate of a CA with this key, in PEM.
+fn certificate_of(key: &KeyPair, now: SystemTime) -> Result<String, CaError> {
+    Ok(ca_params(key, now).self_signed(key).map_err(CaError::Sign)?.pem())
+}
+
+/// What is wrong with key or certificate of a CA.
+enum InvalidCa {
+    Key(&'static str),
+    Certificate(&'static str),
+}
+
 /// The CA.
 pub struct CertificateAuthority {
     issuer: Issuer<'static, KeyPair>,
@@ -130,39 +175,9 @@ impl fmt::Debug for CertificateAuthority {
 }
 
 impl CertificateAuthority {
-    /// Reads the CA in `dir`, or creates one. The caller has the lock of the directory.
-    ///
-    /// # Errors
-    /// Names the file that cannot be read or written, or that does not hold what it should.
-    pub fn open(dir: &Path, now: SystemTime) -> Result<Self, CaError> {
-        let (key_path, path) = (dir.join(KEY_FILE), dir.join(CERTIFICATE_FILE));
-        let text = |path: &Path| {
-            let bytes = private_file::read(path, MAX_FILE_BYTES).map_err(|err| io_error(path, err))?;
-            bytes.map(|bytes| String::from_utf8(bytes).map_err(|_| invalid(path, "is not PEM"))).transpose()
-        };
-        let key = match (text(&key_path)?, text(&path)?) {
-            (Some(pem), _) => KeyPair::from_pem(&pem).map_err(|_| invalid(&key_path, "holds no private key in PEM"))?,
-            (None, None) => {
-                let key = KeyPair::generate().map_err(CaError::Sign)?;
-                private_file::write(&key_path, key.serialize_pem().as_bytes())
-                    .map_err(|err| io_error(&key_path, err))?;
-                key
-            }
-            (None, Some(_)) => {
-                let reason =
-                    "is missing. Put it back; or remove ca.crt too, after which every registrant has to join again";
-                return Err(invalid(&key_path, reason));
-            }
-        };
-        let pem = match text(&path)? {
-            Some(pem) => pem,
-            None => {
-                let pem = ca_params(&key, now).self_signed(&key).map_err(CaError::Sign)?.pem();
-                private_file::write(&path, pem.as_bytes()).map_err(|err| io_error(&path, err))?;
-                pem
-            }
-        };
-        Self::new(key, pem).map_err(|reason| invalid(&path, reason))
+    fn parse(CaPem { key, certificate: pem }: CaPem) -> Result<Self, InvalidCa> {
+        let key = KeyPair::from_pem(&key).map_err(|_| InvalidCa::Key("holds no private key in PEM"))?;
+        Self::new(key, pem).map_err(InvalidCa::Certificate)
     }
 
     fn new(key: KeyPair, pem: String) -> Result<Self, &'static str> {
@@ -170,7 +185,7 @@ impl CertificateAuthority {
         let parsed = x509_parser::parse_x509_certificate(&certificate).map_err(|_| "cannot be read")?.1;
         let public_key = parsed.public_key().raw;
         if public_key != key.subject_public_key_info() {
-            return Err("is not the certificate of the key in ca.key");
+            return Err("is not the certificate of the key");
         }
         if !parsed.is_ca() {
             return Err("is not the certificate of a CA");
@@ -283,77 +298,17 @@ fn leaf_params(name: &str, not_before: SystemTime, not_after: SystemTime) -> Cer
     params
 }
 
-fn io_error(path: &Path, err: io::Error) -> CaError {
-    CaError::Io { path: path.to_owned(), err }
-}
-
-fn invalid(path: &Path, reason: impl Into<String>) -> CaError {
-    CaError::Invalid { path: path.to_owned(), reason: reason.into() }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::PermissionsExt as _};
-
     use super::*;
-
-    fn now() -> SystemTime {
-        SystemTime::UNIX_EPOCH + days(20_000)
-    }
-
-    fn names() -> ServerNames {
-        ServerNames { dns: vec!["localhost".into()], ip: vec!["10.0.0.1".parse().expect("an address")] }
-    }
-
-    #[test]
-    fn ca_is_the_same_after_a_restart_and_its_key_is_private() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let first = CertificateAuthority::open(dir.path(), now()).expect("created");
-        let again = CertificateAuthority::open(dir.path(), now() + days(1)).expect("read");
-        assert_eq!((first.pem(), first.public_key_hash()), (again.pem(), again.public_key_hash()));
-        for file in [KEY_FILE, CERTIFICATE_FILE] {
-            let mode = fs::metadata(dir.path().join(file)).expect("there").permissions().mode();
-            assert_eq!(mode & 0o777, 0o600, "{file}");
-        }
-        // A crash between the two files.
-        fs::remove_file(dir.path().join(CERTIFICATE_FILE)).expect("removed");
-        let repaired = CertificateAuthority::open(dir.path(), now()).expect("made from the key");
-        assert_eq!(repaired.public_key_hash(), first.public_key_hash());
-        let signed = first.issue_server(&names(), now()).expect("signed");
-        let certificate = CertificateDer::from_pem_slice(signed.chain.as_bytes()).expect("a certificate");
-        assert!(repaired.has_signed(&certificate));
-        assert!(!format!("{first:?} {signed:?}").contains("PRIVATE"));
-    }
-
-    #[test]
-    fn files_that_do_not_belong_together_are_refused() {
-        let (dir, other) = (tempfile::tempdir().expect("a directory"), tempfile::tempdir().expect("a directory"));
-        let ca = CertificateAuthority::open(dir.path(), now()).expect("created");
-        let foreign = CertificateAuthority::open(other.path(), now()).expect("created");
-        let leaf = foreign.issue_server(&names(), now()).expect("signed");
-        assert!(!ca.has_signed(&CertificateDer::from_pem_slice(leaf.chain.as_bytes()).expect("a certificate")));
-
-        let refused = |why: &str| {
-            let err = CertificateAuthority::open(dir.path(), now()).expect_err("refused").to_string();
-            assert!(err.contains(why), "{err:?} should contain {why:?}");
-        };
-        fs::copy(other.path().join(KEY_FILE), dir.path().join(KEY_FILE)).expect("copied");
-        refused("ca.crt: is not the certificate of the key in ca.key");
-        fs::write(dir.path().join(KEY_FILE), &leaf.key).expect("written");
-        fs::write(dir.path().join(CERTIFICATE_FILE), &leaf.chain).expect("written");
-        refused("ca.crt: is not the certificate of a CA");
-        fs::write(dir.path().join(KEY_FILE), "junk").expect("written");
-        refused("ca.key: holds no private key in PEM");
-        fs::remove_file(dir.path().join(KEY_FILE)).expect("removed");
-        refused("ca.key: is missing");
-    }
 
     #[test]
     fn certificate_of_a_server_is_due_at_two_thirds_of_its_life() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let ca = CertificateAuthority::open(dir.path(), now()).expect("created");
-        let issued = ca.issue_server(&names(), now()).expect("signed");
-        assert!(!issued.is_due(now() + SERVER_LIFETIME * 2 / 3 - MAX_CLOCK_SKEW - Duration::from_secs(1)));
-        assert!(issued.is_due(now() + SERVER_LIFETIME * 2 / 3));
+        let now = SystemTime::UNIX_EPOCH + days(20_000);
+        let ca = CaPem::generate(now).expect("generated");
+        let ca = CertificateAuthority::parse(ca).ok().expect("valid");
+        let issued = ca.issue_server(&ServerNames::default(), now).expect("signed");
+        assert!(!issued.is_due(now + SERVER_LIFETIME * 2 / 3 - MAX_CLOCK_SKEW - Duration::from_secs(1)));
+        assert!(issued.is_due(now + SERVER_LIFETIME * 2 / 3));
     }
 }

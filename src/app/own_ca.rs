@@ -1,0 +1,73 @@
+//! The CA of gangplank's own: in the data directory, or, with Kubernetes, in a Secret that all processes share.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use super::own_tls::{self, OwnTls};
+use crate::{
+    config::Advertise,
+    identity::{CertificateAuthority, ClusterCa, CurrentCa, joining::Registrants},
+    kubernetes::{self, secrets::Secrets},
+    metrics::Metrics,
+    model::wall_clock,
+};
+
+/// The own CA, and what follows from it.
+#[derive(Debug)]
+pub(super) struct OwnCa {
+    /// The certificate of the listeners.
+    pub(super) tls: OwnTls,
+    /// Who joined.
+    pub(super) registrants: Arc<Registrants>,
+}
+
+/// The Secrets of all processes, and what keeps the CA in use the one in its Secret.
+#[derive(Debug, Clone)]
+pub(super) struct SharedCa {
+    pub(super) secrets: Arc<Secrets>,
+    pub(super) ca: Arc<ClusterCa>,
+}
+
+impl SharedCa {
+    pub(super) async fn connect(options: &kubernetes::Options, directory: PathBuf) -> anyhow::Result<Self> {
+        let secrets = Secrets::connect(options.kubeconfig.as_deref(), options.lease_namespace.as_deref()).await?;
+        Ok(Self { ca: ClusterCa::new(Arc::clone(&secrets), directory), secrets })
+    }
+}
+
+impl OwnCa {
+    /// The CA, with the names for which it signs, and who joined. Without one that is shared, in `directory`.
+    pub(super) fn open(
+        directory: &Path,
+        shared: Option<&SharedCa>,
+        advertise: &Advertise,
+        listeners: &[SocketAddr],
+        metrics: &Metrics,
+    ) -> anyhow::Result<Self> {
+        // Those that other machines reach come first: their port is the default one of what is advertised.
+        let mut listeners = listeners.to_vec();
+        listeners.sort_by_key(|listener| listener.ip().is_loopback());
+        let mut addresses = advertise.addresses(&listeners);
+        if addresses.is_empty() {
+            addresses = own_tls::reachable(&listeners)?;
+        }
+        let names = own_tls::names(&addresses, &listeners)?;
+        let (ca, registrants) = match shared {
+            Some(SharedCa { secrets, ca }) => {
+                let (ca, metrics) = (Arc::clone(ca.current()), Arc::clone(&metrics.joining));
+                let shared = Registrants::shared(Arc::clone(secrets), directory, Arc::clone(&ca), addresses, metrics);
+                (ca, shared)
+            }
+            None => {
+                let ca = CurrentCa::in_directory(CertificateAuthority::open(directory, wall_clock())?);
+                let metrics = Arc::clone(&metrics.joining);
+                let registrants = Registrants::open(directory, Arc::clone(&ca), addresses, metrics)?;
+                (ca, registrants)
+            }
+        };
+        Ok(Self { tls: OwnTls::new(ca, names), registrants })
+    }
+}
