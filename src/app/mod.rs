@@ -319,7 +319,7 @@ impl BoundServer {
 struct Recovery {
     unrecovered: Unrecovered,
     data_dir: DataDir,
-    store: store::Options,
+    store: store::StoreOptions,
     publisher: Publisher,
     zone: Arc<Zone>,
 }

@@ -32,7 +32,7 @@ pub(super) struct SharedCa {
 }
 
 impl SharedCa {
-    pub(super) async fn connect(options: &kubernetes::Options, directory: PathBuf) -> anyhow::Result<Self> {
+    pub(super) async fn connect(options: &kubernetes::KubernetesOptions, directory: PathBuf) -> anyhow::Result<Self> {
         let secrets = Secrets::connect(options.kubeconfig.as_deref(), options.lease_namespace.as_deref()).await?;
         Ok(Self { ca: ClusterCa::new(Arc::clone(&secrets), directory), secrets })
     }

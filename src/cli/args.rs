@@ -52,12 +52,12 @@ pub(super) struct ServerArgs {
 
 /// The servers to ask, and the defaults of a machine that joined.
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(super) struct ServerConnection {
     pub(super) servers: Servers,
     namespace: Option<String>,
 }
 
-impl Connection {
+impl ServerConnection {
     /// The namespace that this machine joined for, if it asks the server that it joined.
     pub(super) fn namespace(&self) -> Option<&str> {
         self.namespace.as_deref()
@@ -66,11 +66,11 @@ impl Connection {
 
 impl ServerArgs {
     /// The servers, for commands that read.
-    pub(super) async fn readers(self) -> Result<Connection, CommandError> {
+    pub(super) async fn readers(self) -> Result<ServerConnection, CommandError> {
         self.connection(Duration::ZERO).await
     }
 
-    async fn connection(self, patience: Duration) -> Result<Connection, CommandError> {
+    async fn connection(self, patience: Duration) -> Result<ServerConnection, CommandError> {
         let Self { server, cacert, cert, key, token_file, config_dir } = self;
         let explicit = cacert.is_some() || cert.is_some() || key.is_some() || token_file.is_some();
         // What joined is a whole: where the server is, whom to trust, what to show.
@@ -79,11 +79,11 @@ impl ServerArgs {
         let Some(machine) = joined else {
             let server = if server.is_empty() { vec![DEFAULT_SERVER.to_owned()] } else { server };
             let tls = ClientTls::load(&ClientTlsFiles { ca: cacert, cert, key, token: token_file })?;
-            return Ok(Connection { servers: Servers::new(server, tls, patience), namespace: None });
+            return Ok(ServerConnection { servers: Servers::new(server, tls, patience), namespace: None });
         };
         let namespace = machine.namespace().map(str::to_owned);
         let server = if server.is_empty() { machine.servers().to_vec() } else { server };
-        Ok(Connection { servers: Servers::new(server, machine.tls(), patience), namespace })
+        Ok(ServerConnection { servers: Servers::new(server, machine.tls(), patience), namespace })
     }
 }
 
@@ -98,7 +98,7 @@ pub(super) struct WriterArgs {
 }
 
 impl WriterArgs {
-    pub(super) async fn connection(self) -> Result<Connection, CommandError> {
+    pub(super) async fn connection(self) -> Result<ServerConnection, CommandError> {
         self.server.connection(self.timeout).await
     }
 }

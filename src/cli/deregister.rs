@@ -3,7 +3,7 @@
 use super::{
     args::{AddressArg, NamespaceArgs, ServiceArg, WriterArgs, port},
     error::CommandError,
-    mutation::Mutation,
+    mutation::MutationReport,
     output::OutputArgs,
 };
 use crate::model::{InstanceSpec, PortSpec};
@@ -44,5 +44,5 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     let connection = server.connection().await?;
     let namespace = namespace.of(&service, connection.namespace());
     let answer = connection.servers.unregister(namespace, &service.name, &spec).await?;
-    Mutation { namespace, name: &service.name, spec: &spec, answer }.report(output.output)
+    MutationReport { namespace, name: &service.name, spec: &spec, answer }.report(output.output)
 }

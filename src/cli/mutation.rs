@@ -14,7 +14,7 @@ use crate::{
 
 /// A change that was requested, and the server's answer.
 #[derive(Debug)]
-pub(super) struct Mutation<'a> {
+pub(super) struct MutationReport<'a> {
     pub(super) namespace: &'a str,
     pub(super) name: &'a str,
     pub(super) spec: &'a InstanceSpec,
@@ -33,7 +33,7 @@ struct MutationView<'a> {
     generation: u64,
 }
 
-impl Mutation<'_> {
+impl MutationReport<'_> {
     /// Prints the outcome, or returns why the server refused.
     pub(super) fn report(&self, format: Option<Format>) -> Result<(), CommandError> {
         let instance = self.instance();
@@ -122,7 +122,7 @@ mod tests {
             ..InstanceSpec::default()
         };
         let answer = MutationResponse { status, details: details.into(), generation: 1712, writers: Vec::new() };
-        let mutation = Mutation { namespace: "prod", name: "web", spec: &spec, answer };
+        let mutation = MutationReport { namespace: "prod", name: "web", spec: &spec, answer };
         let instance = mutation.instance();
         mutation.outcome(&instance).map(|word| mutation.line(&instance, word))
     }

@@ -251,11 +251,11 @@ pub struct Config {
     /// Where registrations are kept.
     pub data_dir: PathBuf,
     /// Options of the store.
-    pub store: store::Options,
+    pub store: store::StoreOptions,
     /// Options of the registry.
-    pub registry: registry::Options,
+    pub registry: registry::RegistryOptions,
     /// Options of the mirror; `None` without Kubernetes.
-    pub kubernetes: Option<kubernetes::Options>,
+    pub kubernetes: Option<kubernetes::KubernetesOptions>,
     /// Where registrants reach this process.
     pub advertise: Advertise,
     /// How long DNS answers after SIGTERM.
@@ -366,7 +366,8 @@ impl ServeArgs {
             "--max-staleness: must be at least {}, or what is only quiet counts as old",
             humantime::format_duration(MIN_STALENESS)
         );
-        let segment_bytes = segment_bytes.or(segment_octets).unwrap_or_else(|| store::Options::default().segment_bytes);
+        let segment_bytes =
+            segment_bytes.or(segment_octets).unwrap_or_else(|| store::StoreOptions::default().segment_bytes);
         ensure!(segment_bytes >= MIN_SEGMENT, "--segment-bytes {segment_bytes}: must be at least {MIN_SEGMENT}");
         let reverse_zones = reverse_zone.iter().map(|cidr| parse_cidr(cidr)).collect::<Result<_, _>>()?;
         let threads = dns_threads.or_else(|| thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
@@ -397,14 +398,14 @@ impl ServeArgs {
             validator,
             zone: ZoneConfig { origin, ttl, reverse_zones, ns_addresses: ns_address, publish_not_ready },
             data_dir: data_dir.map_or_else(default_data_dir, Ok)?,
-            store: store::Options { accept_loss, segment_bytes, outbox: kubernetes },
-            registry: registry::Options {
+            store: store::StoreOptions { accept_loss, segment_bytes, outbox: kubernetes },
+            registry: registry::RegistryOptions {
                 max_instances,
                 quotas: quotas.instances(),
                 deny_addresses: quotas.deny_addresses(),
                 kubernetes: kubernetes.then_some(policy),
             },
-            kubernetes: kubernetes.then_some(kubernetes::Options {
+            kubernetes: kubernetes.then_some(kubernetes::KubernetesOptions {
                 kubeconfig,
                 lease_namespace,
                 grpc_service,

@@ -17,6 +17,7 @@ use super::security::Security;
 use crate::{
     identity::{Access, AccessResource, AccessVerb, Authorizer, Identity, NotAllowed, OpenCall, Unauthenticated},
     model::Registrant,
+    net::backoff::jittered,
     registry::Requester,
 };
 
@@ -257,7 +258,7 @@ impl Caller {
     async fn withdrawn(&self, mut changes: watch::Receiver<u64>) -> NotAllowed {
         let Some(ongoing) = &self.ongoing else { return pending().await };
         // Not all calls at one moment, when a thousand begin at once.
-        let mut interval = MIN_REVIEW_INTERVAL.mul_f64(0.5 + fastrand::f64() / 2.0);
+        let mut interval = jittered(MIN_REVIEW_INTERVAL);
         loop {
             if self.authorizer.may_be_remembered().is_some() {
                 sleep(interval).await;

@@ -1,11 +1,8 @@
-//! Serves an accepted connection: a deadline for the preface, then tonic, until the connection is idle,
-//! old or evicted.
-//!
-//! The handshake of TLS has its deadline here too, so that a slow one delays no other connection.
+//! Serves an accepted connection: a deadline for the handshake of TLS and for the preface of HTTP/2, then tonic, until
+//! the connection is idle, old or evicted.
 
 use std::{
     convert::Infallible,
-    future::Future,
     io,
     pin::{Pin, pin},
     sync::Arc,
@@ -18,7 +15,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
     sync::Notify,
-    time::{Sleep, sleep},
+    time::{sleep, timeout},
 };
 use tonic::{
     codegen::{Bytes, Service, http},
@@ -28,6 +25,7 @@ use tonic::{
 use super::{
     memory::ConnectionMemory,
     metered::Metered,
+    preface::Prefaced,
     security::{ListenerSecurity, Peer, SecuredStream, Security},
 };
 use crate::{
@@ -35,16 +33,16 @@ use crate::{
     net::{ConnectionHandle, Permit, Signal},
 };
 
-/// Bytes that every HTTP/2 client sends first (RFC 9113 §3.4).
-const PREFACE: usize = 24;
-
 /// How long a connection without a call may stay open after its GOAWAY frame.
 const GO_AWAY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// As [`Lifetime::idle`], for a peer without an identity.
+const UNAUTHENTICATED_IDLE: Duration = Duration::from_secs(10);
 
 /// Limits on the life of a connection.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Lifetime {
-    /// Until the preface of HTTP/2 has arrived; no other timeout applies before.
+    /// For each the handshake of TLS, and the preface of HTTP/2; no other timeout applies before.
     pub(super) handshake: Duration,
     /// Time without a call.
     pub(super) idle: Duration,
@@ -67,7 +65,7 @@ pub(super) async fn serve_connection<S, B>(
     metrics: Arc<Metrics>,
     server: Server,
     service: S,
-    lifetime: Lifetime,
+    mut lifetime: Lifetime,
 ) where
     S: Service<http::Request<tonic::body::Body>, Response = http::Response<B>, Error = Infallible>
         + Clone
@@ -80,14 +78,26 @@ pub(super) async fn serve_connection<S, B>(
     // Responses are small and the client waits for each, so Nagle's delay would only slow it down.
     let _ = stream.set_nodelay(true);
     let handle = permit.handle().clone();
-    let secured = tokio::select! {
-        secured = security.secure(stream, listener, lifetime.handshake) => secured,
+    // Before h2: a peer that has said nothing costs little, and one that says nothing does not stay.
+    let begun = async {
+        let (stream, peer, certificate) = security.secure(stream, listener, lifetime.handshake).await?;
+        match timeout(lifetime.handshake, Prefaced::read_from(stream)).await {
+            Ok(stream) => Some((stream.ok()?, peer, certificate)),
+            Err(_) => {
+                handle.count_closed(CloseReason::SlowRequest);
+                None
+            }
+        }
+    };
+    let begun = tokio::select! {
+        begun = begun => begun,
         _ = handle.signalled(Signal::Drain) => None,
     };
-    let Some((stream, peer, certificate)) = secured else { return };
-    let handshake = Some((Box::pin(sleep(lifetime.handshake)), 0));
-    let peer = Arc::new(peer);
-    let connection = GrpcConnection { stream: Metered::new(stream, memory), handshake, permit, peer };
+    let Some((stream, peer, certificate)) = begun else { return };
+    if peer.identity().is_err() {
+        lifetime.idle = lifetime.idle.min(UNAUTHENTICATED_IDLE);
+    }
+    let connection = GrpcConnection { stream: Metered::new(stream, memory), permit, peer: Arc::new(peer) };
     // tonic stops when its stream of connections ends, so the stream stays pending after this one.
     let connections = stream::once(std::future::ready(Ok::<_, io::Error>(connection))).chain(stream::pending());
     let go_away = Notify::new();
@@ -152,11 +162,9 @@ pub(super) struct ConnectionInfo {
     pub(super) peer: Arc<Peer>,
 }
 
-/// A connection that fails after the deadline for its preface, and after [`Signal::Close`].
+/// A connection that fails after [`Signal::Close`].
 struct GrpcConnection {
-    stream: Metered<SecuredStream>,
-    /// The deadline for the preface and its bytes so far; `None` after the preface.
-    handshake: Option<(Pin<Box<Sleep>>, usize)>,
+    stream: Metered<Prefaced<SecuredStream>>,
     permit: Permit,
     peer: Arc<Peer>,
 }
@@ -195,21 +203,7 @@ impl Connected for GrpcConnection {
 impl AsyncRead for GrpcConnection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         self.check_open()?;
-        let before = buf.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if let Some((deadline, seen)) = &mut self.handshake {
-            if read.is_pending() {
-                if deadline.as_mut().poll(cx).is_ready() {
-                    self.permit.handle().count_closed(CloseReason::SlowRequest);
-                    return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-                }
-            } else {
-                *seen += buf.filled().len() - before;
-                if *seen >= PREFACE {
-                    self.handshake = None;
-                }
-            }
-        }
         self.poll_open(cx, read)
     }
 }

@@ -22,7 +22,7 @@ use futures::task::AtomicWaker;
 use tokio::time::{Sleep, sleep};
 use tracing::warn;
 
-use crate::metrics::{ConnectionClosed, LabelEnum as _, Metrics};
+use crate::metrics::{CloseReason, LabelEnum as _, ListenerKind, Metrics};
 
 /// How much memory peers may take.
 #[derive(Debug, Clone, Copy)]
@@ -111,15 +111,15 @@ impl MemoryBudget {
     }
 
     /// Counts a connection that is closed because of its peer, and logs at most one a minute.
-    pub(super) fn closed(&self, reason: ConnectionClosed) {
-        self.metrics.grpc.connections_closed.at(reason).inc();
+    pub(super) fn closed(&self, reason: CloseReason) {
+        self.metrics.connections.closed.at((ListenerKind::Grpc, reason)).inc();
         let mut last = self.last_warning.lock().unwrap_or_else(PoisonError::into_inner);
         if last.is_none_or(|last| last.elapsed() >= WARN_INTERVAL) {
             *last = Some(Instant::now());
             warn!(
                 reason = reason.as_str(),
                 "a gRPC connection is closed; further ones are not logged for a minute, \
-                 gangplank_grpc_connections_closed_total counts them"
+                 gangplank_connections_closed_total counts them"
             );
         }
     }
@@ -266,7 +266,7 @@ impl ConnectionMemory {
 
     /// Whether some response has not been read by the peer.
     pub(super) fn has_unsent(&self) -> bool {
-        self.lock_unsent().iter().any(|call| call.bytes.load(Relaxed) > 0)
+        self.unsent_bytes.load(Relaxed) > 0
     }
 
     /// How often to check [`ConnectionMemory::is_unread`].

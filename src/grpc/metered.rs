@@ -20,14 +20,14 @@ use tokio::{
 };
 use tonic::transport::server::Connected;
 
-use super::memory::{BudgetTimer, ConnectionMemory};
-use crate::metrics::ConnectionClosed;
+use super::{
+    memory::{BudgetTimer, ConnectionMemory},
+    preface::PREFACE,
+};
+use crate::metrics::CloseReason;
 
 /// Bytes of a DATA frame besides its payload: its slot in h2.
 pub(super) const FRAME_OVERHEAD: usize = 256;
-
-/// Bytes of the client's preface, which is not a frame (RFC 9113 §3.4).
-const PREFACE: usize = 24;
 
 /// A connection with its memory.
 pub(super) struct Metered<T> {
@@ -46,7 +46,7 @@ impl<T> Metered<T> {
         Self {
             io,
             memory,
-            received: FrameScanner { payload: PREFACE, ..FrameScanner::default() },
+            received: FrameScanner { payload: PREFACE.len(), ..FrameScanner::default() },
             sent: FrameScanner::default(),
             open: OpenStreams::default(),
             budget_timer: BudgetTimer::default(),
@@ -69,7 +69,7 @@ impl<T> Metered<T> {
         };
         while timer.as_mut().poll(cx).is_ready() {
             if self.memory.is_unread() {
-                self.memory.budget().closed(ConnectionClosed::Unread);
+                self.memory.budget().closed(CloseReason::SlowReader);
                 return Err(io::ErrorKind::TimedOut.into());
             }
             if !self.memory.has_unsent() {
@@ -131,7 +131,7 @@ impl<T: AsyncWrite + Unpin> Metered<T> {
             | Http2Frame::Data { stream, ends: true, .. }
             | Http2Frame::Reset { stream } => open.remove(stream),
             // RFC 9113 §7: 0 is NO_ERROR, which the server sends when it stops or when the connection is old.
-            Http2Frame::GoAway { code: 1.. } => memory.budget().closed(ConnectionClosed::ProtocolError),
+            Http2Frame::GoAway { code: 1.. } => memory.budget().closed(CloseReason::Malformed),
             Http2Frame::Headers { .. } | Http2Frame::Data { .. } | Http2Frame::GoAway { .. } => {}
         });
     }
@@ -339,7 +339,7 @@ mod tests {
             Http2Frame::Data { stream: 3, len: 256, ends: false },
         ];
         for piece in 1..bytes.len() {
-            let mut scanner = FrameScanner { payload: PREFACE, ..FrameScanner::default() };
+            let mut scanner = FrameScanner { payload: PREFACE.len(), ..FrameScanner::default() };
             let mut found = Vec::new();
             bytes.chunks(piece).for_each(|bytes| scanner.scan(bytes, &mut |frame| found.push(frame)));
             assert_eq!(found, expected, "in pieces of {piece}");

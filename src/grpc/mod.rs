@@ -17,6 +17,7 @@ mod joining;
 mod memory;
 mod metered;
 mod metered_request;
+mod preface;
 mod registry_service;
 mod security;
 mod writer_hint;

@@ -20,6 +20,7 @@ use super::{
 use crate::{
     kubernetes::api::{ReviewedToken, Reviews},
     metrics::{IdentityMetrics, ReviewKind},
+    net::backoff::jittered,
 };
 
 /// The audience of tokens for gangplank: `kubectl create token NAME --audience gangplank`.
@@ -112,7 +113,7 @@ impl TokenReviews {
     pub(super) async fn end(&self, token: &BearerToken, identity: &Identity) -> Unauthenticated {
         let mut confirmed = Instant::now();
         // Not all at one moment, when a thousand streams begin at once.
-        sleep(MIN_INTERVAL.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+        sleep(jittered(MIN_INTERVAL)).await;
         loop {
             match self.review(token, REVIEW_INTERVAL).await {
                 Ok(Reviewed { verdict: Verdict::Yes(found), at }) if *found == *identity => {

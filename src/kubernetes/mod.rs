@@ -52,7 +52,7 @@ use crate::{
 
 /// How to reach Kubernetes, and what to write there.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct KubernetesOptions {
     /// `None`: the ServiceAccount of the pod.
     pub kubeconfig: Option<PathBuf>,
     /// Where the Lease is. `None`: the namespace of the ServiceAccount, or of the kubeconfig's context.
@@ -86,7 +86,7 @@ pub struct Kubernetes {
     addresses: Vec<ServerAddress>,
     /// Followed, with a CA of gangplank's own.
     secrets: Option<Arc<Secrets>>,
-    options: Options,
+    options: KubernetesOptions,
 }
 
 impl fmt::Debug for Kubernetes {
@@ -102,7 +102,7 @@ impl Kubernetes {
     /// # Errors
     /// When there is no usable kubeconfig, or no ServiceAccount where none was given.
     pub async fn connect(
-        options: Options,
+        options: KubernetesOptions,
         addresses: Vec<ServerAddress>,
         secrets: Option<Arc<Secrets>>,
     ) -> Result<Self, ConnectError> {
@@ -228,7 +228,7 @@ impl Kubernetes {
         registry: RegistryHandle,
         metrics: Arc<Metrics>,
     ) -> Mirror {
-        let Options {
+        let KubernetesOptions {
             kubeconfig: _,
             lease_namespace: _,
             grpc_service: _,
@@ -240,7 +240,7 @@ impl Kubernetes {
             publish_not_ready,
             validator,
         } = self.options;
-        let options = mirror::Options {
+        let options = mirror::MirrorOptions {
             create_namespaces,
             max_endpoints,
             endpoints_object,

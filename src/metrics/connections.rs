@@ -38,7 +38,7 @@ label_enum! {
         SlowRequest => "slow_request",
         /// The peer took too long to read its answers.
         SlowReader => "slow_reader",
-        /// The octets are not a request.
+        /// The octets are not a request, or break a rule of the protocol; or it reset too many calls.
         Malformed => "malformed",
     }
 }

@@ -112,16 +112,6 @@ label_enum! {
     }
 }
 
-label_enum! {
-    /// Why the server closed a connection.
-    pub enum ConnectionClosed {
-        /// The peer left responses unread.
-        Unread => "unread",
-        /// The peer broke a rule of HTTP/2, or reset too many calls.
-        ProtocolError => "protocol_error",
-    }
-}
-
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Handled {
     #[prometheus(flatten)]
@@ -138,8 +128,6 @@ pub struct GrpcMetrics {
     pub streams: Gauge,
     /// Calls turned away because too many were open.
     pub streams_rejected: Counter,
-    /// Connections that the server closed.
-    pub connections_closed: EnumCounter<ConnectionClosed>,
     /// Bytes that are held for peers: unread frames, unanswered registrations, unread responses.
     pub buffered_bytes: Gauge,
     /// Times that a call or a connection found no memory left for it and waited.
@@ -174,18 +162,11 @@ impl GrpcMetrics {
             "reason",
             "Watches that were ended with a restart message, by reason",
         );
-        let connections_closed = EnumCounter::register(
-            all,
-            "gangplank_grpc_connections_closed",
-            "reason",
-            "gRPC connections that the server closed for what their peer did",
-        );
         let made = Self {
             handled,
             handling,
             streams: Gauge::default(),
             streams_rejected: Counter::default(),
-            connections_closed,
             buffered_bytes: Gauge::default(),
             memory_waits: Counter::default(),
             registrations,

@@ -23,7 +23,7 @@ use prometheus_client::registry::Registry;
 
 pub use connections::{CloseReason, ConnectionMetrics, HandshakeFailure, ListenerKind};
 pub use dns::DnsMetrics;
-pub use grpc::{ConnectionClosed, GrpcMetrics, Method, RegistrationKind, RegistrationStatus, WatchEnd};
+pub use grpc::{GrpcMetrics, Method, RegistrationKind, RegistrationStatus, WatchEnd};
 pub use guard::GaugeGuard;
 pub use identity::{AuthenticationFailure, Decision, IdentityMetrics, QuotaKind, ReviewKind, ReviewResult};
 pub use joining::{JoinResult, JoiningMetrics};

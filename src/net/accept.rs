@@ -85,7 +85,7 @@ async fn admitted(listener: &TcpListener, limiter: &Arc<ConnectionLimiter>) -> (
             info!(listener = limiter.listener(), "connections are accepted again");
         }
         // A refused connection is closed at once, so that the peer can try another server.
-        if let Ok(permit) = limiter.acquire(peer.ip()).await {
+        if let Some(permit) = limiter.acquire(peer.ip()).await {
             return (stream, permit);
         }
     }

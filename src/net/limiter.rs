@@ -167,9 +167,8 @@ impl ConnectionLimiter {
     /// Admits a connection of `peer`. At the limit, the idlest connection of the peer with the most
     /// connections is closed first.
     ///
-    /// # Errors
-    /// When the peer is at its limit, no connection can be evicted within a second, or the server stops.
-    pub async fn acquire(self: &Arc<Self>, peer: IpAddr) -> Result<Permit, CloseReason> {
+    /// `None` when the peer is at its limit, no connection can be evicted within a second, or the server stops.
+    pub async fn acquire(self: &Arc<Self>, peer: IpAddr) -> Option<Permit> {
         let peer = peer_group(peer);
         let admitted = async {
             let mut victim = None;
@@ -184,7 +183,7 @@ impl ConnectionLimiter {
             }
         };
         let admitted = timeout(EVICTION_TIMEOUT, admitted).await.unwrap_or(Err(CloseReason::Full));
-        admitted.inspect_err(|&reason| self.count_closed(reason))
+        admitted.inspect_err(|&reason| self.count_closed(reason)).ok()
     }
 
     /// `None` while `victim`, an evicted connection, has not ended yet.

@@ -8,10 +8,12 @@
 //! 4. [`run_on_runtime`] gives a transport threads of its own, so that a flood of one does not delay
 //!    the others.
 //! 5. [`tls`] does the handshakes of the listeners that have a certificate.
+//! 6. [`backoff`] says how long a client of another server waits before it tries again.
 //!
 //! Independent of protocols: transports import this module, and it imports `metrics` only.
 
 mod accept;
+pub mod backoff;
 mod budget;
 mod limiter;
 mod runtime;

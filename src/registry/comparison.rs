@@ -19,7 +19,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Catalog, KubernetesState, RefusalReason, RefusedWord, WriterMessage,
+    Catalog, KubernetesState, RefusedWord, WordRefusal, WriterMessage,
     cluster_facts::is_reserved,
     restore::{self, Comparison, LocalState, Stored},
 };
@@ -106,7 +106,7 @@ fn run(request: ComparisonRequest, number: u64, local: &LocalState, catalog: &Ca
     let new_term = (DirectoryTerm::new(term) != local.term).then_some(term);
     // An error means that the writer has ended; then the caller does not wait for the term either.
     let refused = refused.into_iter().map(|(service, instance)| {
-        let (id, reason) = (instance.id(), RefusalReason::TooOld);
+        let (id, reason) = (instance.id(), WordRefusal::TooOld);
         RefusedWord { service, id, reason }
     });
     let refused = refused.collect();

@@ -10,7 +10,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tracing::warn;
 
 use super::{
-    KubernetesRefusal, OutboxWord, RefusalReason, RefusedWord, RegistryHandle, Unavailable, Writer, WriterMessage,
+    KubernetesRefusal, OutboxWord, RefusedWord, RegistryHandle, Unavailable, WordRefusal, Writer, WriterMessage,
     cluster_facts::is_reserved, decide::Decider, writer::PendingAcks,
 };
 use crate::{
@@ -40,7 +40,7 @@ pub enum MergeOutcome {
     Refused(KubernetesRefusal),
     /// The limit of registered instances is reached.
     Full {
-        /// [`Options::max_instances`](super::Options::max_instances).
+        /// [`RegistryOptions::max_instances`](super::RegistryOptions::max_instances).
         limit: usize,
     },
     /// Its stamp is this far ahead of the clock of this machine.
@@ -49,13 +49,13 @@ pub enum MergeOutcome {
 
 impl MergeOutcome {
     /// Why the word does not count, if that is not for another word on the instance.
-    fn refusal(&self) -> Option<RefusalReason> {
+    fn refusal(&self) -> Option<WordRefusal> {
         match self {
             Self::Merged | Self::Outranked => None,
-            Self::TooOld => Some(RefusalReason::TooOld),
-            Self::Refused(refusal) => Some(RefusalReason::Forbidden(*refusal)),
-            Self::Full { .. } => Some(RefusalReason::Full),
-            Self::ClockAhead(_) => Some(RefusalReason::ClockAhead),
+            Self::TooOld => Some(WordRefusal::TooOld),
+            Self::Refused(refusal) => Some(WordRefusal::Forbidden(*refusal)),
+            Self::Full { .. } => Some(WordRefusal::Full),
+            Self::ClockAhead(_) => Some(WordRefusal::ClockAhead),
         }
     }
 }
@@ -143,7 +143,7 @@ impl Writer {
         let mut refused = Vec::new();
         let outcomes = words.into_iter().map(|word| {
             let outcome = self.decider.merge(&word, now);
-            let reason = outcome.refusal().filter(|reason| late.is_some() || *reason == RefusalReason::TooOld);
+            let reason = outcome.refusal().filter(|reason| late.is_some() || *reason == WordRefusal::TooOld);
             if let Some(reason) = reason {
                 let OutboxWord { service, id, stamp, .. } = word;
                 warn!(

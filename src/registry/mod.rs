@@ -65,8 +65,8 @@ pub use merge::{LateSlice, MergeAck, MergeOutcome};
 pub use mirror_progress::{Askers, DirtyServices, MirrorLag, MirrorProgress};
 pub use outbox::{OutboxPage, OutboxWord};
 pub use quota::{AnnotatedQuota, InstanceQuotas, QuotaExceeded};
-pub use recover::{Options, Unrecovered, new};
-pub use refused_words::{RefusalReason, RefusedWord, RefusedWords};
+pub use recover::{RegistryOptions, Unrecovered, new};
+pub use refused_words::{RefusedWord, RefusedWords, WordRefusal};
 pub use replica::ReplicaStatus;
 pub use requester::Requester;
 pub use restore::KubernetesState;
@@ -135,7 +135,7 @@ pub enum Outcome {
     },
     /// The limit of registered instances is reached.
     Full {
-        /// [`Options::max_instances`].
+        /// [`RegistryOptions::max_instances`].
         limit: usize,
     },
     /// A quota is used up; nothing was added.

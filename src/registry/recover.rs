@@ -22,7 +22,7 @@ use crate::{
 
 /// The configuration of a registry.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct RegistryOptions {
     /// Instances that may be registered; more get [`Outcome::Full`](super::Outcome::Full).
     pub max_instances: usize,
     /// How many of them an identity and a namespace may have.
@@ -44,12 +44,12 @@ pub struct Unrecovered {
     mirror_progress: Arc<MirrorProgress>,
     refused_words: Arc<RefusedWords>,
     metrics: Arc<Metrics>,
-    options: Options,
+    options: RegistryOptions,
 }
 
 /// A registry: its handle, and the state that [`Unrecovered::recover`] makes into its writer.
 #[must_use]
-pub fn new(options: Options, metrics: Arc<Metrics>) -> (RegistryHandle, Unrecovered) {
+pub fn new(options: RegistryOptions, metrics: Arc<Metrics>) -> (RegistryHandle, Unrecovered) {
     let (sender, queue) = mpsc::channel(QUEUE_LEN);
     let catalog = Arc::new(Catalog::default());
     let feed = Arc::new(Feed::new());
@@ -90,7 +90,7 @@ impl Unrecovered {
     pub fn recover(
         self,
         data_dir: DataDir,
-        options: &store::Options,
+        options: &store::StoreOptions,
         publisher: Publisher,
         progress: &mut dyn FnMut(RecoveryProgress),
     ) -> Result<Writer, StoreError> {
@@ -102,7 +102,7 @@ impl Unrecovered {
             mirror_progress,
             refused_words,
             metrics,
-            options: Options { max_instances, quotas, deny_addresses, kubernetes },
+            options: RegistryOptions { max_instances, quotas, deny_addresses, kubernetes },
         } = self;
         let mut stored = Replayed::default();
         let mut take = |record| stored.replay(record);

@@ -21,12 +21,12 @@ pub struct RefusedWord {
     /// The instance.
     pub id: InstanceId,
     /// Why it does not count.
-    pub reason: RefusalReason,
+    pub reason: WordRefusal,
 }
 
 /// Why a word does not count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum RefusalReason {
+pub enum WordRefusal {
     /// A registration whose removal may be forgotten.
     TooOld,
     /// The cluster, as it is now, forbids it.
@@ -37,7 +37,7 @@ pub enum RefusalReason {
     ClockAhead,
 }
 
-impl fmt::Display for RefusalReason {
+impl fmt::Display for WordRefusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::TooOld => "too old to count",
@@ -89,7 +89,7 @@ mod tests {
     fn refused_words_are_kept_up_to_a_limit_and_taken_once() {
         let refused = RefusedWords::default();
         let (service, id) = (key("web.prod"), instance(&spec("10.0.0.1", &["http:80"])).id());
-        let word = RefusedWord { service, id, reason: RefusalReason::TooOld };
+        let word = RefusedWord { service, id, reason: WordRefusal::TooOld };
         refused.add(vec![word.clone(); MAX_WORDS - 1]);
         refused.add(vec![word; 2]);
         assert_eq!(refused.take().now_or_never().map(|words| words.len()), Some(MAX_WORDS));

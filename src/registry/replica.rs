@@ -16,7 +16,7 @@ use crate::{
 /// What the tasks that speak with Kubernetes have learnt.
 #[derive(Debug)]
 pub struct ReplicaStatus {
-    state: Mutex<State>,
+    state: Mutex<ReplicaState>,
     role: watch::Sender<CurrentRole>,
 }
 
@@ -31,7 +31,7 @@ pub(crate) struct CurrentRole {
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct ReplicaState {
     /// As the Lease names its holder.
     name: String,
     /// Where this process takes registrations when it writes.
@@ -148,7 +148,7 @@ impl ReplicaStatus {
         self.lock().lease_renewed.map(|renewed| renewed.elapsed())
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ReplicaState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

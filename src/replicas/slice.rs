@@ -37,7 +37,7 @@ pub enum Judgement {
 
 /// What a writer knows when it judges a slice.
 #[derive(Debug, Clone, Copy)]
-pub struct Writer<'a, K, V> {
+pub struct JudgingWriter<'a, K, V> {
     /// Its directory.
     pub id: DirectoryId,
     /// Its term.
@@ -51,7 +51,7 @@ pub struct Writer<'a, K, V> {
 impl<K: Ord + Clone, V: Clone + PartialEq> SliceRecord<K, V> {
     /// How `writer` takes this slice.
     #[must_use]
-    pub fn judge(&self, writer: Writer<'_, K, V>) -> Judgement {
+    pub fn judge(&self, writer: JudgingWriter<'_, K, V>) -> Judgement {
         if self.term > writer.highest_term {
             Judgement::Forged
         } else if self.term > writer.term {
@@ -116,8 +116,9 @@ mod tests {
     #[test]
     fn term_and_writer_say_what_a_slice_is() {
         let sent = record(5, 1, &[(1, Some(1), 1)]);
-        let judged =
-            |slice: SliceRecord<u8, u8>| slice.judge(Writer { id: ME, term: 5, highest_term: 9, sent: Some(&sent) });
+        let judged = |slice: SliceRecord<u8, u8>| {
+            slice.judge(JudgingWriter { id: ME, term: 5, highest_term: 9, sent: Some(&sent) })
+        };
         assert_eq!(judged(record(10, 1, &[])), Judgement::Forged, "no Lease had that term");
         assert_eq!(judged(record(6, 1, &[])), Judgement::Outranks);
         assert_eq!(judged(sent.clone()), Judgement::Own);

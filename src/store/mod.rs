@@ -15,12 +15,12 @@
 //! 1. An acknowledged batch is durable, whole. Any other batch is stored whole or not at all
 //!    (`journal.rs`).
 //! 2. What is read is what was written, or the start reports where it is not (`frame.rs`,
-//!    `recover.rs`). A start never drops acknowledged records, except with [`Options::accept_loss`].
+//!    `recover.rs`). A start never drops acknowledged records, except with [`StoreOptions::accept_loss`].
 //! 3. After a failed write or sync nothing is acknowledged until a restart (`journal.rs`).
 //! 4. Compaction never delays a registration and never loses anything (`compaction.rs`).
 //! 5. Nothing is acknowledged once the directory is removed under the process (`disk.rs`).
 //! 6. The stored generation never decreases, and one process at a time uses the directory.
-//! 7. With [`Options::outbox`], every change that Kubernetes lacks is kept until Kubernetes has
+//! 7. With [`StoreOptions::outbox`], every change that Kubernetes lacks is kept until Kubernetes has
 //!    it, removals included (`outbox.rs`). Once a directory had a term, snapshots keep removals for the lifetime of
 //!    tombstones, except those that a [`Record::RefuseBefore`] of their service covers (`compaction.rs`).
 //!
@@ -95,14 +95,14 @@ pub enum Record {
         /// The highest clock of such a removal: microseconds since 1970, see [`Stamp::clock`].
         clock: u64,
     },
-    /// Kubernetes has every change of a service up to a generation. Only with [`Options::outbox`].
+    /// Kubernetes has every change of a service up to a generation. Only with [`StoreOptions::outbox`].
     Mirrored {
         /// The service.
         service: ServiceKey,
         /// The highest such generation.
         generation: u64,
     },
-    /// The term of the directory; the last one counts. Only with [`Options::outbox`].
+    /// The term of the directory; the last one counts. Only with [`StoreOptions::outbox`].
     Term(DirectoryTerm),
 }
 
@@ -125,7 +125,7 @@ impl DirectoryTerm {
 
 /// Settings of the store.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct StoreOptions {
     /// Start although acknowledged records are lost to corruption (`--accept-loss`). Default false.
     pub accept_loss: bool,
     /// Size in bytes at which a segment is closed and compacted in the background. Default 64 MiB.
@@ -134,7 +134,7 @@ pub struct Options {
     pub outbox: bool,
 }
 
-impl Default for Options {
+impl Default for StoreOptions {
     fn default() -> Self {
         Self { accept_loss: false, segment_bytes: 64 << 20, outbox: false }
     }
@@ -169,9 +169,9 @@ pub struct RecoveryReport {
     /// The changes that Kubernetes lacks, by generation: the last `Put` or `Remove` of each instance
     /// that no later [`Record::Mirrored`] of its service covers. It may name services without
     /// instances; the mirror has to confirm those too. After a crash or an accepted loss it may
-    /// include changes that Kubernetes has. Empty without [`Options::outbox`].
+    /// include changes that Kubernetes has. Empty without [`StoreOptions::outbox`].
     pub outbox: Vec<Record>,
-    /// Whether removals are remembered: with [`Options::outbox`], and in a directory that ever had a term.
+    /// Whether removals are remembered: with [`StoreOptions::outbox`], and in a directory that ever had a term.
     pub tombstones: bool,
 }
 
@@ -244,7 +244,7 @@ impl DataDir {
     /// [`StoreError::Corrupt`], unless the loss is accepted; [`StoreError::Newer`]; [`StoreError::Io`].
     pub fn recover(
         self,
-        options: &Options,
+        options: &StoreOptions,
         metrics: Arc<Metrics>,
         record: &mut dyn FnMut(Record),
         progress: &mut dyn FnMut(RecoveryProgress),

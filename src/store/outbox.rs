@@ -25,7 +25,7 @@ use super::{
 /// The outbox, collected while a start reads the files.
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
-    /// [`super::Options::outbox`]; without it only the term is collected.
+    /// [`super::StoreOptions::outbox`]; without it only the term is collected.
     enabled: bool,
     /// By the instance's key: since which generation it is unmirrored, and its last record.
     unmirrored: BTreeMap<Vec<u8>, (u64, Record)>,

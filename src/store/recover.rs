@@ -15,7 +15,7 @@ use std::{
 use tracing::warn;
 
 use super::{
-    Corruption, DirectoryTerm, Journal, Options, Record, RecoveryProgress, RecoveryReport, StoreError,
+    Corruption, DirectoryTerm, Journal, Record, RecoveryProgress, RecoveryReport, StoreError, StoreOptions,
     clean_stop::{CLEAN_STOP, CleanStop},
     compaction::{CORRUPT_SUFFIX, ClosedFile, CompactionPlan, StoreContext, compact},
     disk::Directory,
@@ -36,7 +36,7 @@ const PROGRESS_INTERVAL: u64 = 4 << 20;
 pub(super) struct StoreOpener<'o> {
     pub(super) files: Arc<dyn Directory>,
     pub(super) dir: PathBuf,
-    pub(super) options: &'o Options,
+    pub(super) options: &'o StoreOptions,
     pub(super) metrics: Arc<Metrics>,
 }
 

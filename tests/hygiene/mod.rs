@@ -53,7 +53,7 @@ const WATCH: &str = "/gangplank.v1.Discovery/Watch";
 const STREAM: &str = "/registry.ServiceRegistry/RegistrationEvent";
 
 /// Connections that were closed because their peer left responses unread.
-const UNREAD: &str = "gangplank_grpc_connections_closed_total{reason=\"unread\"}";
+const UNREAD: &str = "gangplank_connections_closed_total{listener=\"grpc\",reason=\"slow_reader\"}";
 
 fn sized(short: usize, long: usize) -> usize {
     if env::var("GANGPLANK_ATTACK").is_ok_and(|form| form == "long") { long } else { short }
@@ -405,7 +405,7 @@ fn rapid_resets_close_the_connection_and_not_the_log() {
     let warnings = said.lines().filter(|line| line.contains("WARN")).count();
     println!(
         "{} protocol errors, {warnings} warnings",
-        target.metric("gangplank_grpc_connections_closed_total{reason=\"protocol_error\"}")
+        target.metric("gangplank_connections_closed_total{listener=\"grpc\",reason=\"malformed\"}")
     );
     assert!(warnings <= 2, "{warnings} warnings:\n{said}");
 }

@@ -2,7 +2,7 @@
 
 use tempfile::TempDir;
 
-use super::MirrorHarness;
+use super::{MirrorHarness, events};
 use crate::{
     identity::{
         connect,
@@ -60,6 +60,11 @@ fn addresses_of_services_and_outside_the_annotation_are_refused_to_identities() 
     assert!(status == 403 && details.contains("is invalid: \"10.72.1.0/99\""), "{status} {details}");
     let log = harness.server.stderr();
     assert!(log.contains("the annotation is invalid") && log.contains("gangplank.dev/addresses"), "{log}");
+    let event = wait_until("an Event tells the namespace's owner", || {
+        events(harness.cluster, "addressed", "InvalidAnnotation").pop()
+    });
+    assert_eq!(event.0, "Namespace addressed");
+    assert!(event.1.contains("gangplank.dev/addresses is invalid"), "{}", event.1);
     annotate("-");
     wait_until("no limit", || (register("10.72.3.1").0 < 300).then_some(()));
 }

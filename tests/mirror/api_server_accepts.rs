@@ -30,9 +30,9 @@ const CASES: usize = 300;
 const OF_A_SERVICE: usize = 6;
 
 /// As long as a namespace can be.
-const LONGEST: &str = "n23456789-123456789-123456789-123456789-123456789-123456789-123";
+const MAX_LABEL: &str = "n23456789-123456789-123456789-123456789-123456789-123456789-123";
 
-/// Addresses at the edges of what is an address, those too that the door refuses.
+/// Addresses at the edges of what is an address, also those that the validator refuses.
 const ADDRESSES: &[&str] = &[
     "100.64.0.1",
     "192.0.2.255",
@@ -83,7 +83,7 @@ fn service_name() -> impl Strategy<Value = String> {
     prop_oneof![4 => label(), 1 => "[a-z][-a-z0-9]{61}[a-z0-9]", 2 => "[a-z][a-z0-9]{0,5}"]
 }
 
-/// Addresses of all kinds, those too that the door refuses.
+/// Addresses of all kinds, also those that the validator refuses.
 fn address() -> impl Strategy<Value = String> {
     prop_oneof![
         4 => any::<[u8; 4]>().prop_map(|octets| std::net::Ipv4Addr::from(octets).to_string()),
@@ -126,7 +126,7 @@ fn spec() -> impl Strategy<Value = InstanceSpec> {
 /// Everything as long as it can be, at every address that is admitted.
 fn edges() -> (ServiceKey, CowTree<Arc<Instance>>) {
     let long = |letter: &str| letter.repeat(63);
-    let key = VALIDATOR.service(LONGEST, &long("s")).expect("63 characters are a label");
+    let key = VALIDATOR.service(MAX_LABEL, &long("s")).expect("63 characters are a label");
     let port = |number: i64| PortSpec {
         number,
         protocol: Protocol::ALL[usize::try_from(number % 3).expect("small")],
@@ -151,11 +151,11 @@ fn edges() -> (ServiceKey, CowTree<Arc<Instance>>) {
     (key, table)
 }
 
-/// Services with instances that the door let in, until there are `cases` instances.
+/// Services with instances that the validator admits, until there are `cases` instances.
 fn generated(cases: usize) -> Vec<(ServiceKey, CowTree<Arc<Instance>>)> {
     let mut runner = TestRunner::new(Config::default());
     let service = (
-        prop::sample::select(vec!["door", LONGEST]),
+        prop::sample::select(vec!["accepts", MAX_LABEL]),
         service_name(),
         prop::collection::vec(spec(), 1..=4 * OF_A_SERVICE),
     );
@@ -210,7 +210,7 @@ fn objects(services: &[(ServiceKey, CowTree<Arc<Instance>>)]) -> Vec<Value> {
 #[test]
 fn accepted_registrations_are_valid_kubernetes_objects() {
     let Some(cluster) = Cluster::shared() else { return };
-    for namespace in ["door", LONGEST] {
+    for namespace in ["accepts", MAX_LABEL] {
         cluster.create_namespace(namespace);
     }
     let cases = env::var("GANGPLANK_ACCEPTED_CASES").map_or(CASES, |text| text.parse().expect("a number of cases"));

@@ -10,7 +10,7 @@ use hickory_proto::rr::RecordType;
 use tokio::runtime::Builder;
 use tonic::Code;
 
-use super::{ClusterLock, addresses, dns_name, make_namespace, replica::Replica, wait_for_addresses};
+use super::{ClusterLock, addresses, dns_name, events, make_namespace, replica::Replica, wait_for_addresses};
 use crate::support::{
     dns::{Over, answers},
     proxy::{Fault, Proxy},
@@ -148,19 +148,6 @@ fn words_of_a_paused_writer_are_handed_over_when_it_goes_on() {
     wait_until("the outbox is empty", || (first.metric("gangplank_registry_outbox_words") == 0.0).then_some(()));
 }
 
-/// The Events with this reason in a namespace: what each is about, and its note.
-fn events(lock: &ClusterLock, namespace: &str, reason: &str) -> Vec<(String, String)> {
-    let list = lock.cluster.get_json(&format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events"));
-    let events = list["items"].as_array().expect("a list").iter().filter(|event| event["reason"] == reason);
-    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
-    events
-        .map(|event| {
-            let about = &event["regarding"];
-            (format!("{} {}", text(&about["kind"]), text(&about["name"])), text(&event["note"]))
-        })
-        .collect()
-}
-
 #[test]
 fn words_that_are_too_old_are_told_by_an_event() {
     let Some(lock) = ClusterLock::take() else { return };
@@ -186,7 +173,7 @@ fn words_that_are_too_old_are_told_by_an_event() {
     assert_eq!(first.metric("gangplank_registry_refused_words_total"), 2.0);
     let about = |namespace: &str, object: &str, instance: &str| {
         wait_until(&format!("an Event about the {object}"), || {
-            let events = events(&lock, namespace, "RegistrationTooOld");
+            let events = events(lock.cluster, namespace, "RegistrationTooOld");
             events.iter().any(|(about, note)| about == object && note.contains(instance)).then_some(())
         });
     };

@@ -253,3 +253,16 @@ fn dns_name(namespace: &str, service: &str) -> String {
 fn resolve(server: &Server, namespace: &str, service: &str) -> Vec<String> {
     answers(server.dns, Over::Tcp, &dns_name(namespace, service), RecordType::A)
 }
+
+/// The Events with this reason in a namespace: what each is about, and its note.
+fn events(cluster: &Cluster, namespace: &str, reason: &str) -> Vec<(String, String)> {
+    let list = cluster.get_json(&format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events"));
+    let events = list["items"].as_array().expect("a list").iter().filter(|event| event["reason"] == reason);
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    events
+        .map(|event| {
+            let about = &event["regarding"];
+            (format!("{} {}", text(&about["kind"]), text(&about["name"])), text(&event["note"]))
+        })
+        .collect()
+}

@@ -13,7 +13,7 @@ use std::{
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{Client, ClientError, ClientTls, MutationResponse};
-use crate::model::InstanceSpec;
+use crate::{model::InstanceSpec, net::backoff::Backoff};
 
 /// Most servers of one round that refusals name. A wrong hint costs a connection each.
 const MAX_HINTS: usize = 8;
@@ -56,7 +56,7 @@ enum Mutation {
 
 /// One round: each server once.
 #[derive(Debug, Default)]
-struct Round {
+struct AttemptRound {
     attempts: Vec<Attempt>,
     /// Whether a server answered, and refused.
     refused: bool,
@@ -133,27 +133,26 @@ impl Servers {
         spec: &InstanceSpec,
     ) -> Result<MutationResponse, ClientError> {
         let deadline = Instant::now() + self.patience;
-        let mut backoff = MIN_BACKOFF;
+        let mut backoff = Backoff::new(MIN_BACKOFF, MAX_BACKOFF);
         loop {
-            let mut round = Round::default();
+            let mut round = AttemptRound::default();
             if let Some(ended) = self.round(&mut round, deadline, mutation, namespace, name, spec).await {
                 return ended;
             }
-            let Round { attempts, refused, .. } = round;
-            let pause = backoff.mul_f64(0.5 + fastrand::f64() / 2.0);
+            let AttemptRound { attempts, refused, .. } = round;
+            let pause = backoff.next_pause();
             // Where nobody answers at all, nobody will take over.
             if !refused || Instant::now() + pause >= deadline {
                 return Err(ClientError::NoneAnswered { attempts });
             }
             sleep(pause).await;
-            backoff = (2 * backoff).min(MAX_BACKOFF);
         }
     }
 
     /// Asks each server once. Returns the result of the call unless another server may take it.
     async fn round(
         &self,
-        round: &mut Round,
+        round: &mut AttemptRound,
         deadline: Instant,
         mutation: Mutation,
         namespace: &str,

@@ -113,16 +113,16 @@ impl HandOverService {
         let results = words.into_iter().map(|word| {
             let answer = match word {
                 // As long as this process is as strict as that. The word may be registered again meanwhile.
-                Err(invalid) => Answer::Now(WireResult::NotYet, invalid),
+                Err(invalid) => WordAnswer::Now(WireResult::NotYet, invalid),
                 Ok(word) => match outcomes.next() {
-                    Some(outcome) => Answer::to(&word, outcome),
-                    None => Answer::Now(WireResult::NotYet, String::new()),
+                    Some(outcome) => WordAnswer::to(&word, outcome),
+                    None => WordAnswer::Now(WireResult::NotYet, String::new()),
                 },
             };
             async move {
                 let (result, details) = match answer {
-                    Answer::Now(result, details) => (result, details),
-                    Answer::Mirrored(result, word) => {
+                    WordAnswer::Now(result, details) => (result, details),
+                    WordAnswer::Mirrored(result, word) => {
                         let address = word.id.address.ip();
                         let confirmed = registry.mirror_progress().confirmed(&word.service, generation, address);
                         match timeout_at(until, confirmed).await {
@@ -139,15 +139,15 @@ impl HandOverService {
 }
 
 /// How a word is answered.
-enum Answer {
+enum WordAnswer {
     Now(WireResult, String),
     /// When Kubernetes has the service of the word.
     Mirrored(WireResult, OutboxWord),
 }
 
-impl Answer {
+impl WordAnswer {
     fn to(word: &OutboxWord, outcome: MergeOutcome) -> Self {
-        let not_yet = |why: String| Self::Now(WireResult::NotYet, why);
+        let not_yet = |details: String| Self::Now(WireResult::NotYet, details);
         match outcome {
             MergeOutcome::Merged => Self::Mirrored(WireResult::Confirmed, word.clone()),
             // The later word may be in the journal only: then the sender keeps its own until it is not.
@@ -157,12 +157,12 @@ impl Answer {
                 "too old to count, because its removal may have been forgotten; it has to be registered again".into(),
             ),
             MergeOutcome::Refused(err) => {
-                let why = match err {
+                let details = match err {
                     KubernetesRefusal::Reserved => "it is the cluster's own",
                     KubernetesRefusal::NamespaceAbsent => "the namespace does not exist",
                     KubernetesRefusal::ForeignService => "the Service is not managed by gangplank",
                 };
-                not_yet(format!("{}: {why}", word.service))
+                not_yet(format!("{}: {details}", word.service))
             }
             MergeOutcome::Full { limit } => not_yet(format!("the server holds {limit} instances, which is its limit")),
             MergeOutcome::ClockAhead(lead) if lead > MAX_CLOCK_WAIT => Self::Now(
@@ -226,9 +226,9 @@ mod tests {
         let id = InstanceId { address, ports: PortSet::default() };
         let service = VALIDATOR.service("prod", "web").expect("valid");
         let word = OutboxWord { service, id, instance: None, stamp: Stamp::default() };
-        let result = |seconds| match Answer::to(&word, MergeOutcome::ClockAhead(Duration::from_secs(seconds))) {
-            Answer::Now(result, _) => Some(result),
-            Answer::Mirrored(..) => None,
+        let result = |seconds| match WordAnswer::to(&word, MergeOutcome::ClockAhead(Duration::from_secs(seconds))) {
+            WordAnswer::Now(result, _) => Some(result),
+            WordAnswer::Mirrored(..) => None,
         };
         assert_eq!([3_600, 3_601].map(result), [Some(WireResult::NotYet), Some(WireResult::TooOld)]);
     }

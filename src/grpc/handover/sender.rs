@@ -25,7 +25,10 @@ use crate::{
     },
     metrics::{HandOverResult, Metrics},
     model::Stamp,
-    net::tls::{ClientPem, ServerTls},
+    net::{
+        backoff::{Backoff, jittered},
+        tls::{ClientPem, ServerTls},
+    },
     registry::{LeaseHolder, OutboxPage, OutboxWord, RegistryHandle, Unavailable},
 };
 
@@ -75,7 +78,7 @@ struct Sender {
 
 /// How a round ended.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Round {
+struct HandOverRound {
     /// Words that left the outbox.
     done: usize,
     /// Words that stay.
@@ -84,7 +87,7 @@ struct Round {
 
 impl Sender {
     async fn run(mut self) -> Result<(), Unavailable> {
-        let mut backoff = MIN_BACKOFF;
+        let mut backoff = Backoff::new(MIN_BACKOFF, MAX_BACKOFF);
         loop {
             let holder = self.holder.borrow_and_update().clone();
             let addressed = holder.filter(|holder| !holder.addresses.is_empty());
@@ -93,13 +96,16 @@ impl Sender {
                 Some(holder) => {
                     let round = self.round(&holder).await?;
                     if round.done > 0 {
-                        let Round { done, left } = round;
+                        let HandOverRound { done, left } = round;
                         info!(holder = holder.name, done, left, "words that Kubernetes lacked were handed over");
-                        backoff = MIN_BACKOFF;
+                        backoff.reset();
                     }
-                    let pause = if round.left == 0 { IDLE_INTERVAL } else { backoff };
-                    backoff = if round.left == 0 { MIN_BACKOFF } else { (2 * backoff).min(MAX_BACKOFF) };
-                    Some(pause.mul_f64(0.5 + fastrand::f64() / 2.0))
+                    Some(if round.left == 0 {
+                        backoff.reset();
+                        jittered(IDLE_INTERVAL)
+                    } else {
+                        backoff.next_pause()
+                    })
                 }
             };
             tokio::select! {
@@ -108,7 +114,7 @@ impl Sender {
                     if changed.is_err() {
                         return Ok(());
                     }
-                    backoff = MIN_BACKOFF;
+                    backoff.reset();
                 }
                 () = sleep(pause.unwrap_or_default()), if pause.is_some() => {}
             }
@@ -116,8 +122,8 @@ impl Sender {
     }
 
     /// Sends every word of the outbox once.
-    async fn round(&mut self, holder: &LeaseHolder) -> Result<Round, Unavailable> {
-        let (mut round, mut after) = (Round::default(), None::<Stamp>);
+    async fn round(&mut self, holder: &LeaseHolder) -> Result<HandOverRound, Unavailable> {
+        let (mut round, mut after) = (HandOverRound::default(), None::<Stamp>);
         let mut client = None;
         loop {
             let OutboxPage { words, total } = self.registry.outbox(after, MAX_PAGE).await?;

@@ -85,14 +85,14 @@ mod tests {
     use crate::{
         metrics::Metrics,
         model::{PortSet, testing::VALIDATOR},
-        registry::{self, NamespacePolicy, Options, Requester},
+        registry::{self, NamespacePolicy, RegistryOptions, Requester},
     };
 
     #[tokio::test]
     async fn removal_that_no_slice_confirms_waits_until_no_other_process_can_have_the_lease() {
         let kubernetes = Some(NamespacePolicy { create_namespaces: false });
         let (registry, _unrecovered) = registry::new(
-            Options { max_instances: 10, quotas: Default::default(), deny_addresses: Vec::new(), kubernetes },
+            RegistryOptions { max_instances: 10, quotas: Default::default(), deny_addresses: Vec::new(), kubernetes },
             Arc::new(Metrics::new()),
         );
         let service = VALIDATOR.service("absent", "web").expect("valid");

@@ -23,7 +23,7 @@ use crate::{
     identity::{Authenticator, Authorization, Authorizer, Credentials, RefusalLog, Usage, UsageLimits},
     model::DnsName,
     registry::{self, Unrecovered, Writer},
-    store::{DataDir, Options},
+    store::{DataDir, StoreOptions},
     zone::{Zone, ZoneConfig},
 };
 
@@ -71,7 +71,7 @@ pub(super) struct Registry {
 
 impl Registry {
     fn new(max_instances: usize) -> Self {
-        Self::with(registry::Options {
+        Self::with(registry::RegistryOptions {
             max_instances,
             quotas: Default::default(),
             deny_addresses: Vec::new(),
@@ -79,7 +79,7 @@ impl Registry {
         })
     }
 
-    fn with(options: registry::Options) -> Self {
+    fn with(options: registry::RegistryOptions) -> Self {
         let metrics = Arc::new(Metrics::new());
         let (registry, unrecovered) = registry::new(options, Arc::clone(&metrics));
         Self {
@@ -103,7 +103,7 @@ impl Registry {
         };
         let (_, publisher) = Zone::new(config);
         let data_dir = DataDir::lock(self.dir.path()).expect("no other process has it");
-        let writer = unrecovered.recover(data_dir, &Options::default(), publisher, &mut |_| {});
+        let writer = unrecovered.recover(data_dir, &StoreOptions::default(), publisher, &mut |_| {});
         self.writer = Some(writer.expect("an empty store"));
     }
 
@@ -120,7 +120,7 @@ impl Registry {
     /// A registry with an empty Kubernetes, whose mirror is the test itself.
     pub(super) async fn mirrored() -> Self {
         let rules = registry::NamespacePolicy { create_namespaces: true };
-        let mut registry = Self::with(registry::Options {
+        let mut registry = Self::with(registry::RegistryOptions {
             max_instances: 1_000_000,
             quotas: Default::default(),
             deny_addresses: Vec::new(),

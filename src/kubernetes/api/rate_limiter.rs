@@ -26,13 +26,13 @@ pub(in crate::kubernetes) struct RateLimiter {
     interval: Duration,
     /// Size of the bucket.
     burst: u32,
-    state: Mutex<State>,
+    state: Mutex<BucketState>,
     /// First come, first served: whoever waits for a token holds it.
     turn: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
-struct State {
+struct BucketState {
     /// When the bucket will be full; each request moves this by the interval.
     full_at: Instant,
     paused_until: Instant,
@@ -46,7 +46,7 @@ impl RateLimiter {
         Self {
             interval: Duration::from_secs(1) / per_second,
             burst: per_second.saturating_mul(2),
-            state: Mutex::new(State { full_at: now, paused_until: now, failures: 0 }),
+            state: Mutex::new(BucketState { full_at: now, paused_until: now, failures: 0 }),
             turn: tokio::sync::Mutex::default(),
         }
     }
@@ -108,7 +108,7 @@ impl RateLimiter {
         state.paused_until = state.paused_until.max(now + pause);
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, BucketState> {
         // Nothing panics while it holds the lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

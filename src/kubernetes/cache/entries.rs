@@ -114,15 +114,15 @@ impl CachedNamespace {
 
 /// What matters of a namespace.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct NamespaceState {
+pub(super) struct NamespaceFields {
     pub(super) terminating: bool,
     pub(super) quota: Option<AnnotatedQuota>,
     pub(super) addresses: Option<AnnotatedAddresses>,
 }
 
 impl CachedNamespace {
-    pub(super) fn state(&self) -> NamespaceState {
-        NamespaceState { terminating: self.terminating, quota: self.quota, addresses: self.addresses.clone() }
+    pub(super) fn state(&self) -> NamespaceFields {
+        NamespaceFields { terminating: self.terminating, quota: self.quota, addresses: self.addresses.clone() }
     }
 }
 

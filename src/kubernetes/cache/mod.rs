@@ -37,7 +37,7 @@ pub(super) use self::{
 };
 use self::{
     entries::{CachedEndpoints, CachedNamespace, CachedService, service_key},
-    state::State,
+    state::CacheState,
 };
 use super::objects::{services::Ownership, slices::ObservedSlice};
 use crate::{model::ServiceKey, registry::ClusterFact};
@@ -94,12 +94,19 @@ pub(super) enum ChangedKey {
     Namespace(Box<str>),
     /// The Service or the slices of a service changed.
     Service(ServiceKey),
+    /// An annotation of the namespace became invalid. There is nothing to reconcile.
+    Annotation {
+        /// The namespace.
+        namespace: Box<str>,
+        /// The annotation's name.
+        annotation: &'static str,
+    },
 }
 
 /// What the cluster holds.
 #[derive(Debug)]
 pub(super) struct ClusterCache {
-    state: Mutex<State>,
+    state: Mutex<CacheState>,
     notify: Notify,
     joined: watch::Sender<BTreeSet<ServiceKey>>,
     owner_changes: watch::Sender<u64>,
@@ -108,7 +115,7 @@ pub(super) struct ClusterCache {
 impl ClusterCache {
     pub(super) fn new() -> Self {
         Self {
-            state: Mutex::new(State::new()),
+            state: Mutex::new(CacheState::new()),
             notify: Notify::new(),
             joined: watch::Sender::default(),
             owner_changes: watch::Sender::default(),
@@ -260,6 +267,11 @@ impl ClusterCache {
         self.lock().services.get(key).map(|cached| cached.uid.clone().into())
     }
 
+    /// The uid of a namespace.
+    pub(super) fn namespace_uid(&self, name: &str) -> Option<String> {
+        self.lock().namespaces.get(name).map(|cached| cached.uid.clone().into())
+    }
+
     /// We deleted the Service with this uid, or found that it is gone.
     pub(super) fn service_deleted(&self, key: &ServiceKey, uid: &str) {
         let mut state = self.lock();
@@ -273,7 +285,7 @@ impl ClusterCache {
         self.lock().occupied.entry(service.clone()).or_default().insert(slice.into());
     }
 
-    fn update<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+    fn update<T>(&self, change: impl FnOnce(&mut CacheState) -> T) -> T {
         let mut state = self.lock();
         let result = change(&mut state);
         if !state.changed.is_empty() {
@@ -282,7 +294,7 @@ impl ClusterCache {
         result
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, CacheState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

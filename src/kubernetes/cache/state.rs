@@ -7,7 +7,7 @@ use tracing::warn;
 
 use super::{
     ChangedKey,
-    entries::{CachedEndpoints, CachedNamespace, CachedService, CachedSlice, NamespaceState, ObjectKey, service_key},
+    entries::{CachedEndpoints, CachedNamespace, CachedService, CachedSlice, NamespaceFields, ObjectKey, service_key},
     event::ObjectEvent,
     object_store::{Applied, ObjectStore},
 };
@@ -18,7 +18,7 @@ use crate::{
 };
 
 #[derive(Debug)]
-pub(super) struct State {
+pub(super) struct CacheState {
     pub(super) namespaces: ObjectStore<Box<str>, CachedNamespace>,
     pub(super) services: ObjectStore<ServiceKey, CachedService>,
     pub(super) slices: ObjectStore<ObjectKey, ObservedSlice>,
@@ -33,7 +33,7 @@ pub(super) struct State {
     pub(super) owner_changes: u64,
 }
 
-impl State {
+impl CacheState {
     pub(super) fn new() -> Self {
         Self {
             namespaces: ObjectStore::new(),
@@ -56,9 +56,12 @@ impl State {
     pub(super) fn apply_namespaces(&mut self, events: Vec<ObjectEvent<Namespace>>) -> Vec<ClusterFact> {
         let mut facts = Vec::new();
         let mut changed: HashSet<Box<str>> = HashSet::new();
+        let all_changed = &mut self.changed;
         // `None`: absent.
-        let mut note = |name: Box<str>, before: Option<NamespaceState>, now: Option<NamespaceState>| {
-            limits(&name, before.as_ref(), now.as_ref(), &mut facts);
+        let mut note = |name: Box<str>, before: Option<NamespaceFields>, now: Option<NamespaceFields>| {
+            for annotation in limits(&name, before.as_ref(), now.as_ref(), &mut facts) {
+                all_changed.insert(ChangedKey::Annotation { namespace: name.clone(), annotation });
+            }
             let [before, now] = [before, now].map(|state| state.map(|state| state.terminating));
             let (existed, exists) = (before == Some(false), now == Some(false));
             if existed != exists {
@@ -267,9 +270,15 @@ fn read_service(
     Some((key, cached))
 }
 
-/// What changed of the limits that a namespace's annotations set.
-fn limits(name: &str, before: Option<&NamespaceState>, now: Option<&NamespaceState>, facts: &mut Vec<ClusterFact>) {
-    let quota = |state: Option<&NamespaceState>| state.and_then(|state| state.quota);
+/// What changed of the limits that a namespace's annotations set. Returns the annotations that became invalid.
+fn limits(
+    name: &str,
+    before: Option<&NamespaceFields>,
+    now: Option<&NamespaceFields>,
+    facts: &mut Vec<ClusterFact>,
+) -> Vec<&'static str> {
+    let mut invalid = Vec::new();
+    let quota = |state: Option<&NamespaceFields>| state.and_then(|state| state.quota);
     if quota(before) != quota(now) {
         if quota(now) == Some(AnnotatedQuota::Invalid) {
             let annotation = names::MAX_INSTANCES;
@@ -277,10 +286,11 @@ fn limits(name: &str, before: Option<&NamespaceState>, now: Option<&NamespaceSta
                 namespace = name,
                 annotation, "the annotation is not a number: nothing new is registered in the namespace"
             );
+            invalid.push(annotation);
         }
         facts.push(ClusterFact::Quota { namespace: name.into(), quota: quota(now) });
     }
-    let addresses = |state: Option<&NamespaceState>| state.and_then(|state| state.addresses.clone());
+    let addresses = |state: Option<&NamespaceFields>| state.and_then(|state| state.addresses.clone());
     if addresses(before) != addresses(now) {
         if let Some(AnnotatedAddresses { text, allowed: None }) = addresses(now) {
             let (annotation, text) = (names::ADDRESSES, &*text);
@@ -288,7 +298,9 @@ fn limits(name: &str, before: Option<&NamespaceState>, now: Option<&NamespaceSta
                 namespace = name,
                 annotation, text, "the annotation is invalid: nothing is registered in the namespace"
             );
+            invalid.push(annotation);
         }
         facts.push(ClusterFact::Addresses { namespace: name.into(), addresses: addresses(now) });
     }
+    invalid
 }

@@ -26,7 +26,7 @@ use crate::{
     kubernetes::{api::ApiError, cache::ChangedKey},
     metrics::BlockedService,
     model::{ServiceKey, UnixMillis, Validator},
-    registry::{DirtyServices, RefusalReason, RefusedWord},
+    registry::{DirtyServices, RefusedWord, WordRefusal},
 };
 
 /// When a service is retried that waits for its namespace or for its name. The watch reports both.
@@ -49,7 +49,7 @@ const MAX_PENDING_EVENTS: usize = 64;
 
 /// What the mirror writes, and how. See the flags of `serve`.
 #[derive(Debug, Clone)]
-pub(super) struct Options {
+pub(super) struct MirrorOptions {
     pub(super) create_namespaces: bool,
     /// 1..=1000
     pub(super) max_endpoints: usize,
@@ -144,6 +144,8 @@ impl Mirror {
             mirror_progress.take_dirty().now_or_never().unwrap_or_default();
         self.add(changed.into_iter().chain(repeated).chain(merged), Priority::Resync);
         let cluster = Arc::clone(&self.reconciler.cache);
+        // What changed while this process did not write: as many as there are services.
+        self.changed(cluster.changed().now_or_never().unwrap_or_default(), Priority::Resync);
         let mut gauges = interval(GAUGE_INTERVAL);
         gauges.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut running = FuturesUnordered::new();
@@ -166,7 +168,7 @@ impl Mirror {
                 Some(()) = self.publishing.next(), if !self.publishing.is_empty() => {}
                 dirty = mirror_progress.take_dirty() => self.dirty(dirty),
                 refused = registry.refused_words().take() => self.refused(refused),
-                changed = cluster.changed() => self.changed(changed),
+                changed = cluster.changed() => self.changed(changed, Priority::Edited),
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
                 _ = gauges.tick() => self.set_gauges(),
             }
@@ -188,18 +190,19 @@ impl Mirror {
 
     /// Queues the services that changed in the cluster; for a namespace, those in it that are registered or of which a removal is
     /// remembered.
-    fn changed(&mut self, changed: Vec<ChangedKey>) {
+    fn changed(&mut self, changed: Vec<ChangedKey>, priority: Priority) {
         let mut namespaces = HashSet::new();
         for changed in changed {
             match changed {
-                ChangedKey::Service(service) => self.add([service], Priority::Resync),
+                ChangedKey::Service(service) => self.add([service], priority),
                 ChangedKey::Namespace(namespace) => drop(namespaces.insert(namespace)),
+                ChangedKey::Annotation { namespace, annotation } => self.invalid_annotation(&namespace, annotation),
             }
         }
         if !namespaces.is_empty() {
             let mut inside = self.reconciler.registry.catalog().known_services();
             inside.retain(|service| namespaces.contains(service.namespace()));
-            self.add(inside, Priority::Resync);
+            self.add(inside, priority);
         }
     }
 
@@ -245,7 +248,7 @@ impl Mirror {
         // There can be no Event in a namespace that does not exist.
         if reason != BlockReason::Namespace {
             let (regarding, note) = (self.regarding(&service), format!("external instances are not mirrored: {err}"));
-            self.publish(&service, regarding, reason.event_reason(), &note);
+            self.publish(service.to_string().into(), regarding, reason.event_reason(), &note);
         }
     }
 
@@ -258,14 +261,14 @@ impl Mirror {
 
     /// Tells of words that do not count.
     fn refused(&mut self, words: Vec<RefusedWord>) {
-        let mut by_service: BTreeMap<(ServiceKey, RefusalReason), Vec<String>> = BTreeMap::new();
+        let mut by_service: BTreeMap<(ServiceKey, WordRefusal), Vec<String>> = BTreeMap::new();
         for RefusedWord { service, id, reason } in words {
             by_service.entry((service, reason)).or_default().push(id.to_string());
         }
         for ((service, reason), instances) in by_service {
             let (count, instances) = (instances.len(), instances.join(", "));
             let note = match reason {
-                RefusalReason::TooOld => format!(
+                WordRefusal::TooOld => format!(
                     "{service}: registrations that Kubernetes never had are too old to count and have to be made again: {count} \
                      ({instances})"
                 ),
@@ -275,9 +278,25 @@ impl Mirror {
             };
             let known = self.reconciler.cache.service_uid(&service).is_some();
             let regarding = if known { self.regarding(&service) } else { self.lease.clone() };
-            let event = if reason == RefusalReason::TooOld { "RegistrationTooOld" } else { "RegistrationRefused" };
-            self.publish(&service, regarding, event, &note);
+            let event = if reason == WordRefusal::TooOld { "RegistrationTooOld" } else { "RegistrationRefused" };
+            self.publish(service.to_string().into(), regarding, event, &note);
         }
+    }
+
+    /// Tells of a namespace's annotation, in the namespace, where its owner looks.
+    fn invalid_annotation(&mut self, namespace: &str, annotation: &'static str) {
+        let regarding = ObjectReference {
+            api_version: Some("v1".into()),
+            kind: Some("Namespace".into()),
+            namespace: Some(namespace.into()),
+            name: Some(namespace.into()),
+            uid: self.reconciler.cache.namespace_uid(namespace),
+            ..ObjectReference::default()
+        };
+        let note = format!(
+            "the annotation {annotation} is invalid: nothing new is registered in {namespace} until it is corrected"
+        );
+        self.publish(namespace.into(), regarding, "InvalidAnnotation", &note);
     }
 
     /// The Service, as the object of an Event.
@@ -294,7 +313,7 @@ impl Mirror {
     }
 
     /// Publishes a warning about an object.
-    fn publish(&mut self, service: &ServiceKey, regarding: ObjectReference, reason: &str, note: &str) {
+    fn publish(&mut self, about: Box<str>, regarding: ObjectReference, reason: &str, note: &str) {
         let event = Event {
             type_: EventType::Warning,
             reason: reason.into(),
@@ -305,12 +324,12 @@ impl Mirror {
         if self.publishing.len() >= MAX_PENDING_EVENTS {
             return;
         }
-        let (events, service) = (self.events.clone(), service.clone());
+        let events = self.events.clone();
         self.publishing.push(Box::pin(async move {
             match timeout(EVENT_TIMEOUT, events.publish(&event, &regarding)).await {
                 Ok(Ok(())) => {}
-                Ok(Err(err)) => debug!(%service, %err, "the Event was not published"),
-                Err(_) => debug!(%service, "the Event was not published in time"),
+                Ok(Err(err)) => debug!(%about, %err, "the Event was not published"),
+                Err(_) => debug!(%about, "the Event was not published in time"),
             }
         }));
     }

@@ -16,7 +16,10 @@ use std::{
 
 use tokio::time::Instant;
 
-use crate::model::ServiceKey;
+use crate::{
+    model::ServiceKey,
+    net::backoff::{doubled, jittered},
+};
 
 /// Services that are reconciled at once.
 const MAX_CONCURRENT: usize = 32;
@@ -29,6 +32,10 @@ const MIN_CONCURRENT_PER_NAMESPACE: usize = 2;
 
 /// Services that failed last time and are reconciled at once.
 const MAX_CONCURRENT_RETRIES: usize = MAX_CONCURRENT / 4;
+
+/// Services of [`Priority::Edited`] that are reconciled at once: who edits without end must not take the API server's time
+/// from registrants.
+const MAX_CONCURRENT_EDITED: usize = MAX_CONCURRENT / 4;
 
 /// Services of [`Priority::Resync`] that are reconciled at once; the rest is free for live changes.
 const MAX_CONCURRENT_RESYNCS: usize = MAX_CONCURRENT / 2;
@@ -58,15 +65,18 @@ const MAX_DEBOUNCE: Duration = Duration::from_millis(100);
 pub(super) enum Priority {
     /// A registration changed, and somebody may wait for the answer.
     Live,
+    /// Somebody else changed its objects.
+    Edited,
     /// The last reconcile failed.
     Retry,
-    /// The comparison after a start, a repair, a recheck.
+    /// The comparison after a start, a recheck.
     Resync,
     /// Words of another process, which keeps them until they are written.
     Merged,
 }
 
-const PRIORITIES: [Priority; 4] = [Priority::Live, Priority::Retry, Priority::Resync, Priority::Merged];
+const PRIORITIES: [Priority; 5] =
+    [Priority::Live, Priority::Edited, Priority::Retry, Priority::Resync, Priority::Merged];
 
 /// The queue. Time is an argument.
 #[derive(Debug, Default)]
@@ -171,9 +181,9 @@ impl WorkQueue {
             return None;
         }
         // The lower priorities take turns.
-        let turns = [Priority::Resync, Priority::Retry, Priority::Merged];
+        let turns = [Priority::Resync, Priority::Retry, Priority::Merged, Priority::Edited];
         let turn = match self.started % LOWER_PRIORITY_SHARE {
-            0 => turns.into_iter().cycle().nth((self.started / LOWER_PRIORITY_SHARE % 3) as usize),
+            0 => turns.into_iter().cycle().nth((self.started / LOWER_PRIORITY_SHARE % 4) as usize),
             _ => None,
         };
         let service = turn.into_iter().chain(PRIORITIES).find_map(|priority| self.take(priority))?;
@@ -184,6 +194,7 @@ impl WorkQueue {
     fn take(&mut self, priority: Priority) -> Option<ServiceKey> {
         let running = self.running[priority as usize];
         match priority {
+            Priority::Edited if running >= MAX_CONCURRENT_EDITED => return None,
             Priority::Retry if running >= MAX_CONCURRENT_RETRIES => return None,
             Priority::Resync if running >= MAX_CONCURRENT_RESYNCS => return None,
             Priority::Merged if running >= MAX_CONCURRENT_MERGED => return None,
@@ -239,9 +250,7 @@ impl WorkQueue {
         self.stopped(service, if suspect_namespace { ShareChange::Halve } else { ShareChange::Keep });
         let Some(item) = self.items.get_mut(service) else { return };
         let failures = item.failures + 1;
-        let backoff = FIRST_BACKOFF.saturating_mul(1 << item.failures.min(16)).min(MAX_BACKOFF);
-        // Jitter, so that services that failed together are not retried together.
-        let due = now + backoff.mul_f64(0.5 + fastrand::f64() / 2.0);
+        let due = now + jittered(doubled(FIRST_BACKOFF, MAX_BACKOFF, item.failures));
         *item = QueueItem { failures, not_before: Some(due), ..QueueItem::new(Priority::Retry) };
         self.schedule(service, due);
     }
@@ -308,7 +317,7 @@ impl NamespaceShare {
                 Priority::Retry => self.retries < self.limit / 2,
                 // One is left for the others also where requests fail.
                 Priority::Merged => self.running + 1 < self.limit,
-                Priority::Live | Priority::Resync => true,
+                Priority::Live | Priority::Edited | Priority::Resync => true,
             }
     }
 }
@@ -473,6 +482,19 @@ mod tests {
     }
 
     #[test]
+    fn edit_of_somebody_else_does_not_wait_behind_a_start() {
+        let (mut queue, now) = (WorkQueue::default(), Instant::now());
+        (0..1000).for_each(|n| queue.add(key(&format!("s{n}")), Priority::Resync, now));
+        assert_eq!(take_all(&mut queue, now).len(), MAX_CONCURRENT_RESYNCS);
+        // One that waits, and one that is new.
+        queue.add(key("s900"), Priority::Edited, now);
+        queue.add(in_namespace("other", "new"), Priority::Edited, now);
+        assert_eq!(take_all(&mut queue, now).len(), 1, "its namespace has its share, and the other a slot");
+        queue.done(&key("s0"), now);
+        assert_eq!(queue.next(now), Some(key("s900")));
+    }
+
+    #[test]
     fn words_of_other_processes_leave_room_for_live_changes_of_their_namespace() {
         let (mut queue, now) = (WorkQueue::default(), Instant::now());
         for n in 0..1000 {
@@ -495,7 +517,7 @@ mod tests {
 
     #[test]
     fn lower_priorities_are_not_starved() {
-        [Priority::Retry, Priority::Resync, Priority::Merged].into_iter().for_each(is_not_starved);
+        PRIORITIES[1..].iter().for_each(|&priority| is_not_starved(priority));
     }
 
     fn is_not_starved(priority: Priority) {

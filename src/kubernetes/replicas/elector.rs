@@ -54,7 +54,7 @@ const READ: usize = 0;
 const WRITE: usize = 1;
 
 /// The answer to a request for the Lease.
-enum Answer {
+enum LeaseResponse {
     Read(RequestId, BootTime, Result<LeaseRead, ApiError>),
     Written(RequestId, BootTime, LeaseWrite, Option<ApiError>),
 }
@@ -69,7 +69,7 @@ fn election(client: &LeaseClient, DirectoryTerm { term, followed }: DirectoryTer
 pub(in crate::kubernetes) struct Elector {
     election: Election,
     client: Arc<LeaseClient>,
-    requests: FuturesUnordered<BoxFuture<'static, Answer>>,
+    requests: FuturesUnordered<BoxFuture<'static, LeaseResponse>>,
     registry: RegistryHandle,
     metrics: Arc<Metrics>,
     fence: Fence,
@@ -228,9 +228,9 @@ impl Elector {
         }
     }
 
-    async fn answered(&mut self, answer: Answer) -> Vec<Action> {
+    async fn answered(&mut self, answer: LeaseResponse) -> Vec<Action> {
         match answer {
-            Answer::Read(id, began, read) => {
+            LeaseResponse::Read(id, began, read) => {
                 let observed = match read {
                     Ok(LeaseRead { observed, holder, clock_agrees }) => {
                         self.holder = holder;
@@ -253,7 +253,7 @@ impl Elector {
                 }
                 actions
             }
-            Answer::Written(id, began, written, err) => {
+            LeaseResponse::Written(id, began, written, err) => {
                 self.note_failure(WRITE, err);
                 self.election.lease_written(id, began, written)
             }
@@ -299,7 +299,7 @@ impl Elector {
                     let (client, began) = (Arc::clone(&self.client), boot_time());
                     self.requests.push(Box::pin(async move {
                         let read = timeout(REQUEST_TIMEOUT, client.read()).await.unwrap_or(Err(ApiError::TimedOut));
-                        Answer::Read(id, began, read)
+                        LeaseResponse::Read(id, began, read)
                     }));
                 }
                 Action::WriteLease { id, expected, record } => {
@@ -308,7 +308,7 @@ impl Elector {
                         let (written, err) = timeout(REQUEST_TIMEOUT, client.write(expected, &record))
                             .await
                             .unwrap_or((LeaseWrite::Unknown, Some(ApiError::TimedOut)));
-                        Answer::Written(id, began, written, err)
+                        LeaseResponse::Written(id, began, written, err)
                     }));
                 }
                 Action::TakeOver => {

@@ -19,7 +19,7 @@ use tokio::{sync::watch, time};
 use tracing::warn;
 
 use super::lease::{NAME, holder};
-use crate::{registry::LeaseHolder, replicas::election::RETRY_PERIOD};
+use crate::{net::backoff::Backoff, registry::LeaseHolder, replicas::election::RETRY_PERIOD};
 
 /// A watch is renewed after this long, which is how a connection that died silently is noticed.
 const MAX_WATCH_SECONDS: u32 = 50;
@@ -51,7 +51,7 @@ impl LeaseWatch {
 
     /// Watches while `standby` is true, and marks `changed` when another one holds the Lease, or nobody. Never ends.
     pub(super) async fn run(mut self, mut standby: watch::Receiver<bool>, changed: &watch::Sender<()>) -> Infallible {
-        let mut backoff = RETRY_PERIOD;
+        let mut backoff = Backoff::new(RETRY_PERIOD, MAX_BACKOFF);
         loop {
             if standby.wait_for(|standby| *standby).await.is_err() {
                 return future::pending().await;
@@ -61,11 +61,10 @@ impl LeaseWatch {
                 biased;
                 _ = standby.wait_for(|standby| !standby) => continue,
                 ended = self.watch(changed) => if ended.is_ok() || began.elapsed() >= MAX_BACKOFF {
-                    backoff = RETRY_PERIOD;
+                    backoff.reset();
                 },
             }
-            time::sleep(backoff.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
-            backoff = (2 * backoff).min(MAX_BACKOFF);
+            time::sleep(backoff.next_pause()).await;
         }
     }
 

@@ -4,7 +4,11 @@ use std::time::Duration;
 
 use kube::core::Status;
 
-use crate::{kubernetes::api::DEFAULT_RETRY_AFTER, metrics::RestartReason};
+use crate::{
+    kubernetes::api::DEFAULT_RETRY_AFTER,
+    metrics::RestartReason,
+    net::backoff::{doubled, jittered},
+};
 
 /// Backoff after the first failure; it doubles with each further one in a row.
 pub(super) const MIN_BACKOFF: Duration = Duration::from_millis(250);
@@ -101,19 +105,18 @@ fn is_expired(status: &Status) -> bool {
 
 /// The backoff of one watch.
 #[derive(Debug, Default)]
-pub(super) struct Backoff {
+pub(super) struct WatchBackoff {
     /// In a row.
     failures: u32,
 }
 
-impl Backoff {
+impl WatchBackoff {
     /// How long to wait after this failure.
     pub(super) fn next(&mut self, kind: WatchErrorKind, retry_after: Duration) -> Duration {
         let longest = if kind == WatchErrorKind::Forbidden { MAX_FORBIDDEN_BACKOFF } else { MAX_BACKOFF };
-        let backoff = MIN_BACKOFF.saturating_mul(2u32.saturating_pow(self.failures)).min(longest);
+        let backoff = doubled(MIN_BACKOFF, longest, self.failures);
         self.failures = self.failures.saturating_add(1);
-        // Jitter, so that many watches do not return at the same moment.
-        retry_after.min(MAX_RETRY_AFTER) + backoff.mul_f64(0.5 + fastrand::f64() / 2.0)
+        retry_after.min(MAX_RETRY_AFTER) + jittered(backoff)
     }
 }
 
@@ -153,7 +156,7 @@ mod tests {
 
     #[test]
     fn backoff_grows_to_a_limit_and_honours_retry_after() {
-        let mut backoff = Backoff::default();
+        let mut backoff = WatchBackoff::default();
         let mut least = MIN_BACKOFF / 2;
         for _ in 0..40 {
             let wait = backoff.next(WatchErrorKind::Unreachable, Duration::ZERO);
@@ -163,7 +166,7 @@ mod tests {
         let retry_after = Duration::from_secs(20);
         assert!(backoff.next(WatchErrorKind::Refused, retry_after) >= retry_after);
         assert!(backoff.next(WatchErrorKind::Refused, Duration::MAX) <= MAX_RETRY_AFTER + MAX_BACKOFF);
-        let mut backoff = Backoff::default();
+        let mut backoff = WatchBackoff::default();
         assert!(backoff.next(WatchErrorKind::Forbidden, Duration::ZERO) <= MIN_BACKOFF, "it may have just started");
         let later = (0..40).map(|_| backoff.next(WatchErrorKind::Forbidden, Duration::ZERO)).last();
         assert!(later >= Some(MAX_FORBIDDEN_BACKOFF / 2), "{later:?}");

@@ -23,7 +23,7 @@ use crate::{
         cache::ObjectEvent,
         objects::{
             names,
-            slices::{InstanceView, SliceRank, read_foreign_slice, service_of},
+            slices::{SliceRank, SliceView, read_foreign_slice, service_of},
         },
     },
     metrics::Watched,
@@ -53,7 +53,7 @@ struct JoinedInstances {
     validator: Validator,
     /// The joined Services that the watch is about.
     services: BTreeSet<ServiceKey>,
-    view: InstanceView,
+    view: SliceView,
     /// What the registry knows.
     published: BTreeMap<ServiceKey, Vec<Arc<Instance>>>,
 }
@@ -160,7 +160,7 @@ impl EventHandler<EndpointSlice> for JoinedSlicesHandler<'_> {
 
 impl JoinedInstances {
     fn new(validator: Validator) -> Self {
-        Self { validator, services: BTreeSet::new(), view: InstanceView::default(), published: BTreeMap::new() }
+        Self { validator, services: BTreeSet::new(), view: SliceView::default(), published: BTreeMap::new() }
     }
 
     /// Is about these Services from now on. Returns the others that have published instances.

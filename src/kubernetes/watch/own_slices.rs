@@ -15,7 +15,7 @@ use super::reflector::EventHandler;
 use crate::{
     kubernetes::{
         cache::{CachedSlice, ClusterCache, LateWrites, ObjectEvent},
-        objects::slices::{InstanceView, SkippedEndpoint, SliceRank, read_slice, read_tombstones},
+        objects::slices::{SkippedEndpoint, SliceRank, SliceView, read_slice, read_tombstones},
     },
     metrics::KubernetesMetrics,
     model::{HybridClock, ServiceKey, UnixMillis, Validator},
@@ -85,7 +85,7 @@ pub(super) struct OwnSlicesHandler<'a> {
 struct SliceInstances {
     validator: Validator,
     highest_term: u64,
-    view: InstanceView,
+    view: SliceView,
     /// The removals that slices remember, by namespace and name of the slice.
     tombstones: HashMap<(String, String), (ServiceKey, Tombstones)>,
     /// The highest rank of a slice.
@@ -231,7 +231,7 @@ impl EventHandler<EndpointSlice> for OwnSlicesHandler<'_> {
 impl SliceInstances {
     fn new(validator: Validator) -> Self {
         let highest_term = highest_term_now();
-        let (view, tombstones) = (InstanceView::default(), HashMap::new());
+        let (view, tombstones) = (SliceView::default(), HashMap::new());
         Self { validator, highest_term, view, tombstones, rank: SliceRank::default(), skipped: 0 }
     }
 
@@ -359,7 +359,7 @@ mod tests {
         use futures::FutureExt as _;
 
         let metrics = std::sync::Arc::new(Metrics::new());
-        let options = crate::registry::Options {
+        let options = crate::registry::RegistryOptions {
             max_instances: 10,
             quotas: Default::default(),
             deny_addresses: Vec::new(),
@@ -385,7 +385,7 @@ mod tests {
         use futures::FutureExt as _;
 
         let metrics = std::sync::Arc::new(Metrics::new());
-        let options = crate::registry::Options {
+        let options = crate::registry::RegistryOptions {
             max_instances: 10,
             quotas: Default::default(),
             deny_addresses: Vec::new(),

@@ -27,7 +27,7 @@ use serde::de::DeserializeOwned;
 use tokio::time;
 
 use super::{
-    error::{Backoff, MAX_BACKOFF, WatchError, WatchErrorKind},
+    error::{MAX_BACKOFF, WatchBackoff, WatchError, WatchErrorKind},
     outage::{Outages, WatchHealth},
 };
 use crate::{
@@ -110,13 +110,13 @@ where
     /// Passes every event to `handler`, until the registry is gone.
     pub(super) async fn run(&self, handler: &mut impl EventHandler<K>) -> Unavailable {
         let mut version = None;
-        let mut backoff = Backoff::default();
+        let mut backoff = WatchBackoff::default();
         let mut health = self.outages.watch();
         loop {
             let began = Instant::now();
             let err = match self.list_and_watch(&mut version, handler, &mut health).await {
                 Ok(()) => {
-                    backoff = Backoff::default();
+                    backoff = WatchBackoff::default();
                     continue;
                 }
                 Err(ListWatchError::Registry(gone)) => return gone,
@@ -130,7 +130,7 @@ where
                 health.failed(kind, &chain(&err), &self.resource());
             }
             if began.elapsed() >= MAX_BACKOFF {
-                backoff = Backoff::default();
+                backoff = WatchBackoff::default();
             }
             time::sleep(backoff.next(kind, err.retry_after())).await;
         }

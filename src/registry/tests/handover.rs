@@ -182,13 +182,13 @@ fn words_of_a_late_slice_that_do_not_count_are_told_and_its_age_limit_is_merged(
     let words = vec![word("web", "10.0.0.1", false, 2 * HOUR), future, word("web", "10.0.0.3", false, 25 * HOUR)];
     merge(&web, words, refuse_before);
     assert_eq!(replica.addresses(), ["web 10.0.0.1"], "the age limit is about what the slice does not say");
-    let wanted = [("10.0.0.2", RefusalReason::ClockAhead), ("10.0.0.3", RefusalReason::TooOld)];
+    let wanted = [("10.0.0.2", WordRefusal::ClockAhead), ("10.0.0.3", WordRefusal::TooOld)];
     assert_eq!(told(), wanted.map(|(address, reason)| (address.into(), reason)));
     merge(&db, vec![word("db", "10.0.0.1", false, HOUR)], 0);
-    assert_eq!(told(), [("10.0.0.1".into(), RefusalReason::Forbidden(KubernetesRefusal::ForeignService))]);
+    assert_eq!(told(), [("10.0.0.1".into(), WordRefusal::Forbidden(KubernetesRefusal::ForeignService))]);
     assert_eq!(replica.handle.catalog().tombstones(&web).refuse_before(), refuse_before);
     assert_eq!(replica.outcome(word("web", "10.0.0.4", false, 2 * HOUR)), MergeOutcome::TooOld);
-    assert_eq!(told(), [("10.0.0.4".into(), RefusalReason::TooOld)]);
+    assert_eq!(told(), [("10.0.0.4".into(), WordRefusal::TooOld)]);
     assert!(matches!(replica.outcome(word("db", "10.0.0.1", false, HOUR)), MergeOutcome::Refused(_)));
     assert_eq!(told(), [], "its sender keeps it");
     replica.end();

@@ -41,7 +41,12 @@ impl TestRegistry {
     fn with_zone(dir: &TempDir, max_instances: usize) -> (Self, Arc<Zone>) {
         let metrics = Arc::new(Metrics::new());
         let (handle, unrecovered) = new(
-            super::Options { max_instances, quotas: Default::default(), deny_addresses: Vec::new(), kubernetes: None },
+            super::RegistryOptions {
+                max_instances,
+                quotas: Default::default(),
+                deny_addresses: Vec::new(),
+                kubernetes: None,
+            },
             Arc::clone(&metrics),
         );
         let origin = DnsName::parse("cluster.local").expect("a name");
@@ -49,8 +54,9 @@ impl TestRegistry {
         let config = ZoneConfig { origin, ttl: 5, reverse_zones, ns_addresses, publish_not_ready: false };
         let (zone, publisher) = Zone::new(config);
         let data_dir = DataDir::lock(dir.path()).expect("no other process has it");
-        let writer =
-            unrecovered.recover(data_dir, &store::Options::default(), publisher, &mut |_| {}).expect("a good store");
+        let writer = unrecovered
+            .recover(data_dir, &store::StoreOptions::default(), publisher, &mut |_| {})
+            .expect("a good store");
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         (Self { handle, writer, metrics, runtime }, zone)
     }
@@ -223,7 +229,7 @@ fn random_commands_and_restarts_match_the_model() {
 /// A registry with Kubernetes, whose writer waits for the restore.
 fn with_kubernetes(dir: &TempDir) -> (TestRegistry, Arc<Zone>) {
     let metrics = Arc::new(Metrics::new());
-    let options = super::Options {
+    let options = super::RegistryOptions {
         max_instances: 100_000,
         quotas: Default::default(),
         deny_addresses: Vec::new(),
@@ -235,7 +241,7 @@ fn with_kubernetes(dir: &TempDir) -> (TestRegistry, Arc<Zone>) {
     let config = ZoneConfig { origin, ttl: 5, reverse_zones, ns_addresses, publish_not_ready: false };
     let (zone, publisher) = Zone::new(config);
     let data_dir = DataDir::lock(dir.path()).expect("no other process has it");
-    let options = store::Options { outbox: true, ..store::Options::default() };
+    let options = store::StoreOptions { outbox: true, ..store::StoreOptions::default() };
     let writer = unrecovered.recover(data_dir, &options, publisher, &mut |_| {}).expect("a good store");
     // Multi-threaded, because the writer's `block_on` does not drive the timers of its runtime.
     let runtime =
@@ -250,7 +256,7 @@ fn published_generation_is_stored_before_the_first_batch() {
     for _ in 0..2 {
         let published = TestRegistry::on(&dir, 10).writer.generation();
         let data_dir = DataDir::lock(dir.path()).expect("no other process has it");
-        let options = store::Options::default();
+        let options = store::StoreOptions::default();
         let (_, stored) = data_dir.recover(&options, Arc::default(), &mut |_| {}, &mut |_| {}).expect("a good store");
         assert_eq!(stored.generation, published);
         let next = TestRegistry::on(&dir, 10).writer.generation();

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use super::{Instances, apply, open, open_with, random_batch, simulated_disk::SimulatedDisk, small};
 use crate::store::{
-    DirectoryTerm, Options, Record, StoreError,
+    DirectoryTerm, Record, StoreError, StoreOptions,
     clean_stop::CLEAN_STOP,
     disk::Directory as _,
     frame::{FRAME_LEN, FileId, Frame, FrameBuffer, HEADER_LEN, Header, StoreId},
@@ -25,7 +25,7 @@ struct Sample {
 fn sample(with_snapshot: bool) -> Sample {
     let rng = &mut fastrand::Rng::with_seed(7);
     let disk = SimulatedDisk::default();
-    let options = Options { segment_bytes: 1 << 30, ..small() };
+    let options = StoreOptions { segment_bytes: 1 << 30, ..small() };
     let (mut journal, ..) = open_with(&disk, &options, &Arc::default()).expect("a new directory");
     let mut states = vec![Instances::new()];
     for generation in 1..=9 {
@@ -48,8 +48,8 @@ fn sample(with_snapshot: bool) -> Sample {
     Sample { killed, closed: disk.contents(), states }
 }
 
-fn accepting() -> Options {
-    Options { accept_loss: true, ..small() }
+fn accepting() -> StoreOptions {
+    StoreOptions { accept_loss: true, ..small() }
 }
 
 /// The last frame of the newest segment.
@@ -200,7 +200,7 @@ fn active_segment_cut_after_a_clean_stop_refuses_until_the_loss_is_accepted() {
 #[test]
 fn segment_cut_below_the_last_clean_stop_is_detected_after_a_crash_too() {
     let disk = SimulatedDisk::holding(&sample(false).closed);
-    let options = Options { segment_bytes: 1 << 30, ..small() };
+    let options = StoreOptions { segment_bytes: 1 << 30, ..small() };
     let (mut journal, _, mut instances) = open_with(&disk, &options, &Arc::default()).expect("intact");
     let stopped_at = disk.contents()["journal-0000000001"].len();
     for generation in 10..=12 {
@@ -255,7 +255,7 @@ fn accepted_loss_keeps_all_other_records_and_the_corrupt_file() {
 #[test]
 fn directory_with_an_accepted_loss_is_not_the_newest_state_any_more() {
     let disk = SimulatedDisk::default();
-    let options = Options { outbox: true, segment_bytes: 1 << 30, ..small() };
+    let options = StoreOptions { outbox: true, segment_bytes: 1 << 30, ..small() };
     let (mut journal, ..) = open_with(&disk, &options, &Arc::default()).expect("a new directory");
     let term = |followed| DirectoryTerm { term: 5, followed };
     journal.append(1, &[Record::Term(term(false))]).expect("a good disk");
@@ -271,7 +271,7 @@ fn directory_with_an_accepted_loss_is_not_the_newest_state_any_more() {
     let at = last.start - 2 * FRAME_LEN;
     bytes[at] ^= 1;
     let disk = SimulatedDisk::holding(&contents);
-    let accepting = Options { accept_loss: true, ..options };
+    let accepting = StoreOptions { accept_loss: true, ..options };
     assert!(open_with(&disk, &options, &Arc::default()).is_err(), "a loss");
     let (journal, recovery, _) = open_with(&disk, &accepting, &Arc::default()).expect("it is accepted");
     assert_eq!(recovery.term, term(true));

@@ -9,7 +9,7 @@ use super::{
     ExpectedStore, mirror, open_with, random_batch,
     simulated_disk::{Operation, SimulatedDisk},
 };
-use crate::store::Options;
+use crate::store::StoreOptions;
 
 /// Crash points of a default run; `GANGPLANK_CRASH_POINTS` sets another number.
 const POINTS: u64 = 600;
@@ -49,7 +49,7 @@ struct Coverage {
 fn run_history(seed: u64, seen: &mut Coverage) {
     let rng = &mut Rng::with_seed(seed);
     let disk = SimulatedDisk::default();
-    let options = Options { accept_loss: false, segment_bytes: rng.u64(100..3000), outbox: rng.bool() };
+    let options = StoreOptions { accept_loss: false, segment_bytes: rng.u64(100..3000), outbox: rng.bool() };
     let frame_bytes = if rng.bool() { 100 } else { 1 << 20 };
     let (mut acknowledged, mut generation) = (ExpectedStore { outbox: options.outbox, ..ExpectedStore::default() }, 0);
     // The batch that was under way when the power went, applied.

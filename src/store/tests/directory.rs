@@ -6,10 +6,10 @@ use super::{ExpectedStore, Instances, VALIDATOR, apply, instance_of, random_batc
 use crate::{
     metrics::Metrics,
     model::{InstanceSpec, PortSpec, Protocol, RegistrantPool, Stamp, UnixMillis},
-    store::{DataDir, DirectoryTerm, Journal, Options, Record, RecoveryReport, StoreError, create_durably},
+    store::{DataDir, DirectoryTerm, Journal, Record, RecoveryReport, StoreError, StoreOptions, create_durably},
 };
 
-fn start(path: &Path, options: &Options) -> (Journal, RecoveryReport, Instances) {
+fn start(path: &Path, options: &StoreOptions) -> (Journal, RecoveryReport, Instances) {
     let mut instances = Instances::new();
     let dir = DataDir::lock(path).expect("nobody else has it");
     let (journal, recovery) = dir
@@ -22,7 +22,7 @@ fn start(path: &Path, options: &Options) -> (Journal, RecoveryReport, Instances)
 fn second_process_is_refused_with_the_pid_of_the_first() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let path = dir.path().join("state/data");
-    let (mut journal, ..) = start(&path, &Options { segment_bytes: 300, ..Options::default() });
+    let (mut journal, ..) = start(&path, &StoreOptions { segment_bytes: 300, ..StoreOptions::default() });
     let mode = fs::metadata(&path).expect("it was made").permissions().mode();
     assert_eq!(mode & 0o777, 0o700);
 
@@ -72,7 +72,7 @@ fn journal_stops_when_its_directory_lock_or_segment_is_removed_or_replaced() {
         for segment_bytes in [1 << 20, 1] {
             let dir = tempfile::tempdir().expect("a temporary directory");
             let path = dir.path().join("data");
-            let (mut journal, ..) = start(&path, &Options { segment_bytes, ..Options::default() });
+            let (mut journal, ..) = start(&path, &StoreOptions { segment_bytes, ..StoreOptions::default() });
             // With segments of one byte the next append begins another one.
             journal.check_in_place().expect("all is there");
             attack(&path);
@@ -114,7 +114,7 @@ fn new_directories_are_synced_in_their_parents() {
 #[test]
 fn appended_records_are_replayed_with_progress() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let options = Options { segment_bytes: 2000, ..Options::default() };
+    let options = StoreOptions { segment_bytes: 2000, ..StoreOptions::default() };
     let (mut journal, recovery, read) = start(dir.path(), &options);
     assert_eq!((recovery.generation, read.len(), recovery.repairs), (0, 0, vec![]));
     let rng = &mut fastrand::Rng::with_seed(2);
@@ -260,7 +260,7 @@ fn format_version_1_is_read_with_and_without_a_clean_stop_file() {
         let dir = copied(name, clean_stop);
         let mut instances = Instances::new();
         fixture().iter().flatten().for_each(|record| apply(&mut instances, record));
-        let (_, recovery, read) = start(dir.path(), &Options::default());
+        let (_, recovery, read) = start(dir.path(), &StoreOptions::default());
         assert_eq!((read, recovery.generation, recovery.repairs), (instances, 1_700_000_003, vec![]), "{name}");
     }
 }
@@ -273,7 +273,7 @@ fn format_version_1_with_outbox_is_read() {
         for (batch, generation) in outbox_fixture().iter().zip(1_700_000_001..) {
             expected.apply(generation, batch);
         }
-        let (_, recovery, read) = start(dir.path(), &Options { outbox: true, ..Options::default() });
+        let (_, recovery, read) = start(dir.path(), &StoreOptions { outbox: true, ..StoreOptions::default() });
         assert!(expected.matches(&recovery, &read), "{recovery:?} and {read:?} are not {expected:?}");
         assert_eq!((recovery.term.term, recovery.outbox.len(), recovery.generation), (8, 3, 1_700_000_003));
         assert_eq!(recovery.repairs, Vec::<String>::new());
@@ -286,7 +286,7 @@ fn format_version_1_with_tombstones_is_read() {
     for outbox in [true, false] {
         let data_dir = DataDir::lock(dir.path()).expect("no other process has it");
         let mut read = Vec::new();
-        let options = Options { outbox, ..Options::default() };
+        let options = StoreOptions { outbox, ..StoreOptions::default() };
         let recovered = data_dir.recover(&options, Arc::default(), &mut |record| read.push(record), &mut |_| {});
         let (_, recovery) = recovered.expect("a good store");
         assert!(recovery.tombstones, "the directory had a term");
@@ -300,7 +300,7 @@ fn format_version_1_with_registrants_is_read() {
     let dir = copied("v1-registrants", false);
     let mut instances = Instances::new();
     registrant_fixture().iter().flatten().for_each(|record| apply(&mut instances, record));
-    let (_, _, read) = start(dir.path(), &Options::default());
+    let (_, _, read) = start(dir.path(), &StoreOptions::default());
     assert_eq!((read.len(), &read), (4, &instances));
 }
 
@@ -318,7 +318,7 @@ fn write_fixtures() {
 }
 
 fn write_fixture(path: &Path, batches: &[Vec<Record>], outbox: bool) {
-    let (mut journal, ..) = start(path, &Options { outbox, ..Options::default() });
+    let (mut journal, ..) = start(path, &StoreOptions { outbox, ..StoreOptions::default() });
     for (index, batch) in batches.iter().enumerate() {
         journal.append(1_700_000_001 + index as u64, batch).expect("a good disk");
         if index < 2 {

@@ -17,7 +17,7 @@ use crate::{
     metrics::Metrics,
     model::Stamp,
     store::{
-        DirectoryTerm, Journal, Options, Record,
+        DirectoryTerm, Journal, Record, StoreOptions,
         compaction::{CompactionPlan, StoreContext, compact},
         disk::Directory as _,
         frame::{self, FileId, Header},
@@ -356,13 +356,13 @@ fn read_error_of_a_compaction_names_the_file() {
 /// A directory, and what a start from it reads.
 struct Start {
     contents: BTreeMap<String, Vec<u8>>,
-    options: Options,
+    options: StoreOptions,
     instances: Instances,
 }
 
 /// Directories whose starts go, together, through every operation that a start has.
 fn starts() -> Vec<Start> {
-    let options = Options { segment_bytes: 1 << 30, ..small() };
+    let options = StoreOptions { segment_bytes: 1 << 30, ..small() };
     let new = Start { contents: BTreeMap::new(), options: options.clone(), instances: Instances::new() };
 
     let disk = SimulatedDisk::default();
@@ -395,18 +395,18 @@ fn starts() -> Vec<Start> {
     drop(journal);
     let mut contents = disk.contents();
     contents.get_mut("journal-0000000002").expect("it is there")[frame::HEADER_LEN + 40] ^= 1;
-    let options = Options { accept_loss: true, ..options };
+    let options = StoreOptions { accept_loss: true, ..options };
     let (_, _, instances) =
         open_with(&SimulatedDisk::holding(&contents), &options, &Arc::default()).expect("the loss is accepted");
     let corrupt = Start { contents, options: options.clone(), instances };
 
     // A start without the outbox resets the term.
     let disk = SimulatedDisk::default();
-    let with_outbox = Options { outbox: true, accept_loss: false, ..options };
+    let with_outbox = StoreOptions { outbox: true, accept_loss: false, ..options };
     let (mut journal, _, mut instances) = open_with(&disk, &with_outbox, &Arc::default()).expect("a new directory");
     fill(&mut journal, &mut instances, 2);
     journal.append(3, &[Record::Term(DirectoryTerm::new(3))]).expect("a good disk");
-    let options = Options { outbox: false, ..with_outbox };
+    let options = StoreOptions { outbox: false, ..with_outbox };
     let switched_off = Start { contents: disk.contents(), options, instances };
 
     vec![new, closed, torn, rotated, corrupt, switched_off]

@@ -13,7 +13,7 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 use fastrand::Rng;
 
 use self::simulated_disk::SimulatedDisk;
-use super::{DirectoryTerm, Journal, Options, Record, RecoveryReport, StoreError, recover::StoreOpener};
+use super::{DirectoryTerm, Journal, Record, RecoveryReport, StoreError, StoreOptions, recover::StoreOpener};
 use crate::{
     metrics::Metrics,
     model::{
@@ -108,14 +108,14 @@ fn mirror(batch: &mut Vec<Record>, generation: u64, last: &ExpectedStore, rng: &
     }
 }
 
-fn small() -> Options {
-    Options { accept_loss: false, segment_bytes: 1500, outbox: false }
+fn small() -> StoreOptions {
+    StoreOptions { accept_loss: false, segment_bytes: 1500, outbox: false }
 }
 
 /// Starts the store on `disk`; with everything it read.
 fn open_with(
     disk: &SimulatedDisk,
-    options: &Options,
+    options: &StoreOptions,
     metrics: &Arc<Metrics>,
 ) -> Result<(Journal, RecoveryReport, Instances), StoreError> {
     let mut instances = Instances::new();

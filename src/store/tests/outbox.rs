@@ -11,13 +11,13 @@ use super::{
 use crate::{
     model::{InstanceSpec, Stamp, UnixMillis},
     store::{
-        DirectoryTerm, Journal, Options, Record, RecoveryReport,
+        DirectoryTerm, Journal, Record, RecoveryReport, StoreOptions,
         frame::{FRAME_LEN, HEADER_LEN},
     },
 };
 
-fn with(outbox: bool) -> Options {
-    Options { outbox, segment_bytes: 1 << 30, accept_loss: false }
+fn with(outbox: bool) -> StoreOptions {
+    StoreOptions { outbox, segment_bytes: 1 << 30, accept_loss: false }
 }
 
 fn start(disk: &SimulatedDisk, outbox: bool) -> (Journal, RecoveryReport, Instances) {
@@ -255,7 +255,7 @@ fn outbox_switched_off_and_on_is_never_too_small() {
         let rng = &mut Rng::with_seed(seed);
         let (mut disk, mut expected, mut generation) = (SimulatedDisk::default(), ExpectedStore::default(), 0);
         for _ in 0..8 {
-            let options = Options { segment_bytes: rng.u64(100..2000), ..with(rng.bool()) };
+            let options = StoreOptions { segment_bytes: rng.u64(100..2000), ..with(rng.bool()) };
             let (mut journal, recovery, read) = open_with(&disk, &options, &Arc::default()).expect("a good disk");
             assert_eq!((&read, recovery.generation), (&expected.instances, generation), "seed {seed}");
             expected.outbox = options.outbox;
@@ -314,7 +314,7 @@ fn open_journal_reads_what_a_start_would_find() {
         let rng = &mut Rng::with_seed(seed);
         let (disk, mut expected) =
             (SimulatedDisk::default(), ExpectedStore { outbox: true, ..ExpectedStore::default() });
-        let options = Options { segment_bytes: rng.u64(100..2000), ..with(true) };
+        let options = StoreOptions { segment_bytes: rng.u64(100..2000), ..with(true) };
         let (mut journal, ..) = open_with(&disk, &options, &Arc::default()).expect("a good disk");
         for generation in 1..rng.u64(2..40) {
             let mut batch = random_batch(rng);

@@ -8,7 +8,7 @@ use super::{VALIDATOR, random_put, service, simulated_disk::SimulatedDisk};
 use crate::{
     model::{InstanceId, InstanceSpec, ServiceKey, Stamp, UnixMillis},
     replicas::word::TombstoneLifetime,
-    store::{DirectoryTerm, Journal, Options, Record, RecoveryReport, StoreError, recover::StoreOpener},
+    store::{DirectoryTerm, Journal, Record, RecoveryReport, StoreError, StoreOptions, recover::StoreOpener},
 };
 
 /// The removals that a start remembers, and the clocks up to which it does not.
@@ -45,7 +45,7 @@ fn expired_before() -> u64 {
     TombstoneLifetime::DEFAULT.expired_before(now())
 }
 
-fn open(disk: &SimulatedDisk, options: &Options) -> Result<(Journal, RecoveryReport, Remembered), StoreError> {
+fn open(disk: &SimulatedDisk, options: &StoreOptions) -> Result<(Journal, RecoveryReport, Remembered), StoreError> {
     let mut remembered = Remembered::default();
     let files = Arc::new(disk.clone());
     let start = StoreOpener { files, dir: PathBuf::from("data"), options, metrics: Arc::default() };
@@ -53,8 +53,8 @@ fn open(disk: &SimulatedDisk, options: &Options) -> Result<(Journal, RecoveryRep
     Ok((journal, recovery, remembered))
 }
 
-fn options(outbox: bool) -> Options {
-    Options { outbox, segment_bytes: 1 << 30, accept_loss: false }
+fn options(outbox: bool) -> StoreOptions {
+    StoreOptions { outbox, segment_bytes: 1 << 30, accept_loss: false }
 }
 
 fn removal(address: &str, clock: u64) -> Record {
@@ -110,7 +110,7 @@ fn removals_are_remembered_whatever_is_compacted_and_cut_off() {
             if life < 4 {
                 disk.cut_after(rng.u64(..250));
             }
-            let options = Options { segment_bytes: rng.u64(100..2000), ..options(true) };
+            let options = StoreOptions { segment_bytes: rng.u64(100..2000), ..options(true) };
             if let Ok((mut journal, recovery, remembered)) = open(&disk, &options) {
                 if recovery.generation == generation {
                     assert_eq!(remembered, expected, "seed {seed}, life {life}");

@@ -3,6 +3,7 @@
 mod outage;
 mod rights;
 mod tokens;
+mod walks;
 
 use gangplank::grpc::proto::{
     gangplank::v1::discovery_client::DiscoveryClient,

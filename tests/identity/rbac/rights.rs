@@ -10,8 +10,9 @@ use tonic::{Code, Status};
 
 use super::{
     super::matrix::{END_TIMEOUT, call_with, request},
-    RbacServer,
+    ROLE, RbacServer,
 };
+use crate::{mirror::ClusterLock, support::cluster::Who};
 
 /// Readers of the whole namespace, and of all.
 const READERS: &str = "\
@@ -98,6 +99,33 @@ async fn server_and_can_i_agree() {
     let rules = rbac.cluster.kubectl(&list);
     let ours: Vec<&str> = rules.lines().filter(|line| line.starts_with("instances.gangplank.dev")).collect();
     assert!(matches!(ours[..], [one] if one.contains("[web]") && one.contains("[create delete]")), "{rules}");
+}
+
+#[test]
+fn kubectl_can_ask_for_one_service() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let cluster = lock.cluster;
+    cluster.create_namespace("rights-ask");
+    cluster.apply(&ROLE.replace("namespace: shop", "namespace: rights-ask"));
+    cluster.apply(include_str!("../../../deploy/instances-crd.yaml"));
+    cluster.kubectl(&["wait", "--for=condition=Established", "crd/instances.gangplank.dev", "--timeout=60s"]);
+    let ask = |verb: &str, service: &str| {
+        let resource = format!("instances.gangplank.dev/{service}");
+        let user = "system:serviceaccount:rights-ask:web";
+        let asked = ["auth", "can-i", verb, &resource, "-n", "rights-ask", "--as", user];
+        // `no` is a failure of the command, and its whole output.
+        cluster.kubectl_as(&cluster.kubeconfig_admin(), &asked, "")
+    };
+    assert_eq!(ask("create", "web").as_deref().map(str::trim), Ok("yes"));
+    for (verb, service) in [("create", "api"), ("override", "web"), ("list", "web")] {
+        let no = ask(verb, service).expect_err("it may not");
+        assert!(no.starts_with("no") && !no.contains("doesn't have a resource"), "{no}");
+    }
+    // Nothing is stored.
+    let object = serde_json::json!({"apiVersion": "gangplank.dev/v1", "kind": "Instance", "metadata": {"name": "web"}});
+    let path = "/apis/gangplank.dev/v1/namespaces/rights-ask/instances";
+    let (status, refused) = cluster.request(Who::Admin, "POST", path, Some(&object)).expect("it runs");
+    assert!(status == 422 && refused.to_string().contains("are registered with gangplank"), "{status} {refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -24,7 +24,7 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use tokio::time::Instant;
 
 use self::{object_backoff::ObjectBackoff, refused_writes::is_refusal};
-use super::{BlockReason, Options};
+use super::{BlockReason, MirrorOptions};
 use crate::{
     kubernetes::{
         api::{ApiClient, ApiError},
@@ -64,7 +64,7 @@ pub(in crate::kubernetes) struct Reconciler {
     pub(super) registry: RegistryHandle,
     pub(super) metrics: Arc<Metrics>,
     late: LateWrites,
-    options: Options,
+    options: MirrorOptions,
     /// Value of the annotation `gangplank.dev/writer`.
     writer: String,
     term: u64,
@@ -90,7 +90,7 @@ impl Reconciler {
         cache: Arc<ClusterCache>,
         registry: RegistryHandle,
         metrics: Arc<Metrics>,
-        options: Options,
+        options: MirrorOptions,
         writer: String,
         term: u64,
     ) -> Self {

@@ -7,7 +7,7 @@ use std::{collections::HashMap, time::Duration};
 
 use tokio::time::Instant;
 
-use crate::{kubernetes::api::ApiError, model::ServiceKey};
+use crate::{kubernetes::api::ApiError, model::ServiceKey, net::backoff::doubled};
 
 /// Backoff after the first refusal: an API server that has just started knows nobody's rights for a
 /// moment.
@@ -42,7 +42,7 @@ struct RefusedObject {
 
 impl RefusedObject {
     fn backoff(&self) -> Duration {
-        FIRST_BACKOFF.saturating_mul(1 << (self.refusals - 1).min(16)).min(MAX_BACKOFF)
+        doubled(FIRST_BACKOFF, MAX_BACKOFF, self.refusals - 1)
     }
 }
 

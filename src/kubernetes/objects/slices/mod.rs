@@ -4,7 +4,7 @@
 //! a service are grouped by these ([`SliceGroup`]). Within a group [`plan`] assigns each instance to
 //! a slice once and leaves it there, so that one change rewrites one slice, however large the
 //! service is. What an endpoint has no field for is in one annotation of the slice. So the slices of
-//! a service are its whole record, and an [`InstanceView`] of them restores it.
+//! a service are its whole record, and an [`SliceView`] of them restores it.
 //!
 //! A slice in the cluster is kept in memory as an [`ObservedSlice`]: its addresses, and a digest of
 //! everything that gangplank would write, which reveals an edit by another writer.
@@ -31,7 +31,7 @@ pub use plan::{DEFAULT_MAX_ENDPOINTS, MAX_ENDPOINTS, PlanOptions, SliceWrite, pl
 pub use read::{SkippedEndpoint, read_foreign_slice, read_slice};
 pub use render::{ContentDigest, SliceStamps};
 pub use tombstones::read_tombstones;
-pub use view::{InstanceView, SliceRank};
+pub use view::{SliceRank, SliceView};
 
 pub(in crate::kubernetes) use observed::{label, service_of};
 pub(super) use {

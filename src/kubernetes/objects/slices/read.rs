@@ -49,7 +49,7 @@ impl fmt::Display for SkippedEndpoint {
 }
 
 /// The instances that one of our slices holds, in its order, each identity once, and the endpoints
-/// that were skipped or changed. [`InstanceView`](super::InstanceView) merges slices.
+/// that were skipped or changed. [`SliceView`](super::SliceView) merges slices.
 ///
 /// All instances are ready: readiness is not part of the record. An instance with split ports is
 /// returned whole from each of its slices. An endpoint with several addresses, which gangplank does

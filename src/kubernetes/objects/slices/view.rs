@@ -25,11 +25,11 @@ pub struct SliceRank {
 
 /// The instances that slices hold, by service.
 #[derive(Debug, Default)]
-pub struct InstanceView {
+pub struct SliceView {
     slices: HashMap<SliceKey, ViewedSlice>,
     /// Names of the slices of each service.
     by_service: BTreeMap<ServiceKey, BTreeSet<Box<str>>>,
-    /// Services whose slices changed since [`InstanceView::take_changed`].
+    /// Services whose slices changed since [`SliceView::take_changed`].
     changed: BTreeSet<ServiceKey>,
     /// The number of the current or last list.
     list: u32,
@@ -48,7 +48,7 @@ struct ViewedSlice {
     list: u32,
 }
 
-impl InstanceView {
+impl SliceView {
     /// A list begins. What it does not name goes with [`init_done`](Self::init_done), not before.
     pub fn init(&mut self) {
         self.list = self.list.wrapping_add(1);
@@ -149,13 +149,13 @@ mod tests {
         SliceRank { term, generation }
     }
 
-    fn addresses(view: &InstanceView, service: &ServiceKey) -> Vec<String> {
+    fn addresses(view: &SliceView, service: &ServiceKey) -> Vec<String> {
         view.instances(service).iter().map(|one| format!("{} {}", one.address(), one.ready())).collect()
     }
 
     #[test]
     fn instance_in_two_slices_is_told_by_the_higher_rank() {
-        let mut view = InstanceView::default();
+        let mut view = SliceView::default();
         let old = Arc::new((*instances(&["10.0.0.1"])[0]).clone().with_ready(false));
         view.apply(&web(), &meta("a"), rank(2, 1), instances(&["10.0.0.1"]));
         view.apply(&web(), &meta("b"), rank(1, 9), vec![Arc::clone(&old)]);
@@ -174,7 +174,7 @@ mod tests {
 
     #[test]
     fn list_replaces_the_view_only_when_it_is_complete() {
-        let mut view = InstanceView::default();
+        let mut view = SliceView::default();
         view.apply(&web(), &meta("a"), SliceRank::default(), instances(&["10.0.0.1"]));
         assert_eq!(view.take_changed(), BTreeSet::from([web()]));
         view.init();
@@ -191,7 +191,7 @@ mod tests {
     #[test]
     fn slice_that_changes_its_service_changes_both() {
         let shop = VALIDATOR.service("prod", "shop").expect("valid");
-        let mut view = InstanceView::default();
+        let mut view = SliceView::default();
         view.apply(&web(), &meta("a"), SliceRank::default(), instances(&["10.0.0.1"]));
         view.take_changed();
         view.apply(&shop, &meta("a"), SliceRank::default(), instances(&["10.0.0.1"]));

@@ -39,7 +39,7 @@ impl Replica {
         }
         let stamps = words.iter().map(|(key, word)| (*key, word.stamp)).collect();
         if self.rules.acknowledge_hand_over_when_confirmed {
-            self.handed_in.push(HandedIn { from, words: stamps, needs: needs.clone() });
+            self.received.push(ReceivedWords { from, words: stamps, needs: needs.clone() });
         } else {
             self.outputs.push(Output::HandedOver { to: from, words: stamps });
         }

@@ -47,7 +47,7 @@ impl Replica {
         let same = observed.map(|record| &record.words) == wanted.as_ref().map(|record| &record.words)
             && observed.map(|record| record.refuse_before) == wanted.as_ref().map(|record| record.refuse_before);
         let awaited = self.waiting.iter().any(|waiting| waiting.slice == slice)
-            || self.handed_in.iter().any(|handed| handed.needs.iter().any(|need| need.0 == slice));
+            || self.received.iter().any(|handed| handed.needs.iter().any(|need| need.0 == slice));
         // Whoever wrote it: every request that a former writer may still have under way expects this version, or an older one, and
         // says what this version says, or something younger.
         if same && !state.rewrite {
@@ -164,7 +164,7 @@ impl Replica {
     fn judge(&self, slice: usize, record: &Record, term: u64, at: Clocks) -> Judgement {
         let highest_term = self.election.highest_term(at.now);
         let sent = self.slices[slice].sent.as_ref();
-        match record.judge(Writer { id: self.directory.id, term, highest_term, sent }) {
+        match record.judge(JudgingWriter { id: self.directory.id, term, highest_term, sent }) {
             Judgement::Altered
                 if !self.rules.confirm_only_what_was_sent && record.generation <= self.directory.generation =>
             {
@@ -226,13 +226,14 @@ impl Replica {
         self.waiting = waiting;
         self.outputs.extend(done.iter().map(|done| Output::Answer { op: done.op, status: done.status }));
         let confirmations = &self.confirmations;
-        let complete =
-            |handed: &HandedIn| handed.needs.iter().all(|(slice, generation)| confirmations.of(slice) >= *generation);
-        let (done, handed_in) = std::mem::take(&mut self.handed_in).into_iter().partition(complete);
-        self.handed_in = handed_in;
-        let done: Vec<HandedIn> = done;
+        let complete = |handed: &ReceivedWords| {
+            handed.needs.iter().all(|(slice, generation)| confirmations.of(slice) >= *generation)
+        };
+        let (done, received) = std::mem::take(&mut self.received).into_iter().partition(complete);
+        self.received = received;
+        let done: Vec<ReceivedWords> = done;
         self.outputs
-            .extend(done.into_iter().map(|HandedIn { from, words, .. }| Output::HandedOver { to: from, words }));
+            .extend(done.into_iter().map(|ReceivedWords { from, words, .. }| Output::HandedOver { to: from, words }));
     }
 
     /// An entry goes only when its slice carries its stamp or a younger one.

@@ -11,7 +11,7 @@ use super::super::{
     election::{Action, Deposed, Election, Role, Tenure},
     lease::{DirectoryId, LeaseRecord, LeaseWrite, ObservedLease, Opened, RequestId, ResourceVersion},
     rules::Rules,
-    slice::{Judgement, SliceRecord, Writer, dropped_to},
+    slice::{Judgement, JudgingWriter, SliceRecord, dropped_to},
     takeover::{DirectoryAge, Merge, Rank, TakenDirectory, Words},
     time::{BootTime, Now},
     word::{Merged, TombstoneLifetime, Word},
@@ -156,7 +156,7 @@ struct Waiting {
 
 /// Words that a peer handed over and that wait for Kubernetes.
 #[derive(Debug, Clone)]
-struct HandedIn {
+struct ReceivedWords {
     from: usize,
     words: Vec<(Key, Stamp)>,
     needs: Vec<(usize, u64)>,
@@ -174,7 +174,7 @@ pub(super) struct Replica {
     slices: Vec<SliceState>,
     confirmations: Confirmations<usize>,
     waiting: Vec<Waiting>,
-    handed_in: Vec<HandedIn>,
+    received: Vec<ReceivedWords>,
     /// When a hand-over that got no answer is repeated.
     hand_over_after: BootTime,
     last_request: u64,
@@ -207,7 +207,7 @@ impl Replica {
             slices: vec![SliceState::default(); slices],
             confirmations: Confirmations::default(),
             waiting: Vec::new(),
-            handed_in: Vec::new(),
+            received: Vec::new(),
             hand_over_after: BootTime::default(),
             last_request: 0,
             list: None,
@@ -329,7 +329,7 @@ impl Replica {
         for waiting in std::mem::take(&mut self.waiting) {
             self.outputs.push(Output::Answer { op: waiting.op, status: 202 });
         }
-        self.handed_in.clear();
+        self.received.clear();
         self.confirmations.clear();
         self.list = None;
         for slice in &mut self.slices {

@@ -82,7 +82,7 @@ fn read<'a>(
     slices: impl IntoIterator<Item = &'a EndpointSlice>,
     validator: &Validator,
 ) -> (Vec<Arc<Instance>>, Vec<SkippedEndpoint>) {
-    let (mut view, mut all_skipped) = (InstanceView::default(), Vec::new());
+    let (mut view, mut all_skipped) = (SliceView::default(), Vec::new());
     for slice in slices {
         let (instances, skipped) = read_slice(slice, validator);
         all_skipped.extend(skipped);
