@@ -2,6 +2,7 @@
 
 use std::{
     env, fs, io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -32,6 +33,10 @@ pub(super) fn install(config_dir: Option<&Path>) -> String {
 fn install_units(config_dir: Option<&Path>) -> Result<PathBuf, String> {
     let binary = env::current_exe().map_err(|err| err.to_string())?;
     let (dir, user) = if is_root() {
+        // systemd will run it as root.
+        if let Some(path) = writable_by_others(&binary) {
+            return Err(format!("others than root may write {}: install the binary in /usr/local/bin", path.display()));
+        }
         (PathBuf::from("/etc/systemd/system"), false)
     } else {
         (user_config().ok_or("HOME is not set")?.join("systemd/user"), true)
@@ -49,6 +54,13 @@ fn install_units(config_dir: Option<&Path>) -> Result<PathBuf, String> {
     systemctl(&["daemon-reload"])?;
     systemctl(&["enable", "--now", TIMER_FILE])?;
     Ok(dir)
+}
+
+/// The program, or a directory above it, that others than root may change.
+fn writable_by_others(binary: &Path) -> Option<&Path> {
+    binary
+        .ancestors()
+        .find(|path| path.metadata().is_ok_and(|metadata| metadata.uid() != 0 || metadata.mode() & 0o022 != 0))
 }
 
 fn write_units(dir: &Path, binary: &Path, config_dir: Option<&Path>) -> io::Result<()> {
@@ -89,7 +101,20 @@ fn quoted(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
+
+    #[test]
+    fn binary_that_others_may_change_is_found() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let binary = dir.path().join("gangplank");
+        fs::write(&binary, "").expect("written");
+        // Also where this runs as root, and all above it is root's.
+        fs::set_permissions(&binary, fs::Permissions::from_mode(0o757)).expect("ours");
+        assert_eq!(writable_by_others(&binary), Some(&*binary));
+        assert_eq!(writable_by_others(Path::new("/")), None);
+    }
 
     #[test]
     fn units_name_the_binary_and_the_directory() {

@@ -27,6 +27,7 @@ use tracing::warn;
 
 use super::{
     caller::{Caller, unauthenticated},
+    handover,
     incoming::ConnectionInfo,
     joining::OpenCalls,
     security::{Peer, Security},
@@ -35,6 +36,9 @@ use crate::{
     identity::{BearerToken, Credentials, Identity, Unauthenticated},
     metrics::{AuthenticationFailure, Metrics},
 };
+
+/// Most bytes of a call's path in the log: those that exist are shorter.
+const MAX_LOGGED_PATH: usize = 100;
 
 /// The routes, behind the check of who calls.
 #[derive(Debug, Clone)]
@@ -54,7 +58,7 @@ impl AuthenticatedRoutes {
     fn refuse(&self, peer: &Peer, path: &str, err: &Unauthenticated) -> Response<Body> {
         self.metrics.identity.unauthenticated.at(AuthenticationFailure::from(err)).inc();
         self.security.log.refused(|suppressed| {
-            warn!(peer = %peer.address, call = path, error = %err, suppressed, "refused: the caller has no identity");
+            warn!(peer = %peer.address, call = shown(path), error = %err, suppressed, "refused: the caller has no identity");
         });
         unauthenticated(err).into_http()
     }
@@ -73,7 +77,7 @@ impl AuthenticatedRoutes {
         let caller = Caller::new(identity, peer.address, &self.security);
         if let Err(status) = &caller {
             self.security.log.refused(|suppressed| {
-                let (call, error) = (request.uri().path(), status.message());
+                let (call, error) = (shown(request.uri().path()), status.message());
                 warn!(peer = %peer.address, call, error, suppressed, "refused");
             });
         }
@@ -82,13 +86,22 @@ impl AuthenticatedRoutes {
                 Ok(caller) => caller,
                 Err(status) => return Ok(status.into_http()),
             };
+            if let Some(verb) = handover::needed(request.uri().path())
+                && let Err(status) = caller.may_call(verb, None, None).await
+            {
+                return Ok(status.into_http());
+            }
             let end = caller.end(identity_end);
             request.extensions_mut().insert(caller);
-            let response = self.routes.call(request).await?;
-            Ok(match end {
-                None => response,
-                Some(end) => response.map(|body| Body::new(EndingBody { body, end: Box::pin(end), ended: false })),
-            })
+            let Some(end) = end else { return self.routes.call(request).await };
+            let mut end = Box::pin(end);
+            // The end counts from the begin: a call may wait for its message longer than its identity lasts.
+            let response = tokio::select! {
+                biased;
+                status = &mut end => return Ok(status.into_http()),
+                response = self.routes.call(request) => response?,
+            };
+            Ok(response.map(|body| Body::new(EndingBody { body, end, ended: false })))
         }
     }
 }
@@ -143,6 +156,11 @@ impl Service<Request<Body>> for AuthenticatedRoutes {
             }
         }
     }
+}
+
+/// A path for the log. All octets of one are ASCII (RFC 9110 §4.1).
+fn shown(path: &str) -> &str {
+    path.get(..MAX_LOGGED_PATH).unwrap_or(path)
 }
 
 /// Takes the token out of a call's headers, so that nothing behind this sees it.

@@ -36,6 +36,13 @@ use crate::{
     registry::ListPermit,
 };
 
+/// Calls whose client may send any number of messages, at any time. All others send one message, at once.
+const REQUEST_STREAMS: [&str; 3] = [
+    "/registry.ServiceRegistry/RegistrationEvent",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+];
+
 /// The routes. Each call takes one permit until its response is sent.
 #[derive(Debug, Clone)]
 pub(super) struct TrackedRoutes {
@@ -77,7 +84,8 @@ impl Service<Request<Body>> for TrackedRoutes {
                 // Registration streams charge their messages to the same memory.
                 request.extensions_mut().insert(Arc::clone(&memory));
                 call.responses = Some(memory.responses());
-                request.map(|body| Body::new(MeteredRequest::new(body, memory)))
+                let is_stream = REQUEST_STREAMS.contains(&request.uri().path());
+                request.map(|body| Body::new(MeteredRequest::new(body, memory, is_stream)))
             }
             None => request,
         };

@@ -18,7 +18,7 @@ use tonic::{
 
 use super::{memory::ConnectionMemory, metered::FRAME_OVERHEAD};
 
-/// How long a client may take for the rest of a message that it has begun.
+/// How long a client may take for the rest of a message that it has begun, and for the one message of a call without a stream.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Bytes before each message: whether it is compressed, and its length.
@@ -34,9 +34,11 @@ pub(super) struct MeteredRequest {
     /// What that frame is charged until `rest` is empty: all of it, because `rest` keeps its buffer.
     charged: usize,
     begun: BegunMessage,
+    /// Whether the one message of a call without a stream is still to come.
+    awaits_message: bool,
     /// What earlier frames are charged for the begun message.
     charged_begun: usize,
-    /// Runs while the rest of a message is awaited, for [`MESSAGE_TIMEOUT`].
+    /// Runs while a message, or the rest of one, is awaited that has to come, for [`MESSAGE_TIMEOUT`].
     deadline: Option<Pin<Box<Sleep>>>,
     timeout: Duration,
     ended: bool,
@@ -80,16 +82,30 @@ impl MeteredRequest {
     /// a buffer of 1 KiB that doubles when they do not fit, and that a waiting call keeps.
     const PIECE_BYTES: usize = 512;
 
-    pub(super) fn new(body: Body, memory: Arc<ConnectionMemory>) -> Self {
+    /// `is_stream`: any number of messages may come, at any time; else one does, at once.
+    pub(super) fn new(body: Body, memory: Arc<ConnectionMemory>, is_stream: bool) -> Self {
         memory.request_opened();
         let (rest, begun) = (Bytes::new(), BegunMessage::default());
         let (deadline, timeout) = (None, MESSAGE_TIMEOUT);
-        Self { body, memory, rest, charged: 0, begun, charged_begun: 0, deadline, timeout, ended: false }
+        let awaits_message = !is_stream;
+        Self {
+            body,
+            memory,
+            rest,
+            charged: 0,
+            begun,
+            awaits_message,
+            charged_begun: 0,
+            deadline,
+            timeout,
+            ended: false,
+        }
     }
 
     fn next_piece(&mut self) -> http_body::Frame<Bytes> {
         let piece = self.rest.split_to(self.rest.len().min(Self::PIECE_BYTES));
         self.begun.read(&piece);
+        self.awaits_message &= self.begun.read > 0;
         if self.rest.is_empty() {
             let charged = mem::take(&mut self.charged) + mem::replace(&mut self.charged_begun, self.begun.read);
             self.memory.release_received(charged - self.begun.read);
@@ -97,9 +113,9 @@ impl MeteredRequest {
         http_body::Frame::data(piece)
     }
 
-    /// Ready when the rest of a message has been awaited for too long.
+    /// Ready when a message, or the rest of one, has been awaited for too long.
     fn poll_deadline(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.begun.read == 0 {
+        if self.begun.read == 0 && !self.awaits_message {
             self.deadline = None;
             return Poll::Pending;
         }
@@ -119,7 +135,7 @@ impl HttpBody for MeteredRequest {
         if self.rest.is_empty() {
             let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
                 ready!(self.poll_deadline(cx));
-                let err = format!("the rest of a message took longer than {:?}", self.timeout);
+                let err = format!("a message took longer than {:?}", self.timeout);
                 return Poll::Ready(Some(Err(Status::deadline_exceeded(err))));
             };
             match frame {
@@ -177,7 +193,7 @@ mod tests {
         frames.iter().for_each(|frame| memory.charge_received(frame.len() + FRAME_OVERHEAD));
         let frames = frames.into_iter().map(|frame| Ok::<_, Status>(http_body::Frame::data(Bytes::from(frame))));
         let frames = futures::StreamExt::chain(futures::stream::iter(frames), futures::stream::pending());
-        (MeteredRequest::new(Body::new(StreamBody::new(frames)), memory), metrics)
+        (MeteredRequest::new(Body::new(StreamBody::new(frames)), memory, true), metrics)
     }
 
     /// A message of so many bytes with its prefix.
@@ -230,6 +246,10 @@ mod tests {
         assert_eq!(read(&mut complete).await, 100);
         let waited = tokio::time::timeout(10 * timeout, complete.frame()).await;
         assert!(waited.is_err(), "an idle stream stays open");
+        let (mut unary, _) = request(Vec::new());
+        (unary.timeout, unary.awaits_message) = (timeout, true);
+        let err = unary.frame().await.expect("an error").expect_err("its message does not come");
+        assert_eq!(err.code(), tonic::Code::DeadlineExceeded);
     }
 
     #[tokio::test]
@@ -240,7 +260,7 @@ mod tests {
         let memory = MemoryBudget::new(LIMITS, Arc::clone(&metrics)).connection();
         let frame = Ok::<_, Status>(http_body::Frame::data(Bytes::from_static(&[0; FRAME])));
         memory.charge_received(FRAME + FRAME_OVERHEAD);
-        let mut request = MeteredRequest::new(Body::new(StreamBody::new(futures::stream::iter([frame]))), memory);
+        let mut request = MeteredRequest::new(Body::new(StreamBody::new(futures::stream::iter([frame]))), memory, true);
         let mut read = 0;
         while read < FRAME {
             // The rest of a frame keeps the buffer of the whole frame.

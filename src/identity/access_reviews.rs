@@ -3,15 +3,17 @@
 use std::{
     fmt,
     hash::{Hash, Hasher},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use indexmap::Equivalent;
+use tokio::time::sleep;
 
 use super::{
     Access, AccessResource, AccessVerb, Identity, IdentitySource,
     review_cache::{FRESH, MAX_WAIT, NotReviewed, ReviewCache, ReviewLimits, Reviewed, Verdict},
+    shares::Shares,
 };
 use crate::{
     kubernetes::api::{AccessAttributes, Reviews},
@@ -32,6 +34,10 @@ const MAX_IN_FLIGHT: usize = 64;
 
 /// Reviews that wait: what some streams can ask for at once.
 const MAX_PENDING: u64 = 16_384;
+
+/// New questions of one user at once, and one more in each [`USER_INTERVAL`]: a quarter of what is asked for all users.
+const USER_BURST: u32 = 400;
+const USER_INTERVAL: Duration = Duration::from_millis(10);
 
 /// What is asked: everything that the answer depends on.
 #[derive(Debug, Clone)]
@@ -106,6 +112,8 @@ impl<'a> Asked<'a> {
 pub(super) struct AccessReviews {
     reviews: Arc<Reviews>,
     cache: Arc<ReviewCache<Question, ()>>,
+    /// Of the rate at which new questions are asked.
+    shares: Mutex<Shares<Arc<str>>>,
 }
 
 impl fmt::Debug for AccessReviews {
@@ -119,8 +127,9 @@ impl AccessReviews {
     pub(super) fn new(reviews: Arc<Reviews>, stale: Duration, metrics: Arc<IdentityMetrics>) -> Self {
         let stale = stale.max(FRESH);
         let (entries, in_flight, pending) = (MAX_ENTRIES, MAX_IN_FLIGHT, MAX_PENDING);
-        let limits = ReviewLimits { entries, in_flight, pending, stale, wait: MAX_WAIT };
-        Self { reviews, cache: ReviewCache::new(ReviewKind::Access, limits, metrics) }
+        let limits = ReviewLimits { entries, in_flight, pending, stale, known: stale, wait: MAX_WAIT };
+        let shares = Mutex::new(Shares::new(USER_BURST, USER_INTERVAL));
+        Self { reviews, cache: ReviewCache::new(ReviewKind::Access, limits, metrics), shares }
     }
 
     /// The decision, if it needs no review. Neither waits nor allocates.
@@ -135,7 +144,15 @@ impl AccessReviews {
         access: &Access<'_>,
         max_age: Duration,
     ) -> Result<Reviewed<()>, NotReviewed> {
-        let Asked { user: _, groups: _, origin, resource, verb, namespace, service } = Asked::new(identity, access);
+        let asked = Asked::new(identity, access);
+        if self.cache.is_new(&asked, Instant::now()) {
+            let wait = {
+                let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
+                shares.reserve(Arc::clone(&identity.user), MAX_WAIT, Instant::now())
+            };
+            sleep(wait.ok_or(NotReviewed::Overloaded)?).await;
+        }
+        let Asked { user: _, groups: _, origin, resource, verb, namespace, service } = asked;
         let question = Question {
             user: Arc::clone(&identity.user),
             groups: Arc::clone(&identity.groups),

@@ -26,6 +26,9 @@ use crate::{
 /// How often the policy file is read.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
 
+/// How long the policy file must not change before it is put in force.
+const SETTLE_TIME: Duration = Duration::from_secs(1);
+
 /// Where rights come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Authorization {
@@ -241,16 +244,14 @@ impl Authorizer {
         let mut reported = None;
         loop {
             sleep(RELOAD_INTERVAL).await;
-            let authorizer = Arc::clone(&self);
-            let reloaded = tokio::task::spawn_blocking(move || authorizer.reload()).await;
-            match reloaded {
-                Ok(Ok(changed)) => {
+            match self.reload().await {
+                Ok(changed) => {
                     reported = None;
                     if changed {
                         info!("the new version of the policy file is in force");
                     }
                 }
-                Ok(Err(err)) => {
+                Err(err) => {
                     let err = err.to_string();
                     if reported.as_ref() != Some(&err) {
                         warn!(error = err, "the policy file is invalid; its last valid version stays in force");
@@ -258,24 +259,40 @@ impl Authorizer {
                         reported = Some(err);
                     }
                 }
-                Err(err) => warn!(error = %err, "reading the policy file panicked"),
             }
         }
     }
 
-    /// Reads the policy file once. Returns whether it has changed.
-    fn reload(&self) -> Result<bool, PolicyError> {
-        let Rules::Policy(file) = &self.rules else { return Ok(false) };
-        let read = policy::read(&file.path)?;
-        let mut text = file.text.lock().unwrap_or_else(PoisonError::into_inner);
-        if *text == read {
+    /// Reads the policy file, and puts it in force if it has changed and nobody is writing it. Returns whether it has.
+    async fn reload(self: &Arc<Self>) -> Result<bool, PolicyError> {
+        let Some(text) = self.changed_text().await? else { return Ok(false) };
+        // Half of a file may be valid, and allow more than all of it.
+        sleep(SETTLE_TIME).await;
+        if self.changed_text().await?.as_ref() != Some(&text) {
             return Ok(false);
         }
-        let parsed = Policy::parse(&read).map_err(|err| err.of(&file.path))?;
-        *text = read;
+        let Rules::Policy(file) = &self.rules else { return Ok(false) };
+        let parsed = Policy::parse(&text).map_err(|err| err.of(&file.path))?;
+        *file.text.lock().unwrap_or_else(PoisonError::into_inner) = text;
         file.policy.store(Arc::new(parsed));
         file.changes.send_modify(|count| *count += 1);
         Ok(true)
+    }
+
+    /// What is in the policy file, if it is not what is in force.
+    async fn changed_text(self: &Arc<Self>) -> Result<Option<String>, PolicyError> {
+        let authorizer = Arc::clone(self);
+        // A file on a network may block.
+        let read = tokio::task::spawn_blocking(move || {
+            let Rules::Policy(file) = &authorizer.rules else { return Ok(None) };
+            let read = policy::read(&file.path)?;
+            let text = file.text.lock().unwrap_or_else(PoisonError::into_inner);
+            Ok((*text != read).then_some(read))
+        });
+        read.await.unwrap_or_else(|err| {
+            warn!(error = %err, "reading the policy file panicked");
+            Ok(None)
+        })
     }
 }
 

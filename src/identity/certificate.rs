@@ -10,7 +10,7 @@ use std::{
 use rustls::pki_types::CertificateDer;
 use x509_parser::{extensions::GeneralName, prelude::X509Certificate, time::ASN1Time, x509::X509Name};
 
-use super::{Identity, IdentitySource, Unauthenticated, is_name};
+use super::{ANONYMOUS_USER, Identity, IdentitySource, LOOPBACK_USER, Unauthenticated, is_name};
 
 /// How a SPIFFE ID begins (SPIFFE ID specification, §2).
 const SPIFFE: &str = "spiffe://";
@@ -65,11 +65,16 @@ fn spiffe_id<'a>(certificate: &'a X509Certificate<'_>) -> Result<Option<&'a str>
     });
     match (uris.next(), uris.next()) {
         (None, _) => Ok(None),
-        (Some(uri), None) if !uri.starts_with(SPIFFE) => Ok(None),
-        (Some(uri), None) if uri.len() > SPIFFE.len() && is_name(uri) => Ok(Some(uri)),
+        (Some(uri), None) if !has_spiffe_scheme(uri) => Ok(None),
+        // The scheme in small letters: rules name the ID as it is written.
+        (Some(uri), None) if uri.starts_with(SPIFFE) && uri.len() > SPIFFE.len() && is_name(uri) => Ok(Some(uri)),
         (Some(_), None) => Err("has an invalid SPIFFE ID"),
         (Some(_), Some(_)) => Err("has more than one URI, where a SPIFFE ID is the only one"),
     }
+}
+
+fn has_spiffe_scheme(text: &str) -> bool {
+    text.get(..SPIFFE.len()).is_some_and(|scheme| scheme.eq_ignore_ascii_case(SPIFFE))
 }
 
 fn common_name<'a>(subject: &'a X509Name<'_>) -> Result<&'a str, &'static str> {
@@ -78,6 +83,8 @@ fn common_name<'a>(subject: &'a X509Name<'_>) -> Result<&'a str, &'static str> {
         (None, _) => Err("has neither a common name (CN) nor a SPIFFE ID"),
         (Some(_), Some(_)) => Err("has more than one common name (CN)"),
         (Some(name), None) => match name.as_str() {
+            Ok(name) if has_spiffe_scheme(name) => Err("has a SPIFFE ID as its common name (CN), not as a URI"),
+            Ok(LOOPBACK_USER | ANONYMOUS_USER) => Err("has a common name (CN) that is a plaintext connection's"),
             Ok(name) if is_name(name) => Ok(name),
             _ => Err("has an invalid common name (CN)"),
         },
@@ -140,6 +147,11 @@ mod tests {
         refused(&[(DnType::OrganizationName, "web")], &[], "neither a common name");
         refused(&cn(""), &[], "invalid common name");
         refused(&cn("vm-1\n"), &[], "invalid common name");
+        refused(&cn("vm-1\u{202e}"), &[], "invalid common name");
+        refused(&cn("SPIFFE://example.org/web"), &[], "not as a URI");
+        refused(&cn("system:anonymous"), &[], "a plaintext connection's");
+        refused(&cn("gangplank:loopback"), &[], "a plaintext connection's");
+        refused(&cn("vm-1"), &["SPIFFE://example.org/web"], "invalid SPIFFE ID");
         refused(&cn("vm-1"), &["spiffe://a/b", "spiffe://a/c"], "more than one URI");
         refused(&cn("vm-1"), &["spiffe://"], "invalid SPIFFE ID");
         refused(&[(DnType::CommonName, "vm-1"), (DnType::OrganizationName, "\u{7}")], &[], "invalid organization");

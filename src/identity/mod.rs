@@ -16,6 +16,7 @@ mod policy;
 pub mod private_file;
 mod refusal_log;
 mod review_cache;
+mod shares;
 mod token;
 mod usage;
 
@@ -265,7 +266,10 @@ fn random<const N: usize>() -> [u8; N] {
     bytes
 }
 
-/// Whether a name is one that logs and rules can hold: not empty, of bounded length, without control characters.
+/// Whether a name is one that logs and rules can hold: not empty, of bounded length, without control characters, and without
+/// those that change how others are shown, such as U+202E (Unicode Standard Annex 9, §2).
 fn is_name(text: &str) -> bool {
-    Registrant::is_name(text)
+    let is_format =
+        |c| matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+    Registrant::is_name(text) && !text.chars().any(is_format)
 }

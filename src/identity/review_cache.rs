@@ -5,7 +5,7 @@
 //! 3. Whoever asks what is being asked waits for that review. It ends when nobody waits any more.
 //! 4. Everything is bounded: what is remembered, reviews under way, and those that wait. First reviews and repeated
 //!    ones of what was a yes have their turns apart, so that strangers cannot keep those that are known from being
-//!    confirmed.
+//!    confirmed. What makes room for others are refusals first.
 
 use std::{
     fmt,
@@ -44,6 +44,9 @@ pub(super) struct ReviewLimits {
     pub(super) pending: u64,
     /// While Kubernetes cannot be asked, an answer counts for this long; [`FRESH`] at least.
     pub(super) stale: Duration,
+    /// For how long after a yes the next review of the question is a repeated one; [`ReviewLimits::stale`] at least. The yes
+    /// itself counts no longer for that.
+    pub(super) known: Duration,
     /// How long a review may take with its wait for a turn.
     pub(super) wait: Duration,
 }
@@ -60,6 +63,12 @@ pub(super) enum Verdict<T> {
 pub(super) struct Reviewed<T> {
     pub(super) verdict: Verdict<T>,
     pub(super) at: Instant,
+}
+
+impl<T> Reviewed<T> {
+    fn is_known(&self, limits: ReviewLimits, now: Instant) -> bool {
+        matches!(self.verdict, Verdict::Yes(_)) && now.duration_since(self.at) < limits.known
+    }
 }
 
 /// Why there is no verdict.
@@ -91,8 +100,15 @@ struct Entry<T> {
 }
 
 impl<T> Entry<T> {
-    fn counts(&self, now: Instant, stale: Duration) -> bool {
-        self.reviewed.as_ref().is_some_and(|reviewed| now.duration_since(reviewed.at) < stale)
+    /// Whether it was a yes that makes the next review a repeated one.
+    fn is_known(&self, limits: ReviewLimits, now: Instant) -> bool {
+        self.reviewed.as_ref().is_some_and(|reviewed| reviewed.is_known(limits, now))
+    }
+
+    /// Whether its answer is of any use.
+    fn counts(&self, limits: ReviewLimits, now: Instant) -> bool {
+        let is_young = |reviewed: &Reviewed<T>| now.duration_since(reviewed.at) < limits.stale;
+        self.is_known(limits, now) || self.reviewed.as_ref().is_some_and(is_young)
     }
 
     fn is_pending(&self) -> bool {
@@ -138,6 +154,15 @@ where
             return Some(reviewed);
         }
         (is_paused && age < self.limits.stale).then(|| self.stale(reviewed))
+    }
+
+    /// Whether a review of the question would be a first one, or nobody asks it now.
+    pub(super) fn is_new<Q>(&self, question: &Q, now: Instant) -> bool
+    where
+        Q: Hash + Equivalent<K> + ?Sized,
+    {
+        let entries = self.lock();
+        !entries.get(question).is_some_and(|entry| entry.is_known(self.limits, now) || entry.is_pending())
     }
 
     /// The answer, if it is not older than `max_age`; else it is asked for by `ask`, which is told whether it is a first
@@ -198,9 +223,7 @@ where
             return Err(NotReviewed::Overloaded);
         }
         let counted = GaugeGuard::new(pending);
-        let first = !known.is_some_and(|known| {
-            matches!(known.verdict, Verdict::Yes(_)) && now.duration_since(known.at) < self.limits.stale
-        });
+        let first = !known.is_some_and(|known| known.is_known(self.limits, now));
         let (cache, asked, of) = (Arc::clone(self), ask(first), question.clone());
         let review = async move {
             let turns = if first { &cache.first } else { &cache.repeated };
@@ -249,10 +272,14 @@ where
     }
 }
 
-/// Makes room: forgets what does not count any more, and of the rest the oldest quarter, so that the next time is far.
+/// Makes room: forgets what does not count any more, then refusals, which strangers can cause without end, and of the rest
+/// the oldest quarter, so that the next time is far.
 fn evict<K: Hash + Eq, T>(entries: &mut IndexMap<K, Entry<T>>, limits: ReviewLimits, now: Instant) {
-    entries.retain(|_, entry| entry.counts(now, limits.stale) || entry.is_pending());
+    entries.retain(|_, entry| entry.counts(limits, now) || entry.is_pending());
     let kept = limits.entries / 4 * 3;
+    if entries.len() > kept {
+        entries.retain(|_, entry| entry.is_known(limits, now) || entry.is_pending());
+    }
     if entries.len() <= kept {
         return;
     }
@@ -294,7 +321,14 @@ mod tests {
         }
 
         fn new() -> Self {
-            Self::with(ReviewLimits { entries: 8, in_flight: 2, pending: 4, stale: STALE, wait: MAX_WAIT })
+            Self::with(ReviewLimits {
+                entries: 8,
+                in_flight: 2,
+                pending: 4,
+                stale: STALE,
+                known: STALE,
+                wait: MAX_WAIT,
+            })
         }
 
         fn now(&self) -> Instant {
@@ -412,7 +446,8 @@ mod tests {
     #[tokio::test]
     async fn review_without_an_answer_ends_as_unavailable() {
         let wait = Duration::from_millis(1);
-        let asked = Asked::with(ReviewLimits { entries: 8, in_flight: 2, pending: 4, stale: STALE, wait });
+        let asked =
+            Asked::with(ReviewLimits { entries: 8, in_flight: 2, pending: 4, stale: STALE, known: STALE, wait });
         assert_eq!(asked.ask(1, FRESH, std::future::pending()).await, AWAY);
     }
 

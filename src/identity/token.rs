@@ -40,8 +40,11 @@ const REVIEW_INTERVAL: Duration = Duration::from_secs(4);
 /// before.
 const MIN_INTERVAL: Duration = Duration::from_secs(1);
 
+/// A token that was good so long ago is no stranger's: its review does not wait for theirs.
+const KNOWN: Duration = Duration::from_secs(60 * 60);
+
 const LIMITS: ReviewLimits =
-    ReviewLimits { entries: 16_384, in_flight: 64, pending: 4_096, stale: FRESH, wait: MAX_WAIT };
+    ReviewLimits { entries: 16_384, in_flight: 64, pending: 4_096, stale: FRESH, known: KNOWN, wait: MAX_WAIT };
 
 /// A token as a call shows it.
 #[derive(Clone, PartialEq, Eq)]

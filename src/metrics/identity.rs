@@ -73,6 +73,8 @@ label_enum! {
         IdentityInstances => "identity_instances",
         /// Instances of a namespace.
         NamespaceInstances => "namespace_instances",
+        /// Services of a namespace in which removals are remembered.
+        NamespaceRemovals => "namespace_removals",
         /// Messages a second of an identity.
         IdentityMessages => "identity_messages",
         /// Open calls of an identity.

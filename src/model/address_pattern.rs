@@ -69,6 +69,12 @@ impl TryFrom<String> for AddressPattern {
 pub fn parse_network(text: &str) -> Result<IpNet, String> {
     let network = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
     let network = network.map_err(|_| format!("{text:?} is neither a network such as 10.1.0.0/16 nor an address"))?;
+    // An instance's address is never one, so the network would contain none.
+    if let IpNet::V6(network) = network
+        && network.addr().to_ipv4_mapped().is_some()
+    {
+        return Err(format!("{text:?} is IPv4 written as IPv6 (RFC 4291 §2.5.5.2): write it as IPv4"));
+    }
     if network.trunc() == network {
         Ok(network)
     } else {
@@ -102,6 +108,7 @@ mod tests {
             ("10.1.0.0/33", "neither a network"),
             ("10.1.0.1/16", "10.1.0.0/16"),
             ("Own", "neither"),
+            ("::ffff:10.66.0.0/112", "write it as IPv4"),
             ("10.1.0.0/16 10.2.0.0/16", "neither"),
         ] {
             assert!(AddressPattern::parse_list(text).expect_err(text).contains(why), "{text}");

@@ -11,6 +11,7 @@ use super::{
     Catalog, Command, InstanceQuotas, NamespacePolicy, Outcome, QuotaExceeded, Requester,
     cluster_facts::ClusterFacts,
     expiries::{Expiries, MAX_SHRUNK},
+    quota::MAX_REMEMBERED,
     requester::removal,
     staged::StagedChanges,
     stamper::Stamper,
@@ -192,7 +193,8 @@ impl Decider {
         if let Some(other) = by.refused_by(&before) {
             return Outcome::Owned(other.clone());
         }
-        if let Some(exceeded) = self.exceeded_quota(&key, before.as_ref(), by) {
+        let exceeded = self.exceeded_quota(&key, before.as_ref(), by);
+        if let Some(exceeded) = exceeded.or_else(|| self.exceeded_removals(&key, service.is_some(), by)) {
             return Outcome::OverQuota(exceeded);
         }
         let registrant = by.registrant_after(before.as_ref());
@@ -238,6 +240,19 @@ impl Decider {
         )
     }
 
+    /// The limit of the namespace, if `by` would add a service to it that may soon only remember removals. `is_known`: it has instances.
+    fn exceeded_removals(&self, key: &ServiceKey, is_known: bool, by: &Requester) -> Option<QuotaExceeded> {
+        let (expiries, Requester::Identity { .. }) = (self.expiries.as_ref()?, by) else { return None };
+        let (held, staged) = (self.catalog.counts(), &self.batch.changes.counts);
+        let instances = held.of_namespace(key.namespace()) + staged.of_namespace(key.namespace());
+        let instances = usize::try_from(instances).unwrap_or(0);
+        let limit = MAX_REMEMBERED + 2 * instances;
+        (!is_known
+            && expiries.in_namespace(key.namespace()) >= limit
+            && self.batch.changes.tombstones(&self.catalog, key).is_empty())
+        .then_some(QuotaExceeded::Removals { limit })
+    }
+
     fn unregister(
         &mut self,
         key: &ServiceKey,
@@ -264,11 +279,13 @@ impl Decider {
         // What is not registered here may be in an outbox elsewhere, with an earlier stamp. Without a namespace, or under a
         // Service of others, nothing can be remembered in Kubernetes, and nobody can register.
         let remembered = (all || removed == 0) && self.expiries.is_some() && self.facts.has_place_for(key);
-        if remembered
-            && removed == 0
-            && let Some(limit) = self.reached_limit(key, true)
-        {
-            return Outcome::Full { limit };
+        if remembered && removed == 0 {
+            if let Some(exceeded) = self.exceeded_removals(key, service.is_some(), by) {
+                return Outcome::OverQuota(exceeded);
+            }
+            if let Some(limit) = self.reached_limit(key, true) {
+                return Outcome::Full { limit };
+            }
         }
         if remembered {
             self.remove(key, id, received);
@@ -440,7 +457,7 @@ impl Decider {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{InstanceSpec, PortSpec, testing::VALIDATOR};
+    use crate::model::{InstanceSpec, PortSpec, Registrant, testing::VALIDATOR};
 
     fn key(name: &str) -> ServiceKey {
         VALIDATOR.service("prod", name).expect("valid")
@@ -506,6 +523,39 @@ mod tests {
             }
         }
         outcomes
+    }
+
+    #[test]
+    fn identity_cannot_make_a_namespace_remember_removals_without_end() {
+        let mut decider = Decider::new(Arc::new(Catalog::default()), 1_000_000, None, Stamper::default(), true);
+        let registrant = Registrant::new("vm-1".into()).expect("a name");
+        let peer = std::net::Ipv4Addr::LOCALHOST.into();
+        let vm = Requester::Identity { registrant, overrides: false, peer };
+        let address = || VALIDATOR.address("10.0.0.1").expect("valid");
+        let remove = |decider: &mut Decider, service: &str, by: &Requester| {
+            let service =
+                VALIDATOR.service(service.split_once('/').expect("two names").0, &service[5..]).expect("valid");
+            let (ports, by) = (PortSet::default(), by.clone());
+            decider.decide(Command::Unregister { service, address: address(), ports, by }, UnixMillis(2))
+        };
+        let remembered = Outcome::NotFound { remembered: true };
+        for n in 0..MAX_REMEMBERED {
+            assert_eq!(remove(&mut decider, &format!("prod/s{n}"), &vm), remembered);
+        }
+        let limit = |limit| Outcome::OverQuota(QuotaExceeded::Removals { limit });
+        assert_eq!(remove(&mut decider, "prod/new", &vm), limit(MAX_REMEMBERED));
+        assert_eq!(remove(&mut decider, "prod/s7", &vm), remembered, "a service that is remembered already");
+        assert_eq!(remove(&mut decider, "shop/new", &vm), remembered, "another namespace");
+        assert_eq!(remove(&mut decider, "prod/any", &Requester::Unrestricted), remembered, "who may do all");
+        let web = instance("10.0.0.1", 80, 1.0);
+        let register = |by| Command::Register { service: key("web"), instance: Arc::clone(&web), by };
+        assert_eq!(
+            decider.decide(register(vm.clone()), UnixMillis(2)),
+            limit(MAX_REMEMBERED),
+            "it could be removed at once"
+        );
+        assert_eq!(decider.decide(register(Requester::Unrestricted), UnixMillis(2)), Outcome::Created);
+        assert_eq!(remove(&mut decider, "prod/new", &vm), remembered, "with more instances it is more");
     }
 
     #[test]

@@ -4,7 +4,10 @@
 //! a removal drops older ones, of the services with the oldest: what was said before them counts no more, if it comes from another
 //! process ([`Tombstones::refuse_before`](crate::replicas::tombstones::Tombstones::refuse_before)).
 
-use std::{collections::BTreeSet, ops::Bound};
+use std::{
+    collections::{BTreeSet, HashMap},
+    ops::Bound,
+};
 
 use crate::model::ServiceKey;
 
@@ -25,6 +28,8 @@ pub(super) const MAX_SHRUNK: usize = 16;
 #[derive(Debug)]
 pub(super) struct Expiries {
     by_clock: BTreeSet<(u64, ServiceKey)>,
+    /// How many of them each namespace has.
+    by_namespace: HashMap<Box<str>, usize, foldhash::fast::RandomState>,
     bytes: usize,
     max_bytes: usize,
     /// Where the search for old tombstones stopped.
@@ -33,7 +38,13 @@ pub(super) struct Expiries {
 
 impl Default for Expiries {
     fn default() -> Self {
-        Self { by_clock: BTreeSet::new(), bytes: 0, max_bytes: MAX_BYTES, shrunk_to: None }
+        Self {
+            by_clock: BTreeSet::new(),
+            by_namespace: HashMap::default(),
+            bytes: 0,
+            max_bytes: MAX_BYTES,
+            shrunk_to: None,
+        }
     }
 }
 
@@ -43,8 +54,17 @@ impl Expiries {
         self.by_clock.len()
     }
 
+    /// Services of a namespace with tombstones.
+    pub(super) fn in_namespace(&self, namespace: &str) -> usize {
+        self.by_namespace.get(namespace).copied().unwrap_or(0)
+    }
+
     /// `service`, which had no tombstones, has one of `clock`.
     pub(super) fn add(&mut self, clock: u64, service: ServiceKey) {
+        match self.by_namespace.get_mut(service.namespace()) {
+            Some(count) => *count += 1,
+            None => drop(self.by_namespace.insert(service.namespace().into(), 1)),
+        }
         self.by_clock.insert((clock, service));
     }
 
@@ -65,6 +85,7 @@ impl Expiries {
             && self.by_clock.first().is_some_and(|(clock, _)| *clock < expired_before)
             && let Some((_, service)) = self.by_clock.pop_first()
         {
+            self.taken(&service);
             due.push(service);
         }
         due
@@ -73,7 +94,16 @@ impl Expiries {
     /// Takes the services whose tombstones expire by a clock behind `clock`. O(services).
     pub(super) fn take_behind(&mut self, clock: u64) -> Vec<ServiceKey> {
         let behind = self.by_clock.extract_if(.., |(expires, _)| *expires > clock);
-        behind.map(|(_, service)| service).collect()
+        let behind: Vec<_> = behind.map(|(_, service)| service).collect();
+        behind.iter().for_each(|service| self.taken(service));
+        behind
+    }
+
+    fn taken(&mut self, service: &ServiceKey) {
+        match self.by_namespace.get_mut(service.namespace()) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(self.by_namespace.remove(service.namespace())),
+        }
     }
 
     /// The next service to drop tombstones of; `None` while all fit the budget. After the last one it begins again.

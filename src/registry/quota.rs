@@ -40,13 +40,23 @@ pub enum QuotaExceeded {
         /// Its limit; `None` if the annotation is invalid.
         limit: Option<usize>,
     },
+    /// Of services of the namespace in which removals are remembered.
+    Removals {
+        /// Its limit.
+        limit: usize,
+    },
 }
+
+/// Services of a namespace in which removals may be remembered, beside two for each of its instances. Each keeps a slice in Kubernetes
+/// until the removals are forgotten, so that names that come and go, or never were there, cost as much as names that stay.
+pub(super) const MAX_REMEMBERED: usize = 10_000;
 
 impl QuotaExceeded {
     pub(super) fn kind(&self) -> QuotaKind {
         match self {
             Self::Identity { .. } => QuotaKind::IdentityInstances,
             Self::Namespace { .. } | Self::Annotation { .. } => QuotaKind::NamespaceInstances,
+            Self::Removals { .. } => QuotaKind::NamespaceRemovals,
         }
     }
 }

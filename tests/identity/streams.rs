@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use tonic::{Code, Status};
+use tonic::{Code, Request, Status, client::Grpc};
 
 use super::{
     POLICY, SecuredServer, TestCa,
@@ -10,7 +10,7 @@ use super::{
 };
 use gangplank::grpc::proto::{
     gangplank::v1::{WatchRequest, discovery_client::DiscoveryClient},
-    registry::RegistrationResponse,
+    registry::{RegistrationResponse, RegistrationResult, ServiceInfo},
 };
 
 /// The status with which a stream ends.
@@ -26,6 +26,22 @@ async fn stream_ends_when_its_certificate_expires() {
     let secured = SecuredServer::start();
     let status = end(open_stream(&secured, &secured.ca.sign_for("vm-1", &[], -3600, 4)).await).await;
     assert_eq!((status.code(), status.message()), (Code::Unauthenticated, "the client certificate has expired"));
+}
+
+/// A call whose message has not come yet cannot be kept for later.
+#[tokio::test(flavor = "multi_thread")]
+async fn call_that_waits_for_its_message_ends_with_its_certificate() {
+    let secured = SecuredServer::start();
+    let vm = secured.ca.sign_for("vm-1", &[], -3600, 4);
+    let mut grpc = Grpc::new(secured.connect(Some(&vm)).await.expect("a handshake"));
+    grpc.ready().await.expect("connected");
+    let codec = tonic_prost::ProstCodec::<ServiceInfo, RegistrationResult>::default();
+    let path = "/registry.ServiceRegistry/Register".parse().expect("a path");
+    let begun = Instant::now();
+    let call = grpc.client_streaming(Request::new(futures::stream::pending()), path, codec);
+    let status = tokio::time::timeout(2 * END_TIMEOUT, call).await.expect("it ends").expect_err("no answer");
+    assert_eq!((status.code(), status.message()), (Code::Unauthenticated, "the client certificate has expired"));
+    assert!(begun.elapsed() < END_TIMEOUT, "after {:?}", begun.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -343,27 +343,27 @@ fn slices_of_the_grpc_service_follow_the_writer() {
     let cluster = lock.cluster;
     let kubeconfig = cluster.kubeconfig_for_gangplank();
     cluster.apply(
-        "{apiVersion: v1, kind: Service, metadata: {name: registry, namespace: gangplank}, \
+        "{apiVersion: v1, kind: Service, metadata: {name: gangplank, namespace: gangplank}, \
          spec: {ports: [{name: grpc, port: 9080}]}}",
     );
-    let at = |address| vec!["--grpc-service", "registry", "--advertise", address];
+    let at = |address| vec!["--grpc-service", "gangplank", "--advertise", address];
     let both = [&at("10.250.0.1:9080")[..], &["--advertise", "[2001:db8::1]:9080", "--drain", "1s"]].concat();
     let mut harness = MirrorHarness { server: serve_by(&kubeconfig, &both), cluster, _lock: lock };
     let leads_to = |expected: &[&str]| {
-        wait_until("the Service leads there", || (endpoints(cluster, "registry") == expected).then_some(()));
+        wait_until("the Service leads there", || (endpoints(cluster, "gangplank") == expected).then_some(()));
     };
     leads_to(&["10.250.0.1 9080", "2001:db8::1 9080"]);
 
     // A hand edits one and deletes the other.
     let patch = r#"[{"op": "replace", "path": "/endpoints/0/addresses/0", "value": "10.250.0.66"}]"#;
-    let slice = "registry-gangplank-ipv4";
+    let slice = "gangplank-gangplank-ipv4";
     cluster.kubectl(&["patch", "endpointslice", slice, "-n", "gangplank", "--type=json", "-p", patch]);
-    cluster.kubectl(&["delete", "endpointslice", "registry-gangplank-ipv6", "-n", "gangplank"]);
+    cluster.kubectl(&["delete", "endpointslice", "gangplank-gangplank-ipv6", "-n", "gangplank"]);
     leads_to(&["10.250.0.1 9080", "2001:db8::1 9080"]);
 
     // A hand-over: the next writer has no IPv6 address.
     let second = Replica::on_standby_with(&kubeconfig, &at("10.250.0.2:9081"));
-    assert_eq!(endpoints(cluster, "registry"), ["10.250.0.1 9080", "2001:db8::1 9080"], "standby writes nothing");
+    assert_eq!(endpoints(cluster, "gangplank"), ["10.250.0.1 9080", "2001:db8::1 9080"], "standby writes nothing");
     harness.server.signal_terminate();
     leads_to(&["10.250.0.2 9081"]);
     assert!(harness.server.exit().success());
@@ -386,7 +386,7 @@ fn slices_of_the_grpc_service_follow_the_writer() {
     ]);
     cluster.kubectl(&["patch", "endpointslice", slice, "-n", "gangplank", "--type=json", "-p", patch]);
     wait_until("the log says so", || third.stderr().contains("is not writer.gangplank.dev").then_some(()));
-    assert_eq!(endpoints(cluster, "registry"), ["10.250.0.66 9080"]);
+    assert_eq!(endpoints(cluster, "gangplank"), ["10.250.0.66 9080"]);
 }
 
 #[test]
@@ -394,7 +394,7 @@ fn grpc_service_needs_an_address_that_others_reach() {
     let Some(lock) = ClusterLock::take() else { return };
     let kubeconfig = lock.cluster.kubeconfig_for_gangplank();
     let data = TempDir::new().expect("a temporary directory can be made");
-    let flags = ["--kubeconfig", kubeconfig.to_str().expect("a path in UTF-8"), "--grpc-service", "registry"];
+    let flags = ["--kubeconfig", kubeconfig.to_str().expect("a path in UTF-8"), "--grpc-service", "gangplank"];
     let mut process = Process::serve(data.path(), &flags);
     assert_eq!(process.exit().code(), Some(1));
     assert!(process.stderr().contains("give --advertise ADDR"), "{}", process.stderr());

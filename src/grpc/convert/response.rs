@@ -87,6 +87,9 @@ fn quota_details(exceeded: &QuotaExceeded, namespace: &str) -> String {
         QuotaExceeded::Annotation { limit: Some(limit) } => format!(
             "namespace: {namespace} has {limit} instances or more, which is its limit (annotation gangplank.dev/max-instances)"
         ),
+        QuotaExceeded::Removals { limit } => format!(
+            "namespace: {namespace} remembers removals in {limit} services or more, which is its limit; they are forgotten after 32 h"
+        ),
         QuotaExceeded::Annotation { limit: None } => format!(
             "namespace: the annotation gangplank.dev/max-instances of {namespace} is not a number, so nothing new is registered"
         ),

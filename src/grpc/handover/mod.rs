@@ -54,10 +54,18 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Requests that wait for Kubernetes at the same time; others are answered at once, and sent again.
 const MAX_WAITING: usize = 64;
 
+/// The path of the call.
+const SEND: &str = "/gangplank.internal.v1.HandOver/Send";
+
 /// How long a call may take until it is answered; `None` for calls that are no hand-over. It has its place from its begin on,
 /// and may send its request as slowly as it likes.
 pub(super) fn deadline(path: &str) -> Option<Duration> {
-    (path == "/gangplank.internal.v1.HandOver/Send").then_some(REQUEST_TIMEOUT)
+    (path == SEND).then_some(REQUEST_TIMEOUT)
+}
+
+/// The right that a call needs before it takes a place and its body is read: whoever may not hand over keeps nobody else out.
+pub(super) fn needed(path: &str) -> Option<AccessVerb> {
+    (path == SEND).then_some(AccessVerb::HandOver)
 }
 
 fn busy() -> Status {
@@ -182,7 +190,7 @@ impl WordAnswer {
 #[tonic::async_trait]
 impl HandOver for HandOverService {
     async fn send(&self, mut request: Request<HandOverRequest>) -> Result<Response<HandOverResponse>, Status> {
-        // The words may be of any instance.
+        // The words may be of any instance. It was asked before, and costs nothing now.
         Caller::of(&request)?.may_call(AccessVerb::HandOver, None, None).await?;
         if !self.context.registry.mirror_progress().is_mirrored() {
             return Err(Status::failed_precondition("this process does not write to Kubernetes"));

@@ -18,7 +18,9 @@ use k8s_openapi::{
     Resource,
     api::{
         authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus},
-        authorization::v1::{ResourceAttributes, SubjectAccessReview, SubjectAccessReviewSpec},
+        authorization::v1::{
+            ResourceAttributes, SubjectAccessReview, SubjectAccessReviewSpec, SubjectAccessReviewStatus,
+        },
     },
 };
 use kube::{
@@ -167,7 +169,7 @@ impl Reviews {
             ..SubjectAccessReview::default()
         };
         let allowed =
-            self.review(ReviewKind::Access, &review, first).await?.status.is_some_and(|status| status.allowed);
+            self.review(ReviewKind::Access, &review, first).await?.status.is_some_and(|status| is_allowed(&status));
         self.count(ReviewKind::Access, if allowed { ReviewResult::Yes } else { ReviewResult::No });
         Ok(allowed)
     }
@@ -224,6 +226,11 @@ impl Reviews {
     fn count(&self, kind: ReviewKind, result: ReviewResult) {
         self.metrics.reviews.at((kind, result)).inc();
     }
+}
+
+/// `denied` means that no other authorizer may allow it either: an answer that says both is no yes.
+fn is_allowed(status: &SubjectAccessReviewStatus) -> bool {
+    status.allowed && !status.denied.unwrap_or(false)
 }
 
 /// What the status of a TokenReview says. One that does not name the audience is of an authenticator that knows none:

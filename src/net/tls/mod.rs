@@ -6,7 +6,7 @@
 //!    whether a client's certificate is still good.
 //! 2. No session is resumed: a resumed one would bring back a certificate that was checked earlier.
 //! 3. A client may send 32 KiB before its handshake is complete. With more than 1 024 handshakes at once, the oldest is
-//!    given up: a client that answers at once is done long before.
+//!    given up: a client that answers at once is done long before. A chain has at most three intermediate certificates.
 //!
 //! 4. While the source has nothing yet, no handshake is begun.
 //!
@@ -15,6 +15,7 @@
 mod files;
 mod handshake;
 mod pinned;
+mod verifier;
 
 use std::{
     convert::Infallible,
@@ -38,7 +39,10 @@ use tracing::{info, warn};
 pub use files::{TlsContents, TlsFileError, TlsFiles, TlsPart, TlsSource};
 pub use pinned::fetch_pinned_ca;
 
-use self::handshake::{Handshakes, LimitedStream};
+use self::{
+    handshake::{Handshakes, LimitedStream},
+    verifier::ShortChains,
+};
 use crate::metrics::{ConnectionMetrics, HandshakeFailure};
 
 /// How often the files are read. A kubelet replaces the files of a Secret within about a minute.
@@ -255,6 +259,7 @@ impl TlsState {
                     // A client without a certificate may show a token; who shows neither is refused with UNAUTHENTICATED.
                     .allow_unauthenticated()
                     .build()
+                    .map(|verifier| Arc::new(ShortChains(verifier)) as Arc<dyn ClientCertVerifier>)
                     .map_err(|err| invalid(TlsPart::ClientCa, &err))
             })
             .transpose()?;

@@ -168,6 +168,22 @@ async fn certificate_that_is_not_good_fails_the_handshake() {
     }
 }
 
+/// webpki would try 200 000 paths through these: two seconds of a core.
+#[tokio::test]
+async fn long_chain_is_refused_without_a_search() {
+    let server = Server::start();
+    let same_name = TestCa::new("unknown");
+    let mut shown = same_name.sign("vm-1", VALID);
+    (0..9).for_each(|_| shown.cert.push_str(&TestCa::new("unknown").pem));
+    let err = server.connect(Some(&shown)).await.0.expect_err("a long chain");
+    assert_eq!(err.reason, HandshakeFailure::BadCertificate, "{err}");
+    assert!(err.detail.contains("9 intermediate certificates, at most 3"), "{err}");
+    // What a client shows beside its own, up to three, is no harm.
+    let mut shown = server.ca.sign("vm-1", VALID);
+    (0..3).for_each(|_| shown.cert.push_str(&TestCa::new("unknown").pem));
+    assert_eq!(server.connect(Some(&shown)).await.0.expect("a handshake").1.expect("a chain").len(), 4);
+}
+
 #[tokio::test]
 async fn changed_files_hold_for_new_connections_and_open_ones_go_on() {
     let server = Server::start();
