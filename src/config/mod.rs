@@ -136,13 +136,13 @@ pub struct ServeArgs {
     #[arg(long, env = "GANGPLANK_KUBECONFIG", value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
 
-    /// Namespace of the Lease gangplank-writer, which every process of one cluster has to share [default: that of the
-    /// ServiceAccount, or of the kubeconfig's context]
+    /// Namespace of the Lease gangplank-writer, and of the Secrets of a CA of gangplank's own, which every process of one
+    /// cluster has to share [default: that of the ServiceAccount, or of the kubeconfig's context]
     #[arg(long, env = "GANGPLANK_LEASE_NAMESPACE", value_name = "NAME")]
     lease_namespace: Option<String>,
 
     /// Where registrants reach this process: ADDRESS or NAME, with :PORT if it is not the one of --grpc-listen; repeatable.
-    /// Written into the Lease, for registrants that reach another process; or, with a CA of its own, into the
+    /// Written into the Lease, for registrants that reach another process; and, with a CA of its own, into the
     /// certificate and into join tokens [default: POD_IPS or POD_IP, or the addresses of --grpc-listen]
     #[arg(long, env = "GANGPLANK_ADVERTISE", value_name = "ADDR|NAME[:PORT]", value_delimiter = ',')]
     advertise: Vec<String>,

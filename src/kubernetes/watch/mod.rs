@@ -32,7 +32,7 @@ use self::{
     handlers::{ClusterFactHandler, EndpointsHandler, SecretsHandler},
     outage::Outages,
     own_slices::OwnSlicesHandler,
-    reflector::Reflector,
+    reflector::{Reflector, SHORT_WATCH_SECONDS, WATCH_SECONDS},
     service_ranges::ServiceRangesHandler,
 };
 use super::{cache::ClusterCache, objects::names, secrets::Secrets};
@@ -153,7 +153,9 @@ impl Watch {
         let Some(secrets) = &self.secrets else { return future::pending().await };
         let mut handler = SecretsHandler { secrets };
         let api: Api<DeserializeGuard<Secret>> = Api::namespaced(self.client.clone(), secrets.namespace());
-        self.reflector(api, Watched::Secrets, names::JOINING.to_owned(), outages).run(&mut handler).await
+        let reflector = self.reflector(api, Watched::Secrets, names::JOINING.to_owned(), outages);
+        // A revocation is noticed in time although the connection has died silently.
+        Reflector { renewal: SHORT_WATCH_SECONDS, ..reflector }.run(&mut handler).await
     }
 
     fn reflector<'a, K>(
@@ -163,6 +165,7 @@ impl Watch {
         labels: String,
         outages: &'a Outages,
     ) -> Reflector<'a, K> {
-        Reflector { api, watched, labels, metrics: &self.metrics.kubernetes, outages, follows: None }
+        let (renewal, metrics) = (WATCH_SECONDS, &self.metrics.kubernetes);
+        Reflector { api, watched, labels, renewal, metrics, outages, follows: None }
     }
 }

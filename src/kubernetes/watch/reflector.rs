@@ -5,7 +5,7 @@
 //! request and is silent, and repeats a list for one object that cannot be decoded. So:
 //!
 //! * A list is read in pages; each page is handled before the next is requested.
-//! * Every request has a deadline, and a watch is renewed every [`MAX_WATCH_SECONDS`].
+//! * Every request has a deadline, and a watch is renewed every [`WATCH_SECONDS`].
 //! * After a failure the watch continues where it was. Only when the API server cannot continue
 //!   there, everything is listed again, once, after a backoff as for every failure.
 //! * Backoff and renewals have jitter, so that many watches do not return at the same moment.
@@ -14,6 +14,7 @@
 use std::{
     fmt::Debug,
     future::{self, Future},
+    ops::RangeInclusive,
     time::{Duration, Instant},
 };
 
@@ -36,13 +37,12 @@ use crate::{
     registry::{Status, Unavailable},
 };
 
-/// A watch is renewed after this long at most, which is how a connection that died silently is
-/// noticed.
-const MAX_WATCH_SECONDS: u32 = 50;
+/// Seconds after which a watch is renewed, which is how a connection that died silently is noticed. A range: all of them
+/// begin at one moment and must not be renewed at one.
+pub(super) const WATCH_SECONDS: RangeInclusive<u32> = 40..=50;
 
-/// A watch is renewed after this long at least: all of them begin at one moment and must not be
-/// renewed at one.
-const MIN_WATCH_SECONDS: u32 = 40;
+/// The same for a watch by which identities end: with [`WATCH_GRACE`] less than the 15 s within which a revocation counts.
+pub(super) const SHORT_WATCH_SECONDS: RangeInclusive<u32> = 4..=6;
 
 /// The API server ends a watch itself; how much longer it may take.
 const WATCH_GRACE: Duration = Duration::from_secs(5);
@@ -84,6 +84,8 @@ pub(super) struct Reflector<'a, K> {
     pub(super) watched: Watched,
     /// Label selector; empty for all objects.
     pub(super) labels: String,
+    /// Seconds after which the watch is renewed.
+    pub(super) renewal: RangeInclusive<u32>,
     pub(super) metrics: &'a KubernetesMetrics,
     pub(super) outages: &'a Outages,
     /// Is told that this watch is current, if it is the one by which this process follows another one.
@@ -150,7 +152,7 @@ where
         };
         let params = WatchParams {
             label_selector: Some(self.labels.clone()).filter(|labels| !labels.is_empty()),
-            timeout: Some(fastrand::u32(MIN_WATCH_SECONDS..=MAX_WATCH_SECONDS)),
+            timeout: Some(fastrand::u32(self.renewal.clone())),
             bookmarks: true,
             ..WatchParams::default()
         };
@@ -163,7 +165,7 @@ where
         if let Some(status) = self.follows {
             status.replica().watch_opened();
         }
-        let longest = Duration::from_secs(MAX_WATCH_SECONDS.into()) + WATCH_GRACE;
+        let longest = Duration::from_secs((*self.renewal.end()).into()) + WATCH_GRACE;
         loop {
             let left = longest.saturating_sub(began.elapsed());
             let next = async {

@@ -1,10 +1,15 @@
 //! The API server is away.
 
-use std::time::{Duration, Instant};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 use hickory_proto::rr::RecordType;
+use serde_json::json;
 
 use super::{Machine, Shared, empty, names};
+use crate::identity::matrix::END_TIMEOUT;
 use crate::support::{
     dns::{Over, answers, ask},
     proxy::{Fault, Proxy},
@@ -145,6 +150,58 @@ fn api_server_that_hangs_keeps_nobody_waiting() {
     }
     hung.lift();
     wait_until("it is asked again", || machine.run(&["renew", "--now"]).status.success().then_some(()));
+}
+
+/// The connection of the watch has died, and nothing says so.
+#[test]
+fn revocation_is_known_in_time_although_the_watch_is_silent() {
+    let Some(shared) = Shared::start("silent-watch") else { return };
+    let proxy = Proxy::start(shared.cluster);
+    let writer = shared.replica();
+    writer.wait_until_it_writes();
+    let follower = shared.begin(proxy.kubeconfig(), empty());
+    follower.wait_until_ready();
+    let machine = follower.joined(&["-n", "shop"]);
+    machine.succeed(&["renew", "--now"]);
+    let silent = proxy.inject_first(1, Fault::Stall, |call| call.is("watch", "secrets"));
+    // What it has to say now is held back.
+    writer.succeed(&["token", "create"]);
+    silent.wait_hits(1);
+    wait_until("it joined", || (names(&writer).len() == 1).then_some(()));
+    writer.succeed(&["registrants", "revoke", &names(&writer)[0]]);
+    let begun = Instant::now();
+    wait_until("it is known", || {
+        let output = machine.run(&["ls", "web"]);
+        String::from_utf8_lossy(&output.stderr).contains("was revoked").then_some(())
+    });
+    println!("revoked behind a silent watch after {:?}", begun.elapsed());
+    assert!(begun.elapsed() < END_TIMEOUT, "after {:?}", begun.elapsed());
+}
+
+/// Else a watch that is renewed often would begin at an ever older version, and list everything again and again.
+#[test]
+fn api_server_says_where_a_short_watch_goes_on() {
+    let Some(shared) = Shared::start("short-watch") else { return };
+    let version = shared.cluster.get_json(&shared.path(""))["metadata"]["resourceVersion"].clone();
+    let path = format!(
+        "{}?watch=true&allowWatchBookmarks=true&timeoutSeconds=4&labelSelector=gangplank.dev/joining&resourceVersion={}",
+        shared.path(""),
+        version.as_str().expect("a number")
+    );
+    let said = thread::scope(|scope| {
+        let watch = scope.spawn(|| shared.cluster.kubectl(&["get", "--raw", &path]));
+        // Secrets of others, which the watch does not show.
+        for number in 0.. {
+            if watch.is_finished() {
+                break;
+            }
+            let name = format!("other-{number}");
+            let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}});
+            assert_eq!(shared.admin("POST", &shared.path(""), Some(&secret)).0, 201);
+        }
+        watch.join().expect("kubectl ends")
+    });
+    assert!(said.contains("BOOKMARK") && !said.contains("other-"), "{said}");
 }
 
 /// What a process accepted while it was cut off goes to the one that writes by then: they know each other by the CA.
