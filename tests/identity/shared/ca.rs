@@ -64,8 +64,11 @@ fn secret_that_holds_no_ca_of_gangplank_is_refused_and_left_alone() {
         let data = empty();
         let mut process = Process::serve(data.path(), &shared.flags(&shared.kubeconfig));
         assert!(!process.exit().success());
-        let said = process.stderr();
-        assert!(said.contains("the Secret bad-ca/gangplank-ca") && said.contains(why), "{said}");
+        // What it said last may be read after it has ended.
+        wait_until(why, || {
+            let said = process.stderr();
+            (said.contains("the Secret bad-ca/gangplank-ca") && said.contains(why)).then_some(())
+        });
         let after = shared.cluster.get_json(&shared.path("gangplank-ca"));
         assert_eq!(after["metadata"]["resourceVersion"], created["metadata"]["resourceVersion"], "nobody wrote it");
         shared.admin("DELETE", &shared.path("gangplank-ca"), None);
