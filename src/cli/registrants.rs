@@ -60,8 +60,12 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     match args.command {
         RegistrantsCommand::Ls(args) => ls(args).await,
         RegistrantsCommand::Revoke(RevokeArgs { name, server }) => {
-            server.readers().await?.servers.read(async |client| client.revoke_registrant(&name).await).await?;
-            print(&format!("revoked {name}\n"))
+            let servers = server.readers().await?.servers;
+            let usable = servers.read(async |client| client.revoke_registrant(&name).await).await?;
+            let usable = usable.map(|id| {
+                format!("its token can be used again, under another name; unless others need it:  gangplank token revoke {id}\n")
+            });
+            print(&format!("revoked {name}\n{}", usable.unwrap_or_default()))
         }
     }
 }

@@ -17,6 +17,7 @@ mod joining;
 mod memory;
 mod metered;
 mod metered_request;
+mod places;
 mod preface;
 mod registry_service;
 mod security;
@@ -37,7 +38,7 @@ use self::{
     authentication::AuthenticatedRoutes,
     call_tracker::TrackedRoutes,
     discovery_service::DiscoveryService,
-    handover::{HandOverService, Places},
+    handover::{HandOverPlaces, HandOverService},
     incoming::{Accepted, Lifetime},
     joining::{JoiningService, RegistrantsService},
     memory::MemoryBudget,
@@ -243,7 +244,7 @@ fn routes(context: &ServerContext, stop: &CancellationToken) -> io::Result<(Rout
         .add_service(DiscoveryServer::new(discovery).max_decoding_message_size(MAX_MESSAGE_BYTES))
         .add_service(InterceptedService::new(
             HandOverServer::new(HandOverService::new(context.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES),
-            Places::default(),
+            HandOverPlaces::new(),
         ))
         .add_service(
             JoiningServer::new(JoiningService::new(context.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES),

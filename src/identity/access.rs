@@ -18,7 +18,9 @@ pub enum AccessResource {
 impl AccessResource {
     pub(super) const ALL: [Self; 3] = [Self::Instances, Self::Tokens, Self::Registrants];
 
-    pub(super) const fn as_str(self) -> &'static str {
+    /// Its name in the words of RBAC.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::Instances => "instances",
             Self::Tokens => "tokens",

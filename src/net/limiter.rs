@@ -329,8 +329,9 @@ impl ConnectionTable {
     }
 }
 
-/// An IPv4 address, or the /64 of an IPv6 address.
-fn peer_group(peer: IpAddr) -> IpAddr {
+/// An IPv4 address, or the /64 of an IPv6 address: what limits by peer count as one.
+#[must_use]
+pub fn peer_group(peer: IpAddr) -> IpAddr {
     match peer.to_canonical() {
         v4 @ IpAddr::V4(_) => v4,
         IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64).into(),

@@ -21,5 +21,5 @@ pub mod tls;
 
 pub use accept::serve;
 pub use budget::{ConnectionCaps, DescriptorBudget, raise_open_files_limit};
-pub use limiter::{ConnectionHandle, ConnectionLimiter, EvictionPolicy, InUse, Permit, Signal};
+pub use limiter::{ConnectionHandle, ConnectionLimiter, EvictionPolicy, InUse, Permit, Signal, peer_group};
 pub use runtime::{run_in_thread, run_on_runtime};

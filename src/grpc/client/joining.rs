@@ -24,8 +24,8 @@ use super::{CONNECT_TIMEOUT, ClientError, ClientTls, call, refused, servers::inn
 use crate::{
     grpc::proto::gangplank::join::v1::{
         CreateTokenRequest, JoinRequest, JoinResponse, ListRegistrantsRequest, ListTokensRequest, Registrant,
-        RenewRequest, RevokeRegistrantRequest, RevokeTokenRequest, Scope, Token, joining_client::JoiningClient,
-        registrants_client::RegistrantsClient,
+        RenewRequest, RevokeRegistrantRequest, RevokeRegistrantResponse, RevokeTokenRequest, Scope, Token,
+        joining_client::JoiningClient, registrants_client::RegistrantsClient,
     },
     identity::{
         joining::{
@@ -461,13 +461,14 @@ impl super::Client {
         Ok(answer.registrants.into_iter().map(registrant_view).collect())
     }
 
-    /// Revokes a registrant.
+    /// Revokes a registrant. Returns the token with which it joined, if that can be used again.
     ///
     /// # Errors
     /// When there is none, or the call fails.
-    pub async fn revoke_registrant(&mut self, name: &str) -> Result<(), ClientError> {
+    pub async fn revoke_registrant(&mut self, name: &str) -> Result<Option<String>, ClientError> {
         let request = RevokeRegistrantRequest { name: name.to_owned() };
         let answered = self.registrants.0.revoke_registrant(call(request)).await;
-        answered.map(drop).map_err(|status| refused(&self.url, status))
+        let RevokeRegistrantResponse { token_id } = answered.map_err(|status| refused(&self.url, status))?.into_inner();
+        Ok(Some(token_id).filter(|id| !id.is_empty()))
     }
 }

@@ -3,7 +3,6 @@
 //! A process that stopped writing has words that Kubernetes was never seen to have. Its [`sender`] sends them to the process
 //! that writes until each is confirmed, outranked or refused; this service takes them.
 
-mod places;
 mod sender;
 
 use std::{sync::Arc, time::Duration};
@@ -13,17 +12,17 @@ use tokio::{
     sync::Semaphore,
     time::{Instant, timeout, timeout_at},
 };
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, service::Interceptor};
 
-pub(super) use places::Places;
 pub use sender::run as hand_over;
 
-use self::places::Place;
 use super::{
     ServerContext,
     caller::Caller,
     convert,
+    incoming::ConnectionInfo,
     memory::ConnectionMemory,
+    places::{Place, Places},
     proto::gangplank::internal::v1::{
         HandOverRequest, HandOverResponse, Result as WireResult, Word, WordResult, hand_over_server::HandOver,
     },
@@ -54,6 +53,11 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Requests that wait for Kubernetes at the same time; others are answered at once, and sent again.
 const MAX_WAITING: usize = 64;
 
+/// Requests that are read and merged at once, of one peer and of all. A process hands over one request at a time, and several may be
+/// behind one address. Bounds the memory of requests that wait, and how long the last of them waits.
+const MAX_PER_PEER: usize = 4;
+const MAX_PLACES: usize = 64;
+
 /// The path of the call.
 const SEND: &str = "/gangplank.internal.v1.HandOver/Send";
 
@@ -66,6 +70,26 @@ pub(super) fn deadline(path: &str) -> Option<Duration> {
 /// The right that a call needs before it takes a place and its body is read: whoever may not hand over keeps nobody else out.
 pub(super) fn needed(path: &str) -> Option<AccessVerb> {
     (path == SEND).then_some(AccessVerb::HandOver)
+}
+
+/// Gives each request its place before its body is read. So those that are refused cost no memory and next to no time.
+#[derive(Debug, Clone)]
+pub(super) struct HandOverPlaces(Places);
+
+impl HandOverPlaces {
+    pub(super) fn new() -> Self {
+        Self(Places::new(MAX_PER_PEER, MAX_PLACES))
+    }
+}
+
+impl Interceptor for HandOverPlaces {
+    /// Puts a [`Place`] into the extensions of a request, or refuses the request.
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        let peer = request.extensions().get::<ConnectionInfo>().map(|connection| connection.handle.peer());
+        let place = self.0.take(peer).ok_or_else(busy)?;
+        request.extensions_mut().insert(Arc::new(place));
+        Ok(request)
+    }
 }
 
 fn busy() -> Status {

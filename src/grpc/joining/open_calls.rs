@@ -1,7 +1,10 @@
 //! The calls that need no identity, and the limits that take the place of one: whoever reaches a listener can make them.
+//!
+//! A call is begun when its message is there: who sends none holds a place of its address, and none of those that have one.
 
 use std::{convert::Infallible, net::IpAddr, sync::Arc, time::Duration};
 
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use tokio::{sync::Semaphore, time::timeout};
 use tonic::{
     Status,
@@ -14,13 +17,20 @@ use tonic::{
 };
 
 use super::no_ca;
-use crate::{identity::joining::Registrants, metrics::JoinResult};
+use crate::{grpc::places::Places, identity::joining::Registrants, metrics::JoinResult};
 
 /// The calls, by path.
 const PATHS: [&str; 2] = ["/gangplank.join.v1.Joining/Join", "/gangplank.join.v1.Joining/Renew"];
 
 /// Such calls at once. Each checks one signature and syncs one file.
 const MAX_CALLS: usize = 64;
+
+/// Calls whose message has not come, of one address, or of one IPv6 /64, and of all.
+const MAX_UNREAD_PER_ADDRESS: usize = 16;
+const MAX_UNREAD: usize = 1024;
+
+/// Most bytes of a message with its prefix. A certificate and a request have some 500 each.
+const MAX_MESSAGE_BYTES: usize = 16 * 1024;
 
 /// How long one may take, from its headers to its answer. A client sends its one message at once.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -29,12 +39,14 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(in crate::grpc) struct OpenCalls {
     registrants: Option<Arc<Registrants>>,
+    /// Of calls whose message has not come.
+    unread: Places,
     places: Semaphore,
 }
 
 impl OpenCalls {
     pub(in crate::grpc) fn new(registrants: Option<Arc<Registrants>>) -> Self {
-        Self { registrants, places: Semaphore::new(MAX_CALLS) }
+        Self { registrants, unread: Places::new(MAX_UNREAD_PER_ADDRESS, MAX_UNREAD), places: Semaphore::new(MAX_CALLS) }
     }
 
     /// Whether a call needs no identity.
@@ -53,12 +65,32 @@ impl OpenCalls {
         if !registrants.admit(peer) {
             return Ok(Status::resource_exhausted("too many calls without an identity: try again later").into_http());
         }
-        let Ok(_place) = self.places.try_acquire() else {
+        let busy = || {
             registrants.count(JoinResult::RateLimited);
-            let busy = "too many machines join at once: try again later";
-            return Ok(Status::resource_exhausted(busy).into_http());
+            Ok(Status::resource_exhausted("too many machines join at once: try again later").into_http())
         };
-        timeout(CALL_TIMEOUT, routes.call(request)).await.unwrap_or_else(|_| {
+        let answered = timeout(CALL_TIMEOUT, async {
+            let (head, body) = request.into_parts();
+            let message = {
+                let Some(_unread) = self.unread.take(Some(peer)) else { return busy() };
+                Limited::new(body, MAX_MESSAGE_BYTES).collect().await
+            };
+            let message = match message {
+                Ok(message) => message,
+                Err(err) => {
+                    registrants.count(JoinResult::InvalidRequest);
+                    return Ok(if err.is::<LengthLimitError>() {
+                        let err = format!("the message has more than {MAX_MESSAGE_BYTES} bytes");
+                        Status::out_of_range(err).into_http()
+                    } else {
+                        Status::cancelled("the message was not sent to its end").into_http()
+                    });
+                }
+            };
+            let Ok(_place) = self.places.try_acquire() else { return busy() };
+            routes.call(Request::from_parts(head, Body::new(message))).await
+        });
+        answered.await.unwrap_or_else(|_| {
             registrants.count(JoinResult::Timeout);
             Ok(Status::deadline_exceeded(format!("not complete after {CALL_TIMEOUT:?}")).into_http())
         })

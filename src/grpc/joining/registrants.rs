@@ -6,7 +6,7 @@ use std::{
 };
 
 use prost_types::Timestamp;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use tracing::info;
 
 use super::{registrants, scope_from_proto, scope_to_proto, status};
@@ -46,7 +46,8 @@ impl RegistrantsService {
         registrants(&self.context.security)
     }
 
-    /// What is to be deleted, if the caller may delete it. Only who may delete all learns that it is not there.
+    /// What is to be deleted, if the caller may delete it. Only who may delete all learns that it is not there, and nobody else
+    /// whose it is.
     async fn deletable<T: Send + Sync>(
         caller: &Caller,
         resource: AccessResource,
@@ -56,7 +57,15 @@ impl RegistrantsService {
     ) -> Result<T, Status> {
         let within = found.as_ref().map(scope);
         let (namespace, service) = (within.and_then(Scope::namespace), within.and_then(Scope::service));
-        caller.may_administer(resource, AccessVerb::Delete, namespace, service).await?;
+        let allowed = caller.may_administer(resource, AccessVerb::Delete, namespace, service).await;
+        allowed.map_err(|status| match status.code() {
+            Code::PermissionDenied => {
+                let err =
+                    format!("{} may not delete {} of that name, if there is one", caller.identity(), resource.as_str());
+                Status::permission_denied(err)
+            }
+            _ => status,
+        })?;
         found.ok_or_else(|| Status::not_found(missing))
     }
 }
@@ -182,9 +191,13 @@ impl Registrants for RegistrantsService {
         let all = self.table().map_or_else(|_| Ok(Vec::new()), |table| table.registrants()).map_err(status)?;
         let found = all.into_iter().find(|(known, _)| *known == name);
         let missing = "name: there is no such registrant";
-        Self::deletable(&caller, AccessResource::Registrants, found, |(_, one)| &one.scope, missing).await?;
-        self.table()?.revoke(&name, wall_clock()).await.map_err(status)?;
-        info!(user = %caller.identity(), registrant = name, "revoked a registrant");
-        Ok(Response::new(RevokeRegistrantResponse {}))
+        let (_, revoked) =
+            Self::deletable(&caller, AccessResource::Registrants, found, |(_, one)| &one.scope, missing).await?;
+        let (table, now) = (self.table()?, wall_clock());
+        table.revoke(&name, now).await.map_err(status)?;
+        // Whoever has the token can join again, under another name.
+        let token_id = if table.is_usable(revoked.token, now) { revoked.token.to_string() } else { String::new() };
+        info!(user = %caller.identity(), registrant = name, usable_token = token_id, "revoked a registrant");
+        Ok(Response::new(RevokeRegistrantResponse { token_id }))
     }
 }

@@ -44,7 +44,7 @@ impl Directory {
         now: SystemTime,
     ) -> Result<(), JoiningError> {
         self.change(now, move |state| {
-            state.room_for_token()?;
+            state.room_for_token(&token.scope)?;
             state.put_token(id, token);
             Ok(())
         })
@@ -60,8 +60,8 @@ impl Directory {
             // Again, by the one who changes: two machines may use the last use of a token at once.
             let token = state.check_token(attempt.token, &attempt.secret, attempt.now)?.used_once();
             let registrant = attempt.registrant(&token, state.registrants.get(&attempt.user))?;
-            state.room_for_registrant(&attempt.user)?;
             let scope = token.scope.clone();
+            state.room_for_registrant(&attempt.user, &scope)?;
             state.put_token(attempt.token, token);
             state.put_registrant(attempt.user, registrant);
             Ok(scope)
@@ -98,7 +98,12 @@ impl Directory {
             state.purge(now);
             let result = change(&mut state)?;
             // Durable, then visible, then acknowledged.
-            private_file::write(&this.path, &format::encode(&state)).map_err(|err| this.failed(err))?;
+            let bytes = format::encode(&state);
+            // It could not be read again.
+            if bytes.len() as u64 > MAX_STATE_BYTES {
+                return Err(this.failed(io::ErrorKind::FileTooLarge.into()));
+            }
+            private_file::write(&this.path, &bytes).map_err(|err| this.failed(err))?;
             this.table.replace(state);
             Ok(result)
         });

@@ -52,7 +52,9 @@ pub use self::{
     state::{Full, JoinedRegistrant, Token, TokenRefused},
     token::{InvalidToken, JoinToken, Secret, TokenId},
 };
-use super::{Access, CaError, CurrentCa, Denied, Identity, IdentitySource, Unauthenticated, ca, certificate, random};
+use super::{
+    Access, CaError, CurrentCa, Denied, Identity, IdentitySource, Unauthenticated, ca, certificate, is_name, random,
+};
 use crate::{
     kubernetes::secrets::Secrets,
     metrics::{JoinResult, JoiningMetrics},
@@ -237,8 +239,8 @@ impl Registrants {
             return Err(JoiningError::Unavailable(format!("whether there is such a token: {reason}")));
         }
         self.table.read().check_token(id, secret, now)?;
-        if host.len() > MAX_HOST || host.chars().any(char::is_control) {
-            let reason = format!("must have at most {MAX_HOST} bytes and no control characters");
+        if host.len() > MAX_HOST || !(host.is_empty() || is_name(host)) {
+            let reason = format!("must have at most {MAX_HOST} bytes, and no characters that are not shown");
             return Err(JoiningError::Field { field: "host", reason });
         }
         let request = VerifiedRequest::parse(request)?;
@@ -329,6 +331,12 @@ impl Registrants {
         let found = revoked.await?.is_some();
         self.table.ended();
         Ok(found)
+    }
+
+    /// Whether another machine can join with a token, as far as it is known here.
+    #[must_use]
+    pub fn is_usable(&self, id: TokenId, now: SystemTime) -> bool {
+        self.table.read().tokens.get(&id).is_some_and(|token| token.is_usable(now).is_ok())
     }
 
     /// The tokens, by id.

@@ -13,8 +13,14 @@ use super::{Scope, Secret, TokenId};
 /// Tokens that can exist at once.
 const MAX_TOKENS: usize = 1_000;
 
+/// The same for those of one namespace: who may create tokens there leaves room for the others.
+const MAX_TOKENS_PER_NAMESPACE: usize = MAX_TOKENS / 4;
+
 /// Registrants that can exist at once, revoked ones included.
 const MAX_REGISTRANTS: usize = 20_000;
+
+/// The same for those of one namespace.
+const MAX_REGISTRANTS_PER_NAMESPACE: usize = MAX_REGISTRANTS / 2;
 
 /// How long a token that has expired is remembered, to say so.
 const EXPIRED_TOKEN_MEMORY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -94,6 +100,12 @@ pub enum Full {
     /// Too many registrants.
     #[error("there are {MAX_REGISTRANTS} registrants, and no more can be")]
     Registrants,
+    /// Too many tokens of a namespace.
+    #[error("there are {MAX_TOKENS_PER_NAMESPACE} tokens of the namespace, and no more can be: revoke some")]
+    TokensOfNamespace,
+    /// Too many registrants of a namespace.
+    #[error("there are {MAX_REGISTRANTS_PER_NAMESPACE} registrants of the namespace, and no more can be")]
+    RegistrantsOfNamespace,
 }
 
 impl Token {
@@ -102,6 +114,11 @@ impl Token {
         if !is_secret(secret, &self.secret) {
             return Err(TokenRefused::Unknown);
         }
+        self.is_usable(now)
+    }
+
+    /// Whether a machine that knows the secret may use it now.
+    pub(super) fn is_usable(&self, now: SystemTime) -> Result<(), TokenRefused> {
         if now >= self.expires {
             return Err(TokenRefused::Expired);
         }
@@ -150,7 +167,9 @@ impl JoiningState {
 
     /// Registrants that have no meaning any more.
     pub(super) fn forgettable_registrants(&self, now: SystemTime) -> impl Iterator<Item = &str> {
-        let past = self.registrants.iter().filter(move |(_, one)| now >= one.expires + REGISTRANT_MEMORY);
+        // One that was revoked is to be known as long as its certificate could be used, or renewed.
+        let memory = |one: &JoinedRegistrant| if one.revoked.is_some() { RENEWAL_GRACE } else { REGISTRANT_MEMORY };
+        let past = self.registrants.iter().filter(move |(_, one)| now >= one.expires + memory(one));
         past.map(|(user, _)| user.as_str())
     }
 
@@ -159,14 +178,28 @@ impl JoiningState {
         self.active
     }
 
-    pub(super) fn room_for_token(&self) -> Result<(), Full> {
-        if self.tokens.len() >= MAX_TOKENS { Err(Full::Tokens) } else { Ok(()) }
+    /// Whether a token of this scope can be added.
+    pub(super) fn room_for_token(&self, scope: &Scope) -> Result<(), Full> {
+        if self.tokens.len() >= MAX_TOKENS {
+            return Err(Full::Tokens);
+        }
+        let of_namespace =
+            |namespace| self.tokens.values().filter(|one| one.scope.namespace() == Some(namespace)).count();
+        let is_full = scope.namespace().is_some_and(|namespace| of_namespace(namespace) >= MAX_TOKENS_PER_NAMESPACE);
+        if is_full { Err(Full::TokensOfNamespace) } else { Ok(()) }
     }
 
-    /// Whether a registrant of this name, who may be known already, can be added.
-    pub(super) fn room_for_registrant(&self, user: &str) -> Result<(), Full> {
-        let is_full = self.registrants.len() >= MAX_REGISTRANTS && !self.registrants.contains_key(user);
-        if is_full { Err(Full::Registrants) } else { Ok(()) }
+    /// Whether a registrant of this name, who may be known already, can be added with this scope.
+    pub(super) fn room_for_registrant(&self, user: &str, scope: &Scope) -> Result<(), Full> {
+        if self.registrants.contains_key(user) {
+            return Ok(());
+        }
+        if self.registrants.len() >= MAX_REGISTRANTS {
+            return Err(Full::Registrants);
+        }
+        let of = |namespace| self.registrants.values().filter(|one| one.scope.namespace() == Some(namespace)).count();
+        let is_full = scope.namespace().is_some_and(|namespace| of(namespace) >= MAX_REGISTRANTS_PER_NAMESPACE);
+        if is_full { Err(Full::RegistrantsOfNamespace) } else { Ok(()) }
     }
 
     /// Adds or replaces a token.
@@ -249,17 +282,28 @@ mod tests {
     #[test]
     fn numbers_are_bounded_and_the_past_is_forgotten() {
         let (mut state, secret) = (JoiningState::default(), Secret::generate());
-        for _ in 0..MAX_TOKENS {
-            state.room_for_token().expect("there is room");
-            state.put_token(TokenId::generate(), token(&secret));
+        let of = |namespace: String| Scope::parse(&ScopeSpec { namespace, ..ScopeSpec::default() }).expect("valid");
+        for number in 0..MAX_TOKENS {
+            let scope = of(format!("n{}", number / MAX_TOKENS_PER_NAMESPACE));
+            state.room_for_token(&scope).expect("there is room");
+            state.put_token(TokenId::generate(), Token { scope, ..token(&secret) });
+            if number == MAX_TOKENS_PER_NAMESPACE - 1 {
+                assert_eq!(state.room_for_token(&of("n0".into())), Err(Full::TokensOfNamespace));
+            }
         }
-        assert_eq!(state.room_for_token(), Err(Full::Tokens));
+        assert_eq!(state.room_for_token(&of(String::new())), Err(Full::Tokens));
         for number in 0..MAX_REGISTRANTS {
-            state.room_for_registrant(&number.to_string()).expect("there is room");
-            state.put_registrant(number.to_string(), registrant(TokenId::generate()));
+            let scope = of(format!("n{}", number / MAX_REGISTRANTS_PER_NAMESPACE));
+            if number % MAX_REGISTRANTS_PER_NAMESPACE == 0 {
+                state.room_for_registrant(&number.to_string(), &scope).expect("there is room");
+            }
+            state.put_registrant(number.to_string(), JoinedRegistrant { scope, ..registrant(TokenId::generate()) });
+            if number == MAX_REGISTRANTS_PER_NAMESPACE - 1 {
+                assert_eq!(state.room_for_registrant("one more", &of("n0".into())), Err(Full::RegistrantsOfNamespace));
+            }
         }
-        assert_eq!(state.room_for_registrant("one more"), Err(Full::Registrants));
-        assert_eq!(state.room_for_registrant("7"), Ok(()), "it is known");
+        assert_eq!(state.room_for_registrant("one more", &of("n9".into())), Err(Full::Registrants));
+        assert_eq!(state.room_for_registrant("7", &of("n0".into())), Ok(()), "it is known");
         let revoked = JoinedRegistrant { revoked: Some(now()), ..registrant(TokenId::generate()) };
         for (registrant, active) in [(revoked, MAX_REGISTRANTS - 1), (registrant(TokenId::generate()), MAX_REGISTRANTS)]
         {

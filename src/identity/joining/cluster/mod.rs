@@ -153,7 +153,7 @@ impl Cluster {
     }
 
     pub(super) async fn add_token(self: &Arc<Self>, id: TokenId, token: Token) -> Result<(), JoiningError> {
-        self.table.read().room_for_token()?;
+        self.table.read().room_for_token(&token.scope)?;
         let this = Arc::clone(self);
         self.complete(async move {
             let stored = StoredToken { token, last_use: String::new() };
@@ -179,7 +179,13 @@ impl Cluster {
     }
 
     pub(super) async fn join(self: &Arc<Self>, attempt: JoinAttempt) -> Result<Scope, JoiningError> {
-        self.table.read().room_for_registrant(&attempt.user)?;
+        {
+            // Of a token that is not known here, the numbers of its namespace are not looked at.
+            let state = self.table.read();
+            if let Some(token) = state.tokens.get(&attempt.token) {
+                state.room_for_registrant(&attempt.user, &token.scope)?;
+            }
+        }
         let this = Arc::clone(self);
         self.complete(async move {
             let this_use = hex::encode(&random::<USE_BYTES>());
