@@ -56,6 +56,7 @@ pub mod model;
 pub mod net;
 pub mod registry;
 pub mod replicas;
+pub mod security;
 pub mod store;
 pub mod telemetry;
 pub mod zone;

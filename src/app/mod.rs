@@ -5,6 +5,7 @@
 mod own_ca;
 mod own_tls;
 mod parts;
+mod security;
 
 use std::{
     convert::Infallible,
@@ -30,13 +31,12 @@ use self::{
 };
 use crate::{
     admin::{self, Admin},
-    config::{Config, SecurityConfig, Tls},
+    config::{Config, Tls},
     dns, grpc,
-    identity::{Authenticator, Authorizer, RefusalLog, SERVER_USER, Usage, certificate_user},
     kubernetes::{Kubernetes, api::Reviews},
     metrics::Metrics,
     model::{ServerAddress, test_clock_offset},
-    net::{self, ConnectionCaps, DescriptorBudget, tls::ServerTls},
+    net::{self, ConnectionCaps, DescriptorBudget},
     registry::{self, OutboxWord, Unrecovered},
     store::{self, DataDir, RecoveryProgress},
     zone::{Publisher, Zone, ZoneConfig},
@@ -195,7 +195,7 @@ impl BoundServer {
             }
             None => None,
         };
-        let security = grpc_security(security, own, reviews, &metrics)?;
+        let security = security::create(security, own, reviews, &metrics)?;
         let kubernetes = match kubernetes {
             Some(options) => {
                 if addresses.is_empty() {
@@ -225,6 +225,12 @@ impl BoundServer {
 
         let answers = dns.run(Arc::clone(&zone), Arc::clone(&metrics), stop_answers.clone());
         parts.spawn("the DNS listeners", answers);
+
+        let (followed, stopped) = (Arc::clone(&security), stop_answers.clone());
+        parts.spawn("the certificates and the policy", async move {
+            let _ = stopped.run_until_cancelled(followed.follow_files()).await;
+            Ok::<_, Infallible>(())
+        });
 
         let pages = Admin {
             zone: Arc::clone(&zone),
@@ -380,48 +386,6 @@ impl ProgressReporter {
         let percent = (read * 100).checked_div(total).unwrap_or(100);
         Some(format!("recovering: {percent} % ({} of {} MiB)", read >> 20, total >> 20))
     }
-}
-
-/// Reads certificates and policy.
-fn grpc_security(
-    config: SecurityConfig,
-    own: Option<OwnCa>,
-    reviews: Option<Arc<Reviews>>,
-    metrics: &Arc<Metrics>,
-) -> anyhow::Result<Arc<grpc::Security>> {
-    let SecurityConfig { tls, authorization, authorization_stale, usage } = config;
-    let reviews = reviews.map(|reviews| (reviews, authorization_stale));
-    let log = Arc::new(RefusalLog::default());
-    let load = Arc::clone(&metrics.connections);
-    let (tls, registrants, replica) = match (tls, own) {
-        (Tls::Files(files), _) => {
-            let tls = ServerTls::load(files, load)?;
-            if reviews.is_some() && tls.as_client().is_none() {
-                warn!(
-                    "without --tls-client-ca this process cannot take over what other replicas have accepted, and they cannot \
-                     take over from it: they know each other by their certificate"
-                );
-            }
-            let user = tls.certificate().and_then(|certificate| certificate_user(&certificate).ok());
-            (Some(tls), None, user)
-        }
-        (Tls::OwnCa, Some(own)) => {
-            (Some(ServerTls::load(own.tls, load)?), Some(own.registrants), Some(SERVER_USER.into()))
-        }
-        (Tls::OwnCa, None) | (Tls::Off, _) => (None, None, None),
-    };
-    let authenticator = Authenticator::new(registrants.clone());
-    let authenticator = match &reviews {
-        Some((reviews, stale)) => {
-            authenticator.with_tokens(Arc::clone(reviews), *stale, Arc::clone(&metrics.identity), Arc::clone(&log))
-        }
-        None => authenticator,
-    };
-    let authorizer = Authorizer::new(authorization, reviews, replica, Arc::clone(&metrics.identity), Arc::clone(&log));
-    let authorizer = authorizer.context("--authorization-policy")?.with_registrants(registrants.clone());
-    let usage = Usage::new(usage, Arc::clone(&metrics.identity));
-    let authorizer = Arc::new(authorizer);
-    Ok(Arc::new(grpc::Security { tls, authenticator, authorizer, registrants, usage, log }))
 }
 
 fn from_std(listeners: Vec<StdTcpListener>) -> io::Result<Vec<TcpListener>> {

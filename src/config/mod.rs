@@ -20,7 +20,9 @@ use crate::{
     dns::{DnsConfig, MAX_NSID, TcpLimits},
     grpc, kubernetes,
     model::{DnsName, Namespace, ServiceName, Validator},
-    registry, store,
+    registry,
+    security::ListenerSecurity,
+    store,
     zone::ZoneConfig,
 };
 
@@ -229,7 +231,7 @@ pub struct ServeArgs {
 #[derive(Debug, Clone)]
 pub struct Config {
     /// Where registrants connect, and how.
-    pub grpc_listen: Vec<(SocketAddr, grpc::ListenerSecurity)>,
+    pub grpc_listen: Vec<(SocketAddr, ListenerSecurity)>,
     /// Who may connect, and do what.
     pub security: SecurityConfig,
     /// Where operators connect.

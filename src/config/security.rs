@@ -7,9 +7,9 @@ use clap::Args;
 
 use super::MAX_DURATION;
 use crate::{
-    grpc::ListenerSecurity,
     identity::{Authorization, UsageLimits},
     net::tls::TlsFiles,
+    security::ListenerSecurity,
 };
 
 /// Smallest `--authorization-stale`: any decision counts for that long.

@@ -16,10 +16,7 @@ use tonic::{
     body::Body,
     codegen::{
         Body as HttpBody, Bytes, Service,
-        http::{
-            HeaderMap, Request, Response,
-            header::{AUTHORIZATION, Entry},
-        },
+        http::{HeaderMap, Request, Response},
     },
     service::Routes,
 };
@@ -30,11 +27,10 @@ use super::{
     handover,
     incoming::ConnectionInfo,
     joining::OpenCalls,
-    security::{Peer, Security},
 };
 use crate::{
-    identity::{BearerToken, Credentials, Identity, Unauthenticated},
-    metrics::{AuthenticationFailure, Metrics},
+    identity::{Credentials, Identity, Unauthenticated},
+    security::{Peer, Security, take_token},
 };
 
 /// Most bytes of a call's path in the log: those that exist are shorter.
@@ -45,21 +41,17 @@ const MAX_LOGGED_PATH: usize = 100;
 pub(super) struct AuthenticatedRoutes {
     routes: Routes,
     security: Arc<Security>,
-    metrics: Arc<Metrics>,
     open_calls: Arc<OpenCalls>,
 }
 
 impl AuthenticatedRoutes {
-    pub(super) fn new(routes: Routes, security: Arc<Security>, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(routes: Routes, security: Arc<Security>) -> Self {
         let open_calls = OpenCalls::new(security.registrants.clone());
-        Self { routes: routes.prepare(), security, metrics, open_calls: Arc::new(open_calls) }
+        Self { routes: routes.prepare(), security, open_calls: Arc::new(open_calls) }
     }
 
     fn refuse(&self, peer: &Peer, path: &str, err: &Unauthenticated) -> Response<Body> {
-        self.metrics.identity.unauthenticated.at(AuthenticationFailure::from(err)).inc();
-        self.security.log.refused(|suppressed| {
-            warn!(peer = %peer.address, call = shown(path), error = %err, suppressed, "refused: the caller has no identity");
-        });
+        self.security.unauthenticated(peer, shown(path), err);
         unauthenticated(err).into_http()
     }
 
@@ -161,18 +153,6 @@ impl Service<Request<Body>> for AuthenticatedRoutes {
 /// A path for the log. All octets of one are ASCII (RFC 9110 §4.1).
 fn shown(path: &str) -> &str {
     path.get(..MAX_LOGGED_PATH).unwrap_or(path)
-}
-
-/// Takes the token out of a call's headers, so that nothing behind this sees it.
-fn take_token(headers: &mut HeaderMap) -> Result<Option<BearerToken>, Unauthenticated> {
-    let shown = match headers.entry(AUTHORIZATION) {
-        Entry::Vacant(_) => return Ok(None),
-        Entry::Occupied(shown) => shown.remove_entry_mult().1.collect::<Vec<_>>(),
-    };
-    match &shown[..] {
-        [one] => BearerToken::parse(one.as_bytes()).map(Some),
-        _ => Err(Unauthenticated::NotBearer),
-    }
 }
 
 /// A response that ends when its caller may not have it any more.

@@ -13,12 +13,12 @@ use indexmap::{Equivalent, IndexMap};
 use tokio::{sync::watch, time::sleep};
 use tonic::{Request, Status};
 
-use super::security::Security;
 use crate::{
     identity::{Access, AccessResource, AccessVerb, Authorizer, Identity, NotAllowed, OpenCall, Unauthenticated},
     model::Registrant,
     net::backoff::jittered,
     registry::Requester,
+    security::Security,
 };
 
 /// Most acts of one call that are decided again when rights change. What it does beyond is checked when it does it.

@@ -22,15 +22,11 @@ use tonic::{
     transport::{Server, server::Connected},
 };
 
-use super::{
-    memory::ConnectionMemory,
-    metered::Metered,
-    preface::Prefaced,
-    security::{ListenerSecurity, Peer, SecuredStream, Security},
-};
+use super::{memory::ConnectionMemory, metered::Metered, preface::Prefaced};
 use crate::{
-    metrics::{CloseReason, Metrics},
+    metrics::CloseReason,
     net::{ConnectionHandle, Permit, Signal},
+    security::{ListenerSecurity, Peer, SecuredStream, Security},
 };
 
 /// How long a connection without a call may stay open after its GOAWAY frame.
@@ -62,7 +58,6 @@ pub(super) struct Accepted {
 pub(super) async fn serve_connection<S, B>(
     Accepted { stream, permit, memory, listener }: Accepted,
     security: Arc<Security>,
-    metrics: Arc<Metrics>,
     server: Server,
     service: S,
     mut lifetime: Lifetime,
@@ -115,7 +110,7 @@ pub(super) async fn serve_connection<S, B>(
         None => ended.await,
         Some(certificate) => tokio::select! {
             () = ended => {}
-            () = certificate.run(&metrics.identity) => {}
+            () = certificate.run() => {}
         },
     }
 }

@@ -20,7 +20,6 @@ mod metered_request;
 mod places;
 mod preface;
 mod registry_service;
-mod security;
 mod writer_hint;
 
 use std::{io, sync::Arc, time::Duration};
@@ -34,6 +33,7 @@ use tonic::{
 };
 use tonic_health::{ServingStatus, server::HealthReporter};
 
+pub use self::handover::hand_over;
 use self::{
     authentication::AuthenticatedRoutes,
     call_tracker::TrackedRoutes,
@@ -52,15 +52,12 @@ use self::{
     },
     registry_service::RegistryService,
 };
-pub use self::{
-    handover::hand_over,
-    security::{ListenerSecurity, Security},
-};
 use crate::{
     metrics::{ListenerKind, Metrics},
     model::Validator,
     net::{self, ConnectionLimiter, EvictionPolicy},
     registry::{Phase, RegistryHandle, Status},
+    security::{ListenerSecurity, Security},
 };
 
 /// Code generated from `proto/`.
@@ -197,7 +194,7 @@ async fn serve(
     // tonic-health reports SERVING from its creation, which no client may see.
     set_health(&health, ServingStatus::NotServing).await;
     let security = Arc::clone(&context.security);
-    let routes = AuthenticatedRoutes::new(routes, Arc::clone(&security), Arc::clone(&context.metrics));
+    let routes = AuthenticatedRoutes::new(routes, Arc::clone(&security));
     let routes = TrackedRoutes::new(routes, Arc::new(Semaphore::new(limits.calls)), Arc::clone(&context.metrics));
     let budget = MemoryBudget::new(limits.memory, Arc::clone(&context.metrics));
     let metrics = Arc::clone(&context.metrics.connections);
@@ -205,20 +202,16 @@ async fn serve(
     let lifetime = Lifetime { handshake: limits.handshake, idle, max_age };
     let servers = listeners.into_iter().map(|(socket, listener)| {
         let (server, routes, budget) = (server(), routes.clone(), Arc::clone(&budget));
-        let (security, metrics) = (Arc::clone(&security), Arc::clone(&context.metrics));
+        let security = Arc::clone(&security);
         net::serve(socket, Arc::clone(&limiter), limits.grace, stop.clone(), move |stream, permit| {
             let accepted = Accepted { stream, permit, memory: budget.connection(), listener };
-            let (security, metrics) = (Arc::clone(&security), Arc::clone(&metrics));
-            incoming::serve_connection(accepted, security, metrics, server.clone(), routes.clone(), lifetime)
+            incoming::serve_connection(accepted, Arc::clone(&security), server.clone(), routes.clone(), lifetime)
         })
     });
     let health = follow_health(context.registry.status(), health, &stop);
     // Without a listener too, this future must not end before the stop.
-    let served = future::join3(future::join_all(servers), health, stop.cancelled());
-    tokio::select! {
-        _ = served => Ok(()),
-        never = security.follow_files() => match never {},
-    }
+    future::join3(future::join_all(servers), health, stop.cancelled()).await;
+    Ok(())
 }
 
 fn server() -> Server {

@@ -13,11 +13,12 @@ use crate::support::tools::ROOT;
 /// allows only that item. `app` joins everything and is not here.
 const DOWN: &[(&str, &[&str])] = &[
     ("main", &["app", "cli", "config", "telemetry"]),
-    ("config", &["dns", "grpc", "identity", "kubernetes", "model", "net", "registry", "store", "zone"]),
+    ("config", &["dns", "grpc", "identity", "kubernetes", "model", "net", "registry", "security", "store", "zone"]),
     ("telemetry", &[]),
     ("cli", &["grpc::client", "model"]),
     ("dns", &["metrics", "model", "net", "zone"]),
-    ("grpc", &["identity", "metrics", "model", "net", "registry"]),
+    ("grpc", &["identity", "metrics", "model", "net", "registry", "security"]),
+    ("security", &["identity", "metrics", "net"]),
     ("identity", &["kubernetes::api", "kubernetes::secrets", "metrics", "model", "net::backoff"]),
     ("admin", &["metrics", "model", "net", "registry", "zone"]),
     ("kubernetes", &["metrics", "model", "net::backoff", "registry", "replicas"]),
@@ -57,7 +58,7 @@ const PLACES: &[(&str, &[&str])] = &[
     ("rustls", &["identity", "net::tls"]),
     ("sha2", &["identity", "kubernetes", "net::tls"]),
     ("subtle", &["identity"]),
-    ("tokio", &["main", "app", "admin", "cli", "dns", "grpc", "identity", "kubernetes", "net", "registry"]),
+    ("tokio", &["main", "app", "admin", "cli", "dns", "grpc", "identity", "kubernetes", "net", "registry", "security"]),
     ("toml", &["identity"]),
     ("tonic", &["grpc"]),
     ("x509_parser", &["identity"]),

@@ -15,7 +15,6 @@ use super::{
     proto::gangplank::join::v1::{
         JoinRequest, JoinResponse, RenewRequest, RenewResponse, Scope as WireScope, joining_server::Joining,
     },
-    security::Security,
 };
 use crate::{
     identity::{
@@ -24,6 +23,7 @@ use crate::{
     },
     metrics::JoinResult,
     model::wall_clock,
+    security::Security,
 };
 
 /// `gangplank.join.v1.Joining`.

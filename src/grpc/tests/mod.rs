@@ -20,7 +20,7 @@ use super::{
     *,
 };
 use crate::{
-    identity::{Authenticator, Authorization, Authorizer, Credentials, RefusalLog, Usage, UsageLimits},
+    identity::Credentials,
     model::DnsName,
     registry::{self, Unrecovered, Writer},
     store::{DataDir, StoreOptions},
@@ -38,17 +38,6 @@ const CONNECTIONS: ConnectionLimits =
 
 async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(TEST_TIMEOUT, future).await.unwrap_or_else(|_| panic!("{what}: not within {TEST_TIMEOUT:?}"))
-}
-
-/// Without TLS and without a policy.
-fn plaintext(metrics: &Metrics) -> Arc<Security> {
-    let log = Arc::new(RefusalLog::default());
-    let authorizer =
-        Authorizer::new(Authorization::Plaintext, None, None, Arc::clone(&metrics.identity), Arc::clone(&log));
-    let authorizer = Arc::new(authorizer.expect("no file to read"));
-    let usage = Usage::new(UsageLimits::default(), Arc::clone(&metrics.identity));
-    let authenticator = Authenticator::default();
-    Arc::new(Security { tls: None, authenticator, authorizer, registrants: None, usage, log })
 }
 
 /// A caller who may do all.
@@ -83,7 +72,12 @@ impl Registry {
         let metrics = Arc::new(Metrics::new());
         let (registry, unrecovered) = registry::new(options, Arc::clone(&metrics));
         Self {
-            context: ServerContext { registry, validator: VALIDATOR, security: plaintext(&metrics), metrics },
+            context: ServerContext {
+                registry,
+                validator: VALIDATOR,
+                security: Security::plaintext_only(&metrics),
+                metrics,
+            },
             unrecovered: Some(unrecovered),
             writer: None,
             stop: CancellationToken::new(),

@@ -1,0 +1,59 @@
+//! Who may connect and do what: certificates, tokens, rights, from what is configured.
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use tracing::warn;
+
+use super::own_ca::OwnCa;
+use crate::{
+    config::{SecurityConfig, Tls},
+    identity::{Authenticator, Authorizer, RefusalLog, SERVER_USER, Usage, certificate_user},
+    kubernetes::api::Reviews,
+    metrics::Metrics,
+    net::tls::ServerTls,
+    security::Security,
+};
+
+/// Reads certificates and policy.
+pub(super) fn create(
+    config: SecurityConfig,
+    own: Option<OwnCa>,
+    reviews: Option<Arc<Reviews>>,
+    metrics: &Arc<Metrics>,
+) -> anyhow::Result<Arc<Security>> {
+    let SecurityConfig { tls, authorization, authorization_stale, usage } = config;
+    let reviews = reviews.map(|reviews| (reviews, authorization_stale));
+    let log = Arc::new(RefusalLog::default());
+    let load = Arc::clone(&metrics.connections);
+    let (tls, registrants, replica) = match (tls, own) {
+        (Tls::Files(files), _) => {
+            let tls = ServerTls::load(files, load)?;
+            if reviews.is_some() && tls.as_client().is_none() {
+                warn!(
+                    "without --tls-client-ca this process cannot take over what other replicas have accepted, and they cannot \
+                     take over from it: they know each other by their certificate"
+                );
+            }
+            let user = tls.certificate().and_then(|certificate| certificate_user(&certificate).ok());
+            (Some(tls), None, user)
+        }
+        (Tls::OwnCa, Some(own)) => {
+            (Some(ServerTls::load(own.tls, load)?), Some(own.registrants), Some(SERVER_USER.into()))
+        }
+        (Tls::OwnCa, None) | (Tls::Off, _) => (None, None, None),
+    };
+    let authenticator = Authenticator::new(registrants.clone());
+    let authenticator = match &reviews {
+        Some((reviews, stale)) => {
+            authenticator.with_tokens(Arc::clone(reviews), *stale, Arc::clone(&metrics.identity), Arc::clone(&log))
+        }
+        None => authenticator,
+    };
+    let authorizer = Authorizer::new(authorization, reviews, replica, Arc::clone(&metrics.identity), Arc::clone(&log));
+    let authorizer = authorizer.context("--authorization-policy")?.with_registrants(registrants.clone());
+    let usage = Usage::new(usage, Arc::clone(&metrics.identity));
+    let authorizer = Arc::new(authorizer);
+    let metrics = Arc::clone(&metrics.identity);
+    Ok(Arc::new(Security { tls, authenticator, authorizer, registrants, usage, log, metrics }))
+}
