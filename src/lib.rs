@@ -36,9 +36,10 @@
 //!     cluster. DNS has a change before the API server does; the answer to a registrant waits for
 //!     the slice for at most a second. The slices alone restore a lost data directory.
 //!
-//! 11. **One door.** A connection becomes an identity in one function, and an identity gets a yes or a no
-//!     in one other ([`identity`]); every call passes both, and a test asks the server for its calls.
-//!     Only the two with which a machine joins need no identity.
+//! 11. **One door.** A connection becomes an identity in one function ([`security`]), and an identity gets a
+//!     yes or a no in one other ([`identity`]); every call and every page passes both, and tests ask the
+//!     server for its calls and pages. Only the two calls with which a machine joins, and the pages that
+//!     probes ask for, need no identity.
 //!
 //! Not implemented yet, and where it will go: probes set readiness (`health`), names of instances
 //! are resolved (`upstream`), encrypted DNS joins UDP and TCP in [`dns`].

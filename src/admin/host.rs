@@ -12,8 +12,7 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 
-/// Pages that show nothing but that the process is well: probes may ask for them by any name.
-const PROBES: [&str; 3] = ["/livez", "/readyz", "/readyz/registrations"];
+use super::pages;
 
 /// IP addresses, `localhost`, and the names that are configured.
 #[derive(Debug, Clone)]
@@ -44,7 +43,8 @@ pub(super) async fn check(State(allowed): State<AllowedHosts>, request: Request,
         None => false,
         Some(host) => !host.is_ok_and(|host| allowed.allows(&host)),
     };
-    if refused && !PROBES.contains(&request.uri().path()) {
+    // Probes ask by any name.
+    if refused && !pages::is_open(request.uri().path()) {
         let text = "421: the request names a host that is not one of this listener's; give --admin-host NAME\n";
         return (StatusCode::MISDIRECTED_REQUEST, text).into_response();
     }

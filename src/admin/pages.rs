@@ -1,17 +1,19 @@
 //! The pages and their handlers.
 
+use std::{fmt::Write as _, sync::Arc};
+
 use axum::{
     Router,
     extract::{Path, Query, State, rejection::QueryRejection},
     http::{HeaderMap, StatusCode, Uri, header},
     middleware,
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{MethodRouter, get},
 };
 use serde::Deserialize;
 
 use super::{
-    Admin,
+    Admin, access,
     host::{self, AllowedHosts},
     json,
     readiness::Readiness,
@@ -21,36 +23,138 @@ use crate::{
     registry::{ListError, Phase, Unavailable},
 };
 
-/// The text of `GET /` and of every unknown path. A test requests each page that it names.
-pub(super) const INDEX: &str = "\
-GET /metrics                                        counters and gauges, OpenMetrics text
-GET /livez                                          200 while the process runs
-GET /readyz                                         200 when DNS can answer, else 503 and why
-GET /readyz/registrations                           200 when registrations are accepted too
-GET /api/v1/replica                                 what this process is among the replicas, JSON
-GET /api/v1/services                                every service with its instances, JSON
-GET /api/v1/namespaces/{namespace}/services         those of one namespace
-GET /api/v1/namespaces/{namespace}/services/{name}  one service
+/// One page.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Page {
+    /// Its route, whose parameters are in braces.
+    pub(super) path: &'static str,
+    /// What it shows, for the index.
+    pub(super) shows: &'static str,
+    pub(super) contents: Contents,
+    handler: fn() -> MethodRouter<Admin>,
+}
 
-Both readyz pages answer in JSON to ?format=json or `Accept: application/json`.
-";
+/// What is on a page, which says who may see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Contents {
+    /// That the process is well: for everybody.
+    Health,
+    /// What the process does.
+    Operation,
+    /// What is registered, in the namespace and the service of the path.
+    Instances,
+}
+
+/// All pages. The router, the index, and who may see what are made of this.
+pub(super) const PAGES: [Page; 9] = [
+    Page {
+        path: "/",
+        shows: "this list",
+        contents: Contents::Operation,
+        handler: || get(async || format!("gangplank {}\n\n{}", env!("CARGO_PKG_VERSION"), index())),
+    },
+    Page {
+        path: "/metrics",
+        shows: "counters and gauges, OpenMetrics text",
+        contents: Contents::Operation,
+        handler: || get(metrics),
+    },
+    Page {
+        path: "/livez",
+        shows: "200 while the process runs",
+        contents: Contents::Health,
+        handler: || get(async || "alive\n"),
+    },
+    Page {
+        path: "/readyz",
+        shows: "200 when DNS can answer, else 503 and why",
+        contents: Contents::Health,
+        handler: || get(readyz),
+    },
+    Page {
+        path: "/readyz/registrations",
+        shows: "200 when registrations are accepted too",
+        contents: Contents::Health,
+        handler: || get(readyz_registrations),
+    },
+    Page {
+        path: "/api/v1/replica",
+        shows: "what this process is among the replicas, JSON",
+        contents: Contents::Operation,
+        handler: || get(replica),
+    },
+    Page {
+        path: "/api/v1/services",
+        shows: "every service with its instances, JSON",
+        contents: Contents::Instances,
+        handler: || get(services),
+    },
+    Page {
+        path: "/api/v1/namespaces/{namespace}/services",
+        shows: "those of one namespace",
+        contents: Contents::Instances,
+        handler: || get(services_of_namespace),
+    },
+    Page {
+        path: "/api/v1/namespaces/{namespace}/services/{name}",
+        shows: "one service",
+        contents: Contents::Instances,
+        handler: || get(service),
+    },
+];
+
+/// Whether everybody may see what is at `path`.
+pub(super) fn is_open(path: &str) -> bool {
+    PAGES.iter().any(|page| page.contents == Contents::Health && page.path == path)
+}
+
+/// The namespace and the service whose instances are at `path`, each `None` for all; `None` if it shows no instances. What
+/// is at a path of no page counts as everything.
+pub(super) fn instances_at(path: &str) -> Option<(Option<&str>, Option<&str>)> {
+    for page in PAGES {
+        if let Some([namespace, service]) = parameters(page.path, path) {
+            return (page.contents == Contents::Instances).then_some((namespace, service));
+        }
+    }
+    Some((None, None))
+}
+
+/// What is in `path` in the place of the parameters of `route`; `None` for another route.
+fn parameters<'a>(route: &str, path: &'a str) -> Option<[Option<&'a str>; 2]> {
+    let (mut expected, mut segments, mut found) = (route.split('/'), path.split('/'), [None; 2]);
+    let mut places = found.iter_mut();
+    loop {
+        match (expected.next(), segments.next()) {
+            (None, None) => return Some(found),
+            (Some(parameter), Some(segment)) if parameter.starts_with('{') && !segment.is_empty() => {
+                *places.next()? = Some(segment);
+            }
+            (Some(one), Some(other)) if one == other => {}
+            _ => return None,
+        }
+    }
+}
+
+/// The text of `GET /` and of every unknown path.
+pub(super) fn index() -> String {
+    let mut index = String::new();
+    for Page { path, shows, .. } in PAGES {
+        writeln!(index, "GET {path:<51} {shows}").expect("a String takes everything");
+    }
+    index + "\nBoth readyz pages answer in JSON to ?format=json or `Accept: application/json`.\n"
+}
 
 /// The content type of OpenMetrics text (OpenMetrics 1.0 §4.1).
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 pub(super) fn router(admin: Admin) -> Router {
     let hosts = AllowedHosts::new(&admin.hosts);
-    Router::new()
-        .route("/", get(async || format!("gangplank {}\n\n{INDEX}", env!("CARGO_PKG_VERSION"))))
-        .route("/metrics", get(metrics))
-        .route("/livez", get(async || "alive\n"))
-        .route("/readyz", get(readyz))
-        .route("/readyz/registrations", get(readyz_registrations))
-        .route("/api/v1/replica", get(replica))
-        .route("/api/v1/services", get(services))
-        .route("/api/v1/namespaces/{namespace}/services", get(services_of_namespace))
-        .route("/api/v1/namespaces/{namespace}/services/{name}", get(service))
-        .fallback(async || (StatusCode::NOT_FOUND, format!("404: no such page. There are:\n\n{INDEX}")))
+    let security = Arc::clone(&admin.security);
+    let router = PAGES.iter().fold(Router::new(), |router, page| router.route(page.path, (page.handler)()));
+    router
+        .fallback(async || (StatusCode::NOT_FOUND, format!("404: no such page. There are:\n\n{}", index())))
+        .layer(middleware::from_fn_with_state(security, access::check))
+        // The last one is the first that a request passes.
         .layer(middleware::from_fn_with_state(hosts, host::check))
         .with_state(admin)
 }
@@ -151,5 +255,29 @@ async fn service(State(admin): State<Admin>, Path((namespace, name)): Path<(Stri
         }
         Ok(snapshot) => json::service(snapshot),
         Err(err) => json::error(StatusCode::SERVICE_UNAVAILABLE, &err.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_path_but_those_of_other_pages_shows_instances() {
+        let all = Some((None, None));
+        assert_eq!(instances_at("/api/v1/services"), all);
+        assert_eq!(instances_at("/api/v1/namespaces/shop/services"), Some((Some("shop"), None)));
+        assert_eq!(instances_at("/api/v1/namespaces/shop/services/web"), Some((Some("shop"), Some("web"))));
+        assert_eq!(
+            instances_at("/api/v1/namespaces/%73hop/services"),
+            Some((Some("%73hop"), None)),
+            "as it is written"
+        );
+        for page in PAGES.iter().filter(|page| page.contents != Contents::Instances) {
+            assert_eq!(instances_at(page.path), None, "{}", page.path);
+        }
+        for odd in ["", "*", "/api/v1/namespaces//services", "/api/v1/services/", "//metrics", "/metrics/", "/api/v2"] {
+            assert_eq!(instances_at(odd), all, "{odd}");
+        }
     }
 }

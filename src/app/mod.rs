@@ -81,7 +81,8 @@ pub fn bind(mut config: Config) -> anyhow::Result<BoundServer> {
     let data_dir = DataDir::lock(&config.data_dir)?;
     let grpc: Vec<_> = config.grpc_listen.iter().map(|(address, _)| *address).collect();
     let grpc = listen("--grpc-listen", &grpc)?;
-    let admin = listen("--admin-listen", &config.admin_listen)?;
+    let admin: Vec<_> = config.admin_listen.iter().map(|(address, _)| *address).collect();
+    let admin = listen("--admin-listen", &admin)?;
     let dns = dns::bind(&config.dns).context("--dns-listen")?;
     Ok(BoundServer { config, data_dir, dns, grpc, admin })
 }
@@ -172,7 +173,7 @@ impl BoundServer {
             max_staleness,
             security,
             grpc_listen,
-            admin_listen: _,
+            admin_listen,
             admin_hosts,
             dns: _,
             data_dir: directory,
@@ -180,14 +181,21 @@ impl BoundServer {
         let metrics = Arc::new(Metrics::new());
         let listeners = grpc.iter().map(StdTcpListener::local_addr).collect::<io::Result<Vec<_>>>()?;
         let addresses = advertise.addresses(&listeners);
+        let admin_addresses = admin.iter().map(StdTcpListener::local_addr).collect::<io::Result<Vec<_>>>()?;
         let shared = match &kubernetes {
             Some(options) if security.tls == Tls::OwnCa => Some(SharedCa::connect(options, directory.clone()).await?),
             _ => None,
         };
         let own = match &security.tls {
-            Tls::OwnCa => Some(OwnCa::open(&directory, shared.as_ref(), &advertise, &listeners, &metrics)?),
+            Tls::OwnCa => {
+                let names = (&admin_addresses[..], &admin_hosts[..]);
+                Some(OwnCa::open(&directory, shared.as_ref(), &advertise, &listeners, names, &metrics)?)
+            }
             Tls::Off | Tls::Files(_) => None,
         };
+        let admin_security = admin_listen.into_iter().map(|(_, how)| how);
+        let admin_security: Vec<_> = admin_addresses.into_iter().zip(admin_security).collect();
+        security::announce_admin(&admin_security, &security.tls, kubernetes.is_some());
         let reviews = match &kubernetes {
             Some(options) => {
                 let reviews = Reviews::connect(options.kubeconfig.as_deref(), Arc::clone(&metrics.identity)).await?;
@@ -237,9 +245,11 @@ impl BoundServer {
             snapshots: Arc::clone(registry.snapshots()),
             status: status.clone(),
             metrics: Arc::clone(&metrics),
+            security: Arc::clone(&security),
             hosts: admin_hosts,
             max_staleness,
         };
+        let admin = admin.into_iter().zip(admin_security.into_iter().map(|(_, how)| how)).collect();
         let admin = admin::run(admin, pages, admin_connections, stop_answers.clone());
         parts.spawn("the admin listeners", net::run_on_runtime("admin", ADMIN_THREADS, admin)?);
 

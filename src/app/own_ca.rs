@@ -12,7 +12,7 @@ use crate::{
     identity::{CertificateAuthority, ClusterCa, CurrentCa, joining::Registrants},
     kubernetes::{self, secrets::Secrets},
     metrics::Metrics,
-    model::wall_clock,
+    model::{ServerAddress, wall_clock},
 };
 
 /// The own CA, and what follows from it.
@@ -39,12 +39,14 @@ impl SharedCa {
 }
 
 impl OwnCa {
-    /// The CA, with the names for which it signs, and who joined. Without one that is shared, in `directory`.
+    /// The CA, with the names for which it signs, and who joined. Without one that is shared, in `directory`. The names
+    /// are those of the gRPC `listeners`, which are advertised, and of the admin listeners and their `--admin-host`.
     pub(super) fn open(
         directory: &Path,
         shared: Option<&SharedCa>,
         advertise: &Advertise,
         listeners: &[SocketAddr],
+        (admin, admin_hosts): (&[SocketAddr], &[String]),
         metrics: &Metrics,
     ) -> anyhow::Result<Self> {
         // Those that other machines reach come first: their port is the default one of what is advertised.
@@ -54,7 +56,9 @@ impl OwnCa {
         if addresses.is_empty() {
             addresses = own_tls::reachable(&listeners)?;
         }
-        let names = own_tls::names(&addresses, &listeners)?;
+        let hosts = admin_hosts.iter().filter_map(|host| ServerAddress::parse(host, 0).ok());
+        let named: Vec<_> = addresses.iter().cloned().chain(hosts).collect();
+        let names = own_tls::names(&named, &[&listeners, admin].concat())?;
         let (ca, registrants) = match shared {
             Some(SharedCa { secrets, ca }) => {
                 let (ca, metrics) = (Arc::clone(ca.current()), Arc::clone(&metrics.joining));

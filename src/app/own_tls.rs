@@ -73,7 +73,11 @@ impl TlsSource for OwnTls {
 /// The names of this server: what it is reached at, where it listens, and those of every machine for itself.
 pub(super) fn names(advertised: &[ServerAddress], listeners: &[SocketAddr]) -> io::Result<ServerNames> {
     let mut names = ServerNames { dns: vec![LOCALHOST.into()], ip: Vec::new() };
-    names.dns.extend(advertised.iter().filter_map(ServerAddress::name).filter(|name| name != LOCALHOST));
+    for name in advertised.iter().filter_map(ServerAddress::name) {
+        if !names.dns.contains(&name) {
+            names.dns.push(name);
+        }
+    }
     let mut ips = BTreeSet::from([IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)]);
     ips.extend(advertised.iter().filter_map(ServerAddress::ip));
     ips.extend(listeners.iter().map(SocketAddr::ip).filter(|ip| !ip.is_unspecified()));

@@ -1,9 +1,9 @@
 //! Who may connect and do what: certificates, tokens, rights, from what is configured.
 
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc};
 
 use anyhow::Context as _;
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::own_ca::OwnCa;
 use crate::{
@@ -12,8 +12,33 @@ use crate::{
     kubernetes::api::Reviews,
     metrics::Metrics,
     net::tls::ServerTls,
-    security::Security,
+    security::{ListenerSecurity, Security},
 };
+
+/// Logs who can see what at the admin listeners beyond loopback.
+pub(super) fn announce_admin(listeners: &[(SocketAddr, ListenerSecurity)], tls: &Tls, kubernetes: bool) {
+    for (listener, how) in listeners {
+        match how {
+            ListenerSecurity::Loopback => {}
+            ListenerSecurity::Insecure => info!(
+                %listener,
+                "admin in plaintext, by --insecure: whoever reaches it may see all, unless --authorization is set"
+            ),
+            // Nobody has a certificate that counts, or a token.
+            ListenerSecurity::Tls if *tls == Tls::OwnCa && !kubernetes => warn!(
+                %listener,
+                "admin over TLS: only /livez and /readyz answer here, because the CA in the data directory signs for \
+                 machines that join, and those see no page. Give --tls-cert, --tls-key and --tls-client-ca, ask over \
+                 loopback, or, where the network itself is trusted, add --insecure=admin"
+            ),
+            ListenerSecurity::Tls => info!(
+                %listener,
+                "admin over TLS: /livez and /readyz answer everybody, other pages who shows a client certificate or a \
+                 token and may see the path"
+            ),
+        }
+    }
+}
 
 /// Reads certificates and policy.
 pub(super) fn create(

@@ -30,7 +30,10 @@ pub use self::{
     advertise::Advertise,
     security::{SecurityConfig, Tls},
 };
-use self::{quotas::QuotaArgs, security::SecurityArgs};
+use self::{
+    quotas::QuotaArgs,
+    security::{Listeners, SecurityArgs},
+};
 
 /// Largest `--ttl` in seconds. Clients cache a removed instance for that long.
 const MAX_TTL: u32 = 3600;
@@ -68,7 +71,8 @@ pub struct ServeArgs {
     )]
     dns_listen: Vec<SocketAddr>,
 
-    /// Where metrics, readiness and the JSON are served over HTTP; repeatable
+    /// Where metrics, readiness and the JSON are served over HTTP; repeatable. Beyond loopback by TLS like --grpc-listen,
+    /// to who shows a client certificate or a token and may see the path; /livez and /readyz to everybody
     #[arg(
         long,
         env = "GANGPLANK_ADMIN_LISTEN",
@@ -79,7 +83,7 @@ pub struct ServeArgs {
     admin_listen: Vec<SocketAddr>,
 
     /// A name by which --admin-listen may be asked, beside IP addresses and localhost; repeatable. Others get 421, for a
-    /// stranger's web page could point a name at this listener (DNS rebinding)
+    /// stranger's web page could point a name at this listener (DNS rebinding). A CA of gangplank's own certifies it
     #[arg(long, env = "GANGPLANK_ADMIN_HOST", value_name = "NAME", value_delimiter = ',')]
     admin_host: Vec<String>,
 
@@ -234,8 +238,8 @@ pub struct Config {
     pub grpc_listen: Vec<(SocketAddr, ListenerSecurity)>,
     /// Who may connect, and do what.
     pub security: SecurityConfig,
-    /// Where operators connect.
-    pub admin_listen: Vec<SocketAddr>,
+    /// Where operators connect, and how.
+    pub admin_listen: Vec<(SocketAddr, ListenerSecurity)>,
     /// Names by which operators may ask, beside IP addresses and `localhost`.
     pub admin_hosts: Vec<String>,
     /// Limits on gRPC connections.
@@ -314,7 +318,9 @@ impl ServeArgs {
         } = self;
 
         let kubernetes = kubernetes || kubeconfig.is_some();
-        let (grpc_listen, security) = security.check(grpc_listen, kubernetes, quotas.usage())?;
+        let listeners = Listeners { grpc: grpc_listen, admin: admin_listen };
+        let (Listeners { grpc: grpc_listen, admin: admin_listen }, security) =
+            security.check(listeners, kubernetes, quotas.usage())?;
         let most = kubernetes::MAX_ENDPOINTS;
         ensure!((1..=most).contains(&slice_endpoints), "--slice-endpoints {slice_endpoints}: must be 1..={most}");
         ensure!(
@@ -335,7 +341,7 @@ impl ServeArgs {
         }
         ensure!(
             kubernetes || security.tls == Tls::OwnCa || advertise.is_empty(),
-            "--advertise: means nothing without --kubernetes, and without --grpc-listen beyond loopback and a CA of gangplank's own"
+            "--advertise: means nothing without --kubernetes, and without a listener beyond loopback and a CA of gangplank's own"
         );
         if let Some(service) = &grpc_service {
             ServiceName::parse(service).with_context(|| format!("--grpc-service {service:?}"))?;
@@ -478,6 +484,33 @@ mod tests {
         assert_eq!(tls(&["--grpc-listen", "0.0.0.0:9080", "--insecure"]), Tls::Off);
         assert_eq!(tls(&["--grpc-listen", "[::1]:9080"]), Tls::Off);
         assert_eq!(tls(&["--grpc-listen", "0.0.0.0:9080", "--kubernetes"]), Tls::OwnCa);
+    }
+
+    #[test]
+    fn admin_beyond_loopback_has_tls_or_is_insecure() {
+        use ListenerSecurity::{Insecure, Loopback, Tls as ByTls};
+        let admin = |flags: &[&str]| -> Vec<ListenerSecurity> {
+            check(flags).expect("valid").admin_listen.into_iter().map(|(_, how)| how).collect()
+        };
+        let both = ["--admin-listen", "127.0.0.1:9153,0.0.0.0:9153"];
+        assert_eq!(admin(&both), [Loopback, ByTls]);
+        assert_eq!(check(&both).expect("valid").security.tls, Tls::OwnCa);
+        assert_eq!(check(&[both[0], both[1], "--kubernetes"]).expect("valid").security.tls, Tls::OwnCa);
+        for insecure in ["--insecure", "--insecure=admin", "--insecure=grpc,0.0.0.0:9153"] {
+            assert_eq!(admin(&[both[0], both[1], insecure]), [Loopback, Insecure], "{insecure}");
+        }
+        assert_eq!(admin(&[both[0], both[1], "--insecure=grpc"]), [Loopback, ByTls]);
+        let grpc = check(&["--grpc-listen", "0.0.0.0:9080", "--insecure=admin"]).expect("valid").grpc_listen;
+        assert_eq!(grpc[0].1, ByTls);
+        let files = ["--tls-cert", "c", "--tls-key", "k", "--tls-client-ca", "a"];
+        assert_eq!(admin(&[&both[..], &files].concat()), [Loopback, ByTls], "pages need no rules");
+        assert!(check(&files).expect_err("refused").contains("nothing says what clients may do"));
+        for (flags, expected) in [
+            (&["--insecure=0.0.0.0:1"][..], "--insecure 0.0.0.0:1: is none of --grpc-listen and --admin-listen"),
+            (&["--insecure=1.2.3.4:1,admin"], "--insecure 1.2.3.4:1: is none of"),
+        ] {
+            assert!(check(flags).expect_err("refused").starts_with(expected), "{flags:?}");
+        }
     }
 
     #[test]

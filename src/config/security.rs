@@ -17,7 +17,8 @@ const MIN_AUTHORIZATION_STALE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
 pub(super) struct SecurityArgs {
-    /// The certificate of the gRPC listeners in PEM, with the intermediate ones after it. Read again when it changes
+    /// The certificate of the gRPC and admin listeners in PEM, with the intermediate ones after it. Read again when it
+    /// changes
     #[arg(long, env = "GANGPLANK_TLS_CERT", value_name = "FILE")]
     tls_cert: Option<PathBuf>,
 
@@ -30,7 +31,7 @@ pub(super) struct SecurityArgs {
     #[arg(long, env = "GANGPLANK_TLS_CLIENT_CA", value_name = "FILE")]
     tls_client_ca: Option<PathBuf>,
 
-    /// What clients may do, in TOML; nothing without a rule. Read again when it changes
+    /// What clients may do, and which pages they may see, in TOML; nothing without a rule. Read again when it changes
     #[arg(long, env = "GANGPLANK_AUTHORIZATION_POLICY", value_name = "FILE")]
     authorization_policy: Option<PathBuf>,
 
@@ -50,12 +51,12 @@ pub(super) struct SecurityArgs {
     )]
     authorization_stale: Duration,
 
-    /// Take plaintext beyond loopback, on every gRPC listener or on the named ones: whoever reaches them may do all,
-    /// unless --authorization is set
+    /// Take plaintext beyond loopback, on every gRPC and admin listener or on the named ones ("grpc" and "admin" are all
+    /// of a kind): whoever reaches them may do and see all, unless --authorization is set
     #[arg(
         long,
         env = "GANGPLANK_INSECURE",
-        value_name = "ADDR:PORT,...",
+        value_name = "grpc|admin|ADDR:PORT,...",
         num_args = 0..=1,
         require_equals = true,
         default_missing_value = "true",
@@ -70,7 +71,7 @@ pub(super) struct SecurityArgs {
 enum AuthorizationSource {
     /// The file of --authorization-policy
     Policy,
-    /// Kubernetes RBAC, on the resource instances of the group gangplank.dev
+    /// Kubernetes RBAC, on the resource instances of the group gangplank.dev, and on the paths of pages
     Kubernetes,
 }
 
@@ -79,7 +80,21 @@ enum AuthorizationSource {
 enum Insecure {
     None,
     All,
-    Only(Vec<SocketAddr>),
+    Only(Vec<Named>),
+}
+
+/// What `--insecure` names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Named {
+    Kind(Kind),
+    One(SocketAddr),
+}
+
+/// The listeners that can have TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Grpc,
+    Admin,
 }
 
 impl FromStr for Insecure {
@@ -90,7 +105,13 @@ impl FromStr for Insecure {
             "" | "0" | "n" | "no" | "f" | "false" | "off" => Ok(Self::None),
             "1" | "y" | "yes" | "t" | "true" | "on" => Ok(Self::All),
             listeners => {
-                let parse = |one: &str| one.parse().map_err(|_| format!("{one:?} is not the ADDR:PORT of a listener"));
+                let parse = |one: &str| match one {
+                    "grpc" => Ok(Named::Kind(Kind::Grpc)),
+                    "admin" => Ok(Named::Kind(Kind::Admin)),
+                    _ => one.parse().map(Named::One).map_err(|_| {
+                        format!("{one:?} is neither the ADDR:PORT of a listener, nor \"grpc\", nor \"admin\"")
+                    }),
+                };
                 listeners.split(',').map(parse).collect::<Result<_, _>>().map(Self::Only)
             }
         }
@@ -98,16 +119,23 @@ impl FromStr for Insecure {
 }
 
 impl Insecure {
-    fn names(&self, listener: &SocketAddr) -> bool {
+    fn names(&self, kind: Kind, listener: SocketAddr) -> bool {
         match self {
             Self::None => false,
             Self::All => true,
-            Self::Only(named) => named.contains(listener),
+            Self::Only(named) => named.contains(&Named::Kind(kind)) || named.contains(&Named::One(listener)),
         }
     }
 }
 
-/// Where the gRPC listeners have certificate, key and client CA from.
+/// Listeners that can have TLS, each with how it takes connections once that is decided.
+#[derive(Debug)]
+pub(super) struct Listeners<T> {
+    pub(super) grpc: Vec<T>,
+    pub(super) admin: Vec<T>,
+}
+
+/// Where the gRPC and admin listeners have certificate, key and client CA from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Tls {
     /// No TLS: every listener is loopback or takes plaintext.
@@ -121,7 +149,7 @@ pub enum Tls {
 /// Who may connect, and do what.
 #[derive(Debug, Clone)]
 pub struct SecurityConfig {
-    /// Where the gRPC listeners have certificate, key and client CA from.
+    /// Where the gRPC and admin listeners have certificate, key and client CA from.
     pub tls: Tls,
     /// Where rights come from.
     pub authorization: Authorization,
@@ -135,10 +163,10 @@ impl SecurityArgs {
     /// Also says how each of `listeners` takes connections. With `kubernetes` there are tokens and RBAC.
     pub(super) fn check(
         self,
-        listeners: Vec<SocketAddr>,
+        listeners: Listeners<SocketAddr>,
         kubernetes: bool,
         usage: UsageLimits,
-    ) -> anyhow::Result<(Vec<(SocketAddr, ListenerSecurity)>, SecurityConfig)> {
+    ) -> anyhow::Result<(Listeners<(SocketAddr, ListenerSecurity)>, SecurityConfig)> {
         let Self {
             tls_cert,
             tls_key,
@@ -150,15 +178,18 @@ impl SecurityArgs {
         } = self;
         let tls = tls_files(tls_cert, tls_key, tls_client_ca, kubernetes)?;
         let listeners = secured(listeners, &insecure)?;
-        let needs_tls = listeners.iter().any(|(_, security)| *security == ListenerSecurity::Tls);
+        let need_tls = |of: &[(SocketAddr, ListenerSecurity)]| of.iter().any(|(_, how)| *how == ListenerSecurity::Tls);
+        let (grpc_tls, admin_tls) = (need_tls(&listeners.grpc), need_tls(&listeners.admin));
         let tls = match tls {
             Some(files) => Tls::Files(files),
-            None if needs_tls => Tls::OwnCa,
+            None if grpc_tls || admin_tls => Tls::OwnCa,
             None => Tls::Off,
         };
         let authorization = source_of_rights(authorization, authorization_policy, kubernetes)?;
+        // Pages may be seen by whoever has a certificate.
+        let pages_only = admin_tls && !grpc_tls;
         ensure!(
-            !matches!(tls, Tls::Files(_)) || authorization != Authorization::Plaintext,
+            !matches!(tls, Tls::Files(_)) || authorization != Authorization::Plaintext || pages_only,
             "--tls-cert: nothing says what clients may do: give --authorization-policy FILE, or --kubernetes"
         );
         ensure!(
@@ -216,17 +247,26 @@ fn tls_files(
     }
 }
 
-/// How each gRPC listener takes connections.
-fn secured(listeners: Vec<SocketAddr>, insecure: &Insecure) -> anyhow::Result<Vec<(SocketAddr, ListenerSecurity)>> {
-    if let Insecure::Only(named) = insecure
-        && let Some(unknown) = named.iter().find(|named| !listeners.contains(named))
-    {
-        bail!("--insecure {unknown}: is none of --grpc-listen");
+/// How each listener takes connections.
+fn secured(
+    Listeners { grpc, admin }: Listeners<SocketAddr>,
+    insecure: &Insecure,
+) -> anyhow::Result<Listeners<(SocketAddr, ListenerSecurity)>> {
+    if let Insecure::Only(named) = insecure {
+        for one in named {
+            if let Named::One(address) = one {
+                ensure!(
+                    grpc.contains(address) || admin.contains(address),
+                    "--insecure {address}: is none of --grpc-listen and --admin-listen"
+                );
+            }
+        }
     }
-    let security = |listener: SocketAddr| match listener {
+    let security = |kind: Kind, listener: SocketAddr| match listener {
         _ if listener.ip().is_loopback() => (listener, ListenerSecurity::Loopback),
-        _ if insecure.names(&listener) => (listener, ListenerSecurity::Insecure),
+        _ if insecure.names(kind, listener) => (listener, ListenerSecurity::Insecure),
         _ => (listener, ListenerSecurity::Tls),
     };
-    Ok(listeners.into_iter().map(security).collect())
+    let all = |kind, of: Vec<SocketAddr>| of.into_iter().map(|one| security(kind, one)).collect();
+    Ok(Listeners { grpc: all(Kind::Grpc, grpc), admin: all(Kind::Admin, admin) })
 }

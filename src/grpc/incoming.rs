@@ -25,7 +25,7 @@ use tonic::{
 use super::{memory::ConnectionMemory, metered::Metered, preface::Prefaced};
 use crate::{
     metrics::CloseReason,
-    net::{ConnectionHandle, Permit, Signal},
+    net::{ConnectionHandle, Permit, Signal, tls::Alpn},
     security::{ListenerSecurity, Peer, SecuredStream, Security},
 };
 
@@ -75,7 +75,7 @@ pub(super) async fn serve_connection<S, B>(
     let handle = permit.handle().clone();
     // Before h2: a peer that has said nothing costs little, and one that says nothing does not stay.
     let begun = async {
-        let (stream, peer, certificate) = security.secure(stream, listener, lifetime.handshake).await?;
+        let (stream, peer, certificate) = security.secure(stream, listener, Alpn::Http2, lifetime.handshake).await?;
         match timeout(lifetime.handshake, Prefaced::read_from(stream)).await {
             Ok(stream) => Some((stream.ok()?, peer, certificate)),
             Err(_) => {

@@ -82,6 +82,19 @@ pub struct Access<'a> {
     pub peer: IpAddr,
 }
 
+/// A page of the admin listener that is asked for, as RBAC knows it: a non-resource URL, and the verb `get`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageAccess<'a> {
+    /// The path, as the request has it: nothing is decoded.
+    pub path: &'a str,
+    /// The instances that the page shows, if any. A rule about the path is enough in a policy file. In Kubernetes it is
+    /// not: every cluster lets everybody in it `get` the paths `/api/*` (ClusterRole `system:discovery`), which are those
+    /// of its API server.
+    pub instances: Option<Access<'a>>,
+    /// Where the connection comes from.
+    pub peer: IpAddr,
+}
+
 /// Why an act is not allowed; `status_details` of a 403.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -112,5 +125,11 @@ impl fmt::Display for Access<'_> {
             (Some(namespace), None) => write!(f, "{verb} {resource} of the namespace {namespace}"),
             (None, _) => write!(f, "{verb} {resource} of all namespaces"),
         }
+    }
+}
+
+impl fmt::Display for PageAccess<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", AccessVerb::Get.as_str(), self.path)
     }
 }

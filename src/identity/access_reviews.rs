@@ -11,12 +11,12 @@ use indexmap::Equivalent;
 use tokio::time::sleep;
 
 use super::{
-    Access, AccessResource, AccessVerb, Identity, IdentitySource,
+    Access, AccessVerb, Identity, IdentitySource, PageAccess,
     review_cache::{FRESH, MAX_WAIT, NotReviewed, ReviewCache, ReviewLimits, Reviewed, Verdict},
     shares::Shares,
 };
 use crate::{
-    kubernetes::api::{AccessAttributes, Reviews},
+    kubernetes::api::{AccessAttributes, AccessTarget, Reviews},
     metrics::{IdentityMetrics, ReviewKind},
 };
 
@@ -45,35 +45,36 @@ struct Question {
     user: Arc<str>,
     groups: Arc<[Box<str>]>,
     origin: &'static str,
-    resource: AccessResource,
-    verb: AccessVerb,
-    namespace: Option<Box<str>>,
-    service: Option<Box<str>>,
+    verb: &'static str,
+    target: Target,
+}
+
+/// An [`AccessTarget`] that is kept.
+#[derive(Debug, Clone)]
+enum Target {
+    Resource { resource: Box<str>, namespace: Option<Box<str>>, service: Option<Box<str>> },
+    Path(Box<str>),
 }
 
 /// A question in borrowed parts, for which nothing is allocated.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct Asked<'a> {
-    user: &'a str,
-    groups: &'a [Box<str>],
+pub(super) struct Asked<'a> {
+    user: &'a Arc<str>,
+    groups: &'a Arc<[Box<str>]>,
     origin: &'static str,
-    resource: AccessResource,
-    verb: AccessVerb,
-    namespace: Option<&'a str>,
-    service: Option<&'a str>,
+    verb: &'static str,
+    target: AccessTarget<'a>,
 }
 
 impl Question {
     fn asked(&self) -> Asked<'_> {
-        Asked {
-            user: &self.user,
-            groups: &self.groups,
-            origin: self.origin,
-            resource: self.resource,
-            verb: self.verb,
-            namespace: self.namespace.as_deref(),
-            service: self.service.as_deref(),
-        }
+        let target = match &self.target {
+            Target::Resource { resource, namespace, service } => {
+                AccessTarget::Resource { resource, namespace: namespace.as_deref(), service: service.as_deref() }
+            }
+            Target::Path(path) => AccessTarget::Path(path),
+        };
+        Asked { user: &self.user, groups: &self.groups, origin: self.origin, verb: self.verb, target }
     }
 }
 
@@ -98,13 +99,35 @@ impl Equivalent<Question> for Asked<'_> {
 }
 
 impl<'a> Asked<'a> {
-    fn new(identity: &'a Identity, access: &Access<'a>) -> Self {
+    pub(super) fn access(identity: &'a Identity, access: &Access<'a>) -> Self {
+        let Access { resource, verb, namespace, service, address: _, peer: _ } = *access;
+        let target = AccessTarget::Resource { resource: resource.as_str(), namespace, service };
+        Self::new(identity, verb, target)
+    }
+
+    pub(super) fn page(identity: &'a Identity, PageAccess { path, instances: _, peer: _ }: &PageAccess<'a>) -> Self {
+        Self::new(identity, AccessVerb::Get, AccessTarget::Path(path))
+    }
+
+    fn new(identity: &'a Identity, verb: AccessVerb, target: AccessTarget<'a>) -> Self {
         let origin = match identity.source {
             IdentitySource::Certificate | IdentitySource::Token | IdentitySource::Loopback => AUTHENTICATED,
             IdentitySource::Anonymous => UNAUTHENTICATED,
         };
-        let Access { resource, verb, namespace, service, address: _, peer: _ } = *access;
-        Self { user: &identity.user, groups: &identity.groups, origin, resource, verb, namespace, service }
+        Self { user: &identity.user, groups: &identity.groups, origin, verb: verb.as_str(), target }
+    }
+
+    fn to_question(self) -> Question {
+        let target = match self.target {
+            AccessTarget::Resource { resource, namespace, service } => Target::Resource {
+                resource: resource.into(),
+                namespace: namespace.map(Box::from),
+                service: service.map(Box::from),
+            },
+            AccessTarget::Path(path) => Target::Path(path.into()),
+        };
+        let (user, groups) = (Arc::clone(self.user), Arc::clone(self.groups));
+        Question { user, groups, origin: self.origin, verb: self.verb, target }
     }
 }
 
@@ -133,44 +156,28 @@ impl AccessReviews {
     }
 
     /// The decision, if it needs no review. Neither waits nor allocates.
-    pub(super) fn known(&self, identity: &Identity, access: &Access<'_>) -> Option<Reviewed<()>> {
-        self.cache.known(&Asked::new(identity, access), self.reviews.is_paused(ReviewKind::Access), Instant::now())
+    pub(super) fn known(&self, asked: &Asked<'_>) -> Option<Reviewed<()>> {
+        self.cache.known(asked, self.reviews.is_paused(ReviewKind::Access), Instant::now())
     }
 
     /// The decision, of a review that is not older than `max_age` if Kubernetes can be asked.
-    pub(super) async fn decide(
-        &self,
-        identity: &Identity,
-        access: &Access<'_>,
-        max_age: Duration,
-    ) -> Result<Reviewed<()>, NotReviewed> {
-        let asked = Asked::new(identity, access);
+    pub(super) async fn decide(&self, asked: Asked<'_>, max_age: Duration) -> Result<Reviewed<()>, NotReviewed> {
         if self.cache.is_new(&asked, Instant::now()) {
             let wait = {
                 let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
-                shares.reserve(Arc::clone(&identity.user), MAX_WAIT, Instant::now())
+                shares.reserve(Arc::clone(asked.user), MAX_WAIT, Instant::now())
             };
             sleep(wait.ok_or(NotReviewed::Overloaded)?).await;
         }
-        let Asked { user: _, groups: _, origin, resource, verb, namespace, service } = asked;
-        let question = Question {
-            user: Arc::clone(&identity.user),
-            groups: Arc::clone(&identity.groups),
-            origin,
-            resource,
-            verb,
-            namespace: namespace.map(Box::from),
-            service: service.map(Box::from),
-        };
+        let question = asked.to_question();
         let ask = |first| {
             let (reviews, question) = (Arc::clone(&self.reviews), question.clone());
             async move {
                 if reviews.is_paused(ReviewKind::Access) {
                     return Err(NotReviewed::Unavailable);
                 }
-                let Asked { user, groups, origin, resource, verb, namespace, service } = question.asked();
-                let (resource, verb) = (resource.as_str(), verb.as_str());
-                let attributes = AccessAttributes { user, groups, origin, resource, verb, namespace, service };
+                let Asked { user, groups, origin, verb, target } = question.asked();
+                let attributes = AccessAttributes { user, groups, origin, verb, target };
                 Ok(if reviews.access(attributes, first).await? { Verdict::Yes(()) } else { Verdict::No })
             }
         };
@@ -183,6 +190,7 @@ mod tests {
     use std::{hash::BuildHasher as _, net::IpAddr};
 
     use super::*;
+    use crate::identity::AccessResource;
 
     fn identity(source: IdentitySource) -> Identity {
         Identity { user: "ada".into(), groups: ["ops".into()].into(), source, expires: None }
@@ -203,18 +211,10 @@ mod tests {
     #[test]
     fn question_is_found_by_its_parts() {
         let ada = identity(IdentitySource::Token);
-        let question = Question {
-            user: "ada".into(),
-            groups: ["ops".into()].into(),
-            origin: AUTHENTICATED,
-            resource: AccessResource::Instances,
-            verb: AccessVerb::Create,
-            namespace: Some("shop".into()),
-            service: Some("web".into()),
-        };
+        let question = Asked::access(&ada, &access(Some("web"), "10.0.0.1")).to_question();
         let hasher = std::hash::RandomState::new();
         let of = |identity: &Identity, access: Access<'_>| {
-            let asked = Asked::new(identity, &access);
+            let asked = Asked::access(identity, &access);
             (asked.equivalent(&question), hasher.hash_one(asked) == hasher.hash_one(&question))
         };
         assert_eq!(of(&ada, access(Some("web"), "10.0.0.1")), (true, true));
@@ -222,7 +222,12 @@ mod tests {
         assert_eq!(of(&ada, access(Some("api"), "10.0.0.1")), (false, false));
         assert_eq!(of(&ada, access(None, "10.0.0.1")), (false, false));
         assert_eq!(of(&identity(IdentitySource::Anonymous), access(Some("web"), "10.0.0.1")), (false, false));
-        let others = Identity { groups: [].into(), ..ada };
+        let others = Identity { groups: [].into(), ..ada.clone() };
         assert_eq!(of(&others, access(Some("web"), "10.0.0.1")), (false, false));
+
+        let page = |path| PageAccess { path, instances: None, peer: "10.0.0.1".parse().expect("an address") };
+        let question = Asked::page(&ada, &page("/metrics")).to_question();
+        assert!(Asked::page(&ada, &page("/metrics")).equivalent(&question));
+        assert!(!Asked::page(&ada, &page("/metrics/")).equivalent(&question));
     }
 }

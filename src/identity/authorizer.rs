@@ -2,6 +2,8 @@
 
 use std::{
     convert::Infallible,
+    fmt,
+    net::IpAddr,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -12,9 +14,9 @@ use tokio::{sync::watch, time::sleep};
 use tracing::{info, warn};
 
 use super::{
-    Access, AccessVerb, Denied, Identity, IdentitySource, NotAllowed, Policy, PolicyError, RefusalLog,
-    access_reviews::AccessReviews,
-    joining::Registrants,
+    Access, AccessVerb, Denied, Identity, IdentitySource, NotAllowed, PageAccess, Policy, PolicyError, RefusalLog,
+    access_reviews::{AccessReviews, Asked},
+    joining::{self, Registrants},
     policy,
     review_cache::{FRESH, Reviewed, Verdict},
 };
@@ -32,7 +34,8 @@ const SETTLE_TIME: Duration = Duration::from_secs(1);
 /// Where rights come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Authorization {
-    /// Plaintext connections may do all, and registrants that joined what their token says.
+    /// Plaintext connections may do all, registrants that joined what their token says, and other clients with a
+    /// certificate may see the pages of the admin listener.
     Plaintext,
     /// A policy file. `plaintext` says whether it also holds for plaintext connections, which else may do all.
     Policy {
@@ -65,6 +68,8 @@ pub struct Authorizer {
 #[derive(Debug)]
 enum Rules {
     None,
+    /// As none, but who has a certificate of the client CA may see pages.
+    ClientCa,
     Policy(PolicyFile),
     Kubernetes(AccessReviews),
 }
@@ -91,7 +96,7 @@ impl Authorizer {
         log: Arc<RefusalLog>,
     ) -> Result<Self, PolicyError> {
         let (rules, plaintext) = match authorization {
-            Authorization::Plaintext => (Rules::None, true),
+            Authorization::Plaintext => (Rules::ClientCa, true),
             Authorization::Policy { file, plaintext } => {
                 let text = policy::read(&file)?;
                 let parsed = Policy::parse(&text).map_err(|err| err.of(&file))?;
@@ -127,9 +132,9 @@ impl Authorizer {
         }
         let decided = match self.unreviewed(identity, access) {
             Ok(decided) => decided,
-            Err(reviews) => verdict(reviews.known(identity, access)?, identity, access),
+            Err(reviews) => verdict(reviews.known(&Asked::access(identity, access))?, identity, access),
         };
-        Some(self.told(decided, identity, access))
+        Some(self.told(decided, identity, access, access.peer))
     }
 
     /// Whether `identity` may do what it asks for. A yes says since when it is known.
@@ -155,12 +160,37 @@ impl Authorizer {
         }
         let decided = match self.unreviewed(identity, access) {
             Ok(decided) => decided,
-            Err(reviews) => match reviews.decide(identity, access, max_age).await {
-                Ok(reviewed) => verdict(reviewed, identity, access),
-                Err(err) => Err(NotAllowed::Undecided(err)),
-            },
+            Err(reviews) => reviewed(reviews, Asked::access(identity, access), max_age, identity, access).await,
         };
-        self.told(decided, identity, access)
+        self.told(decided, identity, access, access.peer)
+    }
+
+    /// Whether `identity` may see a page.
+    ///
+    /// # Errors
+    /// When it may not, with the reason, or when nobody can say.
+    pub async fn decide_page(&self, identity: &Identity, page: &PageAccess<'_>) -> Result<(), NotAllowed> {
+        if self.allows_all(identity) {
+            return Ok(());
+        }
+        let denied = |why: &str| Err(NotAllowed::Denied(Denied(format!("{identity} may not {page}{why}"))));
+        let decided = match &self.rules {
+            _ if joining::is_registrant(identity) => denied(": its join token allows no pages"),
+            Rules::Policy(file) => {
+                file.policy.load().decide_page(identity, page).map(|()| Instant::now()).map_err(NotAllowed::from)
+            }
+            Rules::Kubernetes(reviews) => {
+                match reviewed(reviews, Asked::page(identity, page), FRESH, identity, page).await {
+                    Ok(_) if let Some(access) = &page.instances => {
+                        reviewed(reviews, Asked::access(identity, access), FRESH, identity, access).await
+                    }
+                    decided => decided,
+                }
+            }
+            Rules::ClientCa if identity.source == IdentitySource::Certificate => Ok(Instant::now()),
+            Rules::None | Rules::ClientCa => denied(": the server has neither --authorization-policy nor --kubernetes"),
+        };
+        self.told(decided, identity, page, page.peer).map(|_| ())
     }
 
     /// The decision, where Kubernetes is not asked; else whom to ask.
@@ -177,7 +207,7 @@ impl Authorizer {
                 file.policy.load().decide(identity, access).map(|()| Instant::now()).map_err(NotAllowed::from)
             }
             Rules::Kubernetes(reviews) => return Err(reviews),
-            Rules::None => Err(NotAllowed::Denied(Denied(format!(
+            Rules::None | Rules::ClientCa => Err(NotAllowed::Denied(Denied(format!(
                 "{identity} may not {access}: the server has neither --authorization-policy nor --kubernetes"
             )))),
         })
@@ -188,7 +218,8 @@ impl Authorizer {
         &self,
         decided: Result<Instant, NotAllowed>,
         identity: &Identity,
-        access: &Access<'_>,
+        act: &impl fmt::Display,
+        peer: IpAddr,
     ) -> Result<Instant, NotAllowed> {
         let counted = match &decided {
             Ok(_) => Decision::Allowed,
@@ -199,7 +230,7 @@ impl Authorizer {
         if let Err(err) = &decided {
             self.log.refused(|suppressed| {
                 let what = if counted == Decision::Denied { "denied" } else { "not decided" };
-                warn!(user = %identity, peer = %access.peer, reason = %err, suppressed, "{what}: {access}");
+                warn!(user = %identity, %peer, reason = %err, suppressed, "{what}: {act}");
             });
         }
         decided
@@ -234,7 +265,7 @@ impl Authorizer {
     pub fn changes(&self) -> watch::Receiver<u64> {
         match &self.rules {
             Rules::Policy(file) => file.changes.subscribe(),
-            Rules::None | Rules::Kubernetes(_) => watch::Sender::new(0).subscribe(),
+            Rules::None | Rules::ClientCa | Rules::Kubernetes(_) => watch::Sender::new(0).subscribe(),
         }
     }
 
@@ -296,13 +327,27 @@ impl Authorizer {
     }
 }
 
+/// The decision of a review.
+async fn reviewed(
+    reviews: &AccessReviews,
+    asked: Asked<'_>,
+    max_age: Duration,
+    identity: &Identity,
+    act: &(impl fmt::Display + Sync),
+) -> Result<Instant, NotAllowed> {
+    match reviews.decide(asked, max_age).await {
+        Ok(reviewed) => verdict(reviewed, identity, act),
+        Err(err) => Err(NotAllowed::Undecided(err)),
+    }
+}
+
 fn verdict(
     Reviewed { verdict, at }: Reviewed<()>,
     identity: &Identity,
-    access: &Access<'_>,
+    act: &impl fmt::Display,
 ) -> Result<Instant, NotAllowed> {
     match verdict {
         Verdict::Yes(()) => Ok(at),
-        Verdict::No => Err(NotAllowed::Denied(Denied(format!("{identity} may not {access}")))),
+        Verdict::No => Err(NotAllowed::Denied(Denied(format!("{identity} may not {act}")))),
     }
 }

@@ -1,7 +1,8 @@
 //! Who calls, and what they may do.
 //!
 //! 1. [`Authenticator::identify`] is the one place where a call becomes an [`Identity`].
-//! 2. [`Authorizer::decide`] is the one place where an identity gets a yes or a no.
+//! 2. [`Authorizer::decide`], and [`Authorizer::decide_page`] for a page, is the one place where an identity gets a yes
+//!    or a no.
 //!
 //! Every transport asks both, and has no rules of its own. This module knows no transport: it gets what a
 //! connection has shown as [`Credentials`].
@@ -30,7 +31,7 @@ use ring::rand::{SecureRandom as _, SystemRandom};
 use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
 
-pub use access::{Access, AccessResource, AccessVerb, Denied, NotAllowed};
+pub use access::{Access, AccessResource, AccessVerb, Denied, NotAllowed, PageAccess};
 pub use authorizer::{Authorization, Authorizer};
 pub use ca::{
     CaError, CertificateAuthority, ClusterCa, CurrentCa, PublicKeyHash, SERVER_USER, ServerCertificate, ServerNames,

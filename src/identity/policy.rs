@@ -8,6 +8,10 @@
 //! verbs = ["create", "delete"]                 # create, delete, override, get, list, watch, handover; "*" is all
 //! addresses = ["10.1.0.0/16", "own"]           # without: any; "own" is where the connection comes from
 //! resources = ["instances"]                    # without: instances; else of instances, tokens and registrants
+//!
+//! [[rule]]
+//! users = ["prometheus"]
+//! paths = ["/metrics", "/api/v1/*"]            # pages of the admin listener, in the place of all other keys
 //! ```
 
 use std::{
@@ -17,8 +21,9 @@ use std::{
 };
 
 use serde::Deserialize;
+use toml::Spanned;
 
-use super::{Access, AccessResource, AccessVerb, Denied, Identity};
+use super::{Access, AccessResource, AccessVerb, Denied, Identity, PageAccess};
 use crate::model::{AddressPattern, Namespace, ServiceName};
 
 /// Most bytes of a policy file.
@@ -75,10 +80,10 @@ pub(super) fn read(path: &Path) -> Result<String, PolicyError> {
 #[serde(deny_unknown_fields)]
 pub struct Policy {
     #[serde(default, rename = "rule")]
-    rules: Vec<Rule>,
+    rules: Vec<Spanned<Rule>>,
 }
 
-/// Allows some callers some verbs on some services.
+/// Allows some callers some verbs on some services, or some pages.
 #[derive(Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
 struct Rule {
@@ -86,19 +91,39 @@ struct Rule {
     users: Vec<String>,
     #[serde(default)]
     groups: Vec<String>,
-    namespaces: Vec<Pattern<NamespaceText>>,
+    #[serde(default)]
+    namespaces: Option<Vec<Pattern<NamespaceText>>>,
     #[serde(default)]
     services: Option<Vec<Pattern<ServiceText>>>,
-    verbs: Vec<VerbPattern>,
+    #[serde(default)]
+    verbs: Option<Vec<VerbPattern>>,
     #[serde(default)]
     addresses: Option<Vec<AddressPattern>>,
-    #[serde(default = "instances")]
-    resources: Vec<ResourceText>,
+    /// Without: instances.
+    #[serde(default)]
+    resources: Option<Vec<ResourceText>>,
+    #[serde(default)]
+    paths: Option<Vec<PathPattern>>,
 }
 
-/// What a rule without resources is about.
-fn instances() -> Vec<ResourceText> {
-    vec![ResourceText(AccessResource::Instances)]
+/// A path, or the beginning of some: what RBAC has in `nonResourceURLs`.
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+enum PathPattern {
+    One(String),
+    Below(String),
+}
+
+impl TryFrom<String> for PathPattern {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let (path, is_prefix) = text.strip_suffix(EVERY).map_or((text.as_str(), false), |prefix| (prefix, true));
+        if path.contains(EVERY) || !(path.starts_with('/') || text == EVERY) {
+            return Err(format!("{text:?} is no path such as \"/metrics\" or \"/api/v1/*\""));
+        }
+        Ok(if is_prefix { Self::Below(path.to_owned()) } else { Self::One(text) })
+    }
 }
 
 #[derive(Debug, PartialEq, Eq, Deserialize)]
@@ -178,17 +203,30 @@ impl Policy {
     /// Parses a policy.
     pub(super) fn parse(text: &str) -> Result<Self, InvalidPolicy> {
         let policy: Self = toml::from_str(text).map_err(|err| InvalidPolicy(err.to_string().trim_end().to_owned()))?;
-        for (index, rule) in policy.rules.iter().enumerate() {
-            if rule.users.is_empty() && rule.groups.is_empty() {
-                return Err(InvalidPolicy(format!("rule {}: names neither users nor groups", index + 1)));
-            }
+        for rule in &policy.rules {
+            rule.get_ref().check().map_err(|reason| {
+                let line = text.as_bytes().iter().take(rule.span().start).filter(|byte| **byte == b'\n').count() + 1;
+                InvalidPolicy(format!("line {line}: the rule {reason}"))
+            })?;
         }
         Ok(policy)
     }
 
+    fn rules(&self) -> impl Iterator<Item = &Rule> {
+        self.rules.iter().map(Spanned::get_ref)
+    }
+
+    /// Whether `identity` may see a page.
+    pub(super) fn decide_page(&self, identity: &Identity, page: &PageAccess<'_>) -> Result<(), Denied> {
+        if self.rules().any(|rule| rule.holds_for_page(identity, page)) {
+            return Ok(());
+        }
+        Err(Denied(format!("{identity} may not {page}")))
+    }
+
     pub(super) fn decide(&self, identity: &Identity, access: &Access<'_>) -> Result<(), Denied> {
         let mut elsewhere = false;
-        for rule in self.rules.iter().filter(|rule| rule.holds_for(identity, access)) {
+        for rule in self.rules().filter(|rule| rule.holds_for(identity, access)) {
             if rule.holds_for_address(access) {
                 return Ok(());
             }
@@ -202,17 +240,50 @@ impl Policy {
 }
 
 impl Rule {
-    fn holds_for(&self, identity: &Identity, access: &Access<'_>) -> bool {
+    /// A rule is about services or about pages, never about both, as in RBAC.
+    fn check(&self) -> Result<(), &'static str> {
+        let Self { users, groups, namespaces, services, verbs, addresses, resources, paths } = self;
+        if users.is_empty() && groups.is_empty() {
+            return Err("names neither users nor groups");
+        }
+        match (namespaces, verbs, paths) {
+            (Some(_), Some(_), None) => Ok(()),
+            (None, None, Some(_)) if services.is_none() && addresses.is_none() && resources.is_none() => Ok(()),
+            (_, _, Some(_)) => {
+                Err("names paths, which are read only: beside them it has users or groups and nothing else")
+            }
+            (None, _, None) => Err("names neither namespaces nor paths"),
+            (Some(_), None, None) => Err("names no verbs"),
+        }
+    }
+
+    fn is_for(&self, identity: &Identity) -> bool {
         let is = |name: &String, who: &str| name == EVERY || name == who;
-        let who = self.users.iter().any(|user| is(user, &identity.user))
-            || self.groups.iter().any(|group| identity.groups.iter().any(|of| is(group, of)));
-        let about = self.resources.iter().any(|ResourceText(resource)| *resource == access.resource);
-        who && about
-            && self.verbs.iter().any(|verb| match verb {
+        self.users.iter().any(|user| is(user, &identity.user))
+            || self.groups.iter().any(|group| identity.groups.iter().any(|of| is(group, of)))
+    }
+
+    fn holds_for_page(&self, identity: &Identity, page: &PageAccess<'_>) -> bool {
+        let mut paths = self.paths.iter().flatten();
+        self.is_for(identity)
+            && paths.any(|pattern| match pattern {
+                PathPattern::One(path) => path == page.path,
+                PathPattern::Below(prefix) => page.path.starts_with(prefix),
+            })
+    }
+
+    fn holds_for(&self, identity: &Identity, access: &Access<'_>) -> bool {
+        let about = match &self.resources {
+            None => access.resource == AccessResource::Instances,
+            Some(resources) => resources.iter().any(|ResourceText(resource)| *resource == access.resource),
+        };
+        self.is_for(identity)
+            && about
+            && self.verbs.iter().flatten().any(|verb| match verb {
                 VerbPattern::Every => true,
                 VerbPattern::One(one) => *one == access.verb,
             })
-            && self.namespaces.iter().any(|pattern| match pattern {
+            && self.namespaces.iter().flatten().any(|pattern| match pattern {
                 Pattern::Every => true,
                 Pattern::One(NamespaceText(name)) => access.namespace == Some(name.as_str()),
             })
@@ -319,6 +390,30 @@ mod tests {
     }
 
     #[test]
+    fn paths_are_exact_or_prefixes_and_no_rule_about_services_allows_a_page() {
+        let policy = "[[rule]]\ngroups = ['ops']\nnamespaces = ['*']\nverbs = ['*']\n\
+                      [[rule]]\nusers = ['prometheus']\npaths = ['/metrics', '/api/v1/*']\n\
+                      [[rule]]\nusers = ['ada']\npaths = ['*']";
+        let policy = Policy::parse(policy).expect("valid");
+        let sees = |identity: &Identity, path: &str| {
+            policy.decide_page(identity, &PageAccess { path, instances: None, peer: PEER }).is_ok()
+        };
+        let prometheus = identity("prometheus", &[]);
+        for path in ["/metrics", "/api/v1/", "/api/v1/services", "/api/v1/namespaces/shop/services"] {
+            assert!(sees(&prometheus, path), "{path}");
+        }
+        for path in
+            ["/", "", "*", "/metrics/", "//metrics", "/METRICS", "/%6detrics", "/api/v1", "/api/v10", "/metricsx"]
+        {
+            assert!(!sees(&prometheus, path), "{path}");
+        }
+        assert!(sees(&identity("ada", &[]), "/anything"));
+        assert!(!sees(&identity("grace", &["ops"]), "/metrics"), "services are not pages");
+        let list = access(AccessVerb::List, "", "");
+        assert!(policy.decide(&identity("ada", &[]), &list).is_err(), "pages are not services");
+    }
+
+    #[test]
     fn errors_name_the_line() {
         let refused = |text: &str, line: &str, why: &str| {
             let err = Policy::parse(text).expect_err(text).0;
@@ -334,7 +429,13 @@ mod tests {
         refused(&format!("{rule}verbs = ['*']\naddresses = ['10.1.0.1/16']"), "line 5", "10.1.0.0/16");
         refused(&format!("{rule}verbs = ['*']\naddress = ['10.1.0.1']"), "line 5", "unknown field");
         refused("[[rule]]\nusers = ['vm-1'\n", "line", "");
-        refused("[[rule]]\nnamespaces = ['shop']\nverbs = ['*']", "rule 1", "neither users nor groups");
+        refused("[[rule]]\nnamespaces = ['shop']\nverbs = ['*']", "line 1", "neither users nor groups");
         refused("[[rules]]\n", "line 1", "unknown field");
+        let page = "[[rule]]\nusers = ['vm-1']\n";
+        refused(&format!("{page}paths = ['metrics']"), "line 3", "no path such as");
+        refused(&format!("{page}paths = ['/api/*/services']"), "line 3", "no path such as");
+        refused(&format!("{page}paths = ['/metrics']\nverbs = ['get']"), "line 1", "users or groups and nothing else");
+        refused(page, "line 1", "neither namespaces nor paths");
+        refused(&format!("{page}paths = []\n\n{page}namespaces = ['shop']"), "line 5", "names no verbs");
     }
 }

@@ -1,5 +1,5 @@
 //! From an accepted connection to its peer: handshake, certificate, identity. What follows asks only for the
-//! [`Peer`]. Shared by the transports that have identities, and independent of what they speak.
+//! peer. Shared by the transports that have identities, and independent of what they speak.
 
 mod peer;
 
@@ -26,7 +26,7 @@ use crate::{
         Authenticator, Authorizer, BearerToken, Credentials, RefusalLog, Unauthenticated, Usage, joining::Registrants,
     },
     metrics::{AuthenticationFailure, IdentityMetrics},
-    net::tls::{ServerTls, ServerTlsStream},
+    net::tls::{Alpn, ServerTls, ServerTlsStream},
 };
 
 /// The first octet of a TLS connection: a handshake record (RFC 8446 §5.1). HTTP begins with a letter.
@@ -102,6 +102,7 @@ impl Security {
         &self,
         stream: TcpStream,
         listener: ListenerSecurity,
+        alpn: Alpn,
         deadline: Duration,
     ) -> Option<(SecuredStream, Peer, Option<CertificateWatch>)> {
         let address = stream.peer_addr().ok()?.ip().to_canonical();
@@ -124,7 +125,7 @@ impl Security {
             }
             (Some(tls), None) => tls,
         };
-        let (stream, certificates) = match tls.accept(stream, deadline).await {
+        let (stream, certificates) = match tls.accept(stream, alpn, deadline).await {
             Ok(accepted) => accepted,
             Err(err) => {
                 self.log.refused(|suppressed| {

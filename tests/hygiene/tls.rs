@@ -21,8 +21,16 @@ use socket2::{Domain, Socket, Type};
 
 use super::{ALL, MIB, Target, runtime, sized};
 use crate::{
-    identity::{SecuredServer, connect, pki::TestCa},
-    support::dns::{Over, ask},
+    identity::{
+        SecuredServer,
+        admin::{BEYOND, beyond},
+        connect,
+        pki::TestCa,
+    },
+    support::{
+        dns::{Over, ask},
+        https::HttpsClient,
+    },
 };
 
 const STRANGERS: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
@@ -183,6 +191,32 @@ fn handshakes_of_strangers_take_no_memory_and_delay_nobody() {
             open.into_iter().for_each(|mut stream| ends(&mut stream));
         }
     }
+}
+
+/// Strangers have at most the places of the admin listener, and who else asks has one at once.
+#[test]
+fn handshakes_with_the_admin_listener_keep_no_probe_out() {
+    let SecuredServer { server, ca, files: _files } = SecuredServer::start_with_flags("", &BEYOND);
+    let (to, target) = (beyond(&server), Target::of(server));
+    let (strangers, probe) = (Strangers::new(to, &ca), HttpsClient::new(&ca.pem, None));
+    for kind in KINDS {
+        let begun = Instant::now();
+        let open: Vec<_> = (0..sized(600, 10_000)).map(|_| strangers.attack(kind)).collect();
+        let attack = begun.elapsed();
+        let begun = Instant::now();
+        assert_eq!(probe.get(to, "/livez", &[]).expect("answered").status, 200, "{kind:?}");
+        let probed = begun.elapsed();
+        let (livez, registered) = target.others_are_served();
+        let peak = target.peak_above_rest() / MIB;
+        println!(
+            "{kind:?}, {} connections to admin in {attack:.1?}: /livez by TLS {probed:.2?}, over loopback {livez:.2?}; a registrant {registered:.1?}; peak +{peak} MiB",
+            open.len(),
+        );
+        assert!(probed <= Duration::from_secs(1) && livez <= Duration::from_secs(1), "{kind:?}");
+        assert!(target.metric("gangplank_connections{listener=\"admin\"}") <= 256.0, "{kind:?}");
+        assert!(peak <= ALL, "{kind:?}: {peak} MiB");
+    }
+    assert!(target.metric("gangplank_connections_closed_total{listener=\"admin\",reason=\"evicted\"}") > 0.0);
 }
 
 /// Reads what the server has said until the connection ends.

@@ -83,7 +83,7 @@ impl Machine {
 }
 
 /// What an operator on the server's machine types. Returns the token alone.
-fn create_token(server: &Server, arguments: &[&str]) -> String {
+pub(super) fn create_token(server: &Server, arguments: &[&str]) -> String {
     token_of(&server.run(&[&["token", "create"], arguments].concat()))
 }
 

@@ -1,6 +1,7 @@
 //! Who may call what: a real server with certificates and a policy, and every call that it has.
 
 mod addresses;
+pub(crate) mod admin;
 mod command_line;
 mod joining;
 mod matrix;
@@ -56,7 +57,7 @@ impl SecuredServer {
         Self::start_with_flags(policy, &[])
     }
 
-    fn start_with_flags(policy: &str, more: &[&str]) -> Self {
+    pub(crate) fn start_with_flags(policy: &str, more: &[&str]) -> Self {
         let (ca, files) = (TestCa::new(), tempfile::tempdir().expect("a directory"));
         let flags = security_flags(&ca, files.path(), policy);
         let flags: Vec<&str> = flags.iter().map(String::as_str).chain(more.iter().copied()).collect();

@@ -20,7 +20,7 @@ const DOWN: &[(&str, &[&str])] = &[
     ("grpc", &["identity", "metrics", "model", "net", "registry", "security"]),
     ("security", &["identity", "metrics", "net"]),
     ("identity", &["kubernetes::api", "kubernetes::secrets", "metrics", "model", "net::backoff"]),
-    ("admin", &["metrics", "model", "net", "registry", "zone"]),
+    ("admin", &["identity", "metrics", "model", "net", "registry", "security", "zone"]),
     ("kubernetes", &["metrics", "model", "net::backoff", "registry", "replicas"]),
     ("registry", &["metrics", "model", "replicas", "store", "zone"]),
     ("store", &["metrics", "model", "replicas::word"]),

@@ -8,6 +8,7 @@ pub(crate) mod cluster;
 pub(crate) mod coredns;
 pub(crate) mod dns;
 pub(crate) mod http;
+pub(crate) mod https;
 pub(crate) mod ledger;
 pub(crate) mod namespace;
 pub(crate) mod proxy;

@@ -387,7 +387,7 @@ impl Registrants {
 
     /// What the scope of a registrant says; `None` for who did not join.
     pub(super) fn decide(&self, identity: &Identity, access: &Access<'_>) -> Option<Result<(), Denied>> {
-        if identity.source != IdentitySource::Certificate || !identity.user.starts_with(USER_PREFIX) {
+        if !is_registrant(identity) {
             return None;
         }
         let state = self.table.read();
@@ -403,6 +403,11 @@ impl Registrants {
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.table.changes()
     }
+}
+
+/// Whether the identity is of a machine that joined, here or at another server of the same CA.
+pub(super) fn is_registrant(identity: &Identity) -> bool {
+    identity.source == IdentitySource::Certificate && identity.user.starts_with(USER_PREFIX)
 }
 
 /// Exactly `N` bytes in hexadecimal digits.

@@ -26,7 +26,7 @@ use tokio::time::{Instant, timeout};
 
 pub(super) use self::fence::{Fence, boot_time};
 pub(super) use self::rate_limiter::RateLimiter;
-pub use self::reviews::{AccessAttributes, ReviewError, ReviewedToken, Reviews};
+pub use self::reviews::{AccessAttributes, AccessTarget, ReviewError, ReviewedToken, Reviews};
 use crate::metrics::{Metrics, RequestOutcome, Verb};
 
 /// How long one request may take.

@@ -19,7 +19,8 @@ use k8s_openapi::{
     api::{
         authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus},
         authorization::v1::{
-            ResourceAttributes, SubjectAccessReview, SubjectAccessReviewSpec, SubjectAccessReviewStatus,
+            NonResourceAttributes, ResourceAttributes, SubjectAccessReview, SubjectAccessReviewSpec,
+            SubjectAccessReviewStatus,
         },
     },
 };
@@ -77,14 +78,26 @@ pub struct AccessAttributes<'a> {
     pub groups: &'a [Box<str>],
     /// One more group, by how it was authenticated.
     pub origin: &'a str,
-    /// The resource: no objects of it exist, but RBAC has rules for it.
-    pub resource: &'a str,
     /// The verb, in the words of RBAC.
     pub verb: &'a str,
-    /// `None` for all.
-    pub namespace: Option<&'a str>,
-    /// The service; `None` for all.
-    pub service: Option<&'a str>,
+    /// On what.
+    pub target: AccessTarget<'a>,
+}
+
+/// On what a user acts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum AccessTarget<'a> {
+    /// A resource of gangplank's: no objects of it exist, but RBAC has rules for it.
+    Resource {
+        /// The resource.
+        resource: &'a str,
+        /// `None` for all.
+        namespace: Option<&'a str>,
+        /// The service; `None` for all.
+        service: Option<&'a str>,
+    },
+    /// A path of the admin listener: a non-resource URL.
+    Path(&'a str),
 }
 
 /// Makes reviews.
@@ -146,28 +159,33 @@ impl Reviews {
     /// # Errors
     /// When the API server does not answer.
     pub async fn access(&self, attributes: AccessAttributes<'_>, first: bool) -> Result<bool, ReviewError> {
-        let AccessAttributes { user, groups, origin, resource, verb, namespace, service } = attributes;
+        let AccessAttributes { user, groups, origin, verb, target } = attributes;
         let mut groups: Vec<String> = groups.iter().map(ToString::to_string).collect();
         if !groups.iter().any(|group| group == origin) {
             groups.push(origin.to_owned());
         }
-        let owned = |text: Option<&str>| text.map(ToOwned::to_owned);
-        let review = SubjectAccessReview {
-            spec: SubjectAccessReviewSpec {
-                user: Some(user.to_owned()),
-                groups: Some(groups),
-                resource_attributes: Some(ResourceAttributes {
+        let verb = Some(verb.to_owned());
+        let mut spec = SubjectAccessReviewSpec {
+            user: Some(user.to_owned()),
+            groups: Some(groups),
+            ..SubjectAccessReviewSpec::default()
+        };
+        match target {
+            AccessTarget::Resource { resource, namespace, service } => {
+                spec.resource_attributes = Some(ResourceAttributes {
                     group: Some(GROUP.into()),
                     resource: Some(resource.to_owned()),
-                    verb: Some(verb.to_owned()),
-                    namespace: owned(namespace),
-                    name: owned(service),
+                    verb,
+                    namespace: namespace.map(ToOwned::to_owned),
+                    name: service.map(ToOwned::to_owned),
                     ..ResourceAttributes::default()
-                }),
-                ..SubjectAccessReviewSpec::default()
-            },
-            ..SubjectAccessReview::default()
-        };
+                });
+            }
+            AccessTarget::Path(path) => {
+                spec.non_resource_attributes = Some(NonResourceAttributes { path: Some(path.to_owned()), verb });
+            }
+        }
+        let review = SubjectAccessReview { spec, ..SubjectAccessReview::default() };
         let allowed =
             self.review(ReviewKind::Access, &review, first).await?.status.is_some_and(|status| is_allowed(&status));
         self.count(ReviewKind::Access, if allowed { ReviewResult::Yes } else { ReviewResult::No });

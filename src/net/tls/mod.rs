@@ -5,9 +5,9 @@
 //!    files change. [`ServerTls::changes`] tells when the client CA has changed: [`ServerTls::check`] then says
 //!    whether a client's certificate is still good.
 //! 2. No session is resumed: a resumed one would bring back a certificate that was checked earlier.
-//! 3. A client may send 32 KiB before its handshake is complete. With more than 1 024 handshakes at once, the oldest is
-//!    given up: a client that answers at once is done long before. A chain has at most three intermediate certificates.
-//!
+//! 3. A client may send 32 KiB before its handshake is complete. With more than 1 024 handshakes of one protocol at once, the
+//!    oldest is given up: a client that answers at once is done long before. A chain has at most three intermediate
+//!    certificates.
 //! 4. While the source has nothing yet, no handshake is begun.
 //!
 //! Which names a certificate holds, and what they may do, is not decided here.
@@ -48,15 +48,50 @@ use crate::metrics::{ConnectionMetrics, HandshakeFailure};
 /// How often the files are read. A kubelet replaces the files of a Secret within about a minute.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Handshakes at once, of all listeners.
+/// Handshakes at once, of all listeners of one protocol.
 const MAX_HANDSHAKES: usize = 1024;
 
 /// Most bytes that a client may send before its handshake is complete. A chain of three certificates takes some
 /// 4 KiB, one with RSA keys of 4096 bits some 8 KiB.
 const MAX_HANDSHAKE_BYTES: usize = 32 * 1024;
 
-/// The identifier of HTTP/2 in ALPN (RFC 9113 §3.2).
-const ALPN_H2: &[u8] = b"h2";
+/// What is spoken after the handshake (ALPN, RFC 7301).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Alpn {
+    /// gRPC's.
+    Http2,
+    /// The operator's.
+    Http1,
+}
+
+impl Alpn {
+    /// Its identifier (RFC 9113 §3.2, RFC 7301 §6).
+    const fn id(self) -> &'static [u8] {
+        match self {
+            Self::Http2 => b"h2",
+            Self::Http1 => b"http/1.1",
+        }
+    }
+}
+
+/// One of each protocol, so that the handshakes of one do not take the places of the other.
+struct PerAlpn<T> {
+    http2: T,
+    http1: T,
+}
+
+impl<T> PerAlpn<T> {
+    fn new(of: impl Fn(Alpn) -> T) -> Self {
+        Self { http2: of(Alpn::Http2), http1: of(Alpn::Http1) }
+    }
+
+    const fn at(&self, alpn: Alpn) -> &T {
+        match alpn {
+            Alpn::Http2 => &self.http2,
+            Alpn::Http1 => &self.http1,
+        }
+    }
+}
 
 /// The certificates that a client has shown, its own first, in DER. Checked against the client CA.
 pub type PeerCertificates = Arc<[CertificateDer<'static>]>;
@@ -71,12 +106,12 @@ pub struct ServerTls {
     state: ArcSwapOption<TlsState>,
     contents: Mutex<Option<TlsContents>>,
     changes: watch::Sender<u64>,
-    handshakes: Handshakes,
+    handshakes: PerAlpn<Handshakes>,
     metrics: Arc<ConnectionMetrics>,
 }
 
 struct TlsState {
-    config: Arc<ServerConfig>,
+    configs: PerAlpn<Arc<ServerConfig>>,
     /// `None` without a client CA.
     verifier: Option<Arc<dyn ClientCertVerifier>>,
     certificate: Option<CertificateDer<'static>>,
@@ -110,7 +145,7 @@ impl ServerTls {
             state: ArcSwapOption::empty(),
             contents: Mutex::default(),
             changes: watch::Sender::new(0),
-            handshakes: Handshakes::new(MAX_HANDSHAKES),
+            handshakes: PerAlpn::new(|_| Handshakes::new(MAX_HANDSHAKES)),
             metrics,
         };
         tls.reload()?;
@@ -208,19 +243,20 @@ impl ServerTls {
         HandshakeError { reason: HandshakeFailure::NotReady, detail }
     }
 
-    /// Completes the handshake of an accepted connection within `deadline`. Returns the stream, and what
-    /// certificates the client has shown, if any.
+    /// Completes the handshake of an accepted connection within `deadline`. A client may name no protocol, but not only
+    /// others. Returns the stream, and what certificates the client has shown, if any.
     ///
     /// # Errors
     /// When the handshake fails; counted.
     pub async fn accept(
         &self,
         stream: TcpStream,
+        alpn: Alpn,
         deadline: Duration,
     ) -> Result<(ServerTlsStream, Option<PeerCertificates>), HandshakeError> {
-        let config = self.state.load().as_ref().map(|state| Arc::clone(&state.config));
+        let config = self.state.load().as_ref().map(|state| Arc::clone(state.configs.at(alpn)));
         let accepted = match config {
-            Some(config) => self.handshakes.run(stream, config, deadline).await,
+            Some(config) => self.handshakes.at(alpn).run(stream, config, deadline).await,
             None => Err(self.not_ready()),
         };
         match &accepted {
@@ -271,10 +307,14 @@ impl TlsState {
             None => builder.with_no_client_auth(),
         };
         let mut config = builder.with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certified)));
-        config.alpn_protocols = vec![ALPN_H2.to_vec()];
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
-        Ok(Self { config: Arc::new(config), verifier, certificate })
+        let configs = PerAlpn::new(|alpn| {
+            let mut config = config.clone();
+            config.alpn_protocols = vec![alpn.id().to_vec()];
+            Arc::new(config)
+        });
+        Ok(Self { configs, verifier, certificate })
     }
 }
 

@@ -19,7 +19,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
-use super::ALPN_H2;
+use super::Alpn;
 
 /// Completes a handshake with the server at `host` and `port`, and returns the CA's certificate that it shows, in DER: the
 /// one whose public key (SubjectPublicKeyInfo) has this SHA-256, after the server's certificate was checked against it.
@@ -36,7 +36,7 @@ pub async fn fetch_pinned_ca(host: &str, port: u16, hash: [u8; 32]) -> io::Resul
         .dangerous()
         .with_custom_certificate_verifier(Arc::clone(&verifier) as Arc<dyn ServerCertVerifier>)
         .with_no_client_auth();
-    config.alpn_protocols = vec![ALPN_H2.to_vec()];
+    config.alpn_protocols = vec![Alpn::Http2.id().to_vec()];
     let stream = TcpStream::connect((host, port)).await?;
     TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
     let found = verifier.found.lock().unwrap_or_else(PoisonError::into_inner).take();

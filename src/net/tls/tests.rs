@@ -115,7 +115,7 @@ impl Server {
         };
         let server = async {
             let (stream, _) = listener.accept().await.expect("a connection");
-            self.tls.accept(stream, DEADLINE).await
+            self.tls.accept(stream, Alpn::Http2, DEADLINE).await
         };
         tokio::join!(server, client)
     }
@@ -233,7 +233,7 @@ async fn silent_and_half_open_handshakes_end_at_the_deadline() {
         let mut client = TcpStream::connect(address).await.expect("it listens");
         client.write_all(begun).await.expect("sent");
         let (stream, _) = listener.accept().await.expect("a connection");
-        let err = server.tls.accept(stream, Duration::from_millis(50)).await.expect_err("too slow");
+        let err = server.tls.accept(stream, Alpn::Http2, Duration::from_millis(50)).await.expect_err("too slow");
         assert_eq!(err.reason, HandshakeFailure::Timeout);
     }
 }
@@ -243,7 +243,7 @@ async fn oldest_of_too_many_handshakes_is_given_up() {
     let server = Server::start();
     let (listener, address) = listen().await;
     let handshakes = Handshakes::new(2);
-    let config = Arc::clone(&server.tls.state.load_full().expect("loaded").config);
+    let config = Arc::clone(&server.tls.state.load_full().expect("loaded").configs.http2);
     let half_open = async || {
         let mut client = TcpStream::connect(address).await.expect("it listens");
         client.write_all(&[22]).await.expect("sent");
@@ -285,7 +285,7 @@ async fn handshake_that_is_too_long_or_no_tls_fails() {
         };
         let accept = async {
             let (stream, _) = listener.accept().await.expect("a connection");
-            server.tls.accept(stream, DEADLINE).await.map(|_| ()).expect_err("no handshake")
+            server.tls.accept(stream, Alpn::Http2, DEADLINE).await.map(|_| ()).expect_err("no handshake")
         };
         let (err, ()) = tokio::join!(accept, client);
         assert_eq!(err.reason, reason, "{err}");
@@ -311,7 +311,7 @@ async fn no_session_is_resumed() {
         };
         let accept = async {
             let (stream, _) = listener.accept().await.expect("a connection");
-            server.tls.accept(stream, DEADLINE).await.expect("a handshake").0
+            server.tls.accept(stream, Alpn::Http2, DEADLINE).await.expect("a handshake").0
         };
         let (mut accepted, mut client) = tokio::join!(accept, client);
         // A ticket would come with the first data.

@@ -1,6 +1,7 @@
 //! Identities by token and rights by Kubernetes RBAC, on a real API server.
 
 mod outage;
+mod pages;
 mod rights;
 mod tokens;
 mod walks;
@@ -100,6 +101,16 @@ impl RbacServer {
             "verb": verb, "namespace": namespace, "name": service}}});
         let path = "/apis/authorization.k8s.io/v1/subjectaccessreviews";
         let (status, answer) = self.cluster.request(Who::Admin, "POST", path, Some(&review)).expect("it runs");
+        assert_eq!(status, 201, "{answer}");
+        answer["status"]["allowed"] == Value::Bool(true)
+    }
+
+    /// The same of a path.
+    fn can_get(&self, user: &str, groups: &[&str], path: &str) -> bool {
+        let review = json!({"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": {
+            "user": user, "groups": groups, "nonResourceAttributes": {"path": path, "verb": "get"}}});
+        let to = "/apis/authorization.k8s.io/v1/subjectaccessreviews";
+        let (status, answer) = self.cluster.request(Who::Admin, "POST", to, Some(&review)).expect("it runs");
         assert_eq!(status, 201, "{answer}");
         answer["status"]["allowed"] == Value::Bool(true)
     }
