@@ -29,7 +29,7 @@
 //! 8. **Every long task is joined** ([`app`]). The first part that fails stops the others, because
 //!    half a server must not stay ready.
 //! 9. **Imports point down only**: `main → app → dns, grpc, kubernetes, admin → registry → store,
-//!    zone → model`, and `main → cli → grpc::client`. No transport imports another. A test checks
+//!    zone → model`, and `main → cli → grpc::client, coredns`. No transport imports another. A test checks
 //!    this.
 //! 10. **Kubernetes follows.** With a cluster, [`kubernetes`] mirrors registrations into headless
 //!     Services and EndpointSlices, level-triggered, and sends the registry facts about the
@@ -48,6 +48,7 @@ pub mod admin;
 pub mod app;
 pub mod cli;
 pub mod config;
+pub mod coredns;
 pub mod dns;
 pub mod grpc;
 pub mod identity;

@@ -90,6 +90,19 @@ fn docs_kubernetes() {
     page.replay("docs/kubernetes.md", &["dig"]);
 }
 
+/// The cluster's Corefile is that of kubeadm.
+#[test]
+fn docs_coredns() {
+    let Some(turn) = mirror::ClusterLock::take() else { return };
+    let corefile = concat!(
+        "kind: ConfigMap\napiVersion: v1\nmetadata: {name: coredns, namespace: kube-system}\ndata:\n  Corefile: |\n",
+        include_str!("fixtures/kubeadm.Corefile")
+    );
+    turn.cluster.apply(corefile);
+    let (mine, theirs) = (turn.cluster.kubeconfig_for_gangplank(), turn.cluster.kubeconfig_admin());
+    Page { kubeconfig: Some((mine, theirs)), ..Page::default() }.replay("docs/coredns.md", &[]);
+}
+
 /// With certificates of a CA like the reader's, and the policy as the page shows it.
 #[test]
 fn docs_security() {

@@ -19,6 +19,8 @@ pub(super) enum ErrorKind {
     Usage = 2,
     /// The service, instance or record does not exist.
     NotFound = 3,
+    /// What was waited for has not happened in time.
+    WaitExpired = 4,
 }
 
 /// Ends a command with an exit code other than 0.

@@ -1,13 +1,13 @@
-//! The command line: one file per subcommand. All of them are clients of a running server.
+//! The command line: one file per subcommand. All but `coredns` are clients of a running server.
 //!
 //! Results go to standard output, errors alone to standard error. The exit codes do not depend on
-//! `-o`: 0 done, 1 failed or refused, 2 usage, 3 not found; 4 is reserved for commands that wait
-//! and whose wait expires.
+//! `-o`: 0 done, 1 failed or refused, 2 usage, 3 not found, 4 the wait of a command that waits has expired.
 //!
 //! Registering what is already registered is 0, not an error: start scripts and `ExecStartPost=`
 //! register at every start, and a unit must not fail because the registration outlived it.
 
 mod args;
+mod coredns;
 mod deregister;
 mod error;
 mod join;
@@ -26,7 +26,7 @@ mod watch;
 
 use std::process::ExitCode;
 
-/// The subcommands that are clients of a running server.
+/// The subcommands other than `serve`.
 #[derive(Debug, clap::Subcommand)]
 pub enum Subcommand {
     /// Register an instance of a service, or replace its attributes
@@ -59,6 +59,9 @@ pub enum Subcommand {
     /// Ask a DNS server what clients would get
     #[command(after_help = resolve::EXAMPLES)]
     Resolve(resolve::Args),
+    /// Put gangplank behind the cluster's CoreDNS: print the configuration, apply it, remove it
+    #[command(after_help = coredns::EXAMPLES)]
+    Coredns(Box<coredns::Args>),
 }
 
 /// Runs a subcommand, prints its result or its error, and returns the exit code.
@@ -74,6 +77,7 @@ pub async fn run(subcommand: Subcommand) -> ExitCode {
         Subcommand::Registrants(args) => registrants::run(args).await,
         Subcommand::Replicas(args) => replicas::run(args).await,
         Subcommand::Resolve(args) => resolve::run(args).await,
+        Subcommand::Coredns(args) => coredns::run(*args).await,
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -134,5 +138,6 @@ mod tests {
         assert_eq!(exit_of("gangplank ls -o xml"), 2);
         assert_eq!(exit_of("gangplank watch --from xyz"), 2);
         assert_eq!(exit_of("gangplank resolve web --type NOPE"), 2);
+        assert_eq!(exit_of("gangplank coredns"), 2);
     }
 }

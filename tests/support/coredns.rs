@@ -3,7 +3,7 @@
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr, UdpSocket},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -12,12 +12,12 @@ use tempfile::TempDir;
 
 use super::{free_ports, tools::ROOT, wait_until};
 
-/// CoreDNS with one server block, until it is dropped.
+/// CoreDNS until it is dropped.
 pub(crate) struct CoreDns {
     /// Its address, UDP and TCP.
     pub(crate) address: SocketAddr,
     child: Child,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl CoreDns {
@@ -27,16 +27,20 @@ impl CoreDns {
         let [port] = free_ports();
         // CoreDNS takes its port from the block's name, and listens on every address without `bind`.
         let fitted = corefile.replace(":53 {\n", &format!(":{port} {{\n    bind 127.0.0.1\n"));
+        Self::start_at(program, SocketAddr::from((Ipv4Addr::LOCALHOST, port)), &fitted)
+    }
+
+    /// Starts it with `corefile` as it is, which listens at `address`.
+    pub(crate) fn start_at(program: &Path, address: SocketAddr, corefile: &str) -> Self {
         let dir = TempDir::new().expect("a temporary directory");
         let path = dir.path().join("Corefile");
-        fs::write(&path, &fitted).expect("a Corefile");
+        fs::write(&path, corefile).expect("a Corefile");
         let child = Command::new(program).arg("-conf").arg(&path).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let mut started = Self { child: child.expect("CoreDNS starts"), address, _dir: dir };
+        let mut started = Self { child: child.expect("CoreDNS starts"), address, dir };
         // CoreDNS listens once the kernel no longer refuses a query.
         wait_until("CoreDNS answers", || {
             let ended = started.child.try_wait().expect("a child can be waited for");
-            assert!(ended.is_none(), "CoreDNS: {ended:?}, with this Corefile:\n{fitted}");
+            assert!(ended.is_none(), "CoreDNS: {ended:?}, with this Corefile:\n{corefile}");
             started.listens().then_some(())
         });
         started
@@ -52,6 +56,11 @@ impl CoreDns {
             kubeconfig.display()
         );
         Self::start(program, &corefile)
+    }
+
+    /// The file that it reads.
+    pub(crate) fn corefile(&self) -> PathBuf {
+        self.dir.path().join("Corefile")
     }
 
     fn listens(&self) -> bool {

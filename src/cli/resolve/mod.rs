@@ -1,7 +1,7 @@
 //! `gangplank resolve`: shows what clients get from a DNS server.
 
 mod name;
-mod query;
+pub(super) mod query;
 mod report;
 
 use std::{
@@ -78,7 +78,7 @@ struct PortName {
     protocol: Protocol,
 }
 
-fn dns_server(text: &str) -> Result<SocketAddr, String> {
+pub(super) fn dns_server(text: &str) -> Result<SocketAddr, String> {
     let port_53 = || text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, 53));
     text.parse().or_else(|_| port_53()).map_err(|_| "a DNS server is written ADDRESS or ADDRESS:PORT".into())
 }

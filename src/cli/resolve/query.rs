@@ -32,16 +32,16 @@ const MAX_UDP_ANSWER: u16 = 1232;
 
 /// A server's answer.
 #[derive(Debug)]
-pub(super) struct Reply {
-    pub(super) message: Message,
+pub(in crate::cli) struct Reply {
+    pub(in crate::cli) message: Message,
     /// From sending the query to receiving the answer, of the attempt that succeeded.
-    pub(super) took: Duration,
-    pub(super) tcp: bool,
+    pub(in crate::cli) took: Duration,
+    pub(in crate::cli) tcp: bool,
 }
 
 impl Reply {
     /// The response code, with the upper bits that EDNS carries (RFC 6891 §6.1.3).
-    pub(super) fn rcode(&self) -> ResponseCode {
+    pub(in crate::cli) fn rcode(&self) -> ResponseCode {
         let low = self.message.metadata.response_code.low();
         self.message
             .edns
@@ -50,7 +50,7 @@ impl Reply {
     }
 
     /// The name server identifier (RFC 5001), if the answer has one.
-    pub(super) fn nsid(&self) -> Option<String> {
+    pub(in crate::cli) fn nsid(&self) -> Option<String> {
         match self.message.edns.as_ref()?.option(EdnsCode::NSID)? {
             EdnsOption::NSID(who) if !who.as_ref().is_empty() => {
                 Some(String::from_utf8_lossy(who.as_ref()).escape_debug().to_string())
@@ -62,7 +62,7 @@ impl Reply {
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum QueryError {
+pub(in crate::cli) enum QueryError {
     /// No answer within the given time.
     #[error("no answer within {} s", .0.as_secs())]
     Timeout(Duration),
@@ -75,7 +75,12 @@ pub(super) enum QueryError {
 }
 
 /// Sends a query to `server`, over UDP first unless `tcp`.
-pub(super) async fn query(server: SocketAddr, name: &Name, kind: RecordType, tcp: bool) -> Result<Reply, QueryError> {
+pub(in crate::cli) async fn query(
+    server: SocketAddr,
+    name: &Name,
+    kind: RecordType,
+    tcp: bool,
+) -> Result<Reply, QueryError> {
     if tcp {
         return over_tcp(server, name, kind).await;
     }

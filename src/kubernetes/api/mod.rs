@@ -3,6 +3,7 @@
 //! kube's own retries are off: only the caller knows whether a write is still wanted. Every request
 //! has a timeout, and `Retry-After` is honoured for every answer.
 
+mod config_map;
 mod fence;
 mod rate_limiter;
 mod retry_after;
@@ -24,6 +25,7 @@ use kube::{
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::time::{Instant, timeout};
 
+pub use self::config_map::{ConfigMapClient, ConfigMapError, ConfigMapKey, ConfigMapText};
 pub(super) use self::fence::{Fence, boot_time};
 pub(super) use self::rate_limiter::RateLimiter;
 pub use self::reviews::{AccessAttributes, AccessTarget, ReviewError, ReviewedToken, Reviews};
@@ -49,6 +51,9 @@ pub enum ConnectError {
         /// Why, with its causes.
         err: String,
     },
+    /// The files of `KUBECONFIG`, or `~/.kube/config`.
+    #[error("no kubeconfig that can be used, neither in KUBECONFIG nor ~/.kube/config: {0}")]
+    DefaultKubeconfig(String),
     /// The ServiceAccount of the pod.
     #[error("--kubernetes: not in a pod with a ServiceAccount; outside of a cluster give --kubeconfig FILE")]
     InCluster(#[source] kube::config::InClusterError),
@@ -68,18 +73,25 @@ pub(super) struct Connection {
 
 /// A client as the mirror needs it.
 pub(super) async fn connect(kubeconfig: Option<&Path>) -> Result<Connection, ConnectError> {
-    let mut config = match kubeconfig {
-        Some(path) => {
-            // kube's errors print their causes and return them as sources too: `chain` prints each once.
-            let unusable = |err: kube::config::KubeconfigError| ConnectError::Kubeconfig {
-                path: path.display().to_string(),
-                err: chain(&err),
-            };
-            let file = Kubeconfig::read_from(path).map_err(unusable)?;
-            Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(unusable)?
-        }
+    let config = match kubeconfig {
+        Some(path) => read_kubeconfig(Some(path), KubeConfigOptions::default()).await?,
         None => Config::incluster().map_err(ConnectError::InCluster)?,
     };
+    connection(config)
+}
+
+/// A kubeconfig, or without a path the one that kubectl would take.
+async fn read_kubeconfig(path: Option<&Path>, options: KubeConfigOptions) -> Result<Config, ConnectError> {
+    // kube's errors print their causes and return them as sources too: `chain` prints each once.
+    let unusable = |err: kube::config::KubeconfigError| match path {
+        Some(path) => ConnectError::Kubeconfig { path: path.display().to_string(), err: chain(&err) },
+        None => ConnectError::DefaultKubeconfig(chain(&err)),
+    };
+    let file = path.map_or_else(Kubeconfig::read, Kubeconfig::read_from).map_err(unusable)?;
+    Config::from_custom_kubeconfig(file, &options).await.map_err(unusable)
+}
+
+fn connection(mut config: Config) -> Result<Connection, ConnectError> {
     config.default_retry = false;
     config.connect_timeout = Some(CONNECT_TIMEOUT);
     // Watches are quiet for long; every other request has a timeout of its own.

@@ -1,12 +1,18 @@
 //! A real CoreDNS in front, with the configurations in `coredns/`, queried by a raw client.
 
+mod away;
+mod command;
+mod mirrored;
+
+use std::{fs, path::Path};
+
 use hickory_proto::{op::ResponseCode, rr::RecordType};
 
 use crate::support::{
     coredns::{CoreDns, corefile},
     dns::{Over, answers, ask},
     server::Server,
-    tools,
+    tools::{self, ROOT},
 };
 
 /// A server with one service of two instances.
@@ -15,6 +21,20 @@ fn server_with_web() -> Server {
     server.register("prod", "web", "10.0.0.1", "http=8080");
     server.register("prod", "web", "2001:db8::1", "http=8080");
     server
+}
+
+/// The files have one source: the command that they name.
+#[test]
+fn shipped_configurations_are_what_the_command_prints() {
+    let server = Server::start();
+    for (file, flags) in [
+        ("fall-through.Corefile", &["--server", "10.96.0.53:1053"][..]),
+        ("stub-domain.Corefile", &["--wiring", "stub-domain", "-n", "prod", "--server", "10.96.0.53:1053"]),
+    ] {
+        let printed = server.run(&[&["coredns"], flags].concat());
+        let shipped = fs::read_to_string(Path::new(ROOT).join("coredns").join(file)).expect("it is shipped");
+        assert_eq!(String::from_utf8(printed.stdout).expect("UTF-8"), shipped, "{file}");
+    }
 }
 
 #[test]
