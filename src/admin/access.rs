@@ -76,7 +76,10 @@ pub(super) async fn check(State(security): State<Arc<Security>>, mut request: Re
 async fn identify(security: &Security, peer: &Peer, headers: &mut HeaderMap) -> Result<Arc<Identity>, Unauthenticated> {
     match take_token(headers)? {
         None => peer.identity(),
-        Some(token) => security.authenticator.identify(&Credentials::Token(token), SystemTime::now()).await,
+        Some(token) => {
+            let credentials = Credentials::Token { token, peer: peer.address };
+            security.authenticator.identify(&credentials, SystemTime::now()).await
+        }
     }
 }
 

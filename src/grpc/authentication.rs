@@ -133,7 +133,7 @@ impl Service<Request<Body>> for AuthenticatedRoutes {
                 }
             },
             Ok(Some(token)) => Box::pin(async move {
-                let credentials = Credentials::Token(token.clone());
+                let credentials = Credentials::Token { token: token.clone(), peer: peer.address };
                 let authenticator = this.security.authenticator.clone();
                 let identity = match authenticator.identify(&credentials, SystemTime::now()).await {
                     Ok(identity) => identity,

@@ -23,6 +23,7 @@ mod usage;
 
 use std::{
     fmt,
+    net::IpAddr,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -106,7 +107,12 @@ pub enum Credentials {
     /// TLS with a client certificate that the client CA has signed, in DER.
     Certificate(CertificateDer<'static>),
     /// A call with a token: it is the token's user, whatever its connection has shown.
-    Token(BearerToken),
+    Token {
+        /// The token.
+        token: BearerToken,
+        /// Where the call comes from: each address may show so many tokens that are not known.
+        peer: IpAddr,
+    },
 }
 
 /// Why a caller has no identity.
@@ -213,8 +219,8 @@ impl Authenticator {
             Credentials::InsecurePlaintext => Identity::without_groups(ANONYMOUS_USER, IdentitySource::Anonymous),
             Credentials::NoCertificate => return Err(Unauthenticated::NoCredentials),
             Credentials::Certificate(der) => certificate::identity(der)?,
-            Credentials::Token(token) => {
-                return self.tokens.as_ref().ok_or(Unauthenticated::TokensNotTaken)?.identity(token).await;
+            Credentials::Token { token, peer } => {
+                return self.tokens.as_ref().ok_or(Unauthenticated::TokensNotTaken)?.identity(token, *peer).await;
             }
         };
         if identity.expires.is_some_and(|expires| expires <= now) {

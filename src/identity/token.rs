@@ -5,7 +5,8 @@
 
 use std::{
     fmt,
-    sync::Arc,
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -16,11 +17,12 @@ use tracing::{debug, warn};
 use super::{
     Identity, IdentitySource, RefusalLog, Unauthenticated, is_name, random,
     review_cache::{FRESH, MAX_WAIT, NotReviewed, ReviewCache, ReviewLimits, Reviewed, Verdict},
+    shares::Shares,
 };
 use crate::{
     kubernetes::api::{ReviewedToken, Reviews},
     metrics::{IdentityMetrics, ReviewKind},
-    net::backoff::jittered,
+    net::{backoff::jittered, peer_group},
 };
 
 /// The audience of tokens for gangplank: `kubectl create token NAME --audience gangplank`.
@@ -39,6 +41,11 @@ const REVIEW_INTERVAL: Duration = Duration::from_secs(4);
 /// When it is reviewed for the first time, at most, and again when Kubernetes could not be asked. Short calls are over
 /// before.
 const MIN_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Tokens that are not known, of one address or one IPv6 /64, at once, and one more in each [`PEER_INTERVAL`]: a tenth of what is
+/// reviewed for all addresses.
+const PEER_BURST: u32 = 200;
+const PEER_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A token that was good so long ago is no stranger's: its review does not wait for theirs.
 const KNOWN: Duration = Duration::from_secs(60 * 60);
@@ -82,6 +89,8 @@ pub(super) struct TokenReviews {
     reviews: Arc<Reviews>,
     key: hmac::Key,
     cache: Arc<ReviewCache<TokenHash, Arc<Identity>>>,
+    /// Of the rate at which tokens that are not known are reviewed, by address.
+    shares: Mutex<Shares<IpAddr>>,
     /// Open streams outlast their last review by this, while Kubernetes cannot be asked.
     stale: Duration,
     log: Arc<RefusalLog>,
@@ -101,11 +110,19 @@ impl TokenReviews {
         log: Arc<RefusalLog>,
     ) -> Self {
         let key = hmac::Key::new(hmac::HMAC_SHA256, &random::<32>());
-        Self { reviews, key, cache: ReviewCache::new(ReviewKind::Token, LIMITS, metrics), stale, log }
+        let shares = Mutex::new(Shares::new(PEER_BURST, PEER_INTERVAL));
+        Self { reviews, key, cache: ReviewCache::new(ReviewKind::Token, LIMITS, metrics), shares, stale, log }
     }
 
-    /// Whose token it is.
-    pub(super) async fn identity(&self, token: &BearerToken) -> Result<Arc<Identity>, Unauthenticated> {
+    /// Whose token it is. A token that is not known waits until its peer may show another one.
+    pub(super) async fn identity(&self, token: &BearerToken, peer: IpAddr) -> Result<Arc<Identity>, Unauthenticated> {
+        if self.cache.is_new(&self.hash(token), Instant::now()) {
+            let wait = {
+                let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
+                shares.reserve(peer_group(peer), MAX_WAIT, Instant::now())
+            };
+            sleep(wait.ok_or(NotReviewed::Overloaded)?).await;
+        }
         match self.review(token, FRESH).await? {
             Reviewed { verdict: Verdict::Yes(identity), .. } => Ok(identity),
             Reviewed { verdict: Verdict::No, .. } => Err(Unauthenticated::Token),
@@ -130,9 +147,12 @@ impl TokenReviews {
         }
     }
 
-    async fn review(&self, token: &BearerToken, max_age: Duration) -> Result<Reviewed<Arc<Identity>>, NotReviewed> {
+    fn hash(&self, token: &BearerToken) -> TokenHash {
         let hash = hmac::sign(&self.key, token.0.as_bytes());
-        let hash = TokenHash::try_from(hash.as_ref()).expect("HMAC-SHA256 has 32 bytes");
+        TokenHash::try_from(hash.as_ref()).expect("HMAC-SHA256 has 32 bytes")
+    }
+
+    async fn review(&self, token: &BearerToken, max_age: Duration) -> Result<Reviewed<Arc<Identity>>, NotReviewed> {
         let ask = |first| {
             let (reviews, log, token) = (Arc::clone(&self.reviews), Arc::clone(&self.log), token.clone());
             async move {
@@ -143,7 +163,7 @@ impl TokenReviews {
                 Ok(verdict(reviewed, &log))
             }
         };
-        let reviewed = self.cache.review(hash, max_age, Instant::now(), ask).await;
+        let reviewed = self.cache.review(self.hash(token), max_age, Instant::now(), ask).await;
         if let Err(err) = &reviewed {
             debug!(%err, "a token was not reviewed");
         }

@@ -20,7 +20,7 @@ const DOWN: &[(&str, &[&str])] = &[
     ("dns", &["metrics", "model", "net", "zone"]),
     ("grpc", &["identity", "metrics", "model", "net", "registry", "security"]),
     ("security", &["identity", "metrics", "net"]),
-    ("identity", &["kubernetes::api", "kubernetes::secrets", "metrics", "model", "net::backoff"]),
+    ("identity", &["kubernetes::api", "kubernetes::secrets", "metrics", "model", "net::backoff", "net::peer_group"]),
     ("admin", &["identity", "metrics", "model", "net", "registry", "security", "zone"]),
     ("kubernetes", &["metrics", "model", "net::backoff", "registry", "replicas"]),
     ("registry", &["metrics", "model", "replicas", "store", "zone"]),

@@ -2,9 +2,11 @@
 
 use std::{
     collections::HashMap,
-    net::{IpAddr, Ipv6Addr},
+    net::IpAddr,
     time::{Duration, Instant},
 };
+
+use crate::net::peer_group;
 
 /// Calls of one address, or of one IPv6 /64, at once, and one more each [`ADDRESS_INTERVAL`].
 const ADDRESS_BURST: u32 = 100;
@@ -52,7 +54,7 @@ impl Attempts {
 
     /// Whether a call of `peer` may go on; counts it. One that its address may not make costs the others nothing.
     pub(super) fn admit(&mut self, peer: IpAddr, now: Instant) -> bool {
-        let group = group(peer);
+        let group = peer_group(peer);
         if !self.by_address.contains_key(&group) && self.by_address.len() >= MAX_ADDRESSES {
             self.by_address.retain(|_, bucket| bucket.full_at > now);
             if self.by_address.len() >= MAX_ADDRESSES {
@@ -64,16 +66,10 @@ impl Attempts {
     }
 }
 
-/// An IPv4 address, or the /64 of an IPv6 address, all of which one host can have.
-fn group(peer: IpAddr) -> IpAddr {
-    match peer.to_canonical() {
-        IpAddr::V4(v4) => v4.into(),
-        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64).into(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv6Addr;
+
     use super::*;
 
     fn address(number: u32) -> IpAddr {
