@@ -58,7 +58,7 @@ impl Front {
         cluster.create_namespace(namespace);
         cluster.kubectl(&["create", "service", "clusterip", "native", "--tcp=80", "-n", namespace]);
         let (gangplank, elsewhere) = (Server::start(), Server::start());
-        gangplank.register(namespace, "web", "10.0.0.1", "http=8080");
+        gangplank.register(namespace, "web", "10.91.0.1", "http=8080");
         gangplank.register(namespace, "web", "2001:db8::1", "http=8080");
         let mut stream = Stream::open(gangplank.grpc);
         for last in 1..=100 {
@@ -146,7 +146,7 @@ impl Front {
             web.to_uppercase(),
             format!("_http._tcp.{web}"),
             format!("_tcp.{web}"),
-            format!("10-0-0-1.{web}"),
+            format!("10-91-0-1.{web}"),
             format!("2001-db8--1.{web}"),
             self.name("nothing"),
             format!("nothing.{web}"),
@@ -274,7 +274,7 @@ fn fall_through_is_applied_and_removed() {
     front.no_negative_answer_is_cached();
     assert_eq!(front.addresses("native").len(), 1, "nothing is hidden");
     let reverse = |name| answers(front.coredns.address, Over::Udp, name, RecordType::PTR);
-    assert_eq!(reverse("1.0.0.10.in-addr.arpa."), [format!("10-0-0-1.{}", front.name("web"))]);
+    assert_eq!(reverse("1.0.91.10.in-addr.arpa."), [format!("10-91-0-1.{}", front.name("web"))]);
     assert_eq!(reverse("9.9.9.10.in-addr.arpa."), ["10-9-9-9.far.other.svc.cluster.local."], "goes on");
     assert_eq!(reverse("1.0.96.10.in-addr.arpa."), ["kubernetes.default.svc.cluster.local."], "not taken over");
 
@@ -325,7 +325,7 @@ fn stub_domain_is_applied_and_removed() {
     let replaced = front.command(&["--server", &server, "--apply", "--yes"]);
     assert!(replaced.status.success(), "{}", said(&replaced));
     wait_until("CoreDNS has read it", || (front.addresses("native").len() == 1).then_some(()));
-    assert_eq!(front.addresses("web"), ["10.0.0.1"]);
+    assert_eq!(front.addresses("web"), ["10.91.0.1"]);
     front.command_and_wait(&["--remove"]);
     assert_eq!(front.text(), before);
     assert_eq!(front.rcode("web"), ResponseCode::NXDomain);

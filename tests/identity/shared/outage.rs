@@ -134,7 +134,7 @@ fn lost_answers_use_a_token_once() {
 /// It takes connections, and says nothing.
 #[test]
 fn api_server_that_hangs_keeps_nobody_waiting() {
-    let Some(shared) = Shared::start("hanging") else { return };
+    let Some(shared) = Shared::start("shared-hanging") else { return };
     let proxy = Proxy::start(shared.cluster);
     let replica = shared.begin(proxy.kubeconfig(), empty());
     replica.wait_until_ready();
@@ -155,7 +155,7 @@ fn api_server_that_hangs_keeps_nobody_waiting() {
 /// The connection of the watch has died, and nothing says so.
 #[test]
 fn revocation_is_known_in_time_although_the_watch_is_silent() {
-    let Some(shared) = Shared::start("silent-watch") else { return };
+    let Some(shared) = Shared::start("shared-silent") else { return };
     let proxy = Proxy::start(shared.cluster);
     let writer = shared.replica();
     writer.wait_until_it_writes();
