@@ -28,7 +28,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use self::pages::Contents;
+use self::pages::PageContents;
 use crate::{
     metrics::{ListenerKind, Metrics},
     net::{self, ConnectionLimiter, EvictionPolicy, Permit, Signal, tls::Alpn},
@@ -85,7 +85,7 @@ impl Default for AdminLimits {
 
 /// The path of every page, with its parameters in braces, and whether everybody may see it.
 pub fn pages() -> impl Iterator<Item = (&'static str, bool)> {
-    pages::PAGES.iter().map(|page| (page.path, page.contents == Contents::Health))
+    pages::PAGES.iter().map(|page| (page.path, page.contents == PageContents::Health))
 }
 
 /// Serves at most `connections` connections on all listeners until `stop`. Unfinished responses then get
@@ -119,25 +119,19 @@ async fn run_within(
     let serve = |(socket, listener)| {
         let (router, security) = (router.clone(), Arc::clone(&security));
         net::serve(socket, Arc::clone(&limiter), limits.grace, stop.clone(), move |stream, permit| {
-            let accepted = Accepted { stream, permit, listener };
-            serve_connection(accepted, Arc::clone(&security), router.clone(), limits)
+            serve_connection(stream, permit, listener, Arc::clone(&security), router.clone(), limits)
         })
     };
     // Without a listener too, this future must not end before the stop.
     future::join(future::join_all(listeners.into_iter().map(serve)), stop.cancelled()).await;
 }
 
-/// A connection that was accepted.
-struct Accepted {
-    stream: TcpStream,
-    permit: Permit,
-    listener: ListenerSecurity,
-}
-
 /// Serves the requests of one connection until the peer closes it, a deadline passes, the server stops or
 /// the connection is evicted.
 async fn serve_connection(
-    Accepted { stream, permit, listener }: Accepted,
+    stream: TcpStream,
+    permit: Permit,
+    listener: ListenerSecurity,
     security: Arc<Security>,
     router: Router,
     limits: AdminLimits,

@@ -30,13 +30,13 @@ pub(super) struct Page {
     pub(super) path: &'static str,
     /// What it shows, for the index.
     pub(super) shows: &'static str,
-    pub(super) contents: Contents,
+    pub(super) contents: PageContents,
     handler: fn() -> MethodRouter<Admin>,
 }
 
 /// What is on a page, which says who may see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Contents {
+pub(super) enum PageContents {
     /// That the process is well: for everybody.
     Health,
     /// What the process does.
@@ -50,62 +50,62 @@ pub(super) const PAGES: [Page; 9] = [
     Page {
         path: "/",
         shows: "this list",
-        contents: Contents::Operation,
+        contents: PageContents::Operation,
         handler: || get(async || format!("gangplank {}\n\n{}", env!("CARGO_PKG_VERSION"), index())),
     },
     Page {
         path: "/metrics",
         shows: "counters and gauges, OpenMetrics text",
-        contents: Contents::Operation,
+        contents: PageContents::Operation,
         handler: || get(metrics),
     },
     Page {
         path: "/livez",
         shows: "200 while the process runs",
-        contents: Contents::Health,
+        contents: PageContents::Health,
         handler: || get(async || "alive\n"),
     },
     Page {
         path: "/readyz",
         shows: "200 when DNS can answer, else 503 and why",
-        contents: Contents::Health,
+        contents: PageContents::Health,
         handler: || get(readyz),
     },
     Page {
         path: "/readyz/registrations",
         shows: "200 when registrations are accepted too",
-        contents: Contents::Health,
+        contents: PageContents::Health,
         handler: || get(readyz_registrations),
     },
     Page {
         path: "/api/v1/replica",
         shows: "what this process is among the replicas, JSON",
-        contents: Contents::Operation,
+        contents: PageContents::Operation,
         handler: || get(replica),
     },
     Page {
         path: "/api/v1/services",
         shows: "every service with its instances, JSON",
-        contents: Contents::Instances,
+        contents: PageContents::Instances,
         handler: || get(services),
     },
     Page {
         path: "/api/v1/namespaces/{namespace}/services",
         shows: "those of one namespace",
-        contents: Contents::Instances,
+        contents: PageContents::Instances,
         handler: || get(services_of_namespace),
     },
     Page {
         path: "/api/v1/namespaces/{namespace}/services/{name}",
         shows: "one service",
-        contents: Contents::Instances,
+        contents: PageContents::Instances,
         handler: || get(service),
     },
 ];
 
 /// Whether everybody may see what is at `path`.
 pub(super) fn is_open(path: &str) -> bool {
-    PAGES.iter().any(|page| page.contents == Contents::Health && page.path == path)
+    PAGES.iter().any(|page| page.contents == PageContents::Health && page.path == path)
 }
 
 /// The namespace and the service whose instances are at `path`, each `None` for all; `None` if it shows no instances. What
@@ -113,7 +113,7 @@ pub(super) fn is_open(path: &str) -> bool {
 pub(super) fn instances_at(path: &str) -> Option<(Option<&str>, Option<&str>)> {
     for page in PAGES {
         if let Some([namespace, service]) = parameters(page.path, path) {
-            return (page.contents == Contents::Instances).then_some((namespace, service));
+            return (page.contents == PageContents::Instances).then_some((namespace, service));
         }
     }
     Some((None, None))
@@ -273,7 +273,7 @@ mod tests {
             Some((Some("%73hop"), None)),
             "as it is written"
         );
-        for page in PAGES.iter().filter(|page| page.contents != Contents::Instances) {
+        for page in PAGES.iter().filter(|page| page.contents != PageContents::Instances) {
             assert_eq!(instances_at(page.path), None, "{}", page.path);
         }
         for odd in ["", "*", "/api/v1/namespaces//services", "/api/v1/services/", "//metrics", "/metrics/", "/api/v2"] {

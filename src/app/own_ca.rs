@@ -9,7 +9,7 @@ use std::{
 use super::own_tls::{self, OwnTls};
 use crate::{
     config::Advertise,
-    identity::{CertificateAuthority, ClusterCa, CurrentCa, joining::Registrants},
+    identity::{CertificateAuthority, ClusterCa, CurrentCa, joining::RegistrantStore},
     kubernetes::{self, secrets::Secrets},
     metrics::Metrics,
     model::{ServerAddress, wall_clock},
@@ -21,7 +21,7 @@ pub(super) struct OwnCa {
     /// The certificate of the listeners.
     pub(super) tls: OwnTls,
     /// Who joined.
-    pub(super) registrants: Arc<Registrants>,
+    pub(super) registrants: Arc<RegistrantStore>,
 }
 
 /// The Secrets of all processes, and what keeps the CA in use the one in its Secret.
@@ -62,13 +62,14 @@ impl OwnCa {
         let (ca, registrants) = match shared {
             Some(SharedCa { secrets, ca }) => {
                 let (ca, metrics) = (Arc::clone(ca.current()), Arc::clone(&metrics.joining));
-                let shared = Registrants::shared(Arc::clone(secrets), directory, Arc::clone(&ca), addresses, metrics);
+                let shared =
+                    RegistrantStore::shared(Arc::clone(secrets), directory, Arc::clone(&ca), addresses, metrics);
                 (ca, shared)
             }
             None => {
                 let ca = CurrentCa::in_directory(CertificateAuthority::open(directory, wall_clock())?);
                 let metrics = Arc::clone(&metrics.joining);
-                let registrants = Registrants::open(directory, Arc::clone(&ca), addresses, metrics)?;
+                let registrants = RegistrantStore::open(directory, Arc::clone(&ca), addresses, metrics)?;
                 (ca, registrants)
             }
         };

@@ -17,7 +17,7 @@ const MAX_DEPTH: usize = 16;
 
 /// A word and where it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Word<'t> {
+pub(super) struct CaddyToken<'t> {
     /// Without its quotes.
     pub(super) text: Cow<'t, str>,
     /// Offset of its first byte, in quotes that of the quote.
@@ -42,7 +42,7 @@ pub(super) struct Comment {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Statement<'t> {
     /// At least one: the name.
-    pub(super) words: Vec<Word<'t>>,
+    pub(super) words: Vec<CaddyToken<'t>>,
     pub(super) block: Option<Block<'t>>,
 }
 
@@ -50,14 +50,14 @@ pub(super) struct Statement<'t> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Block<'t> {
     pub(super) statements: Vec<Statement<'t>>,
-    pub(super) close: Word<'t>,
+    pub(super) close: CaddyToken<'t>,
 }
 
 /// A server block, or a snippet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ServerBlock<'t> {
     /// Zones with ports, without the commas between them; of a snippet its name in parentheses.
-    pub(super) keys: Vec<Word<'t>>,
+    pub(super) keys: Vec<CaddyToken<'t>>,
     pub(super) body: Block<'t>,
 }
 
@@ -113,7 +113,7 @@ impl<'t> Caddyfile<'t> {
 }
 
 impl<'t> Statement<'t> {
-    pub(super) fn name(&self) -> &Word<'t> {
+    pub(super) fn name(&self) -> &CaddyToken<'t> {
         &self.words[0]
     }
 
@@ -130,7 +130,7 @@ impl<'t> Statement<'t> {
         self.block.as_ref().map_or_else(|| self.last_word().end, |block| block.close.end)
     }
 
-    pub(super) fn last_word(&self) -> &Word<'t> {
+    pub(super) fn last_word(&self) -> &CaddyToken<'t> {
         self.words.last().unwrap_or(&self.words[0])
     }
 
@@ -140,22 +140,22 @@ impl<'t> Statement<'t> {
 }
 
 struct Parser<'w, 't> {
-    words: &'w [Word<'t>],
+    words: &'w [CaddyToken<'t>],
     at: usize,
 }
 
 impl<'w, 't> Parser<'w, 't> {
-    fn peek(&self) -> Option<&'w Word<'t>> {
+    fn peek(&self) -> Option<&'w CaddyToken<'t>> {
         self.words.get(self.at)
     }
 
     /// The next word, if it is in the line in which `word` ends.
-    fn peek_in_line(&self, word: &Word<'t>) -> Option<&'w Word<'t>> {
+    fn peek_in_line(&self, word: &CaddyToken<'t>) -> Option<&'w CaddyToken<'t>> {
         self.peek().filter(|next| next.line == word.last_line)
     }
 
     fn server_block(&mut self) -> Result<ServerBlock<'t>, CorefileError> {
-        let mut keys: Vec<Word<'t>> = Vec::new();
+        let mut keys: Vec<CaddyToken<'t>> = Vec::new();
         let mut comma = true;
         while let Some(word) = self.peek() {
             if word.text == "{" || !comma && keys.last().is_some_and(|last| last.last_line < word.line) {
@@ -169,7 +169,7 @@ impl<'w, 't> Parser<'w, 't> {
             }
             comma = word.text.ends_with(',');
             let text = word.text.strip_suffix(',').unwrap_or(&word.text).to_owned();
-            keys.push(Word { text: text.into(), ..word.clone() });
+            keys.push(CaddyToken { text: text.into(), ..word.clone() });
             self.at += 1;
         }
         let Some(open) = self.peek() else {
@@ -230,7 +230,7 @@ impl<'w, 't> Parser<'w, 't> {
 }
 
 /// The words and the comments of a text.
-fn words(text: &str) -> Result<(Vec<Word<'_>>, Vec<Comment>), CorefileError> {
+fn words(text: &str) -> Result<(Vec<CaddyToken<'_>>, Vec<Comment>), CorefileError> {
     let (mut words, mut comments) = (Vec::new(), Vec::new());
     let mut line = 1;
     let mut at = if text.starts_with('\u{feff}') { '\u{feff}'.len_utf8() } else { 0 };
@@ -257,7 +257,7 @@ fn words(text: &str) -> Result<(Vec<Word<'_>>, Vec<Comment>), CorefileError> {
                 if word.contains('#') {
                     return Err(CorefileError::at(line, format!("`#` within the word `{word}`")));
                 }
-                words.push(Word { text: word.into(), start: at, end, line, last_line: line, quoted: false });
+                words.push(CaddyToken { text: word.into(), start: at, end, line, last_line: line, quoted: false });
                 at = end;
             }
         }
@@ -266,7 +266,7 @@ fn words(text: &str) -> Result<(Vec<Word<'_>>, Vec<Comment>), CorefileError> {
 }
 
 /// The word in quotes that begins at `start`.
-fn quoted(text: &str, start: usize, line: usize) -> Result<Word<'_>, CorefileError> {
+fn quoted(text: &str, start: usize, line: usize) -> Result<CaddyToken<'_>, CorefileError> {
     let (mut content, mut last_line, mut escaped) = (String::new(), line, false);
     for (at, c) in text[start + 1..].char_indices() {
         match c {
@@ -276,7 +276,7 @@ fn quoted(text: &str, start: usize, line: usize) -> Result<Word<'_>, CorefileErr
             }
             '"' if !escaped => {
                 let end = start + 1 + at + 1;
-                return Ok(Word { text: content.into(), start, end, line, last_line, quoted: true });
+                return Ok(CaddyToken { text: content.into(), start, end, line, last_line, quoted: true });
             }
             '\n' => last_line += 1,
             _ => {}

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::{
     CorefileError, Plan, Wiring,
     blocks::{INDENT, REVERSE_ZONES, push},
-    caddyfile::{Caddyfile, Comment, ServerBlock, Statement, Word},
+    caddyfile::{CaddyToken, Caddyfile, Comment, ServerBlock, Statement},
     fall_through, stub_domain,
 };
 
@@ -23,12 +23,12 @@ const WAS: &str = "# gangplank coredns: was:";
 
 /// One change of a text: `replaced` becomes `by`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Edit {
+pub(super) struct TextEdit {
     pub(super) replaced: Range<usize>,
     pub(super) by: String,
 }
 
-impl Edit {
+impl TextEdit {
     /// Adds `lines` at `at`, the beginning of a line.
     pub(super) fn add(at: usize, indent: &str, lines: &[String]) -> Self {
         Self { replaced: at..at, by: marked(indent, None, lines) }
@@ -122,7 +122,7 @@ pub fn remove(text: &str) -> Result<String, CorefileError> {
         if last && by.pop().is_none() && text[..replaced.start].ends_with('\n') {
             replaced.start -= 1;
         }
-        Edit { replaced, by }
+        TextEdit { replaced, by }
     });
     let removed = spliced(text, edits.collect());
     // Markers that somebody moved may hold half of a block.
@@ -152,7 +152,7 @@ pub fn wired(text: &str) -> Result<Vec<Wired>, CorefileError> {
     let mut found = Vec::new();
     for server in &file.servers {
         if marked(server.keys[0].start) {
-            found.extend(server.keys.iter().filter_map(Key::of).map(|key| Wired::StubDomain(key.zone)));
+            found.extend(server.keys.iter().filter_map(ServerBlockKey::of).map(|key| Wired::StubDomain(key.zone)));
             continue;
         }
         let forwards = server.body.statements.iter().filter(|one| one.is("forward") && marked(one.name().start));
@@ -207,10 +207,10 @@ fn marks<'t>(file: &Caddyfile<'t>) -> Result<Vec<Mark<'t>>, CorefileError> {
     }
 }
 
-fn spliced(text: &str, mut edits: Vec<Edit>) -> String {
+fn spliced(text: &str, mut edits: Vec<TextEdit>) -> String {
     edits.sort_by_key(|edit| edit.replaced.start);
     let (mut result, mut at) = (String::with_capacity(text.len()), 0);
-    for Edit { replaced, by } in edits {
+    for TextEdit { replaced, by } in edits {
         result.push_str(&text[at..replaced.start]);
         result.push_str(&by);
         at = replaced.end;
@@ -220,15 +220,15 @@ fn spliced(text: &str, mut edits: Vec<Edit>) -> String {
 
 /// The zone and the port that a server block names, if that is plain DNS.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Key {
+pub(super) struct ServerBlockKey {
     /// In lower case, without the final dot; empty for the root.
     pub(super) zone: String,
     pub(super) port: Option<String>,
 }
 
-impl Key {
+impl ServerBlockKey {
     /// `None` for another transport, an address block, or a name that depends on the environment.
-    pub(super) fn of(word: &Word<'_>) -> Option<Self> {
+    pub(super) fn of(word: &CaddyToken<'_>) -> Option<Self> {
         let text = word.text.strip_prefix("dns://").unwrap_or(&word.text);
         if text.contains("://") || text.contains('/') || text.contains('{') {
             return None;
@@ -255,5 +255,5 @@ pub(super) fn within(name: &str, zone: &str) -> bool {
 
 /// The zones of a server block, where they are known.
 pub(super) fn zones(server: &ServerBlock<'_>) -> Vec<String> {
-    server.keys.iter().filter_map(Key::of).map(|key| key.zone).collect()
+    server.keys.iter().filter_map(ServerBlockKey::of).map(|key| key.zone).collect()
 }

@@ -4,10 +4,10 @@ use super::{
     CorefileError, Plan,
     blocks::{INDENT, REVERSE_ZONES, cache_properties, fallthrough_property, forwards},
     caddyfile::{Caddyfile, ServerBlock, Statement},
-    edit::{Edit, normal, within, zones},
+    edit::{TextEdit, normal, within, zones},
 };
 
-pub(super) fn edits(file: &Caddyfile<'_>, plan: &Plan, reverse: bool) -> Result<Vec<Edit>, CorefileError> {
+pub(super) fn edits(file: &Caddyfile<'_>, plan: &Plan, reverse: bool) -> Result<Vec<TextEdit>, CorefileError> {
     let (server, kubernetes) = kubernetes(file, plan)?;
     let served = zones(server);
     let reverse_zones = REVERSE_ZONES.iter().copied().filter(|zone| served.iter().any(|one| within(zone, one)));
@@ -16,12 +16,12 @@ pub(super) fn edits(file: &Caddyfile<'_>, plan: &Plan, reverse: bool) -> Result<
     let missing = fallthrough_zones(kubernetes, plan, reverse);
     if let Some(zones) = missing {
         let zones: Vec<&str> = zones.iter().map(String::as_str).collect();
-        edits.push(Edit::add_properties(file, kubernetes, &fallthrough_property(&zones))?);
+        edits.push(TextEdit::add_properties(file, kubernetes, &fallthrough_property(&zones))?);
     }
     edits.push(forward_edit(file, plan, server, &reverse_zones)?);
     for cache in server.body.statements.iter().filter(|one| one.is("cache")) {
         if let Some(properties) = cached_zones(cache, plan) {
-            edits.push(Edit::add_properties(file, cache, &properties)?);
+            edits.push(TextEdit::add_properties(file, cache, &properties)?);
         }
     }
     Ok(edits)
@@ -82,7 +82,7 @@ fn forward_edit(
     plan: &Plan,
     server: &ServerBlock<'_>,
     reverse_zones: &[&str],
-) -> Result<Edit, CorefileError> {
+) -> Result<TextEdit, CorefileError> {
     let statements = &server.body.statements;
     for forward in statements.iter().filter(|one| one.is("forward")) {
         if let Some(zone) = forward.arguments().next().filter(|zone| within(&normal(zone), plan.zone.as_str())) {
@@ -102,7 +102,7 @@ fn forward_edit(
     };
     let deeper = format!("{indent}{INDENT}");
     let indent = if next.is_some() { indent } else { &deeper };
-    Ok(Edit::add(file.line_start(at), indent, &forwards(plan, reverse_zones)))
+    Ok(TextEdit::add(file.line_start(at), indent, &forwards(plan, reverse_zones)))
 }
 
 /// The properties of a cache that has to leave out the zone and does not yet.

@@ -4,11 +4,11 @@ use super::{
     CorefileError, Plan,
     blocks::{stub_domain, stub_zones},
     caddyfile::{Caddyfile, ServerBlock},
-    edit::{Edit, Key, within},
+    edit::{ServerBlockKey, TextEdit, within},
 };
 
 /// A server block at the end of the file.
-pub(super) fn edit(file: &Caddyfile<'_>, plan: &Plan, namespaces: &[String]) -> Result<Edit, CorefileError> {
+pub(super) fn edit(file: &Caddyfile<'_>, plan: &Plan, namespaces: &[String]) -> Result<TextEdit, CorefileError> {
     let (mut keys, mut binds) = (Vec::new(), Vec::new());
     for zone in stub_zones(plan, namespaces) {
         let (server, ports) = serves(file, &zone)?;
@@ -24,7 +24,7 @@ pub(super) fn edit(file: &Caddyfile<'_>, plan: &Plan, namespaces: &[String]) -> 
             }
         }
     }
-    let mut edit = Edit::add(file.text.len(), "", &stub_domain(&keys, &binds, plan));
+    let mut edit = TextEdit::add(file.text.len(), "", &stub_domain(&keys, &binds, plan));
     if !file.text.ends_with('\n') {
         // The line feed moves from the end to the beginning, which `remove` reverts.
         edit.by.pop();
@@ -40,7 +40,7 @@ fn serves<'f, 't>(
 ) -> Result<(&'f ServerBlock<'t>, Vec<Option<String>>), CorefileError> {
     let mut best: Option<(&ServerBlock<'t>, String, Vec<Option<String>>)> = None;
     for server in &file.servers {
-        for key in server.keys.iter().filter_map(Key::of).filter(|key| within(zone, &key.zone)) {
+        for key in server.keys.iter().filter_map(ServerBlockKey::of).filter(|key| within(zone, &key.zone)) {
             let line = server.keys[0].line;
             if key.zone == zone {
                 return Err(CorefileError::at(line, format!("there is a server block for {zone} already")));

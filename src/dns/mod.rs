@@ -162,7 +162,7 @@ impl BoundSockets {
             EvictionPolicy::Any,
             connections,
         );
-        let shared = tcp::Shared::new(limits, limiter, metrics);
+        let shared = tcp::TcpState::new(limits, limiter, metrics);
         let stopped = stop.clone();
         let tcp = async move {
             let serve = |(address, listener, responder)| {

@@ -59,14 +59,14 @@ thread_local! {
 
 /// The state that the connections of all TCP listeners share.
 #[derive(Debug)]
-pub(super) struct Shared {
+pub(super) struct TcpState {
     limits: TcpLimits,
     limiter: Arc<ConnectionLimiter>,
     held: AtomicUsize,
     metrics: Arc<Metrics>,
 }
 
-impl Shared {
+impl TcpState {
     pub(super) fn new(limits: TcpLimits, limiter: Arc<ConnectionLimiter>, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Self { limits, limiter, held: AtomicUsize::new(0), metrics })
     }
@@ -86,7 +86,7 @@ impl Shared {
 /// Counted bytes, until the value is dropped.
 struct Held {
     bytes: usize,
-    shared: Arc<Shared>,
+    shared: Arc<TcpState>,
     _in_use: InUse,
 }
 
@@ -98,7 +98,7 @@ impl Drop for Held {
 }
 
 /// Accepts until `stop`, then waits until the read questions of every connection are answered.
-pub(super) async fn serve(listener: TcpListener, responder: Responder, shared: Arc<Shared>, stop: CancellationToken) {
+pub(super) async fn serve(listener: TcpListener, responder: Responder, shared: Arc<TcpState>, stop: CancellationToken) {
     // One deadline for the last answers, and one for the end of the connection.
     let grace = shared.limits.message * 2;
     net::serve(listener, Arc::clone(&shared.limiter), grace, stop, move |stream, permit| {
@@ -116,7 +116,7 @@ struct TcpConnection {
     permit: Permit,
     stream: TcpStream,
     responder: Responder,
-    shared: Arc<Shared>,
+    shared: Arc<TcpState>,
     rng: fastrand::Rng,
     received: Vec<u8>,
     /// When the current wait ends, and the reason with which the connection is then closed.
@@ -136,7 +136,7 @@ enum Direction {
 }
 
 impl TcpConnection {
-    fn new(stream: TcpStream, permit: Permit, responder: Responder, shared: Arc<Shared>) -> Self {
+    fn new(stream: TcpStream, permit: Permit, responder: Responder, shared: Arc<TcpState>) -> Self {
         // Answers are collected here, so Nagle's delay would only make them late.
         let _ = stream.set_nodelay(true);
         let until = Instant::now() + shared.limits.idle;
@@ -260,9 +260,9 @@ impl TcpConnection {
     }
 
     /// Answers the complete messages in `received` from `begin` on, up to the limits of one turn.
-    fn answer_some(&mut self, begin: usize, answers: &mut Vec<u8>) -> Turn {
+    fn answer_some(&mut self, begin: usize, answers: &mut Vec<u8>) -> ReadTurn {
         SCRATCH.with_borrow_mut(|scratch| {
-            let mut turn = Turn { octets: 0, is_malformed: false };
+            let mut turn = ReadTurn { octets: 0, is_malformed: false };
             for _ in 0..self.shared.limits.pipelined.max(1) {
                 let Some((message, octets)) = split_message(&self.received[begin + turn.octets..]) else { break };
                 // Over UDP such packets get no answer. Over TCP they would cost work and keep the
@@ -340,7 +340,7 @@ impl TcpConnection {
 }
 
 /// The result of one turn: the octets of the answered messages.
-struct Turn {
+struct ReadTurn {
     octets: usize,
     is_malformed: bool,
 }

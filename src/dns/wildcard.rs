@@ -30,7 +30,7 @@ pub(super) struct WildcardSocket<'s> {
 
 /// The sender of a query, and the local address to which it was sent.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Peer {
+pub(super) struct PacketInfo {
     address: SockaddrStorage,
     asked: LocalAddress,
 }
@@ -63,9 +63,9 @@ impl<'s> WildcardSocket<'s> {
 }
 
 impl DatagramSocket for WildcardSocket<'_> {
-    type Peer = Peer;
+    type Peer = PacketInfo;
 
-    fn receive(&mut self, packet: &mut [u8]) -> io::Result<(usize, Option<Peer>)> {
+    fn receive(&mut self, packet: &mut [u8]) -> io::Result<(usize, Option<PacketInfo>)> {
         let mut slices = [IoSliceMut::new(packet)];
         let received = recvmsg::<SockaddrStorage>(
             self.socket.as_raw_fd(),
@@ -79,13 +79,13 @@ impl DatagramSocket for WildcardSocket<'_> {
             _ => None,
         });
         let peer = match (received.address, asked.next()) {
-            (Some(address), Some(asked)) if has_port(&address) => Some(Peer { address, asked }),
+            (Some(address), Some(asked)) if has_port(&address) => Some(PacketInfo { address, asked }),
             _ => None,
         };
         Ok((received.bytes, peer))
     }
 
-    fn send(&mut self, answer: &[u8], peer: &Peer) -> io::Result<()> {
+    fn send(&mut self, answer: &[u8], peer: &PacketInfo) -> io::Result<()> {
         let slices = [[IoSlice::new(answer)]];
         let source = [match &peer.asked {
             LocalAddress::V4(info) => ControlMessage::Ipv4PacketInfo(info),

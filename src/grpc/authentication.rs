@@ -26,7 +26,7 @@ use super::{
     caller::{Caller, unauthenticated},
     handover,
     incoming::ConnectionInfo,
-    joining::OpenCalls,
+    joining::UnauthenticatedCalls,
 };
 use crate::{
     identity::{Credentials, Identity, Unauthenticated},
@@ -41,13 +41,13 @@ const MAX_LOGGED_PATH: usize = 100;
 pub(super) struct AuthenticatedRoutes {
     routes: Routes,
     security: Arc<Security>,
-    open_calls: Arc<OpenCalls>,
+    unauthenticated_calls: Arc<UnauthenticatedCalls>,
 }
 
 impl AuthenticatedRoutes {
     pub(super) fn new(routes: Routes, security: Arc<Security>) -> Self {
-        let open_calls = OpenCalls::new(security.registrants.clone());
-        Self { routes: routes.prepare(), security, open_calls: Arc::new(open_calls) }
+        let unauthenticated_calls = UnauthenticatedCalls::new(security.registrants.clone());
+        Self { routes: routes.prepare(), security, unauthenticated_calls: Arc::new(unauthenticated_calls) }
     }
 
     fn refuse(&self, peer: &Peer, path: &str, err: &Unauthenticated) -> Response<Body> {
@@ -112,10 +112,10 @@ impl Service<Request<Body>> for AuthenticatedRoutes {
             let status = Status::internal("the call has no connection");
             return Box::pin(async move { Ok(status.into_http()) });
         };
-        if OpenCalls::contains(request.uri().path()) {
-            let open_calls = Arc::clone(&self.open_calls);
+        if UnauthenticatedCalls::contains(request.uri().path()) {
+            let unauthenticated_calls = Arc::clone(&self.unauthenticated_calls);
             let routes = self.routes.clone();
-            return Box::pin(async move { open_calls.call(peer.address, routes, request).await });
+            return Box::pin(async move { unauthenticated_calls.call(peer.address, routes, request).await });
         }
         // The clone is kept for the next call: this one is ready.
         let next = self.clone();

@@ -72,13 +72,13 @@ impl Service<Request<Body>> for TrackedRoutes {
         let in_use = request.extensions().get::<ConnectionInfo>().map(|info| info.handle.begin_use());
         let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else {
             self.metrics.grpc.streams_rejected.inc();
-            let call = OpenCall::new(method, Arc::clone(&self.metrics), None, in_use);
+            let call = TrackedCall::new(method, Arc::clone(&self.metrics), None, in_use);
             return Box::pin(async move {
                 let status = Status::resource_exhausted("the server has as many calls open as it may; try again later");
                 Ok(call.follow(status.into_http()))
             });
         };
-        let mut call = OpenCall::new(method, Arc::clone(&self.metrics), Some(permit), in_use);
+        let mut call = TrackedCall::new(method, Arc::clone(&self.metrics), Some(permit), in_use);
         let request = match request.extensions().get::<ConnectionInfo>().map(|info| Arc::clone(&info.memory)) {
             Some(memory) => {
                 // Registration streams charge their messages to the same memory.
@@ -103,7 +103,7 @@ impl Service<Request<Body>> for TrackedRoutes {
 
 /// An open call. If it is dropped before its end, the client has cancelled it.
 #[derive(Debug)]
-struct OpenCall {
+struct TrackedCall {
     method: Method,
     metrics: Arc<Metrics>,
     began: Instant,
@@ -117,7 +117,7 @@ struct OpenCall {
     _in_use: Option<InUse>,
 }
 
-impl OpenCall {
+impl TrackedCall {
     fn new(method: Method, metrics: Arc<Metrics>, permit: Option<OwnedSemaphorePermit>, in_use: Option<InUse>) -> Self {
         if permit.is_some() {
             metrics.grpc.streams.inc();
@@ -158,7 +158,7 @@ impl OpenCall {
     }
 }
 
-impl Drop for OpenCall {
+impl Drop for TrackedCall {
     fn drop(&mut self) {
         self.count(Code::Cancelled);
         if self.permit.is_some() {
@@ -194,7 +194,7 @@ fn code_name(code: Code) -> &'static str {
 #[derive(Debug)]
 pub(super) struct TrackedBody {
     body: Body,
-    call: OpenCall,
+    call: TrackedCall,
     budget_timer: BudgetTimer,
 }
 

@@ -14,7 +14,7 @@ use tokio::{sync::watch, time::sleep};
 use tonic::{Request, Status};
 
 use crate::{
-    identity::{Access, AccessResource, AccessVerb, Authorizer, Identity, NotAllowed, OpenCall, Unauthenticated},
+    identity::{Access, AccessResource, AccessVerb, Authorizer, Identity, NotAllowed, StreamPermit, Unauthenticated},
     model::Registrant,
     net::backoff::jittered,
     registry::Requester,
@@ -44,8 +44,8 @@ pub(super) struct Caller {
     peer: IpAddr,
     authorizer: Arc<Authorizer>,
     requester: Requester,
-    /// Its place among those of the identity; `None` for who may do all.
-    open: Option<Arc<OpenCall>>,
+    /// Counts among the open calls of the identity; `None` for who may do all.
+    open: Option<Arc<StreamPermit>>,
     /// What the call was allowed, to be decided again when rights change, and since when it is known; `None` for who may
     /// do all.
     ongoing: Option<Arc<Mutex<IndexMap<OngoingAccess, Instant>>>>,

@@ -47,7 +47,7 @@ pub(super) struct Lifetime {
 }
 
 /// A connection that was accepted.
-pub(super) struct Accepted {
+pub(super) struct AcceptedConnection {
     pub(super) stream: TcpStream,
     pub(super) permit: Permit,
     pub(super) memory: Arc<ConnectionMemory>,
@@ -56,7 +56,7 @@ pub(super) struct Accepted {
 
 /// Serves one connection until it has ended.
 pub(super) async fn serve_connection<S, B>(
-    Accepted { stream, permit, memory, listener }: Accepted,
+    AcceptedConnection { stream, permit, memory, listener }: AcceptedConnection,
     security: Arc<Security>,
     server: Server,
     service: S,

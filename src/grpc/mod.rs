@@ -5,6 +5,7 @@
 //! registry gets model types.
 
 mod authentication;
+mod call_limiter;
 mod call_tracker;
 mod caller;
 pub mod client;
@@ -17,7 +18,6 @@ mod joining;
 mod memory;
 mod metered;
 mod metered_request;
-mod places;
 mod preface;
 mod registry_service;
 mod writer_hint;
@@ -38,8 +38,8 @@ use self::{
     authentication::AuthenticatedRoutes,
     call_tracker::TrackedRoutes,
     discovery_service::DiscoveryService,
-    handover::{HandOverPlaces, HandOverService},
-    incoming::{Accepted, Lifetime},
+    handover::{HandOverLimiter, HandOverService},
+    incoming::{AcceptedConnection, Lifetime},
     joining::{JoiningService, RegistrantsService},
     memory::MemoryBudget,
     proto::{
@@ -204,7 +204,7 @@ async fn serve(
         let (server, routes, budget) = (server(), routes.clone(), Arc::clone(&budget));
         let security = Arc::clone(&security);
         net::serve(socket, Arc::clone(&limiter), limits.grace, stop.clone(), move |stream, permit| {
-            let accepted = Accepted { stream, permit, memory: budget.connection(), listener };
+            let accepted = AcceptedConnection { stream, permit, memory: budget.connection(), listener };
             incoming::serve_connection(accepted, Arc::clone(&security), server.clone(), routes.clone(), lifetime)
         })
     });
@@ -237,7 +237,7 @@ fn routes(context: &ServerContext, stop: &CancellationToken) -> io::Result<(Rout
         .add_service(DiscoveryServer::new(discovery).max_decoding_message_size(MAX_MESSAGE_BYTES))
         .add_service(InterceptedService::new(
             HandOverServer::new(HandOverService::new(context.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES),
-            HandOverPlaces::new(),
+            HandOverLimiter::new(),
         ))
         .add_service(
             JoiningServer::new(JoiningService::new(context.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES),

@@ -41,24 +41,24 @@ const USER_INTERVAL: Duration = Duration::from_millis(10);
 
 /// What is asked: everything that the answer depends on.
 #[derive(Debug, Clone)]
-struct Question {
+struct ReviewSpec {
     user: Arc<str>,
     groups: Arc<[Box<str>]>,
     origin: &'static str,
     verb: &'static str,
-    target: Target,
+    target: ReviewTarget,
 }
 
 /// An [`AccessTarget`] that is kept.
 #[derive(Debug, Clone)]
-enum Target {
+enum ReviewTarget {
     Resource { resource: Box<str>, namespace: Option<Box<str>>, service: Option<Box<str>> },
     Path(Box<str>),
 }
 
 /// A question in borrowed parts, for which nothing is allocated.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Asked<'a> {
+pub(super) struct ReviewSpecRef<'a> {
     user: &'a Arc<str>,
     groups: &'a Arc<[Box<str>]>,
     origin: &'static str,
@@ -66,39 +66,39 @@ pub(super) struct Asked<'a> {
     target: AccessTarget<'a>,
 }
 
-impl Question {
-    fn asked(&self) -> Asked<'_> {
+impl ReviewSpec {
+    fn asked(&self) -> ReviewSpecRef<'_> {
         let target = match &self.target {
-            Target::Resource { resource, namespace, service } => {
+            ReviewTarget::Resource { resource, namespace, service } => {
                 AccessTarget::Resource { resource, namespace: namespace.as_deref(), service: service.as_deref() }
             }
-            Target::Path(path) => AccessTarget::Path(path),
+            ReviewTarget::Path(path) => AccessTarget::Path(path),
         };
-        Asked { user: &self.user, groups: &self.groups, origin: self.origin, verb: self.verb, target }
+        ReviewSpecRef { user: &self.user, groups: &self.groups, origin: self.origin, verb: self.verb, target }
     }
 }
 
-impl PartialEq for Question {
+impl PartialEq for ReviewSpec {
     fn eq(&self, other: &Self) -> bool {
         self.asked() == other.asked()
     }
 }
 
-impl Eq for Question {}
+impl Eq for ReviewSpec {}
 
-impl Hash for Question {
+impl Hash for ReviewSpec {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.asked().hash(state);
     }
 }
 
-impl Equivalent<Question> for Asked<'_> {
-    fn equivalent(&self, key: &Question) -> bool {
+impl Equivalent<ReviewSpec> for ReviewSpecRef<'_> {
+    fn equivalent(&self, key: &ReviewSpec) -> bool {
         *self == key.asked()
     }
 }
 
-impl<'a> Asked<'a> {
+impl<'a> ReviewSpecRef<'a> {
     pub(super) fn access(identity: &'a Identity, access: &Access<'a>) -> Self {
         let Access { resource, verb, namespace, service, address: _, peer: _ } = *access;
         let target = AccessTarget::Resource { resource: resource.as_str(), namespace, service };
@@ -117,24 +117,24 @@ impl<'a> Asked<'a> {
         Self { user: &identity.user, groups: &identity.groups, origin, verb: verb.as_str(), target }
     }
 
-    fn to_question(self) -> Question {
+    fn to_question(self) -> ReviewSpec {
         let target = match self.target {
-            AccessTarget::Resource { resource, namespace, service } => Target::Resource {
+            AccessTarget::Resource { resource, namespace, service } => ReviewTarget::Resource {
                 resource: resource.into(),
                 namespace: namespace.map(Box::from),
                 service: service.map(Box::from),
             },
-            AccessTarget::Path(path) => Target::Path(path.into()),
+            AccessTarget::Path(path) => ReviewTarget::Path(path.into()),
         };
         let (user, groups) = (Arc::clone(self.user), Arc::clone(self.groups));
-        Question { user, groups, origin: self.origin, verb: self.verb, target }
+        ReviewSpec { user, groups, origin: self.origin, verb: self.verb, target }
     }
 }
 
 /// Asks Kubernetes what identities may do.
 pub(super) struct AccessReviews {
     reviews: Arc<Reviews>,
-    cache: Arc<ReviewCache<Question, ()>>,
+    cache: Arc<ReviewCache<ReviewSpec, ()>>,
     /// Of the rate at which new questions are asked.
     shares: Mutex<Shares<Arc<str>>>,
 }
@@ -156,12 +156,16 @@ impl AccessReviews {
     }
 
     /// The decision, if it needs no review. Neither waits nor allocates.
-    pub(super) fn known(&self, asked: &Asked<'_>) -> Option<Reviewed<()>> {
+    pub(super) fn known(&self, asked: &ReviewSpecRef<'_>) -> Option<Reviewed<()>> {
         self.cache.known(asked, self.reviews.is_paused(ReviewKind::Access), Instant::now())
     }
 
     /// The decision, of a review that is not older than `max_age` if Kubernetes can be asked.
-    pub(super) async fn decide(&self, asked: Asked<'_>, max_age: Duration) -> Result<Reviewed<()>, NotReviewed> {
+    pub(super) async fn decide(
+        &self,
+        asked: ReviewSpecRef<'_>,
+        max_age: Duration,
+    ) -> Result<Reviewed<()>, NotReviewed> {
         if self.cache.is_new(&asked, Instant::now()) {
             let wait = {
                 let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
@@ -176,7 +180,7 @@ impl AccessReviews {
                 if reviews.is_paused(ReviewKind::Access) {
                     return Err(NotReviewed::Unavailable);
                 }
-                let Asked { user, groups, origin, verb, target } = question.asked();
+                let ReviewSpecRef { user, groups, origin, verb, target } = question.asked();
                 let attributes = AccessAttributes { user, groups, origin, verb, target };
                 Ok(if reviews.access(attributes, first).await? { Verdict::Yes(()) } else { Verdict::No })
             }
@@ -211,10 +215,10 @@ mod tests {
     #[test]
     fn question_is_found_by_its_parts() {
         let ada = identity(IdentitySource::Token);
-        let question = Asked::access(&ada, &access(Some("web"), "10.0.0.1")).to_question();
+        let question = ReviewSpecRef::access(&ada, &access(Some("web"), "10.0.0.1")).to_question();
         let hasher = std::hash::RandomState::new();
         let of = |identity: &Identity, access: Access<'_>| {
-            let asked = Asked::access(identity, &access);
+            let asked = ReviewSpecRef::access(identity, &access);
             (asked.equivalent(&question), hasher.hash_one(asked) == hasher.hash_one(&question))
         };
         assert_eq!(of(&ada, access(Some("web"), "10.0.0.1")), (true, true));
@@ -226,8 +230,8 @@ mod tests {
         assert_eq!(of(&others, access(Some("web"), "10.0.0.1")), (false, false));
 
         let page = |path| PageAccess { path, instances: None, peer: "10.0.0.1".parse().expect("an address") };
-        let question = Asked::page(&ada, &page("/metrics")).to_question();
-        assert!(Asked::page(&ada, &page("/metrics")).equivalent(&question));
-        assert!(!Asked::page(&ada, &page("/metrics/")).equivalent(&question));
+        let question = ReviewSpecRef::page(&ada, &page("/metrics")).to_question();
+        assert!(ReviewSpecRef::page(&ada, &page("/metrics")).equivalent(&question));
+        assert!(!ReviewSpecRef::page(&ada, &page("/metrics/")).equivalent(&question));
     }
 }

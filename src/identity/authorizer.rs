@@ -15,8 +15,8 @@ use tracing::{info, warn};
 
 use super::{
     Access, AccessVerb, Denied, Identity, IdentitySource, NotAllowed, PageAccess, Policy, PolicyError, RefusalLog,
-    access_reviews::{AccessReviews, Asked},
-    joining::{self, Registrants},
+    access_reviews::{AccessReviews, ReviewSpecRef},
+    joining::{self, RegistrantStore},
     policy,
     review_cache::{FRESH, Reviewed, Verdict},
 };
@@ -54,19 +54,19 @@ pub enum Authorization {
 /// Decides what identities may do.
 #[derive(Debug)]
 pub struct Authorizer {
-    rules: Rules,
+    rules: AuthorizationMode,
     /// The user in the certificate of this server, which its replicas share: they hand over to each other.
     replica: Option<Arc<str>>,
     /// Whether a plaintext connection may do all.
     plaintext: bool,
     /// Who joined: each may do what its token said, whatever the policy says.
-    registrants: Option<Arc<Registrants>>,
+    registrants: Option<Arc<RegistrantStore>>,
     metrics: Arc<IdentityMetrics>,
     log: Arc<RefusalLog>,
 }
 
 #[derive(Debug)]
-enum Rules {
+enum AuthorizationMode {
     None,
     /// As none, but who has a certificate of the client CA may see pages.
     ClientCa,
@@ -96,7 +96,7 @@ impl Authorizer {
         log: Arc<RefusalLog>,
     ) -> Result<Self, PolicyError> {
         let (rules, plaintext) = match authorization {
-            Authorization::Plaintext => (Rules::ClientCa, true),
+            Authorization::Plaintext => (AuthorizationMode::ClientCa, true),
             Authorization::Policy { file, plaintext } => {
                 let text = policy::read(&file)?;
                 let parsed = Policy::parse(&text).map_err(|err| err.of(&file))?;
@@ -106,11 +106,11 @@ impl Authorizer {
                     policy: ArcSwap::from_pointee(parsed),
                     changes: watch::Sender::new(0),
                 };
-                (Rules::Policy(policy), !plaintext)
+                (AuthorizationMode::Policy(policy), !plaintext)
             }
             Authorization::Kubernetes { plaintext } => {
-                let rules = reviews.map_or(Rules::None, |(reviews, stale)| {
-                    Rules::Kubernetes(AccessReviews::new(reviews, stale, Arc::clone(&metrics)))
+                let rules = reviews.map_or(AuthorizationMode::None, |(reviews, stale)| {
+                    AuthorizationMode::Kubernetes(AccessReviews::new(reviews, stale, Arc::clone(&metrics)))
                 });
                 (rules, !plaintext)
             }
@@ -120,7 +120,7 @@ impl Authorizer {
 
     /// The same, which also decides on registrants that joined.
     #[must_use]
-    pub fn with_registrants(self, registrants: Option<Arc<Registrants>>) -> Self {
+    pub fn with_registrants(self, registrants: Option<Arc<RegistrantStore>>) -> Self {
         Self { registrants, ..self }
     }
 
@@ -132,9 +132,9 @@ impl Authorizer {
         }
         let decided = match self.unreviewed(identity, access) {
             Ok(decided) => decided,
-            Err(reviews) => verdict(reviews.known(&Asked::access(identity, access))?, identity, access),
+            Err(reviews) => verdict(reviews.known(&ReviewSpecRef::access(identity, access))?, identity, access),
         };
-        Some(self.told(decided, identity, access, access.peer))
+        Some(self.record(decided, identity, access, access.peer))
     }
 
     /// Whether `identity` may do what it asks for. A yes says since when it is known.
@@ -160,9 +160,9 @@ impl Authorizer {
         }
         let decided = match self.unreviewed(identity, access) {
             Ok(decided) => decided,
-            Err(reviews) => reviewed(reviews, Asked::access(identity, access), max_age, identity, access).await,
+            Err(reviews) => reviewed(reviews, ReviewSpecRef::access(identity, access), max_age, identity, access).await,
         };
-        self.told(decided, identity, access, access.peer)
+        self.record(decided, identity, access, access.peer)
     }
 
     /// Whether `identity` may see a page.
@@ -176,21 +176,23 @@ impl Authorizer {
         let denied = |why: &str| Err(NotAllowed::Denied(Denied(format!("{identity} may not {page}{why}"))));
         let decided = match &self.rules {
             _ if joining::is_registrant(identity) => denied(": its join token allows no pages"),
-            Rules::Policy(file) => {
+            AuthorizationMode::Policy(file) => {
                 file.policy.load().decide_page(identity, page).map(|()| Instant::now()).map_err(NotAllowed::from)
             }
-            Rules::Kubernetes(reviews) => {
-                match reviewed(reviews, Asked::page(identity, page), FRESH, identity, page).await {
+            AuthorizationMode::Kubernetes(reviews) => {
+                match reviewed(reviews, ReviewSpecRef::page(identity, page), FRESH, identity, page).await {
                     Ok(_) if let Some(access) = &page.instances => {
-                        reviewed(reviews, Asked::access(identity, access), FRESH, identity, access).await
+                        reviewed(reviews, ReviewSpecRef::access(identity, access), FRESH, identity, access).await
                     }
                     decided => decided,
                 }
             }
-            Rules::ClientCa if identity.source == IdentitySource::Certificate => Ok(Instant::now()),
-            Rules::None | Rules::ClientCa => denied(": the server has neither --authorization-policy nor --kubernetes"),
+            AuthorizationMode::ClientCa if identity.source == IdentitySource::Certificate => Ok(Instant::now()),
+            AuthorizationMode::None | AuthorizationMode::ClientCa => {
+                denied(": the server has neither --authorization-policy nor --kubernetes")
+            }
         };
-        self.told(decided, identity, page, page.peer).map(|_| ())
+        self.record(decided, identity, page, page.peer).map(|_| ())
     }
 
     /// The decision, where Kubernetes is not asked; else whom to ask.
@@ -203,18 +205,18 @@ impl Authorizer {
         Ok(match &self.rules {
             _ if let Some(decided) = joined => decided.map(|()| Instant::now()).map_err(NotAllowed::from),
             _ if access.verb == AccessVerb::HandOver && self.is_replica(identity) => Ok(Instant::now()),
-            Rules::Policy(file) => {
+            AuthorizationMode::Policy(file) => {
                 file.policy.load().decide(identity, access).map(|()| Instant::now()).map_err(NotAllowed::from)
             }
-            Rules::Kubernetes(reviews) => return Err(reviews),
-            Rules::None | Rules::ClientCa => Err(NotAllowed::Denied(Denied(format!(
+            AuthorizationMode::Kubernetes(reviews) => return Err(reviews),
+            AuthorizationMode::None | AuthorizationMode::ClientCa => Err(NotAllowed::Denied(Denied(format!(
                 "{identity} may not {access}: the server has neither --authorization-policy nor --kubernetes"
             )))),
         })
     }
 
     /// Counts a decision, and logs a refusal.
-    fn told(
+    fn record(
         &self,
         decided: Result<Instant, NotAllowed>,
         identity: &Identity,
@@ -244,7 +246,7 @@ impl Authorizer {
     /// For how long after [`Authorizer::decide`] a caller may remember a yes. `None` where it changes at once.
     #[must_use]
     pub fn may_be_remembered(&self) -> Option<Duration> {
-        matches!(self.rules, Rules::Kubernetes(_)).then_some(FRESH)
+        matches!(self.rules, AuthorizationMode::Kubernetes(_)).then_some(FRESH)
     }
 
     fn is_replica(&self, identity: &Identity) -> bool {
@@ -264,8 +266,10 @@ impl Authorizer {
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
         match &self.rules {
-            Rules::Policy(file) => file.changes.subscribe(),
-            Rules::None | Rules::ClientCa | Rules::Kubernetes(_) => watch::Sender::new(0).subscribe(),
+            AuthorizationMode::Policy(file) => file.changes.subscribe(),
+            AuthorizationMode::None | AuthorizationMode::ClientCa | AuthorizationMode::Kubernetes(_) => {
+                watch::Sender::new(0).subscribe()
+            }
         }
     }
 
@@ -302,7 +306,7 @@ impl Authorizer {
         if self.changed_text().await?.as_ref() != Some(&text) {
             return Ok(false);
         }
-        let Rules::Policy(file) = &self.rules else { return Ok(false) };
+        let AuthorizationMode::Policy(file) = &self.rules else { return Ok(false) };
         let parsed = Policy::parse(&text).map_err(|err| err.of(&file.path))?;
         *file.text.lock().unwrap_or_else(PoisonError::into_inner) = text;
         file.policy.store(Arc::new(parsed));
@@ -315,7 +319,7 @@ impl Authorizer {
         let authorizer = Arc::clone(self);
         // A file on a network may block.
         let read = tokio::task::spawn_blocking(move || {
-            let Rules::Policy(file) = &authorizer.rules else { return Ok(None) };
+            let AuthorizationMode::Policy(file) = &authorizer.rules else { return Ok(None) };
             let read = policy::read(&file.path)?;
             let text = file.text.lock().unwrap_or_else(PoisonError::into_inner);
             Ok((*text != read).then_some(read))
@@ -330,7 +334,7 @@ impl Authorizer {
 /// The decision of a review.
 async fn reviewed(
     reviews: &AccessReviews,
-    asked: Asked<'_>,
+    asked: ReviewSpecRef<'_>,
     max_age: Duration,
     identity: &Identity,
     act: &(impl fmt::Display + Sync),

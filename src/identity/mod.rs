@@ -36,15 +36,15 @@ pub use access::{Access, AccessResource, AccessVerb, Denied, NotAllowed, PageAcc
 pub use authorizer::{Authorization, Authorizer};
 pub use ca::{
     CaError, CertificateAuthority, ClusterCa, CurrentCa, PublicKeyHash, SERVER_USER, ServerCertificate, ServerNames,
-    Signed, renewal_time,
+    SignedCertificate, renewal_time,
 };
 pub use policy::{Policy, PolicyError};
 pub use refusal_log::RefusalLog;
 pub use review_cache::NotReviewed;
 pub use token::BearerToken;
-pub use usage::{OpenCall, TooManyStreams, Usage, UsageLimits};
+pub use usage::{StreamPermit, TooManyStreams, Usage, UsageLimits};
 
-use self::{joining::Registrants, token::TokenReviews};
+use self::{joining::RegistrantStore, token::TokenReviews};
 use crate::{
     kubernetes::api::Reviews,
     metrics::{AuthenticationFailure, IdentityMetrics},
@@ -184,7 +184,7 @@ impl From<&Unauthenticated> for AuthenticationFailure {
 #[derive(Debug, Clone, Default)]
 pub struct Authenticator {
     /// With a CA of its own: who joined, and nobody else has a certificate.
-    registrants: Option<Arc<Registrants>>,
+    registrants: Option<Arc<RegistrantStore>>,
     /// `None` where no token is taken.
     tokens: Option<Arc<TokenReviews>>,
 }
@@ -192,7 +192,7 @@ pub struct Authenticator {
 impl Authenticator {
     /// Knows who joined, with a CA of its own.
     #[must_use]
-    pub const fn new(registrants: Option<Arc<Registrants>>) -> Self {
+    pub const fn new(registrants: Option<Arc<RegistrantStore>>) -> Self {
         Self { registrants, tokens: None }
     }
 

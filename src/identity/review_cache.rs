@@ -93,13 +93,13 @@ type Review<T> = Shared<BoxFuture<'static, Result<Reviewed<T>, NotReviewed>>>;
 type WeakReview<T> = WeakShared<BoxFuture<'static, Result<Reviewed<T>, NotReviewed>>>;
 
 /// What is known of one question.
-struct Entry<T> {
+struct CacheEntry<T> {
     reviewed: Option<Reviewed<T>>,
     /// The review that is under way.
     pending: Option<WeakReview<T>>,
 }
 
-impl<T> Entry<T> {
+impl<T> CacheEntry<T> {
     /// Whether it was a yes that makes the next review a repeated one.
     fn is_known(&self, limits: ReviewLimits, now: Instant) -> bool {
         self.reviewed.as_ref().is_some_and(|reviewed| reviewed.is_known(limits, now))
@@ -120,7 +120,7 @@ impl<T> Entry<T> {
 pub(super) struct ReviewCache<K, T> {
     kind: ReviewKind,
     limits: ReviewLimits,
-    entries: Mutex<IndexMap<K, Entry<T>>>,
+    entries: Mutex<IndexMap<K, CacheEntry<T>>>,
     first: Semaphore,
     repeated: Semaphore,
     metrics: Arc<IdentityMetrics>,
@@ -207,7 +207,7 @@ where
 
     fn begin<A, F>(
         self: &Arc<Self>,
-        entries: &mut IndexMap<K, Entry<T>>,
+        entries: &mut IndexMap<K, CacheEntry<T>>,
         question: K,
         known: Option<&Reviewed<T>>,
         now: Instant,
@@ -242,7 +242,7 @@ where
         if entries.len() >= self.limits.entries && !entries.contains_key(&question) {
             evict(entries, self.limits, now);
         }
-        let entry = entries.entry(question).or_insert(Entry { reviewed: None, pending: None });
+        let entry = entries.entry(question).or_insert(CacheEntry { reviewed: None, pending: None });
         entry.pending = review.downgrade();
         self.metrics.review_cache_entries.at(self.kind).set(entries.len() as u64);
         Ok(review)
@@ -266,7 +266,7 @@ where
         reviewed
     }
 
-    fn lock(&self) -> MutexGuard<'_, IndexMap<K, Entry<T>>> {
+    fn lock(&self) -> MutexGuard<'_, IndexMap<K, CacheEntry<T>>> {
         // Nothing panics while it holds the lock.
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -274,7 +274,7 @@ where
 
 /// Makes room: forgets what does not count any more, then refusals, which strangers can cause without end, and of the rest
 /// the oldest quarter, so that the next time is far.
-fn evict<K: Hash + Eq, T>(entries: &mut IndexMap<K, Entry<T>>, limits: ReviewLimits, now: Instant) {
+fn evict<K: Hash + Eq, T>(entries: &mut IndexMap<K, CacheEntry<T>>, limits: ReviewLimits, now: Instant) {
     entries.retain(|_, entry| entry.counts(limits, now) || entry.is_pending());
     let kept = limits.entries / 4 * 3;
     if entries.len() > kept {
@@ -307,14 +307,14 @@ mod tests {
     const STALE: Duration = Duration::from_secs(300);
 
     /// A cache, and how often its questions were asked.
-    struct Asked {
+    struct TestCache {
         cache: Arc<ReviewCache<u32, u32>>,
         reviews: AtomicUsize,
         firsts: AtomicUsize,
         now: Mutex<Instant>,
     }
 
-    impl Asked {
+    impl TestCache {
         fn with(limits: ReviewLimits) -> Self {
             let cache = ReviewCache::new(ReviewKind::Access, limits, Arc::clone(&Metrics::new().identity));
             Self { cache, reviews: AtomicUsize::new(0), firsts: AtomicUsize::new(0), now: Mutex::new(Instant::now()) }
@@ -382,7 +382,7 @@ mod tests {
     #[tokio::test]
     async fn answers_count_for_ten_seconds_each_way() {
         for (was, is) in [(YES, NO), (NO, YES)] {
-            let asked = Asked::new();
+            let asked = TestCache::new();
             assert_eq!(asked.fresh(1, was.clone()).await, was);
             asked.advance(FRESH - Duration::from_millis(1));
             assert_eq!(asked.fresh(1, is.clone()).await, was);
@@ -396,7 +396,7 @@ mod tests {
 
     #[tokio::test]
     async fn errors_are_not_remembered() {
-        let asked = Asked::new();
+        let asked = TestCache::new();
         assert_eq!(asked.fresh(1, AWAY).await, AWAY);
         assert_eq!(asked.len(), 0);
         assert_eq!(asked.fresh(1, YES).await, YES);
@@ -406,7 +406,7 @@ mod tests {
     #[tokio::test]
     async fn old_answer_holds_while_nobody_can_be_asked() {
         for was in [YES, NO] {
-            let asked = Asked::new();
+            let asked = TestCache::new();
             assert_eq!(asked.fresh(1, was.clone()).await, was);
             asked.advance(STALE - Duration::from_millis(1));
             assert_eq!(asked.fresh(1, AWAY).await, was);
@@ -422,7 +422,7 @@ mod tests {
 
     #[tokio::test]
     async fn one_review_of_a_question_at_a_time_and_it_outlives_who_began_it() {
-        let asked = Asked::new();
+        let asked = TestCache::new();
         let (answer, answered) = oneshot::channel();
         let answered = async { answered.await.expect("sent") };
         let mut first = Box::pin(asked.ask(1, FRESH, answered));
@@ -437,7 +437,7 @@ mod tests {
 
     #[tokio::test]
     async fn review_that_nobody_waits_for_ends() {
-        let asked = Asked::new();
+        let asked = TestCache::new();
         assert!(asked.ask(1, FRESH, std::future::pending()).now_or_never().is_none());
         assert_eq!(asked.cache.metrics.reviews_in_flight.at(ReviewKind::Access).get(), 0);
         assert_eq!(asked.fresh(1, YES).await, YES);
@@ -447,13 +447,13 @@ mod tests {
     async fn review_without_an_answer_ends_as_unavailable() {
         let wait = Duration::from_millis(1);
         let asked =
-            Asked::with(ReviewLimits { entries: 8, in_flight: 2, pending: 4, stale: STALE, known: STALE, wait });
+            TestCache::with(ReviewLimits { entries: 8, in_flight: 2, pending: 4, stale: STALE, known: STALE, wait });
         assert_eq!(asked.ask(1, FRESH, std::future::pending()).await, AWAY);
     }
 
     #[tokio::test]
     async fn strangers_fill_their_own_turns_only() {
-        let asked = Asked::new();
+        let asked = TestCache::new();
         assert_eq!(asked.fresh(0, YES).await, YES);
         asked.advance(FRESH);
         // Two under way, one that waits.
@@ -472,7 +472,7 @@ mod tests {
 
     #[tokio::test]
     async fn cache_forgets_the_oldest_when_it_is_full() {
-        let asked = Asked::new();
+        let asked = TestCache::new();
         for question in 0..8 {
             assert_eq!(asked.fresh(question, YES).await, YES);
             asked.advance(Duration::from_millis(1));

@@ -72,7 +72,7 @@ impl Allowance {
 
 /// An open call of an identity. It ends with the last clone.
 #[derive(Debug)]
-pub struct OpenCall {
+pub struct StreamPermit {
     user: Arc<UserUsage>,
     rate: Option<f64>,
     metrics: Arc<IdentityMetrics>,
@@ -89,12 +89,12 @@ impl Usage {
     ///
     /// # Errors
     /// When the identity has as many open as it may.
-    pub fn begin(&self, identity: &Identity) -> Result<Arc<OpenCall>, TooManyStreams> {
+    pub fn begin(&self, identity: &Identity) -> Result<Arc<StreamPermit>, TooManyStreams> {
         let rate = self.limits.messages_per_second.map(|rate| f64::from(rate.get()));
         let user = self.user(&identity.user, rate);
         // Before the comparison: two that begin at once must not both find the last place.
         let open = user.streams.fetch_add(1, Ordering::AcqRel) + 1;
-        let call = Arc::new(OpenCall { user, rate, metrics: Arc::clone(&self.metrics) });
+        let call = Arc::new(StreamPermit { user, rate, metrics: Arc::clone(&self.metrics) });
         match self.limits.streams {
             Some(limit) if open > limit.get() => {
                 self.metrics.over_quota.at(QuotaKind::IdentityStreams).inc();
@@ -131,7 +131,7 @@ impl UserUsage {
     }
 }
 
-impl OpenCall {
+impl StreamPermit {
     /// How long the next message has to wait at `now`; `None` if it may come.
     #[must_use]
     pub fn wait(&self, now: Instant) -> Option<Duration> {
@@ -153,7 +153,7 @@ impl OpenCall {
     }
 }
 
-impl Drop for OpenCall {
+impl Drop for StreamPermit {
     fn drop(&mut self) {
         self.user.streams.fetch_sub(1, Ordering::AcqRel);
     }

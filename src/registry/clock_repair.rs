@@ -77,7 +77,7 @@ impl Writer {
 
     /// Says once that the clock was set back while this process ran.
     pub(super) fn check_clock(&mut self) {
-        if let Some(lead) = self.decider.stamper().tell_lead(UnixMillis::now()) {
+        if let Some(lead) = self.decider.stamper().new_lead(UnixMillis::now()) {
             error!(
                 ?lead,
                 "the clock of this machine is behind the last change, so it was set back, or was wrong before: changes are stamped \

@@ -130,7 +130,7 @@ impl Unrecovered {
         let _ = journal.append(generation, &[]);
 
         let mut stamper = Stamper::new(clock, if kubernetes.is_some() { recovery.term.term } else { 0 });
-        if let Some(behind) = stamper.tell_lead(wall).filter(|_| kubernetes.is_some()) {
+        if let Some(behind) = stamper.new_lead(wall).filter(|_| kubernetes.is_some()) {
             error!(
                 ?behind,
                 "the clock of this machine is behind the last change that is stored: one of the two is wrong. Registrations are not \

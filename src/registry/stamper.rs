@@ -10,14 +10,14 @@ pub(super) struct Stamper {
     clock: HybridClock,
     term: u64,
     generation: u64,
-    /// Whether it was said that the clock is ahead.
-    told: bool,
+    /// Whether it was reported that the clock is ahead.
+    reported: bool,
 }
 
 impl Stamper {
     /// `clock` is not behind any stamp in the store; `term` is 0 without Kubernetes.
     pub(super) fn new(clock: HybridClock, term: u64) -> Self {
-        Self { clock, term, generation: 0, told: false }
+        Self { clock, term, generation: 0, reported: false }
     }
 
     /// The term of the next stamp.
@@ -55,14 +55,14 @@ impl Stamper {
     }
 
     /// As [`Stamper::lead`], once.
-    pub(super) fn tell_lead(&mut self, wall: UnixMillis) -> Option<Duration> {
-        self.lead(wall).filter(|_| !std::mem::replace(&mut self.told, true))
+    pub(super) fn new_lead(&mut self, wall: UnixMillis) -> Option<Duration> {
+        self.lead(wall).filter(|_| !std::mem::replace(&mut self.reported, true))
     }
 
     /// The wall clock is known to be right: the next stamp follows it, or `clock` if that is ahead.
     pub(super) fn reset(&mut self, clock: HybridClock) {
         self.clock = clock;
-        self.told = false;
+        self.reported = false;
     }
 
     /// The clock as it is.

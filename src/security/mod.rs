@@ -23,7 +23,8 @@ use tracing::warn;
 pub(crate) use self::peer::{CertificateWatch, Peer};
 use crate::{
     identity::{
-        Authenticator, Authorizer, BearerToken, Credentials, RefusalLog, Unauthenticated, Usage, joining::Registrants,
+        Authenticator, Authorizer, BearerToken, Credentials, RefusalLog, Unauthenticated, Usage,
+        joining::RegistrantStore,
     },
     metrics::{AuthenticationFailure, IdentityMetrics},
     net::tls::{Alpn, ServerTls, ServerTlsStream},
@@ -55,7 +56,7 @@ pub struct Security {
     /// What identities use.
     pub usage: Usage,
     /// Who joined; `None` without a CA of its own.
-    pub registrants: Option<Arc<Registrants>>,
+    pub registrants: Option<Arc<RegistrantStore>>,
     /// Where refusals are logged.
     pub log: Arc<RefusalLog>,
     /// Where refusals are counted.

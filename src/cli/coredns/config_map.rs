@@ -6,8 +6,8 @@ use std::io::{self, IsTerminal as _, Write as _};
 use similar::TextDiff;
 
 use super::{
-    Edit, Observation, Observer,
-    observer::{Expected, Outcome},
+    CorefileEdit, Observation, Observer,
+    observer::{Expected, RolloutOutcome},
 };
 use crate::{
     cli::{
@@ -26,15 +26,15 @@ const LOG_HINT: &str = "why:  kubectl logs -n kube-system -l k8s-app=kube-dns";
 
 /// One change of the Corefile.
 #[derive(Debug)]
-pub(super) struct Change {
+pub(super) struct CorefileChange {
     pub(super) client: ConfigMapClient,
     pub(super) key: ConfigMapKey,
-    pub(super) edit: Edit,
+    pub(super) edit: CorefileEdit,
     pub(super) dry_run: bool,
     pub(super) yes: bool,
 }
 
-impl Change {
+impl CorefileChange {
     pub(super) async fn run(self, observation: Option<Observation>) -> Result<(), CommandError> {
         let Some((before, after, observer)) = self.replace(observation).await? else { return Ok(()) };
         if !coredns::reads_changes(&after) {
@@ -49,29 +49,29 @@ impl Change {
         };
         note(&format!("{} changed; waiting for CoreDNS, up to {}", self.key, observer.timeout()));
         match observer.wait().await {
-            Outcome::Taken(after) => {
+            RolloutOutcome::Taken(after) => {
                 print(&format!("{} changed; CoreDNS has taken it after {} s\n", self.key, after.as_secs()))
             }
-            Outcome::Held => print(&format!(
+            RolloutOutcome::Held => print(&format!(
                 "{} changed; CoreDNS answers as before the change, which took {} to see\n",
                 self.key,
                 observer.timeout()
             )),
-            Outcome::Broken(why) => {
+            RolloutOutcome::Broken(why) => {
                 let failure = CommandError::new(ErrorKind::Failed, format!("CoreDNS stopped answering: {why}"));
                 Err(self.take_back(failure, &before, &after).await.hint(LOG_HINT))
             }
-            Outcome::Expired(why) => {
+            RolloutOutcome::Expired(why) => {
                 let message = format!("CoreDNS has not taken the change within {}: {why}", observer.timeout());
                 let failure = CommandError::new(ErrorKind::WaitExpired, message);
                 let failure = match self.edit {
                     // What is left is the Corefile as it was without gangplank.
-                    Edit::Remove => failure.hint(format!("{} stays as it is now, without gangplank", self.key)),
+                    CorefileEdit::Remove => failure.hint(format!("{} stays as it is now, without gangplank", self.key)),
                     // A Corefile that CoreDNS cannot read would keep it from starting again.
-                    Edit::Apply(_) => self.take_back(failure, &before, &after).await,
+                    CorefileEdit::Apply(_) => self.take_back(failure, &before, &after).await,
                 };
                 let failure = match &self.edit {
-                    Edit::Apply(Plan { wiring: Wiring::FallThrough { reverse: true }, .. }) => {
+                    CorefileEdit::Apply(Plan { wiring: Wiring::FallThrough { reverse: true }, .. }) => {
                         failure.hint("for CoreDNS before 1.12 (Kubernetes 1.33):  --no-reverse")
                     }
                     _ => failure,
@@ -112,8 +112,8 @@ impl Change {
             if let Some(observation) = &observation {
                 // Before the change, to compare with.
                 let (wired, expected) = match self.edit {
-                    Edit::Apply(_) => (&edited, Expected::Gangplank),
-                    Edit::Remove => (&read.text, Expected::Other),
+                    CorefileEdit::Apply(_) => (&edited, Expected::Gangplank),
+                    CorefileEdit::Remove => (&read.text, Expected::Other),
                 };
                 let wired = coredns::wired(wired).unwrap_or_default();
                 observer = Some(Observer::begin(observation.clone(), &wired, expected).await?);

@@ -16,7 +16,7 @@ use crate::{
     kubernetes::api::{ConfigMapClient, ConfigMapKey},
     model::DnsName,
 };
-use config_map::Change;
+use config_map::CorefileChange;
 use observer::{Observation, Observer};
 
 pub(super) const EXAMPLES: &str = "\
@@ -148,12 +148,12 @@ fn config_map_key(text: &str) -> Result<ConfigMapKey, String> {
 
 /// What to do with the Corefile.
 #[derive(Debug)]
-enum Edit {
+enum CorefileEdit {
     Apply(Plan),
     Remove,
 }
 
-impl Edit {
+impl CorefileEdit {
     fn of(&self, text: &str) -> Result<String, CorefileError> {
         match self {
             Self::Apply(plan) => coredns::apply(text, plan),
@@ -185,7 +185,7 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
         if !namespaces.is_empty() {
             return Err(usage("--namespace: --remove takes out all that --apply put in"));
         }
-        Edit::Remove
+        CorefileEdit::Remove
     } else {
         let wiring = wiring_of(wiring, namespaces, no_reverse)?;
         if servers.len() > MAX_SERVERS {
@@ -195,13 +195,13 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
         if !apply {
             return print(&coredns::corefile(&plan));
         }
-        Edit::Apply(plan)
+        CorefileEdit::Apply(plan)
     };
     let client = ConfigMapClient::connect(kubeconfig.as_deref(), context.as_deref()).await;
     let client =
         client.map_err(|err| usage(with_causes(&err)).hint("name one:  --kubeconfig FILE, and --context NAME"))?;
     let observation = (!dns.is_empty()).then_some(Observation { servers: dns, tcp, controls, zone, timeout });
-    Change { client, key: configmap, edit, dry_run, yes }.run(observation).await
+    CorefileChange { client, key: configmap, edit, dry_run, yes }.run(observation).await
 }
 
 /// The wiring that the flags say.

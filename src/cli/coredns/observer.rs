@@ -53,7 +53,7 @@ pub(super) enum Expected {
 
 /// How a change has ended.
 #[derive(Debug)]
-pub(super) enum Outcome {
+pub(super) enum RolloutOutcome {
     /// CoreDNS has taken it.
     Taken(Duration),
     /// The answers before the change do not differ from those after it, and they kept coming.
@@ -98,7 +98,7 @@ enum Probe {
 
 /// What an answer to a probe shows.
 #[derive(Debug, PartialEq, Eq)]
-enum Seen {
+enum ProbeResult {
     By(Expected),
     Failed(String),
 }
@@ -126,8 +126,8 @@ impl Observer {
             observer.controls.push(control);
         }
         let seen = observer.seen().await;
-        observer.probes_answered = !seen.iter().any(|seen| matches!(seen, Seen::Failed(_)));
-        observer.already = seen.iter().all(|seen| *seen == Seen::By(expected));
+        observer.probes_answered = !seen.iter().any(|seen| matches!(seen, ProbeResult::Failed(_)));
+        observer.already = seen.iter().all(|seen| *seen == ProbeResult::By(expected));
         Ok(observer)
     }
 
@@ -137,7 +137,7 @@ impl Observer {
     }
 
     /// Waits for the change to show.
-    pub(super) async fn wait(&self) -> Outcome {
+    pub(super) async fn wait(&self) -> RolloutOutcome {
         let begun = Instant::now();
         let mut failing_since: Option<Instant> = None;
         loop {
@@ -146,21 +146,21 @@ impl Observer {
                 Some(why) => {
                     let since = *failing_since.get_or_insert_with(Instant::now);
                     if since.elapsed() >= BROKEN_AFTER {
-                        return Outcome::Broken(why.clone());
+                        return RolloutOutcome::Broken(why.clone());
                     }
                 }
                 None => {
                     failing_since = None;
                     if shows && !self.already && self.confirmed().await {
-                        return Outcome::Taken(begun.elapsed());
+                        return RolloutOutcome::Taken(begun.elapsed());
                     }
                 }
             }
             if begun.elapsed() >= self.observation.timeout {
                 return match failure {
-                    None if self.already && shows => Outcome::Held,
-                    None => Outcome::Expired("its answers have not changed".into()),
-                    Some(why) => Outcome::Expired(why),
+                    None if self.already && shows => RolloutOutcome::Held,
+                    None => RolloutOutcome::Expired("its answers have not changed".into()),
+                    Some(why) => RolloutOutcome::Expired(why),
                 };
             }
             sleep(ROUND_INTERVAL).await;
@@ -178,15 +178,15 @@ impl Observer {
         }
         let seen = self.seen().await;
         let failed = seen.iter().find_map(|seen| match seen {
-            Seen::Failed(why) if self.probes_answered => Some(why.clone()),
+            ProbeResult::Failed(why) if self.probes_answered => Some(why.clone()),
             _ => None,
         });
-        (failed, seen.iter().all(|seen| *seen == Seen::By(self.expected)))
+        (failed, seen.iter().all(|seen| *seen == ProbeResult::By(self.expected)))
     }
 
     async fn confirmed(&self) -> bool {
         for _ in 0..CONFIRMATIONS {
-            if self.seen().await.iter().any(|seen| *seen != Seen::By(self.expected)) {
+            if self.seen().await.iter().any(|seen| *seen != ProbeResult::By(self.expected)) {
                 return false;
             }
         }
@@ -200,7 +200,7 @@ impl Observer {
     }
 
     /// What each probe shows at each address, over each transport.
-    async fn seen(&self) -> Vec<Seen> {
+    async fn seen(&self) -> Vec<ProbeResult> {
         let mut seen = Vec::new();
         for (server, tcp) in self.ways() {
             for probe in &self.probes {
@@ -209,10 +209,11 @@ impl Observer {
                     Probe::FallThrough(name) => name.clone(),
                 };
                 seen.push(match query(server, &name, RecordType::A, tcp).await {
-                    Ok(reply) => self
-                        .shown(probe, &reply)
-                        .map_or_else(|why| Seen::Failed(format!("{name} A at {server}: {why}")), Seen::By),
-                    Err(err) => Seen::Failed(format!("{name} A at {server}: {err}")),
+                    Ok(reply) => self.shown(probe, &reply).map_or_else(
+                        |why| ProbeResult::Failed(format!("{name} A at {server}: {why}")),
+                        ProbeResult::By,
+                    ),
+                    Err(err) => ProbeResult::Failed(format!("{name} A at {server}: {err}")),
                 });
             }
         }

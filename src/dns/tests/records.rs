@@ -9,9 +9,9 @@ use std::{
 use super::{oracle::any_name, *};
 /// Records by owner and type, as `rdata`.
 #[derive(Debug, Default)]
-struct List(BTreeSet<(String, u16, String)>);
+struct RecordSet(BTreeSet<(String, u16, String)>);
 
-impl List {
+impl RecordSet {
     fn of(registrations: &[Registration]) -> Self {
         // The last word on an instance is the one that counts.
         let mut instances = BTreeMap::new();
@@ -99,7 +99,7 @@ proptest! {
         let ns_addresses = vec!["192.0.2.53".parse().expect("valid")];
         let mut zone = TestZone::new(ZoneConfig { ns_addresses, ..config() });
         register(&mut zone, &registrations);
-        let list = List::of(&registrations);
+        let list = RecordSet::of(&registrations);
         for name in names {
             let response = exchange(&zone, &query_for(&name, rtype).tcp());
             let (rcode, expected) = list.search(&name, rtype);

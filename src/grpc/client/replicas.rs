@@ -36,7 +36,7 @@ pub struct FoundReplicas {
 
 /// One server: the URLs that lead to it, or to several.
 #[derive(Debug)]
-struct Target {
+struct ServerUrls {
     urls: Vec<String>,
     /// The URLs are the ways to one process: one that answers is enough.
     is_one: bool,
@@ -74,7 +74,7 @@ impl Servers {
         if let Some(Replica { writer_addresses, .. }) = unasked {
             let scheme = self.urls().first().map_or("http", |url| scheme(url));
             let urls = writer_addresses.iter().map(|address| format!("{scheme}://{address}")).collect();
-            found.ask(vec![Target { urls, is_one: true }], self.tls()).await;
+            found.ask(vec![ServerUrls { urls, is_one: true }], self.tls()).await;
         }
         found.replicas.sort_by(|(_, one), (_, other)| one.name.cmp(&other.name));
         Ok(found)
@@ -82,8 +82,8 @@ impl Servers {
 }
 
 impl FoundReplicas {
-    async fn ask(&mut self, targets: Vec<Target>, tls: &ClientTls) {
-        let asked = targets.into_iter().map(async |Target { urls, is_one }| {
+    async fn ask(&mut self, targets: Vec<ServerUrls>, tls: &ClientTls) {
+        let asked = targets.into_iter().map(async |ServerUrls { urls, is_one }| {
             let answers = urls.into_iter().map(async |url| {
                 let answer =
                     timeout(REPLICA_TIMEOUT, async { Client::connect(&url, tls).await?.replica().await }).await;
@@ -115,13 +115,13 @@ impl FoundReplicas {
 }
 
 /// Every address of a server that is given by name.
-async fn resolve(url: &str) -> Result<Target, ClientError> {
+async fn resolve(url: &str) -> Result<ServerUrls, ClientError> {
     let no_url = || ClientError::Url { url: url.to_owned() };
     let uri: Uri = url.parse().map_err(|_| no_url())?;
     let host = uri.host().ok_or_else(no_url)?;
     if host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok() || uri.scheme_str() != Some("http") {
         // A URL of another scheme is refused when it is dialled.
-        return Ok(Target { urls: vec![url.to_owned()], is_one: false });
+        return Ok(ServerUrls { urls: vec![url.to_owned()], is_one: false });
     }
     let port = uri.port_u16().unwrap_or(HTTP_PORT);
     let addresses = lookup_host((host, port)).await;
@@ -130,5 +130,5 @@ async fn resolve(url: &str) -> Result<Target, ClientError> {
     let addresses: Vec<_> = addresses.filter(|address| seen.insert(*address)).collect();
     // `localhost` is one process, which listens for IPv4 or IPv6.
     let is_one = addresses.iter().all(|address| address.ip().is_loopback());
-    Ok(Target { urls: addresses.into_iter().map(|address| format!("http://{address}")).collect(), is_one })
+    Ok(ServerUrls { urls: addresses.into_iter().map(|address| format!("http://{address}")).collect(), is_one })
 }

@@ -18,11 +18,11 @@ pub use sender::run as hand_over;
 
 use super::{
     ServerContext,
+    call_limiter::{CallLimiter, CallPermit},
     caller::Caller,
     convert,
     incoming::ConnectionInfo,
     memory::ConnectionMemory,
-    places::{Place, Places},
     proto::gangplank::internal::v1::{
         HandOverRequest, HandOverResponse, Result as WireResult, Word, WordResult, hand_over_server::HandOver,
     },
@@ -56,38 +56,38 @@ const MAX_WAITING: usize = 64;
 /// Requests that are read and merged at once, of one peer and of all. A process hands over one request at a time, and several may be
 /// behind one address. Bounds the memory of requests that wait, and how long the last of them waits.
 const MAX_PER_PEER: usize = 4;
-const MAX_PLACES: usize = 64;
+const MAX_PERMITS: usize = 64;
 
 /// The path of the call.
 const SEND: &str = "/gangplank.internal.v1.HandOver/Send";
 
-/// How long a call may take until it is answered; `None` for calls that are no hand-over. It has its place from its begin on,
+/// How long a call may take until it is answered; `None` for calls that are no hand-over. It holds its permit from its begin on,
 /// and may send its request as slowly as it likes.
 pub(super) fn deadline(path: &str) -> Option<Duration> {
     (path == SEND).then_some(REQUEST_TIMEOUT)
 }
 
-/// The right that a call needs before it takes a place and its body is read: whoever may not hand over keeps nobody else out.
+/// The right that a call needs before it takes a permit and its body is read: whoever may not hand over keeps nobody else out.
 pub(super) fn needed(path: &str) -> Option<AccessVerb> {
     (path == SEND).then_some(AccessVerb::HandOver)
 }
 
-/// Gives each request its place before its body is read. So those that are refused cost no memory and next to no time.
+/// Gives each request its permit before its body is read. So those that are refused cost no memory and next to no time.
 #[derive(Debug, Clone)]
-pub(super) struct HandOverPlaces(Places);
+pub(super) struct HandOverLimiter(CallLimiter);
 
-impl HandOverPlaces {
+impl HandOverLimiter {
     pub(super) fn new() -> Self {
-        Self(Places::new(MAX_PER_PEER, MAX_PLACES))
+        Self(CallLimiter::new(MAX_PER_PEER, MAX_PERMITS))
     }
 }
 
-impl Interceptor for HandOverPlaces {
-    /// Puts a [`Place`] into the extensions of a request, or refuses the request.
+impl Interceptor for HandOverLimiter {
+    /// Puts a [`CallPermit`] into the extensions of a request, or refuses the request.
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
         let peer = request.extensions().get::<ConnectionInfo>().map(|connection| connection.handle.peer());
-        let place = self.0.take(peer).ok_or_else(busy)?;
-        request.extensions_mut().insert(Arc::new(place));
+        let permit = self.0.acquire(peer).ok_or_else(busy)?;
+        request.extensions_mut().insert(Arc::new(permit));
         Ok(request)
     }
 }
@@ -219,7 +219,7 @@ impl HandOver for HandOverService {
         if !self.context.registry.mirror_progress().is_mirrored() {
             return Err(Status::failed_precondition("this process does not write to Kubernetes"));
         }
-        let place = request.extensions_mut().remove::<Arc<Place>>();
+        let permit = request.extensions_mut().remove::<Arc<CallPermit>>();
         let memory = request.extensions_mut().remove::<Arc<ConnectionMemory>>();
         let HandOverRequest { words, wait_millis } = request.into_inner();
         if words.len() > MAX_WORDS {
@@ -232,7 +232,7 @@ impl HandOver for HandOverService {
         let words: Vec<_> = words.into_iter().map(|word| convert::word_from_proto(word, validator, now)).collect();
         let valid = words.iter().filter_map(|word| word.as_ref().ok()).cloned().collect();
         let merged = timeout(MERGE_TIMEOUT, self.context.registry.merge(valid)).await.map_err(|_| busy())?;
-        drop(place);
+        drop(permit);
         let wait = Duration::from_millis(wait_millis.into()).min(MAX_WAIT);
         match merged {
             Ok(ack) => Ok(Response::new(HandOverResponse { results: self.results(words, ack, wait).await })),

@@ -1,14 +1,14 @@
 //! Joining: the two calls that need no identity, within limits, and those with which an operator says who may use them.
 
-mod open_calls;
 mod registrants;
+mod unauthenticated_calls;
 
 use std::{net::IpAddr, sync::Arc};
 
 use tonic::{Request, Response, Status};
 use tracing::{info, warn};
 
-pub(super) use self::{open_calls::OpenCalls, registrants::RegistrantsService};
+pub(super) use self::{registrants::RegistrantsService, unauthenticated_calls::UnauthenticatedCalls};
 use super::{
     ServerContext,
     incoming::ConnectionInfo,
@@ -19,7 +19,7 @@ use super::{
 use crate::{
     identity::{
         CaError,
-        joining::{InvalidScope, Joined, JoiningError, Registrants, Scope, ScopeSpec, TokenId, TokenRefused},
+        joining::{InvalidScope, Joined, JoiningError, RegistrantStore, Scope, ScopeSpec, TokenId, TokenRefused},
     },
     metrics::JoinResult,
     model::wall_clock,
@@ -57,7 +57,7 @@ impl JoiningService {
 }
 
 /// The registrants of a server that has a CA of its own.
-fn registrants(security: &Security) -> Result<Arc<Registrants>, Status> {
+fn registrants(security: &Security) -> Result<Arc<RegistrantStore>, Status> {
     security.registrants.clone().ok_or_else(no_ca)
 }
 

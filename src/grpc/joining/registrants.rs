@@ -23,7 +23,7 @@ use crate::{
     },
     identity::{
         AccessResource, AccessVerb,
-        joining::{JoinedRegistrant, Registrants as RegistrantTable, Scope, Token, TokenId},
+        joining::{JoinedRegistrant, RegistrantStore, Scope, Token, TokenId},
     },
     model::{Namespace, wall_clock},
 };
@@ -42,7 +42,7 @@ impl RegistrantsService {
         Self { context }
     }
 
-    fn table(&self) -> Result<Arc<RegistrantTable>, Status> {
+    fn table(&self) -> Result<Arc<RegistrantStore>, Status> {
         registrants(&self.context.security)
     }
 

@@ -45,12 +45,12 @@ pub struct ClusterCa {
     secrets: Arc<Secrets>,
     dir: PathBuf,
     current: Arc<CurrentCa>,
-    seen: watch::Sender<Seen>,
+    seen: watch::Sender<ObservedSecret>,
 }
 
 /// What the watch has shown last of the Secret.
 #[derive(Debug, Clone)]
-enum Seen {
+enum ObservedSecret {
     Nothing,
     Secret(Box<SharedSecret>),
     Removed,
@@ -80,10 +80,10 @@ impl SecretObserver for ClusterCa {
     fn observe(&self, event: &SecretEvent<'_>) {
         match event {
             SecretEvent::Set(secret) if secret.name == SECRET.name => {
-                self.seen.send_replace(Seen::Secret(Box::new((*secret).clone())));
+                self.seen.send_replace(ObservedSecret::Secret(Box::new((*secret).clone())));
             }
             SecretEvent::Removed(secret) if secret.name == SECRET.name => {
-                self.seen.send_replace(Seen::Removed);
+                self.seen.send_replace(ObservedSecret::Removed);
             }
             SecretEvent::Set(_) | SecretEvent::Removed(_) | SecretEvent::Listed => {}
         }
@@ -95,7 +95,7 @@ impl ClusterCa {
     #[must_use]
     pub fn new(secrets: Arc<Secrets>, dir: PathBuf) -> Arc<Self> {
         let current = Arc::new(CurrentCa::pending(format!("the Secret {}", secrets.path(SECRET.name))));
-        let this = Arc::new(Self { current, dir, seen: watch::Sender::new(Seen::Nothing), secrets });
+        let this = Arc::new(Self { current, dir, seen: watch::Sender::new(ObservedSecret::Nothing), secrets });
         let observer: Weak<dyn SecretObserver> = Arc::downgrade(&this) as Weak<dyn SecretObserver>;
         this.secrets.add_observer(observer);
         this
@@ -140,11 +140,11 @@ impl ClusterCa {
         loop {
             let latest = seen.borrow_and_update().clone();
             match latest {
-                Seen::Nothing => {}
-                Seen::Removed => {
+                ObservedSecret::Nothing => {}
+                ObservedSecret::Removed => {
                     warn!("{} was deleted: its CA is used until another process makes a new one", self.current.place());
                 }
-                Seen::Secret(secret) => match self.parse(&secret) {
+                ObservedSecret::Secret(secret) => match self.parse(&secret) {
                     Ok((pem, ca)) => self.adopt(pem, ca).await,
                     Err(err) => error!(%err, "the CA that was read before stays in use"),
                 },

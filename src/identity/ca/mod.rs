@@ -84,7 +84,7 @@ pub enum CaError {
 
 /// A certificate that was signed, in DER, and its time.
 #[derive(Debug, Clone)]
-pub struct Signed {
+pub struct SignedCertificate {
     /// The certificate.
     pub certificate: CertificateDer<'static>,
     /// When it ends.
@@ -245,12 +245,12 @@ impl CertificateAuthority {
         user: &str,
         now: SystemTime,
         lifetime: Duration,
-    ) -> Result<Signed, CaError> {
+    ) -> Result<SignedCertificate, CaError> {
         let not_after = now + lifetime;
         let mut params = leaf_params(user, now - MAX_CLOCK_SKEW, not_after);
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         let signed = params.signed_by(public_key, &self.issuer).map_err(CaError::Sign)?;
-        Ok(Signed { certificate: signed.der().clone(), not_after })
+        Ok(SignedCertificate { certificate: signed.der().clone(), not_after })
     }
 
     /// Whether this CA has signed a certificate, whatever its dates.

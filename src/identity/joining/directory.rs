@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    JoiningError, Scope, Table, TokenId, format,
+    JoiningError, JoiningTable, Scope, TokenId, format,
     state::{JoiningState, Token},
     store::JoinAttempt,
 };
@@ -22,16 +22,16 @@ const MAX_STATE_BYTES: u64 = 64 * 1024 * 1024;
 
 /// The file. A change is in it before it is answered, and before it counts.
 #[derive(Debug)]
-pub(super) struct Directory {
+pub(super) struct DirectoryStore {
     path: PathBuf,
-    table: Arc<Table>,
+    table: Arc<JoiningTable>,
     /// Held by the one who changes it.
     changing: Mutex<()>,
 }
 
-impl Directory {
+impl DirectoryStore {
     /// Reads what is stored in `dir` into `table`. The caller has the lock of the directory.
-    pub(super) fn open(dir: &Path, table: Arc<Table>) -> Result<Arc<Self>, CaError> {
+    pub(super) fn open(dir: &Path, table: Arc<JoiningTable>) -> Result<Arc<Self>, CaError> {
         let path = dir.join(STATE_FILE);
         table.replace(read(&path)?.unwrap_or_default());
         Ok(Arc::new(Self { path, table, changing: Mutex::default() }))

@@ -31,17 +31,17 @@ pub(super) enum LookUp {
 
 /// Counts look-ups.
 #[derive(Debug)]
-pub(super) struct LookUps(Mutex<State>);
+pub(super) struct LookUps(Mutex<LookUpState>);
 
 #[derive(Debug)]
-struct State {
+struct LookUpState {
     bucket: Bucket,
     absent: HashMap<String, Instant>,
 }
 
 impl LookUps {
     pub(super) fn new(now: Instant) -> Self {
-        Self(Mutex::new(State { bucket: Bucket::new(now), absent: HashMap::new() }))
+        Self(Mutex::new(LookUpState { bucket: Bucket::new(now), absent: HashMap::new() }))
     }
 
     /// Whether to look for `name` now; counts it.

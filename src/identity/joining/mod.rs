@@ -37,12 +37,12 @@ use tokio::sync::watch;
 pub(super) use self::cluster::set_aside;
 use self::{
     attempts::Attempts,
-    cluster::{Cluster, NotFound},
-    directory::Directory,
+    cluster::{ClusterStore, NotFound},
+    directory::DirectoryStore,
     request::VerifiedRequest,
     state::{RENEWAL_GRACE, USER_PREFIX},
     store::{JoinAttempt, Store},
-    table::Table,
+    table::JoiningTable,
 };
 pub use self::{
     error::JoiningError,
@@ -99,18 +99,18 @@ pub struct Joined {
 
 /// Tokens and registrants of this server, and its CA.
 #[derive(Debug)]
-pub struct Registrants {
+pub struct RegistrantStore {
     ca: Arc<CurrentCa>,
     /// Where other machines reach this server.
     addresses: Vec<ServerAddress>,
     /// What is stored, as far as it is known here.
-    table: Arc<Table>,
+    table: Arc<JoiningTable>,
     store: Store,
     attempts: Mutex<Attempts>,
     metrics: Arc<JoiningMetrics>,
 }
 
-impl Registrants {
+impl RegistrantStore {
     /// Reads what is stored in `dir`. The caller has the lock of the directory.
     ///
     /// # Errors
@@ -121,8 +121,8 @@ impl Registrants {
         addresses: Vec<ServerAddress>,
         metrics: Arc<JoiningMetrics>,
     ) -> Result<Arc<Self>, CaError> {
-        let table = Table::new(Arc::clone(&metrics));
-        let store = Store::Directory(Directory::open(dir, Arc::clone(&table))?);
+        let table = JoiningTable::new(Arc::clone(&metrics));
+        let store = Store::Directory(DirectoryStore::open(dir, Arc::clone(&table))?);
         Ok(Self::new(ca, addresses, table, store, metrics))
     }
 
@@ -136,15 +136,15 @@ impl Registrants {
         addresses: Vec<ServerAddress>,
         metrics: Arc<JoiningMetrics>,
     ) -> Arc<Self> {
-        let table = Table::new(Arc::clone(&metrics));
-        let cluster = Cluster::new(secrets, Arc::clone(&table), Arc::clone(&ca), dir.to_owned());
+        let table = JoiningTable::new(Arc::clone(&metrics));
+        let cluster = ClusterStore::new(secrets, Arc::clone(&table), Arc::clone(&ca), dir.to_owned());
         Self::new(ca, addresses, table, Store::Cluster(cluster), metrics)
     }
 
     fn new(
         ca: Arc<CurrentCa>,
         addresses: Vec<ServerAddress>,
-        table: Arc<Table>,
+        table: Arc<JoiningTable>,
         store: Store,
         metrics: Arc<JoiningMetrics>,
     ) -> Arc<Self> {
@@ -248,7 +248,7 @@ impl Registrants {
             .user_of(previous, &request)
             .await?
             .unwrap_or_else(|| format!("{USER_PREFIX}{}", hex::encode(&random::<NAME_BYTES>())));
-        let ca::Signed { certificate, not_after } =
+        let ca::SignedCertificate { certificate, not_after } =
             self.ca.get()?.sign_client(&request.public_key, &user, now, CERTIFICATE_LIFETIME)?;
         let (secret, host) = (secret.to_vec(), host.to_owned());
         let attempt = JoinAttempt { token: id, secret, user: user.clone(), host, expires: not_after, now };
@@ -306,7 +306,7 @@ impl Registrants {
             return Err(refused("the request is for another key"));
         }
         let user = shown.user.to_string();
-        let ca::Signed { certificate, not_after } =
+        let ca::SignedCertificate { certificate, not_after } =
             self.ca.get()?.sign_client(&request.public_key, &user, now, CERTIFICATE_LIFETIME)?;
         let renewed = self.store.update(user.clone(), now, move |registrant| {
             if registrant.revoked.is_some() {

@@ -5,8 +5,8 @@ use std::{sync::Arc, time::SystemTime};
 
 use super::{
     JoinedRegistrant, JoiningError, Scope, Token, TokenId,
-    cluster::{Cluster, NotFound},
-    directory::Directory,
+    cluster::{ClusterStore, NotFound},
+    directory::DirectoryStore,
 };
 
 /// One machine that joins.
@@ -42,8 +42,8 @@ impl JoinAttempt {
 /// The one that is used. Each change is stored when it returns, or in doubt if it fails.
 #[derive(Debug)]
 pub(super) enum Store {
-    Directory(Arc<Directory>),
-    Cluster(Arc<Cluster>),
+    Directory(Arc<DirectoryStore>),
+    Cluster(Arc<ClusterStore>),
 }
 
 impl Store {

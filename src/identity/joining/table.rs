@@ -12,7 +12,7 @@ use crate::metrics::JoiningMetrics;
 
 /// What is stored, as far as it is known here.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(super) struct JoiningTable {
     state: RwLock<JoiningState>,
     /// Whether what is not here does not exist.
     complete: AtomicBool,
@@ -20,7 +20,7 @@ pub(super) struct Table {
     metrics: Arc<JoiningMetrics>,
 }
 
-impl Table {
+impl JoiningTable {
     pub(super) fn new(metrics: Arc<JoiningMetrics>) -> Arc<Self> {
         let (state, complete) = (RwLock::default(), AtomicBool::new(false));
         Arc::new(Self { state, complete, changes: watch::Sender::new(0), metrics })
@@ -36,7 +36,7 @@ impl Table {
         self.complete();
     }
 
-    /// Applies a change of a part. What ends an identity is told with [`Table::ended`].
+    /// Applies a change of a part. What ends an identity is told with [`JoiningTable::ended`].
     pub(super) fn apply<T>(&self, change: impl FnOnce(&mut JoiningState) -> T) -> T {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         let result = change(&mut state);

@@ -14,10 +14,10 @@ fn now() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)
 }
 
-fn open(dir: &Path) -> Arc<Registrants> {
+fn open(dir: &Path) -> Arc<RegistrantStore> {
     let ca = CurrentCa::in_directory(CertificateAuthority::open(dir, now()).expect("a CA"));
     let addresses = ServerAddress::parse_list("10.0.0.1:9080");
-    Registrants::open(dir, ca, addresses, Metrics::new().joining).expect("readable")
+    RegistrantStore::open(dir, ca, addresses, Metrics::new().joining).expect("readable")
 }
 
 fn scope() -> Scope {
@@ -25,7 +25,7 @@ fn scope() -> Scope {
     Scope::parse(&spec).expect("valid")
 }
 
-impl Registrants {
+impl RegistrantStore {
     async fn token(&self, uses: u32) -> JoinToken {
         self.create_token(scope(), "ada", HOUR, uses, &[], now()).await.expect("created").0
     }

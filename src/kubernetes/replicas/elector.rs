@@ -171,7 +171,7 @@ impl Elector {
                 biased;
                 () = stop.cancelled() => break,
                 Some(answer) = self.requests.next(), if !self.requests.is_empty() => self.answered(answer).await,
-                Some(message) = self.messages.recv() => self.told(message),
+                Some(message) = self.messages.recv() => self.handle(message),
                 _ = drain.tick(), if must_leave => self.leave().await,
                 _ = ticks.tick() => self.tick().await,
                 // A reading that is under way may have begun before the change.
@@ -208,7 +208,7 @@ impl Elector {
         Now { boot, unix_seconds, eligible: self.clock_agrees && !leaves && !self.take_over_limit.pauses(boot) }
     }
 
-    fn told(&mut self, message: Message) -> Vec<Action> {
+    fn handle(&mut self, message: Message) -> Vec<Action> {
         match message {
             Message::Outranked(term) => {
                 self.active = false;

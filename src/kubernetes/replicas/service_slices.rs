@@ -46,7 +46,7 @@ pub(in crate::kubernetes) struct ServiceSlices {
 
 /// What a slice needs.
 #[derive(Debug, PartialEq)]
-enum Change {
+enum SliceChange {
     None,
     /// It is another's.
     Foreign,
@@ -120,20 +120,20 @@ impl ServiceSlices {
         };
         let wanted = render(namespace, &self.service, family, &self.addresses);
         match change(found.as_ref(), wanted.as_ref()) {
-            Change::None => return Ok(()),
-            Change::Foreign => {
+            SliceChange::None => return Ok(()),
+            SliceChange::Foreign => {
                 let label = format!("{} is not {}", names::MANAGED_BY, names::WRITER_MANAGER);
                 return Err(ApiError::Invalid(format!("it exists, and its label {label}")));
             }
-            Change::Create => {
+            SliceChange::Create => {
                 if let Some(wanted) = &wanted {
                     self.api.create(namespace, wanted).await?;
                 }
             }
-            Change::Replace(slice) => {
+            SliceChange::Replace(slice) => {
                 self.api.replace(namespace, &name, &*slice).await?;
             }
-            Change::Delete => {
+            SliceChange::Delete => {
                 if let Some(found) = &found {
                     self.api.delete::<EndpointSlice>(namespace, Preconditions::of(&found.metadata)).await?;
                 }
@@ -182,18 +182,18 @@ fn render(namespace: &str, service: &str, family: usize, addresses: &[ServerAddr
     })
 }
 
-fn change(found: Option<&EndpointSlice>, wanted: Option<&EndpointSlice>) -> Change {
+fn change(found: Option<&EndpointSlice>, wanted: Option<&EndpointSlice>) -> SliceChange {
     let Some(found) = found else {
-        return if wanted.is_some() { Change::Create } else { Change::None };
+        return if wanted.is_some() { SliceChange::Create } else { SliceChange::None };
     };
     let label = |key| found.metadata.labels.as_ref().and_then(|labels| labels.get(key)).map(String::as_str);
     if label(names::MANAGED_BY) != Some(names::WRITER_MANAGER) {
-        return Change::Foreign;
+        return SliceChange::Foreign;
     }
-    let Some(wanted) = wanted else { return Change::Delete };
+    let Some(wanted) = wanted else { return SliceChange::Delete };
     if found.address_type != wanted.address_type {
         // The type cannot be changed.
-        return Change::Delete;
+        return SliceChange::Delete;
     }
     let mut slice = found.clone();
     slice.endpoints.clone_from(&wanted.endpoints);
@@ -202,7 +202,7 @@ fn change(found: Option<&EndpointSlice>, wanted: Option<&EndpointSlice>) -> Chan
     // kube-proxy does not watch slices with this label.
     labels.remove(names::HEADLESS);
     labels.extend(wanted.metadata.labels.clone().unwrap_or_default());
-    if slice == *found { Change::None } else { Change::Replace(Box::new(slice)) }
+    if slice == *found { SliceChange::None } else { SliceChange::Replace(Box::new(slice)) }
 }
 
 #[cfg(test)]
@@ -230,22 +230,22 @@ mod tests {
     fn slice_is_written_only_if_it_differs_and_is_ours() {
         let wanted = slice(0, "10.0.0.1:9080");
         let wanted = wanted.as_ref();
-        assert_eq!(change(None, None), Change::None);
-        assert_eq!(change(None, wanted), Change::Create);
-        assert_eq!(change(wanted, wanted), Change::None);
-        assert_eq!(change(wanted, None), Change::Delete);
+        assert_eq!(change(None, None), SliceChange::None);
+        assert_eq!(change(None, wanted), SliceChange::Create);
+        assert_eq!(change(wanted, wanted), SliceChange::None);
+        assert_eq!(change(wanted, None), SliceChange::Delete);
         let other = slice(0, "10.0.0.2:9080");
-        assert_eq!(change(other.as_ref(), wanted), Change::Replace(Box::new(wanted.expect("one").clone())));
-        assert_eq!(change(slice(1, "[2001:db8::1]:9080").as_ref(), wanted), Change::Delete);
+        assert_eq!(change(other.as_ref(), wanted), SliceChange::Replace(Box::new(wanted.expect("one").clone())));
+        assert_eq!(change(slice(1, "[2001:db8::1]:9080").as_ref(), wanted), SliceChange::Delete);
 
         let mut edited = wanted.expect("one").clone();
         let labels = edited.metadata.labels.get_or_insert_default();
         labels.insert(names::HEADLESS.into(), String::new());
         labels.insert("team".into(), "net".into());
-        let Change::Replace(repaired) = change(Some(&edited), wanted) else { panic!("it differs") };
+        let SliceChange::Replace(repaired) = change(Some(&edited), wanted) else { panic!("it differs") };
         let labels = repaired.metadata.labels.expect("labels");
         assert!(labels.contains_key("team") && !labels.contains_key(names::HEADLESS));
         edited.metadata.labels.get_or_insert_default().insert(names::MANAGED_BY.into(), "somebody".into());
-        assert_eq!(change(Some(&edited), wanted), Change::Foreign);
+        assert_eq!(change(Some(&edited), wanted), SliceChange::Foreign);
     }
 }

@@ -123,7 +123,7 @@ pub struct NewSecret<'a> {
 
 /// What [`Secrets::update`] makes of a Secret.
 #[derive(Debug)]
-pub enum Change<T> {
+pub enum SecretUpdate<T> {
     /// It is as it should be.
     Keep(T),
     /// It shall hold this.
@@ -153,10 +153,10 @@ pub struct Secrets {
     namespace: String,
     limiter: RateLimiter,
     turns: [AsyncMutex<()>; TURNS],
-    shared: Mutex<Shared>,
+    shared: Mutex<SecretsState>,
 }
 
-struct Shared {
+struct SecretsState {
     store: ObjectStore<String, SharedSecret>,
     observers: Vec<Weak<dyn SecretObserver>>,
 }
@@ -180,7 +180,7 @@ impl Secrets {
             namespace,
             limiter: RateLimiter::new(MAX_REQUESTS_PER_SECOND),
             turns: std::array::from_fn(|_| AsyncMutex::default()),
-            shared: Mutex::new(Shared { store: ObjectStore::new(), observers: Vec::new() }),
+            shared: Mutex::new(SecretsState { store: ObjectStore::new(), observers: Vec::new() }),
         }))
     }
 
@@ -242,7 +242,7 @@ impl Secrets {
     pub async fn update<T, E>(
         &self,
         name: &str,
-        mut change: impl FnMut(&SharedSecret) -> Result<Change<T>, E>,
+        mut change: impl FnMut(&SharedSecret) -> Result<SecretUpdate<T>, E>,
     ) -> Result<Option<T>, UpdateError<E>> {
         let _turn = self.turn(name).lock().await;
         let mut known = self.lock().store.get(name).cloned();
@@ -256,11 +256,11 @@ impl Secrets {
                 },
             };
             let (data, result) = match change(&current) {
-                Ok(Change::Keep(result)) if is_fresh => return Ok(Some(result)),
-                Ok(Change::Write(data, result)) => (data, result),
+                Ok(SecretUpdate::Keep(result)) if is_fresh => return Ok(Some(result)),
+                Ok(SecretUpdate::Write(data, result)) => (data, result),
                 Err(err) if is_fresh => return Err(UpdateError::Refused(err)),
                 // What is known here may be old.
-                Ok(Change::Keep(_)) | Err(_) => continue,
+                Ok(SecretUpdate::Keep(_)) | Err(_) => continue,
             };
             let body = encode(&current.with(data));
             match self.call::<Secret>(self.builder().replace(name, &PostParams::default(), body)).await {
@@ -400,12 +400,12 @@ impl Secrets {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Shared> {
+    fn lock(&self) -> MutexGuard<'_, SecretsState> {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Shared {
+impl SecretsState {
     fn applied(&self, applied: &Applied<SharedSecret>, secret: &SharedSecret) {
         if matches!(applied, Applied::Changed(_)) {
             self.tell(&SecretEvent::Set(secret));

@@ -70,7 +70,7 @@ impl Handshakes {
     }
 
     /// Begins a handshake. At the limit, the oldest is given up.
-    fn begin(&self) -> (HandshakePlace<'_>, oneshot::Receiver<Infallible>) {
+    fn begin(&self) -> (HandshakePermit<'_>, oneshot::Receiver<Infallible>) {
         let (sender, given_up) = oneshot::channel();
         let mut table = self.table();
         if table.open.len() >= self.max {
@@ -79,7 +79,7 @@ impl Handshakes {
         let id = table.next_id;
         table.next_id += 1;
         table.open.insert(id, sender);
-        (HandshakePlace { handshakes: self, id }, given_up)
+        (HandshakePermit { handshakes: self, id }, given_up)
     }
 
     fn table(&self) -> MutexGuard<'_, HandshakeTable> {
@@ -89,12 +89,12 @@ impl Handshakes {
 }
 
 /// The place of one handshake in the table, until it is dropped.
-struct HandshakePlace<'a> {
+struct HandshakePermit<'a> {
     handshakes: &'a Handshakes,
     id: u64,
 }
 
-impl Drop for HandshakePlace<'_> {
+impl Drop for HandshakePermit<'_> {
     fn drop(&mut self) {
         self.handshakes.table().open.remove(&self.id);
     }

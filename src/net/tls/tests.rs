@@ -26,7 +26,7 @@ struct TestCa {
 }
 
 /// A certificate and its key, in PEM.
-struct Signed {
+struct CertifiedKey {
     cert: String,
     key: KeyPair,
 }
@@ -42,7 +42,7 @@ impl TestCa {
     }
 
     /// Valid for `years`, of which the first has only one day.
-    fn sign(&self, name: &str, years: std::ops::Range<i32>) -> Signed {
+    fn sign(&self, name: &str, years: std::ops::Range<i32>) -> CertifiedKey {
         let mut params = CertificateParams::new(vec!["localhost".into()]).expect("a name");
         params.distinguished_name.push(DnType::CommonName, name);
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
@@ -50,7 +50,7 @@ impl TestCa {
         params.not_after = rcgen::date_time_ymd(years.end, 1, 1);
         let key = KeyPair::generate().expect("a key");
         let cert = params.signed_by(&key, &self.issuer).expect("signed").pem();
-        Signed { cert, key }
+        CertifiedKey { cert, key }
     }
 }
 
@@ -70,7 +70,7 @@ fn write(dir: &Path, name: &str, text: &str) {
 impl Server {
     fn start() -> Self {
         let (dir, ca) = (tempfile::tempdir().expect("a directory"), TestCa::new("ca"));
-        let Signed { cert, key } = ca.sign("gangplank", VALID);
+        let CertifiedKey { cert, key } = ca.sign("gangplank", VALID);
         write(dir.path(), "cert", &cert);
         write(dir.path(), "key", &key.serialize_pem());
         write(dir.path(), "ca", &ca.pem);
@@ -81,7 +81,7 @@ impl Server {
         Self { dir, ca, tls, metrics }
     }
 
-    fn client(&self, shown: Option<&Signed>) -> TlsConnector {
+    fn client(&self, shown: Option<&CertifiedKey>) -> TlsConnector {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut roots = RootCertStore::empty();
         for der in certificates(&self.ca.pem) {
@@ -93,7 +93,7 @@ impl Server {
             .with_root_certificates(roots);
         let config = match shown {
             None => config.with_no_client_auth(),
-            Some(Signed { cert, key }) => {
+            Some(CertifiedKey { cert, key }) => {
                 let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
                 config.with_client_auth_cert(certificates(cert), key).expect("a certificate")
             }
@@ -104,7 +104,7 @@ impl Server {
     /// One connection: what each side has of it.
     async fn connect(
         &self,
-        shown: Option<&Signed>,
+        shown: Option<&CertifiedKey>,
     ) -> (Result<(ServerTlsStream, Option<PeerCertificates>), HandshakeError>, io::Result<ClientTlsStream<TcpStream>>)
     {
         let (listener, address) = listen().await;

@@ -1,6 +1,6 @@
 //! Stamps of next year: they are corrected at a take-over, and nothing else happens for them meanwhile.
 
-use super::{standby::Replica, *};
+use super::{standby::TestReplica, *};
 use crate::{
     model::{HybridClock, PortSet, Stamp},
     replicas::tombstones::Tombstones,
@@ -87,7 +87,7 @@ fn what_is_stamped_in_the_future_is_stamped_anew_at_the_end_of_a_take_over() {
             assert_eq!(registry.handle.mirror_progress().lag().services, 1, "the slices have to show it");
         }
     }
-    let replica = Replica::start_under(&dir, 10);
+    let replica = TestReplica::start_under(&dir, 10);
     let removal = Command::Unregister {
         service: web(),
         address: VALIDATOR.address("10.0.0.1").expect("valid"),

@@ -2,11 +2,11 @@
 
 use std::{fs, path::PathBuf};
 
-use super::{standby::Replica, *};
+use super::{standby::TestReplica, *};
 
 /// A process that has accepted a registration and a removal which Kubernetes lacks, and whose journal was taken away then.
-fn failed(dir: &TempDir) -> (Replica, [PathBuf; 2]) {
-    let replica = Replica::start(dir);
+fn failed(dir: &TempDir) -> (TestReplica, [PathBuf; 2]) {
+    let replica = TestReplica::start(dir);
     let generation = replica.submit(vec![register("db", "10.0.0.9", 80, 1.0)]).expect("it writes").generation;
     let db = VALIDATOR.service("prod", "db").expect("valid");
     replica.runtime.block_on(replica.handle.mirrored(vec![(db, generation)])).expect("it is there");

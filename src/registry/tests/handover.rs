@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures::FutureExt as _;
 
-use super::{standby::Replica, *};
+use super::{standby::TestReplica, *};
 use crate::model::{PortSet, Stamp};
 
 /// The word that registers or removes `address:80` of `service`, `ago` before now.
@@ -20,7 +20,7 @@ fn word(service: &str, address: &str, removal: bool, ago: Duration) -> OutboxWor
 
 const HOUR: Duration = Duration::from_secs(3600);
 
-impl Replica {
+impl TestReplica {
     fn outbox(&self, after: Option<Stamp>, limit: usize) -> OutboxPage {
         self.runtime.block_on(self.handle.outbox(after, limit)).expect("the writer is there")
     }
@@ -43,7 +43,7 @@ fn directory_that_never_wrote_to_kubernetes_hands_over_what_it_holds() {
     let local = registry.writer.mirror_records.awaited().expect("it waits for Kubernetes");
     assert_eq!((local.term.term, local.outbox.len()), (0, 1));
     registry.handle.status().standby(&LeaseHolder::default());
-    let replica = Replica::run(registry);
+    let replica = TestReplica::run(registry);
     let outbox = replica.outbox(None, 9);
     assert_eq!(outbox.total, 1);
     // What the process that writes has answered for is not said again when this one takes the Lease.
@@ -60,7 +60,7 @@ fn directory_that_never_wrote_to_kubernetes_hands_over_what_it_holds() {
 #[test]
 fn word_leaves_the_outbox_when_it_was_handed_over_and_is_not_sent_again_after_a_restart() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     for last in 1..=4 {
         replica.submit(vec![register("web", &format!("10.0.0.{last}"), 80, 1.0)]).expect("it writes");
     }
@@ -89,7 +89,7 @@ fn word_leaves_the_outbox_when_it_was_handed_over_and_is_not_sent_again_after_a_
 #[test]
 fn service_whose_words_were_all_handed_over_is_not_behind() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     for (service, address) in [("web", "10.0.0.1"), ("web", "10.0.0.2"), ("db", "10.0.0.3")] {
         replica.submit(vec![register(service, address, 80, 1.0)]).expect("it writes");
     }
@@ -105,7 +105,7 @@ fn service_whose_words_were_all_handed_over_is_not_behind() {
 #[test]
 fn handed_over_words_are_merged_by_their_stamps() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     let minute = Duration::from_secs(60);
     let put = word("web", "10.0.0.1", false, 2 * minute);
     let ack = replica.merge(vec![put.clone(), put.clone(), word("web", "10.0.0.2", true, minute)]).expect("it writes");
@@ -127,7 +127,7 @@ fn handed_over_words_are_merged_by_their_stamps() {
 #[test]
 fn words_that_are_too_old_or_from_the_future_are_not_merged() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     assert_eq!(replica.outcome(word("web", "10.0.0.1", false, 23 * HOUR)), MergeOutcome::Merged);
     assert_eq!(replica.outcome(word("web", "10.0.0.2", false, 25 * HOUR)), MergeOutcome::TooOld);
     // A known instance needs no tombstone.
@@ -148,7 +148,7 @@ fn words_that_are_too_old_or_from_the_future_are_not_merged() {
 #[test]
 fn handed_over_registration_needs_what_a_registration_needs() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     let mut reserved = word("web", "10.0.0.1", true, HOUR);
     reserved.service = VALIDATOR.service("kube-system", "web").expect("valid");
     assert_eq!(replica.outcome(reserved), MergeOutcome::Refused(KubernetesRefusal::Reserved));
@@ -164,7 +164,7 @@ fn handed_over_registration_needs_what_a_registration_needs() {
 #[test]
 fn words_of_a_late_slice_that_do_not_count_are_told_and_its_age_limit_is_merged() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     let [web, db] = ["web", "db"].map(|service| VALIDATOR.service("prod", service).expect("valid"));
     let foreign = ClusterFact::Service { service: db.clone(), foreign: true };
     replica.runtime.block_on(replica.handle.learn(vec![foreign])).expect("it is there");
@@ -198,7 +198,7 @@ fn words_of_a_late_slice_that_do_not_count_are_told_and_its_age_limit_is_merged(
 #[test]
 fn removal_of_an_address_that_is_too_old_for_a_tombstone_counts_for_what_is_registered() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     // Registered long ago, and known ever since.
     let held = word("web", "10.0.0.26", false, 26 * HOUR);
     replica.stand_down();
@@ -218,7 +218,7 @@ fn removal_of_an_address_that_is_too_old_for_a_tombstone_counts_for_what_is_regi
 #[test]
 fn handed_over_removal_of_an_address_removes_what_is_older() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     for address in ["10.0.0.1", "10.0.0.2"] {
         assert_eq!(replica.outcome(word("web", address, false, 2 * HOUR)), MergeOutcome::Merged);
     }
@@ -235,7 +235,7 @@ fn handed_over_removal_of_an_address_removes_what_is_older() {
 #[test]
 fn process_that_does_not_write_merges_nothing() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     replica.stand_down();
     let refused = replica.merge(vec![word("web", "10.0.0.1", false, HOUR)]).expect_err("it is on standby");
     assert!(matches!(refused, Unavailable::Standby(_)));
@@ -245,11 +245,11 @@ fn process_that_does_not_write_merges_nothing() {
 #[test]
 fn merged_words_survive_a_restart_and_are_unconfirmed_until_they_are_mirrored() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     let put = word("web", "10.0.0.1", false, HOUR);
     assert_eq!(replica.outcome(put.clone()), MergeOutcome::Merged);
     assert_eq!(replica.end(), std::slice::from_ref(&put));
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     assert_eq!(replica.addresses(), ["web 10.0.0.1"]);
     let generation = replica.handle.catalog().generation();
     replica.runtime.block_on(replica.handle.mirrored(vec![(put.service, generation)])).expect("it is there");

@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use super::{standby::Replica, *};
+use super::{standby::TestReplica, *};
 use crate::model::{PortSet, Stamp};
 
 pub(super) fn identity(name: &str, overrides: bool) -> Requester {
@@ -100,7 +100,7 @@ fn what_belongs_to_nobody_is_taken_over_once_and_nameless_callers_leave_it() {
 #[test]
 fn registrant_counts_at_the_next_writer() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     replica.stand_down();
     let instance = |by: Option<&str>, address: &str, clock: u64| match register("web", address, 80, 1.0) {
         Command::Register { instance, .. } => {

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 
 use super::{
     ownership::{identity, outcomes, register_by, registrant, remove_by},
-    standby::{Replica, slices},
+    standby::{TestReplica, slices},
     *,
 };
 
@@ -82,7 +82,7 @@ fn namespace_has_as_many_instances_as_its_annotation_says_or_else_the_flag() {
 #[test]
 fn counts_are_those_of_the_slices_after_a_take_over() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     let ranges = vec![ClusterFact::ServiceRanges(Vec::new())];
     replica.runtime.block_on(replica.handle.learn(ranges)).expect("it writes");
     replica.submit(vec![register_by(identity("vm-1", false), &address(1), 80, 1.0)]).expect("it writes");

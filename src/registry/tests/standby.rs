@@ -4,14 +4,14 @@ use super::*;
 use crate::replicas::tombstones::Tombstones;
 
 /// A registry that was compared with Kubernetes under term 1, and whose writer runs on a thread of its own.
-pub(super) struct Replica {
+pub(super) struct TestReplica {
     pub(super) handle: RegistryHandle,
     pub(super) runtime: Runtime,
     stop: CancellationToken,
     thread: std::thread::JoinHandle<Vec<OutboxWord>>,
 }
 
-impl Replica {
+impl TestReplica {
     pub(super) fn start(dir: &TempDir) -> Self {
         Self::start_under(dir, 1)
     }
@@ -93,7 +93,7 @@ pub(super) fn slices(service: &str, addresses: &[&str]) -> (ServiceKey, Vec<Arc<
 #[test]
 fn what_was_accepted_and_not_mirrored_counts_again_at_the_next_take_over() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     let generation = replica.submit(vec![register("web", "10.0.0.1", 80, 1.0)]).expect("it writes").generation;
     let (web, _) = slices("web", &[]);
     replica.runtime.block_on(replica.handle.mirrored(vec![(web, generation)])).expect("it is there");
@@ -127,7 +127,7 @@ fn what_was_accepted_and_not_mirrored_counts_again_at_the_next_take_over() {
 #[test]
 fn older_copy_of_a_directory_stays_older_however_often_it_starts() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     let copied = replica.submit(vec![register("web", "10.0.0.1", 80, 1.0)]).expect("it writes").generation;
     let (web, _) = slices("web", &[]);
     replica.runtime.block_on(replica.handle.mirrored(vec![(web, copied)])).expect("it is there");
@@ -154,7 +154,7 @@ fn older_copy_of_a_directory_stays_older_however_often_it_starts() {
 #[test]
 fn lone_removal_that_the_mirror_before_had_taken_is_looked_at_by_the_next() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     let Command::Register { service, instance, .. } = register("web", "10.0.0.1", 80, 1.0) else {
         panic!("it registers")
     };
@@ -175,7 +175,7 @@ fn lone_removal_that_the_mirror_before_had_taken_is_looked_at_by_the_next() {
 #[test]
 fn term_that_is_raised_without_a_comparison_is_journaled_and_stamped() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     assert_eq!(replica.runtime.block_on(replica.handle.raise_term(5)), Ok(()));
     replica.submit(vec![register("web", "10.0.0.1", 80, 1.0)]).expect("it writes");
     let (web, _) = slices("web", &[]);
@@ -195,7 +195,7 @@ fn term_that_is_raised_without_a_comparison_is_journaled_and_stamped() {
 fn process_that_drains_follows_the_next_one_and_keeps_what_it_has_to_hand_over() {
     for mirrored in [false, true] {
         let dir = tempfile::tempdir().expect("a directory");
-        let replica = Replica::start(&dir);
+        let replica = TestReplica::start(&dir);
         let generation = replica.submit(vec![register("web", "10.0.0.1", 80, 1.0)]).expect("it writes").generation;
         let (web, _) = slices("web", &[]);
         if mirrored {
@@ -229,7 +229,7 @@ fn stored_term(dir: &TempDir) -> store::DirectoryTerm {
 fn directory_of_a_writer_that_was_outranked_is_not_the_newest_after_a_restart() {
     for (seen, followed) in [(Some(1), false), (Some(2), true), (None, true)] {
         let dir = tempfile::tempdir().expect("a directory");
-        let replica = Replica::start(&dir);
+        let replica = TestReplica::start(&dir);
         replica.submit(vec![register("web", "10.0.0.1", 80, 1.0)]).expect("it writes");
         replica.stand_down();
         // It has seen no slice.
@@ -243,13 +243,13 @@ fn directory_of_a_writer_that_was_outranked_is_not_the_newest_after_a_restart() 
 #[test]
 fn directory_whose_process_starts_while_another_one_writes_is_not_the_newest() {
     let dir = tempfile::tempdir().expect("a directory");
-    Replica::start(&dir).end();
-    let replica = Replica::run(with_kubernetes(&dir).0);
+    TestReplica::start(&dir).end();
+    let replica = TestReplica::run(with_kubernetes(&dir).0);
     assert_eq!(replica.runtime.block_on(replica.handle.outranked(None)), Ok(()));
     replica.end();
     assert_eq!(stored_term(&dir), store::DirectoryTerm { term: 1, followed: true });
     // It counts again after the next take-over.
-    Replica::start_under(&dir, 3).end();
+    TestReplica::start_under(&dir, 3).end();
     assert_eq!(stored_term(&dir), store::DirectoryTerm::new(3));
 }
 
@@ -257,7 +257,7 @@ fn directory_whose_process_starts_while_another_one_writes_is_not_the_newest() {
 fn crash_in_a_comparison_does_not_forget_that_the_slices_are_newer() {
     for (term, generation, followed) in [(2, 1, true), (1, 1 << 40, true), (1, 0, false)] {
         let dir = tempfile::tempdir().expect("a directory");
-        let replica = Replica::start(&dir);
+        let replica = TestReplica::start(&dir);
         replica.submit(vec![register("web", "10.0.0.1", 80, 1.0)]).expect("it writes");
         replica.end();
         let (mut registry, _) = with_kubernetes(&dir);
@@ -281,7 +281,7 @@ fn crash_in_a_comparison_does_not_forget_that_the_slices_are_newer() {
 #[test]
 fn take_over_that_is_given_up_changes_nothing_afterwards() {
     let dir = tempfile::tempdir().expect("a directory");
-    let mut replica = Replica::start(&dir);
+    let mut replica = TestReplica::start(&dir);
     replica.stand_down();
     for round in 0..20 {
         let slices_of = |n: u8| {
@@ -320,7 +320,7 @@ fn take_over_that_is_given_up_changes_nothing_afterwards() {
         let local = registry.writer.mirror_records.awaited().expect("it waits for Kubernetes");
         assert_eq!(local.term, store::DirectoryTerm::new(new_term + 2));
         drop(registry);
-        replica = Replica::start_under(&dir, new_term + 3);
+        replica = TestReplica::start_under(&dir, new_term + 3);
         replica.stand_down();
     }
     replica.end();
@@ -335,7 +335,7 @@ fn late_state(new_term: u64) -> KubernetesState {
 #[test]
 fn restore_that_comes_after_its_take_over_was_given_up_does_nothing() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     replica.stand_down();
     let late = replica.runtime.block_on(async {
         let turn = replica.handle.begin_take_over().await?;
@@ -354,7 +354,7 @@ fn restore_that_comes_after_its_take_over_was_given_up_does_nothing() {
 #[test]
 fn take_over_begins_anew_although_an_earlier_one_was_not_given_up() {
     let dir = tempfile::tempdir().expect("a directory");
-    let replica = Replica::start(&dir);
+    let replica = TestReplica::start(&dir);
     replica.stand_down();
     let late = replica.runtime.block_on(async {
         let turn = replica.handle.begin_take_over().await?;
@@ -374,10 +374,10 @@ fn take_over_begins_anew_although_an_earlier_one_was_not_given_up() {
 #[test]
 fn process_that_has_not_written_yet_goes_on_accepting_until_another_one_is_known_to_write() {
     let dir = tempfile::tempdir().expect("a directory");
-    Replica::start(&dir).end();
+    TestReplica::start(&dir).end();
     let (registry, _) = with_kubernetes(&dir);
     registry.handle.status().ready();
-    let replica = Replica::run(registry);
+    let replica = TestReplica::run(registry);
     replica.runtime.block_on(replica.handle.stand_down(LeaseHolder::default())).expect("the writer is there");
     assert_eq!(replica.handle.status().phase(), Phase::Ready);
     assert!(replica.submit(vec![register("web", "10.0.0.1", 80, 1.0)]).is_ok());
@@ -389,11 +389,11 @@ fn process_that_has_not_written_yet_goes_on_accepting_until_another_one_is_known
 #[test]
 fn term_of_the_directory_is_known_before_it_writes_and_while() {
     let dir = tempfile::tempdir().expect("a directory");
-    let term = |replica: &Replica| replica.runtime.block_on(replica.handle.directory_term());
-    let replica = Replica::start_under(&dir, 7);
+    let term = |replica: &TestReplica| replica.runtime.block_on(replica.handle.directory_term());
+    let replica = TestReplica::start_under(&dir, 7);
     assert_eq!(term(&replica), Ok(store::DirectoryTerm::new(7)));
     replica.end();
-    let replica = Replica::run(with_kubernetes(&dir).0);
+    let replica = TestReplica::run(with_kubernetes(&dir).0);
     assert_eq!(term(&replica), Ok(store::DirectoryTerm::new(7)));
     assert_eq!(replica.runtime.block_on(replica.handle.outranked(None)), Ok(()));
     assert_eq!(term(&replica), Ok(store::DirectoryTerm { term: 7, followed: true }));

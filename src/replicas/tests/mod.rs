@@ -23,7 +23,7 @@ mod search;
 mod setup;
 mod world;
 
-use plan::Plan;
+use plan::FaultPlan;
 use search::{count, first_wrong, run};
 use setup::{Faults, MAX_SEARCH, NEEDED, SETUP, SETUPS, Setup};
 use world::World;
@@ -102,7 +102,7 @@ fn clock_that_stops_in_pauses_goes_wrong() {
 fn same_seed_gives_the_same_history() {
     for seed in 1..=20 {
         let history = || {
-            let mut world = World::new(SETUP, seed, Plan::draw(&SETUP, seed), false);
+            let mut world = World::new(SETUP, seed, FaultPlan::draw(&SETUP, seed), false);
             world.run();
             world.summary()
         };

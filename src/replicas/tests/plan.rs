@@ -99,13 +99,13 @@ impl Fault {
 
 /// Faults in the order in which they happen.
 #[derive(Debug, Clone)]
-pub(super) struct Plan {
+pub(super) struct FaultPlan {
     pub(super) faults: Vec<(Micros, Fault)>,
     /// When everything heals.
     pub(super) heal: Micros,
 }
 
-impl Plan {
+impl FaultPlan {
     pub(super) fn draw(setup: &Setup, seed: u64) -> Self {
         let mut random = Random::new(seed ^ 0xABC_DEF1_2345);
         let heal = if setup.away > 100 * SECOND { 100 * SECOND + setup.away } else { 130 * SECOND };

@@ -11,14 +11,14 @@ use std::{
     time::Instant,
 };
 
-use super::{checker::Violation, plan::Plan, setup::Setup, world::World};
+use super::{checker::Violation, plan::FaultPlan, setup::Setup, world::World};
 
 /// Histories that a thread takes at a time.
 const BATCH: u64 = 64;
 
 /// One history. Returns what went wrong, and how many take-overs it had.
 pub(super) fn run(setup: &Setup, seed: u64, trace: bool) -> (Vec<Violation>, u64) {
-    let mut world = World::new(*setup, seed, Plan::draw(setup, seed), trace);
+    let mut world = World::new(*setup, seed, FaultPlan::draw(setup, seed), trace);
     let found = world.run();
     (found, world.takeovers)
 }

@@ -10,14 +10,14 @@ use crate::store::{
     frame::{FRAME_LEN, FileId, Frame, FrameBuffer, HEADER_LEN, Header, StoreId},
 };
 
-type Contents = BTreeMap<String, Vec<u8>>;
+type FileContents = BTreeMap<String, Vec<u8>>;
 
 /// A store, and the registered instances after each batch; index 0 is before the first.
 struct Sample {
     /// As a killed process leaves it.
-    killed: Contents,
+    killed: FileContents,
     /// As a clean end leaves it.
-    closed: Contents,
+    closed: FileContents,
     states: Vec<Instances>,
 }
 
@@ -53,7 +53,7 @@ fn accepting() -> StoreOptions {
 }
 
 /// The last frame of the newest segment.
-fn last_batch(contents: &Contents) -> (String, std::ops::Range<usize>) {
+fn last_batch(contents: &FileContents) -> (String, std::ops::Range<usize>) {
     let (name, bytes) = contents.iter().rfind(|(name, _)| name.starts_with("journal")).expect("a segment");
     let starts = bytes.windows(4).enumerate().filter(|(_, four)| Frame::starts_with_magic(four));
     let start = starts.map(|(at, _)| at).next_back().expect("a frame");
@@ -167,7 +167,7 @@ fn truncated_or_missing_file_is_detected_after_a_clean_stop() {
         }
     }
     let stop = sample.closed.iter().filter(|(name, _)| *name == CLEAN_STOP);
-    let only_the_clean_stop: Contents = stop.map(|(name, bytes)| (name.clone(), bytes.clone())).collect();
+    let only_the_clean_stop: FileContents = stop.map(|(name, bytes)| (name.clone(), bytes.clone())).collect();
     let said = open(&SimulatedDisk::holding(&only_the_clean_stop)).expect_err("it is no new directory").to_string();
     assert!(said.contains("journal-0000000001: is missing, and so are the 2 segments after it"), "{said}");
 }

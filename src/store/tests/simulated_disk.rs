@@ -35,12 +35,12 @@ pub(super) enum Operation {
 }
 
 #[derive(Debug, Clone)]
-enum Change {
+enum FileChange {
     Write(u64, Vec<u8>),
     Truncate(u64),
 }
 
-impl Change {
+impl FileChange {
     fn apply(&self, to: &mut Vec<u8>) {
         match self {
             Self::Truncate(len) => to.truncate(index(*len)),
@@ -86,11 +86,11 @@ impl NameChange {
 struct Inode {
     cached: Vec<u8>,
     durable: Vec<u8>,
-    pending: Vec<Change>,
+    pending: Vec<FileChange>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct DiskState {
     inodes: Vec<Inode>,
     names: BTreeMap<String, usize>,
     durable_names: BTreeMap<String, usize>,
@@ -99,14 +99,14 @@ struct State {
     left: Option<u64>,
     off: bool,
     /// What fails, how, and how many times more.
-    fault: Option<(Operation, Fault, u32)>,
+    fault: Option<(Operation, DiskFault, u32)>,
     /// How many operations of any kind succeed before one fails.
-    fault_after: Option<(u64, Fault)>,
+    fault_after: Option<(u64, DiskFault)>,
     /// The operation that failed after those, and the name of its file.
     failed: Option<(Operation, String)>,
 }
 
-impl State {
+impl DiskState {
     /// The error of an operation that is to fail. `name` is the file's, empty for the directory.
     fn fault(&mut self, operation: Operation, name: &str) -> Option<io::Error> {
         if let Some((failing, fault, times)) = &mut self.fault
@@ -135,38 +135,38 @@ impl State {
 
 /// The system's error of an operation that fails.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Fault {
+pub(super) enum DiskFault {
     FileKind(io::ErrorKind),
     Number(Errno),
 }
 
-impl From<io::ErrorKind> for Fault {
+impl From<io::ErrorKind> for DiskFault {
     fn from(kind: io::ErrorKind) -> Self {
         Self::FileKind(kind)
     }
 }
 
-impl From<Errno> for Fault {
+impl From<Errno> for DiskFault {
     fn from(number: Errno) -> Self {
         Self::Number(number)
     }
 }
 
-impl From<Fault> for io::Error {
-    fn from(fault: Fault) -> Self {
+impl From<DiskFault> for io::Error {
+    fn from(fault: DiskFault) -> Self {
         match fault {
-            Fault::FileKind(kind) => kind.into(),
-            Fault::Number(number) => number.into(),
+            DiskFault::FileKind(kind) => kind.into(),
+            DiskFault::Number(number) => number.into(),
         }
     }
 }
 
 /// The disk. Clones are the same one.
 #[derive(Debug, Clone, Default)]
-pub(super) struct SimulatedDisk(Arc<Mutex<State>>);
+pub(super) struct SimulatedDisk(Arc<Mutex<DiskState>>);
 
 impl SimulatedDisk {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, DiskState> {
         self.0.lock().expect("no test panics while it holds this")
     }
 
@@ -180,12 +180,12 @@ impl SimulatedDisk {
     }
 
     /// Has an operation fail some times.
-    pub(super) fn fail(&self, operation: Operation, fault: impl Into<Fault>, times: u32) {
+    pub(super) fn fail(&self, operation: Operation, fault: impl Into<DiskFault>, times: u32) {
         self.state().fault = Some((operation, fault.into(), times));
     }
 
     /// Has the operation after the next `operations` ones fail, whichever it is.
-    pub(super) fn fail_after(&self, operations: u64, fault: impl Into<Fault>) {
+    pub(super) fn fail_after(&self, operations: u64, fault: impl Into<DiskFault>) {
         self.state().fault_after = Some((operations, fault.into()));
     }
 
@@ -213,9 +213,9 @@ impl SimulatedDisk {
             if in_order {
                 let whole = rng.usize(..=pending.len());
                 pending[..whole].iter().for_each(|change| change.apply(&mut inode.durable));
-                if let Some(Change::Write(offset, bytes)) = pending.get(whole) {
+                if let Some(FileChange::Write(offset, bytes)) = pending.get(whole) {
                     let torn = bytes[..rng.usize(..=bytes.len())].to_vec();
-                    Change::Write(*offset, torn).apply(&mut inode.durable);
+                    FileChange::Write(*offset, torn).apply(&mut inode.durable);
                 }
             } else {
                 for change in sectors(&pending).iter().filter(|_| rng.bool()) {
@@ -241,7 +241,7 @@ impl SimulatedDisk {
 
     /// A disk whose disk holds exactly these files.
     pub(super) fn holding(contents: &BTreeMap<String, Vec<u8>>) -> Self {
-        let mut state = State::default();
+        let mut state = DiskState::default();
         for (name, bytes) in contents {
             state.names.insert(name.clone(), state.inodes.len());
             state.inodes.push(Inode { cached: bytes.clone(), durable: bytes.clone(), pending: Vec::new() });
@@ -252,7 +252,7 @@ impl SimulatedDisk {
 
     /// Counts an operation; whether it only begins, because the power goes during it, and the
     /// error it ends with.
-    fn operate(state: &mut State, operation: Operation, name: &str) -> Result<(), OperationError> {
+    fn operate(state: &mut DiskState, operation: Operation, name: &str) -> Result<(), OperationError> {
         if state.off {
             return Err(OperationError::NoEffect(off()));
         }
@@ -306,10 +306,10 @@ fn kept<T: Clone>(changes: &[T], in_order: bool, rng: &mut Rng) -> Vec<T> {
 }
 
 /// The changes with every write split where a disk may tear it.
-fn sectors(changes: &[Change]) -> Vec<Change> {
+fn sectors(changes: &[FileChange]) -> Vec<FileChange> {
     let mut split = Vec::new();
     for change in changes {
-        let Change::Write(offset, bytes) = change else {
+        let FileChange::Write(offset, bytes) = change else {
             split.push(change.clone());
             continue;
         };
@@ -317,7 +317,7 @@ fn sectors(changes: &[Change]) -> Vec<Change> {
         while at < bytes.len() {
             let to_boundary = SECTOR - (index(*offset) + at) % SECTOR;
             let end = bytes.len().min(at + to_boundary);
-            split.push(Change::Write(offset + at as u64, bytes[at..end].to_vec()));
+            split.push(FileChange::Write(offset + at as u64, bytes[at..end].to_vec()));
             at = end;
         }
     }
@@ -336,7 +336,7 @@ impl Directory for SimulatedDisk {
         Self::operate(state, Operation::Create, name)?;
         if let Some(&inode) = state.names.get(name) {
             let handle = SimulatedFile { disk: self.clone(), inode, name: name.into() };
-            handle.change(state, Change::Truncate(0));
+            handle.change(state, FileChange::Truncate(0));
             return Ok(Box::new(handle));
         }
         let inode = state.inodes.len();
@@ -412,7 +412,7 @@ struct SimulatedFile {
 }
 
 impl SimulatedFile {
-    fn change(&self, state: &mut State, change: Change) {
+    fn change(&self, state: &mut DiskState, change: FileChange) {
         let inode = &mut state.inodes[self.inode];
         change.apply(&mut inode.cached);
         inode.pending.push(change);
@@ -440,10 +440,10 @@ impl File for SimulatedFile {
         let state = &mut *self.disk.state();
         let done = SimulatedDisk::operate(state, Operation::Write, &self.name);
         match &done {
-            Ok(()) => self.change(state, Change::Write(offset, bytes.to_vec())),
+            Ok(()) => self.change(state, FileChange::Write(offset, bytes.to_vec())),
             // The disk is full or gone in the middle of it.
             Err(OperationError::Partial(_)) => {
-                self.change(state, Change::Write(offset, bytes[..bytes.len() / 2].to_vec()));
+                self.change(state, FileChange::Write(offset, bytes[..bytes.len() / 2].to_vec()));
             }
             Err(OperationError::NoEffect(_)) => {}
         }
@@ -454,7 +454,7 @@ impl File for SimulatedFile {
         let state = &mut *self.disk.state();
         let done = SimulatedDisk::operate(state, Operation::Truncate, &self.name);
         if done.is_ok() || state.off {
-            self.change(state, Change::Truncate(len));
+            self.change(state, FileChange::Truncate(len));
         }
         Ok(done?)
     }

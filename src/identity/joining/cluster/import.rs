@@ -4,13 +4,13 @@ use std::{fs, path::Path};
 
 use tracing::{info, warn};
 
-use super::{Cluster, REGISTRANT, objects};
+use super::{ClusterStore, REGISTRANT, objects};
 use crate::{
     identity::joining::{IMPORT_FILE, RETIRED_FILE, directory},
     kubernetes::secrets::{NewSecret, SecretError},
 };
 
-impl Cluster {
+impl ClusterStore {
     /// Makes Secrets of the registrants of an earlier run whose CA is in use, once. Not of its tokens: one that was revoked after a
     /// part of them was taken over would be there again.
     pub(super) async fn import(&self) {
@@ -44,7 +44,7 @@ impl Cluster {
     }
 }
 
-/// Keeps what is in the file of a run without Kubernetes: for [`Cluster::import`], or, of another CA, for a person.
+/// Keeps what is in the file of a run without Kubernetes: for [`ClusterStore::import`], or, of another CA, for a person.
 pub(in crate::identity) fn set_aside(dir: &Path, same_ca: bool) -> std::io::Result<()> {
     let to = if same_ca { IMPORT_FILE } else { RETIRED_FILE };
     match fs::rename(dir.join(directory::STATE_FILE), dir.join(to)) {

@@ -5,7 +5,7 @@
 //!    be, by all processes together, and never once more. A failure between the two returns the use if it can.
 //! 2. Whoever joins, renews or is revoked is so when Kubernetes has it: without an answer of the API server nothing is done.
 //!    What was known before goes on to count.
-//! 3. A change goes on when its caller is gone: see [`Cluster::complete`].
+//! 3. A change goes on when its caller is gone: see [`ClusterStore::complete`].
 //! 4. What has no meaning any more is deleted by the process that holds the Lease.
 
 mod import;
@@ -28,16 +28,16 @@ use tokio::{
 use tracing::{debug, warn};
 
 pub(in crate::identity) use self::import::set_aside;
-use self::objects::{REGISTRANT, StoredToken, TOKEN};
+use self::objects::{REGISTRANT, SharedToken, TOKEN};
 use super::{
-    JoinedRegistrant, JoiningError, Scope, Table, Token, TokenId, TokenRefused,
+    JoinedRegistrant, JoiningError, JoiningTable, Scope, Token, TokenId, TokenRefused,
     lookups::{LookUp, LookUps},
     store::JoinAttempt,
 };
 use crate::{
     identity::{CurrentCa, random},
     kubernetes::secrets::{
-        Change, NewSecret, SecretError, SecretEvent, SecretObserver, Secrets, SharedSecret, UpdateError,
+        NewSecret, SecretError, SecretEvent, SecretObserver, SecretUpdate, Secrets, SharedSecret, UpdateError,
     },
     model::{hex, wall_clock},
 };
@@ -66,9 +66,9 @@ pub(super) enum NotFound {
 }
 
 /// The Secrets.
-pub(in crate::identity) struct Cluster {
+pub(in crate::identity) struct ClusterStore {
     secrets: Arc<Secrets>,
-    table: Arc<Table>,
+    table: Arc<JoiningTable>,
     look_ups: LookUps,
     /// What was begun, to be completed whoever waits for it.
     begin: mpsc::Sender<BoxFuture<'static, ()>>,
@@ -78,13 +78,13 @@ pub(in crate::identity) struct Cluster {
     dir: PathBuf,
 }
 
-impl fmt::Debug for Cluster {
+impl fmt::Debug for ClusterStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Cluster").field("secrets", &self.secrets).finish_non_exhaustive()
+        f.debug_struct("ClusterStore").field("secrets", &self.secrets).finish_non_exhaustive()
     }
 }
 
-impl SecretObserver for Cluster {
+impl SecretObserver for ClusterStore {
     fn observe(&self, event: &SecretEvent<'_>) {
         match event {
             SecretEvent::Set(secret) => self.set(secret),
@@ -94,9 +94,9 @@ impl SecretObserver for Cluster {
     }
 }
 
-impl Cluster {
+impl ClusterStore {
     /// Knows nothing yet. `dir` is the data directory, which may have tokens and registrants of an earlier run.
-    pub(super) fn new(secrets: Arc<Secrets>, table: Arc<Table>, ca: Arc<CurrentCa>, dir: PathBuf) -> Arc<Self> {
+    pub(super) fn new(secrets: Arc<Secrets>, table: Arc<JoiningTable>, ca: Arc<CurrentCa>, dir: PathBuf) -> Arc<Self> {
         let (begin, begun) = mpsc::channel(MAX_WAITING);
         let look_ups = LookUps::new(Instant::now());
         let this = Arc::new(Self { secrets, table, look_ups, begin, begun: Mutex::new(begun), ca, dir });
@@ -156,7 +156,7 @@ impl Cluster {
         self.table.read().room_for_token(&token.scope)?;
         let this = Arc::clone(self);
         self.complete(async move {
-            let stored = StoredToken { token, last_use: String::new() };
+            let stored = SharedToken { token, last_use: String::new() };
             this.create(TOKEN, &objects::token_name(id), stored.data(id)).await
         })
         .await
@@ -204,14 +204,14 @@ impl Cluster {
         let id = attempt.token;
         let name = objects::token_name(id);
         let used = self.secrets.update(&name, |secret| {
-            let mut stored = StoredToken::read(id, secret).map_err(|err| self.damaged(secret, &err))?;
+            let mut stored = SharedToken::read(id, secret).map_err(|err| self.damaged(secret, &err))?;
             // What this call has written without an answer.
             if stored.last_use == this_use {
-                return Ok(Change::Keep(stored.token));
+                return Ok(SecretUpdate::Keep(stored.token));
             }
             stored.token.check(&attempt.secret, attempt.now)?;
-            stored = StoredToken { token: stored.token.used_once(), last_use: this_use.to_owned() };
-            Ok(Change::Write(stored.data(id), stored.token))
+            stored = SharedToken { token: stored.token.used_once(), last_use: this_use.to_owned() };
+            Ok(SecretUpdate::Write(stored.data(id), stored.token))
         });
         updated(used.await)?.ok_or(JoiningError::Token(TokenRefused::Unknown))
     }
@@ -221,12 +221,12 @@ impl Cluster {
         let name = objects::token_name(id);
         for _ in 0..MAX_RETURNS {
             let returned = self.secrets.update(&name, |secret| {
-                let stored = StoredToken::read(id, secret).map_err(|err| self.damaged(secret, &err))?;
+                let stored = SharedToken::read(id, secret).map_err(|err| self.damaged(secret, &err))?;
                 if stored.last_use != this_use {
-                    return Ok(Change::Keep(()));
+                    return Ok(SecretUpdate::Keep(()));
                 }
                 let token = Token { used: stored.token.used.saturating_sub(1), ..stored.token };
-                Ok(Change::Write(StoredToken { token, last_use: String::new() }.data(id), ()))
+                Ok(SecretUpdate::Write(SharedToken { token, last_use: String::new() }.data(id), ()))
             });
             match updated(returned.await) {
                 Ok(_) => return,
@@ -247,13 +247,13 @@ impl Cluster {
         let written = self.secrets.update(&name, |secret| {
             let known = objects::read_registrant(user, secret).map_err(|err| self.damaged(secret, &err))?;
             let registrant = attempt.registrant(token, Some(&known))?;
-            Ok(Change::Write(objects::registrant_data(user, &registrant), ()))
+            Ok(SecretUpdate::Write(objects::registrant_data(user, &registrant), ()))
         });
         updated(written.await)?.ok_or(JoiningError::Revoked)
     }
 
     /// Creates a Secret. After a request without an answer it may be there already: its name is random.
-    async fn create(&self, new: NewSecret<'static>, name: &str, data: objects::Data) -> Result<(), JoiningError> {
+    async fn create(&self, new: NewSecret<'static>, name: &str, data: objects::SecretData) -> Result<(), JoiningError> {
         let new = NewSecret { name, ..new };
         let first = self.secrets.create(new, data.clone()).await;
         match first {
@@ -277,9 +277,9 @@ impl Cluster {
                 let mut registrant = known.clone();
                 let result = change(&mut registrant)?;
                 Ok(if registrant == known {
-                    Change::Keep(result)
+                    SecretUpdate::Keep(result)
                 } else {
-                    Change::Write(objects::registrant_data(&user, &registrant), result)
+                    SecretUpdate::Write(objects::registrant_data(&user, &registrant), result)
                 })
             });
             updated(changed.await)
@@ -317,7 +317,7 @@ impl Cluster {
         match secret.kind.as_deref() {
             Some(kind) if kind == TOKEN.kind => {
                 let Some(id) = objects::token_id(&secret.name) else { return };
-                match StoredToken::read(id, secret) {
+                match SharedToken::read(id, secret) {
                     Ok(stored) => self.table.apply(|state| state.put_token(id, stored.token)),
                     Err(err) => {
                         self.tell_damaged(secret, &err);

@@ -26,16 +26,16 @@ const LAST_USE_KEY: &str = "last-use";
 const REGISTRANT_KEY: &str = "registrant.json";
 
 /// What a Secret holds.
-pub(super) type Data = BTreeMap<String, Vec<u8>>;
+pub(super) type SecretData = BTreeMap<String, Vec<u8>>;
 
 /// A token, and by what its last use is known.
 #[derive(Debug)]
-pub(super) struct StoredToken {
+pub(super) struct SharedToken {
     pub(super) token: Token,
     pub(super) last_use: String,
 }
 
-impl StoredToken {
+impl SharedToken {
     /// The token of this name in a Secret: a copy under another name is none.
     pub(super) fn read(id: TokenId, secret: &SharedSecret) -> Result<Self, String> {
         let (named, token) = format::decode_token(value(secret, TOKEN_KEY)?)?;
@@ -46,7 +46,7 @@ impl StoredToken {
         Ok(Self { token, last_use: last_use.unwrap_or_default() })
     }
 
-    pub(super) fn data(&self, id: TokenId) -> Data {
+    pub(super) fn data(&self, id: TokenId) -> SecretData {
         let token = (TOKEN_KEY.to_owned(), format::encode_token(id, &self.token));
         BTreeMap::from([token, (LAST_USE_KEY.to_owned(), self.last_use.clone().into_bytes())])
     }
@@ -58,7 +58,7 @@ pub(super) fn read_registrant(user: &str, secret: &SharedSecret) -> Result<Joine
     if named == user { Ok(registrant) } else { Err(format!("it holds the registrant {named:?}")) }
 }
 
-pub(super) fn registrant_data(user: &str, registrant: &JoinedRegistrant) -> Data {
+pub(super) fn registrant_data(user: &str, registrant: &JoinedRegistrant) -> SecretData {
     BTreeMap::from([(REGISTRANT_KEY.to_owned(), format::encode_registrant(user, registrant))])
 }
 

@@ -51,7 +51,7 @@ pub(super) struct InstanceAnnotation {
 }
 
 #[derive(Serialize)]
-struct Entry<'a> {
+struct EntryJson<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     weight: Option<f32>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -70,7 +70,7 @@ pub(super) fn instances_json<'a>(records: impl Iterator<Item = (IpAddr, &'a Inst
     let entries = not_default.map(|(ip, record)| {
         let InstanceAnnotation { weight, priority, registered, stamp, registrant } = record;
         let weight = Some(*weight).filter(|weight| *weight != Weight::default());
-        let entry = Entry {
+        let entry = EntryJson {
             weight: weight.map(Weight::get),
             priority: Some(*priority).filter(|priority| *priority != 0),
             registered: Some(registered.0).filter(|registered| *registered != 0),
@@ -109,7 +109,7 @@ impl InstancesAnnotation {
     /// Which attribute is invalid.
     pub(super) fn get(&mut self, address: &str) -> Result<InstanceAnnotation, String> {
         #[derive(Deserialize)]
-        struct Entry {
+        struct ReadEntryJson {
             weight: Option<f64>,
             priority: Option<u16>,
             registered: Option<u64>,
@@ -117,8 +117,8 @@ impl InstancesAnnotation {
             registrant: Option<String>,
         }
         let Some(entry) = self.entries.get(address) else { return Ok(InstanceAnnotation::default()) };
-        let entry = Entry::deserialize(entry).map_err(|err| err.to_string())?;
-        let Entry { weight, priority, registered, stamp, registrant } = entry;
+        let entry = ReadEntryJson::deserialize(entry).map_err(|err| err.to_string())?;
+        let ReadEntryJson { weight, priority, registered, stamp, registrant } = entry;
         let weight = match weight {
             None => Weight::default(),
             Some(weight) => exact(weight)

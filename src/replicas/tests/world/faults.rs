@@ -14,7 +14,7 @@ impl World {
         let op = self.checker.invoked(key, value, machine, self.time);
         self.tell(|| format!("change {op} for replica {machine}: {key:?} := {value}"));
         let delay = self.random.between(200, 5 * MILLISECOND);
-        self.at(self.time + delay, Event::Arrive(machine, op));
+        self.at(self.time + delay, SimulatedEvent::Arrive(machine, op));
     }
 
     pub(super) fn sustain(&mut self, key: Key) {
@@ -26,7 +26,7 @@ impl World {
             }
             None => {
                 let later = self.time + self.random.between(SECOND, 3 * SECOND);
-                self.at(later, Event::Sustain(key));
+                self.at(later, SimulatedEvent::Sustain(key));
             }
         }
     }
@@ -37,7 +37,7 @@ impl World {
         broken.sort_unstable();
         for key in broken {
             let later = self.time + self.random.between(100 * MILLISECOND, 3 * SECOND);
-            self.at(later, Event::Sustain(key));
+            self.at(later, SimulatedEvent::Sustain(key));
         }
     }
 
@@ -74,7 +74,7 @@ impl World {
                     self.crash(machine);
                     self.lose(machine, disk);
                     self.machines[machine].boots += u32::from(boots);
-                    self.at(self.time + time, Event::Restart(machine));
+                    self.at(self.time + time, SimulatedEvent::Restart(machine));
                 }
             }
             Fault::CrashAll { time } => {
@@ -82,7 +82,7 @@ impl World {
                     if self.machines[machine].replica.is_some() {
                         self.crash(machine);
                         let back = self.time + time + self.random.between(0, 20 * SECOND);
-                        self.at(back, Event::Restart(machine));
+                        self.at(back, SimulatedEvent::Restart(machine));
                     }
                 }
             }
@@ -203,7 +203,7 @@ impl World {
         machine.replica = Some(Replica::start(directory, slices, rules, lifetime, room, resume));
         let epoch = machine.epoch;
         let begin = self.time + self.random.between(0, 300 * MILLISECOND);
-        self.at(begin, Event::Tick(index, epoch));
+        self.at(begin, SimulatedEvent::Tick(index, epoch));
     }
 
     pub(super) fn release(&mut self, machine: usize) {
@@ -216,7 +216,7 @@ impl World {
         });
         if released {
             self.crash(machine);
-            self.at(self.time + 5 * SECOND, Event::Restart(machine));
+            self.at(self.time + 5 * SECOND, SimulatedEvent::Restart(machine));
         }
     }
 
@@ -230,7 +230,7 @@ impl World {
             (machine.cut_off_until, machine.alone_until) = (0, 0);
             machine.paused_until = machine.paused_until.min(now);
             if machine.replica.is_none() {
-                self.at(now + SECOND, Event::Restart(index));
+                self.at(now + SECOND, SimulatedEvent::Restart(index));
             }
         }
     }

@@ -1,5 +1,5 @@
 //! The world around the replicas: an API server with compare-and-swap, requests that are late or lost, watches that
-//! lag, clocks that differ, and the faults of a [`Plan`]. Everything is drawn from one seed.
+//! lag, clocks that differ, and the faults of a [`FaultPlan`]. Everything is drawn from one seed.
 
 pub(super) mod edits;
 mod faults;
@@ -19,7 +19,7 @@ use super::{
         word::Word,
     },
     checker::{Checker, Violation},
-    plan::{Fault, Plan, Target},
+    plan::{Fault, FaultPlan, Target},
     random::Random,
     replica::{Clocks, Directory, Key, Observed, Output, Record, Replica, SliceWrite, Value, last_word, value_of},
     setup::Setup,
@@ -67,7 +67,7 @@ struct Call {
 }
 
 #[derive(Debug, Clone)]
-enum Event {
+enum SimulatedEvent {
     Fault(usize),
     Tick(usize, u32),
     Execute(usize),
@@ -117,11 +117,11 @@ struct Machine {
 
 pub(super) struct World {
     setup: Setup,
-    plan: Plan,
+    plan: FaultPlan,
     time: Micros,
     end: Micros,
     queue: BinaryHeap<Reverse<(Micros, usize)>>,
-    events: Vec<Option<Event>>,
+    events: Vec<Option<SimulatedEvent>>,
     random: Random,
     version: u64,
     lease: Option<ObservedLease>,
@@ -148,7 +148,7 @@ pub(super) struct World {
 }
 
 impl World {
-    pub(super) fn new(setup: Setup, seed: u64, plan: Plan, trace: bool) -> Self {
+    pub(super) fn new(setup: Setup, seed: u64, plan: FaultPlan, trace: bool) -> Self {
         let mut random = Random::new(seed);
         let machines = (0..setup.replicas)
             .map(|index| Machine {
@@ -200,13 +200,13 @@ impl World {
             plan,
         };
         for index in 0..world.plan.faults.len() {
-            world.at(world.plan.faults[index].0, Event::Fault(index));
+            world.at(world.plan.faults[index].0, SimulatedEvent::Fault(index));
         }
         for index in 0..setup.replicas {
             let begin = world.random.between(0, 500 * MILLISECOND) + index as u64 * 300 * MILLISECOND;
-            world.at(begin, Event::Restart(index));
+            world.at(begin, SimulatedEvent::Restart(index));
         }
-        world.at(world.plan.heal, Event::Heal);
+        world.at(world.plan.heal, SimulatedEvent::Heal);
         world
     }
 
@@ -237,68 +237,72 @@ impl World {
         format!("{} requests, {} take-overs: {:?} {:?}", self.calls.len(), self.takeovers, self.lease, self.log)
     }
 
-    fn owner(&self, event: &Event) -> Option<usize> {
+    fn owner(&self, event: &SimulatedEvent) -> Option<usize> {
         match event {
-            Event::Tick(machine, _)
-            | Event::Watch(machine, ..)
-            | Event::Arrive(machine, _)
-            | Event::Commit(machine, ..)
-            | Event::Overdue(machine, ..)
-            | Event::Reply(machine, ..) => Some(*machine),
-            Event::HandOver { to, .. } | Event::HandedOver { to, .. } => Some(*to),
-            Event::Answered(call) | Event::TimedOut(call) => Some(self.calls[*call].replica),
-            Event::Fault(_) | Event::Execute(_) | Event::Restart(_) | Event::Sustain(_) | Event::Heal => None,
+            SimulatedEvent::Tick(machine, _)
+            | SimulatedEvent::Watch(machine, ..)
+            | SimulatedEvent::Arrive(machine, _)
+            | SimulatedEvent::Commit(machine, ..)
+            | SimulatedEvent::Overdue(machine, ..)
+            | SimulatedEvent::Reply(machine, ..) => Some(*machine),
+            SimulatedEvent::HandOver { to, .. } | SimulatedEvent::HandedOver { to, .. } => Some(*to),
+            SimulatedEvent::Answered(call) | SimulatedEvent::TimedOut(call) => Some(self.calls[*call].replica),
+            SimulatedEvent::Fault(_)
+            | SimulatedEvent::Execute(_)
+            | SimulatedEvent::Restart(_)
+            | SimulatedEvent::Sustain(_)
+            | SimulatedEvent::Heal => None,
         }
     }
 
-    fn happen(&mut self, event: Event) {
+    fn happen(&mut self, event: SimulatedEvent) {
         match event {
-            Event::Fault(index) => self.fault(self.plan.faults[index].1.clone()),
-            Event::Tick(machine, epoch) => self.tick(machine, epoch),
-            Event::Execute(call) => self.execute(call),
-            Event::Answered(call) => {
+            SimulatedEvent::Fault(index) => self.fault(self.plan.faults[index].1.clone()),
+            SimulatedEvent::Tick(machine, epoch) => self.tick(machine, epoch),
+            SimulatedEvent::Execute(call) => self.execute(call),
+            SimulatedEvent::Answered(call) => {
                 let response = self.calls[call].response.clone();
                 self.answered(call, response);
             }
-            Event::TimedOut(call) => self.answered(call, None),
-            Event::Watch(machine, epoch, watch) => self.watch(machine, epoch, watch),
-            Event::Arrive(machine, op) => {
+            SimulatedEvent::TimedOut(call) => self.answered(call, None),
+            SimulatedEvent::Watch(machine, epoch, watch) => self.watch(machine, epoch, watch),
+            SimulatedEvent::Arrive(machine, op) => {
                 if self.machines[machine].replica.as_ref().is_some_and(Replica::may_accept) {
                     self.machines[machine].arrived.push(op);
                     let epoch = self.machines[machine].epoch;
                     let delay = self.random.between(200, 4 * MILLISECOND);
-                    self.at(self.time + delay, Event::Commit(machine, epoch, op));
+                    self.at(self.time + delay, SimulatedEvent::Commit(machine, epoch, op));
                 } else {
                     self.checker.answered(op, 503, self.time);
                 }
             }
-            Event::Commit(machine, epoch, op) => self.commit(machine, epoch, op),
-            Event::Overdue(machine, epoch, op) => {
+            SimulatedEvent::Commit(machine, epoch, op) => self.commit(machine, epoch, op),
+            SimulatedEvent::Overdue(machine, epoch, op) => {
                 self.step(machine, epoch, |replica, _| replica.overdue(op));
             }
-            Event::Reply(machine, epoch, op, status) => {
+            SimulatedEvent::Reply(machine, epoch, op, status) => {
                 // A process that is gone answers nothing.
                 if self.machines[machine].epoch == epoch {
                     self.checker.answered(op, status, self.time);
                     self.tell(|| format!("replica {machine} answers change {op} with {status}"));
                 }
             }
-            Event::HandOver { to, from, epoch, words } => {
+            SimulatedEvent::HandOver { to, from, epoch, words } => {
                 let current = self.machines[to].epoch;
                 let _ = epoch;
                 self.tell(|| format!("replica {from} hands over to {to}: {words:?}"));
                 self.step(to, current, |replica, at| replica.take_in(at, from, words));
             }
-            Event::HandedOver { to, epoch, words } => {
+            SimulatedEvent::HandedOver { to, epoch, words } => {
                 self.step(to, epoch, |replica, _| replica.handed_over(&words));
             }
-            Event::Restart(machine) => self.restart(machine),
-            Event::Sustain(key) => self.sustain(key),
-            Event::Heal => self.heal(),
+            SimulatedEvent::Restart(machine) => self.restart(machine),
+            SimulatedEvent::Sustain(key) => self.sustain(key),
+            SimulatedEvent::Heal => self.heal(),
         }
     }
 
-    fn at(&mut self, time: Micros, event: Event) {
+    fn at(&mut self, time: Micros, event: SimulatedEvent) {
         self.queue.push(Reverse((time.max(self.time), self.events.len())));
         self.events.push(Some(event));
     }

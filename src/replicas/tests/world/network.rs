@@ -36,17 +36,17 @@ impl World {
         let began = self.boot(machine);
         self.calls.push(Call { replica: machine, epoch, request, began, response: None, answered: false });
         if let Some(executed) = executed {
-            self.at(executed, Event::Execute(call));
+            self.at(executed, SimulatedEvent::Execute(call));
         }
         let timeout = 10 * SECOND * 1_000 / self.machines[machine].rate;
-        self.at(self.time + timeout, Event::TimedOut(call));
+        self.at(self.time + timeout, SimulatedEvent::TimedOut(call));
     }
 
     pub(super) fn execute(&mut self, call: usize) {
         if self.down_until > self.time {
             let late = self.down_until + self.random.between(0, SECOND);
             if self.random.percent(50) {
-                self.at(late, Event::Execute(call));
+                self.at(late, SimulatedEvent::Execute(call));
             }
             return;
         }
@@ -94,7 +94,7 @@ impl World {
         let cut = self.cut_off_until(machine);
         if cut <= self.time || self.random.percent(30) {
             let arrives = cut.max(self.time) + self.delay();
-            self.at(arrives, Event::Answered(call));
+            self.at(arrives, SimulatedEvent::Answered(call));
         }
     }
 
@@ -115,7 +115,7 @@ impl World {
         let Machine { epoch, watch, last_watch, .. } = self.machines[machine];
         let arrives = (self.time + delay).max(last_watch + 1);
         self.machines[machine].last_watch = arrives;
-        self.at(arrives, Event::Watch(machine, epoch, watch));
+        self.at(arrives, SimulatedEvent::Watch(machine, epoch, watch));
     }
 
     pub(super) fn watch(&mut self, index: usize, epoch: u32, watch: u32) {

@@ -38,7 +38,7 @@ impl World {
             Output::HandedOver { to, words } => {
                 let epoch = self.machines[to].epoch;
                 let delay = self.random.between(MILLISECOND, 20 * MILLISECOND);
-                self.at(self.time + delay, Event::HandedOver { to, epoch, words });
+                self.at(self.time + delay, SimulatedEvent::HandedOver { to, epoch, words });
             }
             Output::Refused(words) => {
                 self.tell(|| format!("replica {machine} refuses {words:?}"));
@@ -86,7 +86,7 @@ impl World {
             delay = 1;
         }
         let epoch = self.machines[machine].epoch;
-        self.at(self.time + delay, Event::Reply(machine, epoch, op, status));
+        self.at(self.time + delay, SimulatedEvent::Reply(machine, epoch, op, status));
     }
 
     pub(super) fn pause(&mut self, machine: usize, time: Micros) {
@@ -103,7 +103,7 @@ impl World {
         }
         let epoch = self.machines[from].epoch;
         let delay = self.random.between(MILLISECOND, 20 * MILLISECOND);
-        self.at(self.time + delay, Event::HandOver { to, from, epoch, words });
+        self.at(self.time + delay, SimulatedEvent::HandOver { to, from, epoch, words });
     }
 
     pub(super) fn commit(&mut self, machine: usize, epoch: u32, op: usize) {
@@ -117,7 +117,7 @@ impl World {
         self.step(machine, epoch, |replica, at| taken = replica.submit(at, op, key, value));
         if taken {
             let second = SECOND * 1_000 / self.machines[machine].rate;
-            self.at(self.time + second, Event::Overdue(machine, epoch, op));
+            self.at(self.time + second, SimulatedEvent::Overdue(machine, epoch, op));
         } else {
             self.checker.answered(op, 503, self.time);
         }
@@ -128,7 +128,7 @@ impl World {
             return;
         }
         let next = (2 * SECOND + self.random.between(0, 200 * MILLISECOND)) * 1_000 / self.machines[machine].rate;
-        self.at(self.time + next, Event::Tick(machine, epoch));
+        self.at(self.time + next, SimulatedEvent::Tick(machine, epoch));
         if !self.machines[machine].watching && !self.machines[machine].listing {
             self.machines[machine].listing = true;
             self.send(machine, Request::ListAndWatch);

@@ -88,9 +88,9 @@ fn largest_slice_is_within_the_limits_of_kubernetes() {
 }
 
 /// External edits of a slice.
-type Edit = (&'static str, fn(&mut EndpointSlice));
+type SliceEdit = (&'static str, fn(&mut EndpointSlice));
 
-const EDITS: &[Edit] = &[
+const EDITS: &[SliceEdit] = &[
     ("an endpoint removed", |slice| _ = slice.endpoints.pop()),
     ("an endpoint doubled", |slice| slice.endpoints.push(slice.endpoints[0].clone())),
     ("an endpoint added", |slice| {

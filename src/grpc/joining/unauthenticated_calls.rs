@@ -1,6 +1,6 @@
 //! The calls that need no identity, and the limits that take the place of one: whoever reaches a listener can make them.
 //!
-//! A call is begun when its message is there: who sends none holds a place of its address, and none of those that have one.
+//! A call is begun when its message is there: who sends none holds one of the few permits of its address, and none of those for calls with a message.
 
 use std::{convert::Infallible, net::IpAddr, sync::Arc, time::Duration};
 
@@ -17,7 +17,7 @@ use tonic::{
 };
 
 use super::no_ca;
-use crate::{grpc::places::Places, identity::joining::Registrants, metrics::JoinResult};
+use crate::{grpc::call_limiter::CallLimiter, identity::joining::RegistrantStore, metrics::JoinResult};
 
 /// The calls, by path.
 const PATHS: [&str; 2] = ["/gangplank.join.v1.Joining/Join", "/gangplank.join.v1.Joining/Renew"];
@@ -37,16 +37,20 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The limits, shared by all connections.
 #[derive(Debug)]
-pub(in crate::grpc) struct OpenCalls {
-    registrants: Option<Arc<Registrants>>,
+pub(in crate::grpc) struct UnauthenticatedCalls {
+    registrants: Option<Arc<RegistrantStore>>,
     /// Of calls whose message has not come.
-    unread: Places,
-    places: Semaphore,
+    unread: CallLimiter,
+    calls: Semaphore,
 }
 
-impl OpenCalls {
-    pub(in crate::grpc) fn new(registrants: Option<Arc<Registrants>>) -> Self {
-        Self { registrants, unread: Places::new(MAX_UNREAD_PER_ADDRESS, MAX_UNREAD), places: Semaphore::new(MAX_CALLS) }
+impl UnauthenticatedCalls {
+    pub(in crate::grpc) fn new(registrants: Option<Arc<RegistrantStore>>) -> Self {
+        Self {
+            registrants,
+            unread: CallLimiter::new(MAX_UNREAD_PER_ADDRESS, MAX_UNREAD),
+            calls: Semaphore::new(MAX_CALLS),
+        }
     }
 
     /// Whether a call needs no identity.
@@ -72,7 +76,7 @@ impl OpenCalls {
         let answered = timeout(CALL_TIMEOUT, async {
             let (head, body) = request.into_parts();
             let message = {
-                let Some(_unread) = self.unread.take(Some(peer)) else { return busy() };
+                let Some(_unread) = self.unread.acquire(Some(peer)) else { return busy() };
                 Limited::new(body, MAX_MESSAGE_BYTES).collect().await
             };
             let message = match message {
@@ -87,7 +91,7 @@ impl OpenCalls {
                     });
                 }
             };
-            let Ok(_place) = self.places.try_acquire() else { return busy() };
+            let Ok(_permit) = self.calls.try_acquire() else { return busy() };
             routes.call(Request::from_parts(head, Body::new(message))).await
         });
         answered.await.unwrap_or_else(|_| {

@@ -8,9 +8,9 @@ use std::{
 
 use crate::net::peer_group;
 
-/// The places. A peer is a network address as the limits on connections count it, `None` without a connection.
+/// The limiter. A peer is a network address as the limits on connections count it, `None` without a connection.
 #[derive(Debug, Clone)]
-pub(super) struct Places {
+pub(super) struct CallLimiter {
     /// Of one peer.
     max_per_peer: usize,
     /// Of all.
@@ -18,13 +18,13 @@ pub(super) struct Places {
     taken: Arc<Mutex<HashMap<Option<IpAddr>, usize>>>,
 }
 
-impl Places {
+impl CallLimiter {
     pub(super) fn new(max_per_peer: usize, max: usize) -> Self {
         Self { max_per_peer, max, taken: Arc::default() }
     }
 
-    /// Takes a place, unless this peer or all together have as many as they may.
-    pub(super) fn take(&self, peer: Option<IpAddr>) -> Option<Place> {
+    /// Returns a permit, unless this peer or all together have as many as they may.
+    pub(super) fn acquire(&self, peer: Option<IpAddr>) -> Option<CallPermit> {
         let peer = peer.map(peer_group);
         let mut taken = self.lock();
         let of_peer = taken.get(&peer).copied().unwrap_or_default();
@@ -32,7 +32,7 @@ impl Places {
             return None;
         }
         taken.insert(peer, of_peer + 1);
-        Some(Place { places: self.clone(), peer })
+        Some(CallPermit { limiter: self.clone(), peer })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Option<IpAddr>, usize>> {
@@ -41,16 +41,16 @@ impl Places {
     }
 }
 
-/// One place, until it is dropped.
+/// The right to one open call, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Place {
-    places: Places,
+pub(super) struct CallPermit {
+    limiter: CallLimiter,
     peer: Option<IpAddr>,
 }
 
-impl Drop for Place {
+impl Drop for CallPermit {
     fn drop(&mut self) {
-        if let Entry::Occupied(mut taken) = self.places.lock().entry(self.peer) {
+        if let Entry::Occupied(mut taken) = self.limiter.lock().entry(self.peer) {
             *taken.get_mut() -= 1;
             if *taken.get() == 0 {
                 taken.remove();
@@ -66,19 +66,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn peer_with_all_its_places_leaves_those_of_others() {
+    fn peer_with_all_its_permits_leaves_those_of_others() {
         const MAX_PER_PEER: usize = 4;
         const MAX: usize = 64;
-        let places = Places::new(MAX_PER_PEER, MAX);
+        let limiter = CallLimiter::new(MAX_PER_PEER, MAX);
         let peer = |last| Some(IpAddr::from(Ipv4Addr::new(10, 0, 0, last)));
-        let mut stranger: Vec<_> = (0..MAX_PER_PEER).map(|_| places.take(peer(1)).expect("there is room")).collect();
-        assert!(places.take(peer(1)).is_none());
-        let other = places.take(peer(2)).expect("another peer");
+        let mut stranger: Vec<_> =
+            (0..MAX_PER_PEER).map(|_| limiter.acquire(peer(1)).expect("there is room")).collect();
+        assert!(limiter.acquire(peer(1)).is_none());
+        let other = limiter.acquire(peer(2)).expect("another peer");
         stranger.pop();
-        assert!(places.take(peer(1)).is_some());
+        assert!(limiter.acquire(peer(1)).is_some());
         drop((stranger, other));
-        assert!(places.lock().is_empty(), "ended requests leave nothing");
-        let all: Vec<_> = (0..=255).map_while(|last| places.take(peer(last))).collect();
+        assert!(limiter.lock().is_empty(), "ended requests leave nothing");
+        let all: Vec<_> = (0..=255).map_while(|last| limiter.acquire(peer(last))).collect();
         assert_eq!(all.len(), MAX);
     }
 }
