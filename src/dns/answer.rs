@@ -86,6 +86,7 @@ pub fn answer(
     if packet.len() < HEADER || packet[2] & QR != 0 || out.len() < HEADER {
         return None;
     }
+    // NOTIFY and UPDATE, too: nobody changes this zone by DNS. The question is not read, because its format may differ.
     if packet[2] & OPCODE != 0 {
         return Some(header_only(packet, Rcode::NotImp, out));
     }
@@ -155,7 +156,10 @@ impl<'m> Query<'m, '_> {
         let content = self.content();
         let rcode = content.rcode();
         let opt = edns.map(|edns| OptRecord { dnssec_ok: edns.dnssec_ok, nsid: self.nsid(&edns, out.len()), rcode });
+        // OPT has its room reserved: RFC 6891 §6.1.1 wants it in every answer to a query with one, also in a truncated one.
         let mut w = WireWriter::new(out, opt.as_ref().map_or(0, OptRecord::len));
+        // The header comes last, when the counts are known. The question is copied octet by octet: resolvers that vary its case
+        // against forged answers compare it.
         w.put(&[0; HEADER]).and_then(|()| w.put(&self.packet[HEADER..*end])).ok()?;
         let mut renderer = ResponseRenderer { w, zone: self.zone, name, rng, sections: SectionCounts::default() };
         match &content {
@@ -183,6 +187,7 @@ impl<'m> Query<'m, '_> {
         let rtype = RecordType::from_number(*qtype);
         // Zone transfers are not supported.
         let transfer = matches!(rtype, Some(RecordType::Axfr | RecordType::Ixfr));
+        // Before anything else: what a later version means by the rest of its query is not known.
         if edns.is_some_and(|edns| edns.version > 0) {
             // RFC 6891 §6.1.3: the only version is 0.
             return AnswerContent::Error(Rcode::BadVers);
@@ -194,7 +199,9 @@ impl<'m> Query<'m, '_> {
             Lookup::Hit(hit) => AnswerContent::Records(hit),
             Lookup::NoData(apex) => AnswerContent::Negative(Rcode::NoError, apex),
             Lookup::NxDomain(apex) => AnswerContent::Negative(Rcode::NxDomain, apex),
+            // This server does not recurse, so it knows nothing of other zones.
             Lookup::OutOfZone => AnswerContent::Error(Rcode::Refused),
+            // A resolver tries again after SERVFAIL. NXDOMAIN would be cached, for services that are about to be back.
             Lookup::NotReady => AnswerContent::Error(Rcode::ServFail),
         }
     }

@@ -39,6 +39,7 @@ pub(super) struct Sockets {
 impl Sockets {
     /// Binds `address` for TCP, then for UDP once per thread.
     pub(super) fn bind(address: SocketAddr, threads: NonZeroUsize, limits: &TcpLimits) -> io::Result<Self> {
+        // Port 0: the kernel chooses a port that is free for TCP, and the same one may be taken for UDP.
         let mut attempts = if address.port() == 0 { MAX_BIND_ATTEMPTS } else { 1 };
         loop {
             attempts -= 1;
@@ -82,6 +83,8 @@ fn bind_udp(address: SocketAddr, threads: NonZeroUsize) -> io::Result<Vec<UdpSoc
         let _ = socket.set_recv_buffer_size(RECEIVE_BUFFER);
         socket.bind(&address.into())?;
         let socket = socket.into();
+        // Otherwise the kernel would choose the source of an answer by its route, and the resolver drops what comes from an
+        // address that it did not ask.
         if address.ip().is_unspecified() {
             wildcard::request_local_addresses(&socket, address)?;
         }
@@ -93,6 +96,7 @@ fn bind_udp(address: SocketAddr, threads: NonZeroUsize) -> io::Result<Vec<UdpSoc
 fn socket(address: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
     if address.is_ipv6() {
+        // 0.0.0.0 and [::] can then be bound side by side, and peers are counted by one form of their address.
         socket.set_only_v6(true)?;
     }
     Ok(socket)

@@ -129,8 +129,10 @@ impl BoundSockets {
         let Self { sockets, nsid, tcp: limits } = self;
         // Stops these listeners alone, when one of them fails.
         let stop = stop.child_token();
+        // For the UDP threads. The token locks a mutex on every look, which all threads would share for every packet.
         let stopping = Arc::new(AtomicBool::new(false));
         let mut running: JoinSet<io::Result<()>> = JoinSet::new();
+        // Kept, not returned: threads that run by then have to be joined below.
         let mut started = Ok(());
         let mut workers = 1;
         let mut tcp_listeners = Vec::new();
@@ -144,6 +146,7 @@ impl BoundSockets {
             let responder = |counters| Responder { zone: Arc::clone(&zone), nsid: Arc::clone(&nsid), counters };
             workers = workers.max(udp.len());
             for (index, socket) in udp.into_iter().enumerate() {
+                // Counters of its own for each thread, so that no packet pays for an atomic that two cores write.
                 let responder = responder(metrics.dns.single_writer(&listener("udp")));
                 let stopping = Arc::clone(&stopping);
                 let serve = move || udp::serve(&socket, address, &responder, &stopping);
@@ -154,6 +157,7 @@ impl BoundSockets {
             }
             tcp_listeners.push((address, tcp, responder(metrics.dns.multi_writer(&listener("tcp")))));
         }
+        // One limiter for all TCP listeners: the limits are those of the process.
         let connections = Arc::clone(&metrics.connections);
         let limiter = ConnectionLimiter::new(
             ListenerKind::Dns,
@@ -191,6 +195,7 @@ impl BoundSockets {
                     if ended.is_err() {
                         stop.cancel();
                     }
+                    // The first error is the cause. Those after it follow from the stop.
                     result = result.and(ended);
                 }
             }

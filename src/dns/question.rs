@@ -65,11 +65,13 @@ impl Question {
     /// Parses a query whose header was checked already. Octets after the last record that the header
     /// counts are ignored.
     pub(super) fn parse(packet: &[u8]) -> Result<Self, Malformed> {
+        // Behind id and flags, which the caller has looked at.
         let mut reader = PacketReader { packet, at: 4 };
         // RFC 9619 §4: a query has one question.
         if reader.u16()? != 1 {
             return Err(Malformed);
         }
+        // A record takes 11 octets at least, so the length of the packet bounds the loops below, whatever these counts claim.
         let others = usize::from(reader.u16()?) + usize::from(reader.u16()?);
         let additional = reader.u16()?;
         let name = QName::parse(packet.get(HEADER..).ok_or(Malformed)?).map_err(|_| Malformed)?;
@@ -110,9 +112,11 @@ impl PacketReader<'_> {
             match self.take(1)?[0] {
                 0 => return Ok(self.at == begin + 1),
                 len @ 1..=63 => self.take(usize::from(len)).map(|_| ())?,
+                // A pointer ends a name. Where it leads does not matter to who skips it, so no loop of pointers can be built.
                 0xc0.. => return self.take(1).map(|_| false),
                 _ => return Err(Malformed),
             }
+            // RFC 1035 §2.3.4.
             if self.at - begin > 255 {
                 return Err(Malformed);
             }

@@ -74,6 +74,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
                 let _ = self.answered(written);
             }
             Hit::Ns(found) => {
+                // Where the name of the server will be: the owner before it is a pointer, because the question begins at octet 12.
                 let host_at = self.w.len() + FIXED;
                 let zone_at = self.zone_in_question();
                 let zone = self.zone;
@@ -124,6 +125,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
         let zone_at = self.zone_in_question();
         self.w.record(owner, RecordType::Soa, ttl, |w| {
             name_server(w, zone, zone_at)?;
+            // Of a reverse name nothing can be pointed at, so the first name spells the zone out, and the second points at that.
             let zone_at = zone_at.unwrap_or_else(|| w.len() - zone.origin().len());
             w.label(b"hostmaster")?;
             w.pointer_or(zone_at, |w| w.put(zone.origin()))?;
@@ -147,6 +149,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
     fn srv(&mut self, set: Rrset<'r, SrvRecord>, records: &'r ServiceRecords) {
         let ttl = self.zone.ttl();
         let owner = self.asked();
+        // The question is the owner of all records, and its end is the end of every target.
         // `_port._proto` are the two labels before the service.
         let service = self.name.suffix(2);
         let first = set.draw(self.rng);
@@ -161,6 +164,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
             });
             self.answered(written)
         });
+        // Truncated: the client asks again over TCP, and additional records would be wasted.
         if all.is_err() {
             return;
         }
@@ -168,7 +172,9 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
         // starts: its rows can be at both ends.
         let (mut seen, mut opening) = (None, None);
         let _ = set.visit_from(first, |SrvRecord { target, .. }| {
+            // The target is spelled out in the SRV record. Its address records point there, which takes two octets each.
             let name = OwnerName { at: at + FIXED + SRV_FIXED, name: HostName { target: Some(target), service } };
+            // RDLENGTH of the record leads to the next one.
             at += FIXED + usize::from(self.w.u16_at(at + FIXED - 2));
             if seen == Some(target) || opening == Some(target) {
                 return Ok(());

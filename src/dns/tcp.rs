@@ -73,6 +73,7 @@ impl TcpState {
 
     /// Counts `bytes` that are held while `connection` waits for its peer.
     fn hold(self: &Arc<Self>, bytes: usize, connection: &ConnectionHandle) -> Held {
+        // Relaxed: the sum is a limit, not a lock, and a few connections may pass it together.
         let all = self.held.fetch_add(bytes, Ordering::Relaxed) + bytes;
         self.metrics.connections.dns_held_bytes.set(all as u64);
         let held = Held { bytes, shared: Arc::clone(self), _in_use: connection.begin_use() };
@@ -139,6 +140,7 @@ impl TcpConnection {
     fn new(stream: TcpStream, permit: Permit, responder: Responder, shared: Arc<TcpState>) -> Self {
         // Answers are collected here, so Nagle's delay would only make them late.
         let _ = stream.set_nodelay(true);
+        // A connection that never asks is idle from its begin on (RFC 7766 §6.2.3).
         let until = Instant::now() + shared.limits.idle;
         Self {
             permit,
@@ -180,6 +182,7 @@ impl TcpConnection {
             };
         }
         // The peer has closed its side, or the server stops: received questions are answered before the end.
+        // Bounded: a peer that goes on sending must not hold up the stop.
         while self.received.len() < WRITE_THRESHOLD && self.read_from_socket() > 0 {}
         self.answer_all().await?;
         self.stream.shutdown().await.map_err(|_| None)
@@ -252,6 +255,7 @@ impl TcpConnection {
             }
         }
         if taken == self.received.len() {
+            // An idle connection keeps no buffer: there may be thousands.
             self.received = Vec::new();
         } else {
             self.received.drain(..taken);
@@ -263,6 +267,7 @@ impl TcpConnection {
     fn answer_some(&mut self, begin: usize, answers: &mut Vec<u8>) -> ReadTurn {
         SCRATCH.with_borrow_mut(|scratch| {
             let mut turn = ReadTurn { octets: 0, is_malformed: false };
+            // At least one, or a turn would make no progress and the connection would spin.
             for _ in 0..self.shared.limits.pipelined.max(1) {
                 let Some((message, octets)) = split_message(&self.received[begin + turn.octets..]) else { break };
                 // Over UDP such packets get no answer. Over TCP they would cost work and keep the
@@ -294,6 +299,7 @@ impl TcpConnection {
             match self.stream.try_write(rest) {
                 Ok(written) => rest = &rest[written..],
                 Err(err) if err.kind() == io::ErrorKind::WouldBlock => {
+                    // Counted from the first wait on: answers that the kernel takes at once are not held.
                     if held.is_none() {
                         held = Some(self.shared.hold(answers.len(), self.permit.handle()));
                         self.deadline = self.after(self.shared.limits.message, CloseReason::SlowReader);
@@ -308,6 +314,7 @@ impl TcpConnection {
 
     /// Waits until the stream is ready, the server stops (when reading), or the deadline passes.
     async fn wait(&mut self, direction: Direction) -> Result<(), EarlyEnd> {
+        // Only a deadline that comes earlier moves the timer. A later one is noticed when the timer elapses.
         if self.deadline.0 < self.timer.deadline() {
             self.timer.as_mut().reset(self.deadline.0);
         }
@@ -328,6 +335,7 @@ impl TcpConnection {
             return Poll::Ready(ready.map_err(|_| None));
         }
         self.has_waited = true;
+        // It may have been set for a deadline that has moved since.
         while self.timer.as_mut().poll(cx).is_ready() {
             let (until, reason) = self.deadline;
             if until <= Instant::now() {

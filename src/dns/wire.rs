@@ -118,6 +118,7 @@ impl<'o> WireWriter<'o> {
     /// A pointer to `at`, or `name` if a pointer cannot have that offset.
     pub(super) fn pointer_or(&mut self, at: usize, name: impl FnOnce(&mut Self) -> WriteResult) -> WriteResult {
         match u16::try_from(at) {
+            // The two highest bits say that it is a pointer (RFC 1035 §4.1.4). Names beyond 16 KiB, over TCP, are spelled out.
             Ok(offset) if at <= MAX_POINTER => self.u16(0xc000 | offset),
             _ => name(self),
         }
@@ -174,6 +175,7 @@ fn dashed_v4(ip: Ipv4Addr) -> ([u8; 15], usize) {
     let (mut text, mut len) = ([b'-'; 15], 0);
     for (index, octet) in ip.octets().into_iter().enumerate() {
         len += usize::from(index > 0);
+        // A digit is written from the power of ten on that it stands for, so without leading zeros; the last one always.
         for (from, digit) in [(100, octet / 100), (10, octet / 10 % 10), (0, octet % 10)] {
             if octet >= from {
                 text[len] = b'0' + digit;

@@ -66,11 +66,13 @@ impl AddressRules {
     pub(super) fn refuse(&self, service: &ServiceKey, address: &Address, by: &Requester) -> Option<AddressRefusal> {
         let ip = address.ip();
         let within = |networks: &[IpNet]| networks.iter().copied().find(|one| ip.is_some_and(|ip| one.contains(&ip)));
+        // First, and for everybody: the operator's own rule.
         if let Some(network) = within(&self.denied) {
             return Some(AddressRefusal::Denied(network));
         }
         let Requester::Identity { peer, .. } = by else { return None };
         match &self.service_ranges {
+            // Fails closed: an address of a Service that is not known yet would be accepted for good.
             None => return Some(AddressRefusal::ServiceRangesUnknown),
             Some(ranges) => {
                 if let Some(range) = within(ranges) {

@@ -186,6 +186,7 @@ impl Applier {
     /// Appends an applied batch to the feed; its registrants were answered at `acknowledged`.
     pub(super) fn announce(&self, applied: AppliedBatch, acknowledged: UnixMillis) {
         let AppliedBatch { generation, events, durable, visible } = applied;
+        // Stamped anew, or only tombstones: no watch is woken, but the feed must not wait for this generation.
         if events.is_empty() {
             self.feed.skip(generation);
         } else {
@@ -220,6 +221,7 @@ impl Applier {
 
 /// The changes that lead from `before` to `after`.
 fn difference(before: &CowTree<Arc<Instance>>, after: &CowTree<Arc<Instance>>) -> Vec<InstanceChange> {
+    // Linear in both: endpoints of a Service change by a few at a time, but arrive as the whole list.
     let removed = before.iter().filter(|old| after.get(&old.key()).is_none());
     let removed = removed.map(|old| InstanceChange { before: Some(Arc::clone(old)), after: None });
     let put = after.iter().filter_map(|new| {

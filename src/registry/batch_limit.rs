@@ -28,12 +28,14 @@ pub(super) struct BatchLimit {
 
 impl BatchLimit {
     pub(super) fn new() -> Self {
+        // A guess until the first batch is measured: 200 commands.
         Self { per_command: Duration::from_micros(10), commit: Duration::ZERO }
     }
 
     /// Whether a batch of so many commands should not take more.
     pub(super) fn is_reached(&self, commands: usize) -> bool {
         let commands = u32::try_from(commands).unwrap_or(u32::MAX);
+        // Where the disk takes longer than the commands, waiting for it longer does not help: the batch may grow with its sync.
         self.per_command.saturating_mul(commands) >= self.commit.clamp(MAX_BATCH_TIME, MAX_SLOW_BATCH_TIME)
     }
 
@@ -42,6 +44,7 @@ impl BatchLimit {
         self.commit = commit;
         let commands = u32::try_from(commands).unwrap_or(u32::MAX);
         if commands >= MIN_OBSERVED_COMMANDS {
+            // Smoothed: one batch that was descheduled must not make the next ones small.
             let latest = total.saturating_sub(commit) / commands;
             self.per_command = (self.per_command * 7 + latest) / 8;
         }

@@ -31,6 +31,7 @@ impl Writer {
             return Ok(());
         }
         let highest = HybridClock::highest(now.0.saturating_mul(1_000));
+        // Read before anything is stamped anew: the new stamps follow the highest one that is not from the future.
         let clock = self.latest_clock(highest);
         self.decider.stamper().reset(clock);
         let expiring = self.decider.expiring_behind(highest);
@@ -43,6 +44,7 @@ impl Writer {
             let before = self.decider.pending();
             self.decider.restamp(service, highest, now);
             restamped += self.decider.pending() - before;
+            // In parts: all of a million instances would be one batch, in memory and in the journal.
             if self.decider.pending() >= MAX_DIFFERENCES_AT_START {
                 self.finish(PendingAcks::default());
             }

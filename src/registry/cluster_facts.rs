@@ -121,6 +121,7 @@ impl ClusterFacts {
         let policy = self.policy?;
         if is_reserved(service) {
             Some(KubernetesRefusal::Reserved)
+        // Before the list is complete an unknown namespace may exist: registrations are accepted, as while the API server is away.
         } else if self.complete && !policy.create_namespaces && !self.namespaces.contains(service.namespace()) {
             Some(KubernetesRefusal::NamespaceAbsent)
         } else if self.foreign.contains(service) {
@@ -132,6 +133,7 @@ impl ClusterFacts {
 
     /// Whether Kubernetes has a place for what is said of `service`, as far as that is known.
     pub(super) fn has_place_for(&self, service: &ServiceKey) -> bool {
+        // Unlike a registration, a removal creates no namespace, so `create_namespaces` does not help here.
         let may_exist = self.policy.is_none() || !self.complete || self.namespaces.contains(service.namespace());
         may_exist && self.refuse(service).is_none()
     }

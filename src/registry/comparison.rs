@@ -92,8 +92,10 @@ fn run(request: ComparisonRequest, number: u64, local: &LocalState, catalog: &Ca
         );
     }
     info!(term, services, instances, changes = records.len() + unmirrored.len(), "compared with Kubernetes");
+    // Apart, because they are journaled differently: the outbox must keep what Kubernetes lacks.
     for (mut records, mirrored) in [(records, true), (unmirrored, false)] {
         while !records.is_empty() {
+            // From the end, which moves no other record.
             let part = records.split_off(records.len().saturating_sub(max_records));
             let (applied, is_applied) = oneshot::channel();
             let part = Differences { number, records: part, mirrored, applied };

@@ -197,6 +197,7 @@ impl Decider {
         if let Some(exceeded) = exceeded.or_else(|| self.exceeded_removals(&key, service.is_some(), by)) {
             return Outcome::OverQuota(exceeded);
         }
+        // An instance that changes its owner is a change, even with the same attributes: it is written and announced.
         let registrant = by.registrant_after(before.as_ref());
         let (outcome, instance) = match &before {
             None => {
@@ -206,6 +207,7 @@ impl Decider {
                 (Outcome::Created, Arc::unwrap_or_clone(instance))
             }
             Some(before) if before.same_attributes(&instance) && before.registrant() == registrant.as_ref() => {
+                // Without Kubernetes nobody else can have a word on the instance: a repetition costs no journal record.
                 if !self.stamps_unchanged {
                     return Outcome::Unchanged;
                 }
@@ -278,6 +280,8 @@ impl Decider {
         }
         // What is not registered here may be in an outbox elsewhere, with an earlier stamp. Without a namespace, or under a
         // Service of others, nothing can be remembered in Kubernetes, and nobody can register.
+        // With ports, the tombstones of the instances that were found are enough. The removal of a whole address is also about those
+        // that only other processes know.
         let remembered = (all || removed == 0) && self.expiries.is_some() && self.facts.has_place_for(key);
         if remembered && removed == 0 {
             if let Some(exceeded) = self.exceeded_removals(key, service.is_some(), by) {
@@ -311,10 +315,12 @@ impl Decider {
     /// Stages a tombstone, where removals are remembered. Returns a record if older ones were dropped for it.
     fn bury(&mut self, service: &ServiceKey, id: InstanceId, stamp: Stamp, received: UnixMillis) -> Option<Record> {
         self.note_expiry(service, stamp.clock)?;
+        // The expiry is noted above, before the service has the tombstone: `note_expiry` asks whether it had any.
         let clock = self.change_tombstones(service, received, |tombstones| {
             tombstones.insert(id, stamp);
             tombstones.shrink()
         });
+        // The new tombstone counts, too.
         self.keep_tombstone_budget(received);
         Some(Record::RefuseBefore { service: service.clone(), clock: clock? })
     }
@@ -355,6 +361,7 @@ impl Decider {
     /// Notes when the tombstones of a service that has none yet expire; `None` where removals are not remembered.
     fn note_expiry(&mut self, service: &ServiceKey, clock: u64) -> Option<()> {
         let expiries = self.expiries.as_mut()?;
+        // A service is in the queue once, by its first tombstone. Later ones are found when it is swept.
         let is_first = !self.batch.changes.tombstones.contains_key(service);
         if is_first && self.catalog.tombstones(service).is_empty() {
             expiries.add(clock, service.clone());
@@ -403,6 +410,7 @@ impl Decider {
             self.batch.records.push(Record::RefuseBefore { service: service.clone(), clock });
         }
         let mut removals: Vec<_> = tombstones.iter().filter(|removal| removal.stamp.clock > highest).collect();
+        // In the order in which they were said: among themselves the new stamps must not reverse it.
         removals.sort_unstable_by_key(|removal| removal.stamp);
         for removal in &removals {
             let (id, stamp) = (removal.id.clone(), self.stamper.next(now));

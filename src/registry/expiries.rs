@@ -70,6 +70,7 @@ impl Expiries {
 
     /// The tombstones of a service took `before` bytes, and take `after` now.
     pub(super) fn resize(&mut self, before: usize, after: usize) {
+        // Added first: the sum is unsigned, and a service may shrink to nothing.
         self.bytes = (self.bytes + after).saturating_sub(before);
     }
 
@@ -111,6 +112,7 @@ impl Expiries {
         if self.bytes <= self.max_bytes {
             return None;
         }
+        // Goes on where it stopped: the oldest service alone would lose all its tombstones first.
         let after = self.shrunk_to.take().map_or(Bound::Unbounded, Bound::Excluded);
         self.shrunk_to = self.by_clock.range((after, Bound::Unbounded)).next().cloned();
         self.shrunk_to.as_ref().map(|(_, service)| service.clone())

@@ -105,6 +105,7 @@ impl Feed {
             ring: Mutex::new(Ring { batches: VecDeque::new(), events: 0, before: 0, announced: 0 }),
             newest: watch::Sender::new(0),
             announced: watch::Sender::new(0),
+            // The ring begins anew with each run, so a cursor of an earlier one means nothing, even if its generation exists.
             epoch: fastrand::u64(1..),
         }
     }
@@ -195,6 +196,7 @@ impl Subscription {
             if self.seen < ring.before {
                 return Err(Lagged);
             }
+            // By generation and not by index: evictions move the indexes under a reader.
             let at = ring.batches.partition_point(|batch| batch.generation <= self.seen);
             let next = ring.batches.get(at).cloned();
             // Behind the newest batch there can be generations without changes.

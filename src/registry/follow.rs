@@ -221,20 +221,24 @@ impl Writer {
         let FollowedServices { term, generation: serial, complete, mut services } = followed;
         // Otherwise this process takes over already.
         let Some(local) = self.mirror_records.awaited_mut() else { return };
+        // What the journal holds is kept before the catalog is overwritten: the take-over compares with it.
         local.stored.get_or_insert_with(|| self.catalog.services());
         journal_outranked(&mut local.term, Some(term), &mut self.committer);
         // Anyone with access to the API server can label a slice of a reserved service as managed by gangplank.
         services.retain(|(service, _)| !is_reserved(service));
         if complete {
             let named: HashSet<&ServiceKey> = services.iter().map(|(service, _)| service).collect();
+            // A complete list says by omission that a service is gone.
             let gone = self.catalog.services().into_iter().map(|(service, _)| service);
             let gone: Vec<_> = gone.filter(|service| !named.contains(service)).collect();
             services.extend(gone.into_iter().map(|service| (service, Vec::new())));
         }
+        // Once somebody was answered the serial must not go back, also where a list is behind what the watch has shown (RFC 1982).
         let serial = serial.max(if self.status.is_readable() { self.applier.serial() } else { 0 });
         let mut changes = StagedChanges::default();
         for (service, instances) in services {
             self.stage(&mut changes, &service, instances);
+            // In parts: one batch with a million changes would evict everything else from the feed's ring.
             if changes.events.len() >= MAX_CHANGES {
                 self.publish_followed(serial, std::mem::take(&mut changes));
             }
@@ -274,6 +278,7 @@ impl Writer {
             self.applier.set_serial(serial);
             return;
         }
+        // The feed needs a generation of its own for each batch, the zone that of the writer, so that serials agree across replicas.
         let generation = serial.max(self.catalog.generation() + 1);
         let applied = self.applier.follow(generation, serial, changes, UnixMillis::now());
         self.metrics.registry.set_registered(self.catalog.len(), self.catalog.instances(), generation);

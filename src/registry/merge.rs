@@ -117,6 +117,7 @@ impl RegistryHandle {
         late: Option<(ServiceKey, u64)>,
     ) -> Result<MergeAck, Unavailable> {
         self.status.accepting()?;
+        // One at a time in the writer's queue, so that processes that hand over do not crowd out registrations.
         let turn = Arc::clone(&self.merges).acquire_owned().await.expect("the semaphore is never closed");
         let (reply, merged) = oneshot::channel();
         let request = MergeRequest { words, late, _turn: turn, reply };
@@ -162,6 +163,7 @@ impl Writer {
         self.applier.set_merging(true);
         self.finish(PendingAcks::default());
         self.applier.set_merging(false);
+        // The batch may have failed: nothing of it counts then, and the sender must keep its words.
         self.committer.usable()?;
         self.metrics.registry.count_refused_words(refused.len());
         self.refused_words.add(refused);
@@ -175,6 +177,7 @@ impl Decider {
         let OutboxWord { service, id, instance, stamp } = word;
         let wall = now.0.saturating_mul(1_000);
         let lead = Duration::from_micros(stamp.clock.saturating_sub(wall));
+        // Before anything is changed: the stamper would follow such a clock, and stamp everything in the future from then on.
         if lead > MAX_CLOCK_LEAD {
             return MergeOutcome::ClockAhead(lead);
         }
@@ -185,6 +188,7 @@ impl Decider {
             Merge { clock: self.stamper().clock(), wall, lifetime: TombstoneLifetime::DEFAULT, rules: Rules::ALL };
         let word = Word { value: instance.clone(), stamp: *stamp };
         let mut words = ServiceWords { decider: self, service, now };
+        // Handed over before, and the answer was lost. Merging is repeatable.
         if words.known(id) == Some(*stamp) {
             return MergeOutcome::Merged;
         }

@@ -167,6 +167,7 @@ impl MirrorProgress {
                 partial: PartialConfirmation::default(),
             });
             progress.generation = progress.generation.max(generation);
+            // In the most urgent list only: a change of this process must not wait among repetitions or merged words.
             if progress.queued < how {
                 progress.queued = how;
                 match how {
@@ -177,6 +178,7 @@ impl MirrorProgress {
             }
         }
         drop(unmirrored);
+        // Outside of the lock, which the woken task takes at once. A permit is kept if nobody waits, so no mark is missed.
         self.changed.notify_one();
     }
 
@@ -193,6 +195,7 @@ impl MirrorProgress {
                 }
                 dirty
             };
+            // A permit may be left from marks that an earlier call has taken: then there is nothing, and it waits.
             if dirty != DirtyServices::default() {
                 return dirty;
             }
@@ -206,6 +209,7 @@ impl MirrorProgress {
         let Some(progress) = unmirrored.services.get_mut(service) else { return false };
         let (reached, waiters): (Vec<_>, Vec<_>) =
             mem::take(&mut progress.waiters).into_iter().partition(|waiter| waiter.generation <= generation);
+        // Only the latest change makes it up to date. A change during the write keeps it here, with its waiters.
         if progress.generation <= generation {
             unmirrored.services.remove(service);
         } else {

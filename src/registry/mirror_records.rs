@@ -116,6 +116,7 @@ impl MirrorRecords {
     pub(super) fn retain_current(&self, comparison: u64, records: &mut Vec<Record>) {
         match &self.comparison {
             ComparisonState::Running { number, newer } if *number == comparison => {
+                // What was said while the comparison ran is later than anything that it compared.
                 records.retain(|record| !newer.covers(record));
             }
             _ => records.clear(),
@@ -145,6 +146,7 @@ impl MirrorRecords {
     pub(super) fn confirmed(&mut self, services: Vec<(ServiceKey, u64)>, now: Instant) {
         let records = services.into_iter().map(|(service, generation)| Record::Mirrored { service, generation });
         self.unsaved.extend(records);
+        // From the oldest on: a steady flow of confirmations must not put the save off for ever.
         self.save_at.get_or_insert(now + SAVE_INTERVAL);
     }
 

@@ -264,8 +264,10 @@ impl RegistryHandle {
         commands: Vec<Command>,
     ) -> Result<impl Future<Output = Result<Ack, Unavailable>> + Send + use<>, Unavailable> {
         debug_assert!(commands.len() <= MAX_COMMANDS, "the caller splits submissions");
+        // Looked at before the queue, so that a client is refused at once and not behind everybody else. The writer looks again.
         self.status.accepting()?;
         let (reply, answer) = oneshot::channel();
+        // Stamped here and not by the writer: the time in the queue counts as a part of the registration's latency.
         let submission = Submission { commands, received: UnixMillis::now(), reply };
         let status = self.status.clone();
         self.queue.send(WriterMessage::Submit(submission)).await.map_err(|_| status.refusal())?;
@@ -313,6 +315,8 @@ impl RegistryHandle {
     /// # Errors
     /// When the writer has ended.
     pub async fn mirrored(&self, mut services: Vec<(ServiceKey, u64)>) -> Result<(), Unavailable> {
+        // The waiting responses first. That Kubernetes has a change is true before the journal knows it; a confirmation that is
+        // lost only makes the outbox larger than necessary.
         services.retain(|(service, generation)| self.mirror_progress.confirm(service, *generation));
         if services.is_empty() {
             return Ok(());

@@ -99,13 +99,16 @@ impl Writer {
 
     pub(super) fn handed_over(&mut self, HandedOver { mut words, done }: HandedOver) {
         if let Some(local) = self.mirror_records.awaited_mut() {
+            // With the stamp: the same instance may have been registered again since the word was sent, and that word was not answered for.
             words.retain(|word| local.outbox.remove(&word.service, &word.id, word.stamp));
             let mut services: HashSet<ServiceKey> = words.iter().map(|word| word.service.clone()).collect();
+            // A service is confirmed only when none of its words is left.
             for (service, ..) in local.outbox.iter() {
                 services.remove(service);
             }
             let records: Vec<Record> = words.into_iter().map(OutboxWord::into_record).collect();
             // The committer logs a failure and sets the status. After a restart they are sent again, which changes nothing.
+            // Journaled as mirrored, which takes them out of the outbox on disk as well.
             if !records.is_empty() && self.committer.commit_mirrored(&records, false).is_ok() {
                 for service in services {
                     self.mirror_progress.confirm(&service, u64::MAX);
@@ -175,9 +178,11 @@ impl Writer {
 fn page(outbox: &LatestRecords, after: Option<Stamp>, limit: usize) -> OutboxPage {
     let mut words: Vec<(&ServiceKey, &InstanceId, &Word<Arc<Instance>>)> =
         outbox.iter().filter(|(.., word)| after.is_none_or(|after| word.stamp > after)).collect();
+    // A selection instead of a sort of everything: an outbox may have a million words, of which one page is wanted.
     if let Some(last) = limit.checked_sub(1).filter(|last| *last < words.len()) {
         let (_, (.., last), _) = words.select_nth_unstable_by_key(last, |(.., word)| word.stamp);
         let last = last.stamp;
+        // All words of the last stamp, also beyond the limit: the next page begins behind that stamp and would miss them.
         words.retain(|(.., word)| word.stamp <= last);
     }
     words.sort_unstable_by_key(|(.., word)| word.stamp);

@@ -131,6 +131,7 @@ impl InstanceQuotas {
         of_registrant: impl FnOnce(&Registrant) -> usize,
         of_namespace: impl FnOnce() -> usize,
     ) -> Option<QuotaExceeded> {
+        // The namespace has as many instances after a repetition as before.
         if before.is_none() {
             let exceeded = match (annotated, self.per_namespace) {
                 (Some(AnnotatedQuota::Invalid), _) => Some(QuotaExceeded::Annotation { limit: None }),
@@ -147,6 +148,7 @@ impl InstanceQuotas {
             }
         }
         let (Requester::Identity { registrant, .. }, Some(limit)) = (by, self.per_identity) else { return None };
+        // Registering again what it has takes no more room. Taking over what belongs to nobody, or to another, does.
         let is_own = before.is_some_and(|before| before.registrant() == Some(registrant));
         (!is_own && of_registrant(registrant) >= limit.get())
             .then(|| QuotaExceeded::Identity { registrant: registrant.clone(), limit: limit.get() })

@@ -110,9 +110,11 @@ impl Unrecovered {
         for repair in &recovery.repairs {
             warn!("{repair}");
         }
+        // The clock first: tombstones expire by it, and the wall clock may be behind what is stored.
         let clock = stored.settled_clock();
         let Replayed { services, mut tombstones, clock: _ } = stored;
         if !recovery.tombstones {
+            // Never used with Kubernetes: nobody can bring back what was removed.
             tombstones.clear();
         }
         let wall = UnixMillis::now();
@@ -147,6 +149,7 @@ impl Unrecovered {
             stored: None,
         });
         if let Some(local) = &local {
+            // DNS answers from here on. Registrations wait for the comparison with Kubernetes.
             status.restoring();
             metrics.registry.set_outbox(local.outbox.len());
             let unmirrored = local.unmirrored(&catalog);
@@ -211,6 +214,7 @@ impl Replayed {
                 if let Some(stored) = self.services.get_mut(&service) {
                     stored.instances.remove(&InstanceKey::from(&id));
                     if stored.instances.is_empty() {
+                        // O(1). The order matters for speed only.
                         self.services.swap_remove(&service);
                     }
                 }

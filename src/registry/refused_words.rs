@@ -60,6 +60,7 @@ pub struct RefusedWords {
 impl RefusedWords {
     pub(super) fn add(&self, refused: impl IntoIterator<Item = RefusedWord>) {
         let mut words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
+        // Bounded, because nobody takes them while the API server is away. Cannot underflow: only this function adds.
         let room = MAX_WORDS - words.len();
         words.extend(refused.into_iter().take(room));
         drop(words);

@@ -123,9 +123,11 @@ impl ReplicaStatus {
     /// slices show it already, or none does, the watch has missed nothing until the request began.
     pub(crate) fn lease_read(&self, since: Duration, term: u64, generation: u64) {
         let mut state = self.lock();
+        // The begin of the request, not its end: the Lease is as old as the request may have been on its way.
         let began = Instant::now().checked_sub(since);
         state.lease = (term, generation);
         if state.followed.max(state.unwritten) >= (term, generation) {
+            // Never back: another proof may be newer.
             state.current = state.current.max(began);
         }
     }

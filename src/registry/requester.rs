@@ -33,6 +33,7 @@ impl Requester {
         match self {
             Self::Unrestricted | Self::Identity { overrides: true, .. } => None,
             Self::Identity { registrant, overrides: false, .. } => {
+                // What belongs to nobody may be taken by anybody with the right to register it.
                 instances.into_iter().filter_map(|instance| instance.registrant()).find(|other| *other != registrant)
             }
         }

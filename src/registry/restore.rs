@@ -108,6 +108,7 @@ impl LatestRecords {
             }
             Record::Remove { service, id, stamp } => match self.0.get(&(service.clone(), id.clone())) {
                 Some(Word { value: None, stamp: latest }) => {
+                    // Two stamps of one removal: the later one is the last word.
                     *stamp = (*stamp).max(*latest);
                     true
                 }
@@ -185,6 +186,7 @@ impl WantedService {
     /// Adds what the slices remember of removals.
     fn bury(&mut self, tombstones: Tombstones) {
         for tombstone in tombstones.iter() {
+            // Instances and tombstones come from several slices, which are not written together.
             for instance in self.instances.removed_by(&tombstone.id) {
                 if instance.stamp() < tombstone.stamp {
                     self.instances.remove(&instance.key());
@@ -241,6 +243,7 @@ pub(super) fn compare(local: &LocalState, held: KubernetesState, visible: &Store
     let mut unmirrored = Vec::new();
     if local.stored.is_some() {
         // What only the journal, or only the catalog, lacks goes to both: repeating it changes nothing.
+        // Each instance once, or a part of the result would undo another.
         let known: HashSet<(ServiceKey, InstanceId)> = records.iter().filter_map(instance_of).collect();
         let of_journal = differences(&wanted, stored, &visible.tombstones).into_iter();
         records.extend(of_journal.filter(|record| instance_of(record).is_some_and(|one| !known.contains(&one))));
@@ -260,6 +263,7 @@ fn merge(
 ) -> (WantedServices, Vec<(ServiceKey, Arc<Instance>)>) {
     let directory = Rank { term: local.term.term, generation: local.generation };
     let shown = Rank { term: held.term, generation: held.generation };
+    // Whether anybody wrote after this directory decides if its words count beside its outbox.
     let age = DirectoryAge::of(directory, local.term.followed, shown, Rules::ALL);
     let mut clock = HybridClock::default();
     let mut wanted = WantedServices::new();
@@ -275,6 +279,7 @@ fn merge(
         wanted.entry(service).or_default().bury(tombstones);
     }
 
+    // Instances, tombstones and the outbox of a service are merged together: a removal of an address covers all of them.
     let mut own: HashMap<&ServiceKey, OwnWords<'_>> = HashMap::new();
     for (service, registered) in stored {
         own.entry(service).or_default().instances = Some(&registered.instances);
@@ -342,6 +347,7 @@ fn differences(
         records.extend(gone.map(|instance| Record::Remove {
             service: service.clone(),
             id: instance.id(),
+            // Without a tombstone nothing is remembered of the removal: it is what the slices say, not a word of its own.
             stamp: wanted.tombstones.get(&instance.key()).unwrap_or_default(),
         }));
     }

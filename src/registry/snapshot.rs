@@ -81,6 +81,7 @@ impl Snapshot {
     pub fn namespace(&self, namespace: &str) -> std::ops::Range<usize> {
         let below = |(key, _): &(ServiceKey, Service)| key.namespace() < namespace;
         let start = self.services.partition_point(below);
+        // Sorted by namespace first, so that a namespace is one range, found without a look at the others.
         let len = self.services[start..].partition_point(|(key, _)| key.namespace() == namespace);
         start..start + len
     }
@@ -186,6 +187,7 @@ impl Snapshots {
         let mut feed = self.feed.subscribe(self.catalog.generation());
         let found = self.catalog.get(key).map(|service| (key.clone(), service));
         let mut services: Services = found.into_iter().collect();
+        // Everything that the read can have seen a part of is in the feed by then, and replaces what was read.
         let missed = feed.read_until(self.catalog.newest_visible()).await?;
         settle(&mut services, &missed, |changed| changed == key);
         Ok(Snapshot { services, generation: feed.seen() })
@@ -202,6 +204,7 @@ impl Snapshots {
     }
 
     async fn next_permit(&self) -> Result<ListPermit, ListError> {
+        // Semaphores are fair: this succeeds only if nobody waits, so no list overtakes the queue.
         if let Ok(permit) = Arc::clone(&self.lists).try_acquire_owned() {
             return Ok(ListPermit::new(permit, &self.metrics));
         }
@@ -215,6 +218,7 @@ impl Snapshots {
 
     /// A snapshot that is not older than this call.
     async fn latest(&self) -> Result<Arc<Snapshot>, ListError> {
+        // Read before the lock: a build that begins after this line sees everything that was acknowledged before the call.
         let begun = self.begun.load(Ordering::Acquire);
         let mut latest = self.latest.lock().await;
         if let Some(snapshot) = latest.snapshot.upgrade() {
@@ -231,6 +235,7 @@ impl Snapshots {
         let built = self.build().await;
         latest.not_before = Instant::now() + started.elapsed();
         let snapshot = Arc::new(built?);
+        // Weak: a snapshot lives as long as a list is sent from it, and 50 MB are not kept for the next one.
         latest.snapshot = Arc::downgrade(&snapshot);
         latest.build = build;
         Ok(snapshot)
@@ -250,6 +255,7 @@ impl Snapshots {
             loop {
                 tokio::select! {
                     services = &mut reading => break services.map_err(failed)?,
+                    // During the read, not after it: a read of a second may take longer than the ring keeps changes.
                     batch = feed.next() => missed.push(batch?),
                 }
             }

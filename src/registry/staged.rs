@@ -115,6 +115,7 @@ impl StagedChanges {
             (Some(before), None) => (instances.remove(&before.key()), None),
             (None, None) => (None, None),
         };
+        // By what the tree replaced and not by `change.before`: an earlier change of the batch may have been on the same instance.
         self.growth += isize::from(after.is_some()) - isize::from(replaced.is_some());
         self.counts.replace(key.namespace(), replaced.as_deref(), after);
         if let (Some(before), Some(after)) = (&change.before, &change.after)

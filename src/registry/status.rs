@@ -164,6 +164,7 @@ impl Status {
     /// Whether the catalog is complete: this process writes, or follows one that does. Stays so.
     #[must_use]
     pub fn is_readable(&self) -> bool {
+        // Pairs with `set_readable`: a reader that is let in sees the complete catalog.
         self.readable.load(Ordering::Acquire)
     }
 
@@ -198,6 +199,7 @@ impl Status {
 
     /// The catalog is complete. Returns whether that is new.
     pub(super) fn set_readable(&self) -> bool {
+        // A swap, so that one caller alone gets `true` and opens the zone.
         !self.readable.swap(true, Ordering::AcqRel)
     }
 
@@ -210,6 +212,7 @@ impl Status {
         self.set_readable();
         self.set_holder(None);
         self.phase.send_if_modified(|phase| {
+            // Not from StorageFailed or Draining: a comparison that ends late must not reopen what was closed.
             let loading = matches!(phase, Phase::Recovering | Phase::Restoring | Phase::Standby(_));
             if loading {
                 *phase = Phase::Ready;
@@ -230,6 +233,7 @@ impl Status {
 
     /// The clock was compared with the API server's.
     pub(crate) fn set_clock_agrees(&self, agrees: bool) {
+        // A hint of the moment; nothing else is published with it.
         self.clock_is_wrong.store(!agrees, Ordering::Relaxed);
     }
 
@@ -268,6 +272,7 @@ impl Status {
 
     pub(super) fn storage_failed(&self, err: &str) {
         self.phase.send_if_modified(|phase| {
+            // Draining stays: the process is about to end, whatever the disk does.
             let working = matches!(phase, Phase::Recovering | Phase::Restoring | Phase::Standby(_) | Phase::Ready);
             if working {
                 *phase = Phase::StorageFailed(err.into());

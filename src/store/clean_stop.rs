@@ -86,6 +86,7 @@ impl CleanStop {
     fn decode(bytes: &[u8; LEN]) -> Result<Self, HeaderError> {
         let u32_at = |at| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
         let u64_at = |at| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+        // The checksum first: a version that was read from corrupt bytes would be blamed on a newer gangplank.
         if u32_at(52) != crc32c::crc32c(&bytes[..52]) {
             return Err(HeaderError::Corrupt);
         }

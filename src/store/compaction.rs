@@ -154,6 +154,7 @@ impl CompactionTask {
 
     /// Asks it to stop early.
     pub(super) fn stop(&self) {
+        // Nothing else is handed over by the flag: `finish` joins the thread before its result is used.
         self.stop.store(true, Ordering::Relaxed);
     }
 
@@ -234,6 +235,8 @@ fn merge(
         }
         Ok((changes, source.generation))
     };
+    // The first window reads all segments before the snapshot is begun: its frames have the generation of what they hold, and
+    // corruption is found before the disk is filled.
     let (mut changes, generation) = window(Vec::new())?;
     let mut term = changes.term;
     let mut source = MergeInput { context, lossy: plan.lossy, stop, generation };
@@ -393,6 +396,7 @@ impl<'m> SnapshotWriter<'m> {
     fn begin(context: &'m StoreContext, file_id: FileId, file: &'m mut dyn File, generation: u64) -> io::Result<Self> {
         file.write_at(0, &Header { id: context.id, file_id, previous_len: 0 }.encode())?;
         let now = UnixMillis::now().0.saturating_mul(1_000);
+        // A directory that was never used with Kubernetes: nobody can bring back what was removed, so no removal is remembered.
         let expired_before = if context.tombstones { TombstoneLifetime::DEFAULT.expired_before(now) } else { u64::MAX };
         Ok(Self {
             context,

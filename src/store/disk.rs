@@ -113,6 +113,7 @@ impl OsDirectory {
 
     /// Whether `name` in the directory is the file with that identity.
     fn holds(&self, name: &str, identity: FileIdentity) -> io::Result<bool> {
+        // A symlink in the place of the file is a replacement, wherever it leads.
         is_same(statat(&self.dir, name, AtFlags::SYMLINK_NOFOLLOW), identity)
     }
 }
@@ -169,6 +170,7 @@ impl Directory for OsDirectory {
 
     fn find_missing(&self, name: &str, identity: FileIdentity) -> io::Result<Option<PathBuf>> {
         // An inode that is open here cannot be reused, so a new file has another identity.
+        // The path may lead through symlinks, which is the operator's choice. Only where it ends counts.
         if !is_same(stat(&self.path), self.identity)? {
             return Ok(Some(self.path.clone()));
         }

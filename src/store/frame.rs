@@ -145,6 +145,7 @@ impl Header {
 
     /// Reads the header of the file in `place`.
     pub(super) fn decode(bytes: &[u8; HEADER_LEN], file_id: FileId) -> Result<Self, HeaderError> {
+        // The checksum before the version, as in the clean-stop file.
         if u32_at(bytes, 44) != crc32c::crc32c(&bytes[..44]) {
             return Err(HeaderError::Corrupt);
         }
@@ -178,6 +179,7 @@ pub(super) struct Frame {
 impl Frame {
     /// The payload length in the frame that begins with `bytes`, unverified; `None` if no frame does.
     pub(super) fn claimed_payload_len(bytes: &[u8]) -> Option<usize> {
+        // Bounded before anything is allocated: in corrupt bytes the length may be any number.
         let length = u32_at(bytes, 8) as usize;
         (bytes[..4] == FRAME_MAGIC && length <= MAX_PAYLOAD).then_some(length)
     }

@@ -181,7 +181,9 @@ impl Journal {
             Record::Mirrored { generation, .. } => Some(*generation),
             _ => None,
         });
+        // What Kubernetes has may be a later generation than this batch: the stored one must not be behind it after a start.
         self.generation = named.fold(self.generation.max(generation), u64::max);
+        // The order matters: a file that is removed during the sync took the batch with it, so the check comes after the write.
         self.write(records, entry)
             .map_err(|WriteError(operation, err)| self.fail(operation, self.segment.file_id, err))?;
         self.check_in_place()?;
@@ -309,6 +311,7 @@ impl Journal {
     /// # Errors
     /// When a file cannot be read, or is not what was written. It is final, as in [`append`](Self::append).
     pub fn read_back(&mut self, record: &mut dyn FnMut(Record)) -> Result<(DirectoryTerm, Vec<Record>), StoreError> {
+        // It would remove the files that are read next.
         if let Some(running) = &self.compaction {
             running.stop();
         }

@@ -186,6 +186,7 @@ impl DataDir {
             .io_context("create", path)?;
         let file = path.join(LOCK);
         let mut options = fs::OpenOptions::new();
+        // Not truncated: until the lock is held, the pid in the file is that of another process.
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let (name, mut lock, writable) = match options.open(&file) {
             Ok(lock) => (Some(LOCK), lock, true),
@@ -196,6 +197,7 @@ impl DataDir {
             },
             Err(err) => return Err(err).io_context("open", &file),
         };
+        // The kernel releases the lock with the process, also at `kill -9`: there is no stale lock to clear by hand.
         match lock.try_lock() {
             Ok(()) => {}
             Err(fs::TryLockError::WouldBlock) => {

@@ -194,6 +194,7 @@ impl MirroredServices {
     /// Updates since when an entry of the old snapshot, from a frame of `generation`, is unmirrored.
     pub(super) fn settle(&self, key: &[u8], entry: &mut Entry, generation: u64) {
         let since = entry.since(generation);
+        // Namespace and service each end with a 0: the key up to the second one is the service's.
         let service = key.split_inclusive(|byte| *byte == 0).take(2).map(<[u8]>::len).sum();
         let covered = since == 0 || self.0.get(&key[..service]).is_some_and(|mirrored| *mirrored >= since);
         entry.set_since(Some(if covered { 0 } else { since }));

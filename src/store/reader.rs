@@ -99,6 +99,7 @@ impl<'f> FrameReader<'f> {
             return Ok(false);
         }
         if at < self.window_at || end > self.window_at + self.window.len() as u64 {
+            // A whole window, however small the frame: small frames then cost one read per mebibyte.
             let wanted = (self.len - at).min(length.max(WINDOW) as u64);
             self.window.resize(usize::try_from(wanted).expect("bounded by WINDOW and MAX_PAYLOAD"), 0);
             self.window_at = at;

@@ -68,6 +68,7 @@ impl StoreOpener<'_> {
             }
             same_store
         });
+        // Up to the refusal nothing is written: a start that is refused leaves the directory as it was.
         classify(&self.dir, &mut scans, id, clean_stop, &mut corruptions, &mut repairs);
         self.refuse(&corruptions)?;
 
@@ -91,6 +92,7 @@ impl StoreOpener<'_> {
             metrics: Arc::clone(&self.metrics),
         };
         let mut journal = self.journal(&context, scans, set.snapshot, generation, &mut repairs)?;
+        // Without the outbox later snapshots do not say what is unmirrored. Term 0 makes the next start with Kubernetes count everything.
         let drops_outbox = !self.options.outbox && outbox.term.is_some_and(|term| term.term > 0);
         if drops_outbox && let Err(err) = journal.append(generation, &[Record::Term(DirectoryTerm::default())]) {
             // The stored term still vouches for the outbox, so no snapshot may drop it: none is made.

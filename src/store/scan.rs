@@ -49,6 +49,7 @@ impl FileSet {
         set.obsolete = names
             .into_iter()
             .filter(|name| match name.strip_suffix(TEMP_SUFFIX) {
+                // Another `.tmp` is somebody else's file, and stays.
                 Some(stem) => FileId::parse(stem).is_some() || CleanStop::is_temporary(name),
                 None => FileId::parse(name).is_some_and(obsolete),
             })
@@ -101,6 +102,7 @@ pub(super) struct FileScan {
 impl FileScan {
     /// Whether the file is intact up to its durable offset.
     fn has_torn_tail(&self) -> bool {
+        // What is corrupt behind the durable offset was never acknowledged.
         self.corrupt.first().map_or(self.last_batch_end, |range| range.bytes.start) >= self.synced
     }
 
@@ -133,6 +135,7 @@ impl FileScan {
                         last_batch_end = at.end;
                     }
                     synced = synced.max(frame.synced);
+                    // Bytes behind the last frame would be lost silently, so they make the snapshot incomplete.
                     complete = frame.end && at.end == len;
                     last_frame_end = at.end;
                     last = Some(frame.generation);
@@ -253,6 +256,7 @@ pub(super) fn missing_segments(set: &FileSet, clean_stop: Option<CleanStop>, dir
     // There is always a segment after a snapshot: it is created first.
     let end = set.segments.last().map_or(expected + 1, |last| last + 1);
     let end = end.max(clean_stop.map_or(0, |stop| stop.segment + 1));
+    // `end` is one past what has to be there, so that a gap after the last file shows as well.
     for number in set.segments.iter().copied().chain([end]) {
         if number > expected {
             let what = match number - expected {

@@ -98,6 +98,7 @@ impl ReverseFamily {
     fn digit(self, label: &[u8]) -> Option<u128> {
         match (self, label) {
             (Self::V4, [b'0']) => Some(0),
+            // RFC 1035 §3.5: an octet has one spelling. With `010` one address would have several names.
             (Self::V4, [b'1'..=b'9', ..]) if label.len() <= 3 => {
                 let digits = label.iter().map(|c| c.is_ascii_digit().then(|| u16::from(c - b'0')));
                 let number = digits.into_iter().try_fold(0u16, |sum, digit| Some(sum * 10 + digit?))?;
@@ -119,8 +120,10 @@ impl ReverseName {
         };
         let (mut bits, mut good) = (0, 0);
         while good < below.min(family.labels()) {
+            // The rightmost label has the highest bits.
             let Some(digit) = family.digit(name.label(below - 1 - good)) else { break };
             good += 1;
+            // IPv4 begins at the top, too, so that one comparison of prefixes serves both families.
             bits |= digit << (128 - good * family.label_bits());
         }
         Some(Self { family, bits, good, below })
@@ -145,6 +148,7 @@ impl ReverseName {
                 IpAddr::V6(ip) => (ReverseFamily::V6, ip.to_bits()),
             };
             let prefix = usize::from(*prefix);
+            // A prefix that ends within a label (10.0.0.0/9) makes each label that it covers an apex: labels cannot be cut.
             let labels = prefix.div_ceil(family.label_bits());
             let differ = (self.bits ^ network).leading_zeros() as usize;
             (self.family == family && self.good >= labels && differ >= prefix).then_some(labels)
@@ -172,6 +176,7 @@ fn in_zone<'v>(zone: &'v ZoneReader<'_>, name: &QName, below: usize, rtype: Ques
         // RFC 8020: a name above one that exists does exist.
         (b"svc" | b"dns", 1) => Lookup::NoData(apex),
         (b"svc", 2) if zone.has_namespace(name.label(0)) => Lookup::NoData(apex),
+        // Three labels are a service, four a host or a protocol of it, five a port. Nothing is deeper.
         (b"svc", 3..=5) => match zone.service(name.label(below - 3), name.label(below - 2)) {
             Some(records) => in_service(records, apex, name, below - 3, rtype),
             None => Lookup::NxDomain(apex),
@@ -191,9 +196,11 @@ fn in_service<'v>(
     below: usize,
     rtype: QuestionType,
 ) -> Lookup<'v> {
+    // Compared as octets: names in questions are in lower case already.
     let protocol = |index| Protocol::ALL.into_iter().find(|p| p.srv_label().as_bytes() == name.label(index));
     match below {
         0 => addresses(records.addresses(), apex, rtype),
+        // Labels of hosts have no underscore, so a name is never both.
         1 => match (records.host(name.label(0)), protocol(0)) {
             (Some(found), _) => addresses(found, apex, rtype),
             // RFC 8020: `_tcp` is above the SRV names.
@@ -203,6 +210,7 @@ fn in_service<'v>(
         _ => {
             let port_name = name.label(0).strip_prefix(b"_");
             match port_name.zip(protocol(1)).and_then(|(port_name, protocol)| records.srv(protocol, port_name)) {
+                // The protocol is part of the key: `_http._udp` is not `_http._tcp`.
                 Some(rrset) if takes(rtype, RecordType::Srv) => Lookup::Hit(Hit::Srv(rrset, records)),
                 Some(_) => Lookup::NoData(apex),
                 None => Lookup::NxDomain(apex),
@@ -213,6 +221,7 @@ fn in_service<'v>(
 
 fn addresses(found: Addresses<'_>, apex: Apex, rtype: QuestionType) -> Lookup<'_> {
     match found {
+        // RFC 8482 §4.1: any one RRset is a good answer to ANY, which keeps it small.
         Addresses { v4: Some(v4), .. } if takes(rtype, RecordType::A) => Lookup::Hit(Hit::A(v4)),
         Addresses { v6: Some(v6), .. } if takes(rtype, RecordType::Aaaa) => Lookup::Hit(Hit::Aaaa(v6)),
         _ => Lookup::NoData(apex),
@@ -222,6 +231,7 @@ fn addresses(found: Addresses<'_>, apex: Apex, rtype: QuestionType) -> Lookup<'_
 /// The apex of the zone, or of a reverse zone, has an SOA and an NS.
 fn at_apex<'v>(zone: &'v ZoneReader<'_>, apex: Apex, rtype: QuestionType) -> Lookup<'v> {
     match rtype {
+        // As with addresses, ANY gets one RRset.
         Some(RecordType::Soa | RecordType::Any) => Lookup::Hit(Hit::Soa(apex)),
         Some(RecordType::Ns) => Lookup::Hit(Hit::Ns(zone.name_server())),
         _ => Lookup::NoData(apex),
@@ -251,6 +261,8 @@ fn in_reverse<'v>(zone: &'v ZoneReader<'_>, name: &QName, reverse: ReverseName, 
         Some((names, ip)) if takes(rtype, RecordType::Ptr) => Lookup::Hit(Hit::Ptr(names, ip)),
         _ if reverse.below == labels => at_apex(zone, apex, rtype),
         Some(_) => Lookup::NoData(apex),
+        // A part of an address is above the addresses that it begins. Whether any of them is in use is not looked up: NXDOMAIN would
+        // deny all of them (RFC 8020), and resolvers that minimise names ask for such parts (RFC 9156).
         None if address.is_none() && reverse.good == reverse.below => Lookup::NoData(apex),
         None => Lookup::NxDomain(apex),
     }

@@ -136,6 +136,7 @@ impl Zone {
     /// Whether everything that was stored is published, so that a miss is NXDOMAIN.
     #[must_use]
     pub fn is_ready(&self) -> bool {
+        // Pairs with the release in `set_ready`: who sees the flag sees every service that was published before it.
         self.ready.load(Ordering::Acquire)
     }
 
@@ -144,6 +145,7 @@ impl Zone {
         if self.is_ready() {
             return;
         }
+        // At the start nearly every instance is new, so one line with the sum replaces a line for each.
         let example = self.unservable.example.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let (instances @ 1.., Some(example)) = (self.unservable(), example) {
             let zone = self.origin();
@@ -154,6 +156,7 @@ impl Zone {
                 "instances have names that do not fit DNS with this zone (RFC 1035 §2.3.4): those names are not served"
             );
         }
+        // After all that recovery has published: from here on a name that is not found is denied.
         self.ready.store(true, Ordering::Release);
     }
 
@@ -172,6 +175,7 @@ impl Zone {
     /// Instances with a name that is not served, because it does not fit a message with this zone.
     #[must_use]
     pub fn unservable(&self) -> u64 {
+        // A number for metrics and the log. It orders nothing.
         self.unservable.instances.load(Ordering::Relaxed)
     }
 
@@ -214,6 +218,7 @@ impl ZoneReader<'_> {
     /// How many labels `name` has below the zone's name; `None` outside the zone.
     #[must_use]
     pub(crate) fn labels_below_origin(&self, name: &QName) -> Option<usize> {
+        // Both names are in wire form and lower case, so equal octets are equal names, and no label is compared in its middle.
         let below = name.labels().checked_sub(self.zone.settings.origin_labels)?;
         (name.suffix(below) == self.origin()).then_some(below)
     }
@@ -253,10 +258,12 @@ impl ZoneReader<'_> {
     }
 
     fn has_namespace(&self, name: &[u8]) -> bool {
+        // A label may hold any octets (RFC 2181 §11); one that is no text is no namespace.
         std::str::from_utf8(name).is_ok_and(|name| self.zone.namespaces.pin().contains_key(name))
     }
 
     fn ptr_records(&self, ip: IpAddr) -> Option<Rrset<'_, PtrRecord>> {
+        // Pinned here and not in `pin`: most questions are about names. A question has one address, so one family is enough.
         self.reverse.get_or_init(|| self.zone.reverse.pin(ip)).get(ip)
     }
 }

@@ -77,6 +77,7 @@ impl Publisher {
         let zone = &*self.zone;
         let limit = NameLimit::new(service, zone.settings.origin.len());
         let services = zone.services.pin();
+        // Stays valid when it is replaced below: `services` is pinned until the end.
         let old = services.get(service);
 
         let mut update = RecordsUpdate::new(old.cloned().unwrap_or_default());
@@ -91,11 +92,13 @@ impl Publisher {
             let served = [before, after].into_iter().flatten();
             touched.extend(served.filter_map(|served| Some((served.ip, served.host?))));
         }
+        // Several instances of a batch may share a host, which appears or disappears once.
         touched.sort_unstable();
         touched.dedup();
         let new = update.finish();
 
         let had = |(ip, host): &(IpAddr, HostLabel)| old.is_some_and(|old| old.has_host(*ip, host));
+        // What only changed its weight or ports is in neither: PTR records do not depend on those.
         let (added, removed): (Vec<_>, Vec<_>) =
             touched.into_iter().filter(|host| had(host) != new.has_host(host.0, &host.1)).partition(|host| !had(host));
 
@@ -128,6 +131,7 @@ impl Publisher {
 
     fn count_namespace_in(&self, namespace: &str) {
         let namespaces = self.zone.namespaces.pin();
+        // Not atomic, and need not be: there is one publisher.
         let count = namespaces.get(namespace).copied().unwrap_or(0);
         namespaces.insert(namespace.into(), count + 1);
     }

@@ -38,6 +38,7 @@ impl QName {
             if len == 0 {
                 break;
             }
+            // 0xC0 is a pointer; 0x40 and 0x80 are reserved (RFC 1035 §4.1.4).
             if len > MAX_LABEL {
                 return Err(InvalidName);
             }

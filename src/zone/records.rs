@@ -196,6 +196,8 @@ impl SrvRecord {
         if self.units == 0 {
             return 0;
         }
+        // Rounded to the nearest, but never down to 0, which would say "hardly ever" of a small weight (RFC 2782). Many instances
+        // together may exceed what 16 bits hold; the sum stays exact here, only what is shown is capped.
         let hundredths = (self.units * 100 + Weight::UNITS_PER_ONE / 2) / Weight::UNITS_PER_ONE;
         u16::try_from(hundredths.max(1)).unwrap_or(u16::MAX)
     }
@@ -212,6 +214,7 @@ impl SrvRecord {
 
     fn add_priority(&mut self, priority: u16) {
         if self.at_priority == 0 || priority < self.priority {
+            // The priority that was the lowest is one of the higher ones from now on.
             let former = PriorityCount { priority: self.priority, instances: self.at_priority };
             if former.instances > 0 {
                 self.higher.get_or_insert_default().put(former);
@@ -230,6 +233,7 @@ impl SrvRecord {
             return;
         }
         self.at_priority = self.at_priority.saturating_sub(1);
+        // Clients use the lowest priority only (RFC 2782), so the next one takes over when its last instance is gone.
         if self.at_priority == 0
             && let Some(next) = self.next_priority()
         {
@@ -261,6 +265,7 @@ impl SrvRecord {
     }
 
     fn drop_empty_tree(&mut self) {
+        // None and an empty tree mean the same, and equality compares fields.
         if self.higher.as_ref().is_some_and(|higher| higher.is_empty()) {
             self.higher = None;
         }

@@ -103,6 +103,8 @@ impl Reverse {
 
 fn edit<I: std::hash::Hash + Eq + Copy>(map: &Map<I>, ip: I, change: impl FnOnce(&mut SmallTree<PtrRecord>)) {
     let map = map.pin();
+    // A copy shares its chunks with the original, which readers go on using. Only the publisher edits, so nothing is lost
+    // between the read and the write.
     let mut names = map.get(&ip).cloned().unwrap_or_default();
     change(&mut names);
     if names.is_empty() {

@@ -75,6 +75,7 @@ impl<R: Row> SmallTree<R> {
             Self::One(row) if row.order(key).is_eq() => Self::None,
             Self::Many(mut table) => {
                 table.remove(key);
+                // The last row moves back inline: a service that was large for a while does not keep a tree for ever.
                 match (table.len(), table.iter().next()) {
                     (1, Some(last)) => Self::One(last.clone()),
                     _ => Self::Many(table),
@@ -153,13 +154,16 @@ impl<'v, R: Row> Rrset<'v, R> {
     #[must_use]
     pub(crate) fn draw(self, rng: &mut fastrand::Rng) -> usize {
         let weight = match self {
+            // Nearly every RRset: no random number is drawn.
             Self::Few([_]) => return 0,
             Self::Few(rows) => rows.iter().map(Row::weight).sum(),
             Self::Many(table) => table.weight(),
         };
         if weight == 0 {
+            // RFC 2782 gives weight 0 a small chance beside others. When all are 0 they share the load evenly.
             return rng.usize(0..self.len());
         }
+        // A point on the line of all weights: it falls into each row as often as the row is long.
         let mut point = rng.u64(0..weight);
         match self {
             Self::Few(rows) => rows
@@ -192,6 +196,7 @@ impl<'v, R: Row> Rrset<'v, R> {
 
     /// All records, in the order of [`Rrset::visit_from`].
     pub(crate) fn wrap_from(self, rank: usize) -> impl Iterator<Item = &'v R> {
+        // Both forms as one iterator: whichever the RRset is not stays empty.
         let (few, many): (&[R], Option<_>) = match self {
             Self::Few(rows) => (rows, None),
             Self::Many(table) => (&[], Some(table.iter_from(rank).chain(table.iter_from(0).take(rank)))),

@@ -64,6 +64,7 @@ impl ServiceRecords {
 
     /// The addresses of the host with this label.
     pub(super) fn host(&self, label: &[u8]) -> Option<Addresses<'_>> {
+        // A registered label may spell the address of another machine: it is found when no instance has that address.
         parse_dashed_label(label).and_then(|ip| self.dashed(ip)).or_else(|| self.registered_host(label))
     }
 
@@ -79,6 +80,7 @@ impl ServiceRecords {
     fn dashed(&self, ip: IpAddr) -> Option<Addresses<'_>> {
         match ip {
             IpAddr::V4(ip) => {
+                // Where all instances of the address registered labels, the name with dashes does not exist.
                 let record = self.v4.get(&ip).filter(|record| record.dashed > 0)?;
                 Some(Addresses { v4: Some(Rrset::one(record)), v6: None })
             }
@@ -101,6 +103,7 @@ impl ServiceRecords {
 
     /// Whether any port name of this protocol has SRV records.
     pub(super) fn has_srv(&self, protocol: Protocol) -> bool {
+        // Rows are sorted by protocol first, and the empty name sorts before every other: one step finds the first of the protocol.
         self.ports.any_from(&(protocol, b""), |port| port.protocol == protocol)
     }
 

@@ -114,18 +114,21 @@ impl RecordsUpdate {
             IpAddr::V4(ip) => count_address(&mut self.records.v4, ip, op, units, dashed),
             IpAddr::V6(ip) => count_address(&mut self.extra().v6, ip, op, units, dashed),
         }
+        // The target of an SRV record is a host, so an instance without a host name has no ports here.
         if let Some(host) = host {
             self.count_host(op, host, *ip, units);
             for port in instance.ports().as_slice().iter().filter(|port| limit.fits_port(port)) {
                 self.count_port(op, instance, host, port, units);
             }
         }
+        // Removed with the last of its rows: the value must equal one that is built anew, and few services should pay for it.
         if self.records.extra.as_ref().is_some_and(|extra| extra.v6.is_empty() && extra.hosts.is_empty()) {
             self.records.extra = None;
         }
     }
 
     fn count_host(&mut self, op: CountOp, host: &HostLabel, ip: IpAddr, units: u64) {
+        // A host with dashes has no row of its own: its address has a count of them.
         let HostLabel::Registered(label) = host else { return };
         let new = || HostRecords { label: label.clone(), v4: SmallTree::None, v6: SmallTree::None };
         self.extra().hosts.update(&label.as_str().as_bytes(), new, |host| {
@@ -138,6 +141,7 @@ impl RecordsUpdate {
     }
 
     fn count_port(&mut self, op: CountOp, instance: &Instance, host: &HostLabel, port: &Port, units: u64) {
+        // Kubernetes' DNS specification §2.4.2: a port without a name has no SRV record.
         let Port { number, protocol, name: Some(name) } = port else { return };
         let new = || PortRecords { name: name.clone(), protocol: *protocol, records: SmallTree::None };
         self.records.ports.update(&(*protocol, name.as_str().as_bytes()), new, |port| {
