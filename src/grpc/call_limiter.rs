@@ -28,6 +28,8 @@ impl CallLimiter {
         let peer = peer.map(peer_group);
         let mut taken = self.lock();
         let of_peer = taken.get(&peer).copied().unwrap_or_default();
+        // Summed and not counted apart: the map has as many entries as there are permits at most, and cannot disagree
+        // with itself.
         if of_peer >= self.max_per_peer || taken.values().sum::<usize>() >= self.max {
             return None;
         }
@@ -53,6 +55,7 @@ impl Drop for CallPermit {
         if let Entry::Occupied(mut taken) = self.limiter.lock().entry(self.peer) {
             *taken.get_mut() -= 1;
             if *taken.get() == 0 {
+                // A peer without open calls leaves nothing, or the map would grow with every address that ever called.
                 taken.remove();
             }
         }

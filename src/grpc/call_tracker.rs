@@ -69,7 +69,10 @@ impl Service<Request<Body>> for TrackedRoutes {
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let method = Method::of(request.uri().path());
+        // Before the permit: a refused call is a use of its connection, too.
         let in_use = request.extensions().get::<ConnectionInfo>().map(|info| info.handle.begin_use());
+        // Refused, not queued: a queue would hold the memory of every waiting call, and the client's deadline runs
+        // anyway.
         let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else {
             self.metrics.grpc.streams_rejected.inc();
             let call = TrackedCall::new(method, Arc::clone(&self.metrics), None, in_use);
@@ -89,6 +92,7 @@ impl Service<Request<Body>> for TrackedRoutes {
             }
             None => request,
         };
+        // Streams have none: they last as long as their client wants.
         let deadline = handover::deadline(request.uri().path());
         let answered = self.routes.call(request);
         let Some(deadline) = deadline else {
@@ -160,6 +164,7 @@ impl TrackedCall {
 
 impl Drop for TrackedCall {
     fn drop(&mut self) {
+        // Does nothing if the status was seen: `count` counts once.
         self.count(Code::Cancelled);
         if self.permit.is_some() {
             self.metrics.grpc.streams.dec();
@@ -214,6 +219,7 @@ impl HttpBody for TrackedBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<http_body::Frame<Bytes>, Status>>> {
+        // Before the service is asked for more: what is not encoded takes no memory.
         ready!(self.poll_budget(cx));
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
         if let Some(Ok(frame)) = &frame

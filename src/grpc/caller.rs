@@ -139,6 +139,7 @@ impl Caller {
         let access = self.access(AccessResource::Instances, verb, namespace, service, address);
         if let Some(age) = self.authorizer.may_be_remembered() {
             let ongoing = ongoing.lock().unwrap_or_else(PoisonError::into_inner);
+            // What the stream was allowed a moment ago: a thousand messages for one service ask nobody.
             if ongoing.get(&self.ongoing_ref(&access)).is_some_and(|known| known.elapsed() < age) {
                 self.authorizer.count_allowed();
                 return Some(Ok(()));
@@ -222,6 +223,8 @@ impl Caller {
         let found = self.ongoing_ref(access);
         if let Some(known) = ongoing.get_mut(&found) {
             *known = since;
+        // Beyond that each act is checked when it happens, but not again while it lasts: the list is bounded, the
+        // rights are not widened.
         } else if ongoing.len() < MAX_ONGOING {
             let OngoingRef { verb, namespace, service, address } = found;
             let (namespace, service) = (namespace.map(Box::from), service.map(Box::from));
@@ -262,6 +265,7 @@ impl Caller {
         loop {
             if self.authorizer.may_be_remembered().is_some() {
                 sleep(interval).await;
+            // Without Kubernetes rights change with the policy file only.
             } else if changes.changed().await.is_err() {
                 return pending().await;
             }
@@ -277,6 +281,7 @@ impl Caller {
                 }
             }
             let ongoing = ongoing.lock().unwrap_or_else(PoisonError::into_inner);
+            // By the oldest answer: no right of the call is older than the interval when it is asked again.
             let oldest = ongoing.values().min().map_or(Duration::ZERO, Instant::elapsed);
             interval = REVIEW_INTERVAL.saturating_sub(oldest).max(MIN_REVIEW_INTERVAL);
         }

@@ -90,6 +90,7 @@ pub(super) async fn serve_connection<S, B>(
     };
     let Some((stream, peer, certificate)) = begun else { return };
     if peer.identity().is_err() {
+        // Such a peer joins, or shows a token with each call: between calls it does not hold a descriptor for minutes.
         lifetime.idle = lifetime.idle.min(UNAUTHENTICATED_IDLE);
     }
     let connection = GrpcConnection { stream: Metered::new(stream, memory), permit, peer: Arc::new(peer) };
@@ -128,6 +129,7 @@ async fn until_go_away(handle: &ConnectionHandle, Lifetime { idle, max_age, .. }
             () = sleep(wait) => match handle.idle_for() {
                 Some(idle_for) if idle_for >= idle => return handle.count_closed(CloseReason::Idle),
                 Some(idle_for) => wait = idle - idle_for,
+                // In use. The time without a call begins when its last call ends.
                 None => wait = idle,
             }
         }
@@ -139,6 +141,7 @@ async fn close_when_unused(handle: &ConnectionHandle) {
     loop {
         tokio::select! {
             _ = handle.signalled(Signal::Ended) => return,
+            // h2 keeps a connection open until its last stream ends, and a client may keep it open without any.
             () = sleep(GO_AWAY_TIMEOUT) => {
                 if handle.idle_for().is_some_and(|idle_for| idle_for >= GO_AWAY_TIMEOUT) {
                     handle.close();
@@ -198,6 +201,8 @@ impl Connected for GrpcConnection {
 impl AsyncRead for GrpcConnection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         self.check_open()?;
+        // The signal is looked at before, and its waker registered only if the read has to wait: a busy connection pays
+        // one load.
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
         self.poll_open(cx, read)
     }

@@ -153,6 +153,8 @@ impl ConnectionMemory {
     fn has_room(&self, used: usize) -> bool {
         let MemoryLimits { total, per_connection, guaranteed, .. } = self.budget.limits;
         let room =
+            // Relaxed throughout: each sum is a limit that may be passed by what a few threads add at once, and guards
+            // no other memory.
             used < guaranteed || (self.used.load(Relaxed) < per_connection && self.budget.used.load(Relaxed) < total);
         if !room {
             self.budget.metrics.grpc.memory_waits.inc();
@@ -178,6 +180,7 @@ impl ConnectionMemory {
     /// Charges one registration.
     pub(super) fn charge_unanswered(&self, bytes: usize) {
         self.unanswered.fetch_add(bytes, Relaxed);
+        // Counted for the connection and for all, so that neither check has to add up the other connections.
         self.budget.unanswered.fetch_add(bytes, Relaxed);
         self.charge(bytes);
     }
@@ -210,6 +213,8 @@ impl ConnectionMemory {
         self.used.fetch_sub(bytes, Relaxed);
         self.budget.used.fetch_sub(bytes, Relaxed);
         self.budget.metrics.grpc.buffered_bytes.dec_by(bytes as i64);
+        // Only its own connection: waking all would make each release cost as many wake-ups as there are connections.
+        // The others poll.
         self.reader.wake();
     }
 
@@ -221,6 +226,7 @@ impl ConnectionMemory {
 
     /// Releases DATA frames that a call has read; never more than was charged.
     pub(super) fn release_received(&self, bytes: usize) {
+        // Saturating, because `request_closed` may have released the same frames already.
         let taken = self.received.fetch_update(Relaxed, Relaxed, |held| Some(held.saturating_sub(bytes)));
         let held = taken.unwrap_or_default();
         self.release(held.min(bytes));
@@ -244,6 +250,7 @@ impl ConnectionMemory {
         const PRUNE_LEN: usize = 256;
         let unsent = Arc::new(Unsent::default());
         let mut calls = self.lock_unsent();
+        // Amortised: a connection that makes calls one after the other would otherwise walk the list for each.
         if calls.len() >= PRUNE_LEN {
             calls.retain(Unsent::is_needed);
         }
@@ -305,6 +312,7 @@ struct Unsent {
 impl Unsent {
     /// False for an ended call whose responses were all read.
     fn is_needed(self: &Arc<Self>) -> bool {
+        // One reference is the list's own.
         Arc::strong_count(self) > 1 || self.bytes.load(Relaxed) > 0
     }
 }
@@ -340,6 +348,7 @@ impl Responses {
             return bytes;
         }
         let charge = bytes.len() + CHUNK_OVERHEAD;
+        // The deadline counts from the first byte that waits: an idle stream is not behind.
         if self.unsent.bytes.fetch_add(charge, Relaxed) == 0 {
             self.unsent.progress.store(self.memory.budget.now(), Relaxed);
         }

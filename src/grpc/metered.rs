@@ -46,6 +46,7 @@ impl<T> Metered<T> {
         Self {
             io,
             memory,
+            // The preface comes before the first frame and is none.
             received: FrameScanner { payload: PREFACE.len(), ..FrameScanner::default() },
             sent: FrameScanner::default(),
             open: OpenStreams::default(),
@@ -113,6 +114,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Metered<T> {
         let (memory, open) = (&this.memory, &mut this.open);
         this.received.scan(&buf.filled()[before..], &mut |frame| match frame {
             Http2Frame::Headers { stream, .. } => open.insert(stream),
+            // Charged before h2 sees the frame. The call releases it when it reads it.
             Http2Frame::Data { stream, len, .. } if open.contains(stream) => {
                 memory.charge_received(len + FRAME_OVERHEAD);
             }
@@ -258,6 +260,7 @@ impl FrameScanner {
                 self.payload -= payload.len();
                 bytes = rest;
                 if let Some(DataHeader { stream, len, flags }) = self.padded.take() {
+                    // The length of the padding is itself a part of the payload (RFC 9113 §6.1).
                     let padding = 1 + usize::from(payload[0]);
                     found_data(DataHeader { stream, len: len.saturating_sub(padding), flags }, found);
                 }
@@ -283,6 +286,7 @@ impl FrameScanner {
                 let stream = u32::from_be_bytes(stream) & (u32::MAX >> 1);
                 self.header_len = 0;
                 self.payload = u32::from_be_bytes([0, a, b, c]) as usize;
+                // Its error code is in the payload, which may arrive in another read.
                 self.goaway = (kind == GOAWAY).then_some(([0; 8], 0));
                 let data = DataHeader { stream, len: self.payload, flags };
                 match kind {

@@ -194,10 +194,13 @@ async fn serve(
     // tonic-health reports SERVING from its creation, which no client may see.
     set_health(&health, ServingStatus::NotServing).await;
     let security = Arc::clone(&context.security);
+    // The tracker is outermost: calls that are refused for their identity are counted and limited, too.
     let routes = AuthenticatedRoutes::new(routes, Arc::clone(&security));
     let routes = TrackedRoutes::new(routes, Arc::new(Semaphore::new(limits.calls)), Arc::clone(&context.metrics));
     let budget = MemoryBudget::new(limits.memory, Arc::clone(&context.metrics));
     let metrics = Arc::clone(&context.metrics.connections);
+    // No limit for a peer: all machines behind one NAT gateway are one. Connections with a call are never evicted for
+    // new ones.
     let limiter = ConnectionLimiter::new(ListenerKind::Grpc, connections, None, EvictionPolicy::Unused, metrics);
     let lifetime = Lifetime { handshake: limits.handshake, idle, max_age };
     let servers = listeners.into_iter().map(|(socket, listener)| {
@@ -262,6 +265,7 @@ async fn follow_health(status: &Status, mut health: HealthReporter, stop: &Cance
     let mut reported = ServingStatus::NotServing;
     loop {
         let serving = match *phases.borrow_and_update() {
+            // The phase may stay Ready for a moment after the stop, when new calls end at once.
             Phase::Ready if !stop.is_cancelled() => ServingStatus::Serving,
             Phase::Ready
             | Phase::Recovering

@@ -25,6 +25,8 @@ impl<T: AsyncRead + Unpin> Prefaced<T> {
     /// Reads until the preface is complete, or is none: h2 then says so to the peer.
     pub(super) async fn read_from(io: T) -> io::Result<Self> {
         let mut this = Self { io, read: [0; PREFACE.len()], start: 0, end: 0 };
+        // A peer that speaks another protocol, TLS or HTTP/1, is passed on at its first wrong byte: h2 answers it with
+        // the right error.
         while this.end < PREFACE.len() && PREFACE.starts_with(&this.read[..this.end]) {
             match this.io.read(&mut this.read[this.end..]).await? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -41,6 +43,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Prefaced<T> {
         if this.start == this.end {
             return Pin::new(&mut this.io).poll_read(cx, buf);
         }
+        // h2 reads the preface again, from here.
         let rest = &this.read[this.start..this.end];
         let count = rest.len().min(buf.remaining());
         buf.put_slice(&rest[..count]);

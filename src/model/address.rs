@@ -45,6 +45,7 @@ impl Address {
             return Err(AddressError::Empty);
         }
         match text.parse::<IpAddr>() {
+            // One host would have two keys, and be registered twice.
             Ok(IpAddr::V6(v6)) if v6.to_ipv4_mapped().is_some() => return Err(AddressError::Mapped),
             Ok(ip) => return Ok(Self::Ip(ip)),
             Err(_) => {}
@@ -165,6 +166,7 @@ impl fmt::Write for DashedLabel {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         for octet in text.bytes() {
             let separator = matches!(octet, b'.' | b':');
+            // `::1` begins with a separator.
             if separator && self.len == 0 {
                 self.push(b'0');
             }
@@ -196,7 +198,9 @@ pub fn parse_dashed_label(label: &[u8]) -> Option<IpAddr> {
         }
         std::str::from_utf8(text).ok()?.parse::<IpAddr>().ok()
     };
+    // Both spellings are tried: `1-2-3-4` is an IPv4 address, and `1--2` an IPv6 one.
     let ip = spelled(b'.').or_else(|| spelled(b':'))?;
+    // Written again and compared: any other spelling of the address would be a second name of the host.
     (DashedLabel::new(ip).as_bytes() == label).then_some(ip)
 }
 

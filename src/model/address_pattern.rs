@@ -26,6 +26,7 @@ impl AddressPattern {
     #[must_use]
     pub fn contains(&self, address: IpAddr, peer: IpAddr) -> bool {
         match self {
+            // A dual-stack listener reports IPv4 peers as mapped IPv6 addresses, which instances never have.
             Self::Own => address == peer.to_canonical(),
             Self::Network(network) => network.contains(&address),
         }
@@ -75,6 +76,7 @@ pub fn parse_network(text: &str) -> Result<IpNet, String> {
     {
         return Err(format!("{text:?} is IPv4 written as IPv6 (RFC 4291 §2.5.5.2): write it as IPv4"));
     }
+    // Bits beyond the prefix are most likely a mistake in one of the two, and nobody knows in which.
     if network.trunc() == network {
         Ok(network)
     } else {

@@ -106,6 +106,7 @@ impl<R: Row> CowTree<R> {
     /// Removes the row with this key and returns it.
     pub fn remove(&mut self, key: &R::Key<'_>) -> Option<R> {
         let removed = self.0.remove(key);
+        // A root with one child is a level too many: the tree becomes flat again as it shrinks.
         while let Node::Inner(children) = &self.0
             && let [only] = &**children
         {
@@ -163,6 +164,7 @@ impl<R: Row> CowTree<R> {
                     return rank;
                 }
                 Node::Inner(children) => {
+                    // Stays the last one only for a point beyond all weights, which no caller draws.
                     let mut into = &children[children.len() - 1];
                     for child in children.iter() {
                         if point < child.weight {
@@ -262,6 +264,7 @@ impl<R: Row> Node<R> {
             Self::Inner(children) => {
                 let at = child_for(children, &row.key());
                 let last = at + 1 == children.len();
+                // Copies the chunk only if a reader still holds it. A tree that nobody else holds is changed in place.
                 let child = &mut Arc::make_mut(children)[at];
                 let right = child.node.put(row, replaced);
                 child.recount();
@@ -399,6 +402,7 @@ impl<'a, R: Row> Iter<'a, R> {
                 }
                 Node::Inner(children) => {
                     let mut at = 0;
+                    // By the counts above the chunks: no row is visited that is not returned.
                     while at + 1 < children.len() && skip >= children[at].rows {
                         skip -= children[at].rows;
                         at += 1;

@@ -100,6 +100,7 @@ impl fmt::Display for InstanceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ports = self.ports.as_slice();
         match &self.address {
+            // RFC 3986 §3.2.2: brackets, so that the port is not taken for a part of the address.
             Address::Ip(std::net::IpAddr::V6(ip)) if !ports.is_empty() => write!(f, "[{ip}]")?,
             address => write!(f, "{address}")?,
         }
@@ -226,6 +227,7 @@ impl Instance {
     /// Whether `other` equals this in every attribute that a registrant sets.
     #[must_use]
     pub fn same_attributes(&self, other: &Self) -> bool {
+        // Destructured, so that a new field does not compile before somebody decides whether a registrant sets it.
         let Self {
             address,
             ports,
@@ -321,6 +323,7 @@ impl<'a> From<&'a InstanceId> for InstanceKey<'a> {
 
 impl Ord for InstanceKey<'_> {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        // By address first: the instances of one address are neighbours, which a removal without ports relies on.
         self.0.cmp(other.0).then_with(|| self.ports().cmp(other.ports()))
     }
 }

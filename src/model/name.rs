@@ -179,6 +179,7 @@ impl PartialOrd for ServiceKey {
 /// By namespace, then by name: the order of every list.
 impl Ord for ServiceKey {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        // Not the order of the stored text, which has the name first.
         (self.namespace(), self.name()).cmp(&(other.namespace(), other.name()))
     }
 }

@@ -135,6 +135,7 @@ impl Ports {
                     name => Some(Label::parse(name).map_err(|err| (index, PortError::Name(err)))?),
                 },
             };
+            // Quadratic, which the limit on ports in one message bounds.
             if let Some(err) = ports.iter().find_map(|earlier| clash(earlier, &port)) {
                 return Err((index, err));
             }

@@ -27,6 +27,7 @@ impl Registrant {
     /// Whether `text` is one that logs and rules can hold.
     #[must_use]
     pub fn is_name(text: &str) -> bool {
+        // Control characters would forge lines of the log.
         !text.is_empty() && text.len() <= Self::MAX_BYTES && !text.chars().any(char::is_control)
     }
 

@@ -55,6 +55,7 @@ impl ServerAddress {
         let (host, port) = split(text)?;
         let host = match host.parse::<IpAddr>() {
             Ok(ip) if ip.is_unspecified() || ip.is_multicast() => return Err(ServerAddressError::NotOneMachine),
+            // An IPv4 address that was written as IPv6 must compare as the same server.
             Ok(ip) => Address::Ip(ip.to_canonical()),
             Err(_) => {
                 let name = DnsName::parse(&host.to_ascii_lowercase())?;

@@ -31,6 +31,7 @@ impl CowTree<Arc<Instance>> {
     #[must_use]
     pub fn at(&self, address: &Address) -> Vec<Arc<Instance>> {
         let mut found = Vec::new();
+        // Instances are sorted by address, so those of one address are neighbours: the first other one ends the search.
         let _ = self.visit_from(&InstanceKey::first_of(address), &mut |instance| {
             if instance.address() != address {
                 return ControlFlow::Break(());

@@ -50,6 +50,8 @@ impl HybridClock {
 
     /// The next value. `wall` is the wall clock in microseconds since the Unix epoch.
     pub fn next(&mut self, wall: u64) -> u64 {
+        // Follows the wall clock when that is ahead, and counts on by itself when it was set back or two words fall
+        // into one microsecond.
         self.last = wall.max(self.last.saturating_add(1));
         self.last
     }

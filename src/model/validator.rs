@@ -34,6 +34,7 @@ impl Validator {
     /// The invalid field.
     pub fn service(&self, namespace: &str, name: &str) -> Result<ServiceKey, InvalidInstance> {
         let key = parse_service(namespace, name)?;
+        // The mirror could not create its Service: the API server refuses such a name before Kubernetes 1.36.
         if key.name().starts_with(|c: char| c.is_ascii_digit()) {
             let reason = "must begin with a letter (RFC 1035 §2.3.1), as Kubernetes wants of a Service";
             return Err(InvalidInstance::name(Field::ServiceName, &reason, name));

@@ -209,6 +209,7 @@ impl TrafficShares {
     pub fn share(&self, instance: &Instance) -> f64 {
         match (instance.ready(), self.units) {
             (false, _) => 0.0,
+            // As DNS draws them: without any weight all are equally likely.
             (true, 0) => 1.0 / self.ready as f64,
             (true, units) => f64::from(instance.weight().units()) / units as f64,
         }

@@ -53,12 +53,16 @@ pub async fn serve<F>(
             }
         }
     };
+    // Dropping the future may drop a connection between its accept and its task: the peer sees a close, as after the
+    // stop.
     let _: Option<()> = stop.run_until_cancelled(accepting).await;
+    // Before the drain: the kernel refuses new peers at once, who then try another server.
     drop(listener);
     limiter.drain();
     let mut all_ended = async || while connections.join_next().await.is_some() {};
     if timeout(grace, all_ended()).await.is_err() {
         limiter.close_all();
+        // They get a moment to end by themselves; what does not is aborted below, so that the stop has an end.
         let _ = timeout(CLOSE_TIMEOUT, all_ended()).await;
         debug!(listener = limiter.listener(), "connections were closed at the end of the grace period");
         connections.shutdown().await;

@@ -33,6 +33,7 @@ impl Backoff {
 /// `min`, doubled for each of the `earlier` failures in a row, and at most `max`.
 #[must_use]
 pub fn doubled(min: Duration, max: Duration, earlier: u32) -> Duration {
+    // A shift by 32 or more would overflow; `max` is reached long before.
     min.saturating_mul(1 << earlier.min(31)).min(max)
 }
 

@@ -41,9 +41,11 @@ impl DescriptorBudget {
     /// # Errors
     /// When not even one connection of each kind fits.
     pub fn split(limit: usize, in_use: usize, wanted: ConnectionCaps) -> io::Result<Self> {
+        // A small limit, as in a test or a strict container, must leave more than the reserve.
         let available = limit.saturating_sub(in_use + RESERVED_DESCRIPTORS.min(limit / 4));
         let admin = wanted.admin.min((available / 8).max(1));
         let rest = available.saturating_sub(admin);
+        // Half, or what DNS leaves over, whichever is more: nothing lies idle while the other could use it.
         let grpc = wanted.grpc.min((rest / 2).max(rest.saturating_sub(wanted.dns)));
         let dns = wanted.dns.min(rest - grpc);
         if grpc == 0 || dns == 0 {

@@ -113,12 +113,15 @@ impl ConnectionState {
 
     /// Signals only become stronger.
     fn raise(&self, signal: Signal) {
+        // Raised before the wakers are called. A task registers its waker before it looks at the signal, so it either
+        // sees the signal or is woken.
         self.signal.fetch_max(signal as u8, Ordering::AcqRel);
         self.io_waker.wake();
         self.owner_waker.wake();
     }
 
     fn is_in_use(&self) -> bool {
+        // A value that is a moment old only chooses another victim.
         self.in_use.load(Ordering::Relaxed) > 0
     }
 }
@@ -161,6 +164,7 @@ impl ConnectionLimiter {
 
     /// Records a successful accept. Returns whether it ends an outage.
     pub(super) fn accept_succeeded(&self) -> bool {
+        // The load first: a swap for every connection would write a line that all listeners share.
         !self.accepting.load(Ordering::Relaxed) && !self.accepting.swap(true, Ordering::Relaxed)
     }
 
@@ -193,9 +197,11 @@ impl ConnectionLimiter {
         victim: &mut Option<Arc<ConnectionState>>,
     ) -> Result<Option<Permit>, CloseReason> {
         let mut table = self.table();
+        // Under the same lock as `drain`: a connection is either admitted before, and gets the signal, or refused.
         if table.draining {
             return Err(CloseReason::Full);
         }
+        // Before the total: a peer at its limit must not have others evicted for it.
         if self.max_per_peer.is_some_and(|max| table.per_peer.get(&peer).is_some_and(|&count| count >= max)) {
             return Err(CloseReason::PeerFull);
         }
@@ -203,6 +209,7 @@ impl ConnectionLimiter {
             // If the earlier victim has ended, another new connection has taken its place.
             if victim.as_ref().is_none_or(|victim| victim.signal() == Signal::Ended) {
                 let next = table.idlest(self.policy).ok_or(CloseReason::Full)?;
+                // Evicting wakes tasks, which may take the lock at once.
                 drop(table);
                 self.evict(&next);
                 *victim = Some(next);
@@ -278,6 +285,7 @@ impl ConnectionTable {
     fn idlest(&mut self, policy: EvictionPolicy) -> Option<Arc<ConnectionState>> {
         // A search is O(connections). In a flood every new connection would search, so the candidates of
         // one search serve several evictions.
+        // First what an earlier search has left, then one new search.
         for found in [false, true] {
             if found {
                 self.search(policy);
@@ -285,6 +293,7 @@ impl ConnectionTable {
             while let Some(Candidate { connection, last_used }) = self.candidates.pop() {
                 let unchanged = connection.last_used.load(Ordering::Relaxed) == last_used;
                 let evictable = policy == EvictionPolicy::Any || !connection.is_in_use();
+                // It may have been used, or have ended, since the search.
                 if unchanged && evictable && connection.signal() < Signal::Close {
                     return Some(connection);
                 }
@@ -294,6 +303,7 @@ impl ConnectionTable {
     }
 
     fn most_stalled(&self) -> Option<Arc<ConnectionState>> {
+        // Counted by peer: one that opens many stalled connections loses its own, not those of others.
         let in_use = || self.open.values().filter(|one| one.is_in_use() && one.signal() < Signal::Close);
         let mut counts: HashMap<IpAddr, usize> = HashMap::new();
         in_use().for_each(|one| *counts.entry(one.peer).or_default() += 1);
@@ -315,11 +325,13 @@ impl ConnectionTable {
         let mut found: Vec<_> = of_heaviest.map(|one| (idleness(one), Arc::clone(one))).collect();
         // Only as many as the heaviest peer may lose before another one is the heaviest.
         let mut wanted = (1 + most - second).min(MAX_CANDIDATES);
+        // The heaviest peer has none that may be closed: then the idlest of all.
         if found.is_empty() {
             found = self.open.values().filter(evictable).map(|one| (idleness(one), Arc::clone(one))).collect();
             wanted = 1;
         }
         if found.len() > wanted {
+            // O(n), where sorting tens of thousands of connections under the lock would hold up every accept.
             found.select_nth_unstable_by_key(wanted, |&(idleness, _)| idleness);
             found.truncate(wanted);
         }
@@ -333,6 +345,7 @@ impl ConnectionTable {
 #[must_use]
 pub fn peer_group(peer: IpAddr) -> IpAddr {
     match peer.to_canonical() {
+        // Mapped into IPv6, all of IPv4 would be in one /64.
         v4 @ IpAddr::V4(_) => v4,
         IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64).into(),
     }
@@ -362,6 +375,7 @@ impl Drop for Permit {
             }
         }
         drop(table);
+        // After the table: who is woken below finds the room.
         limiter.metrics.open.at(limiter.kind).dec();
         connection.raise(Signal::Ended);
         limiter.released.notify_waiters();
@@ -379,6 +393,7 @@ impl ConnectionHandle {
     /// Marks the connection as in use until the value is dropped.
     #[must_use]
     pub fn begin_use(&self) -> InUse {
+        // In use before it is touched, and below touched before it is unused: in between it never looks idle for long.
         self.connection.in_use.fetch_add(1, Ordering::Relaxed);
         self.touch();
         InUse(self.clone())

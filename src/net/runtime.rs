@@ -19,6 +19,7 @@ pub fn run_in_thread(
         work()
     })?;
     Ok(async move {
+        // Waits without a thread. The join below returns at once, because the thread drops the sender as its last act.
         let _ = ended.await;
         thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
     })

@@ -236,6 +236,8 @@ impl WatchEvents {
     fn take(&mut self, message: WatchResponse) -> Result<(), ClientError> {
         let cursor = message.cursor;
         let event = match message.event {
+            // A large service comes in several parts, which follow each other. The service is whole when something else
+            // comes.
             Some(Event::Snapshot(part)) => {
                 let (key, service) = service_from_proto(part)?;
                 let whole = join(&mut self.part, key, service);
@@ -404,6 +406,7 @@ async fn dial(url: &str, tls: &ClientTls) -> Result<Channel, ClientError> {
     }
     match endpoint.uri().scheme_str() {
         Some("http") => {
+            // Before the connection is made: a token that nobody should read must not be sent and then regretted.
             if tls.token().is_there()? && !is_loopback(endpoint.uri()) {
                 return Err(ClientError::TokenInPlaintext { url: url.to_owned() });
             }
@@ -423,6 +426,7 @@ async fn dial(url: &str, tls: &ClientTls) -> Result<Channel, ClientError> {
         .initial_connection_window_size(CONNECTION_WINDOW)
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT);
+    // A timeout around all of it: the one of the endpoint does not cover the handshake of HTTP/2.
     let dialled = tokio::time::timeout(CONNECT_TIMEOUT, endpoint.connect()).await;
     match dialled {
         Ok(Ok(channel)) => Ok(channel),

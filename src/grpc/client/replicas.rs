@@ -98,6 +98,7 @@ impl FoundReplicas {
                 match answer {
                     Ok(replica) if !self.has(&url, &replica) => self.replicas.push((url, replica)),
                     Ok(_) => {}
+                    // The same process by another of its addresses.
                     Err(_) if is_one && answered => {}
                     Err(err) => self.failed.push(Attempt { url, reason: innermost(&err) }),
                 }
@@ -120,7 +121,8 @@ async fn resolve(url: &str) -> Result<ServerUrls, ClientError> {
     let uri: Uri = url.parse().map_err(|_| no_url())?;
     let host = uri.host().ok_or_else(no_url)?;
     if host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok() || uri.scheme_str() != Some("http") {
-        // A URL of another scheme is refused when it is dialled.
+        // With https the name is kept: the certificate is for it, not for its addresses. Other schemes are refused when
+        // dialled.
         return Ok(ServerUrls { urls: vec![url.to_owned()], is_one: false });
     }
     let port = uri.port_u16().unwrap_or(HTTP_PORT);

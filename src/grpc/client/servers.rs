@@ -162,6 +162,7 @@ impl Servers {
         let mut pending: VecDeque<String> = self.urls.iter().cloned().collect();
         let mut asked = HashSet::new();
         while let Some(url) = pending.pop_front() {
+            // Two hints may name one server, or a hint a server that was given.
             if !asked.insert(url.clone()) {
                 continue;
             }
@@ -172,6 +173,7 @@ impl Servers {
                     Mutation::Unregister => client.unregister(namespace, name, spec).await,
                 }
             };
+            // A single server gets its whole timeout and its own error: there is nobody else to turn to.
             let alone = self.urls.len() == 1 && asked.len() == 1;
             let answered = if alone {
                 call.await
@@ -183,6 +185,8 @@ impl Servers {
             let reason = match answered {
                 Ok(response) if response.status == 503 && !(alone && response.writers.is_empty()) => {
                     round.refused = true;
+                    // Reversed, because each is pushed to the front: they are asked in the order in which the server
+                    // named them.
                     for writer in response.writers.iter().rev() {
                         let writer = format!("{}://{writer}", scheme(&url));
                         if round.hints < MAX_HINTS && !asked.contains(&writer) {

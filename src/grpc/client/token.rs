@@ -58,6 +58,7 @@ impl ShowToken {
         let Some(path) = &self.0 else { return Ok(None) };
         let text =
             fs::read_to_string(path).map_err(|source| TokenError::Unreadable { path: path.to_path_buf(), source })?;
+        // Editors and `kubectl create token >file` end a file with a line feed.
         let token = text.trim();
         let valid = !token.is_empty() && token.len() <= MAX_TOKEN_BYTES && token.bytes().all(|b| b.is_ascii_graphic());
         let value = valid.then(|| format!("Bearer {token}").parse::<MetadataValue<Ascii>>().ok()).flatten();

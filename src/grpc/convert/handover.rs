@@ -73,6 +73,7 @@ pub(in crate::grpc) fn word_from_proto(
     let message = message.ok_or("message: must be there")?;
     let WireStamp { clock, term, generation } = stamp.ok_or("stamp: must be there")?;
     let stamp = Stamp { clock, term, generation };
+    // Not later than now: a clock that was wrong must not make an instance look younger than it can be.
     let registered = UnixMillis(registered_millis).min(now);
     let registrant = RegistrantPool::default().get(&registrant).map_err(|err| err.to_string())?;
     // The requester does not matter: a word is merged by its stamp.

@@ -165,6 +165,7 @@ pub(super) fn parse(
         ..
     } = message;
 
+    // Before anything else that is wrong: the response repeats the id, so it must be cut in every case.
     let too_long = request_id.len() > MAX_REQUEST_ID;
     let invalid = if too_long {
         let length = request_id.len();
@@ -173,6 +174,7 @@ pub(super) fn parse(
     } else {
         invalid
     };
+    // Made first: a message that is refused gets its response with the fields that identify it.
     let mut response = ResponseBuilder { kind, namespace, service_name, ipaddress, ports, request_id };
     if let Some(invalid) = invalid {
         return (response, Err(invalid));

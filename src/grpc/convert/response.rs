@@ -129,6 +129,7 @@ impl ResponseBuilder {
     /// Kubernetes does not have the change yet; of a removal that no slice has, while it is not certain.
     pub(in crate::grpc) fn completed(self, outcome: Outcome, generation: u64, mirrored: bool) -> RegistrationResponse {
         match outcome {
+            // First: until Kubernetes has it, 201 and 200 would promise more than is true.
             _ if !mirrored && outcome.is_word() => {
                 let details = "durable and served; not in Kubernetes yet, it will follow".into();
                 self.answer(RegistrationStatus::Accepted, details, generation)

@@ -51,6 +51,7 @@ impl Cursor {
             generation: u64::from_be_bytes(*generation),
             seen: u32::from_be_bytes(*seen),
         };
+        // A generation to come is no position of this run: a watch from there would skip what happens until then.
         (cursor.epoch == epoch && (1..=newest).contains(&cursor.generation)).then_some(cursor)
     }
 }

@@ -53,6 +53,7 @@ impl DiscoveryService {
         let status = self.context.registry.status();
         match status.phase() {
             Phase::Recovering | Phase::Restoring => Err(Status::unavailable(Unavailable::NotReady.to_string())),
+            // Readers are served on standby: they are why there are several processes.
             Phase::Standby(_) if status.is_readable() => Ok(()),
             Phase::Standby(holder) => {
                 let err = Unavailable::Standby(Arc::clone(&holder));
@@ -100,6 +101,8 @@ impl Discovery for DiscoveryService {
         let key = self.service(&namespace, &name)?;
         caller.may_call(AccessVerb::Get, Some(key.namespace()), Some(key.name())).await?;
         let catalog = self.context.registry.catalog();
+        // Read before the service: everything up to it is in the service. A change in between shows its own generation,
+        // which is taken below.
         let generation = catalog.generation();
         let service =
             catalog.get(&key).ok_or_else(|| Status::not_found(format!("nothing is registered under {key}")))?;

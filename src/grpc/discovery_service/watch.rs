@@ -158,6 +158,7 @@ impl FeedWatch {
 
     /// The next message that can be sent without waiting for the feed.
     fn ready(&mut self) -> Option<WatchResponse> {
+        // The snapshot first. Changes wait in the feed meanwhile, which was subscribed as of the same generation.
         if let Some(part) = self.snapshot.next() {
             return Some(WatchResponse { event: Some(Event::Snapshot(part)), cursor: Vec::new() });
         }
@@ -171,11 +172,14 @@ impl FeedWatch {
             *at += 1;
             if self.filter.matches(&event.service) {
                 self.dropped = 0;
+                // Within the batch: a client that is cut off in the middle of it does not get its beginning again.
                 let cursor = Cursor::within(self.epoch, batch.generation, *at, batch.events.len());
                 let timeline = batch.timeline(event);
                 let change = convert::change_to_proto(&event.service, &event.change, batch.generation, timeline);
                 return Some(WatchResponse { event: Some(Event::Change(change)), cursor: cursor.encode() });
             }
+            // Changes that the filter hides move the position as well: a cursor that stays behind them would soon be
+            // too old.
             self.dropped += 1;
         }
         let generation = batch.generation;

@@ -139,6 +139,7 @@ impl HandOverService {
         wait: Duration,
     ) -> Vec<WordResult> {
         let registry = &self.context.registry;
+        // Without room the answer is "not yet": the sender repeats the words, which costs less than a call that waits.
         let waiting = self.waiting.try_acquire();
         let until = Instant::now() + if waiting.is_ok() { wait } else { Duration::ZERO };
         let mut outcomes = outcomes.into_iter();
@@ -232,6 +233,7 @@ impl HandOver for HandOverService {
         let words: Vec<_> = words.into_iter().map(|word| convert::word_from_proto(word, validator, now)).collect();
         let valid = words.iter().filter_map(|word| word.as_ref().ok()).cloned().collect();
         let merged = timeout(MERGE_TIMEOUT, self.context.registry.merge(valid)).await.map_err(|_| busy())?;
+        // The words are merged: others may be read. Waiting for Kubernetes has a limit of its own.
         drop(permit);
         let wait = Duration::from_millis(wait_millis.into()).min(MAX_WAIT);
         match merged {

@@ -147,6 +147,7 @@ impl Sender {
                         return Ok(round);
                     }
                 }
+                // Another writer: what is left goes there.
                 if self.holder.has_changed().unwrap_or(true) {
                     return Ok(round);
                 }
@@ -166,6 +167,7 @@ impl Sender {
             Ok(response) => response.into_inner(),
             Err(status) => return Ok(Err(status)),
         };
+        // Results are matched by position. Of a list of another length none can be believed.
         if results.len() != words.len() {
             return Ok(Err(Status::internal("not one result for each word")));
         }
@@ -185,6 +187,7 @@ impl Sender {
             Ok(WireResult::Confirmed) => HandOverResult::Confirmed,
             Ok(WireResult::Outranked) => HandOverResult::Outranked,
             Ok(WireResult::TooOld) => HandOverResult::TooOld,
+            // What a newer peer answers and this version does not know keeps the word, which is safe.
             Ok(WireResult::NotYet | WireResult::Unspecified) | Err(_) => HandOverResult::NotYet,
         };
         self.metrics.registry.count_handed_over(result, 1);
@@ -196,6 +199,7 @@ impl Sender {
                 true
             }
             HandOverResult::NotYet => {
+                // Each reason once: thousands of words may wait for the same one.
                 let is_new =
                     !details.is_empty() && self.reported.len() < MAX_REASONS && self.reported.insert(details.clone());
                 if is_new {
@@ -237,6 +241,7 @@ fn requests(words: Vec<OutboxWord>, wait: Duration) -> Vec<(Vec<OutboxWord>, Han
     let mut bytes = 0;
     for word in words {
         let message = convert::word_to_proto(&word);
+        // With tag and length of the repeated field.
         let size = prost::Message::encoded_len(&message) + 8;
         let fits = bytes + size <= MAX_REQUEST_BYTES;
         bytes = if fits { bytes + size } else { size };

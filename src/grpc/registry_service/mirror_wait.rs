@@ -64,6 +64,8 @@ impl MirrorWait {
         match self.wanted.filter(|_| waits) {
             None => Either::Left(ready(true)),
             Some((service, address, until)) => {
+                // A word is in a slice, or will be. For what is in none, the Lease says whether this process may speak
+                // for the cluster.
                 let confirmed = if is_word {
                     Either::Left(progress.confirmed(&service, generation, address))
                 } else {

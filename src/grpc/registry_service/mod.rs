@@ -142,6 +142,7 @@ impl Authorized {
 fn authorize(caller: &Caller, command: Command, registry: &RegistryHandle) -> Authorized {
     let (verb, address) = needed(&command);
     let service = command.service();
+    // Decided without a future where possible: on a stream this runs for each message.
     match caller.known(verb, Some(service.namespace()), Some(service.name()), address) {
         Some(Ok(())) => {}
         Some(Err(err)) => return Authorized::Known(Err(err.into())),
