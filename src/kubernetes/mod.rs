@@ -159,6 +159,8 @@ impl Kubernetes {
             let (cache, registry, metrics) = (Arc::clone(&cache), registry.clone(), Arc::clone(&metrics));
             self.mirror(term, fence.clone(), cache, host.clone(), registry, metrics)
         };
+        // Apart from the mirror: an answer that no slice confirms waits for the Lease only, whatever the mirror is busy
+        // with.
         let answers = async {
             loop {
                 let askers = registry.mirror_progress().take_askers().await;
@@ -201,6 +203,7 @@ impl Kubernetes {
             }
         };
         tokio::select! {
+            // The elector alone ends: it gives the Lease up after the stop, which the others must not cut short.
             () = elector.run(stop.clone()) => Ok(()),
             never = watching => never,
             never = writing => never,
@@ -279,6 +282,7 @@ async fn take_over(
     highest_term: u64,
     slices: &mpsc::Sender<SlicesRequest>,
 ) -> Option<u64> {
+    // First, so that a restore of an earlier take-over, which may be queued, counts no more.
     let turn = registry.begin_take_over().await.ok()?;
     // The Lease names this process now: after a crash in the middle of what follows nothing else says who wrote before.
     registry.outranked(Some(tenure.previous.as_ref().map_or(0, |lease| lease.term))).await.ok()?;

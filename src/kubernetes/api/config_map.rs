@@ -125,6 +125,7 @@ impl ConfigMapClient {
             "data": BTreeMap::from([(&key.key, text)]),
         }));
         let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+        // A merge patch, so that other keys of the ConfigMap, and what others write there meanwhile, stay as they are.
         let request = path::<ConfigMap>(&key.namespace).patch(&key.name, &params, &patch);
         let request = request.map_err(|err| ConfigMapError::Failed(err.to_string()))?;
         exchange::<ConfigMap>(&self.client, request).await.1?;

@@ -37,6 +37,8 @@ impl Fence {
     /// by then. The rule of [`crate::replicas::confirm`] for one write.
     pub(in crate::kubernetes) async fn confirmed(&self) {
         let seen = boot_time();
+        // Either the Lease was safely held when it was seen, or a renewal that began later succeeded: nobody had it in
+        // between.
         self.wait_for(|began| is_safe(began, seen) || began > seen).await;
     }
 
@@ -52,6 +54,7 @@ fn is_safe(began: BootTime, now: BootTime) -> bool {
 
 /// Time since boot, by a clock that goes on through suspensions.
 pub(in crate::kubernetes) fn boot_time() -> BootTime {
+    // CLOCK_MONOTONIC stops while a machine sleeps: a process that wakes would believe that its Lease is still young.
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     let (seconds, nanos) = (u64::try_from(time.tv_sec), u32::try_from(time.tv_nsec));
     BootTime(std::time::Duration::new(seconds.unwrap_or_default(), nanos.unwrap_or_default()))

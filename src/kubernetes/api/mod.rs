@@ -92,6 +92,7 @@ async fn read_kubeconfig(path: Option<&Path>, options: KubeConfigOptions) -> Res
 }
 
 fn connection(mut config: Config) -> Result<Connection, ConnectError> {
+    // Retries within kube would hide errors from the rate limit, and write what is not wanted any more.
     config.default_retry = false;
     config.connect_timeout = Some(CONNECT_TIMEOUT);
     // Watches are quiet for long; every other request has a timeout of its own.
@@ -157,8 +158,10 @@ impl ApiError {
             _ if denied => Self::Invalid(message()),
             500..=599 if status.message.contains("failed calling webhook") => Self::WebhookFailed(message()),
             404 => Self::NotFound,
+            // Before the conflicts, with which it shares the code.
             409 if status.reason == "AlreadyExists" => Self::AlreadyExists,
             409 | 410 => Self::Conflict,
+            // No missing right: it ends by itself when the namespace is gone.
             403 if cause("NamespaceTerminating") => Self::NamespaceTerminating,
             401 | 403 => Self::Forbidden(message()),
             429 => Self::Busy(retry_after.unwrap_or(DEFAULT_RETRY_AFTER)),
@@ -274,6 +277,8 @@ impl ApiClient {
         request: Result<Request<Vec<u8>>, kube::core::request::Error>,
     ) -> Result<T, ApiError> {
         let request = request.map_err(|err| ApiError::Invalid(err.to_string()))?;
+        // In this order: after a wait for a token the Lease may be lost, so it is looked at last, just before the
+        // request.
         self.rate_limiter.acquire().await;
         if matches!(verb, Verb::Create | Verb::Update | Verb::Delete) {
             self.fence.safe().await;
@@ -285,6 +290,7 @@ impl ApiClient {
             // One object may hang while the server answers for the others. A server that hangs as a
             // whole gets no more than a request per slot and timeout.
             Err(ApiError::TimedOut) => {}
+            // A refusal is an answer, too: the server is well.
             _ => self.rate_limiter.answered(),
         }
         result
@@ -314,8 +320,10 @@ pub(super) async fn exchange<T: DeserializeOwned>(
         Ok(answer) => answer,
     };
     let result = if head.status.is_success() {
+        // A success whose body cannot be read has been carried out, but nobody knows as which version.
         serde_json::from_slice(&body).map_err(|err| ApiError::Unknown(format!("its answer cannot be read: {err}")))
     } else {
+        // A proxy in front answers in its own words, mostly HTML or plain text.
         let mut status: Status = serde_json::from_slice(&body).unwrap_or_else(|_| Status {
             message: String::from_utf8_lossy(&body).trim().to_owned(),
             ..Status::default()
@@ -361,6 +369,7 @@ pub(super) fn chain(err: &dyn std::error::Error) -> String {
     let mut source = err.source();
     while let Some(err) = source {
         let more = err.to_string();
+        // Many errors of kube and hyper print their cause themselves.
         if !text.contains(&more) {
             text = format!("{text}: {more}");
         }

@@ -74,6 +74,7 @@ impl RateLimiter {
         if state.paused_until > now {
             return Some(state.paused_until);
         }
+        // The bucket as one number: when it would be full again. How empty it is follows from the distance to now.
         let full_at = state.full_at.max(now) + self.interval;
         let room = self.interval * self.burst;
         if full_at > now + room {
@@ -96,6 +97,7 @@ impl RateLimiter {
     fn pause(&self, now: Instant, retry_after: Option<Duration>) {
         let mut state = self.lock();
         let pause = match retry_after {
+            // Bounded: a header with a wrong number must not stop the mirror for a day.
             Some(asked) => asked.min(MAX_RETRY_AFTER),
             // A request that fails during a pause was sent before it.
             None if state.paused_until > now => return,
@@ -105,6 +107,7 @@ impl RateLimiter {
                 FIRST_PAUSE.saturating_mul(1 << doublings).min(MAX_PAUSE)
             }
         };
+        // Never earlier: a short pause must not end a longer one that the server has asked for.
         state.paused_until = state.paused_until.max(now + pause);
     }
 

@@ -34,6 +34,7 @@ async fn copied_into_status(response: Response<Body>) -> kube::Result<Response<B
         .unwrap_or_else(|_| Status { message: String::from_utf8_lossy(&body).trim().to_owned(), ..Status::default() });
     status.code = head.status.as_u16();
     status.details.get_or_insert_with(no_details).retry_after_seconds = seconds;
+    // The body is another one now.
     head.headers.remove(CONTENT_LENGTH);
     Ok(Response::from_parts(head, Body::from(serde_json::to_vec(&status).map_err(kube::Error::SerdeError)?)))
 }

@@ -161,6 +161,7 @@ impl Reviews {
     pub async fn access(&self, attributes: AccessAttributes<'_>, first: bool) -> Result<bool, ReviewError> {
         let AccessAttributes { user, groups, origin, verb, target } = attributes;
         let mut groups: Vec<String> = groups.iter().map(ToString::to_string).collect();
+        // So a rule can say by which way somebody has to have come.
         if !groups.iter().any(|group| group == origin) {
             groups.push(origin.to_owned());
         }
@@ -197,6 +198,8 @@ impl Reviews {
         K: Resource + Serialize + DeserializeOwned,
     {
         let limiter = self.limiter(kind);
+        // Repeated reviews are as many as there are known users and tokens; only new questions can be made up without
+        // end.
         if first {
             limiter.acquire().await;
         }
@@ -256,6 +259,7 @@ fn is_allowed(status: &SubjectAccessReviewStatus) -> bool {
 fn reviewed_token(status: TokenReviewStatus, audience: &str) -> ReviewedToken {
     let TokenReviewStatus { audiences, authenticated, error, user } = status;
     let refused = |reason: &str| {
+        // One line of the log, whatever an authenticator says.
         let plain = reason.chars().map(|c| if c.is_control() { ' ' } else { c });
         ReviewedToken::Refused(plain.take(MAX_REASON).collect())
     };

@@ -143,6 +143,7 @@ impl CachedObject for CachedNamespace {
 impl CachedService {
     /// Reads a Service of which `known` is what was read last.
     pub(super) fn read(mut service: Service, known: Option<&Self>) -> Option<Self> {
+        // Often larger than the rest of the object, and of no use here.
         service.metadata.managed_fields = None;
         let known_uid = known.filter(|known| known.ownership == Ownership::Ours).map(|known| &*known.uid);
         let ownership = Ownership::of(&service, known_uid);
@@ -166,6 +167,7 @@ impl CachedObject for CachedService {
     }
 
     fn same_content(&self, later: &Self) -> bool {
+        // Without the version, which changes with every write, also of the status by others.
         let content = |one: &Self| {
             one.object.as_deref().map(|object| {
                 let mut object = object.clone();

@@ -128,10 +128,12 @@ impl ClusterCache {
         let namespace = match state.namespaces.get(service.namespace()) {
             Some(CachedNamespace { terminating: true, .. }) => NamespaceState::Terminating,
             Some(_) => NamespaceState::Active,
+            // Absence is known only after a complete list. Before it nothing may be created or deleted for it.
             None if state.namespaces.is_complete() => NamespaceState::Absent,
             None => NamespaceState::Unknown,
         };
         let service_state = match state.services.get(service) {
+            // Only a Service of ours has its object kept.
             Some(CachedService { object: Some(object), .. }) => ServiceState::Ours(Arc::clone(object)),
             Some(CachedService { ownership: Ownership::Joined, uid, .. }) => ServiceState::Joined { uid: uid.clone() },
             Some(_) => ServiceState::Foreign,
@@ -195,9 +197,11 @@ impl ClusterCache {
             let facts = state.apply_services(events, &mut joined);
             (facts, state.owner_changes)
         });
+        // Outside of the lock: a receiver that wakes reads the cache at once.
         self.owner_changes.send_if_modified(|seen| std::mem::replace(seen, owner_changes) != owner_changes);
         self.joined.send_if_modified(|all| {
             let changed = |(key, is): (ServiceKey, bool)| if is { all.insert(key) } else { all.remove(&key) };
+            // No `any()`, which would stop at the first change and leave the rest unapplied.
             joined.into_iter().map(changed).fold(false, |any, one| any | one)
         });
         facts
@@ -257,6 +261,7 @@ impl ClusterCache {
         let known = state.services.get(&key);
         let Some(cached) = CachedService::read(service.clone(), known) else { return };
         let was_others = known.is_some_and(|known| known.ownership != Ownership::Ours);
+        // An answer to our own write may be older than what the watch has shown: it never takes a Service over.
         if cached.ownership == Ownership::Ours && !was_others {
             let _ = state.services.apply(key, cached);
         }
@@ -275,6 +280,7 @@ impl ClusterCache {
     /// We deleted the Service with this uid, or found that it is gone.
     pub(super) fn service_deleted(&self, key: &ServiceKey, uid: &str) {
         let mut state = self.lock();
+        // A Service that somebody made under the same name since is not ours to forget.
         if state.services.get(key).is_some_and(|known| known.ownership == Ownership::Ours) {
             let _ = state.services.remove(key, uid);
         }
@@ -288,6 +294,7 @@ impl ClusterCache {
     fn update<T>(&self, change: impl FnOnce(&mut CacheState) -> T) -> T {
         let mut state = self.lock();
         let result = change(&mut state);
+        // Also for keys that were there before: a permit too many costs one look, one too few a change.
         if !state.changed.is_empty() {
             self.notify.notify_one();
         }

@@ -120,6 +120,7 @@ impl<K: Eq + Hash + Clone, T: CachedObject> ObjectStore<K, T> {
 
     /// A list begins.
     pub(in crate::kubernetes) fn init(&mut self) {
+        // Only compared for equality with the current list, so that wrapping around does no harm.
         self.list = self.list.wrapping_add(1);
     }
 
@@ -127,6 +128,7 @@ impl<K: Eq + Hash + Clone, T: CachedObject> ObjectStore<K, T> {
     pub(in crate::kubernetes) fn init_apply(&mut self, key: K, object: T) -> Applied<T> {
         let applied = self.apply_known(key.clone(), object);
         if let Some(stored) = self.objects.get_mut(&key) {
+            // Also where the object itself is stale: the list has named it, so it exists.
             stored.list = self.list;
         }
         applied
@@ -140,6 +142,7 @@ impl<K: Eq + Hash + Clone, T: CachedObject> ObjectStore<K, T> {
         let list = self.list;
         let gone = |_: &K, stored: &mut StoredObject<T>| {
             let version_of = number(stored.object.resource_version());
+            // A write since the list, which is too old to name it.
             let written_since = version_of.zip(number(version)).is_some_and(|(its, list)| its > list);
             stored.list != list && !written_since
         };
@@ -150,6 +153,7 @@ impl<K: Eq + Hash + Clone, T: CachedObject> ObjectStore<K, T> {
     pub(in crate::kubernetes) fn delete(&mut self, key: &K, uid: &str, version: &str) -> Option<T> {
         self.deletions.record(uid, version);
         let stored = self.objects.get(key)?;
+        // An event about an earlier object of the same name must not remove the one that replaced it.
         let applies = stored.object.uid() == uid || is_newer(version, stored.object.resource_version());
         applies.then(|| self.objects.remove(key).expect("looked up above").object)
     }
@@ -173,6 +177,7 @@ struct RecentDeletions {
 impl RecentDeletions {
     fn record(&mut self, uid: &str, version: &str) {
         let Some(version) = number(version) else { return };
+        // Already remembered: its place in the queue stays, so that no uid is in it twice.
         if let Some(known) = self.versions.get_mut(uid) {
             *known = version.max(*known);
             return;
@@ -196,6 +201,7 @@ impl RecentDeletions {
 fn is_newer(version: &str, known: &str) -> bool {
     match (number(version), number(known)) {
         (Some(version), Some(known)) => version > known,
+        // Opaque, as versions were before Kubernetes 1.35: what differs counts as newer, the last report wins.
         _ => version != known,
     }
 }

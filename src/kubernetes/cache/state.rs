@@ -63,6 +63,7 @@ impl CacheState {
                 all_changed.insert(ChangedKey::Annotation { namespace: name.clone(), annotation });
             }
             let [before, now] = [before, now].map(|state| state.map(|state| state.terminating));
+            // One that is being deleted does not exist for registrations: nothing can be created in it any more.
             let (existed, exists) = (before == Some(false), now == Some(false));
             if existed != exists {
                 facts.push(ClusterFact::Namespace { name: name.clone(), exists });
@@ -76,6 +77,7 @@ impl CacheState {
             match event {
                 ObjectEvent::Init => self.namespaces.init(),
                 ObjectEvent::InitDone(version) => {
+                    // Only the first list is news. A later one changes nothing about what is known to be complete.
                     complete |= !self.namespaces.is_complete();
                     for (name, gone) in self.namespaces.init_done(&version) {
                         note(name, Some(gone.state()), None);
@@ -106,6 +108,8 @@ impl CacheState {
             return facts;
         }
         let within = |key: &&ServiceKey| changed.contains(key.namespace());
+        // Services with objects in the namespace have to be looked at, even if nothing is registered under them any
+        // more.
         self.changed.extend(self.slice_names.keys().filter(within).cloned().map(ChangedKey::Service));
         self.changed.extend(self.services.keys().filter(within).cloned().map(ChangedKey::Service));
         self.changed.extend(changed.into_iter().map(ChangedKey::Namespace));
@@ -123,6 +127,7 @@ impl CacheState {
             let is = |which: Ownership| (before == Some(which), now == Some(which));
             let ((was_foreign, foreign), (was_joined, is_joined)) = (is(Ownership::Foreign), is(Ownership::Joined));
             if was_foreign != foreign {
+                // Without slices of ours nothing that is read depends on whose the Service is.
                 self.owner_changes += u64::from(self.slice_names.contains_key(&key));
                 facts.push(ClusterFact::Service { service: key.clone(), foreign });
             }
@@ -238,9 +243,11 @@ impl CacheState {
         let (service, name) = (observed.service.clone(), key.1.clone());
         let applied = if listed { self.slices.init_apply(key, observed) } else { self.slices.apply(key, observed) };
         if let Applied::Changed(before) = &applied {
+            // Somebody changed its label: the slice left one service for another, and both have to be looked at.
             if let Some(before) = before.as_ref().filter(|before| before.service != service) {
                 self.forget_slice(&before.service, &name);
             }
+            // It is ours now, so the name is not taken by others.
             if let Some(occupied) = self.occupied.get_mut(&service) {
                 occupied.remove(&*name);
             }
@@ -255,6 +262,7 @@ impl CacheState {
             names.remove(name);
             if names.is_empty() {
                 self.slice_names.remove(service);
+                // Names are only avoided for services with slices; the next write meets the name again.
                 self.occupied.remove(service);
             }
         }

@@ -74,6 +74,7 @@ pub fn amend(existing: &Endpoints, desired: &Endpoints) -> Option<Endpoints> {
             owners.push(ours.clone());
         }
     }
+    // In any order: the API server may repack subsets when it stores them.
     if plain(existing.subsets.as_deref()) != plain(desired.subsets.as_deref()) {
         endpoints.subsets.clone_from(&desired.subsets);
     }
@@ -103,6 +104,7 @@ fn subsets(instances: &CowTree<Arc<Instance>>, publish_not_ready: bool) -> (Vec<
                 if assigned.contains(&(at, ip)) {
                     continue;
                 }
+                // Ready instances come first: as far as possible, those that are missing are not ready.
                 if assigned.len() == MAX_ADDRESSES {
                     subsets.retain(|subset| subset.addresses.is_some() || subset.not_ready_addresses.is_some());
                     return (subsets, true);

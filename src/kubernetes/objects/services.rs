@@ -93,7 +93,9 @@ pub fn amend(existing: &Service, instances: &CowTree<Arc<Instance>>) -> Option<S
     let own = service.metadata.labels.get_or_insert_default();
     own.extend(labels().map(|(label, value)| (label.to_owned(), value.to_owned())));
     let spec = service.spec.get_or_insert_default();
+    // With a selector Kubernetes' own controller would write slices beside ours.
     spec.selector = None;
+    // A CNAME would hide the addresses. Only this type may become headless: the cluster IP of any other is immutable.
     if spec.type_.as_deref() == Some("ExternalName") {
         spec.type_ = Some("ClusterIP".into());
         spec.external_name = None;
@@ -103,6 +105,7 @@ pub fn amend(existing: &Service, instances: &CowTree<Arc<Instance>>) -> Option<S
     let mut ports = service_ports(instances);
     let existing_ports = spec.ports.as_deref().unwrap_or_default();
     if !same_ports(existing_ports, &ports) {
+        // Somebody may have set an application protocol, which gangplank has no opinion on.
         let others: HashMap<_, _> = existing_ports.iter().map(|port| (port_key(port), &port.app_protocol)).collect();
         for port in &mut ports {
             port.app_protocol = others.get(&port_key(port)).and_then(|&protocol| protocol.clone());
@@ -137,6 +140,7 @@ fn service_ports(instances: &CowTree<Arc<Instance>>) -> Vec<ServicePort> {
             }
         }
     }
+    // The API server wants names as soon as there are two ports.
     if named.is_empty() && unnamed.len() == 1 {
         return unnamed.into_iter().map(|(protocol, number)| service_port(protocol, number, None)).collect();
     }

@@ -19,6 +19,7 @@ impl Drain {
 
     /// Whether the Lease has to be given up, if `behind` services are not mirrored; `quiet` once nothing more is accepted.
     pub(super) fn must_release(self, behind: usize, quiet: bool, now: Instant) -> bool {
+        // That nothing is behind says little while registrations that were read are still on their way to the writer.
         now - self.0 >= MAX_HOLD || behind == 0 && quiet
     }
 }

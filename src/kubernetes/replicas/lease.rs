@@ -130,7 +130,10 @@ impl LeaseClient {
         match self.try_write(expected, record).await {
             Ok(version) => (LeaseWrite::Written(version), None),
             Err(ApiError::Conflict | ApiError::AlreadyExists) => (LeaseWrite::Conflict, None),
+            // Deleted meanwhile: it is another Lease than the one that was read.
             Err(ApiError::NotFound) if expected.is_some() => (LeaseWrite::Conflict, None),
+            // After any other error the write may have been carried out, so it must be read before anything is
+            // concluded.
             Err(err) => (LeaseWrite::Unknown, Some(err)),
         }
     }
@@ -154,6 +157,7 @@ impl LeaseClient {
     }
 
     fn render(&self, expected: Option<ResourceVersion>, record: &LeaseRecord) -> Lease {
+        // Labels and annotations of others stay on a Lease that is replaced.
         let before = if expected.is_some() { self.kept() } else { None };
         let Lease { mut metadata, spec } = before.unwrap_or_default();
         let before = spec.unwrap_or_default();
@@ -166,6 +170,7 @@ impl LeaseClient {
         let annotations = metadata.annotations.get_or_insert_default();
         annotations.insert(names::TERM.into(), record.term.to_string());
         annotations.insert(names::GENERATION.into(), record.generation.to_string());
+        // Nobody takes registrations at a released Lease's address.
         if self.addresses.is_empty() || record.released {
             annotations.remove(names::ADDRESS);
         } else {
@@ -254,6 +259,7 @@ fn hex(DirectoryId(id): DirectoryId) -> String {
 
 /// The directory id in a `holderIdentity`; of any other text, a number that is no directory's.
 fn parse_holder(text: &str) -> DirectoryId {
+    // The host name may have underscores, the id has none.
     let own = text.rsplit_once('_').and_then(|(_, id)| u128::from_str_radix(id, 16).ok());
     DirectoryId(own.unwrap_or_else(|| {
         let hash = Sha256::digest(text);

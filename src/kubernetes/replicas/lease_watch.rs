@@ -59,6 +59,7 @@ impl LeaseWatch {
             let began = Instant::now();
             tokio::select! {
                 biased;
+                // The holder needs no hint: its own renewals would wake it every time.
                 _ = standby.wait_for(|standby| !standby) => continue,
                 ended = self.watch(changed) => if ended.is_ok() || began.elapsed() >= MAX_BACKOFF {
                     backoff.reset();

@@ -39,6 +39,7 @@ pub(super) async fn release(
                 // A renewal, or an earlier attempt, was carried out and its answer is lost; or somebody has edited the Lease.
                 LeaseWrite::Conflict => {
                     if let Ok(Ok(LeaseRead { observed, .. })) = timeout(ATTEMPT_TIMEOUT, client.read()).await {
+                        // Another term: somebody else has taken it.
                         let Some(lease) = observed.filter(|lease| lease.record.term == record.term) else {
                             return Released::Lost;
                         };
@@ -48,6 +49,8 @@ pub(super) async fn release(
                         if lease.record.holder != record.holder {
                             return Released::Lost;
                         }
+                        // A newer version than the one that was tried: again at once, because somebody waits for the
+                        // Lease.
                         if expected.replace(lease.version) != Some(lease.version) {
                             continue;
                         }

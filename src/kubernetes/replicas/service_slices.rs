@@ -74,6 +74,7 @@ impl ServiceSlices {
             if renewals.changed().await.is_err() {
                 return future::pending().await;
             }
+            // This process does not write: the slices are the next writer's.
             if renewals.borrow_and_update().is_none() {
                 continue;
             }
@@ -85,6 +86,7 @@ impl ServiceSlices {
     }
 
     fn note(&mut self, family: usize, err: Option<ApiError>) {
+        // Every renewal tries again; the log has one line for each change.
         if self.failures[family] == err {
             return;
         }
@@ -153,6 +155,7 @@ fn slice_name(service: &str, family: usize) -> String {
 
 /// The slice as it must be; `None` if this process has no address of the family.
 fn render(namespace: &str, service: &str, family: usize, addresses: &[ServerAddress]) -> Option<EndpointSlice> {
+    // Names are not resolved here: a slice of type FQDN is not read by kube-proxy.
     let of_family = |ip: &IpAddr| if family == 0 { ip.is_ipv4() } else { ip.is_ipv6() };
     let mut ips = addresses.iter().filter_map(|address| Some((address.ip().filter(of_family)?, address.port())));
     let (first, port) = ips.next()?;

@@ -28,6 +28,7 @@ pub(super) struct TakeOverLimit {
 impl TakeOverLimit {
     /// A take-over begins, or the present one begins anew under a higher term.
     pub(super) fn begin(&mut self, now: BootTime) {
+        // Not anew under a higher term: the limit is about how long nobody writes.
         self.began.get_or_insert(now);
     }
 

@@ -58,6 +58,7 @@ impl WriterEvents {
             {
                 predecessor = Some(Predecessor { name: holder.name.clone(), term: role.term });
             }
+            // Roles are reported again with each new term; only the step from another role is an Event.
             let begins = role.role == ReplicaRole::Writer && !writes;
             writes = role.role == ReplicaRole::Writer;
             if begins {

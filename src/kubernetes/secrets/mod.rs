@@ -85,12 +85,14 @@ impl SharedSecret {
         let name = metadata.name.clone()?;
         let kind = metadata.labels.as_ref().and_then(|labels| labels.get(names::JOINING)).cloned();
         let data = data.iter().flatten().map(|(key, ByteString(bytes))| (key.clone(), bytes.clone())).collect();
+        // The API server's own, and large.
         let metadata = Arc::new(ObjectMeta { managed_fields: None, ..metadata.clone() });
         Some(Self { name, kind, data, metadata, type_: type_.clone() })
     }
 
     /// The same with other contents, to be written over this version.
     fn with(&self, data: BTreeMap<String, Vec<u8>>) -> Secret {
+        // With uid and resourceVersion: the PUT fails if anybody wrote since.
         let metadata = ObjectMeta::clone(&self.metadata);
         Secret { metadata, data: Some(bytes(data)), type_: self.type_.clone(), ..Secret::default() }
     }
@@ -256,6 +258,8 @@ impl Secrets {
                 },
             };
             let (data, result) = match change(&current) {
+                // Only a fresh version decides that nothing is to be done, or that it is refused. A write of an old one
+                // fails by itself.
                 Ok(SecretUpdate::Keep(result)) if is_fresh => return Ok(Some(result)),
                 Ok(SecretUpdate::Write(data, result)) => (data, result),
                 Err(err) if is_fresh => return Err(UpdateError::Refused(err)),
@@ -272,6 +276,7 @@ impl Secrets {
                 Err(err @ (ApiError::TimedOut | ApiError::Unknown(_))) => unanswered = Some(self.error("update", err)),
                 Err(err) => return Err(self.error("update", err).into()),
             }
+            // At random: processes that failed on each other's writes must not meet again.
             sleep(Duration::from_millis(fastrand::u64(0..=MAX_PAUSE_MILLIS))).await;
         }
         let busy = || SecretError::Unavailable(format!("the Secret {} is changed by others", self.path(name)));

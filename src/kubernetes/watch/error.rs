@@ -84,6 +84,7 @@ impl WatchError {
     pub(super) fn retry_after(&self) -> Duration {
         let Some(status) = self.status() else { return Duration::ZERO };
         match status.details.as_ref().map_or(0, |details| details.retry_after_seconds) {
+            // A 429 without a time is a request to slow down all the same.
             0 if status.code == 429 => DEFAULT_RETRY_AFTER,
             seconds => Duration::from_secs(seconds.into()),
         }
@@ -100,6 +101,7 @@ impl WatchError {
 /// Whether the version is too old for the API server, or one that it has not seen yet.
 fn is_expired(status: &Status) -> bool {
     let causes = status.details.iter().flat_map(|details| &details.causes);
+    // ResourceVersionTooLarge: this API server, one of several or on a restored etcd, has not seen the version yet.
     status.code == 410 || causes.map(|cause| &*cause.reason).any(|cause| cause == "ResourceVersionTooLarge")
 }
 
@@ -116,6 +118,7 @@ impl WatchBackoff {
         let longest = if kind == WatchErrorKind::Forbidden { MAX_FORBIDDEN_BACKOFF } else { MAX_BACKOFF };
         let backoff = doubled(MIN_BACKOFF, longest, self.failures);
         self.failures = self.failures.saturating_add(1);
+        // Added, not the larger of the two: those who got the same Retry-After must not return at the same moment.
         retry_after.min(MAX_RETRY_AFTER) + jittered(backoff)
     }
 }

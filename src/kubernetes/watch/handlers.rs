@@ -41,6 +41,7 @@ impl<K: Send> ClusterFactHandler<'_, K> {
         if !facts.is_empty() {
             self.registry.learn(facts).await?;
         }
+        // After the registry has the facts: who waits for the list goes on with a registry that knows it.
         if init_done && let Some(listed) = self.listed.take() {
             // The receiver may be gone.
             let _ = listed.send(());

@@ -118,6 +118,7 @@ impl<'a> JoinedSlicesHandler<'a> {
 
     /// Watches these Services from now on, and withdraws the instances of all others.
     async fn watch_only(&mut self, services: BTreeSet<ServiceKey>) -> Result<(), Unavailable> {
+        // Withdrawn at once: nobody watches them any more, so what is published would only grow old.
         let left = self.joined.watch_only(services);
         self.publish(&left).await
     }
@@ -203,6 +204,7 @@ impl JoinedInstances {
     /// The instances of those of `services` whose instances are not published.
     fn unpublished(&self, services: &BTreeSet<ServiceKey>) -> Vec<(ServiceKey, Vec<Arc<Instance>>)> {
         let now = services.iter().map(|service| (service, self.view.instances(service)));
+        // Compared with what the registry has, not with the event: many events change nothing that is served.
         let differs = now.filter(|(service, now)| *now != *self.published.get(*service).map_or(&[][..], Vec::as_slice));
         differs.map(|(service, now)| (service.clone(), now)).collect()
     }

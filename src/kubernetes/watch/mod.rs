@@ -76,6 +76,7 @@ impl Watch {
         let (joined_listed, joined) = oneshot::channel();
         let all = async {
             tokio::select! {
+                // None of them ends while the registry runs: the first that does ends all.
                 gone = self.namespaces(&outages, namespaces_listed) => gone,
                 gone = self.services(&outages, services_listed) => gone,
                 gone = self.slices(&outages, requests, vec![namespaces, joined]) => gone,
@@ -121,6 +122,7 @@ impl Watch {
         let (mut phases, mut owners) = (registry.status().watch(), self.cache.owner_changes());
         let mut next = tokio::select! {
             Some(request) = requests.recv() => Some(request),
+            // Before it is known who writes, a list would be read for nothing.
             Ok(_) = phases.wait_for(|phase| matches!(phase, Phase::Standby(_))) => None,
         };
         let labels = format!("{}={}", names::MANAGED_BY, names::MANAGER);

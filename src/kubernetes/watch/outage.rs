@@ -49,6 +49,7 @@ impl WatchHealth<'_> {
     pub(super) fn failed(&mut self, kind: WatchErrorKind, err: &str, resource: &str) {
         let server = &self.outages.server;
         self.failures = self.failures.saturating_add(1);
+        // A missing right is of one watch, not of the API server: it is reported apart, once.
         if kind == WatchErrorKind::Forbidden {
             if !self.forbidden {
                 self.forbidden = true;
@@ -97,6 +98,7 @@ impl WatchHealth<'_> {
 
 impl Drop for WatchHealth<'_> {
     fn drop(&mut self) {
+        // A watch that is dropped while lost must not leave the API server lost for ever.
         self.recovered();
     }
 }

@@ -158,6 +158,8 @@ impl<'a> OwnSlicesHandler<'a> {
 
     async fn restore(&mut self, TakeOver { tenure, turn, restored: reply, .. }: TakeOver) -> Result<(), Unavailable> {
         let found = self.instances.rank.term;
+        // Written by a process that this one does not know of, after a Lease was deleted or set back: with the same
+        // term nobody could say which of the two wrote last.
         if found >= tenure.term {
             // The receiver may be gone.
             let _ = reply.send(Restored::Outranked(found));
@@ -168,6 +170,7 @@ impl<'a> OwnSlicesHandler<'a> {
         if instances.skipped > MAX_LOG_LINES {
             warn!("{} more endpoints of slices were skipped or changed", instances.skipped - MAX_LOG_LINES);
         }
+        // Before the restore: what is written late from now on is merged, and the next list is for the cache.
         self.purpose = Purpose::Writing(LateWrites::new(self.registry.clone(), validator, tenure.term));
         let mut restored = instances.into_state(&tenure);
         let found = restored.services.len();
@@ -256,8 +259,10 @@ impl SliceInstances {
         let Some(observed) = cached.object().and_then(|cached| cached.observed.as_ref()) else {
             return self.delete(&slice.metadata);
         };
+        // A higher one was typed by somebody: the next writer would have to go beyond it, until terms are used up.
         let term = if observed.term <= self.highest_term { observed.term } else { 0 };
         let rank = SliceRank { term, generation: observed.generation };
+        // Also of a slice that is being deleted: its term was in use.
         self.rank = self.rank.max(rank);
         if observed.deleting {
             return self.delete(&slice.metadata);

@@ -117,6 +117,7 @@ where
         loop {
             let began = Instant::now();
             let err = match self.list_and_watch(&mut version, handler, &mut health).await {
+                // The API server has ended the watch in time, which is no failure.
                 Ok(()) => {
                     backoff = WatchBackoff::default();
                     continue;
@@ -127,10 +128,12 @@ where
             let kind = err.kind();
             self.metrics.restarted(self.watched, kind.label());
             if kind == WatchErrorKind::Expired {
+                // The API server has compacted the version away: only a list says what happened since.
                 version = None;
             } else {
                 health.failed(kind, &chain(&err), &self.resource());
             }
+            // It worked for a while: what failed now is a new failure and not the next of a row.
             if began.elapsed() >= MAX_BACKOFF {
                 backoff = WatchBackoff::default();
             }
@@ -153,6 +156,7 @@ where
         let params = WatchParams {
             label_selector: Some(self.labels.clone()).filter(|labels| !labels.is_empty()),
             timeout: Some(fastrand::u32(self.renewal.clone())),
+            // Bookmarks move the version on while nothing changes, so that a quiet watch does not expire.
             bookmarks: true,
             ..WatchParams::default()
         };
@@ -165,6 +169,7 @@ where
         if let Some(status) = self.follows {
             status.replica().watch_opened();
         }
+        // The API server is asked to end the watch before. If it does not, the connection is dead.
         let longest = Duration::from_secs((*self.renewal.end()).into()) + WATCH_GRACE;
         loop {
             let left = longest.saturating_sub(began.elapsed());
@@ -194,6 +199,7 @@ where
                 handler.handle(batch).await.map_err(ListWatchError::Registry)?;
             }
             self.is_current();
+            // After the batch: events before the failure are handled, and the version says that they were.
             if let Some(err) = failure {
                 return Err(err.into());
             }
@@ -231,6 +237,7 @@ where
         let (object, wrap): (_, fn(K) -> ObjectEvent<K>) = match event {
             Ok(WatchEvent::Added(object) | WatchEvent::Modified(object)) => (object, ObjectEvent::Apply),
             Ok(WatchEvent::Deleted(object)) => (object, ObjectEvent::Delete),
+            // It carries nothing but the version that the watch has reached.
             Ok(WatchEvent::Bookmark(bookmark)) => return Ok((bookmark.metadata.resource_version, None)),
             Ok(WatchEvent::Error(status)) => return Err(Some(WatchError::Ended(status))),
             Err(kube::Error::SerdeError(err)) => {
@@ -255,6 +262,8 @@ where
             let page = time::timeout(LIST_TIMEOUT, self.api.list(&params));
             let page = page.await.map_err(|_| WatchError::Silent(LIST_TIMEOUT))?.map_err(WatchError::from)?;
             batch.extend(page.items.into_iter().filter_map(decoded).map(ObjectEvent::InitApply));
+            // All pages are of the version of the first one: a continue token keeps it (API concepts, "Retrieving large
+            // results sets").
             params.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
             if params.continue_token.is_none() {
                 let version = page.metadata.resource_version.unwrap_or_default();

@@ -53,6 +53,7 @@ impl Ranges {
                 let (name, ranges) = read(object);
                 self.listing.get_or_insert_default().insert(name, ranges);
             }
+            // Replaced as a whole: ranges that were removed while the watch was away go with it.
             ObjectEvent::InitDone(_) => {
                 self.known = self.listing.take().unwrap_or_default();
                 self.is_complete = true;

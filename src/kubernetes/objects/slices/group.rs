@@ -84,6 +84,7 @@ impl SliceGroup {
         };
         let part = ports.as_slice().first()?.protocol;
         let group = Self { family, ports: whole, part: Some(part) };
+        // A slice with an annotation that its ports contradict was edited by somebody.
         (must_be_split(&group.ports) && group.slice_ports().eq(ports.as_slice())).then_some(group)
     }
 
@@ -139,6 +140,7 @@ pub(super) fn is_slice_name(service: &ServiceKey, name: &str) -> bool {
 fn must_be_split(ports: &Ports) -> bool {
     let mut names: Vec<_> = ports.as_slice().iter().filter_map(|port| port.name.as_ref()).collect();
     names.sort_unstable();
+    // The API server refuses a slice with one name twice, whatever the protocols (validation of EndpointSlice ports).
     names.windows(2).any(|pair| pair[0] == pair[1])
 }
 

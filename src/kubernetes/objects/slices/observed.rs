@@ -72,6 +72,7 @@ impl ObservedSlice {
     #[must_use]
     pub fn read(slice: &EndpointSlice) -> Option<Self> {
         let meta = &slice.metadata;
+        // The label says who manages a slice (KEP-752); what carries another one is never touched.
         if label(meta, names::MANAGED_BY) != Some(names::MANAGER) {
             return None;
         }
@@ -82,6 +83,7 @@ impl ObservedSlice {
         let group = family.filter(|_| is_slice_name(&service, &name)).and_then(|family| group_of(slice, family));
         let mut addresses: Vec<IpAddr> =
             slice.endpoints.iter().flat_map(|one| &one.addresses).filter_map(|text| text.parse().ok()).collect();
+        // Sorted and without duplicates, because the plan searches and counts them.
         addresses.sort_unstable();
         addresses.dedup();
         let foreign = ForeignMetadata::read(meta, &service);
@@ -177,6 +179,7 @@ fn untouched(slice: &EndpointSlice, service: &ServiceKey, name: &str, group: &Sl
     let mut annotations = InstancesAnnotation::read(annotation(meta, names::INSTANCES)).ok()?;
     let endpoints =
         slice.endpoints.iter().map(|endpoint| endpoint_of(endpoint, &mut annotations)).collect::<Option<Vec<_>>>()?;
+    // Strictly: the same address twice is no slice of ours.
     if !endpoints.is_sorted_by(|a, b| a.ip < b.ip)
         || endpoints.iter().any(|endpoint| Family::of(endpoint.ip) != group.family)
     {
@@ -184,6 +187,7 @@ fn untouched(slice: &EndpointSlice, service: &ServiceKey, name: &str, group: &Sl
     }
     let mut owners = meta.owner_references.iter().flatten().filter(|reference| is_owner(reference, service));
     let owner = owners.next()?;
+    // Written again and compared, field by field: whoever changed one of ours, the slice is repaired.
     let again = render(service, &owner.uid, name, group, &endpoints);
     let again_annotation = |key| annotation(&again.metadata, key);
     let same = owners.next().is_none()

@@ -112,6 +112,7 @@ pub fn plan<'a>(
     observed_slices: impl IntoIterator<Item = &'a ObservedSlice>,
 ) -> Vec<SliceWrite> {
     let observed_slices: Vec<&ObservedSlice> = observed_slices.into_iter().collect();
+    // Names of all slices of ours, whatever their group: another name is the only way to a second slice.
     let mut taken: HashSet<&str> = options.occupied.iter().map(String::as_str).collect();
     taken.extend(observed_slices.iter().map(|slice| &*slice.name));
     let mut writes = SliceWrites::default();
@@ -121,6 +122,7 @@ pub fn plan<'a>(
     for &slice in observed_slices.iter().filter(|slice| !slice.deleting && !slice.tombstones) {
         match &slice.group {
             Some(group) => by_group.entry(group).or_default().push(slice),
+            // Nothing that gangplank writes looks so: it is left from somebody's edit, or from an older version.
             None => writes.delete(slice),
         }
     }
@@ -188,6 +190,8 @@ impl SliceWrites {
         surplus.iter().for_each(|slice| self.delete(slice));
         if slice.term > options.stamps.term || slice.digest != Some(tombstones::digest(options.tombstones)) {
             let write = tombstones::render(options.service, &slice.name, options.tombstones);
+            // Before every write that takes something away: an instance must not be gone from its slice without its
+            // tombstone.
             self.replaces[0].insert(0, replacement(options, slice, write));
         }
     }
@@ -210,6 +214,8 @@ impl SliceWrites {
             return;
         }
         let write = render(options.service, options.service_uid, &slice.name, group, endpoints);
+        // 0 loses nothing, 1 gains and loses, 2 loses only: an instance that moves is in both slices for a moment, not
+        // in none.
         let turn = if assignment.loses { if assignment.gains { 1 } else { 2 } } else { 0 };
         self.replaces[turn].push(replacement(options, slice, write));
     }
@@ -233,6 +239,7 @@ fn replacement(options: &PlanOptions<'_>, slice: &ObservedSlice, mut write: Endp
     stamp(&mut write, options.stamps);
     write.metadata.uid = Some(slice.uid.clone());
     write.metadata.resource_version = Some(slice.resource_version.clone());
+    // A PUT replaces everything: what others have put on the slice would be lost.
     if let Some(foreign) = &slice.foreign {
         foreign.carry_over(&mut write.metadata);
     }
@@ -309,6 +316,7 @@ fn assign<'a>(
     // The fullest first; a slice that nobody stays in is not filled again but deleted, unless
     // there is no other with room: then it saves a creation.
     assignments.sort_by_key(|assignment| std::cmp::Reverse(assignment.members.len()));
+    // Slices fill up in order, so that none that is full is looked at again: linear in instances and slices.
     let mut open = 0;
     for at in assigned.iter().enumerate().filter(|(_, assigned)| !**assigned).map(|(at, _)| at) {
         while assignments.get(open).is_some_and(|assignment| assignment.members.len() >= assignment.capacity) {

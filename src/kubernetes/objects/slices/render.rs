@@ -103,6 +103,7 @@ pub(in crate::kubernetes) fn hostname(instance: &Instance, ip: IpAddr) -> Option
     }
     let IpAddr::V6(v6) = ip else { return None };
     let (first, last) = (v6.segments()[0], v6.segments()[7]);
+    // `::` at an end means that the segment there is 0.
     if first != 0 && last != 0 {
         return None; // IPv4 has no `::`
     }

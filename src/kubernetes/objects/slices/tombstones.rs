@@ -49,6 +49,7 @@ pub(super) fn render(service: &ServiceKey, name: &str, tombstones: &Tombstones) 
             annotations: Some(annotations),
             ..ObjectMeta::default()
         },
+        // A slice must have a type. Without endpoints it does not matter which.
         address_type: Family::V4.as_str().into(),
         endpoints: Vec::new(),
         ports: None,
@@ -102,6 +103,7 @@ pub fn read_tombstones(slice: &EndpointSlice) -> Option<Tombstones> {
     let refuse_before = annotation(meta, names::REFUSE_BEFORE).and_then(|clock| clock.parse().ok());
     tombstones.raise_refuse_before(refuse_before.filter(|clock| *clock <= MAX_STAMP).unwrap_or(0));
     for (id, [clock, term, generation]) in entries {
+        // As in the slices of instances: a number that somebody typed must not use up the clocks to come.
         if clock <= MAX_STAMP
             && term <= MAX_STAMP
             && let Some(id) = parse_id(&id)

@@ -67,6 +67,7 @@ impl SliceView {
     /// The slice `meta` of `service` holds these instances now.
     pub fn apply(&mut self, service: &ServiceKey, meta: &ObjectMeta, rank: SliceRank, instances: Vec<Arc<Instance>>) {
         let key = key(meta);
+        // Its label changed: it must not count for two services.
         if self.slices.get(&key).is_some_and(|known| known.service != *service) {
             self.remove(&key);
         }
@@ -99,6 +100,7 @@ impl SliceView {
         all.sort_by(|(rank, a), (other, b)| {
             a.key().cmp(&b.key()).then(b.stamp().cmp(&a.stamp())).then(other.cmp(rank)).then(b.ready().cmp(&a.ready()))
         });
+        // Sorted so that the one that counts comes first.
         all.dedup_by(|(_, later), (_, first)| later.key() == first.key());
         all.into_iter().map(|(_, instance)| Arc::clone(instance)).collect()
     }
@@ -110,6 +112,7 @@ impl SliceView {
 
     /// The services whose slices changed since the last call; none while a list is being read.
     pub fn take_changed(&mut self) -> BTreeSet<ServiceKey> {
+        // In the middle of a list a service may have lost a slice that the next page names.
         if self.listing { BTreeSet::new() } else { mem::take(&mut self.changed) }
     }
 
