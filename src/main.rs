@@ -75,6 +75,7 @@ async fn run(serve: ServeArgs, log: &LogArgs) -> anyhow::Result<()> {
     let (first, shutdown) = tokio::sync::oneshot::channel();
     let second = async {
         signalled().await;
+        // The receiver is gone if the server has failed meanwhile.
         let _ = first.send(());
         signalled().await;
     };

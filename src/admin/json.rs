@@ -73,6 +73,7 @@ impl<S: Deref<Target = Snapshot>> Pages<S> {
 
     fn next_page(&mut self) -> Option<Bytes> {
         self.end?;
+        // With room for the instance that goes beyond the page, so that the buffer does not double for it.
         let mut page = Vec::with_capacity(PAGE_BYTES + PAGE_BYTES / 8);
         self.render(&mut page).expect("a Vec takes everything, and these values are JSON");
         Some(page.into())
@@ -97,6 +98,7 @@ impl<S: Deref<Target = Snapshot>> Pages<S> {
                     // The object stays open for its instances.
                     page.pop();
                     page.write_all(b",\"instances\":[")?;
+                    // Once for each service and not for each page: it walks all instances.
                     (0, TrafficShares::of(service))
                 }
             };

@@ -138,6 +138,8 @@ async fn serve_connection(
 ) {
     // A handshake and a response are several writes, each of which would wait for the acknowledgement of the last.
     let _ = stream.set_nodelay(true);
+    // hyper has no timeout for writing: without this one a peer that reads nothing would keep its connection, and a
+    // list's permit.
     set_unread_timeout(&stream, limits.unread);
     let handle = permit.handle();
     let secured = tokio::select! {
@@ -168,9 +170,11 @@ async fn serve_connection(
             ended = connection.as_mut() => break ended,
             () = &mut watched => return,
             signal = handle.signalled(awaited) => {
+                // Evicted, or the grace period is over: dropping the connection closes it.
                 if signal > Signal::Drain {
                     return;
                 }
+                // Requests that have begun are answered. From here on only a stronger signal is of interest.
                 connection.as_mut().graceful_shutdown();
                 awaited = Signal::Close;
             }

@@ -116,6 +116,7 @@ pub(super) fn instances_at(path: &str) -> Option<(Option<&str>, Option<&str>)> {
             return (page.contents == PageContents::Instances).then_some((namespace, service));
         }
     }
+    // Fails closed: what no page is known for needs the right to everything.
     Some((None, None))
 }
 
@@ -126,6 +127,7 @@ fn parameters<'a>(route: &str, path: &'a str) -> Option<[Option<&'a str>; 2]> {
     loop {
         match (expected.next(), segments.next()) {
             (None, None) => return Some(found),
+            // Not an empty segment: the router does not match it either, and both must mean the same page.
             (Some(parameter), Some(segment)) if parameter.starts_with('{') && !segment.is_empty() => {
                 *places.next()? = Some(segment);
             }
@@ -161,6 +163,7 @@ pub(super) fn router(admin: Admin) -> Router {
 
 async fn metrics(State(admin): State<Admin>) -> Response {
     let kubernetes = &admin.metrics.kubernetes;
+    // Ages grow by themselves, so they are set when somebody looks.
     kubernetes.set_ages(admin.status.staleness(), admin.status.replica().lease_age());
     let mut text = String::new();
     match prometheus_client::encoding::text::encode(&mut text, admin.metrics.all()) {
@@ -217,6 +220,7 @@ async fn services_of_namespace(State(admin): State<Admin>, Path(namespace): Path
 
 /// 503 during the recovery: a part of the services would look like all of them.
 fn recovering(admin: &Admin) -> Option<Response> {
+    // Only then: afterwards the stored services are complete, also while Kubernetes is compared with them.
     let recovering = admin.status.phase() == Phase::Recovering;
     recovering.then(|| json::error(StatusCode::SERVICE_UNAVAILABLE, &Unavailable::NotReady.to_string()))
 }

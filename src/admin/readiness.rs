@@ -76,6 +76,7 @@ fn of_dns(admin: &Admin) -> Check {
 
 /// The check of a process that is ready otherwise. `age` is `None` unless it is on standby.
 fn standby(phase: &Phase, age: Option<Duration>, max_staleness: Option<Duration>) -> Check {
+    // Without an age, before the first list, the check of DNS has failed already.
     let is_old = age.zip(max_staleness).is_some_and(|(age, limit)| age > limit);
     let writer = match phase {
         Phase::Standby(holder) if !holder.name.is_empty() => &*holder.name,
@@ -88,6 +89,7 @@ fn standby(phase: &Phase, age: Option<Duration>, max_staleness: Option<Duration>
              answer; the limit is --max-staleness. Names are answered as before"
         )
     });
+    // To a tenth of a second: more digits would say that it is known more exactly.
     Check { age: age.map(|age| (age.as_secs_f64() * 10.0).round() / 10.0), ..Check::new("dns", fault) }
 }
 

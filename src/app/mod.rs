@@ -78,6 +78,7 @@ pub fn bind(mut config: Config) -> anyhow::Result<BoundServer> {
     if offset != 0 {
         warn!("the clock of this process is shifted by {offset} ms, for a test");
     }
+    // Before any address: of two processes on one directory the second must not answer anything, not even for a moment.
     let data_dir = DataDir::lock(&config.data_dir)?;
     let grpc: Vec<_> = config.grpc_listen.iter().map(|(address, _)| *address).collect();
     let grpc = listen("--grpc-listen", &grpc)?;
@@ -303,14 +304,19 @@ impl BoundServer {
             () = shutdown => None,
             failed = parts.first_end() => Some(failed),
         };
+        // Unready and refusing before anything is stopped: clients turn elsewhere while what they have sent is
+        // answered.
         status.drain();
         stop_grpc.cancel();
+        // After a failure there is no drain: half a server must not stay in the way of a whole one.
         if failed.is_none() {
             info!(?drain, "shutting down: registrations are refused, DNS answers until the drain time is over");
             failed = parts.drain(drain).await;
         }
         stop_writer.cancel();
+        // DNS last: every answer until here is still right.
         stop_answers.cancel();
+        // An end to the stop: a supervisor would send SIGKILL, and nobody would read why.
         if timeout(STOP_TIMEOUT, parts.end(&mut failed)).await.is_err() {
             let running = parts.running();
             warn!("not everything stopped in time: {}; what was acknowledged is safe", running.join(", "));
@@ -357,6 +363,7 @@ fn spawn_writer(
                 info!("{line}");
             }
         };
+        // DNS answers SERVFAIL until this is over, and the zone is set ready below.
         let mut writer = unrecovered.recover(data_dir, &store, publisher, &mut progress)?;
         let unconfirmed = if writer.await_restore(&runtime, &stop) {
             zone.set_ready();
@@ -393,6 +400,7 @@ impl ProgressReporter {
             return None;
         }
         self.last = now;
+        // An empty store has nothing to read.
         let percent = (read * 100).checked_div(total).unwrap_or(100);
         Some(format!("recovering: {percent} % ({} of {} MiB)", read >> 20, total >> 20))
     }

@@ -56,6 +56,7 @@ impl OwnCa {
         if addresses.is_empty() {
             addresses = own_tls::reachable(&listeners)?;
         }
+        // In the certificate, but not advertised: a name for the admin listener leads no registrant anywhere.
         let hosts = admin_hosts.iter().filter_map(|host| ServerAddress::parse(host, 0).ok());
         let named: Vec<_> = addresses.iter().cloned().chain(hosts).collect();
         let names = own_tls::names(&named, &[&listeners, admin].concat())?;

@@ -46,6 +46,7 @@ impl TlsSource for OwnTls {
         let ca = self.ca.get().map_err(|err| TlsFileError::Pending(err.to_string()))?;
         let hash = *ca.public_key_hash();
         let mut issued = self.issued.lock().unwrap_or_else(PoisonError::into_inner);
+        // Under the lock, so that two listeners that read at once get one certificate.
         let current = match issued.take().filter(|(signer, issued)| *signer == hash && !issued.is_due(now)) {
             Some(current) => current,
             None => {
@@ -78,6 +79,7 @@ pub(super) fn names(advertised: &[ServerAddress], listeners: &[SocketAddr]) -> i
             names.dns.push(name);
         }
     }
+    // Tools on the machine itself ask over loopback, by name and by address.
     let mut ips = BTreeSet::from([IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)]);
     ips.extend(advertised.iter().filter_map(ServerAddress::ip));
     ips.extend(listeners.iter().map(SocketAddr::ip).filter(|ip| !ip.is_unspecified()));

@@ -49,6 +49,7 @@ impl Parts {
     /// Waits for the first part that ends, and returns its failure.
     pub(super) async fn first_end(&mut self) -> anyhow::Error {
         match self.join_next().await {
+            // No part ends by itself. One that does without an error has a fault that it does not know of.
             Some((name, Ok(Ok(())))) => anyhow!("{name} ended before the stop"),
             Some(ended) => failure(ended).expect("the other case of success is above"),
             None => anyhow!("nothing was started"),

@@ -72,8 +72,10 @@ impl ServerArgs {
 
     async fn connection(self, patience: Duration) -> Result<ServerConnection, CommandError> {
         let Self { server, cacert, cert, key, token_file, config_dir } = self;
+        // Half of each would be a certificate of one CA shown to a server of another.
         let explicit = cacert.is_some() || cert.is_some() || key.is_some() || token_file.is_some();
         // What joined is a whole: where the server is, whom to trust, what to show.
+        // A plaintext server is none that was joined: the certificate is not shown to it, nor renewed for it.
         let secure = server.is_empty() || server.iter().any(|url| url.starts_with("https:"));
         let joined = if secure && !explicit { config_dir.load_renewed().await? } else { None };
         let Some(machine) = joined else {

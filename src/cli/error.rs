@@ -146,6 +146,7 @@ impl From<ClientTlsError> for CommandError {
 impl From<io::Error> for CommandError {
     /// Standard output could not be written.
     fn from(err: io::Error) -> Self {
+        // As other commands: a closed pipe ends them without a word.
         let silent = err.kind() == io::ErrorKind::BrokenPipe;
         Self { silent, ..Self::new(ErrorKind::Failed, format!("cannot print: {err}")) }
     }

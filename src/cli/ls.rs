@@ -131,6 +131,7 @@ fn services_table(services: &[(ServiceKey, Service)], format: Option<Format>, no
         let created = service.created();
         let all = service.instances.iter().flat_map(|instance| instance.ports().as_slice());
         let mut all: Vec<&Port> = all.collect();
+        // Instances have mostly the same ports: the column shows each once.
         all.sort_unstable_by_key(|port| (port.protocol, port.number, port.name.as_ref()));
         all.dedup();
         let mut row = vec![

@@ -47,6 +47,7 @@ pub(super) struct OutputArgs {
 
 /// Prints to standard output and flushes it.
 pub(super) fn print(text: &str) -> Result<(), CommandError> {
+    // Not `print!`, which panics where the reader has left (`gangplank ls | head`).
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;
     Ok(out.flush()?)
@@ -99,6 +100,7 @@ impl Table {
 
     /// The table as text; each line ends in a line feed.
     pub(super) fn render(&self) -> String {
+        // Characters, not bytes: names of nodes are ASCII, but registrants need not be.
         let length = |text: &str| text.chars().count();
         let mut widths: Vec<usize> = self.titles.iter().map(|title| length(title)).collect();
         for row in &self.rows {
@@ -120,6 +122,7 @@ impl Table {
                 write!(line, "{:<width$}{:COLUMN_GAP$}", shortened(cell, width), "")
                     .expect("a String takes everything");
             }
+            // Without blanks at the end, which would wrap in a narrow terminal.
             text.push_str(line.trim_end());
             text.push('\n');
         }

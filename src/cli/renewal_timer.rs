@@ -44,6 +44,7 @@ fn install_units(config_dir: Option<&Path>) -> Result<PathBuf, String> {
     write_units(&dir, &binary, config_dir).map_err(|err| format!("{}: {err}", dir.display()))?;
     let systemctl = |arguments: &[&str]| {
         let mut command = Command::new("systemctl");
+        // Without an input: a question would wait for an answer that no script gives.
         command.args(user.then_some("--user")).args(arguments).stdin(Stdio::null());
         match command.output() {
             Ok(output) if output.status.success() => Ok(()),
@@ -60,6 +61,7 @@ fn install_units(config_dir: Option<&Path>) -> Result<PathBuf, String> {
 fn writable_by_others(binary: &Path) -> Option<&Path> {
     binary
         .ancestors()
+        // Directories, too: who may rename the program's directory decides what root runs.
         .find(|path| path.metadata().is_ok_and(|metadata| metadata.uid() != 0 || metadata.mode() & 0o022 != 0))
 }
 

@@ -183,6 +183,8 @@ impl EventPrinter {
     fn print(&mut self, event: &WatchEvent) -> Result<(), CommandError> {
         let Some(line) = EventRecord::of(event) else { return Ok(()) };
         match self.format {
+            // Printed at once and flushed: a watch that is piped into another program must not wait for a buffer to
+            // fill.
             None | Some(Format::Wide) => print(&self.rows(event, SystemTime::now())),
             Some(Format::Json) => {
                 let text = serde_json::to_string(&line).map_err(io::Error::from)?;

@@ -317,6 +317,8 @@ impl ServeArgs {
             drain,
         } = self;
 
+        // Whoever names a kubeconfig means Kubernetes; forgetting the other flag would leave the server silently
+        // without it.
         let kubernetes = kubernetes || kubeconfig.is_some();
         let listeners = Listeners { grpc: grpc_listen, admin: admin_listen };
         let (Listeners { grpc: grpc_listen, admin: admin_listen }, security) =
@@ -347,6 +349,7 @@ impl ServeArgs {
             ServiceName::parse(service).with_context(|| format!("--grpc-service {service:?}"))?;
         }
         let advertise = Advertise::new(advertise, kubernetes)?;
+        // In lower case, as names in questions are compared (RFC 4343).
         let origin = DnsName::parse(&zone.to_ascii_lowercase()).with_context(|| format!("--zone {zone:?}"))?;
         ensure!(ttl <= MAX_TTL, "--ttl {ttl}: must be 0..={MAX_TTL} seconds");
         let nsid = nsid.map_or_else(|| gethostname::gethostname().into_encoded_bytes(), String::into_bytes);
@@ -378,6 +381,7 @@ impl ServeArgs {
             segment_bytes.or(segment_octets).unwrap_or_else(|| store::StoreOptions::default().segment_bytes);
         ensure!(segment_bytes >= MIN_SEGMENT, "--segment-bytes {segment_bytes}: must be at least {MIN_SEGMENT}");
         let reverse_zones = reverse_zone.iter().map(|cidr| parse_cidr(cidr)).collect::<Result<_, _>>()?;
+        // Knows cgroup quotas and the affinity mask: in a container it is not the number of the machine's cores.
         let threads = dns_threads.or_else(|| thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
 
         let validator = Validator { zone_wire_len: origin.wire_len(), names_allowed: false };
@@ -443,6 +447,7 @@ fn parse_cidr(text: &str) -> anyhow::Result<(IpAddr, u8)> {
         };
         ensure!(length <= width, "the length must be 0..={width}");
         let host_bits = u32::from(width - length);
+        // A shift by all 128 bits, for a prefix of length 0, has no result: then every bit is the host's.
         let host_part = bits & 1u128.checked_shl(host_bits).map_or(u128::MAX, |bit| bit - 1);
         ensure!(host_part == 0, "bits are set beyond the first {length}");
         Ok((address, length))
@@ -452,6 +457,7 @@ fn parse_cidr(text: &str) -> anyhow::Result<(IpAddr, u8)> {
 
 /// The per-user state directory (XDG Base Directory Specification).
 fn default_data_dir() -> anyhow::Result<PathBuf> {
+    // The specification ignores relative paths.
     let from = |name: &str| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     from("XDG_STATE_HOME")
         .or_else(|| from("HOME").map(|home| home.join(".local/state")))

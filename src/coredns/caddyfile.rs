@@ -158,12 +158,14 @@ impl<'w, 't> Parser<'w, 't> {
         let mut keys: Vec<CaddyToken<'t>> = Vec::new();
         let mut comma = true;
         while let Some(word) = self.peek() {
+            // Keys go on in the next line only behind a comma, as for CoreDNS.
             if word.text == "{" || !comma && keys.last().is_some_and(|last| last.last_line < word.line) {
                 break;
             }
             if word.text == "}" {
                 return Err(CorefileError::at(word.line, "`}` without its `{`"));
             }
+            // A brace at the end of a word is a part of the word: what follows would be read as more zones.
             if word.text.ends_with('{') {
                 return Err(CorefileError::at(word.line, "no blank before `{`"));
             }
@@ -186,6 +188,7 @@ impl<'w, 't> Parser<'w, 't> {
     /// From `{` to `}`.
     fn block(&mut self, depth: usize) -> Result<Block<'t>, CorefileError> {
         let open = &self.words[self.at];
+        // The parser calls itself: a file of braces must not overflow the stack.
         if depth > MAX_DEPTH {
             return Err(CorefileError::at(open.line, format!("more than {MAX_DEPTH} blocks within each other")));
         }
@@ -196,6 +199,7 @@ impl<'w, 't> Parser<'w, 't> {
                 None => return Err(CorefileError::at(open.line, "`{` without its `}`")),
                 Some(close) if close.text == "}" => {
                     self.at += 1;
+                    // CoreDNS would read it as the beginning of another statement, which nobody means.
                     if let Some(behind) = self.peek_in_line(close) {
                         return Err(CorefileError::at(behind.line, "a word behind `}`"));
                     }
@@ -233,6 +237,7 @@ impl<'w, 't> Parser<'w, 't> {
 fn words(text: &str) -> Result<(Vec<CaddyToken<'_>>, Vec<Comment>), CorefileError> {
     let (mut words, mut comments) = (Vec::new(), Vec::new());
     let mut line = 1;
+    // A byte order mark, which some editors write.
     let mut at = if text.starts_with('\u{feff}') { '\u{feff}'.len_utf8() } else { 0 };
     while let Some(c) = text[at..].chars().next() {
         match c {

@@ -90,6 +90,7 @@ fn marked(indent: &str, was: Option<&str>, lines: &[String]) -> String {
 /// # Errors
 /// When the text does not follow the syntax, or when the place is not certain.
 pub fn apply(text: &str, plan: &Plan) -> Result<String, CorefileError> {
+    // From the text without an earlier plan: applying twice changes nothing, and another plan takes its place.
     let base = remove(text)?;
     let file = Caddyfile::parse(&base)?;
     let edits = match &plan.wiring {
@@ -183,6 +184,7 @@ fn marks<'t>(file: &Caddyfile<'t>) -> Result<Vec<Mark<'t>>, CorefileError> {
     let mut open: Option<(Mark<'t>, usize)> = None;
     for &Comment { start, end, line } in &file.comments {
         let comment = &file.text[start..end];
+        // A comment behind other words: markers stand in lines of their own, so it is somebody's text about them.
         if file.indentation(start).is_none() {
             continue;
         }
@@ -208,6 +210,7 @@ fn marks<'t>(file: &Caddyfile<'t>) -> Result<Vec<Mark<'t>>, CorefileError> {
 }
 
 fn spliced(text: &str, mut edits: Vec<TextEdit>) -> String {
+    // By place: each edit knows offsets of the text before any of them.
     edits.sort_by_key(|edit| edit.replaced.start);
     let (mut result, mut at) = (String::with_capacity(text.len()), 0);
     for TextEdit { replaced, by } in edits {
@@ -250,6 +253,7 @@ pub(super) fn normal(zone: &str) -> String {
 
 /// Whether `name` is `zone` or below it. Both are [`normal`].
 pub(super) fn within(name: &str, zone: &str) -> bool {
+    // At a dot: `notcluster.local` ends in `cluster.local` and is not below it.
     zone.is_empty() || name.strip_suffix(zone).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 

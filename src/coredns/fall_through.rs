@@ -40,6 +40,7 @@ fn kubernetes<'f, 't>(
             if !(if arguments.is_empty() { zones(server) } else { arguments }).iter().any(|one| one == zone) {
                 continue;
             }
+            // Which of the two blocks pods ask depends on ports and views, which a text alone does not show.
             if let Some((_, other)) = found {
                 let reason = format!(
                     "a second `kubernetes {zone}`, after line {}: which one pods ask is not certain",
@@ -60,6 +61,7 @@ fn kubernetes<'f, 't>(
 /// The zones of a `fallthrough` that has to be added, with those of the one that counts now.
 fn fallthrough_zones(kubernetes: &Statement<'_>, plan: &Plan, reverse: bool) -> Option<Vec<String>> {
     let last = kubernetes.properties().iter().rfind(|property| property.is("fallthrough"));
+    // The last `fallthrough` replaces earlier ones in CoreDNS, so what it has must be repeated.
     let mut zones: Vec<String> = last.map(|last| last.arguments().map(str::to_owned).collect()).unwrap_or_default();
     if last.is_some() && zones.is_empty() {
         return None; // every zone
@@ -108,13 +110,16 @@ fn forward_edit(
 /// The properties of a cache that has to leave out the zone and does not yet.
 fn cached_zones(cache: &Statement<'_>, plan: &Plan) -> Option<Vec<String>> {
     let zone = plan.zone.as_str();
+    // The first argument may be the longest TTL and no zone.
     let cached = cache.arguments().enumerate().filter(|(at, word)| *at > 0 || word.parse::<i64>().is_err());
     let cached: Vec<String> = cached.map(|(_, zone)| normal(zone)).collect();
+    // A cache of other zones keeps nothing of this one.
     if !cached.is_empty() && !cached.iter().any(|one| within(zone, one) || within(one, zone)) {
         return None;
     }
     let mut disabled = Vec::new();
     for kind in ["success", "denial"] {
+        // As with `fallthrough`, the last `disable` of a kind counts.
         let last = cache.properties().iter().rfind(|one| one.is("disable") && one.arguments().next() == Some(kind));
         let zones: Vec<&str> = last.map(|last| last.arguments().skip(1).collect()).unwrap_or_default();
         let every = last.is_some() && zones.is_empty();

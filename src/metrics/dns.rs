@@ -98,6 +98,8 @@ impl<const N: usize> Default for LocalHistogram<N> {
 
 impl<const N: usize> LocalHistogram<N> {
     fn add(&self, bucket: usize, value: u64, shared: bool) {
+        // One bucket, not all from there on: the encoder adds them up, so that a query writes one cell for each
+        // histogram.
         self.buckets.get(bucket).unwrap_or(&self.above).add(1, shared);
         self.sum.add(value, shared);
     }
@@ -140,6 +142,7 @@ impl DnsCounters {
     pub fn query(&self, query: &AnsweredQuery) {
         let shared = self.shared;
         let counts = if query.in_zone { &self.in_zone } else { &self.outside };
+        // An index into all assigned types, not the number from the wire: no question can make a new series.
         counts.types[query.rtype.map_or(OTHER_TYPE, |rtype| rtype as usize)].add(1, shared);
         counts.rcodes[query.rcode as usize].add(1, shared);
         let nanos = u64::try_from(query.took.as_nanos()).unwrap_or(u64::MAX);
@@ -163,6 +166,7 @@ impl DnsCounters {
 
 /// The bucket of a duration: the first whose upper end, 1 000 ns × 2^n, is not below it.
 fn duration_bucket(nanos: u64) -> usize {
+    // Rounded up: a bucket holds what is not above its end. Its number is then the logarithm, without a search.
     let micros = nanos.div_ceil(1000).max(1);
     (u64::BITS - (micros - 1).leading_zeros()) as usize
 }
@@ -202,6 +206,7 @@ impl DnsMetrics {
 
     fn add(&self, listener: &ListenerLabels, counters: DnsCounters) -> Arc<DnsCounters> {
         let counters = Arc::new(counters);
+        // Taken at the start of a listener and by the scrape. Queries never take it.
         let mut groups = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
         match groups.iter_mut().find(|group| group.listener == *listener) {
             Some(group) => group.counters.push(Arc::clone(&counters)),
@@ -248,6 +253,7 @@ fn encode_histogram<const N: usize, const B: usize>(
     (sum, buckets, above): (u64, [u64; B], u64),
 ) -> fmt::Result {
     let mut rows: Vec<(f64, u64)> = ends.into_iter().zip(buckets).collect();
+    // The format wants a last bucket without an end (OpenMetrics 1.0, histogram).
     rows.push((f64::INFINITY, above));
     let all = rows.iter().map(|(_, count)| count).sum();
     to.encode_family(&labels)?.encode_histogram::<[(&str, &str); 0]>(sum as f64 * unit, all, &rows, None)

@@ -120,8 +120,10 @@ where
     /// Makes every series and adds the family to `all` under `name`. The encoder adds `_total` to
     /// the name of a counter.
     pub(super) fn register(all: &mut Registry, name: &str, names: L::Names, help: &str) -> Self {
+        // `Default` makes a histogram without buckets, which would count and show nothing.
         const { assert!(!matches!(M::TYPE, MetricType::Histogram), "a histogram needs its buckets") };
         let family = Family::<Vec<(&'static str, &'static str)>, M>::default();
+        // In the order of `position`, so that `at` is an index and needs no lookup by label.
         let series = L::all().into_iter().map(|values| family.get_or_create_owned(&values.labels(names))).collect();
         all.register(name, help, family);
         Self { series, of: std::marker::PhantomData }

@@ -150,7 +150,9 @@ impl Observer {
                     }
                 }
                 None => {
+                    // A lost answer is no outage: it has to go on failing.
                     failing_since = None;
+                    // Not where the answers looked so before: then only time shows that nothing broke.
                     if shows && !self.already && self.confirmed().await {
                         return RolloutOutcome::Taken(begun.elapsed());
                     }
@@ -227,6 +229,7 @@ impl Observer {
         }
         let gangplank = match probe {
             Probe::StubDomain(_) => reply.nsid().is_some_and(|nsid| self.own_nsid.as_ref() != Some(&nsid)),
+            // NXDOMAIN is CoreDNS' own answer: `dns.ZONE` exists in gangplank's zone only.
             Probe::FallThrough(_) => rcode == ResponseCode::NoError,
         };
         Ok(if gangplank { Expected::Gangplank } else { Expected::Other })

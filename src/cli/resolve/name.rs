@@ -52,6 +52,7 @@ impl QueryTarget {
         }
         // `_port._protocol` is not part of the service's name.
         let labels: Vec<&str> = text.split('.').skip_while(|label| label.starts_with('_')).collect();
+        // Names compare without case (RFC 4343); what is asked keeps the spelling.
         let lower = text.to_ascii_lowercase();
         let full = match labels.as_slice() {
             _ if text.ends_with('.') || lower == zone || lower.ends_with(&format!(".{zone}")) => text.to_owned(),

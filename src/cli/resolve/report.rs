@@ -95,6 +95,7 @@ impl ResolveReport {
             let what = format!("{server} answered {} to {name} {kind}", rcode(reply.rcode()));
             let failure = CommandError::new(ErrorKind::Failed, what);
             match reply.rcode() {
+                // Whether anything was found is decided over all questions: a service may have one family only.
                 ResponseCode::NoError | ResponseCode::NXDomain => {}
                 ResponseCode::ServFail => {
                     return Err(failure.hint("it may still be loading:  curl http://127.0.0.1:9153/readyz"));
@@ -150,6 +151,7 @@ fn answer_view(record: &Record, reply: &Reply) -> AnswerView {
 
 fn srv_view(record: &Record, reply: &Reply) -> Option<SrvView> {
     let RData::SRV(srv) = &record.data else { return None };
+    // hickory compares names without case (RFC 4343).
     let glue = reply.message.additionals.iter().filter(|glue| glue.name == srv.target);
     let addresses = glue.filter_map(|glue| glue.data.ip_addr()).collect();
     // RFC 2782: clients use the records of the lowest priority, in proportion to their weights.
