@@ -43,6 +43,7 @@ pub(super) async fn check(State(security): State<Arc<Security>>, mut request: Re
     let Some(peer) = request.extensions().get::<Arc<Peer>>().cloned() else {
         return (StatusCode::INTERNAL_SERVER_ERROR, "500: the request has no connection\n").into_response();
     };
+    // Before the method: whoever has no identity learns nothing, not even which methods there are.
     let identity = match identify(&security, &peer, request.headers_mut()).await {
         Ok(identity) => identity,
         Err(err) => {
@@ -54,6 +55,7 @@ pub(super) async fn check(State(security): State<Arc<Security>>, mut request: Re
         let allow = [(header::ALLOW, "GET, HEAD")];
         return (StatusCode::METHOD_NOT_ALLOWED, allow, "405: pages are read only\n").into_response();
     }
+    // A page that shows instances needs the same right as the call that returns them.
     let instances = pages::instances_at(&path).map(|(namespace, service)| Access {
         resource: AccessResource::Instances,
         verb: if service.is_some() { AccessVerb::Get } else { AccessVerb::List },
@@ -87,6 +89,7 @@ fn unauthenticated(err: &Unauthenticated) -> Response {
     if err.is_unknown() {
         return undecided(&err.to_string());
     }
+    // RFC 9110 §11.6.1: a 401 has to name a way to authenticate.
     let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];
     (StatusCode::UNAUTHORIZED, challenge, format!("401: {err}\n{HOW_TO_IDENTIFY}\n")).into_response()
 }

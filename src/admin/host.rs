@@ -25,9 +25,11 @@ impl AllowedHosts {
 
     fn allows(&self, authority: &Authority) -> bool {
         let host = authority.host();
+        // IPv6 has brackets in an authority (RFC 3986 §3.2.2).
         let bare = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host);
         // A name may end in the dot of the root.
         let name = host.strip_suffix('.').unwrap_or(host);
+        // A page that asks by address is of another origin than the answer, which the browser does not let it read.
         bare.parse::<IpAddr>().is_ok()
             || name.eq_ignore_ascii_case("localhost")
             || self.0.iter().any(|allowed| name.eq_ignore_ascii_case(allowed))

@@ -61,6 +61,7 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
 
 fn from_stdin() -> Result<String, CommandError> {
     let mut text = String::new();
+    // A token is far shorter. Whatever is piped here by mistake is not read into memory as a whole.
     let read = io::stdin().take(8192).read_to_string(&mut text);
     read.map_err(|err| CommandError::new(ErrorKind::Failed, format!("standard input cannot be read: {err}")))?;
     Ok(text)

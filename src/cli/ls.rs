@@ -208,6 +208,7 @@ fn shares(service: &Service) -> String {
     }
     let mut shares: Vec<f64> = service.instances.iter().filter(|i| i.ready()).map(|i| all.share(i)).collect();
     shares.sort_unstable_by(|a, b| b.total_cmp(a));
+    // By what is shown: shares that differ in later digits only are one group.
     let groups = shares.chunk_by(|a, b| percent(*a) == percent(*b)).map(|group| match group {
         [one] => percent(*one),
         several => format!("{}x{}", several.len(), percent(several[0])),

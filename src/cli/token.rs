@@ -89,6 +89,7 @@ struct RevokeArgs {
 
 fn whole_seconds(text: &str) -> Result<Duration, String> {
     let parsed = humantime::parse_duration(text).map_err(|err| err.to_string())?;
+    // The message has whole seconds: less than one would be a token that is never good.
     if parsed.as_secs() == 0 { Err("must be at least 1s".into()) } else { Ok(parsed) }
 }
 

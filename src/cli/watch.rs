@@ -80,6 +80,7 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
         follow(connection.servers.clone(), namespace, name, from.map(|CursorArg(bytes)| bytes), output.output);
     tokio::select! {
         ended = watching => ended,
+        // How a watch ends: no failure.
         interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),
     }
 }
@@ -101,6 +102,7 @@ async fn follow(
             Ok(None) => return Err(ended("the server ended the watch", last_cursor.as_deref())),
             Err(err) => return Err(ended(&err.to_string(), last_cursor.as_deref())),
         };
+        // The server does not know the cursor any more, or has dropped changes, so the hint is to begin without one.
         if let WatchEvent::Restart { reason, message } = event {
             let what = format!("the server ended the watch ({reason}): {message}");
             return Err(

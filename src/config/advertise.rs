@@ -26,6 +26,7 @@ impl Advertise {
         }
         let variable =
             |name| env::var(name).ok().filter(|value| kubernetes && !value.is_empty()).map(|value| (name, value));
+        // Of a pod with both families POD_IP has the first address only.
         let pod = match variable("POD_IPS").or_else(|| variable("POD_IP")) {
             None => Vec::new(),
             Some((name, value)) => {
@@ -54,6 +55,7 @@ impl Advertise {
         if all.is_empty() && listeners.iter().all(|listener| listener.ip().is_loopback()) {
             all = listeners.iter().map(|listener| ServerAddress::new(listener.ip(), listener.port())).collect();
         }
+        // The order stays: clients try the addresses as they are listed.
         let mut seen = HashSet::new();
         all.retain(|address| seen.insert(address.clone()));
         all

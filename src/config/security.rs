@@ -102,6 +102,7 @@ impl FromStr for Insecure {
 
     fn from_str(text: &str) -> Result<Self, String> {
         match text.to_ascii_lowercase().as_str() {
+            // The words that clap takes for a switch, so that GANGPLANK_INSECURE can be set as other flags are.
             "" | "0" | "n" | "no" | "f" | "false" | "off" => Ok(Self::None),
             "1" | "y" | "yes" | "t" | "true" | "on" => Ok(Self::All),
             listeners => {

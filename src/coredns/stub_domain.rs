@@ -46,8 +46,12 @@ fn serves<'f, 't>(
                 return Err(CorefileError::at(line, format!("there is a server block for {zone} already")));
             }
             match &mut best {
+                // CoreDNS takes the longest zone that matches. All of these end the same name, so the longest text is
+                // it.
                 Some((_, found, _)) if found.len() > key.zone.len() => {}
                 Some((same, found, ports)) if *found == key.zone => {
+                    // One block may name the zone twice, with two ports. Two blocks with one zone differ by port or
+                    // `bind`.
                     if !std::ptr::eq(*same, server) {
                         let reason = format!(
                             "a second server block, after line {}, serves {zone}: which one pods ask is not certain",

@@ -88,6 +88,7 @@ impl AuthenticatedRoutes {
             let Some(end) = end else { return self.routes.call(request).await };
             let mut end = Box::pin(end);
             // The end counts from the begin: a call may wait for its message longer than its identity lasts.
+            // Biased: of an end and a response that are ready at once, the end counts.
             let response = tokio::select! {
                 biased;
                 status = &mut end => return Ok(status.into_http()),

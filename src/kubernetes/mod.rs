@@ -65,7 +65,7 @@ pub struct KubernetesOptions {
     pub max_endpoints: usize,
     /// Write the older Endpoints object too.
     pub endpoints_object: bool,
-    /// ApiClient to the API server, a second, at most.
+    /// Most requests to the API server a second.
     pub requests_per_second: NonZeroU32,
     /// How long a Service of ours stays without instances.
     pub linger: Duration,

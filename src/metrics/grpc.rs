@@ -143,6 +143,7 @@ impl GrpcMetrics {
         // 0.1 ms to 26 s.
         let handling =
             Family::<Method, Histogram>::new_with_constructor(|| Histogram::new(exponential_buckets(0.000_1, 4.0, 10)));
+        // From the start: of a series that appears with its first call, `rate()` does not see that call.
         for method in Method::ALL {
             drop(handled.get_or_create(&Handled { method, grpc_code: "OK" }));
             drop(handling.get_or_create(&method));

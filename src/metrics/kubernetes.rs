@@ -144,6 +144,7 @@ impl KubernetesMetrics {
 
     /// Notes what this process is to the Lease, and the highest term that it has seen.
     pub fn lease(&self, role: LeaseRole, term: u64) {
+        // All of them: exactly one is 1, also after a change.
         for &other in LeaseRole::ALL {
             self.lease_role.at(other).set(u64::from(other == role));
         }

@@ -96,6 +96,7 @@ impl<R: Row> CowTree<R> {
     /// Inserts `row` and returns the one that had its key.
     pub fn put(&mut self, row: R) -> Option<R> {
         let mut replaced = None;
+        // The tree grows at its root only, so that all rows are at the same depth.
         if let Some(right) = self.0.put(row, &mut replaced) {
             let left = std::mem::replace(&mut self.0, Node::Leaf(Arc::new([])));
             self.0 = Node::Inner(Arc::new([Child::new(left), Child::new(right)]));
@@ -208,6 +209,7 @@ impl<R: Row + fmt::Debug> fmt::Debug for CowTree<R> {
 
 impl<R: Row + PartialEq> PartialEq for CowTree<R> {
     fn eq(&self, other: &Self) -> bool {
+        // By rows, not by chunks: where a tree is cut into chunks depends on the order of its changes.
         self.iter().eq(other.iter())
     }
 }
@@ -297,6 +299,7 @@ impl<R: Row> Node<R> {
     /// After a removal below `children[at]`: drops it when empty, joins it with a neighbour when
     /// both are small, so that chunks stay worth their overhead.
     fn tidy(children: &mut Arc<[Child<R>]>, at: usize) {
+        // The last child stays although it is empty. The chunk has no rows then, and its own parent drops it.
         if children[at].rows == 0 && children.len() > 1 {
             *children = splice(children, at..at + 1, []);
             return;
@@ -308,6 +311,7 @@ impl<R: Row> Node<R> {
             let joined = match (&a.node, &b.node) {
                 (Self::Leaf(a), Self::Leaf(b)) => Self::Leaf(a.iter().chain(b.iter()).cloned().collect()),
                 (Self::Inner(a), Self::Inner(b)) => Self::Inner(a.iter().chain(b.iter()).cloned().collect()),
+                // Never: all rows are at the same depth, so neighbours are of one kind.
                 _ => return,
             };
             *children = splice(children, left..left + 2, [Child::new(joined)]);
@@ -349,6 +353,7 @@ impl<R: Row> Child<R> {
 
 /// The child below which `key` is or would be.
 fn child_for<R: Row>(children: &[Child<R>], key: &R::Key<'_>) -> usize {
+    // A key before all others belongs to the first child.
     children.partition_point(|child| compare(child.node.first(), key).is_le()).saturating_sub(1)
 }
 

@@ -155,6 +155,7 @@ pub fn parse_address(text: &str) -> Result<Address, InvalidInstance> {
     Address::parse(text).map_err(|err| match err {
         AddressError::NotAName(_) => {
             let shown: String = text.chars().take(InvalidInstance::MAX_SHOWN).collect();
+            // In quotes, with escapes: the text can be anything, and messages go to logs and terminals.
             InvalidInstance { field: Field::Address, reason: format!("{err}, got {shown:?}") }
         }
         AddressError::Empty => InvalidInstance::new(Field::Address, &err),

@@ -246,6 +246,7 @@ impl DnsName {
     /// Octets of the name in a message, uncompressed and with the root: 1..=255.
     #[must_use]
     pub fn wire_len(&self) -> usize {
+        // Each dot becomes a length octet. The first label's and that of the root come on top.
         self.0.len() + 2
     }
 }

@@ -141,6 +141,7 @@ impl Ports {
             }
             ports.push(port);
         }
+        // In one order, so that a client that lists the same ports in another registers the same instance.
         ports.sort_unstable_by_key(Port::id);
         Ok(Self(ports.into()))
     }

@@ -112,11 +112,14 @@ impl Validator {
             .ports
             .as_slice()
             .iter()
+            // 2: the underscore and the length octet of the name. 1: the length octet of the protocol, which has its
+            // underscore.
             .filter_map(|port| Some(port.name.as_ref()?.as_str().len() + 2 + port.protocol.srv_label().len() + 1));
         // A dashed IPv6 label takes at most 39 octets.
         let host = instance.host_name.as_ref().map_or(39, |label| label.as_str().len()) + 1;
         let longest = port.max().unwrap_or(0).max(host);
         // `svc` and its length octet are between namespace and zone.
+        // The dot in the service's text counts as one of its two length octets, the 1 is the other.
         let octets = longest + service.as_str().len() + 1 + "svc".len() + 1 + self.zone_wire_len;
         if octets > MAX_WIRE_NAME {
             return Err(InvalidInstance::new(

@@ -99,6 +99,7 @@ impl Catalog {
     /// Instances of all services.
     #[must_use]
     pub fn instances(&self) -> usize {
+        // A number for limits and metrics; nothing is read on its word.
         self.instances.load(Ordering::Relaxed)
     }
 
@@ -125,6 +126,7 @@ impl Catalog {
 
     /// Must come before the first change of `generation`: a service that is removed shows no generation itself.
     pub(super) fn begin_generation(&self, generation: u64) {
+        // A reader gets a change from the map after the map has published it, which is after this store.
         self.begun.store(generation, Ordering::Release);
     }
 
@@ -152,6 +154,7 @@ impl Catalog {
 
     /// Publishes `generation`; all its services must have been set.
     pub(super) fn set_generation(&self, generation: u64) {
+        // Pairs with `generation()`: whoever reads the number finds its services in the map.
         self.generation.store(generation, Ordering::Release);
     }
 }

@@ -1,4 +1,4 @@
-//! Stamps from the future: what a clock that was set wrong, or a hand in a slice, leaves behind.
+//! Stamps from the future: what a clock that was set wrong, or an edit of a slice, leaves behind.
 //!
 //! Of two words on an instance the later stamp counts, so a stamp of next year would be the last word until then: no change by
 //! another process would count, the removal would be remembered for a year, and a clock that goes on behind it would stamp everything
@@ -54,7 +54,7 @@ impl Writer {
         expiring.into_iter().for_each(|service| self.decider.note_new_expiry(service));
         warn!(
             restamped,
-            "changes were stamped in the future, by a clock that was set wrong or by a hand: they count as made now"
+            "changes were stamped in the future, by a clock that was set wrong or by an edit of a slice: they count as made now"
         );
         Ok(())
     }

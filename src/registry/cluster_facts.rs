@@ -170,6 +170,7 @@ impl ClusterFacts {
 
 /// Whether `service` belongs to the cluster itself, so that nothing may be registered under it.
 pub(super) fn is_reserved(service: &ServiceKey) -> bool {
+    // Every pod trusts these names: they are the API server's, and those of the cluster's own parts.
     service.namespace() == "kube-system" || (service.namespace(), service.name()) == ("default", "kubernetes")
 }
 

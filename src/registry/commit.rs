@@ -20,6 +20,7 @@ pub(super) struct Committer {
 impl Committer {
     /// `generation` is the generation that DNS serves.
     pub(super) fn new(journal: Journal, status: Status, generation: u64) -> Self {
+        // A journal whose end could not be repaired is served from, and refuses registrations from the start.
         if let Err(err) = journal.usable() {
             fail(&status, &err);
         }

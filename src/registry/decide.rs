@@ -117,6 +117,7 @@ impl Decider {
                 Record::Remove { service, id, stamp } => {
                     self.stamper.observe(*stamp);
                     let held = self.service(service);
+                    // `None` for a removal of something that is not registered: only its tombstone is staged then.
                     let before = held.as_ref().and_then(|held| held.instances.get(&InstanceKey::from(id)).cloned());
                     self.batch.changes.stage(service.clone(), held, InstanceChange { before, after: None }, now);
                     if *stamp != Stamp::default() {
@@ -231,6 +232,7 @@ impl Decider {
         before: Option<&Arc<Instance>>,
         by: &Requester,
     ) -> Option<QuotaExceeded> {
+        // What is staged may be negative; the sum never is.
         let staged = &self.batch.changes.counts;
         let sum = |held: isize, staged: isize| usize::try_from(held + staged).unwrap_or(0);
         self.quotas.exceeded(
@@ -352,6 +354,7 @@ impl Decider {
             let Some(service) = self.expiries.as_mut().and_then(Expiries::next_to_shrink) else { return };
             let bytes = self.batch.changes.tombstones(&self.catalog, &service).bytes();
             if bytes > 0 {
+                // Half of them at once, so that the next removals of the service have room.
                 let dropped = self.change_tombstones(&service, received, |tombstones| tombstones.shrink_to(bytes / 2));
                 self.batch.records.extend(dropped.map(|clock| Record::RefuseBefore { service, clock }));
             }

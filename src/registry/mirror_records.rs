@@ -135,6 +135,8 @@ impl MirrorRecords {
     /// Keeps the records of a batch while the comparison is not over.
     pub(super) fn note(&mut self, records: &[Record]) {
         let outbox = match &mut self.comparison {
+            // Accepted before the slices were read: a part of the outbox that the comparison has to bring to
+            // Kubernetes.
             ComparisonState::Awaited(local) => &mut local.outbox,
             ComparisonState::Running { newer, .. } => newer,
             ComparisonState::Over => return,

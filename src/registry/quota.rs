@@ -84,6 +84,7 @@ impl InstanceCounts {
             self.add_to_namespace(namespace, if after.is_some() { 1 } else { -1 });
         }
         let [before, after] = [before, after].map(|instance| instance.and_then(Instance::registrant));
+        // A change of the owner moves the instance from one account to the other.
         if before != after {
             before.into_iter().for_each(|registrant| self.add_to_registrant(registrant, -1));
             after.into_iter().for_each(|registrant| self.add_to_registrant(registrant, 1));
@@ -98,6 +99,7 @@ impl InstanceCounts {
 
     fn add_to_registrant(&mut self, registrant: &Registrant, by: isize) {
         match self.by_registrant.get_mut(registrant) {
+            // Removed at 0: identities come and go, and the map must not keep every one that ever was.
             Some(count) if *count + by == 0 => drop(self.by_registrant.remove(registrant)),
             Some(count) => *count += by,
             None => drop(self.by_registrant.insert(registrant.clone(), by)),

@@ -220,6 +220,7 @@ impl Snapshots {
     async fn latest(&self) -> Result<Arc<Snapshot>, ListError> {
         // Read before the lock: a build that begins after this line sees everything that was acknowledged before the call.
         let begun = self.begun.load(Ordering::Acquire);
+        // Locked until the build is over: lists that come meanwhile wait here and share the next build.
         let mut latest = self.latest.lock().await;
         if let Some(snapshot) = latest.snapshot.upgrade() {
             // Either nothing has changed since the build, or the build began after this call.
@@ -309,6 +310,8 @@ fn settle(services: &mut Services, missed: &[Arc<Batch>], wanted: impl Fn(&Servi
     }
     let (mut added, mut emptied) = (Services::new(), false);
     for (key, changes) in changed {
+        // What the read saw of the service may be from the middle of the missed changes. Each change sets an instance
+        // as a whole, so repeating the earlier ones does no harm: the last one decides.
         if let Ok(index) = services.binary_search_by(|(found, _)| found.cmp(key)) {
             let (_, service) = &mut services[index];
             apply(service, &changes);

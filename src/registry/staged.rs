@@ -78,6 +78,8 @@ impl StagedChanges {
 
     /// Stages the tombstones of a service.
     pub(super) fn stage_tombstones(&mut self, key: &ServiceKey, after: Tombstones, received: UnixMillis) {
+        // Later changes of the batch keep the time of the first one: the oldest is what the mirror's lag is measured
+        // from.
         self.tombstones.entry(key.clone()).or_insert_with(|| (Tombstones::default(), received)).0 = after;
     }
 

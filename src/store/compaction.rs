@@ -187,8 +187,8 @@ pub(super) fn compact(
         let _ = files.remove(&format!("{name}{TEMP_SUFFIX}"));
         return Err(err);
     }
-    // 4. The old files, only after the new name is durable. What cannot be removed, or comes back
-    //    after a crash, is removed with the next snapshot or by the next start.
+    // The old files last: until the new name is durable they are all there is. What cannot be removed, or comes back
+    // after a crash, is removed with the next snapshot or by the next start.
     if let Err(err) = remove_old(files, plan, file_id.number) {
         warn!(dir = %context.dir.display(), %err, "cannot remove files that a snapshot has replaced; they only take space");
     }
@@ -245,6 +245,8 @@ fn merge(
         let mut last = Vec::new();
         source.entries(FileId::snapshot(old.number), old.len, &mut |mut entry, generation| {
             let key = entry.key();
+            // Both sides are merged in one pass in the order of keys. An entry out of order would be written twice, or
+            // over a later one.
             if !last.is_empty() && key <= last {
                 return Err(CompactionError::Corrupt(format!(
                     "{} is not in order",
@@ -252,6 +254,7 @@ fn merge(
                 )));
             }
             if let EntryKind::Term(old) = entry.kind() {
+                // A term in the segments is later than that of the snapshot before them.
                 term.get_or_insert(old);
                 return Ok(());
             }
@@ -329,11 +332,14 @@ impl MergeInput<'_> {
         let corrupt = |what: &dyn std::fmt::Display| CompactionError::Corrupt(format!("{name}: {what}"));
         let failed = |err| CompactionError::Read { path: self.context.dir.join(&name), err };
         let file = match self.context.files.open(&name) {
+            // A segment that is missing as a whole is among the losses that the operator has accepted.
             Err(err) if self.lossy && err.kind() == io::ErrorKind::NotFound => return Ok(()),
             file => file.map_err(failed)?,
         };
         let header = read_header(&*file, file_id).map_err(failed)?;
         let same_store = header.as_ref().is_ok_and(|header| header.id == self.context.id);
+        // A closed file never changes. If this one did, somebody has replaced it, and the rest must not be removed on
+        // its word.
         if !self.lossy && (!same_store || file.len().map_err(failed)? != len) {
             return Err(corrupt(&"is not the file that was there"));
         }
@@ -369,6 +375,8 @@ impl MergeInput<'_> {
                 }
             }
         }
+        // Every checksum of a snapshot that was cut off between two frames is right. Only the flag of its last frame
+        // tells.
         if file_id.kind == FileKind::Snapshot && !ended && !self.lossy {
             return Err(corrupt(&"has no end"));
         }
@@ -432,6 +440,8 @@ impl<'m> SnapshotWriter<'m> {
         if !self.context.outbox {
             entry.set_since(None);
         }
+        // A removal is kept while Kubernetes may still have the instance, and while an old registration of it must be
+        // refused. After that, no entry says the same.
         if entry.is_removal() && entry.since(0) == 0 && !self.is_remembered(&entry) {
             return Ok(());
         }
@@ -475,6 +485,7 @@ impl<'m> SnapshotWriter<'m> {
     }
 
     fn end(mut self) -> Result<u64, CompactionError> {
+        // Also without entries: a snapshot whose last frame lacks the flag counts as cut off.
         self.flush(true)?;
         Ok(self.at)
     }

@@ -108,6 +108,7 @@ impl OsDirectory {
     }
 
     fn open_at(&self, name: &str, flags: OFlags) -> io::Result<fs::File> {
+        // For the owner alone, whatever the umask is.
         Ok(openat(&self.dir, name, flags | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)?.into())
     }
 

@@ -1,9 +1,10 @@
 //! The payload of a frame: records as protobuf, version 1, and their conversion to the model.
 //!
 //! These types are separate from the model's and do not change with it. What is read passes the
-//! model's [`Validator`] again. A field or a kind of record that is not known here was written by a
-//! later version; protobuf would skip it and a compaction would then lose it, so it is refused. A
-//! later version that adds one does not increase the version number: its records show it.
+//! model's [`invariants`] again, but not the rules for new registrations, which may have become
+//! stricter. A field or a kind of record that is not known here was written by a later version;
+//! protobuf would skip it and a compaction would then lose it, so it is refused. A later version
+//! that adds one does not increase the version number: its records show it.
 
 use std::sync::Arc;
 
@@ -251,6 +252,7 @@ impl PutEntry {
 
 impl StoredPort {
     fn new(protocol: Protocol, number: u16, name: &str) -> Self {
+        // Fixed by the format, whatever order the model has them in.
         let protocol = match protocol {
             Protocol::Tcp => 0,
             Protocol::Udp => 1,
@@ -305,6 +307,7 @@ impl Entry {
         key.extend_from_slice(address.as_bytes());
         key.push(0);
         for port in ports {
+            // Big-endian, so that keys are in the order of the numbers. A port has 16 bits.
             let [.., high, low] = port.number.to_be_bytes();
             key.extend_from_slice(&[port.protocol.to_le_bytes()[0], high, low]);
         }

@@ -52,6 +52,8 @@ pub(super) enum FileKind {
 impl FileKind {
     fn magic(self) -> [u8; 8] {
         match self {
+            // As in PNG: beyond ASCII and with a line feed, so that a copy that was made as text does not pass for the
+            // file.
             Self::Journal => *b"\x89GPjrnl\n",
             Self::Snapshot => *b"\x89GPsnap\n",
         }
@@ -82,6 +84,7 @@ impl FileId {
     }
 
     pub(super) fn file_name(self) -> String {
+        // With zeros, so that `ls` lists them in order.
         format!("{}{:010}", self.kind.prefix(), self.number)
     }
 
@@ -89,6 +92,7 @@ impl FileId {
     pub(super) fn parse(name: &str) -> Option<Self> {
         [FileKind::Journal, FileKind::Snapshot].into_iter().find_map(|kind| {
             let file_id = Self { kind, number: name.strip_prefix(kind.prefix())?.parse().ok()? };
+            // One spelling only: `journal-1` and `journal-+0000000001` parse too, and are not of the store.
             (file_id.file_name() == name).then_some(file_id)
         })
     }
@@ -245,6 +249,7 @@ impl FrameBuffer {
         self.0[12..16].copy_from_slice(&flags.to_le_bytes());
         self.0[16..24].copy_from_slice(&frame.generation.to_le_bytes());
         self.0[24..32].copy_from_slice(&frame.synced.to_le_bytes());
+        // Last: it covers everything behind itself.
         let crc = crc32c::crc32c_append(file_id.seed(offset), &self.0[8..]);
         self.0[4..8].copy_from_slice(&crc.to_le_bytes());
         &self.0

@@ -67,6 +67,7 @@ impl Outbox {
             }
             Record::Mirrored { generation, .. } => {
                 if let Some(OutboxKey { key, .. }) = outbox_key {
+                    // Changes after that generation are not confirmed, and stay.
                     self.unmirrored.extract_if(of_service(key), |_, (since, _)| *since <= generation).for_each(drop);
                 }
             }
@@ -116,6 +117,8 @@ impl ClosedChanges {
                 if key < self.first || self.end.as_ref().is_some_and(|end| key >= *end) {
                     return;
                 }
+                // In the journal the frame says since when. A frame of the snapshot has entries of many frames, so each
+                // has to say it itself.
                 entry.set_since(Some(entry.since(generation)));
                 self.bytes += size(&key, &entry);
                 if let Some((key, replaced)) = self.entries.remove_entry(&key) {
@@ -129,6 +132,7 @@ impl ClosedChanges {
                 if instances.end <= self.first || self.end.as_ref().is_some_and(|end| key >= *end) {
                     return;
                 }
+                // Only entries from before the confirmation are here yet. Later ones have a higher generation.
                 for (_, covered) in self.entries.range_mut(instances) {
                     if covered.since(0) <= generation {
                         self.bytes -= covered.size();
@@ -141,6 +145,7 @@ impl ClosedChanges {
                     self.bytes += new;
                     0
                 });
+                // For the entries of the old snapshot too, which are settled when the merge reaches them.
                 *highest = generation.max(*highest);
                 self.shrink();
             }

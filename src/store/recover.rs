@@ -198,6 +198,7 @@ impl StoreOpener<'_> {
         corruptions: &mut Vec<Corruption>,
     ) -> Result<(), StoreError> {
         match err {
+            // Not even where losses are accepted: the newer version can read the record, so nothing needs to be lost.
             DecodeError::Newer(what) => Err(StoreError::Newer { path: path.into(), what }),
             DecodeError::Invalid(err) => {
                 corruptions.push(Corruption {

@@ -21,6 +21,7 @@ pub(super) enum CountOp {
 
 impl CountOp {
     fn count(self, count: &mut u32) {
+        // Saturating: a count that is wrong by one must not wrap and keep a record for ever.
         *count = match self {
             Self::Add => count.saturating_add(1),
             Self::Remove => count.saturating_sub(1),

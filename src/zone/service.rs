@@ -53,6 +53,7 @@ impl ServiceRecords {
 
     /// Whether no served instance is left.
     pub(super) fn is_empty(&self) -> bool {
+        // Ports need no look: whatever has a port has an address.
         self.v4.is_empty() && self.extra.is_none()
     }
 

@@ -193,6 +193,7 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
         }
         let plan = Plan { zone: zone.clone(), servers, wiring };
         if !apply {
+            // Before the client is made: it can be printed where there is no kubeconfig.
             return print(&coredns::corefile(&plan));
         }
         CorefileEdit::Apply(plan)
@@ -226,6 +227,7 @@ fn wiring_of(wiring: WiringArg, mut namespaces: Vec<String>, no_reverse: bool) -
                 }
             }
             let mut seen = std::collections::BTreeSet::new();
+            // CoreDNS does not take a Corefile in which one zone is served twice.
             namespaces.retain(|namespace| seen.insert(namespace.clone()));
             Ok(Wiring::StubDomain { namespaces })
         }

@@ -180,6 +180,7 @@ impl Observer {
         }
         let seen = self.seen().await;
         let failed = seen.iter().find_map(|seen| match seen {
+            // What was not answered before shows nothing now.
             ProbeResult::Failed(why) if self.probes_answered => Some(why.clone()),
             _ => None,
         });
@@ -228,6 +229,7 @@ impl Observer {
             return Err(rcode);
         }
         let gangplank = match probe {
+            // CoreDNS can have an NSID of its own (its plugin `nsid`), which must not pass for gangplank's.
             Probe::StubDomain(_) => reply.nsid().is_some_and(|nsid| self.own_nsid.as_ref() != Some(&nsid)),
             // NXDOMAIN is CoreDNS' own answer: `dns.ZONE` exists in gangplank's zone only.
             Probe::FallThrough(_) => rcode == ResponseCode::NoError,
@@ -238,6 +240,7 @@ impl Observer {
     /// Finds a type of address that the name has everywhere before the change.
     async fn control(&mut self, name: Name) -> Result<Control, CommandError> {
         let mut last = String::new();
+        // A cluster may have one family only.
         for kind in [RecordType::A, RecordType::AAAA] {
             let mut all = true;
             for (server, tcp) in self.ways() {

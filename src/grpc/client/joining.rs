@@ -125,6 +125,7 @@ impl JoinedMachine {
         let probe = dir.join(CONFIG_FILE);
         private_file::create_dir(dir).map_err(|err| file(&probe, err))?;
         let foreign = [KEY_FILE, CERTIFICATE_FILE, CA_FILE].map(|name| dir.join(name));
+        // Without `client.json` they are of somebody else, who needs them.
         if !probe.exists()
             && let Some(foreign) = foreign.iter().find(|path| path.exists())
         {
@@ -192,6 +193,7 @@ impl JoinedMachine {
         key: String,
         certificate_pem: String,
     ) -> Result<Self, JoinError> {
+        // In this order: `load` asks for `client.json` first, so a join that was cut off before it counts as none.
         let json = serde_json::to_string_pretty(&config).expect("texts can be written") + "\n";
         for (name, text) in
             [(KEY_FILE, &key), (CERTIFICATE_FILE, &certificate_pem), (CA_FILE, &ca), (CONFIG_FILE, &json)]
@@ -288,6 +290,7 @@ impl JoinedMachine {
                 Ok(renewed) => {
                     let pem = certificate_to_pem(&renewed.into_inner().certificate);
                     let path = self.dir.join(CERTIFICATE_FILE);
+                    // Read before it is written: an answer that is no certificate must not replace the one that works.
                     self.certificate = client_certificate(&self.dir, &pem)?;
                     private_file::write(&path, pem.as_bytes()).map_err(|err| file(&path, err))?;
                     self.certificate_pem = pem;

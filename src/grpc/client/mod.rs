@@ -128,6 +128,8 @@ impl ClientError {
         match self {
             Self::Unreachable { .. } => true,
             Self::Status { code, .. } => {
+                // The state of one process: it stops, is full, is slow, or has dropped the call. Every replica refuses
+                // the rest alike.
                 ["Unavailable", "ResourceExhausted", "DeadlineExceeded", "Cancelled"].contains(&code.as_str())
             }
             Self::Url { .. }
@@ -227,6 +229,7 @@ impl WatchEvents {
                 return Ok(Some(event));
             }
             let Some(message) = self.stream.message().await.map_err(|status| refused(&self.url, status))? else {
+                // The last service has no next event that would complete it.
                 return Ok(self.part.take().map(|(key, service)| WatchEvent::Snapshot(key, service)));
             };
             self.take(message)?;
@@ -357,6 +360,7 @@ impl Client {
     /// When the call itself fails.
     pub async fn services(&mut self, namespace: Option<&str>) -> Result<Vec<(ServiceKey, Service)>, ClientError> {
         let request = ListServicesRequest { namespace: namespace.unwrap_or_default().to_owned() };
+        // Without the deadline of `call`: a long list may take longer. The keepalive notices a dead server.
         let listed = self.discovery.list_services(request).await;
         let mut stream = listed.map_err(|status| refused(&self.url, status))?.into_inner();
         let (mut services, mut part) = (Vec::new(), None);
@@ -384,6 +388,7 @@ impl Client {
             service: service.unwrap_or_default().to_owned(),
             cursor: cursor.unwrap_or_default(),
         };
+        // No deadline: a watch has no end. The keepalive notices a dead server.
         let opened = self.discovery.watch(request).await;
         let stream = opened.map_err(|status| refused(&self.url, status))?.into_inner();
         Ok(WatchEvents { url: Arc::clone(&self.url), stream, part: None, read: VecDeque::new() })

@@ -183,6 +183,7 @@ impl Servers {
                 timeout(left, call).await.unwrap_or_else(|late| Err(ClientError::late(&url, late)))
             };
             let reason = match answered {
+                // A single server that names nobody else has said all there is: its own words are the answer.
                 Ok(response) if response.status == 503 && !(alone && response.writers.is_empty()) => {
                     round.refused = true;
                     // Reversed, because each is pushed to the front: they are asked in the order in which the server

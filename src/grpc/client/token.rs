@@ -81,6 +81,7 @@ impl Interceptor for ShowToken {
 /// Whether what is sent to `uri` stays on this machine (RFC 6761 §6.3 for the name).
 pub(super) fn is_loopback(uri: &Uri) -> bool {
     let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+    // Canonical, because `::ffff:127.0.0.1` is this machine too.
     host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok_and(|ip| ip.to_canonical().is_loopback())
 }
 

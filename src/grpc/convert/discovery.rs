@@ -30,6 +30,7 @@ pub(super) fn timestamp(at: UnixMillis) -> Timestamp {
 
 pub(super) fn millis(at: Option<Timestamp>) -> UnixMillis {
     let Some(at) = at else { return UnixMillis(0) };
+    // A Timestamp can be before 1970; no server means that.
     let seconds = u64::try_from(at.seconds).unwrap_or(0);
     let nanos = u64::try_from(at.nanos).unwrap_or(0);
     UnixMillis(seconds.saturating_mul(1_000).saturating_add(nanos / 1_000_000))
@@ -140,6 +141,8 @@ pub(in crate::grpc) fn change_from_proto(change: v1::Change, cursor: Vec<u8>) ->
         Ok(v1::change::Kind::Added) => ChangeKind::Added,
         Ok(v1::change::Kind::Updated) => ChangeKind::Updated,
         Ok(v1::change::Kind::Removed) => ChangeKind::Removed,
+        // Not skipped as an unknown event is: whoever misses a change shows an instance that is not as it was
+        // registered.
         Ok(v1::change::Kind::Unspecified) | Err(_) => {
             return Err(ClientError::InvalidResponse(format!("a change of kind {}", change.kind)));
         }

@@ -73,6 +73,7 @@ impl<S: Deref<Target = Snapshot>> Iterator for Messages<S> {
             return None;
         }
         let (key, service) = self.snapshot.services().get(self.remaining.start)?;
+        // `created` looks at every instance, so it is found once for all parts of a service.
         let (rank, created) = self.partly_sent.take().unwrap_or_else(|| (0, service.created()));
         let message = convert::service_part(key, service, created, rank);
         let next = rank + MAX_INSTANCES_PER_MESSAGE;

@@ -46,6 +46,7 @@ impl RegistryService {
     /// Carries out one message. If the call is cancelled meanwhile, the registry still carries out a
     /// submitted command as a whole.
     async fn carry_out(&self, caller: &Caller, message: RegistrationMsg) -> Response<RegistrationResult> {
+        // Asked again after each wait: other calls of the identity use the same allowance.
         while let Some(wait) = caller.message_wait() {
             sleep(wait).await;
         }

@@ -100,6 +100,7 @@ impl CachedNamespace {
         let cached = Self {
             uid: meta.uid.as_deref()?.into(),
             resource_version: meta.resource_version.as_deref()?.into(),
+            // The API server refuses every object that would be created in it from then on.
             terminating: meta.deletion_timestamp.is_some(),
             quota: annotated(meta, names::MAX_INSTANCES)
                 .map(|text| text.parse().map_or(AnnotatedQuota::Invalid, AnnotatedQuota::Limit)),

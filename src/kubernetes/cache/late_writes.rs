@@ -51,7 +51,7 @@ impl LateWrites {
     }
 }
 
-/// What a slice says that is later than what is known here. An endpoint without a stamp was added by a hand.
+/// What a slice says that is later than what is known here. An endpoint without a stamp was added by somebody else.
 fn unknown_words(slice: &EndpointSlice, service: &ServiceKey, validator: &Validator, catalog: &Catalog) -> LateSlice {
     let (held, known) = (catalog.get(service).unwrap_or_default(), catalog.tombstones(service));
     let is_unknown = |key: &InstanceKey<'_>, stamp: Stamp| {

@@ -68,6 +68,8 @@ pub fn amend(existing: &Endpoints, desired: &Endpoints) -> Option<Endpoints> {
     }
     for ours in desired.metadata.owner_references.iter().flatten() {
         let owners = meta.owner_references.get_or_insert_default();
+        // A Service that was created anew has another uid. With a reference to the former one alone, the garbage
+        // collector would delete the object.
         if !owners.contains(ours) {
             owners
                 .retain(|one| (&one.api_version, &one.kind, &one.name) != (&ours.api_version, &ours.kind, &ours.name));
@@ -81,6 +83,7 @@ pub fn amend(existing: &Endpoints, desired: &Endpoints) -> Option<Endpoints> {
     if endpoints == *existing {
         return None;
     }
+    // Left out of a PUT: the API server keeps that account itself.
     endpoints.metadata.managed_fields = None;
     Some(endpoints)
 }

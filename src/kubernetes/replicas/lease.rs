@@ -105,6 +105,7 @@ impl LeaseClient {
 
     pub(super) async fn read(&self) -> Result<LeaseRead, ApiError> {
         let request = builder(&self.namespace).get(NAME, &GetParams::default());
+        // The API server's `Date` is from some moment between the two readings.
         let begun = wall_clock();
         let (head, answer) = exchange::<Lease>(&self.client, encode(request)?).await;
         let clock_agrees = head.as_ref().and_then(|head| head.headers.get(http::header::DATE)?.to_str().ok());
@@ -177,8 +178,10 @@ impl LeaseClient {
             annotations.insert(names::ADDRESS.into(), ServerAddress::list(&self.addresses, ","));
         }
         let spec = LeaseSpec {
+            // Empty when released, as client-go leaves it: to any client the Lease is free.
             holder_identity: Some(holder.unwrap_or_default()),
             lease_duration_seconds: i32::try_from(LEASE_DURATION.as_secs()).ok(),
+            // As client-go does it: `acquireTime` and `leaseTransitions` change with the holder, not with a renewal.
             acquire_time: if taken { Some(now.clone()) } else { before.acquire_time },
             renew_time: Some(now),
             lease_transitions: Some(before.lease_transitions.unwrap_or(0).saturating_add(i32::from(taken))),

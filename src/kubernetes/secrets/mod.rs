@@ -139,11 +139,11 @@ pub enum SecretEvent<'a> {
     Set(&'a SharedSecret),
     /// It is gone.
     Removed(&'a SharedSecret),
-    /// All that there are were told.
+    /// Every Secret that there is has been reported.
     Listed,
 }
 
-/// Is told what becomes of the Secrets. Must be quick, and must not call [`Secrets`].
+/// Learns of every change of the Secrets. Must be quick, and must not call [`Secrets`].
 pub trait SecretObserver: Send + Sync {
     /// Something has changed.
     fn observe(&self, event: &SecretEvent<'_>);
@@ -196,7 +196,7 @@ impl Secrets {
         &self.namespace
     }
 
-    /// Tells `observer` what changes from now on, as long as it exists.
+    /// Reports to `observer` what changes from now on, as long as it exists.
     pub fn add_observer(&self, observer: Weak<dyn SecretObserver>) {
         self.lock().observers.push(observer);
     }
@@ -246,6 +246,7 @@ impl Secrets {
         name: &str,
         mut change: impl FnMut(&SharedSecret) -> Result<SecretUpdate<T>, E>,
     ) -> Result<Option<T>, UpdateError<E>> {
+        // Updates of one process take turns, so that they do not fail on each other's writes.
         let _turn = self.turn(name).lock().await;
         let mut known = self.lock().store.get(name).cloned();
         let mut unanswered = None;
@@ -273,6 +274,7 @@ impl Secrets {
                     return Ok(Some(result));
                 }
                 Err(ApiError::Conflict | ApiError::NotFound) => {}
+                // It may have been written. The next attempt reads what is there, and `change` decides about that.
                 Err(err @ (ApiError::TimedOut | ApiError::Unknown(_))) => unanswered = Some(self.error("update", err)),
                 Err(err) => return Err(self.error("update", err).into()),
             }
@@ -297,14 +299,17 @@ impl Secrets {
                 _ => return Ok(false),
             },
         };
+        // In this version only: a Secret of the same name, or a use of it that was written meanwhile, must not be
+        // deleted with it.
         let version = Some(known.resource_version().to_owned());
         let preconditions = params::Preconditions { uid: known.metadata.uid.clone(), resource_version: version };
         let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
         match self.call::<serde_json::Value>(self.builder().delete(name, &params)).await {
             Ok(_) | Err(ApiError::NotFound) => {
                 let mut shared = self.lock();
+                // Before the watch reports it: what is deleted must not count for a moment longer.
                 if let Some(removed) = shared.store.remove(&known.name, known.uid()) {
-                    shared.tell(&SecretEvent::Removed(&removed));
+                    shared.notify(&SecretEvent::Removed(&removed));
                 }
                 Ok(true)
             }
@@ -330,9 +335,9 @@ impl Secrets {
                 }
                 Some(ObjectEvent::InitDone(version)) => {
                     for (_, gone) in shared.store.init_done(&version) {
-                        shared.tell(&SecretEvent::Removed(&gone));
+                        shared.notify(&SecretEvent::Removed(&gone));
                     }
-                    shared.tell(&SecretEvent::Listed);
+                    shared.notify(&SecretEvent::Listed);
                 }
                 Some(ObjectEvent::Apply(secret)) => {
                     let applied = shared.store.apply(secret.name.clone(), secret.clone());
@@ -341,7 +346,7 @@ impl Secrets {
                 Some(ObjectEvent::Delete(secret)) => {
                     let removed = shared.store.delete(&secret.name, secret.uid(), secret.resource_version());
                     if let Some(removed) = removed {
-                        shared.tell(&SecretEvent::Removed(&removed));
+                        shared.notify(&SecretEvent::Removed(&removed));
                     }
                 }
                 None => {}
@@ -413,11 +418,11 @@ impl Secrets {
 impl SecretsState {
     fn applied(&self, applied: &Applied<SharedSecret>, secret: &SharedSecret) {
         if matches!(applied, Applied::Changed(_)) {
-            self.tell(&SecretEvent::Set(secret));
+            self.notify(&SecretEvent::Set(secret));
         }
     }
 
-    fn tell(&self, event: &SecretEvent<'_>) {
+    fn notify(&self, event: &SecretEvent<'_>) {
         self.observers.iter().filter_map(Weak::upgrade).for_each(|observer| observer.observe(event));
     }
 }

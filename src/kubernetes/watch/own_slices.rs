@@ -53,7 +53,7 @@ pub(in crate::kubernetes) enum SlicesRequest {
 pub(in crate::kubernetes) struct TakeOver {
     /// Under which this process writes.
     pub(in crate::kubernetes) tenure: Tenure,
-    /// A slice with a higher term has it from a hand: its instances count, its term does not.
+    /// Somebody has typed a higher one into a slice: its instances count, its term does not.
     pub(in crate::kubernetes) highest_term: u64,
     pub(in crate::kubernetes) turn: TakeOverTurn,
     pub(in crate::kubernetes) restored: oneshot::Sender<Restored>,
@@ -138,7 +138,8 @@ impl<'a> OwnSlicesHandler<'a> {
         let SliceInstances { view, rank, .. } = &mut self.instances;
         let SliceRank { term, generation } = *rank;
         let changed = view.take_changed();
-        // What stands under the Service of somebody else is not served.
+        // Anybody may label a slice. Under the Service of somebody else it would bend that Service's names, so it is
+        // not served.
         let instances = |service: &ServiceKey| {
             let foreign = self.cache.is_foreign(service);
             (service.clone(), if foreign { Vec::new() } else { view.instances(service) })
@@ -165,6 +166,7 @@ impl<'a> OwnSlicesHandler<'a> {
             let _ = reply.send(Restored::Outranked(found));
             return Ok(());
         }
+        // Taken, so that they are freed: while this process writes, nobody reads them here.
         let validator = self.instances.validator;
         let instances = std::mem::replace(&mut self.instances, SliceInstances::new(validator));
         if instances.skipped > MAX_LOG_LINES {
@@ -268,7 +270,8 @@ impl SliceInstances {
             return self.delete(&slice.metadata);
         }
         if let Some(mut tombstones) = read_tombstones(slice) {
-            // One of next year, by a hand, would refuse until then whatever an outbox holds. The stamps are for the registry to judge.
+            // A clock of next year, typed by somebody, would refuse until then whatever an outbox holds.
+            // The stamps are for the registry to judge.
             tombstones.lower_refuse_before(HybridClock::highest(UnixMillis::now().0.saturating_mul(1_000)));
             self.delete(&slice.metadata);
             self.tombstones.insert(slice_key(&slice.metadata), (observed.service.clone(), tombstones));

@@ -163,6 +163,7 @@ pub(super) fn port_specs(ports: &[EndpointPort]) -> Result<Vec<PortSpec>, String
 /// If the port is "all ports", or has an unknown protocol.
 pub(super) fn port_spec(port: &EndpointPort) -> Result<PortSpec, String> {
     let number = port.port.ok_or("has no number")?;
+    // The default of the field in the API.
     let protocol = port.protocol.as_deref().unwrap_or(Protocol::Tcp.as_str());
     let known = Protocol::ALL.into_iter().find(|known| known.as_str() == protocol);
     let protocol = known.ok_or_else(|| format!("protocol: must be TCP, UDP or SCTP, got {protocol:?}"))?;

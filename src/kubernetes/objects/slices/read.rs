@@ -94,6 +94,7 @@ pub fn read_slice(slice: &EndpointSlice, validator: &Validator) -> (Vec<Arc<Inst
                 InstanceAnnotation::default()
             });
             match instance(validator, endpoint, address, &ports, attributes, created) {
+                // The API server lets an address be in one slice twice.
                 Ok(instance) if known.insert(instance.id()) => instances.push(Arc::new(instance)),
                 Ok(_) => {}
                 Err(err) => skip(Some(address), err),
@@ -115,6 +116,7 @@ fn ports_of(slice: &EndpointSlice) -> Result<(Vec<PortSpec>, Option<String>), St
         Ok(whole) => {
             // The family does not matter here.
             if SliceGroup::of_slice(Family::V4, ports, Some(whole.clone())).is_some() {
+                // The slice itself has the ports of one protocol only. The annotation has all of them.
                 return Ok((specs(&whole), None));
             }
             let doubt = format!("annotation {} lists other ports than the slice's: those are used", names::PORTS);

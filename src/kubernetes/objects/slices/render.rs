@@ -68,6 +68,7 @@ impl<'a> SliceEndpoint<'a> {
     pub(super) fn of(instance: &'a Instance, ip: IpAddr, publish_not_ready: bool) -> Self {
         Self {
             ip,
+            // As Kubernetes does it for pods: `publishNotReadyAddresses` of the Service makes every endpoint ready.
             ready: instance.ready() || publish_not_ready,
             hostname: hostname(instance, ip),
             node: instance.node_name().map(|name| name.as_str()),
@@ -188,7 +189,9 @@ pub(super) fn digest(uid: &str, group: &SliceGroup, endpoints: &[SliceEndpoint<'
         content.extend(port.number.to_le_bytes());
         text(&mut content, port.name.as_ref().map(|name| name.as_str()));
     }
+    // Without `..`: a field that is added does not compile until it is digested, or its changes would never be written.
     for SliceEndpoint { ip, ready, hostname, node, record } in endpoints {
+        // No length: the address family is digested above, and decides it.
         match ip {
             IpAddr::V4(v4) => content.extend(v4.octets()),
             IpAddr::V6(v6) => content.extend(v6.octets()),
