@@ -296,6 +296,7 @@ impl BoundServer {
         let unconfirmed = Arc::new(AtomicUsize::new(0));
         let left = Arc::clone(&unconfirmed);
         parts.spawn(REGISTRY, async move {
+            // Relaxed: it is read after the parts have ended, and with them this task.
             left.store(writer.await.context("its thread panicked")??, Ordering::Relaxed);
             Ok::<_, anyhow::Error>(())
         });

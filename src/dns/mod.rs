@@ -59,7 +59,7 @@ pub struct DnsConfig {
     pub threads: NonZeroUsize,
     /// The payload of the NSID option (RFC 5001), at most [`MAX_NSID`] octets.
     pub nsid: Vec<u8>,
-    /// Limits on TCP.
+    /// What connections may take.
     pub tcp: TcpLimits,
 }
 

@@ -81,6 +81,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
                 let written = self.w.record(owner, RecordType::Ns, ttl, |w| name_server(w, zone, zone_at));
                 if self.answered(written).is_ok() {
                     let name = HostName { target: None, service: &[] };
+                    // What does not fit here is left out without TC: it is additional (RFC 2181 §9).
                     let _ = self.additional(OwnerName { at: host_at, name }, found);
                 }
             }
@@ -140,6 +141,7 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
         AddressRecord<I>: Row,
     {
         let ttl = self.zone.ttl();
+        // Ends at the first record that does not fit; `answered` has set TC then.
         let _ = set.visit_from(set.draw(self.rng), |row| {
             let written = row.ip.with_octets(|octets| self.w.record(owner, rtype, ttl, |w| w.put(octets)));
             self.answered(written)

@@ -93,6 +93,7 @@ struct Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
+        // A sum for the limit of all connections. It guards nothing else.
         let before = self.shared.held.fetch_sub(self.bytes, Ordering::Relaxed);
         self.shared.metrics.connections.dns_held_bytes.set((before - self.bytes) as u64);
     }
@@ -194,6 +195,7 @@ impl TcpConnection {
 
     /// Waits for octets and reads them. Returns false when the peer has closed its side or the server stops.
     async fn read(&mut self) -> Result<bool, EarlyEnd> {
+        // A peer whose octets are always there would keep the thread for itself.
         if !std::mem::take(&mut self.has_waited) {
             yield_now().await;
         }

@@ -36,7 +36,7 @@ pub(super) struct WireWriter<'o> {
 pub(super) struct OwnerName<'a> {
     /// Its offset in the message.
     pub(super) at: usize,
-    /// The name.
+    /// Spelled out where no pointer reaches.
     pub(super) name: HostName<'a>,
 }
 

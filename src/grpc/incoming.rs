@@ -86,6 +86,7 @@ pub(super) async fn serve_connection<S, B>(
     };
     let begun = tokio::select! {
         begun = begun => begun,
+        // A peer that says nothing keeps neither its place nor the stop waiting.
         _ = handle.signalled(Signal::Drain) => None,
     };
     let Some((stream, peer, certificate)) = begun else { return };
@@ -109,6 +110,7 @@ pub(super) async fn serve_connection<S, B>(
     };
     match certificate {
         None => ended.await,
+        // Ends when the peer's certificate does not count any more. Dropping the server closes the connection.
         Some(certificate) => tokio::select! {
             () = ended => {}
             () = certificate.run() => {}

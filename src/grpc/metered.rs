@@ -143,6 +143,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Metered<T> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.check_unread(cx)?;
         let written = Pin::new(&mut self.io).poll_write(cx, bytes);
+        // Only what the socket has taken: the rest is offered again.
         if let Poll::Ready(Ok(count)) = written {
             self.scan_sent(&bytes[..count]);
         }

@@ -65,7 +65,7 @@ pub struct KubernetesOptions {
     pub max_endpoints: usize,
     /// Write the older Endpoints object too.
     pub endpoints_object: bool,
-    /// Most requests to the API server a second.
+    /// Most requests to the API server a second; twice as many at once.
     pub requests_per_second: NonZeroU32,
     /// How long a Service of ours stays without instances.
     pub linger: Duration,
@@ -172,6 +172,7 @@ impl Kubernetes {
             let mut turn = turns.recv().await;
             loop {
                 turn = match turn {
+                    // The next turn drops what this one does: no write of an earlier term begins after that.
                     Some(Turn::TakeOver(tenure, highest_term)) => tokio::select! {
                         next = turns.recv() => next,
                         never = async {

@@ -30,7 +30,7 @@ label_enum! {
 }
 
 label_enum! {
-    /// The outcome of a request.
+    /// How a request to the API server ended: the label `outcome`.
     pub enum RequestOutcome {
         /// Done.
         Ok => "ok",
@@ -69,7 +69,7 @@ label_enum! {
     }
 }
 
-/// The mirror's metrics.
+/// Metrics of what is written to Kubernetes: requests, how far they are behind, and what is blocked.
 #[derive(Debug)]
 pub struct MirrorMetrics {
     requests: EnumCounter<(Verb, RequestOutcome)>,

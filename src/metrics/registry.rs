@@ -75,7 +75,7 @@ label_enum! {
     }
 }
 
-/// Metrics of the registry.
+/// Metrics of what is registered, of the writer and its batches, and of what is refused.
 #[derive(Debug)]
 pub struct RegistryMetrics {
     services: Level,

@@ -139,7 +139,7 @@ impl Instance {
         &self.address
     }
 
-    /// Its ports.
+    /// Where it listens, in order of protocol and number; may be empty.
     #[must_use]
     pub fn ports(&self) -> &Ports {
         &self.ports

@@ -56,7 +56,7 @@ impl fmt::Display for Field {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{field}: {reason}")]
 pub struct InvalidInstance {
-    /// The field.
+    /// Which one; a message begins with its name in the wire contract.
     pub field: Field,
     /// Why, and where it helps the value.
     pub reason: String,

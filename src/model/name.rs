@@ -147,7 +147,7 @@ impl ServiceKey {
         self.split().0
     }
 
-    /// The namespace.
+    /// The namespace, without the name.
     #[must_use]
     pub fn namespace(&self) -> &str {
         self.split().1

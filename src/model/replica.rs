@@ -38,7 +38,7 @@ pub struct Replica {
     pub name: String,
     /// The version of gangplank.
     pub version: String,
-    /// What it is.
+    /// Whether it writes, follows, takes over, or is alone.
     pub role: ReplicaRole,
     /// Since when it is that.
     #[serde(serialize_with = "rfc3339")]

@@ -73,7 +73,7 @@ impl ServerAddress {
         Ok(Self { host, port })
     }
 
-    /// The valid ones of a list with commas, each with a port. Another process, or a hand, wrote the list.
+    /// The valid ones of a list with commas, each with a port. Another process wrote the list, or somebody typed it.
     #[must_use]
     pub fn parse_list(text: &str) -> Vec<Self> {
         let valid = text.split(',').filter_map(|one| {
@@ -114,7 +114,7 @@ impl ServerAddress {
         }
     }
 
-    /// The port.
+    /// Where gRPC listens there, 1..=65535.
     #[must_use]
     pub const fn port(&self) -> u16 {
         self.port

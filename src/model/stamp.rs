@@ -33,7 +33,7 @@ pub struct HybridClock {
 
 impl HybridClock {
     /// How far a stamp may be ahead of the wall clock, in microseconds. The clocks of two processes that can hold the Lease are
-    /// about 2 s apart at most; what is further ahead comes from a clock that was set wrong, or from a hand.
+    /// about 2 s apart at most; what is further ahead comes from a clock that was set wrong, or from an edit of a slice.
     pub const MAX_LEAD: u64 = 5_000_000;
 
     /// The highest clock that a stamp can have at wall clock `wall`.

@@ -65,7 +65,7 @@ impl Serialize for ServiceHead<'_> {
     }
 }
 
-/// `{"services": […]}`.
+/// Several services: `{"services": […]}`.
 #[derive(Debug, Clone, Copy)]
 pub struct ServicesView<'a>(pub &'a [(ServiceKey, Service)]);
 
@@ -96,7 +96,7 @@ impl Serialize for InstanceList<'_> {
 /// One instance.
 #[derive(Debug, Clone, Copy)]
 pub struct InstanceView<'a> {
-    /// The instance.
+    /// What is shown.
     pub instance: &'a Instance,
     /// Its part of the service's traffic, 0..=1; `None` where its siblings are not known.
     pub share: Option<f64>,

@@ -19,7 +19,7 @@ use crate::{
 pub struct OutboxWord {
     /// The service of the instance.
     pub service: ServiceKey,
-    /// The instance.
+    /// Which instance; of a removal perhaps every one at the address.
     pub id: InstanceId,
     /// The instance as it was registered; `None` if it was removed.
     pub instance: Option<Arc<Instance>>,

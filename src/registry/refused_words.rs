@@ -18,7 +18,7 @@ const MAX_WORDS: usize = 4096;
 pub struct RefusedWord {
     /// The service of the instance.
     pub service: ServiceKey,
-    /// The instance.
+    /// Which instance; of a removal perhaps every one at the address.
     pub id: InstanceId,
     /// Why it does not count.
     pub reason: WordRefusal,

@@ -230,6 +230,7 @@ impl Snapshots {
             }
         }
         sleep_until(latest.not_before).await;
+        // Pairs with the load above: a call that reads this number came after the build had begun, and must not use it.
         let build = self.begun.fetch_add(1, Ordering::AcqRel) + 1;
         let started = Instant::now();
         self.metrics.lists.snapshots.inc();

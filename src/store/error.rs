@@ -2,7 +2,7 @@
 
 use std::{fmt, io, ops::Range, path::PathBuf, sync::Arc};
 
-/// An error of the store.
+/// Why the data directory cannot be used, or a batch is not durable.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StoreError {
     /// Another process uses the data directory.

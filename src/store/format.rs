@@ -362,7 +362,7 @@ fn key_of_service(namespace: &str, service: &str) -> Vec<u8> {
     key
 }
 
-/// The kind of an entry.
+/// What an entry is about, as far as a merge needs it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum EntryKind {
     /// About an instance: added, replaced or removed.

@@ -40,7 +40,7 @@ const FLAG_MORE: u32 = 1;
 /// Flag: the last frame of a snapshot.
 const FLAG_END: u32 = 2;
 
-/// The kind of a file.
+/// The kinds of files that consist of frames.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FileKind {
     /// A segment of the journal.

@@ -202,6 +202,7 @@ impl DataDir {
             Ok(()) => {}
             Err(fs::TryLockError::WouldBlock) => {
                 let mut holder = String::new();
+                // For the message only. Whoever holds the lock may not have written its pid yet.
                 let _ = lock.read_to_string(&mut holder);
                 let holder = match holder.trim() {
                     "" => "another process".into(),

@@ -232,6 +232,7 @@ impl ZoneReader<'_> {
     /// The serial of the SOA: the low 32 bits of the generation that was published last.
     #[must_use]
     pub(crate) fn serial(&self) -> u32 {
+        // Pairs with the publisher's store: who sees a serial finds in the zone what was published before it.
         self.zone.serial.load(Ordering::Acquire)
     }
 

@@ -155,6 +155,7 @@ impl Publisher {
             change.before.as_deref().filter(unservable).is_some(),
             change.after.as_deref().filter(unservable).is_some(),
         );
+        // Relaxed: a number for metrics and the log, written by one thread.
         let counter = &self.zone.unservable.instances;
         if before && !after {
             counter.fetch_sub(1, Ordering::Relaxed);

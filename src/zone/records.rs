@@ -151,7 +151,7 @@ impl HostLabel {
 /// One SRV record of a port name.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct SrvRecord {
-    /// The host.
+    /// The host that the record leads to.
     pub(crate) target: HostLabel,
     /// The port number.
     pub(crate) port: u16,

@@ -150,7 +150,7 @@ impl ClientError {
 /// The server's response to a registration or removal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MutationResponse {
-    /// 201, 200, 204, 400, ….
+    /// As HTTP has it: 2xx is done, 4xx and 507 a refusal, 503 a request to try again, perhaps elsewhere.
     pub status: u32,
     /// The field and the reason of a refusal; empty on success.
     pub details: String,

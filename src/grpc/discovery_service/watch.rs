@@ -196,6 +196,7 @@ impl FeedWatch {
     /// Waits for the next batch, or for the stop.
     async fn wait(&mut self) {
         tokio::select! {
+            // The stop first: where changes always come it would never be seen.
             biased;
             () = self.stop.cancelled() => {}
             batch = self.feed.next() => match batch {

@@ -334,7 +334,7 @@ pub(super) async fn exchange<T: DeserializeOwned>(
     (Some(head), result)
 }
 
-/// A namespaced object.
+/// What requests need of a kind of object: it is in a namespace, and can be read and written as JSON.
 pub(super) trait NamespacedObject:
     Resource<Scope = NamespaceResourceScope> + Clone + Serialize + DeserializeOwned
 {

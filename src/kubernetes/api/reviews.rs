@@ -74,13 +74,13 @@ pub enum ReviewedToken {
 pub struct AccessAttributes<'a> {
     /// The user's name.
     pub user: &'a str,
-    /// Its groups.
+    /// The groups that the authenticator found, which rules of RBAC can name.
     pub groups: &'a [Box<str>],
     /// One more group, by how it was authenticated.
     pub origin: &'a str,
     /// The verb, in the words of RBAC.
     pub verb: &'a str,
-    /// On what.
+    /// The object of the verb.
     pub target: AccessTarget<'a>,
 }
 

@@ -40,7 +40,7 @@ impl CachedSlice {
     }
 }
 
-/// A namespace.
+/// What matters of a namespace, with its version.
 #[derive(Debug, PartialEq)]
 pub(super) struct CachedNamespace {
     pub(super) uid: Box<str>,

@@ -18,7 +18,7 @@ use crate::{
 pub(in crate::kubernetes) struct LateWrites {
     registry: RegistryHandle,
     validator: Validator,
-    /// Under which this process writes. A slice with this term or a higher one is this process's own, or a hand's.
+    /// Under which this process writes. A slice with this term or a higher one is this process's own, or somebody has edited it.
     term: u64,
 }
 

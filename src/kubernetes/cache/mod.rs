@@ -42,7 +42,7 @@ use self::{
 use super::objects::{services::Ownership, slices::ObservedSlice};
 use crate::{model::ServiceKey, registry::ClusterFact};
 
-/// The state of a namespace.
+/// Whether objects can be created in a namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum NamespaceState {
     /// The namespaces are not listed yet.
@@ -55,7 +55,7 @@ pub(super) enum NamespaceState {
     Terminating,
 }
 
-/// The state of a service's Service.
+/// Whether the Service of a service exists, and whose it is.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum ServiceState {
     /// The Services are not listed yet.
@@ -227,6 +227,7 @@ impl ClusterCache {
     /// We wrote an Endpoints object: the watch reports no change of it.
     pub(super) fn endpoints_written(&self, endpoints: &Endpoints) {
         if let Some((key, cached)) = CachedEndpoints::read(&endpoints.metadata) {
+            // What it replaces is of no interest: the mirror has just written it.
             let _ = self.lock().endpoints.apply(key, cached);
         }
     }
@@ -272,7 +273,7 @@ impl ClusterCache {
         self.lock().services.get(key).map(|cached| cached.uid.clone().into())
     }
 
-    /// The uid of a namespace.
+    /// Tells a namespace from an earlier one of the same name.
     pub(super) fn namespace_uid(&self, name: &str) -> Option<String> {
         self.lock().namespaces.get(name).map(|cached| cached.uid.clone().into())
     }

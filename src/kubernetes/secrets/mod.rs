@@ -115,7 +115,7 @@ impl CachedObject for SharedSecret {
 /// A Secret that is to be created.
 #[derive(Debug, Clone, Copy)]
 pub struct NewSecret<'a> {
-    /// Its name.
+    /// Unique in the namespace.
     pub name: &'a str,
     /// What it holds, as the value of its label.
     pub kind: &'static str,
@@ -149,7 +149,7 @@ pub trait SecretObserver: Send + Sync {
     fn observe(&self, event: &SecretEvent<'_>);
 }
 
-/// The Secrets.
+/// Reads, writes and watches the Secrets of gangplank in one namespace, and keeps what it has read.
 pub struct Secrets {
     client: Client,
     namespace: String,

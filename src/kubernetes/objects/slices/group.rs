@@ -88,7 +88,7 @@ impl SliceGroup {
         (must_be_split(&group.ports) && group.slice_ports().eq(ports.as_slice())).then_some(group)
     }
 
-    /// The ports of its slices.
+    /// The ports that its slices show: all, or of a part those of its protocol.
     pub fn slice_ports(&self) -> impl Iterator<Item = &Port> {
         self.ports.as_slice().iter().filter(|port| self.part.is_none_or(|part| part == port.protocol))
     }

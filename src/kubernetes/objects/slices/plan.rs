@@ -47,7 +47,7 @@ const FIXED_ANNOTATIONS: usize = MAX_PORT_LIST_BYTES + 2048;
 /// For which service slices are planned, and with which limits.
 #[derive(Debug, Clone, Copy)]
 pub struct PlanOptions<'a> {
-    /// The service.
+    /// Whose slices they are.
     pub service: &'a ServiceKey,
     /// The uid of its Service, which owns the slices.
     pub service_uid: &'a str,
@@ -208,7 +208,7 @@ impl SliceWrites {
         if endpoints.is_empty() {
             return self.delete(slice);
         }
-        // Nobody writes under a term that is higher than the Lease's: a hand did.
+        // No process writes under a term that is higher than the Lease's, so somebody has edited the slice.
         let ours = slice.term <= options.stamps.term;
         if ours && slice.digest == Some(digest(options.service_uid, group, endpoints)) {
             return;
