@@ -76,6 +76,7 @@ impl Address {
 }
 
 fn unreachable_v4(ip: Ipv4Addr) -> Option<&'static str> {
+    // No pod can connect to these, or only to itself (RFC 6890).
     match ip.octets()[0] {
         _ if ip.is_unspecified() => Some("unspecified"),
         _ if ip.is_broadcast() => Some("broadcast"),

@@ -263,6 +263,7 @@ impl Instance {
         };
         let host = self.host_name.as_ref().map_or(0, |n| text(n.as_str().len()));
         let node = self.node_name.as_ref().map_or(0, |n| text(n.as_str().len()));
+        // The weight, the priority, and the time of the first registration.
         text(address) + ports + host + node + 5 + 4 + 10
     }
 

@@ -104,6 +104,7 @@ impl Applier {
     pub(super) fn apply(&mut self, generation: u64, changes: StagedChanges, durable: UnixMillis) -> AppliedBatch {
         let buried = changes.tombstones.iter().map(|(service, (_, received))| (service.clone(), generation, *received));
         let buried: Vec<_> = buried.collect();
+        // Stamped anew without a change. The mirror writes the stamp, after what has changed.
         let repeated = changes.services.iter().filter(|(_, staged)| staged.changes.is_empty());
         let repeated: Vec<_> =
             repeated.map(|(service, staged)| (service.clone(), generation, staged.received)).collect();

@@ -132,7 +132,7 @@ impl ClosedChanges {
                 if instances.end <= self.first || self.end.as_ref().is_some_and(|end| key >= *end) {
                     return;
                 }
-                // Only entries from before the confirmation are here yet. Later ones have a higher generation.
+                // Only entries from before the confirmation are here yet: it does not cover those that are read later.
                 for (_, covered) in self.entries.range_mut(instances) {
                     if covered.since(0) <= generation {
                         self.bytes -= covered.size();

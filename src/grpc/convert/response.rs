@@ -114,6 +114,7 @@ impl ResponseBuilder {
         match refusal {
             Refusal::Invalid(InvalidMessage(details)) => self.answer(RegistrationStatus::Invalid, details, 0),
             Refusal::Denied(denied) => self.answer(RegistrationStatus::Forbidden, denied.to_string(), 0),
+            // Nobody has said no: the client shall ask again.
             Refusal::Undecided(err) => {
                 self.answer(RegistrationStatus::Unavailable, format!("whether this is allowed: {err}"), 0)
             }
@@ -143,6 +144,7 @@ impl ResponseBuilder {
             }
             Outcome::NotFound { .. } => {
                 let details = format!("{}/{} has no instance at {}", self.namespace, self.service_name, self.ipaddress);
+                // The ports are a part of what identifies an instance: with others it is another one.
                 let with_ports = if self.ports.is_empty() { "" } else { " with exactly these ports" };
                 self.answer(RegistrationStatus::NotFound, details + with_ports, generation)
             }
@@ -153,6 +155,7 @@ impl ResponseBuilder {
                 );
                 self.answer(RegistrationStatus::Full, details, 0)
             }
+            // Not 403: the address may well be allowed, and it is known which as soon as the ranges are listed.
             Outcome::AddressRefused(AddressRefusal::ServiceRangesUnknown) => {
                 let details = "ipaddress: the ranges of the cluster's Services are not known yet (the right to list and watch \
                                servicecidrs.networking.k8s.io); try again";

@@ -231,6 +231,7 @@ impl HandOver for HandOverService {
         let now = UnixMillis::now();
         let validator = &self.context.validator;
         let words: Vec<_> = words.into_iter().map(|word| convert::word_from_proto(word, validator, now)).collect();
+        // The others keep their places in `words`: results are matched by position.
         let valid = words.iter().filter_map(|word| word.as_ref().ok()).cloned().collect();
         let merged = timeout(MERGE_TIMEOUT, self.context.registry.merge(valid)).await.map_err(|_| busy())?;
         // The words are merged: others may be read. Waiting for Kubernetes has a limit of its own.

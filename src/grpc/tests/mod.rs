@@ -104,6 +104,7 @@ impl Registry {
     fn write(&mut self) {
         let writer = self.writer.take().expect("recovered, and writing begins once");
         let (runtime, stop) = (Handle::current(), self.stop.clone());
+        // A thread of its own, as in the process: the writer blocks on the disk.
         std::thread::spawn(move || {
             let mut writer = writer;
             writer.await_restore(&runtime, &stop);

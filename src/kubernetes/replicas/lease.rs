@@ -178,7 +178,7 @@ impl LeaseClient {
             annotations.insert(names::ADDRESS.into(), ServerAddress::list(&self.addresses, ","));
         }
         let spec = LeaseSpec {
-            // Empty when released, as client-go leaves it: to any client the Lease is free.
+            // Empty when released: client-go, too, takes a Lease without a holder at once.
             holder_identity: Some(holder.unwrap_or_default()),
             lease_duration_seconds: i32::try_from(LEASE_DURATION.as_secs()).ok(),
             // As client-go does it: `acquireTime` and `leaseTransitions` change with the holder, not with a renewal.

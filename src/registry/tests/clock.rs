@@ -32,9 +32,10 @@ fn removed(address: &str, clock: u64) -> Tombstones {
     tombstones
 }
 
-/// Slices that somebody's clock, or a hand, has stamped a year ahead: .1 is registered, .2 was registered and removed.
+/// Slices that a wrong clock, or an edit, has stamped a year ahead: .1 is registered, .2 was registered and removed.
 fn from_next_year() -> KubernetesState {
     let ahead = ["10.0.0.1", "10.0.0.2"].map(|address| instance(address, now() + YEAR));
+    // 3 s ahead is within `HybridClock::MAX_LEAD`, so that stamp is right.
     let instances = ahead.into_iter().chain([instance("10.0.0.4", now() + 3_000_000)]).collect();
     let mut tombstones = removed("10.0.0.2", now() + YEAR + 60_000_000);
     assert!(tombstones.insert(instance("10.0.0.3", 0).id(), at(now() - 3_600_000_000)));

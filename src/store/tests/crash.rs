@@ -50,13 +50,16 @@ fn run_history(seed: u64, seen: &mut Coverage) {
     let rng = &mut Rng::with_seed(seed);
     let disk = SimulatedDisk::default();
     let options = StoreOptions { accept_loss: false, segment_bytes: rng.u64(100..3000), outbox: rng.bool() };
+    // Small ones, so that a batch takes several frames, of which a cut may leave some.
     let frame_bytes = if rng.bool() { 100 } else { 1 << 20 };
     let (mut acknowledged, mut generation) = (ExpectedStore { outbox: options.outbox, ..ExpectedStore::default() }, 0);
     // The batch that was under way when the power went, applied.
     let mut perhaps: Option<ExpectedStore> = None;
     for cut in 0..6 {
+        // The last start is not disturbed: it has to find everything.
         let last = cut == 5;
         if !last {
+            // 20 operations end within most recoveries, 250 in an append or a compaction.
             let within = if rng.bool() { 20 } else { 250 };
             disk.cut_after(rng.u64(..within));
         }

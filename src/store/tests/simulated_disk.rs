@@ -203,6 +203,7 @@ impl SimulatedDisk {
     /// Cuts the power and starts the disk again: of what was not synced, any part may be left.
     pub(super) fn power_cut(&self, rng: &mut Rng) {
         let state = &mut *self.state();
+        // A disk may write in the order of the requests, or in any: the store has to survive both.
         let in_order = rng.bool();
         for name_change in kept(&std::mem::take(&mut state.pending_names), in_order, rng) {
             name_change.apply(&mut state.durable_names);
@@ -239,7 +240,7 @@ impl SimulatedDisk {
         state.names.iter().map(|(name, inode)| (name.clone(), state.inodes[*inode].cached.clone())).collect()
     }
 
-    /// A disk whose disk holds exactly these files.
+    /// A disk that holds exactly these files, all of them durable.
     pub(super) fn holding(contents: &BTreeMap<String, Vec<u8>>) -> Self {
         let mut state = DiskState::default();
         for (name, bytes) in contents {
@@ -250,8 +251,8 @@ impl SimulatedDisk {
         Self(Arc::new(Mutex::new(state)))
     }
 
-    /// Counts an operation; whether it only begins, because the power goes during it, and the
-    /// error it ends with.
+    /// Counts an operation, and fails the one that is to fail. If the power goes during it, it may have had a part of its
+    /// effect.
     fn operate(state: &mut DiskState, operation: Operation, name: &str) -> Result<(), OperationError> {
         if state.off {
             return Err(OperationError::NoEffect(off()));
@@ -395,6 +396,7 @@ impl SimulatedDisk {
     fn rename_names(&self, operation: Operation, name: &str, name_change: NameChange) -> io::Result<()> {
         let state = &mut *self.state();
         let done = Self::operate(state, operation, name);
+        // If the power went, it may have happened. An error while the power is on means that it has not.
         if matches!(done, Ok(()) | Err(OperationError::Partial(_))) && (done.is_ok() || state.off) {
             name_change.apply(&mut state.names);
             state.pending_names.push(name_change);

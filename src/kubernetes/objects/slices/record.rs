@@ -116,7 +116,7 @@ impl InstancesAnnotation {
             stamp: Option<[u64; 3]>,
             registrant: Option<String>,
         }
-        // Most instances have no entry: only what differs from the defaults is written.
+        // An endpoint that somebody has added has none.
         let Some(entry) = self.entries.get(address) else { return Ok(InstanceAnnotation::default()) };
         let entry = ReadEntryJson::deserialize(entry).map_err(|err| err.to_string())?;
         let ReadEntryJson { weight, priority, registered, stamp, registrant } = entry;

@@ -197,8 +197,8 @@ fn stamps_and_foreign_metadata_cause_no_write_and_are_kept() {
         assert_eq!((&*annotations[names::TERM], &*annotations[names::WRITER]), ("7", "gangplank-0"));
         assert_eq!(meta.finalizers.as_deref(), Some(&["example.com/hold".to_owned()][..]));
         assert_eq!(meta.owner_references.as_ref().expect("set").len(), 2);
-        let standing = cluster.standing();
-        assert_eq!((standing[0].term, standing[0].generation, standing[0].service.clone()), (7, 5, web()));
+        let observed = cluster.observed();
+        assert_eq!((observed[0].term, observed[0].generation, observed[0].service.clone()), (7, 5, web()));
     });
 }
 

@@ -36,13 +36,13 @@ impl Cluster {
                 self.store(slice, uid);
             }
             SliceWrite::Replace(slice) => {
-                let standing = &self.slices[slice.metadata.name.as_ref().expect("a name")];
-                let meta = &standing.metadata;
+                let existing = &self.slices[slice.metadata.name.as_ref().expect("a name")];
+                let meta = &existing.metadata;
                 assert_eq!(
                     (&slice.metadata.uid, &slice.metadata.resource_version),
                     (&meta.uid, &meta.resource_version)
                 );
-                assert_eq!(slice.address_type, standing.address_type, "422: immutable");
+                assert_eq!(slice.address_type, existing.address_type, "422: immutable");
                 let uid = meta.uid.clone().expect("set when it was created");
                 self.store(slice, uid);
             }
@@ -63,7 +63,7 @@ impl Cluster {
         self.slices.insert(slice.metadata.name.clone().expect("a name"), slice);
     }
 
-    pub(super) fn standing(&self) -> Vec<ObservedSlice> {
+    pub(super) fn observed(&self) -> Vec<ObservedSlice> {
         self.slices.values().filter_map(ObservedSlice::read).collect()
     }
 
@@ -79,7 +79,7 @@ impl Cluster {
         instances: &CowTree<Arc<Instance>>,
     ) -> Vec<HashSet<String>> {
         let mut moments = Vec::new();
-        for write in plan(request, instances, &self.standing()) {
+        for write in plan(request, instances, &self.observed()) {
             self.apply(write);
             moments.push(self.addresses());
         }
