@@ -56,6 +56,33 @@ fn coredns_forwards_a_stub_domain() {
 }
 
 #[test]
+fn resolve_shows_what_differs_through_coredns() {
+    let Some(program) = tools::require("coredns") else { return };
+    let server = server_with_web();
+    let coredns = CoreDns::start(&program, &corefile("stub-domain.Corefile", server.dns));
+    let (direct, via) = (server.dns.to_string(), coredns.address.to_string());
+    let resolve = |name: &str| {
+        let output = server.run(&["resolve", name, "--dns", &direct, "--via", &via, "-o", "json"]);
+        let view: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        (output.status.code(), view["questions"].as_array().expect("questions").clone())
+    };
+    let (code, questions) = resolve("web.prod.svc.cluster.local");
+    assert_eq!(questions.len(), 3, "A, AAAA, and the SRV of the port: {questions:?}");
+    for question in &questions {
+        assert_eq!(question["via"]["differences"], serde_json::json!([]), "{question}");
+        assert!(question["nsid"].is_string(), "{question}");
+        assert_eq!(question["nsid"], question["via"]["nsid"], "gangplank has answered: {question}");
+    }
+    assert_eq!(code, Some(0));
+    // A namespace that CoreDNS does not ask gangplank for.
+    server.register("test", "web", "10.0.0.2", "http=8080");
+    let (code, questions) = resolve("web.test.svc.cluster.local");
+    let differences = questions[0]["via"]["differences"].as_array().expect("differences");
+    assert!(["rcode", "records", "nsid"].iter().all(|what| differences.contains(&(*what).into())), "{questions:?}");
+    assert_eq!(code, Some(1));
+}
+
+#[test]
 fn coredns_falls_through_to_gangplank() {
     let Some(program) = tools::require("coredns") else { return };
     let server = server_with_web();

@@ -1,5 +1,6 @@
-//! `gangplank resolve`: shows what clients get from a DNS server.
+//! `gangplank resolve`: shows what clients get from a DNS server, and, beside it, from one that asks it in turn.
 
+mod compare;
 mod name;
 pub(super) mod query;
 mod report;
@@ -31,15 +32,22 @@ web.NAMESPACE.svc.ZONE; an IP address asks for its PTR. A service is asked for
 A, AAAA and the SRV of its named ports: those of --port-name, or those that
 the server at --server knows, if it runs.
 
+With --via, a second server is asked the same at the same time, such as the
+CoreDNS of the cluster that forwards to the first. What differs is marked:
+records that only one has, TTLs, response codes, and who answered, as the NSID
+says; a cache in between takes it away.
+
 Examples:
   gangplank resolve web
   gangplank resolve prod/web --port-name http --port-name dns/udp
   gangplank resolve _http._tcp.web -n prod -o wide
   gangplank resolve 10.0.0.1
   gangplank resolve web.prod.svc.cluster.local --dns 10.96.0.10:53 --type A
+  gangplank resolve web --via 10.96.0.10
 
-Exit codes: 0 there are records; 1 no answer, SERVFAIL or REFUSED; 2 wrong
-usage; 3 no such name, or no such record";
+Exit codes: 0 there are records; 1 no answer, SERVFAIL or REFUSED, or with
+--via other records or another response code; 2 wrong usage; 3 no such name,
+or no such record";
 
 /// How long to wait for the registry's list of ports; without it SRV records are not asked for.
 const NAMED_PORTS_TIMEOUT: Duration = Duration::from_secs(1);
@@ -51,6 +59,9 @@ pub struct Args {
     /// The DNS server, ADDRESS:PORT, or ADDRESS for port 53
     #[arg(long, env = "GANGPLANK_DNS", value_name = "ADDR", default_value = "127.0.0.1:1053", value_parser = dns_server)]
     dns: SocketAddr,
+    /// Ask this server as well and mark what differs: CoreDNS, which forwards to --dns
+    #[arg(long, value_name = "ADDR", value_parser = dns_server)]
+    via: Option<SocketAddr>,
     /// Ask for this type only; repeatable
     #[arg(long = "type", short = 't', value_name = "TYPE", value_parser = record_type)]
     types: Vec<RecordType>,
@@ -97,7 +108,7 @@ fn port_name(text: &str) -> Result<PortName, String> {
 }
 
 pub(super) async fn run(args: Args) -> Result<(), CommandError> {
-    let Args { name, dns, types, ports, tcp, zone, namespace, output, server } = args;
+    let Args { name, dns, via, types, ports, tcp, zone, namespace, output, server } = args;
     // DNS answers, joined or not.
     let connection = server.readers().await.ok();
     let joined = connection.as_ref().and_then(|connection| connection.namespace());
@@ -111,10 +122,17 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     };
     let mut asked = Vec::new();
     for (name, kind) in questions(&target, &types, &ports)? {
-        let reply = query::query(dns, &name, kind, tcp).await.map_err(|err| query_failed(dns, &name, kind, &err))?;
-        asked.push(AnsweredQuestion { name, kind, reply });
+        let through = async {
+            match via {
+                Some(via) => Some(query::query(via, &name, kind, tcp).await),
+                None => None,
+            }
+        };
+        let (direct, via) = tokio::join!(query::query(dns, &name, kind, tcp), through);
+        let reply = direct.map_err(|err| query_failed(dns, &name, kind, &err))?;
+        asked.push(AnsweredQuestion { name, kind, reply, via });
     }
-    let report = ResolveReport { server: dns, asked };
+    let report = ResolveReport { server: dns, via, asked };
     report.print(output.output)?;
     report.result()
 }

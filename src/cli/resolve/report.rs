@@ -11,7 +11,10 @@ use hickory_proto::{
 };
 use serde::Serialize;
 
-use super::query::Reply;
+use super::{
+    compare::{Difference, Found, compare, matched},
+    query::{QueryError, Reply},
+};
 use crate::cli::{
     error::{CommandError, ErrorKind},
     output::{Format, NONE, Table, percent, print, print_json, print_yaml},
@@ -23,12 +26,15 @@ pub(super) struct AnsweredQuestion {
     pub(super) name: Name,
     pub(super) kind: RecordType,
     pub(super) reply: Reply,
+    /// What the server at `--via` answered.
+    pub(super) via: Option<Result<Reply, QueryError>>,
 }
 
-/// All queries to one server, and their answers.
+/// All queries to one server, or to two, and their answers.
 #[derive(Debug)]
 pub(super) struct ResolveReport {
     pub(super) server: SocketAddr,
+    pub(super) via: Option<SocketAddr>,
     pub(super) asked: Vec<AnsweredQuestion>,
 }
 
@@ -36,6 +42,8 @@ pub(super) struct ResolveReport {
 #[derive(Debug, Serialize)]
 pub(super) struct ResolveView {
     server: SocketAddr,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    via: Option<SocketAddr>,
     questions: Vec<QuestionView>,
 }
 
@@ -43,20 +51,39 @@ pub(super) struct ResolveView {
 struct QuestionView {
     name: String,
     r#type: String,
-    rcode: String,
-    authoritative: bool,
-    transport: &'static str,
-    nsid: Option<String>,
-    milliseconds: f64,
-    answers: Vec<AnswerView>,
+    #[serde(flatten)]
+    reply: ReplyView,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    via: Option<ViaView>,
+}
+
+/// What the server at `--via` answered, and in what that differs.
+#[derive(Debug, Serialize)]
+struct ViaView {
+    #[serde(flatten)]
+    reply: Option<ReplyView>,
+    /// Why there is no answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    differences: Vec<Difference>,
 }
 
 #[derive(Debug, Serialize)]
-struct AnswerView {
-    name: String,
-    r#type: String,
-    ttl: u32,
-    data: String,
+pub(super) struct ReplyView {
+    pub(super) rcode: String,
+    authoritative: bool,
+    transport: &'static str,
+    pub(super) nsid: Option<String>,
+    milliseconds: f64,
+    pub(super) answers: Vec<AnswerView>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct AnswerView {
+    pub(super) name: String,
+    pub(super) r#type: String,
+    pub(super) ttl: u32,
+    pub(super) data: String,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     srv: Option<SrvView>,
 }
@@ -85,13 +112,15 @@ impl ResolveReport {
     }
 
     pub(super) fn view(&self) -> ResolveView {
-        ResolveView { server: self.server, questions: self.asked.iter().map(question_view).collect() }
+        let questions = self.asked.iter().map(question_view).collect();
+        ResolveView { server: self.server, via: self.via, questions }
     }
 
-    /// An error if no query found a record: the first failure, else "not found".
+    /// An error if no query found a record, or if the two servers gave other records: the first failure, else
+    /// "not found".
     pub(super) fn result(&self) -> Result<(), CommandError> {
         let server = self.server;
-        for AnsweredQuestion { name, kind, reply } in &self.asked {
+        for AnsweredQuestion { name, kind, reply, .. } in &self.asked {
             let what = format!("{server} answered {} to {name} {kind}", rcode(reply.rcode()));
             let failure = CommandError::new(ErrorKind::Failed, what);
             match reply.rcode() {
@@ -111,6 +140,9 @@ impl ResolveReport {
                 _ => return Err(failure),
             }
         }
+        if let Some(failure) = self.via.and_then(|via| self.difference(via)) {
+            return Err(failure);
+        }
         if self.asked.iter().any(|asked| !asked.reply.message.answers.is_empty()) {
             return Ok(());
         }
@@ -123,13 +155,48 @@ impl ResolveReport {
         };
         Err(CommandError::new(ErrorKind::NotFound, what).hint("what is registered, and ready:  gangplank ls -A"))
     }
+
+    /// The first question that `via` did not answer, or answered with other records or another response code.
+    fn difference(&self, via: SocketAddr) -> Option<CommandError> {
+        for question in self.view().questions {
+            let QuestionView { name, r#type, via: Some(answer), .. } = question else { continue };
+            if let Some(err) = answer.error {
+                let what = format!("no answer from {via} to {name} {}: {err}", r#type);
+                return Some(
+                    CommandError::new(ErrorKind::Failed, what)
+                        .hint("CoreDNS answers SERVFAIL, or late, while it cannot reach what it forwards to"),
+                );
+            }
+            let server = self.server;
+            let what = match answer.differences.iter().find(|difference| difference.is_wrong())? {
+                Difference::Rcode => "another response code",
+                _ => "other records",
+            };
+            let what = format!("{via} gives {what} than {server} for {name} {}", r#type);
+            return Some(
+                CommandError::new(ErrorKind::Failed, what)
+                    .hint("whether CoreDNS asks gangplank for this name:  gangplank coredns --help"),
+            );
+        }
+        None
+    }
 }
 
 fn question_view(asked: &AnsweredQuestion) -> QuestionView {
-    let AnsweredQuestion { name, kind, reply } = asked;
-    QuestionView {
-        name: name.to_string(),
-        r#type: kind.to_string(),
+    let AnsweredQuestion { name, kind, reply, via } = asked;
+    let direct = reply_view(reply);
+    let via = via.as_ref().map(|via| match via {
+        Ok(reply) => {
+            let reply = reply_view(reply);
+            ViaView { differences: compare(&direct, &reply), reply: Some(reply), error: None }
+        }
+        Err(err) => ViaView { differences: Vec::new(), reply: None, error: Some(err.to_string()) },
+    });
+    QuestionView { name: name.to_string(), r#type: kind.to_string(), reply: direct, via }
+}
+
+fn reply_view(reply: &Reply) -> ReplyView {
+    ReplyView {
         rcode: rcode(reply.rcode()),
         authoritative: reply.message.metadata.authoritative,
         transport: if reply.tcp { "tcp" } else { "udp" },
@@ -181,36 +248,103 @@ impl ResolveView {
     /// Two tables: the records, and which server answered which query.
     pub(super) fn tables(&self, format: Option<Format>) -> String {
         let wide = format == Some(Format::Wide);
-        let titles: &[&str] = if wide {
-            &["TYPE", "TTL", "PRIORITY", "WEIGHT", "SHARE", "PORT", "ANSWER", "NAME", "TARGET"]
-        } else {
-            &["TYPE", "TTL", "SHARE", "PORT", "ANSWER"]
-        };
-        let mut answers = Table::new(titles, &["ANSWER"], format);
-        for answer in self.questions.iter().flat_map(|question| &question.answers) {
-            answers.row(answer.row(wide));
+        let mut titles = vec!["TYPE", "TTL"];
+        if self.via.is_some() {
+            titles.extend(["VIA", "DIFFERS"]);
         }
-        let mut questions =
-            Table::new(&["QUESTION", "TYPE", "RCODE", "BY", "FROM", "MS"], &["QUESTION", "FROM"], format);
+        if wide {
+            titles.extend(["PRIORITY", "WEIGHT"]);
+        }
+        titles.extend(["SHARE", "PORT", "ANSWER"]);
+        if wide {
+            titles.extend(["NAME", "TARGET"]);
+        }
+        let mut answers = Table::new(&titles, &["ANSWER"], format);
+        let found: Vec<Found<'_>> = self.questions.iter().flat_map(QuestionView::found).collect();
+        for found in &found {
+            answers.row(self.answer_row(found, wide));
+        }
+        let mut titles = vec!["QUESTION", "TYPE", "RCODE", "BY", "FROM", "MS"];
+        if self.via.is_some() {
+            titles.push("DIFFERS");
+        }
+        let mut questions = Table::new(&titles, &["QUESTION", "FROM"], format);
         for question in &self.questions {
-            questions.row(vec![
-                question.name.clone(),
-                question.r#type.clone(),
-                question.rcode.clone(),
-                question.transport.to_owned(),
-                question.nsid.clone().unwrap_or_else(|| self.server.to_string()),
-                format!("{:.2}", question.milliseconds),
-            ]);
+            questions.row(self.question_row(question, &question.reply, self.server, &[]));
+            let Some((via, answer)) = self.via.zip(question.via.as_ref()) else { continue };
+            match &answer.reply {
+                Some(reply) => questions.row(self.question_row(question, reply, via, &answer.differences)),
+                None => {
+                    let none = || NONE.to_owned();
+                    let (name, kind) = (question.name.clone(), question.r#type.clone());
+                    questions.row(vec![name, kind, none(), none(), via.to_string(), none(), "no answer".into()]);
+                }
+            }
         }
-        let any = self.questions.iter().any(|question| !question.answers.is_empty());
-        let answers = if any { answers.render() + "\n" } else { String::new() };
+        let answers = if found.is_empty() { String::new() } else { answers.render() + "\n" };
         answers + &questions.render()
+    }
+
+    fn question_row(
+        &self,
+        question: &QuestionView,
+        reply: &ReplyView,
+        server: SocketAddr,
+        differences: &[Difference],
+    ) -> Vec<String> {
+        let mut row = vec![
+            question.name.clone(),
+            question.r#type.clone(),
+            reply.rcode.clone(),
+            reply.transport.to_owned(),
+            reply.nsid.clone().unwrap_or_else(|| server.to_string()),
+            format!("{:.2}", reply.milliseconds),
+        ];
+        if self.via.is_some() {
+            let shown = differences.iter().filter_map(|difference| difference.of_question());
+            let shown = shown.collect::<Vec<_>>().join(",");
+            row.push(if shown.is_empty() { NONE.to_owned() } else { shown });
+        }
+        row
+    }
+
+    fn answer_row(&self, found: &Found<'_>, wide: bool) -> Vec<String> {
+        let none = || NONE.to_owned();
+        let ttl = |answer: Option<&AnswerView>| answer.map_or_else(none, |answer| answer.ttl.to_string());
+        let answer = found.answer();
+        let srv = answer.srv.as_ref();
+        let address = match srv {
+            Some(srv) if srv.addresses.is_empty() => srv.target.clone(),
+            Some(srv) => srv.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(","),
+            None => answer.data.clone(),
+        };
+        let mut row = vec![answer.r#type.clone()];
+        if self.via.is_some() {
+            row.extend([ttl(found.direct()), ttl(found.via()), found.differs().map_or_else(none, str::to_owned)]);
+        } else {
+            row.push(answer.ttl.to_string());
+        }
+        if wide {
+            row.push(srv.map_or_else(none, |srv| srv.priority.to_string()));
+            row.push(srv.map_or_else(none, |srv| srv.weight.to_string()));
+        }
+        row.extend([
+            srv.map_or_else(none, |srv| percent(srv.share)),
+            srv.map_or_else(none, |srv| srv.port.to_string()),
+            address,
+        ]);
+        if wide {
+            row.push(answer.name.clone());
+            row.push(srv.map_or_else(none, |srv| srv.target.clone()));
+        }
+        row
     }
 
     /// The addresses and targets in the answers, each once, in the order of the answers.
     fn names(&self) -> String {
         let mut seen = BTreeSet::new();
-        let answers = self.questions.iter().flat_map(|question| &question.answers);
+        let answers = self.questions.iter().flat_map(QuestionView::found);
+        let answers = answers.map(|found| found.answer());
         let shown = answers.map(|answer| match &answer.srv {
             Some(srv) => format!("{}:{}\n", srv.target, srv.port),
             None => format!("{}\n", answer.data),
@@ -219,28 +353,14 @@ impl ResolveView {
     }
 }
 
-impl AnswerView {
-    fn row(&self, wide: bool) -> Vec<String> {
-        let none = || NONE.to_owned();
-        let srv = self.srv.as_ref();
-        let answer = match srv {
-            Some(srv) if srv.addresses.is_empty() => srv.target.clone(),
-            Some(srv) => srv.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(","),
-            None => self.data.clone(),
-        };
-        let share = srv.map_or_else(none, |srv| percent(srv.share));
-        let port = srv.map_or_else(none, |srv| srv.port.to_string());
-        let mut row = vec![self.r#type.clone(), self.ttl.to_string()];
-        if wide {
-            row.push(srv.map_or_else(none, |srv| srv.priority.to_string()));
-            row.push(srv.map_or_else(none, |srv| srv.weight.to_string()));
+impl QuestionView {
+    /// Each record once, with who has it.
+    fn found(&self) -> Vec<Found<'_>> {
+        let via = self.via.as_ref().and_then(|via| via.reply.as_ref());
+        match via {
+            Some(via) => matched(&self.reply.answers, &via.answers),
+            None => self.reply.answers.iter().map(Found::Direct).collect(),
         }
-        row.extend([share, port, answer]);
-        if wide {
-            row.push(self.name.clone());
-            row.push(srv.map_or_else(none, |srv| srv.target.clone()));
-        }
-        row
     }
 }
 

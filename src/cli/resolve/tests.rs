@@ -19,6 +19,7 @@ use tokio::{
 };
 
 use super::*;
+use crate::cli::output::NONE;
 
 fn name(text: &str) -> Name {
     Name::from_str(text).expect("a name")
@@ -65,9 +66,18 @@ impl FakeDnsServer {
         for (text, kind) in questions {
             let name = name(text);
             let reply = query::query(self.address, &name, *kind, false).await.expect("an answer");
-            asked.push(AnsweredQuestion { name, kind: *kind, reply });
+            asked.push(AnsweredQuestion { name, kind: *kind, reply, via: None });
         }
-        ResolveReport { server: self.address, asked }
+        ResolveReport { server: self.address, via: None, asked }
+    }
+
+    /// One question to this server, and to another one.
+    async fn report_via(&self, via: SocketAddr, kind: RecordType) -> ResolveReport {
+        let mut report = self.report(&[("web.prod.svc.cluster.local.", kind)]).await;
+        report.via = Some(via);
+        let asked = &mut report.asked[0];
+        asked.via = Some(query::query(via, &asked.name, kind, false).await);
+        report
     }
 }
 
@@ -148,6 +158,67 @@ async fn answer_to_another_query_is_ignored() {
     .await;
     let asked = query::query(server.address, &name("web."), RecordType::A, true).await;
     assert!(matches!(asked, Err(QueryError::InvalidAnswer(_))), "{asked:?}");
+}
+
+/// Two addresses, the first with this TTL.
+fn two_addresses(question: &Message, ttl: u32, second: u8) -> Message {
+    let mut message = answer(question, ResponseCode::NoError);
+    let owner = question.queries[0].name().clone();
+    for (last, ttl) in [(second, 5), (1, ttl)] {
+        message.add_answer(Record::from_rdata(owner.clone(), ttl, RData::A(A::new(10, 0, 0, last))));
+    }
+    message
+}
+
+#[tokio::test]
+async fn what_differs_through_another_server_is_marked() {
+    let direct = FakeDnsServer::start(|question, _| two_addresses(&question, 5, 2)).await;
+    let rows = |report: &ResolveReport| {
+        let text = report.view().tables(None);
+        assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+        let cells = text.lines().map(|line| line.split("   ").map(str::trim).filter(|cell| !cell.is_empty()));
+        cells.map(|cells| cells.map(str::to_owned).collect::<Vec<_>>()).collect::<Vec<_>>()
+    };
+    // The same records in another order, as from a cache.
+    let via = FakeDnsServer::start(|question, _| two_addresses(&question, 3, 2)).await;
+    let report = direct.report_via(via.address, RecordType::A).await;
+    let shown = rows(&report);
+    assert_eq!(shown[0], ["TYPE", "TTL", "VIA", "DIFFERS", "SHARE", "PORT", "ANSWER"]);
+    assert_eq!(shown[1], ["A", "5", "5", NONE, NONE, NONE, "10.0.0.2"]);
+    assert_eq!(shown[2], ["A", "5", "3", "ttl", NONE, NONE, "10.0.0.1"]);
+    assert_eq!(report.result(), Ok(()), "a TTL is no failure");
+
+    let via = FakeDnsServer::start(|question, _| two_addresses(&question, 5, 3)).await;
+    let report = direct.report_via(via.address, RecordType::A).await;
+    let shown = rows(&report);
+    assert_eq!(shown[1], ["A", "5", NONE, "not via", NONE, NONE, "10.0.0.2"]);
+    assert_eq!(shown[3], ["A", NONE, "5", "only via", NONE, NONE, "10.0.0.3"]);
+    let failure = report.result().expect_err("other records");
+    assert!(failure.to_string().contains("other records"), "{failure}");
+    assert_eq!(failure.kind, ErrorKind::Failed);
+
+    let via = FakeDnsServer::start(|question, _| {
+        let mut message = answer(&question, ResponseCode::NXDomain);
+        let mut edns = Edns::new();
+        edns.options_mut().insert(EdnsOption::NSID(NSIDPayload::new(*b"coredns-1").expect("short")));
+        message.set_edns(edns);
+        message
+    })
+    .await;
+    let report = direct.report_via(via.address, RecordType::A).await;
+    let shown = rows(&report);
+    assert_eq!(shown[6][2..], ["NXDOMAIN", "udp", "coredns-1", &shown[6][5], "rcode,nsid"]);
+    let json = serde_json::to_value(report.view()).expect("JSON");
+    assert_eq!(json["questions"][0]["via"]["differences"], serde_json::json!(["rcode", "records", "nsid"]));
+    assert!(report.result().expect_err("no such name").to_string().contains("another response code"));
+
+    let socket = UdpSocket::bind("127.0.0.1:0").await.expect("a free port");
+    let unused = socket.local_addr().expect("bound");
+    drop(socket);
+    let report = direct.report_via(unused, RecordType::A).await;
+    assert_eq!(rows(&report)[6].last().map(String::as_str), Some("no answer"));
+    let failure = report.result().expect_err("no server listens");
+    assert!(failure.to_string().contains(&unused.to_string()), "{failure}");
 }
 
 #[tokio::test]
