@@ -26,7 +26,7 @@ release: ## build target/release/gangplank, optimised
 # runs only the tests that need Kubernetes, against 1.35.
 .PHONY: test
 test: lint doc deny ## everything that CI runs: lints, docs, licences, benches compile, all tests
-	tests/tools/install.sh dns python go coredns kubernetes
+	tests/tools/install.sh dns libc python go coredns kubernetes
 	cargo test --locked --benches --no-run
 	cargo test --locked --bench allocations
 	cargo test --locked --no-fail-fast

@@ -3,6 +3,7 @@
 mod away;
 mod command;
 mod mirrored;
+mod pod;
 
 use std::{fs, path::Path};
 
@@ -21,6 +22,13 @@ fn server_with_web() -> Server {
     server.register("prod", "web", "10.0.0.1", "http=8080");
     server.register("prod", "web", "2001:db8::1", "http=8080");
     server
+}
+
+/// A configuration without the kubernetes plugin: there is no cluster here.
+fn without_kubernetes(corefile: &str) -> String {
+    let begin = corefile.find("    kubernetes ").expect("the plugin is configured");
+    let end = begin + corefile[begin..].find("    }\n").expect("its block ends") + "    }\n".len();
+    format!("{}{}", &corefile[..begin], &corefile[end..])
 }
 
 /// The files have one source: the command that they name.
@@ -90,10 +98,8 @@ fn coredns_falls_through_to_gangplank() {
     // address, stands for the resolver behind the general `forward`.
     let elsewhere = Server::start();
     elsewhere.register("other", "far", "10.9.9.9", "http=8080");
-    let corefile = corefile("fall-through.Corefile", server.dns);
-    let begin = corefile.find("    kubernetes ").expect("the plugin is configured");
-    let end = begin + corefile[begin..].find("    }\n").expect("its block ends") + "    }\n".len();
-    let corefile = corefile.replace(&corefile[begin..end], "").replace("/etc/resolv.conf", &elsewhere.dns.to_string());
+    let corefile = without_kubernetes(&corefile("fall-through.Corefile", server.dns));
+    let corefile = corefile.replace("/etc/resolv.conf", &elsewhere.dns.to_string());
     let coredns = CoreDns::start(&program, &corefile);
     let through = |name: &str, rtype| answers(coredns.address, Over::Udp, name, rtype);
     assert_eq!(through("web.prod.svc.cluster.local.", RecordType::A), ["10.0.0.1"]);

@@ -2,8 +2,8 @@
 # Installs the programs that tests run beside gangplank, by name, into target/tools:
 #
 #   tests/tools/install.sh            everything the tests use
-#   tests/tools/install.sh dns go     only these: dns (dig, nslookup, kdig, drill, knotd, curl), python, go, coredns,
-#                                     kubernetes (etcd, kube-apiserver, kube-controller-manager, kubectl), deny,
+#   tests/tools/install.sh dns go     only these: dns (dig, nslookup, kdig, drill, knotd, curl), libc (a lookup by glibc's
+#                                     and by musl's resolver), python, go, coredns, kubernetes (etcd, kube-apiserver, kube-controller-manager, kubectl), deny,
 #                                     election (only if asked for: a comparison of `make mirror-figures`)
 #
 # GANGPLANK_TEST_KUBERNETES chooses the release of Kubernetes, here and for the tests: 1.36 unless set, or 1.35.
@@ -26,20 +26,27 @@ stamp() { cat "${@:2}" | sha256sum | cut -d' ' -f1; }
 done_for() { [ "$(cat "$tools/.$1.done" 2>/dev/null)" = "$(stamp "$@")" ]; }
 mark_done() { stamp "$@" >"$tools/.$1.done"; }
 
-# Debian's DNS clients, Knot DNS and curl, unpacked beside their libraries; a wrapper in bin/ finds those.
-install_dns() {
-    local packages=(bind9-dnsutils knot-dnsutils ldnsutils knot curl) root=$tools/debian name
-    done_for dns "$sources/install.sh" && return
-    say "dig, nslookup, kdig, drill, knotd, curl: from Debian's packages"
+# unpack ROOT PACKAGE...: Debian's packages and what they need, unpacked below ROOT.
+unpack() {
+    local root=$1 cache=$tools/apt/cache-${1##*/}
+    shift
     # Package lists of our own: those of the machine may be missing, and need root to renew.
-    local apt=(apt-get -qq -o "Dir::State::Lists=$tools/apt/lists" -o "Dir::Cache=$tools/apt/cache" -o APT::Sandbox::User=)
-    mkdir -p "$tools/apt/lists/partial" "$tools/apt/cache/archives/partial" "$root"
+    local apt=(apt-get -qq -o "Dir::State::Lists=$tools/apt/lists" -o "Dir::Cache=$cache" -o APT::Sandbox::User=)
+    mkdir -p "$tools/apt/lists/partial" "$cache/archives/partial" "$root"
     "${apt[@]}" update
     # What an installation would add; a package that the machine has already is fetched all the same.
     local wanted
-    wanted=$("${apt[@]}" -s --no-install-recommends install "${packages[@]}" | awk '/^Inst/ {print $2}')
+    wanted=$("${apt[@]}" -s --no-install-recommends install "$@" | awk '/^Inst/ {print $2}')
     # shellcheck disable=SC2086 # a list of package names
-    (cd "$tools/apt/cache/archives" && "${apt[@]}" download "${packages[@]}" $wanted && for deb in ./*.deb; do dpkg -x "$deb" "$root"; done)
+    (cd "$cache/archives" && "${apt[@]}" download "$@" $wanted && for deb in ./*.deb; do dpkg -x "$deb" "$root"; done)
+}
+
+# Debian's DNS clients, Knot DNS and curl, unpacked beside their libraries; a wrapper in bin/ finds those.
+install_dns() {
+    local root=$tools/debian name
+    done_for dns "$sources/install.sh" && return
+    say "dig, nslookup, kdig, drill, knotd, curl: from Debian's packages"
+    unpack "$root" bind9-dnsutils knot-dnsutils ldnsutils knot curl
     for name in bin/dig bin/nslookup bin/kdig bin/drill sbin/knotd bin/curl; do
         cat >"$bin/${name#*/}" <<WRAPPER
 #!/bin/sh
@@ -48,6 +55,21 @@ WRAPPER
         chmod +x "$bin/${name#*/}"
     done
     mark_done dns "$sources/install.sh"
+}
+
+# One C program, linked with glibc and with musl. musl's own compiler wrapper has absolute paths.
+install_libc() {
+    local inputs=("$sources/c/lookup.c" "$sources/install.sh") root=$tools/musl
+    done_for libc "${inputs[@]}" && return
+    say "a lookup by glibc and by musl, which is from Debian's packages"
+    unpack "$root" musl-dev
+    local lib include
+    lib=$(dirname "$(find "$root/usr/lib" -name libc.a)")
+    include=$root/usr/include/${lib##*/}
+    gcc -O1 -o "$bin/lookup-glibc" "$sources/c/lookup.c"
+    gcc -O1 -static -no-pie -nostdinc -isystem "$include" -nostdlib -o "$bin/lookup-musl" "$lib/crt1.o" "$lib/crti.o" \
+        "$sources/c/lookup.c" "$lib/libc.a" -lgcc "$lib/libc.a" "$lib/crtn.o"
+    mark_done libc "${inputs[@]}"
 }
 
 # grpcio in a virtual environment, with stubs generated from the frozen contract and from ours.
@@ -139,10 +161,10 @@ install_deny() {
     cargo install --quiet --locked --root "$tools" "cargo-deny@$version"
 }
 
-if [ $# -eq 0 ]; then set -- dns python go coredns kubernetes deny; fi
+if [ $# -eq 0 ]; then set -- dns libc python go coredns kubernetes deny; fi
 for tool in "$@"; do
     case $tool in
-        dns | python | go | coredns | kubernetes | deny | election) "install_$tool" ;;
-        *) say "no tool is called $tool: dns, python, go, coredns, kubernetes, deny or election" && exit 2 ;;
+        dns | libc | python | go | coredns | kubernetes | deny | election) "install_$tool" ;;
+        *) say "no tool is called $tool: dns, libc, python, go, coredns, kubernetes, deny or election" && exit 2 ;;
     esac
 done

@@ -4,9 +4,12 @@
 //	gotool register|unregister SERVER NAMESPACE SERVICE ADDRESS [NAME=PORT ...]
 //	gotool stream SERVER COUNT NAMESPACE SERVICE [NAME=PORT ...]
 //	gotool lookup udp|tcp SERVER host|srv|addr NAME
+//	gotool names
+//	gotool balance TARGET CALLS ADDRESS:PORT ...
 //
 // stream registers COUNT addresses on one stream without waiting for answers, then removes them
-// on the same stream. Everything on stdout is JSON, one value per answer.
+// on the same stream. Everything on stdout is JSON, one value per answer, but for names.
+// names and balance are in pod.go.
 package main
 
 import (
@@ -48,12 +51,16 @@ func run(ctx context.Context, args []string) error {
 	switch {
 	case len(args) == 5 && args[0] == "lookup":
 		return lookup(ctx, args[1], args[2], args[3], args[4])
+	case len(args) == 1 && args[0] == "names":
+		return names(ctx, os.Stdin)
+	case len(args) >= 4 && args[0] == "balance":
+		return balance(ctx, args[1], args[2], args[3:])
 	case len(args) >= 5 && (args[0] == "register" || args[0] == "unregister"):
 		return unary(ctx, args[0], args[1], args[2:])
 	case len(args) >= 5 && args[0] == "stream":
 		return stream(ctx, args[1], args[2:])
 	default:
-		return errors.New("usage: register|unregister|stream|lookup, see main.go")
+		return errors.New("usage: register|unregister|stream|lookup|names|balance, see main.go")
 	}
 }
 
