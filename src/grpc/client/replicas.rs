@@ -12,7 +12,7 @@ use tonic::Response;
 
 use super::{
     Attempt, Client, ClientError, ClientTls, Servers, call, refused,
-    servers::{innermost, scheme},
+    servers::{innermost, urls_of},
 };
 use crate::{
     grpc::{convert::replica_from_proto, proto::gangplank::v1::GetReplicaRequest},
@@ -72,8 +72,8 @@ impl Servers {
             .map(|(_, replica)| replica)
             .find(|replica| !replica.writer_addresses.is_empty() && !names.contains(replica.writer.as_str()));
         if let Some(Replica { writer_addresses, .. }) = unasked {
-            let scheme = self.urls().first().map_or("http", |url| scheme(url));
-            let urls = writer_addresses.iter().map(|address| format!("{scheme}://{address}")).collect();
+            let asked = self.urls().first().map_or("http:", String::as_str);
+            let urls = writer_addresses.iter().flat_map(|address| urls_of(address, asked, self.tls())).collect();
             found.ask(vec![ServerUrls { urls, is_one: true }], self.tls()).await;
         }
         found.replicas.sort_by(|(_, one), (_, other)| one.name.cmp(&other.name));

@@ -3,17 +3,25 @@
 //! A server on standby refuses with 503 and names the one that writes. A mutation asks the servers in their order, and
 //! first the ones that a refusal names, until one takes it. When none does and they are replicas, it asks all again after
 //! a pause: another replica takes over within 15 s. The servers that a refusal names are asked in that round only.
+//!
+//! A refusal says where a server is, not whether it speaks TLS there. All replicas are alike, and one speaks plaintext at its
+//! loopback address only, unless told otherwise: so a client that reached one there, in plaintext, may need TLS for the others.
 
 use std::{
     collections::{HashSet, VecDeque},
     iter,
+    net::IpAddr,
     time::Duration,
 };
 
+use http::Uri;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{Client, ClientError, ClientTls, MutationResponse};
-use crate::{model::InstanceSpec, net::backoff::Backoff};
+use crate::{
+    model::{InstanceSpec, ServerAddress},
+    net::backoff::Backoff,
+};
 
 /// Most servers of one round that refusals name. A wrong hint costs a connection each.
 const MAX_HINTS: usize = 8;
@@ -60,7 +68,8 @@ struct AttemptRound {
     attempts: Vec<Attempt>,
     /// Whether a server answered, and refused.
     refused: bool,
-    hints: usize,
+    /// Those that refusals name.
+    hints: HashSet<String>,
 }
 
 impl Servers {
@@ -188,16 +197,23 @@ impl Servers {
                     round.refused = true;
                     // Reversed, because each is pushed to the front: they are asked in the order in which the server
                     // named them.
-                    for writer in response.writers.iter().rev() {
-                        let writer = format!("{}://{writer}", scheme(&url));
-                        if round.hints < MAX_HINTS && !asked.contains(&writer) {
-                            round.hints += 1;
+                    let writers = response.writers.iter().flat_map(|writer| urls_of(writer, &url, &self.tls));
+                    for writer in writers.collect::<Vec<_>>().into_iter().rev() {
+                        if round.hints.len() < MAX_HINTS && !asked.contains(&writer) {
+                            round.hints.insert(writer.clone());
                             pending.push_front(writer);
                         }
                     }
                     response.details
                 }
-                Err(err) if !alone && err.is_of_one_server() => innermost(&err),
+                Err(err) if !alone && err.is_of_one_server() => {
+                    let may_need_tls = scheme(&url) == "http" && round.hints.contains(&url) && !is_loopback_ip(&url);
+                    innermost(&err) + if may_need_tls { NEEDS_TLS } else { "" }
+                }
+                // Another URL may do. That one is what a refusal has named.
+                Err(err @ ClientError::TokenInPlaintext { .. }) if round.hints.contains(&url) => {
+                    err.to_string() + NEEDS_TLS
+                }
                 ended => return Some(ended),
             };
             round.attempts.push(Attempt { url, reason });
@@ -206,8 +222,31 @@ impl Servers {
     }
 }
 
-/// The scheme of a URL: the replicas of one gangplank have the same.
-pub(super) fn scheme(url: &str) -> &str {
+/// Where a server may be reached that another one, at `url`, has named: what to try first comes first.
+pub(super) fn urls_of(named: &ServerAddress, url: &str, tls: &ClientTls) -> Vec<String> {
+    let (http, https) = (format!("http://{named}"), format!("https://{named}"));
+    if scheme(url) == "https" {
+        vec![https]
+    } else if tls.config().is_none() || is_loopback_ip(&http) {
+        vec![http]
+    } else {
+        vec![https, http]
+    }
+}
+
+/// Whether this is the URL of a loopback address, at which a server speaks plaintext.
+fn is_loopback_ip(url: &str) -> bool {
+    let uri = url.parse::<Uri>().ok();
+    let host = uri.as_ref().and_then(Uri::host).unwrap_or_default();
+    host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+/// What to do about a server that does not answer in plaintext.
+const NEEDS_TLS: &str = "; beyond loopback a gangplank speaks TLS, unless it runs with --insecure: give its CA with --cacert FILE, and \
+                         --server https://HOST:PORT";
+
+/// The scheme of a URL.
+fn scheme(url: &str) -> &str {
     if url.starts_with("https:") { "https" } else { "http" }
 }
 

@@ -53,6 +53,22 @@ fn machine_walks_to_another_replica_when_its_server_is_gone() {
     assert!(machine.succeed(&["ls", "web"]).contains("10.17.1.2"));
 }
 
+/// At the loopback address of a follower. The writer is elsewhere, and speaks TLS there.
+#[test]
+fn plaintext_client_that_a_follower_sends_to_the_writer_uses_tls_or_says_what_it_needs() {
+    let Some(shared) = Shared::start("plaintext") else { return };
+    let (writer, follower) = shared.writer_and_follower();
+    shop(&shared, &writer, "plaintext-shop");
+    let register = ["register", "web", "10.17.9.1", "-n", "plaintext-shop", "--timeout", "0s"];
+    let said = follower.fail(&register);
+    assert!(said.contains("on standby") && said.contains("give its CA with --cacert FILE"), "{said}");
+    let machine = writer.joined(&["-n", "plaintext-shop", "--service", "web"]);
+    let file = |name: &str| machine.0.path().join(name).to_str().expect("UTF-8").to_owned();
+    let [ca, cert, key] = ["server-ca.crt", "client.crt", "client.key"].map(file);
+    follower.succeed(&[&register[..], &["--cacert", &ca, "--cert", &cert, "--key", &key]].concat());
+    assert!(writer.succeed(&["ls", "web", "-n", "plaintext-shop"]).contains("10.17.9.1"));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn machine_that_is_revoked_on_one_replica_has_no_identity_on_any() {
     let Some(shared) = Shared::start("revoked") else { return };
