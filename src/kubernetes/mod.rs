@@ -139,6 +139,7 @@ impl Kubernetes {
             server: self.server.clone(),
             cache: Arc::clone(&cache),
             registry: registry.clone(),
+            fence: fence.clone(),
             validator: self.options.validator,
             endpoints: self.options.endpoints_object,
             secrets: self.secrets.clone(),
@@ -168,6 +169,15 @@ impl Kubernetes {
                 askers.answer();
             }
         };
+        let deposed = async {
+            let mut terms = fence.higher_terms();
+            // The sender lives as long as the fence.
+            while terms.changed().await.is_ok() {
+                let term = *terms.borrow_and_update();
+                reports.outranked(term).await;
+            }
+            future::pending().await
+        };
         let writing = async {
             let mut turn = turns.recv().await;
             loop {
@@ -186,6 +196,8 @@ impl Kubernetes {
                     Some(Turn::Rewrite(term)) => tokio::select! {
                         next = turns.recv() => next,
                         never = async {
+                            // Its own slices show it soon.
+                            fence.set_term(term);
                             if registry.raise_term(term).await.is_ok() {
                                 mirror(term).run(stop.clone()).await;
                             }
@@ -211,6 +223,7 @@ impl Kubernetes {
             never = service_slices => match never {},
             never = changes => match never {},
             never = answers => never,
+            never = deposed => never,
         }
     }
 

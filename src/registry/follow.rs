@@ -189,7 +189,7 @@ impl Writer {
             let (term, outbox) = read.unwrap_or_default();
             self.mirror_records.await_comparison(LocalState {
                 term,
-                generation: self.committer.generation(),
+                generation: term.published.unwrap_or_else(|| self.committer.generation()),
                 outbox: outbox.into(),
                 stored: differs.then(|| stored.into_services()),
             });

@@ -129,9 +129,18 @@ impl Unrecovered {
         // The generation is stored before it is published. Otherwise the next start, with a clock that was
         // set back, would publish a lower one, and secondaries and cursors would take old data for new.
         // After a failure the journal is unusable, which the committer reports.
-        let _ = journal.append(generation, &[]);
+        //
+        // The process that wrote under the directory's term has ended, or this directory is a copy of its. What is stored from here on,
+        // until the next take-over, was not published under that term and must not make the directory look newer.
+        let mut term = recovery.term;
+        let ended = kubernetes.is_some() && term.term > 0 && term.published.is_none();
+        if ended {
+            term.published = Some(recovery.changed);
+        }
+        let noted = ended.then_some(Record::Term(term));
+        let _ = journal.append(generation, noted.as_slice());
 
-        let mut stamper = Stamper::new(clock, if kubernetes.is_some() { recovery.term.term } else { 0 });
+        let mut stamper = Stamper::new(clock, if kubernetes.is_some() { term.term } else { 0 });
         if let Some(behind) = stamper.new_lead(wall).filter(|_| kubernetes.is_some()) {
             error!(
                 ?behind,
@@ -143,8 +152,8 @@ impl Unrecovered {
             Applier::new(publisher, Arc::clone(&catalog), feed, Arc::clone(&mirror_progress), Arc::clone(&metrics));
         applier.load(generation, services, tombstones);
         let local = kubernetes.is_some().then_some(LocalState {
-            term: recovery.term,
-            generation: recovery.changed,
+            term,
+            generation: term.published.unwrap_or(recovery.changed),
             outbox: recovery.outbox.into(),
             stored: None,
         });

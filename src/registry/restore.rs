@@ -6,7 +6,7 @@
 //!
 //! - What the slices hold counts, removals and all.
 //! - What the directory holds is merged with it by the stamps, unless another process wrote since: the term that the Lease and the
-//!   slices show says so.
+//!   slices show says so. And unless it is a copy of another directory, from the middle of its term: the generation says so.
 //! - The outbox is merged in any case. It has the changes that this directory acknowledged and that Kubernetes was never seen to have.
 //!
 //! Of two words on one instance the one with the later [`Stamp`] wins, a removal whose tombstone a slice has
@@ -61,7 +61,8 @@ pub(super) struct LocalState {
     /// The term of the data directory. Once another process has written under a higher one, nothing but the
     /// outbox counts.
     pub(super) term: DirectoryTerm,
-    /// The highest generation in the store; it is not lower than that of any slice which this directory wrote.
+    /// The highest generation that was published under that term, by whoever wrote then; it is not lower than that of any slice
+    /// which that process wrote. What was said since without a Lease is in the outbox.
     pub(super) generation: u64,
     pub(super) outbox: LatestRecords,
     /// What the journal holds, while the catalog holds what another process writes. `None` while both are the same.
@@ -724,7 +725,11 @@ mod tests {
         assert_eq!(addresses(100), [at(clock, remove("10.0.0.3"))], "nobody can have removed .2");
         let mut records = addresses(101);
         records.sort_by_key(|record| format!("{record:?}"));
-        assert_eq!(records, [remove("10.0.0.2"), at(clock, remove("10.0.0.3"))], "somebody may have");
+        // It is a copy of a directory that wrote more: its words are in the slices, or were removed.
+        let held = [at(clock - 2 * HOUR, put("10.0.0.1", 1.0)), at(clock - 1, put("10.0.0.4", 1.0))];
+        let mut wanted = [&[remove("10.0.0.2"), at(clock, remove("10.0.0.3"))], &held[..]].concat();
+        wanted.sort_by_key(|record| format!("{record:?}"));
+        assert_eq!(records, wanted);
     }
 
     #[test]
@@ -744,7 +749,7 @@ mod tests {
         let held = slices(7, &[("10.0.0.1", 1.0), ("10.0.0.3", 1.0)]);
         let stored = catalog(&[("10.0.0.1", 1.0), ("10.0.0.2", 1.0), ("10.0.0.5", 1.0)]);
         let local = LocalState {
-            term: DirectoryTerm { term: 3, followed: true },
+            term: DirectoryTerm { followed: true, ..DirectoryTerm::new(3) },
             stored: Some(stored.services),
             ..local(3, vec![put("10.0.0.5", 1.0)])
         };
@@ -769,8 +774,10 @@ mod tests {
 
     #[test]
     fn slices_win_over_a_directory_that_was_followed_even_when_all_of_them_are_gone() {
-        let local =
-            LocalState { term: DirectoryTerm { term: 3, followed: true }, ..local(3, vec![put("10.0.0.2", 1.0)]) };
+        let local = LocalState {
+            term: DirectoryTerm { followed: true, ..DirectoryTerm::new(3) },
+            ..local(3, vec![put("10.0.0.2", 1.0)])
+        };
         let comparison = compare(&local, slices(0, &[]), &catalog(&[("10.0.0.1", 1.0), ("10.0.0.2", 1.0)]));
         assert_eq!(comparison.records, [remove("10.0.0.1")]);
     }

@@ -388,7 +388,7 @@ impl Writer {
                 // The rest is not applied and the term is not stored, so the next start compares again. Until then what is
                 // registered is not known, unless another process writes and is followed; that one gets the outbox.
                 let (term, outbox) = self.read_outbox(&mut |_| {}).unwrap_or_default();
-                let generation = self.committer.generation();
+                let generation = term.published.unwrap_or_else(|| self.committer.generation());
                 let local = LocalState { term, generation, outbox: outbox.into(), stored: None };
                 self.mirror_records.await_comparison(local);
                 return;

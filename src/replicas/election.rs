@@ -231,7 +231,9 @@ impl Election {
         let lease_term = record.as_ref().map(|record| record.term).filter(|term| *term <= highest);
         self.known_term = self.known_term.max(lease_term.unwrap_or(0));
         if let Some(record) = &record {
-            actions = self.seen(lease_term.unwrap_or(0), record.holder != self.me);
+            // A released one names nobody.
+            let elsewhere = !record.released && record.holder != self.me;
+            actions = self.seen(lease_term.unwrap_or(0), elsewhere);
         }
         self.lease.clone_from(&record);
         // Measured from the end of the first reading to the begin of the last: both ends on the safe side.
@@ -380,7 +382,12 @@ impl Election {
     pub fn outranked(&mut self, term: u64) -> Vec<Action> {
         self.known_term = self.known_term.max(term);
         match &self.role {
-            Role::Writer { term: mine } if term > *mine => self.depose(Deposed::Outranked(term)),
+            Role::Writer { term: mine } if term > *mine => {
+                // If the Lease names this process all the same, a hand wrote the slice. Then nobody else can hold the Lease, and this process
+                // has stopped to write: it takes it at once, with a higher term than the slice's, and lists.
+                self.resume = true;
+                self.depose(Deposed::Outranked(term))
+            }
             // A take-over that finds a slice of its own term or a higher one takes a higher term, then lists again.
             Role::TakingOver(tenure) if term >= tenure.term => {
                 let tenure = Tenure { term: self.known_term + 1, ..tenure.clone() };

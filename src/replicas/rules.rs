@@ -33,6 +33,13 @@ pub struct Rules {
     pub renew_identity: bool,
     /// The directory's words count at a take-over only if no slice and no Lease has a higher term than the directory.
     pub directory_needs_newest_term: bool,
+    /// Nor a higher generation of the same term: then the directory is a copy from the middle of it.
+    pub directory_needs_newest_generation: bool,
+    /// A directory is as new as what was published under its term. What is said, or stored, after a start and before the next
+    /// take-over does not make it newer.
+    pub rank_ends_with_tenure: bool,
+    /// A writer that sees a slice with a higher term writes and confirms no more.
+    pub slice_deposes: bool,
     /// A handed-over word is acknowledged when it is confirmed, not when it is journaled.
     pub acknowledge_hand_over_when_confirmed: bool,
 }
@@ -55,6 +62,9 @@ impl Rules {
         recreate_only_while_safe: true,
         renew_identity: true,
         directory_needs_newest_term: true,
+        directory_needs_newest_generation: true,
+        rank_ends_with_tenure: true,
+        slice_deposes: true,
         acknowledge_hand_over_when_confirmed: true,
     };
 }

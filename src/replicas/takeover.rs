@@ -43,27 +43,28 @@ pub struct Rank {
 pub enum DirectoryAge {
     /// It never wrote to Kubernetes, or served without it since: all of its words are in its outbox.
     NeverWrote,
-    /// Another process has written since, or words of it were lost: only its outbox counts.
+    /// Another process has written since, it is a copy of a directory that wrote more under the same term, or words of it were
+    /// lost: only its outbox counts.
     Outdated,
-    /// Nobody has written under a later term. It may be a copy of a directory that wrote more in the same one.
-    Current,
     /// Nobody has published anything after it.
     Latest,
 }
 
 impl DirectoryAge {
-    /// `shown` is the highest rank of a slice and of the Lease before. `followed`: another process is known to have written
-    /// after the directory, or a loss in it was accepted.
+    /// `directory` is what was published under its term. What was said since, without a Lease, is in its outbox and does not
+    /// make it newer: so a copy of the directory of another process is never taken for the newest one. `shown` is the highest
+    /// rank of a slice and of the Lease before. `followed`: another process is known to have written after the directory, or a
+    /// loss in it was accepted.
     #[must_use]
     pub fn of(directory: Rank, followed: bool, shown: Rank, rules: Rules) -> Self {
         if directory.term == 0 {
             Self::NeverWrote
-        } else if rules.directory_needs_newest_term && (followed || directory.term < shown.term) {
+        } else if rules.directory_needs_newest_term && (followed || directory.term < shown.term)
+            || rules.directory_needs_newest_generation && directory.term == shown.term && directory < shown
+        {
             Self::Outdated
-        } else if directory >= shown {
-            Self::Latest
         } else {
-            Self::Current
+            Self::Latest
         }
     }
 
@@ -76,7 +77,7 @@ impl DirectoryAge {
         match self {
             Self::Latest => true,
             Self::NeverWrote => is_first,
-            Self::Outdated | Self::Current => false,
+            Self::Outdated => false,
         }
     }
 
@@ -149,7 +150,7 @@ impl Merge {
     ) -> Vec<(W::Key, Word<W::Value>)> {
         let TakenDirectory { age, is_first, .. } = taken;
         let counts = match age {
-            DirectoryAge::Current | DirectoryAge::Latest => true,
+            DirectoryAge::Latest => true,
             DirectoryAge::NeverWrote => is_first,
             DirectoryAge::Outdated => false,
         };

@@ -146,6 +146,9 @@ struct TermEntry {
     /// Another process has written since under a higher one.
     #[prost(bool, tag = "2")]
     followed: bool,
+    /// The highest generation that was published under it, once its process has ended.
+    #[prost(uint64, optional, tag = "3")]
+    published: Option<u64>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -169,6 +172,12 @@ struct StoredStamp {
     term: u64,
     #[prost(uint64, tag = "3")]
     generation: u64,
+}
+
+impl From<&TermEntry> for DirectoryTerm {
+    fn from(&TermEntry { term, followed, published }: &TermEntry) -> Self {
+        Self { term, followed, published }
+    }
 }
 
 impl StoredStamp {
@@ -215,8 +224,8 @@ impl From<&Record> for Entry {
                 service: service.name().into(),
                 generation: *generation,
             }),
-            Record::Term(DirectoryTerm { term, followed }) => {
-                EntryBody::Term(TermEntry { term: *term, followed: *followed })
+            Record::Term(DirectoryTerm { term, followed, published }) => {
+                EntryBody::Term(TermEntry { term: *term, followed: *followed, published: *published })
             }
             Record::RefuseBefore { service, clock } => EntryBody::RefuseBefore(RefuseBeforeEntry {
                 namespace: service.namespace().into(),
@@ -284,7 +293,7 @@ impl Entry {
         match &self.body {
             Some(EntryBody::Put(_) | EntryBody::Remove(_)) => EntryKind::Instance,
             Some(EntryBody::Mirrored(mirrored)) => EntryKind::Mirrored { generation: mirrored.generation },
-            Some(EntryBody::Term(term)) => EntryKind::Term(DirectoryTerm { term: term.term, followed: term.followed }),
+            Some(EntryBody::Term(term)) => EntryKind::Term(term.into()),
             Some(EntryBody::RefuseBefore(refuse)) => EntryKind::RefuseBefore { clock: refuse.clock },
             None => EntryKind::Empty,
         }
@@ -429,7 +438,7 @@ impl RecordDecoder {
             Some(EntryBody::Mirrored(MirroredEntry { namespace, service, generation })) => {
                 Ok(Record::Mirrored { service: self.service(&namespace, &service)?, generation })
             }
-            Some(EntryBody::Term(TermEntry { term, followed })) => Ok(Record::Term(DirectoryTerm { term, followed })),
+            Some(EntryBody::Term(term)) => Ok(Record::Term((&term).into())),
             Some(EntryBody::RefuseBefore(RefuseBeforeEntry { namespace, service, clock })) => {
                 Ok(Record::RefuseBefore { service: self.service(&namespace, &service)?, clock })
             }
@@ -508,7 +517,11 @@ mod tests {
             let registrant = registrant.map(|name| Registrant::new(name.into()).expect("a name"));
             let instance = spec.to_instance(UnixMillis(registered)).ok()?.with_stamp(stamp).with_registrant(registrant);
             Some(match kind {
-                0 => Record::Term(DirectoryTerm { term: registered, followed: generation % 2 == 1 }),
+                0 => Record::Term(DirectoryTerm {
+                    term: registered,
+                    followed: generation % 2 == 1,
+                    published: (clock % 2 == 1).then_some(generation),
+                }),
                 1 if clock % 2 == 0 => Record::RefuseBefore { service, clock: registered },
                 1 => Record::Mirrored { service, generation: registered },
                 2 => Record::Remove { service, id: InstanceId { ports: PortSet::every(), ..instance.id() }, stamp },

@@ -113,13 +113,16 @@ pub struct DirectoryTerm {
     pub term: u64,
     /// Whether another process is known to have written under a higher term since.
     pub followed: bool,
+    /// The highest generation with a change that was published under `term`, as a start after that tenure noted it: whatever is
+    /// stored from then on, until the next take-over, was not. `None` while the process runs that writes under `term`.
+    pub published: Option<u64>,
 }
 
 impl DirectoryTerm {
     /// The term of a directory after which nobody is known to have written.
     #[must_use]
     pub const fn new(term: u64) -> Self {
-        Self { term, followed: false }
+        Self { term, followed: false, published: None }
     }
 }
 

@@ -12,6 +12,7 @@ use super::{
 use crate::support::{
     cluster::{Cluster, Who},
     dns::{Over, answers},
+    http,
     proxy::{Call, Fault, Proxy},
     stream::Stream,
     wait_until,
@@ -178,4 +179,39 @@ fn late_write_that_the_mirror_meets_is_merged_before_it_is_replaced() {
     wait_for_addresses(cluster, SPACE, "lost", &["10.21.0.13", "10.21.0.23", "10.21.0.3"]);
     assert_eq!(answered("lost"), ["10.21.0.13", "10.21.0.23", "10.21.0.3"]);
     silent.lift();
+}
+
+/// Another process may have the Lease, and this one may not know it; or a hand did it.
+#[test]
+fn slice_of_a_higher_term_deposes_the_writer_until_its_own_is_higher() {
+    const SPACE: &str = "higher-term";
+    let Some((harness, proxy)) = MirrorHarness::behind_a_proxy() else { return };
+    let cluster = harness.cluster;
+    make_namespace(cluster, &mut Stream::open(harness.server.grpc), SPACE);
+    let register = |address: &str| Stream::open(harness.server.grpc).register(SPACE, "web", address).0;
+    assert_eq!(register("10.23.0.1"), 201);
+    let mut slice = only(slices(cluster, SPACE, "web"));
+    let term = |slice: &Value| -> u64 {
+        slice["metadata"]["annotations"][TERM].as_str().expect("it is there").parse().expect("a number")
+    };
+    let higher = term(&slice) + 5;
+    slice["metadata"]["annotations"][TERM] = higher.to_string().into();
+    let takes = || http::get(harness.server.admin, "/readyz/registrations").0 == 200;
+
+    // It cannot learn who has the Lease, and holds it safely for some seconds more.
+    let silent = proxy.inject(Fault::Drop, |call| call.resource == "leases");
+    carry_out(cluster, SPACE, &slice, false);
+    wait_until("it takes no registrations", || (!takes()).then_some(()));
+    assert_eq!(register("10.23.0.2"), 503);
+    assert_eq!(term(&only(slices(cluster, SPACE, "web"))), higher, "it is left alone");
+    assert_eq!(resolve(&harness.server, SPACE, "web"), ["10.23.0.1"]);
+    let said = harness.server.stderr();
+    assert!(said.contains("a slice has a higher term than this process"), "{said}");
+
+    // The Lease names it: nobody else has written.
+    silent.lift();
+    wait_until("it writes again", || takes().then_some(()));
+    assert_eq!(register("10.23.0.2"), 201);
+    wait_for_addresses(cluster, SPACE, "web", &["10.23.0.1", "10.23.0.2"]);
+    assert!(term(&only(slices(cluster, SPACE, "web"))) > higher);
 }

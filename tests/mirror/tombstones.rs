@@ -246,6 +246,22 @@ fn edited_or_deleted_slice_of_tombstones_is_repaired() {
     assert_eq!(addresses(cluster, "tombstones-edited", "web"), Vec::<String>::new());
 }
 
+/// Deletes a namespace and the slices of web in it, as the namespace controller does, which this control plane lacks.
+pub(super) fn delete_namespace(cluster: &Cluster, name: &str) {
+    cluster.kubectl(&["delete", "namespace", name, "--wait=false"]);
+    for slice in every_slice(cluster, name, "web") {
+        let path = slice_path(name, slice["metadata"]["name"].as_str().expect("a name"));
+        assert_eq!(cluster.request(Who::Admin, "DELETE", &path, None).expect("the API server runs").0, 200);
+    }
+    let path = format!("/api/v1/namespaces/{name}");
+    let mut namespace = object(cluster, &path).expect("it waits for its finalizer");
+    namespace["spec"]["finalizers"] = Value::Array(Vec::new());
+    let (status, said) =
+        cluster.request(Who::Admin, "PUT", &format!("{path}/finalize"), Some(&namespace)).expect("the API server runs");
+    assert_eq!(status, 200, "{said}");
+    wait_until("it is gone", || object(cluster, &path).is_none().then_some(()));
+}
+
 /// Everything in a namespace is deleted with it, a slice of tombstones too.
 #[test]
 fn tombstones_are_written_again_when_their_namespace_is_back() {
@@ -257,20 +273,7 @@ fn tombstones_are_written_again_when_their_namespace_is_back() {
     let remembered = tombstones(cluster, "tombstones-back", "web");
     assert!(remembered["10.16.1.1:*"].is_array(), "{remembered}");
 
-    // As the namespace controller does, which this control plane lacks.
-    cluster.kubectl(&["delete", "namespace", "tombstones-back", "--wait=false"]);
-    for slice in every_slice(cluster, "tombstones-back", "web") {
-        let path = slice_path("tombstones-back", slice["metadata"]["name"].as_str().expect("a name"));
-        assert_eq!(cluster.request(Who::Admin, "DELETE", &path, None).expect("the API server runs").0, 200);
-    }
-    let path = "/api/v1/namespaces/tombstones-back";
-    let mut namespace = object(cluster, path).expect("it waits for its finalizer");
-    namespace["spec"]["finalizers"] = Value::Array(Vec::new());
-    let (status, said) =
-        cluster.request(Who::Admin, "PUT", &format!("{path}/finalize"), Some(&namespace)).expect("the API server runs");
-    assert_eq!(status, 200, "{said}");
-    wait_until("it is gone", || object(cluster, path).is_none().then_some(()));
-
+    delete_namespace(cluster, "tombstones-back");
     harness.create_namespace("tombstones-back");
     wait_until("the slice is back", || (tombstones(cluster, "tombstones-back", "web") == remembered).then_some(()));
 }

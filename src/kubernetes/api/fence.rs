@@ -1,31 +1,79 @@
 //! Whether this process certainly is the only writer.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering::SeqCst},
+};
+
 use tokio::sync::watch;
 
-use crate::replicas::{election::RENEW_DEADLINE, time::BootTime};
+use crate::{
+    model::UnixMillis,
+    replicas::{
+        election::RENEW_DEADLINE,
+        time::{BootTime, Now},
+    },
+};
 
-/// What the elector knows, for those who write. Clones share it.
+/// What the elector knows, for those who write, and what they see that it must know. Clones share it.
 #[derive(Debug, Clone)]
-pub(in crate::kubernetes) struct Fence(watch::Sender<Option<BootTime>>);
+pub(in crate::kubernetes) struct Fence {
+    renewed: watch::Sender<Option<BootTime>>,
+    /// Under which this process writes.
+    term: Arc<AtomicU64>,
+    /// The last term of a slice that was higher.
+    higher: watch::Sender<u64>,
+}
 
 impl Fence {
     pub(in crate::kubernetes) fn new() -> Self {
-        Self(watch::Sender::new(None))
+        Self { renewed: watch::Sender::new(None), term: Arc::default(), higher: watch::Sender::new(0) }
     }
 
-    /// The Lease was renewed by a request that began at this time, and its holder writes.
+    /// The Lease was renewed by a request that began at this time, and its holder writes. Does nothing after a slice with a
+    /// higher term was seen.
     pub(in crate::kubernetes) fn renewed(&self, began: BootTime) {
-        self.0.send_replace(Some(began));
+        if *self.higher.borrow() <= self.term() {
+            self.renewed.send_replace(Some(began));
+        }
     }
 
     /// Nothing is written any more.
     pub(in crate::kubernetes) fn close(&self) {
-        self.0.send_replace(None);
+        self.renewed.send_replace(None);
     }
 
     /// When the last successful renewal began: changes with each renewal, and is `None` while nothing is written.
     pub(in crate::kubernetes) fn renewals(&self) -> watch::Receiver<Option<BootTime>> {
-        self.0.subscribe()
+        self.renewed.subscribe()
+    }
+
+    /// From now on this process writes under `term`, if it writes.
+    pub(in crate::kubernetes) fn set_term(&self, term: u64) {
+        self.term.store(term, SeqCst);
+    }
+
+    /// Under which this process writes.
+    pub(in crate::kubernetes) fn term(&self) -> u64 {
+        self.term.load(SeqCst)
+    }
+
+    /// A slice shows `term`. If another process can have written it under a Lease that this one does not know of, nothing is written or
+    /// confirmed from now on, until this process writes under a higher term. Returns whether that is so.
+    pub(in crate::kubernetes) fn deposed_by(&self, term: u64) -> bool {
+        let (mine, unix_seconds) = (self.term(), UnixMillis::now().0 / 1_000);
+        let now = Now { boot: BootTime::default(), unix_seconds, eligible: true };
+        let deposed = term > mine && term <= now.highest_term(mine);
+        if deposed {
+            self.higher.send_replace(term);
+            self.close();
+        }
+        deposed
+    }
+
+    /// Changes with each slice by which this process was [deposed](Self::deposed_by), to the slice's term.
+    pub(in crate::kubernetes) fn higher_terms(&self) -> watch::Receiver<u64> {
+        self.higher.subscribe()
     }
 
     /// Waits until no other process can hold the Lease.
@@ -44,7 +92,7 @@ impl Fence {
 
     async fn wait_for(&self, holds: impl Fn(BootTime) -> bool) {
         // The sender is this value.
-        let _ = self.0.subscribe().wait_for(|renewed| renewed.is_some_and(&holds)).await;
+        let _ = self.renewed.subscribe().wait_for(|renewed| renewed.is_some_and(&holds)).await;
     }
 }
 
@@ -86,5 +134,23 @@ mod tests {
         waiting.await;
         fence.close();
         assert!(fence.safe().now_or_never().is_none());
+    }
+
+    #[tokio::test]
+    async fn slice_of_a_higher_term_closes_it_until_the_term_is_higher_still() {
+        let fence = Fence::new();
+        fence.set_term(7);
+        fence.renewed(ago(1));
+        let mut terms = fence.higher_terms();
+        assert!(!fence.deposed_by(6) && !fence.deposed_by(7), "its own, and those before");
+        assert!(!fence.deposed_by(u64::MAX), "no Lease had that one");
+        assert!(fence.safe().now_or_never().is_some());
+        assert!(fence.deposed_by(9));
+        assert!(terms.changed().now_or_never().is_some() && *terms.borrow_and_update() == 9);
+        fence.renewed(ago(1));
+        assert!(fence.safe().now_or_never().is_none(), "a renewal that was under way changes nothing");
+        fence.set_term(10);
+        fence.renewed(ago(1));
+        assert!(fence.safe().now_or_never().is_some());
     }
 }

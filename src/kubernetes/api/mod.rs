@@ -220,6 +220,10 @@ impl ApiClient {
         Self { client, rate_limiter: RateLimiter::new(per_second), fence, metrics }
     }
 
+    pub(super) const fn fence(&self) -> &Fence {
+        &self.fence
+    }
+
     /// Waits until what was seen before this call counts, see [`Fence::confirmed`].
     pub(super) async fn confirmed(&self) {
         self.fence.confirmed().await;

@@ -3,12 +3,17 @@
 //! A request of a former writer can be carried out after another process has taken over and listed the slices. Its words may have
 //! been answered with 202, so they are merged as those of an outbox are, not overwritten. That comes before the
 //! [`ClusterCache`](super::ClusterCache) knows the slice: the mirror replaces only versions that are in the cache.
+//!
+//! And a slice of a later term: it deposes this process, and is not replaced.
 
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use tracing::info;
 
 use crate::{
-    kubernetes::objects::slices::{ObservedSlice, read_slice, read_tombstones},
+    kubernetes::{
+        api::Fence,
+        objects::slices::{ObservedSlice, read_slice, read_tombstones},
+    },
     model::{InstanceId, InstanceKey, ServiceKey, Stamp, Validator},
     registry::{Catalog, LateSlice, MergeOutcome, OutboxWord, RegistryHandle, Unavailable},
 };
@@ -18,25 +23,29 @@ use crate::{
 pub(in crate::kubernetes) struct LateWrites {
     registry: RegistryHandle,
     validator: Validator,
-    /// Under which this process writes. A slice with this term or a higher one is this process's own, or somebody has edited it.
-    term: u64,
+    /// Has the term under which this process writes. A slice with this term is this process's own, or somebody has edited it.
+    fence: Fence,
 }
 
 impl LateWrites {
-    pub(in crate::kubernetes) fn new(registry: RegistryHandle, validator: Validator, term: u64) -> Self {
-        Self { registry, validator, term }
+    pub(in crate::kubernetes) fn new(registry: RegistryHandle, validator: Validator, fence: Fence) -> Self {
+        Self { registry, validator, fence }
     }
 
     /// Merges what `slice` says, which was read as `observed`. Returns when it is durable and served.
     ///
     /// # Errors
-    /// When this process does not write any more, or cannot write its journal: then the slice must not be replaced.
+    /// When this process does not write any more, is deposed by the slice, or cannot write its journal: then the slice must not be
+    /// replaced.
     pub(in crate::kubernetes) async fn merge(
         &self,
         slice: &EndpointSlice,
         observed: &ObservedSlice,
     ) -> Result<(), Unavailable> {
-        if observed.term >= self.term || observed.deleting {
+        if self.fence.deposed_by(observed.term) {
+            return Err(Unavailable::NotReady);
+        }
+        if observed.term >= self.fence.term() || observed.deleting {
             return Ok(());
         }
         let late = unknown_words(slice, &observed.service, &self.validator, self.registry.catalog());

@@ -17,6 +17,7 @@ use tracing::{error, info, warn};
 use super::{
     drain::Drain,
     lease::{LeaseClient, LeaseRead},
+    log,
     release::{Released, release},
     take_over_limit::{PAUSE, TakeOverLimit},
     turns::{ElectorHandle, Message, ReplicaHandle, Turn},
@@ -40,6 +41,9 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a renewal that is under way may keep the release of the Lease waiting.
 const MAX_WAIT_FOR_RENEWAL: Duration = Duration::from_millis(500);
 
+/// How long a writer that is deposed by a slice looks for who has the Lease.
+const MAX_WAIT_FOR_HOLDER: Duration = Duration::from_secs(1);
+
 /// How long the release of the Lease is tried.
 const MAX_RELEASE: Duration = Duration::from_secs(5);
 
@@ -60,7 +64,7 @@ enum LeaseResponse {
 }
 
 /// The election of a process whose directory has this term.
-fn election(client: &LeaseClient, DirectoryTerm { term, followed }: DirectoryTerm) -> Election {
+fn election(client: &LeaseClient, DirectoryTerm { term, followed, published: _ }: DirectoryTerm) -> Election {
     // The id names the boot and the directory's inode: who has the lock is the only one acting for it.
     Election::new(client.me(), Opened { term, followed, resume: true }, Rules::ALL)
 }
@@ -171,7 +175,7 @@ impl Elector {
                 biased;
                 () = stop.cancelled() => break,
                 Some(answer) = self.requests.next(), if !self.requests.is_empty() => self.answered(answer).await,
-                Some(message) = self.messages.recv() => self.handle(message),
+                Some(message) = self.messages.recv() => self.handle(message).await,
                 _ = drain.tick(), if must_leave => self.leave().await,
                 _ = ticks.tick() => self.tick().await,
                 // A reading that is under way may have begun before the change.
@@ -208,12 +212,35 @@ impl Elector {
         Now { boot, unix_seconds, eligible: self.clock_agrees && !leaves && !self.take_over_limit.pauses(boot) }
     }
 
-    fn handle(&mut self, message: Message) -> Vec<Action> {
+    /// A slice has this term.
+    async fn outranked(&mut self, term: u64) -> Vec<Action> {
+        if matches!(self.election.role(), Role::TakingOver(_)) {
+            self.active = false;
+        }
+        if self.election.writing().is_some_and(|mine| term > mine) {
+            // Registrants have to be told who writes. Nothing is written or confirmed meanwhile.
+            let read = timeout(MAX_WAIT_FOR_HOLDER, self.client.read()).await;
+            let me = self.client.me();
+            self.holder = match read {
+                Ok(Ok(LeaseRead { observed: Some(ObservedLease { record, .. }), holder, .. }))
+                    if record.holder != me =>
+                {
+                    holder
+                }
+                _ => LeaseHolder::default(),
+            };
+        }
+        let mut actions = self.election.outranked(term);
+        if *self.election.role() == Role::Follower {
+            // The next tick may be 2 s away.
+            actions.extend(self.election.tick(self.now()));
+        }
+        actions
+    }
+
+    async fn handle(&mut self, message: Message) -> Vec<Action> {
         match message {
-            Message::Outranked(term) => {
-                self.active = false;
-                self.election.outranked(term)
-            }
+            Message::Outranked(term) => self.outranked(term).await,
             Message::TakenOver(reply) => {
                 let actions = self.election.taken_over(boot_time());
                 if let (Some(term), Some(began)) = (self.election.writing(), self.election.renewed_at()) {
@@ -350,23 +377,7 @@ impl Elector {
         if !std::mem::take(&mut self.active) {
             return;
         }
-        let (lease, holder) = (self.client.name(), &self.holder.name);
-        match reason {
-            Deposed::Outranked(_) => warn!(
-                lease,
-                holder,
-                "another process has taken the Lease: this one follows, and hands over what it accepted and Kubernetes lacks"
-            ),
-            Deposed::LeaseLost => {
-                warn!(
-                    lease,
-                    "the Lease was lost while the API server did not answer: this process compares before it writes again"
-                );
-            }
-            Deposed::NotAcquired => {
-                warn!(lease, "the Lease could not be kept during the take-over: this process tries again");
-            }
-        }
+        log::deposed(&self.client.name(), &self.holder.name, reason);
         self.stand_down(matches!(reason, Deposed::Outranked(_))).await;
     }
 
@@ -467,32 +478,19 @@ impl Elector {
     }
 
     fn note_failure(&mut self, request: usize, err: Option<ApiError>) {
-        if self.failures[request] == err {
-            return;
+        if self.failures[request] != err {
+            err.iter().for_each(|err| log::failed(&self.client.name(), err));
+            self.failures[request] = err;
         }
-        match &err {
-            Some(err @ ApiError::Forbidden(_)) => error!(
-                lease = self.client.name(), %err,
-                "this account may not get, create and update the Lease; grant it as deploy/rbac.yaml does; retrying"
-            ),
-            Some(err) => warn!(lease = self.client.name(), %err, "the Lease cannot be read or written; retrying"),
-            None => {}
-        }
-        self.failures[request] = err;
     }
 
     fn observe(&self) {
-        let role = match self.election.role() {
-            Role::Follower | Role::Acquiring(_) => LeaseRole::Standby,
-            Role::TakingOver(_) => LeaseRole::TakingOver,
-            Role::Writer { .. } => LeaseRole::Writer,
+        let (label, role) = match self.election.role() {
+            Role::Follower | Role::Acquiring(_) => (LeaseRole::Standby, ReplicaRole::Standby),
+            Role::TakingOver(_) => (LeaseRole::TakingOver, ReplicaRole::TakingOver),
+            Role::Writer { .. } => (LeaseRole::Writer, ReplicaRole::Writer),
         };
-        self.metrics.kubernetes.lease(role, self.election.known_term());
-        let role = match role {
-            LeaseRole::Standby => ReplicaRole::Standby,
-            LeaseRole::TakingOver => ReplicaRole::TakingOver,
-            LeaseRole::Writer => ReplicaRole::Writer,
-        };
+        self.metrics.kubernetes.lease(label, self.election.known_term());
         self.registry.status().replica().set_role(role, self.election.known_term());
         let standby = *self.election.role() == Role::Follower;
         self.standby.send_if_modified(|before| std::mem::replace(before, standby) != standby);

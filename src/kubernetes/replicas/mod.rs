@@ -20,6 +20,7 @@ mod drain;
 mod elector;
 mod lease;
 mod lease_watch;
+mod log;
 mod release;
 mod service_slices;
 mod take_over_limit;

@@ -25,7 +25,7 @@ pub(in crate::kubernetes) enum Turn {
 pub(super) enum Message {
     /// Slices and store are compared, and the result is in the journal.
     TakenOver(oneshot::Sender<()>),
-    /// A slice has this term, which is no lower than that of the take-over.
+    /// A slice has this term, which is no lower than that of the take-over, or higher than that of this process, which writes.
     Outranked(u64),
 }
 
@@ -49,7 +49,7 @@ impl ElectorHandle {
         self.0.send(Message::TakenOver(reply)).await.is_ok() && kept.await.is_ok()
     }
 
-    /// A slice has this term: a take-over with a higher one follows.
+    /// A slice has this term: a take-over with a higher one follows, or this process writes no more.
     pub(in crate::kubernetes) async fn outranked(&self, term: u64) {
         // The elector may have ended.
         let _ = self.0.send(Message::Outranked(term)).await;

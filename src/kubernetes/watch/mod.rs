@@ -35,7 +35,7 @@ use self::{
     reflector::{Reflector, SHORT_WATCH_SECONDS, WATCH_SECONDS},
     service_ranges::ServiceRangesHandler,
 };
-use super::{cache::ClusterCache, objects::names, secrets::Secrets};
+use super::{api::Fence, cache::ClusterCache, objects::names, secrets::Secrets};
 use crate::{
     metrics::{Metrics, Watched},
     model::Validator,
@@ -50,6 +50,7 @@ pub(super) struct Watch {
     pub(super) server: String,
     pub(super) cache: Arc<ClusterCache>,
     pub(super) registry: RegistryHandle,
+    pub(super) fence: Fence,
     /// Checks what is read from slices.
     pub(super) validator: Validator,
     /// Whether to watch our Endpoints objects: `--endpoints-object`.
@@ -118,7 +119,7 @@ impl Watch {
         before: Vec<oneshot::Receiver<()>>,
     ) -> Unavailable {
         let (registry, metrics) = (&self.registry, &self.metrics.kubernetes);
-        let mut handler = OwnSlicesHandler::new(&self.cache, registry, metrics, self.validator, before);
+        let mut handler = OwnSlicesHandler::new(&self.cache, registry, metrics, &self.fence, self.validator, before);
         let (mut phases, mut owners) = (registry.status().watch(), self.cache.owner_changes());
         let mut next = tokio::select! {
             Some(request) = requests.recv() => Some(request),

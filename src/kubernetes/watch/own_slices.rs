@@ -14,6 +14,7 @@ use tracing::{info, warn};
 use super::reflector::EventHandler;
 use crate::{
     kubernetes::{
+        api::Fence,
         cache::{CachedSlice, ClusterCache, LateWrites, ObjectEvent},
         objects::slices::{SkippedEndpoint, SliceRank, SliceView, read_slice, read_tombstones},
     },
@@ -74,6 +75,7 @@ pub(super) struct OwnSlicesHandler<'a> {
     cache: &'a ClusterCache,
     registry: &'a RegistryHandle,
     metrics: &'a KubernetesMetrics,
+    fence: &'a Fence,
     purpose: Purpose,
     instances: SliceInstances,
     /// What the registry must have learnt before it is readable: every namespace, and the instances of joined
@@ -98,11 +100,12 @@ impl<'a> OwnSlicesHandler<'a> {
         cache: &'a ClusterCache,
         registry: &'a RegistryHandle,
         metrics: &'a KubernetesMetrics,
+        fence: &'a Fence,
         validator: Validator,
         before: Vec<oneshot::Receiver<()>>,
     ) -> Self {
         let instances = SliceInstances::new(validator);
-        Self { cache, registry, metrics, purpose: Purpose::Following, instances, before }
+        Self { cache, registry, metrics, fence, purpose: Purpose::Following, instances, before }
     }
 
     /// Applies to the next complete list, which must begin after this call.
@@ -173,7 +176,8 @@ impl<'a> OwnSlicesHandler<'a> {
             warn!("{} more endpoints of slices were skipped or changed", instances.skipped - MAX_LOG_LINES);
         }
         // Before the restore: what is written late from now on is merged, and the next list is for the cache.
-        self.purpose = Purpose::Writing(LateWrites::new(self.registry.clone(), validator, tenure.term));
+        self.fence.set_term(tenure.term);
+        self.purpose = Purpose::Writing(LateWrites::new(self.registry.clone(), validator, self.fence.clone()));
         let mut restored = instances.into_state(&tenure);
         let found = restored.services.len();
         restored.services.retain(|(service, _)| !self.cache.is_foreign(service));
@@ -374,10 +378,11 @@ mod tests {
             kubernetes: None,
         };
         let (registry, _unrecovered) = crate::registry::new(options, std::sync::Arc::clone(&metrics));
-        let cache = ClusterCache::new();
+        let (cache, fence) = (ClusterCache::new(), Fence::new());
         let (first, one) = oneshot::channel();
         let (second, other) = oneshot::channel();
-        let mut handler = OwnSlicesHandler::new(&cache, &registry, &metrics.kubernetes, VALIDATOR, vec![one, other]);
+        let mut handler =
+            OwnSlicesHandler::new(&cache, &registry, &metrics.kubernetes, &fence, VALIDATOR, vec![one, other]);
         let list = || vec![ObjectEvent::Init, ObjectEvent::InitDone("9".into())];
         first.send(()).expect("it waits");
         assert!(handler.handle(list()).now_or_never().is_none(), "one is missing");
@@ -403,8 +408,8 @@ mod tests {
         // Nobody answers the request for a restore.
         drop(unrecovered);
         registry.status().fail_storage();
-        let cache = ClusterCache::new();
-        let mut handler = OwnSlicesHandler::new(&cache, &registry, &metrics.kubernetes, VALIDATOR, Vec::new());
+        let (cache, fence) = (ClusterCache::new(), Fence::new());
+        let mut handler = OwnSlicesHandler::new(&cache, &registry, &metrics.kubernetes, &fence, VALIDATOR, Vec::new());
         let (reply, restored) = oneshot::channel();
         handler.begin(SlicesRequest::TakeOver(TakeOver {
             tenure: Tenure::new(4, None),

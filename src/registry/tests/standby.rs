@@ -188,7 +188,7 @@ fn term_that_is_raised_without_a_comparison_is_journaled_and_stamped() {
     replica.end();
     let (registry, _) = with_kubernetes(&dir);
     let local = registry.writer.mirror_records.awaited().expect("it waits for Kubernetes");
-    assert_eq!(local.term, store::DirectoryTerm::new(5));
+    assert_eq!((local.term.term, local.term.followed), (5, false));
 }
 
 #[test]
@@ -215,14 +215,15 @@ fn process_that_drains_follows_the_next_one_and_keeps_what_it_has_to_hand_over()
             (vec!["web 10.0.0.4".into()], Phase::Draining)
         );
         assert_eq!(replica.end().len(), usize::from(!mirrored), "its outbox");
-        assert_eq!(stored_term(&dir), store::DirectoryTerm { term: 1, followed: true });
+        assert_eq!(stored_term(&dir), (1, true));
     }
 }
 
-/// The term of a directory, as the next start reads it.
-fn stored_term(dir: &TempDir) -> store::DirectoryTerm {
+/// The term of a directory, as the next start reads it, and whether another process wrote after it.
+fn stored_term(dir: &TempDir) -> (u64, bool) {
     let (registry, _) = with_kubernetes(dir);
-    registry.writer.mirror_records.awaited().expect("it waits for Kubernetes").term
+    let term = registry.writer.mirror_records.awaited().expect("it waits for Kubernetes").term;
+    (term.term, term.followed)
 }
 
 #[test]
@@ -235,7 +236,7 @@ fn directory_of_a_writer_that_was_outranked_is_not_the_newest_after_a_restart() 
         // It has seen no slice.
         assert_eq!(replica.runtime.block_on(replica.handle.outranked(seen)), Ok(()));
         replica.end();
-        assert_eq!(stored_term(&dir), store::DirectoryTerm { term: 1, followed }, "{seen:?}");
+        assert_eq!(stored_term(&dir), (1, followed), "{seen:?}");
     }
 }
 
@@ -247,10 +248,10 @@ fn directory_whose_process_starts_while_another_one_writes_is_not_the_newest() {
     let replica = TestReplica::run(with_kubernetes(&dir).0);
     assert_eq!(replica.runtime.block_on(replica.handle.outranked(None)), Ok(()));
     replica.end();
-    assert_eq!(stored_term(&dir), store::DirectoryTerm { term: 1, followed: true });
+    assert_eq!(stored_term(&dir), (1, true));
     // It counts again after the next take-over.
     TestReplica::start_under(&dir, 3).end();
-    assert_eq!(stored_term(&dir), store::DirectoryTerm::new(3));
+    assert_eq!(stored_term(&dir), (3, false));
 }
 
 #[test]
@@ -274,7 +275,7 @@ fn crash_in_a_comparison_does_not_forget_that_the_slices_are_newer() {
         registry.writer.batch(request, registry.runtime.handle());
         // Nothing of its result has come when the process ends.
         drop(registry);
-        assert_eq!(stored_term(&dir), store::DirectoryTerm { term: 1, followed }, "{term} {generation}");
+        assert_eq!(stored_term(&dir), (1, followed), "{term} {generation}");
     }
 }
 
@@ -318,7 +319,7 @@ fn take_over_that_is_given_up_changes_nothing_afterwards() {
             "{given_up:?}, round {round}: the journal has what was taken over"
         );
         let local = registry.writer.mirror_records.awaited().expect("it waits for Kubernetes");
-        assert_eq!(local.term, store::DirectoryTerm::new(new_term + 2));
+        assert_eq!((local.term.term, local.term.followed), (new_term + 2, false));
         drop(registry);
         replica = TestReplica::start_under(&dir, new_term + 3);
         replica.stand_down();
@@ -347,7 +348,7 @@ fn restore_that_comes_after_its_take_over_was_given_up_does_nothing() {
     assert_eq!(replica.addresses(), ["web 10.0.0.4"], "it follows");
     assert_eq!(replica.restore(4, vec![slices("web", &["10.0.0.5"])]), Ok(4));
     replica.end();
-    assert_eq!(stored_term(&dir), store::DirectoryTerm::new(4));
+    assert_eq!(stored_term(&dir), (4, false));
 }
 
 /// The Lease was deleted during a take-over, and this process made it again: nothing tells the registry to stand down.
@@ -367,7 +368,7 @@ fn take_over_begins_anew_although_an_earlier_one_was_not_given_up() {
     assert_eq!(replica.restore(6, vec![slices("web", &["10.0.0.5"])]), Ok(6));
     assert_eq!(replica.handle.status().phase(), Phase::Ready);
     replica.end();
-    assert_eq!(stored_term(&dir), store::DirectoryTerm::new(6));
+    assert_eq!(stored_term(&dir), (6, false));
 }
 
 /// Its take-over was given up, because its lists failed.
@@ -389,13 +390,16 @@ fn process_that_has_not_written_yet_goes_on_accepting_until_another_one_is_known
 #[test]
 fn term_of_the_directory_is_known_before_it_writes_and_while() {
     let dir = tempfile::tempdir().expect("a directory");
-    let term = |replica: &TestReplica| replica.runtime.block_on(replica.handle.directory_term());
+    let term = |replica: &TestReplica| {
+        let term = replica.runtime.block_on(replica.handle.directory_term()).expect("the writer is there");
+        (term.term, term.followed)
+    };
     let replica = TestReplica::start_under(&dir, 7);
-    assert_eq!(term(&replica), Ok(store::DirectoryTerm::new(7)));
+    assert_eq!(term(&replica), (7, false));
     replica.end();
     let replica = TestReplica::run(with_kubernetes(&dir).0);
-    assert_eq!(term(&replica), Ok(store::DirectoryTerm::new(7)));
+    assert_eq!(term(&replica), (7, false));
     assert_eq!(replica.runtime.block_on(replica.handle.outranked(None)), Ok(()));
-    assert_eq!(term(&replica), Ok(store::DirectoryTerm { term: 7, followed: true }));
+    assert_eq!(term(&replica), (7, true));
     replica.end();
 }

@@ -29,6 +29,9 @@ pub(super) enum Aim {
     NamespaceDeleted,
     /// A replica starts with a copy of a living replica's directory, and both go on.
     Twins,
+    /// A replica starts with a copy of the writer's directory, from the middle of a term, and goes on without the API server,
+    /// while the writer goes on under the same term. Then the writer gives the Lease up, and the copy takes it.
+    CopyOfATerm,
 }
 
 pub(super) fn draw_aimed(
@@ -131,6 +134,31 @@ pub(super) fn draw_aimed(
             let time = random.between(20 * SECOND, 60 * SECOND);
             faults.push((next, Fault::Crash { machine, time, disk, boots: false }));
             hot.push(deleted);
+        }
+        Aim::CopyOfATerm => {
+            let index = random.between(0, setup.replicas as u64) as usize;
+            let (copy, writer) = (Target::Machine(index), (index + 1) % setup.replicas);
+            let begin = begin.min(60 * SECOND);
+            let alone = random.between(15 * SECOND, 40 * SECOND);
+            let released = begin + alone;
+            faults.push((begin - SECOND, Fault::Register { key, sustained: false }));
+            // It starts when the Lease is given up; or before, alone, and takes registrations.
+            let early = random.percent(50);
+            let time = if early { random.between(SECOND, 3 * SECOND) } else { alone };
+            let disk = Disk::CopyOf(Target::Machine(writer));
+            if early {
+                faults.push((begin, Fault::CutOff { machine: copy, time: alone }));
+            }
+            faults.push((begin, Fault::Crash { machine: copy, time, disk, boots: random.percent(50) }));
+            for _ in 0..2 {
+                let key = any(random);
+                let asked = begin + random.between(3 * SECOND, alone);
+                faults.push((asked, Fault::Register { key, sustained: false }));
+            }
+            let deleted = begin + random.between(3 * SECOND, alone - 5 * SECOND);
+            faults.push((deleted, Fault::DeleteNamespace { slice }));
+            faults.push((released, Fault::Release { machine: writer }));
+            hot.push(begin);
         }
         Aim::Twins => {
             let index = random.between(0, setup.replicas as u64) as usize;

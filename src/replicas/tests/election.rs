@@ -138,6 +138,9 @@ fn higher_term_deposes() {
     assert_eq!(election.outranked(8), []);
     assert_eq!(election.outranked(12), [Action::Deposed(Deposed::Outranked(12))]);
     assert_eq!(election.known_term(), 12);
+    // The Lease still names this replica: nobody else wrote the slice.
+    let (_, expected, record) = written(&read(&mut election, 25, lease(6, 8, ME)));
+    assert_eq!((expected, record.term), (Some(ResourceVersion(6)), 13));
 }
 
 #[test]

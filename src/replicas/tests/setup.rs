@@ -89,15 +89,18 @@ pub(super) const RECEIVER_LOST: Setup = Setup { aims: &[Aim::ReceiverLost], ..SE
 
 pub(super) const STARTED_ALONE: Setup = Setup { aims: &[Aim::StartAlone], ..SETUP };
 
-/// Without older copies of directories, and without deleted Leases: an older copy of the same term brings back what was in a
-/// namespace that was deleted meanwhile, and so does an older directory, if neither a Lease nor a slice is left that shows a
-/// higher term.
+/// Without deleted Leases: an older directory brings back what was in a namespace that was deleted meanwhile, if neither a Lease nor a
+/// slice is left that shows that somebody wrote after it.
 pub(super) const NAMESPACES: Setup = Setup {
     replicas: 2,
     aims: &[Aim::NamespaceDeleted],
     faults: Faults { old_copies: false, deleted_leases: false, ..SETUP.faults },
     ..SETUP
 };
+
+/// A copy of the writer's directory from the middle of a term takes the Lease after the writer. Few other changes: they would hide what
+/// it brings back.
+pub(super) const NAMESPACE_COPIES: Setup = Setup { aims: &[Aim::CopyOfATerm], changes: 8, ..NAMESPACES };
 
 pub(super) const TWINS: Setup = Setup { aims: &[Aim::Twins, Aim::Twins, Aim::StartAlone], ..SETUP };
 
@@ -127,6 +130,7 @@ pub(super) const SETUPS: &[(&str, Setup)] = &[
     ("copies of living directories", TWINS),
     ("namespaces deleted", NAMESPACES),
     ("namespaces deleted, three replicas", Setup { replicas: 3, ..NAMESPACES }),
+    ("namespaces deleted, and older copies", NAMESPACE_COPIES),
     ("slices edited by hand", EDITED),
     ("slices edited by hand, room for one tombstone", Setup { room: 1, ..EDITED }),
 ];
@@ -139,7 +143,7 @@ pub(super) const MAX_SEARCH: u64 = 20_000;
 
 /// Rules to leave out, and where a history then goes wrong that is right with them. Where two are left out
 /// together, each is the other's second line: merging late writes saves what an unsafe confirmation or an outbox
-/// cleared too early would lose, and the other way round.
+/// cleared too early would lose, and the other way round; so does a writer that sees a slice with a higher term.
 ///
 /// Not in the list: `recreate_only_while_safe` alone, of whose absence merging leaves one wrong history in 10 000.
 pub(super) const NEEDED: &[(&str, LeaveOut, Setup)] = &[
@@ -166,12 +170,24 @@ pub(super) const NEEDED: &[(&str, LeaveOut, Setup)] = &[
         RECEIVER_LOST,
     ),
     (
+        "slice_deposes and write_only_while_safe",
+        |rules| (rules.slice_deposes, rules.write_only_while_safe) = (false, false),
+        SETUP,
+    ),
+    (
+        "slice_deposes and recreate_only_while_safe",
+        |rules| (rules.slice_deposes, rules.recreate_only_while_safe) = (false, false),
+        LEASE_DELETED,
+    ),
+    (
         "merge_late_writes and recreate_only_while_safe",
         |rules| (rules.merge_late_writes, rules.recreate_only_while_safe) = (false, false),
         LEASE_DELETED,
     ),
     ("acknowledge_hand_over_when_confirmed", |rules| rules.acknowledge_hand_over_when_confirmed = false, RECEIVER_LOST),
     ("directory_needs_newest_term", |rules| rules.directory_needs_newest_term = false, NAMESPACES),
+    ("directory_needs_newest_generation", |rules| rules.directory_needs_newest_generation = false, NAMESPACE_COPIES),
+    ("rank_ends_with_tenure", |rules| rules.rank_ends_with_tenure = false, NAMESPACE_COPIES),
     ("renew_identity", |rules| rules.renew_identity = false, TWINS),
     ("confirm_only_what_was_sent", |rules| rules.confirm_only_what_was_sent = false, EDITED),
 ];

@@ -257,7 +257,7 @@ fn directory_with_an_accepted_loss_is_not_the_newest_state_any_more() {
     let disk = SimulatedDisk::default();
     let options = StoreOptions { outbox: true, segment_bytes: 1 << 30, ..small() };
     let (mut journal, ..) = open_with(&disk, &options, &Arc::default()).expect("a new directory");
-    let term = |followed| DirectoryTerm { term: 5, followed };
+    let term = |followed| DirectoryTerm { followed, ..DirectoryTerm::new(5) };
     journal.append(1, &[Record::Term(term(false))]).expect("a good disk");
     let rng = &mut fastrand::Rng::with_seed(7);
     (2..6).for_each(|generation| journal.append(generation, &random_batch(rng)).expect("a good disk"));

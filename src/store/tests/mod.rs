@@ -104,7 +104,8 @@ fn mirror(batch: &mut Vec<Record>, generation: u64, last: &ExpectedStore, rng: &
         batch.insert(rng.usize(..=batch.len()), mirrored);
     }
     if rng.u8(..20) == 0 {
-        batch.insert(rng.usize(..=batch.len()), Record::Term(DirectoryTerm { term: generation, followed: rng.bool() }));
+        let term = DirectoryTerm { followed: rng.bool(), ..DirectoryTerm::new(generation) };
+        batch.insert(rng.usize(..=batch.len()), Record::Term(term));
     }
 }
 

@@ -132,20 +132,16 @@ fn change_that_is_journaled_again_as_mirrored_leaves_the_outbox() {
 #[test]
 fn last_term_survives_compactions() {
     let disk = SimulatedDisk::default();
+    let stored = |term| DirectoryTerm { term, followed: term == 5, published: (term == 3).then_some(2) };
     for (term, before) in [(3, 0), (5, 3), (4, 5)] {
         let (mut journal, recovery, _) = start(&disk, true);
-        assert_eq!(recovery.term, DirectoryTerm { term: before, followed: before == 5 });
-        journal
-            .append(
-                term,
-                &[Record::Term(DirectoryTerm::new(9)), Record::Term(DirectoryTerm { term, followed: term == 5 })],
-            )
-            .expect("a good disk");
+        assert_eq!(recovery.term, stored(before));
+        journal.append(term, &[Record::Term(DirectoryTerm::new(9)), Record::Term(stored(term))]).expect("a good disk");
         compact(&mut journal);
         journal.append(term + 1, &[put("web", term)]).expect("a good disk");
         compact(&mut journal);
     }
-    assert_eq!(start(&disk, true).1.term, DirectoryTerm::new(4));
+    assert_eq!(start(&disk, true).1.term, stored(4));
 }
 
 #[test]

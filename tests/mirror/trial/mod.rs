@@ -86,7 +86,7 @@ fn empty() -> TempDir {
     TempDir::new().expect("a temporary directory can be made")
 }
 
-fn copy(from: &Path) -> TempDir {
+pub(super) fn copy(from: &Path) -> TempDir {
     let copy = empty();
     for file in fs::read_dir(from).expect("a directory") {
         let file = file.expect("an entry");

@@ -94,7 +94,7 @@ impl Reconciler {
         writer: String,
         term: u64,
     ) -> Self {
-        let late = LateWrites::new(registry.clone(), options.validator, term);
+        let late = LateWrites::new(registry.clone(), options.validator, api.fence().clone());
         Self {
             api,
             cache,

@@ -8,8 +8,10 @@ pub(in super::super) struct Directory {
     pub(in super::super) id: DirectoryId,
     /// The term under which its words were written; 0 before the first.
     pub(in super::super) term: u64,
-    /// The highest generation it published.
+    /// The highest generation it stored: a start stores one, too.
     pub(in super::super) generation: u64,
+    /// The highest generation that was published under `term`, by whoever wrote then: this directory, or the one of which it is a copy.
+    pub(in super::super) published: u64,
     pub(in super::super) clock: HybridClock,
     /// Whether another replica is known to have written since `term`, or to write: then nothing is answered from here any more.
     pub(in super::super) followed: bool,
@@ -29,6 +31,7 @@ impl Directory {
             term: 0,
             followed: false,
             generation: 0,
+            published: 0,
             clock: HybridClock::default(),
             words: BTreeMap::new(),
             outbox: BTreeMap::new(),
@@ -55,8 +58,10 @@ impl Directory {
         covered.filter(|other| value_of(&self.words, *other) != 0).collect()
     }
 
-    fn rank(&self) -> Rank {
-        Rank { term: self.term, generation: self.generation }
+    /// How new it is.
+    fn rank(&self, rules: Rules) -> Rank {
+        let generation = if rules.rank_ends_with_tenure { self.published } else { self.generation };
+        Rank { term: self.term, generation }
     }
 
     /// The directory of a writer that begins: what the slices hold, with what this one has. And the words that it refuses.
@@ -79,7 +84,12 @@ impl Directory {
         }
         let lease = tenure.previous.as_ref();
         let lease = lease.map(|lease| Rank { term: lease.term, generation: lease.generation });
-        let age = DirectoryAge::of(self.rank(), self.followed, highest.max(lease.unwrap_or_default()), merge.rules);
+        let age = DirectoryAge::of(
+            self.rank(merge.rules),
+            self.followed,
+            highest.max(lease.unwrap_or_default()),
+            merge.rules,
+        );
 
         let mut taken = Self { id: self.id, refuse_before: self.refuse_before.clone(), ..Self::new(self.id) };
         taken.generation = self.generation.max(lease.map_or(0, |lease| lease.generation));
@@ -107,6 +117,7 @@ impl Directory {
         taken.words.values().for_each(|word| taken.clock.observe(word.stamp.clock));
         taken.term = tenure.term;
         taken.generation += 1;
+        taken.published = taken.generation;
         Ok((taken, refused))
     }
 }
@@ -165,6 +176,7 @@ impl Words for Receiver<'_> {
 
     fn apply(&mut self, key: &Key, word: &Word<Value>) {
         self.0.generation += 1;
+        self.0.published = self.0.generation;
         let removed = if word.is_tombstone() { self.removed_by(key, word.stamp) } else { Vec::new() };
         self.0.outbox.extend(removed.into_iter().chain([*key]).map(|key| (key, *word)));
         self.0.apply(key, word);

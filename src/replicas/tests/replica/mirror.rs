@@ -144,6 +144,7 @@ impl Replica {
         self.slices[slice].observed.clone_from(&found);
         if let Some((_, record)) = &found
             && record.term <= self.election.highest_term(at.now)
+            && (self.rules.slice_deposes || !self.is_writer())
         {
             let actions = self.election.outranked(record.term);
             self.act(at, actions);
@@ -182,6 +183,9 @@ impl Replica {
         }
         self.directory.words.retain(|key, _| key.slice != slice);
         self.directory.outbox.retain(|key, _| key.slice != slice);
+        self.directory.generation += 1;
+        self.directory.published = self.directory.generation;
+        self.election.published(self.directory.generation);
         for waiting in self.waiting.extract_if(.., |waiting| waiting.slice == slice) {
             self.outputs.push(Output::Answer { op: waiting.op, status: 202 });
         }

@@ -294,7 +294,7 @@ impl Replica {
                 }
                 Action::Rewrite => {
                     if let Some(term) = self.election.writing() {
-                        self.directory.term = term;
+                        (self.directory.term, self.directory.published) = (term, self.directory.generation);
                     }
                     self.slices.iter_mut().for_each(|slice| slice.rewrite = true);
                 }
@@ -437,6 +437,9 @@ impl Replica {
     fn say(&mut self, at: Clocks, key: Key, value: Option<Value>) {
         let term = self.directory.term;
         self.directory.generation += 1;
+        if self.is_writer() {
+            self.directory.published = self.directory.generation;
+        }
         let stamp = Stamp { clock: self.directory.clock.next(at.wall), term, generation: self.directory.generation };
         let word = Word { value, stamp };
         self.directory.apply(&key, &word);

@@ -125,7 +125,9 @@ impl World {
             Target::Machine(machine) => Some(machine),
             Target::Holder => {
                 let holder = self.lease.as_ref()?.record.holder;
-                self.machines.iter().position(|machine| machine.directory.id == holder)
+                let named = |index: &usize| self.machines[*index].directory.id == holder;
+                // A copy of the directory that was not opened yet has the same id.
+                (0..self.machines.len()).filter(named).max_by_key(|index| self.machines[*index].replica.is_some())
             }
         }
     }
@@ -200,6 +202,9 @@ impl World {
         (machine.watching, machine.listing) = (false, false);
         let mut directory = machine.directory.clone();
         directory.clock = HybridClock::after(directory.clock.last());
+        // As in the server: ahead of the generations of a directory that was lost.
+        let seconds = (EPOCH + self.time) / SECOND;
+        directory.generation = (directory.generation + 1).max(seconds);
         machine.replica = Some(Replica::start(directory, slices, rules, lifetime, room, resume));
         let epoch = machine.epoch;
         let begin = self.time + self.random.between(0, 300 * MILLISECOND);

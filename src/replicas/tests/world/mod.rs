@@ -61,6 +61,7 @@ struct Call {
     replica: usize,
     epoch: u32,
     request: Request,
+    sent: Micros,
     began: BootTime,
     response: Option<Response>,
     answered: bool,

@@ -34,7 +34,8 @@ impl World {
         let call = self.calls.len();
         let epoch = self.machines[machine].epoch;
         let began = self.boot(machine);
-        self.calls.push(Call { replica: machine, epoch, request, began, response: None, answered: false });
+        let sent = self.time;
+        self.calls.push(Call { replica: machine, epoch, request, sent, began, response: None, answered: false });
         if let Some(executed) = executed {
             self.at(executed, SimulatedEvent::Execute(call));
         }
@@ -45,7 +46,8 @@ impl World {
     pub(super) fn execute(&mut self, call: usize) {
         if self.down_until > self.time {
             let late = self.down_until + self.random.between(0, SECOND);
-            if self.random.percent(50) {
+            // No request is on its way for longer than a minute.
+            if self.random.percent(50) && late < self.calls[call].sent + 60 * SECOND {
                 self.at(late, SimulatedEvent::Execute(call));
             }
             return;
