@@ -58,7 +58,7 @@ pub struct Replica {
     /// Where it takes registrations when it writes: `ADDRESS:PORT`.
     #[serde(serialize_with = "displayed")]
     pub addresses: Vec<ServerAddress>,
-    /// The process that holds the Lease, as far as it knows; empty if it does not.
+    /// The process that holds the Lease, as far as it knows; empty if it does not, or if the Lease was not renewed for 15 s.
     pub writer: String,
     /// Where that one takes registrations.
     #[serde(serialize_with = "displayed")]

@@ -11,6 +11,7 @@ use super::{Phase, Status};
 use crate::{
     metrics::Metrics,
     model::{Replica, ReplicaRole, ServerAddress, UnixMillis},
+    replicas::election::LEASE_DURATION,
 };
 
 /// What the tasks that speak with Kubernetes have learnt.
@@ -164,7 +165,10 @@ impl Status {
         let (age, lease_age) = (self.staleness(), replica.lease_age());
         let state = replica.lock();
         let (writer, writer_addresses) = match self.phase() {
-            Phase::Standby(holder) => (holder.name.clone(), holder.addresses.clone()),
+            // Nobody counts on a Lease that was not renewed for so long.
+            Phase::Standby(holder) if lease_age.is_none_or(|age| age < LEASE_DURATION) => {
+                (holder.name.clone(), holder.addresses.clone())
+            }
             _ if role == ReplicaRole::Writer => (state.name.clone(), state.addresses.clone()),
             _ => (String::new(), Vec::new()),
         };
@@ -189,7 +193,10 @@ impl Status {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::registry::LeaseHolder;
 
     #[test]
     fn lease_proves_that_the_watch_is_current_only_if_its_generation_is_followed() {
@@ -234,6 +241,19 @@ mod tests {
         replica.followed(4, 20);
         replica.watch_opened();
         assert!(!is_current(4, 30));
+    }
+
+    #[test]
+    fn writer_is_named_as_long_as_its_lease_lasts() {
+        let holder = LeaseHolder { name: "other".into(), addresses: Vec::new() };
+        let status = Status::at(Phase::Standby(Arc::new(holder)));
+        status.replica().set_role(ReplicaRole::Standby, 1);
+        let writer = || status.describe(&Metrics::new()).writer;
+        assert_eq!(writer(), "other", "it was never seen to renew");
+        status.replica().lease_renewed(LEASE_DURATION + Duration::from_secs(1));
+        assert_eq!(writer(), "");
+        status.replica().lease_renewed(Duration::from_secs(1));
+        assert_eq!(writer(), "other");
     }
 
     #[test]

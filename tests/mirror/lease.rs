@@ -297,6 +297,28 @@ fn process_that_stops_while_it_takes_over_releases_the_lease() {
     assert!(begun.elapsed() < LEASE_DURATION.mul_f64(0.5), "{:?}", begun.elapsed());
 }
 
+/// It renews the Lease, and cannot list the slices: without a limit nobody would write.
+#[test]
+fn take_over_that_does_not_end_leaves_the_lease_to_another_process() {
+    let Some(lock) = ClusterLock::take() else { return };
+    let proxy = Proxy::start(lock.cluster);
+    let direct = lock.cluster.kubeconfig_for_gangplank();
+    proxy.inject(Fault::Hang, |call| call.is("list", "endpointslices"));
+    let data = TempDir::new().expect("a temporary directory can be made");
+    let kubeconfig = proxy.kubeconfig().to_str().expect("UTF-8");
+    let limit = ("GANGPLANK_TEST_TAKE_OVER_LIMIT_MS", "3000");
+    let stuck = Process::serve_with_variable(limit, data.path(), &["--kubeconfig", kubeconfig]);
+    let [_, _, admin] = stuck.listening();
+    let takes_over = "gangplank_kubernetes_lease_role{role=\"taking_over\"} 1";
+    wait_until("it takes over", || http::get(admin, "/metrics").1.contains(takes_over).then_some(()));
+    let begun = Instant::now();
+    let second = Replica::start(&direct, TempDir::new().expect("a temporary directory can be made"));
+    second.wait_until_it_writes();
+    println!("another one writes after {:?}", begun.elapsed());
+    assert!(begun.elapsed() < LEASE_DURATION, "{:?}: it was given up, and did not expire", begun.elapsed());
+    assert!(stuck.stderr().contains("could not be listed and restored within 3s: the Lease is given up"));
+}
+
 /// The process on a copy of a directory whose owner runs is another one.
 #[test]
 fn copy_of_a_directory_in_use_waits_on_standby() {

@@ -147,9 +147,18 @@ impl Process {
 
     /// The same, with its clock shifted by so many milliseconds. A release build does not do it, and says nothing.
     pub(crate) fn serve_with_clock<S: AsRef<OsStr>>(offset: i64, data: &Path, flags: &[S]) -> Self {
-        let mut shifted = Command::new(BINARY);
-        shifted.env("GANGPLANK_TEST_CLOCK_OFFSET_MS", offset.to_string());
-        Self::spawn(shifted, data, flags)
+        Self::serve_with_variable(("GANGPLANK_TEST_CLOCK_OFFSET_MS", &offset.to_string()), data, flags)
+    }
+
+    /// The same, with an environment variable.
+    pub(crate) fn serve_with_variable<S: AsRef<OsStr>>(
+        (variable, value): (&str, &str),
+        data: &Path,
+        flags: &[S],
+    ) -> Self {
+        let mut command = Command::new(BINARY);
+        command.env(variable, value);
+        Self::spawn(command, data, flags)
     }
 
     /// The same with another binary than the one under test.

@@ -3,13 +3,16 @@
 //! A process whose lists fail, for a missing right or an answer that is too large, can renew the Lease all the same: without a
 //! limit nobody would write.
 
-use std::time::Duration;
+use std::{env, sync::LazyLock, time::Duration};
 
 use crate::replicas::time::BootTime;
 
 /// How long the first take-over may take, from the begin of its list until the result is journaled. A million instances take some
 /// seconds.
 const MAX_TAKE_OVER: Duration = Duration::from_secs(60);
+
+/// Another one, in milliseconds, for tests of the process. Only a build with debug assertions looks at it.
+const TEST_LIMIT: &str = "GANGPLANK_TEST_TAKE_OVER_LIMIT_MS";
 
 /// The limit doubles with each take-over that was given up, so often at most: where every process needs longer, one succeeds.
 const MAX_DOUBLINGS: u32 = 4;
@@ -44,7 +47,7 @@ impl TakeOverLimit {
 
     /// The limit for the present take-over.
     pub(super) fn limit(&self) -> Duration {
-        MAX_TAKE_OVER * (1 << self.given_up.min(MAX_DOUBLINGS))
+        first_limit() * (1 << self.given_up.min(MAX_DOUBLINGS))
     }
 
     /// Whether the present take-over takes too long.
@@ -61,6 +64,12 @@ impl TakeOverLimit {
     pub(super) fn pauses(&self, now: BootTime) -> bool {
         self.paused_at.is_some_and(|paused| now.since(paused) < PAUSE)
     }
+}
+
+fn first_limit() -> Duration {
+    static OF_A_TEST: LazyLock<Option<Duration>> =
+        LazyLock::new(|| Some(Duration::from_millis(env::var(TEST_LIMIT).ok()?.parse().expect("milliseconds"))));
+    OF_A_TEST.filter(|_| cfg!(debug_assertions)).unwrap_or(MAX_TAKE_OVER)
 }
 
 #[cfg(test)]

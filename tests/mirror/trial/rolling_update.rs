@@ -16,8 +16,9 @@ const REGISTRATIONS: usize = 200;
 /// Of each service: no two registrants say a word on one at a time.
 const INSTANCES: usize = 250;
 
-/// Nobody waited until the Lease expired, which takes 15 s. How short it was is printed: a timed test is flaky by design.
-const MAX_GAP: Duration = Duration::from_secs(10);
+/// For how long registrations may be refused when the writer is stopped, on a machine that is not busy: what the slowest of the DNS
+/// answers took meanwhile is added, of which each takes some microseconds of work.
+const MAX_GAP: Duration = Duration::from_secs(1);
 
 /// What one registrant says each second: it waits until Kubernetes has its words.
 const PER_REGISTRANT: usize = 6;
@@ -54,8 +55,10 @@ fn rolling_update_of_three_loses_no_answer_and_hands_over() {
         trial.wait_for_words(registrations / 2);
         let gap = trial.words.take_gap();
         println!("stopped a {}: no word was taken for {gap:.2?}", if wrote { "writer" } else { "follower" });
-        assert!(gap < MAX_GAP, "{gap:?}");
-        for answers in asked.into_iter().map(Queries::end) {
+        let answers: Vec<_> = asked.into_iter().map(Queries::end).collect();
+        let slowest = answers.iter().map(|answers| answers.slowest).max().unwrap_or_default();
+        assert!(gap < MAX_GAP + slowest, "{gap:?}, and the slowest answer took {slowest:?}");
+        for answers in answers {
             println!("{answers:?}, {:.0} a second", answers.asked as f64 / answers.took.as_secs_f64());
             assert!(answers.asked > 0 && answers.lost == 0 && answers.wrong == 0, "{answers:?}");
         }
