@@ -1,7 +1,11 @@
 //! Which addresses may be registered: an EndpointSlice that points where it should not makes the cluster's own proxies reach
 //! what its writer could not (Kubernetes, CVE-2021-25740).
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv4Addr},
+    sync::Arc,
+};
 
 use ipnet::IpNet;
 
@@ -65,7 +69,10 @@ impl AddressRules {
     /// nothing else.
     pub(super) fn refuse(&self, service: &ServiceKey, address: &Address, by: &Requester) -> Option<AddressRefusal> {
         let ip = address.ip();
-        let within = |networks: &[IpNet]| networks.iter().copied().find(|one| ip.is_some_and(|ip| one.contains(&ip)));
+        let leads_to = [ip, ip.and_then(translated)];
+        let within = |networks: &[IpNet]| {
+            networks.iter().copied().find(|one| leads_to.iter().flatten().any(|ip| one.contains(ip)))
+        };
         // First, and for everybody: the operator's own rule.
         if let Some(network) = within(&self.denied) {
             return Some(AddressRefusal::Denied(network));
@@ -86,6 +93,21 @@ impl AddressRules {
         let is_allowed = |ip: IpAddr| allowed.iter().any(|pattern| pattern.contains(ip, *peer));
         (!ip.is_some_and(is_allowed)).then(|| AddressRefusal::Annotation(Arc::clone(text)))
     }
+}
+
+/// The IPv4 address to which a gateway of the network may translate an IPv6 one: NAT64 (RFC 6052 §2.1), 6to4 (RFC 3056 §2), or
+/// IPv4-compatible (RFC 4291 §2.5.5.1). One that is IPv4-mapped is IPv4 from the start.
+fn translated(ip: IpAddr) -> Option<IpAddr> {
+    let IpAddr::V6(ip) = ip else { return None };
+    let [a, b, c, d] = match ip.segments() {
+        [0x64, 0xff9b, 0, 0, 0, 0, ..] | [0, 0, 0, 0, 0, 0, ..] => *ip.octets().last_chunk()?,
+        [0x2002, ..] => {
+            let [_, _, a, b, c, d, ..] = ip.octets();
+            [a, b, c, d]
+        }
+        _ => return None,
+    };
+    Some(Ipv4Addr::new(a, b, c, d).into())
 }
 
 #[cfg(test)]
@@ -123,6 +145,13 @@ mod tests {
         assert_eq!(refuse(&rules, "10.96.0.1", &vm()), Some(AddressRefusal::ServiceRange(v4)));
         assert_eq!(refuse(&rules, "fd00::1", &vm()), Some(AddressRefusal::ServiceRange(v6)));
         assert_eq!(refuse(&rules, "10.1.0.1", &vm()), None);
+        // What a gateway translates to one of them is one of them: 10.96.0.1 is 0a60:0001.
+        for form in ["64:ff9b::10.96.0.1", "64:ff9b::a60:1", "2002:a60:1::1", "2002:a60:1:ffff::", "::10.96.0.1"] {
+            assert_eq!(refuse(&rules, form, &vm()), Some(AddressRefusal::ServiceRange(v4)), "{form}");
+        }
+        for other in ["64:ff9b::10.1.0.1", "64:ff9b:0:1::a60:1", "2002:a01:1::1", "2001:db8::a60:1"] {
+            assert_eq!(refuse(&rules, other, &vm()), None, "{other}");
+        }
         assert_eq!(refuse(&rules, "10.96.0.1", &Requester::Unrestricted), None, "as before");
         assert_eq!(refuse(&AddressRules::new(false), "10.96.0.1", &vm()), None, "without Kubernetes");
     }
