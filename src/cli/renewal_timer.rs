@@ -128,12 +128,31 @@ mod tests {
         assert!(service.contains("Environment=\"GANGPLANK_CONFIG_DIR=/run/a b\"\n"), "{service}");
         assert!(!service_unit(Path::new("/usr/bin/gangplank"), None).contains("Environment"));
         assert_eq!(fs::read_to_string(units.join(TIMER_FILE)).expect("there"), TIMER_UNIT);
-        // Where systemd's own checker is, it has no complaint.
+    }
+
+    /// By systemd's own checker, which CI has.
+    #[test]
+    fn systemd_has_no_complaint_about_the_units() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let complaints = || {
+            let units = [SERVICE_FILE, TIMER_FILE].map(|file| dir.path().join(file));
+            let checked = Command::new("systemd-analyze").arg("verify").args(units).output().ok()?;
+            let said = String::from_utf8_lossy(&checked.stderr).into_owned();
+            let of_ours = said.lines().filter(|line| line.contains("gangplank-renew")).map(str::to_owned);
+            Some(of_ours.collect::<Vec<_>>())
+        };
         let binary = env::current_exe().expect("a test has a path");
-        write_units(&units, &binary, None).expect("written");
-        if let Ok(checked) = Command::new("systemd-analyze").arg("verify").arg(units.join(TIMER_FILE)).output() {
-            let said = String::from_utf8_lossy(&checked.stderr);
-            assert!(!said.contains("gangplank-renew"), "{said}");
+        for config_dir in [None, Some(Path::new("/run/a b%"))] {
+            write_units(dir.path(), &binary, config_dir).expect("written");
+            let Some(found) = complaints() else {
+                assert!(env::var_os("CI").is_none(), "systemd-analyze is missing");
+                return;
+            };
+            assert_eq!(found, [""; 0]);
         }
+        write_units(dir.path(), Path::new("/missing/gangplank"), None).expect("written");
+        fs::write(dir.path().join(TIMER_FILE), TIMER_UNIT.replace("=1h", "=often")).expect("written");
+        let found = complaints().expect("it was there").join("\n");
+        assert!(found.contains("/missing/gangplank") && found.contains("often"), "{found}");
     }
 }
