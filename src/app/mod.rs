@@ -184,19 +184,22 @@ impl BoundServer {
         let addresses = advertise.addresses(&listeners);
         let admin_addresses = admin.iter().map(StdTcpListener::local_addr).collect::<io::Result<Vec<_>>>()?;
         let shared = match &kubernetes {
-            Some(options) if security.tls == Tls::OwnCa => Some(SharedCa::connect(options, directory.clone()).await?),
+            Some(options) if security.tls.is_joined() => Some(SharedCa::connect(options, directory.clone()).await?),
             _ => None,
         };
-        let own = match &security.tls {
-            Tls::OwnCa => {
-                let names = (&admin_addresses[..], &admin_hosts[..]);
-                Some(OwnCa::open(&directory, shared.as_ref(), &advertise, &listeners, names, &metrics)?)
-            }
-            Tls::Off | Tls::Files(_) => None,
+        let own = if security.tls.is_joined() {
+            let files = match &security.tls {
+                Tls::Files(files) => Some(files.clone()),
+                Tls::Off | Tls::OwnCa => None,
+            };
+            let names = (&admin_addresses[..], &admin_hosts[..]);
+            Some(OwnCa::open(files, &directory, shared.as_ref(), &advertise, &listeners, names, &metrics)?)
+        } else {
+            None
         };
         let admin_security = admin_listen.into_iter().map(|(_, how)| how);
         let admin_security: Vec<_> = admin_addresses.into_iter().zip(admin_security).collect();
-        security::announce_admin(&admin_security, &security.tls, kubernetes.is_some());
+        security::announce_admin(&admin_security, &security);
         let reviews = match &kubernetes {
             Some(options) => {
                 let reviews = Reviews::connect(options.kubeconfig.as_deref(), Arc::clone(&metrics.identity)).await?;

@@ -13,7 +13,7 @@ use crate::{
     dns,
     identity::{CurrentCa, PublicKeyHash, ServerCertificate, ServerNames},
     model::{ServerAddress, wall_clock},
-    net::tls::{TlsContents, TlsFileError, TlsPart, TlsSource},
+    net::tls::{TlsContents, TlsFileError, TlsFiles, TlsPart, TlsSource},
 };
 
 /// The name that every server has on its own machine.
@@ -55,15 +55,48 @@ impl TlsSource for OwnTls {
             }
         };
         let (_, ServerCertificate { chain, key, .. }) = issued.insert(current);
-        Ok(TlsContents {
-            cert: chain.clone().into_bytes(),
-            key: key.clone().into_bytes(),
-            client_ca: Some(ca.pem().as_bytes().to_vec()),
-        })
+        let ca = Some(ca.pem().as_bytes().to_vec());
+        let (cert, key) = (chain.clone().into_bytes(), key.clone().into_bytes());
+        Ok(TlsContents { cert, key, client_ca: ca.clone(), own_ca: ca.clone(), server_ca: ca })
     }
 
     fn invalid(&self, _part: TlsPart, reason: String) -> TlsFileError {
         TlsFileError::Own(reason)
+    }
+
+    fn changes(&self) -> Option<watch::Receiver<u64>> {
+        Some(self.ca.changes())
+    }
+}
+
+/// Files as the source of a listener's certificate, beside the own CA, which signs for machines that join.
+#[derive(Debug)]
+pub(super) struct FilesWithOwnCa {
+    files: TlsFiles,
+    ca: Arc<CurrentCa>,
+}
+
+impl FilesWithOwnCa {
+    pub(super) const fn new(files: TlsFiles, ca: Arc<CurrentCa>) -> Self {
+        Self { files, ca }
+    }
+}
+
+impl fmt::Display for FilesWithOwnCa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, and for machines that join the CA in {}", self.files, self.ca.place())
+    }
+}
+
+impl TlsSource for FilesWithOwnCa {
+    fn read(&self) -> Result<TlsContents, TlsFileError> {
+        // Others than machines that joined do without it.
+        let own_ca = self.ca.get().ok().map(|ca| ca.pem().as_bytes().to_vec());
+        Ok(TlsContents { own_ca, ..self.files.read()? })
+    }
+
+    fn invalid(&self, part: TlsPart, reason: String) -> TlsFileError {
+        self.files.invalid(part, reason)
     }
 
     fn changes(&self) -> Option<watch::Receiver<u64>> {

@@ -5,10 +5,10 @@ use std::{net::SocketAddr, sync::Arc};
 use anyhow::Context as _;
 use tracing::{info, warn};
 
-use super::own_ca::OwnCa;
+use super::own_ca::{OwnCa, OwnCaSource};
 use crate::{
     config::{SecurityConfig, Tls},
-    identity::{Authenticator, Authorizer, RefusalLog, SERVER_USER, Usage, certificate_user},
+    identity::{Authenticator, Authorization, Authorizer, RefusalLog, SERVER_USER, Usage, certificate_user},
     kubernetes::api::Reviews,
     metrics::Metrics,
     net::tls::ServerTls,
@@ -16,7 +16,8 @@ use crate::{
 };
 
 /// Logs who can see what at the admin listeners beyond loopback.
-pub(super) fn announce_admin(listeners: &[(SocketAddr, ListenerSecurity)], tls: &Tls, kubernetes: bool) {
+pub(super) fn announce_admin(listeners: &[(SocketAddr, ListenerSecurity)], config: &SecurityConfig) {
+    let nobody = config.tls == Tls::OwnCa && config.authorization == Authorization::Plaintext;
     for (listener, how) in listeners {
         match how {
             ListenerSecurity::Loopback => {}
@@ -25,11 +26,12 @@ pub(super) fn announce_admin(listeners: &[(SocketAddr, ListenerSecurity)], tls: 
                 "admin in plaintext, by --insecure: whoever reaches it may see all, unless --authorization is set"
             ),
             // Nobody has a certificate that counts, or a token.
-            ListenerSecurity::Tls if *tls == Tls::OwnCa && !kubernetes => warn!(
+            ListenerSecurity::Tls if nobody => warn!(
                 %listener,
                 "admin over TLS: only /livez and /readyz answer here, because the CA in the data directory signs for \
-                 machines that join, and those see no page. Give --tls-cert, --tls-key and --tls-client-ca, ask over \
-                 loopback, or, where the network itself is trusted, add --insecure=admin"
+                 machines that join, and those see the pages for which --authorization-policy names them. Give that, or \
+                 --tls-cert, --tls-key and --tls-client-ca, ask over loopback, or, where the network itself is trusted, add \
+                 --insecure=admin"
             ),
             ListenerSecurity::Tls => info!(
                 %listener,
@@ -52,8 +54,13 @@ pub(super) fn create(
     let log = Arc::new(RefusalLog::default());
     let load = Arc::clone(&metrics.connections);
     let (tls, registrants, replica) = match (tls, own) {
-        (Tls::Files(files), _) => {
-            let tls = ServerTls::load(files, load)?;
+        (Tls::Files(files), own) => {
+            let (tls, registrants) = match own {
+                Some(OwnCa { source: OwnCaSource::Files(source), registrants }) => {
+                    (ServerTls::load(source, load)?, Some(registrants))
+                }
+                _ => (ServerTls::load(files, load)?, None),
+            };
             if reviews.is_some() && tls.as_client().is_none() {
                 warn!(
                     "without --tls-client-ca this process cannot take over what other replicas have accepted, and they cannot \
@@ -61,12 +68,12 @@ pub(super) fn create(
                 );
             }
             let user = tls.certificate().and_then(|certificate| certificate_user(&certificate).ok());
-            (Some(tls), None, user)
+            (Some(tls), registrants, user)
         }
-        (Tls::OwnCa, Some(own)) => {
-            (Some(ServerTls::load(own.tls, load)?), Some(own.registrants), Some(SERVER_USER.into()))
+        (Tls::OwnCa, Some(OwnCa { source: OwnCaSource::Own(source), registrants })) => {
+            (Some(ServerTls::load(source, load)?), Some(registrants), Some(SERVER_USER.into()))
         }
-        (Tls::OwnCa, None) | (Tls::Off, _) => (None, None, None),
+        (Tls::OwnCa, _) | (Tls::Off, _) => (None, None, None),
     };
     let authenticator = Authenticator::new(registrants.clone());
     let authenticator = match &reviews {

@@ -342,7 +342,7 @@ impl ServeArgs {
             ensure!(kubernetes || !given, "{flag}: means nothing without --kubernetes");
         }
         ensure!(
-            kubernetes || security.tls == Tls::OwnCa || advertise.is_empty(),
+            kubernetes || security.tls.is_joined() || advertise.is_empty(),
             "--advertise: means nothing without --kubernetes, and without a listener beyond loopback and a CA of gangplank's own"
         );
         if let Some(service) = &grpc_service {

@@ -31,6 +31,11 @@ pub(super) struct SecurityArgs {
     #[arg(long, env = "GANGPLANK_TLS_CLIENT_CA", value_name = "FILE")]
     tls_client_ca: Option<PathBuf>,
 
+    /// The CAs of --tls-cert, in PEM: with them machines join by gangplank token create, trust these from then on, and get
+    /// certificates of a CA of gangplank's own. One has signed --tls-cert; put the next one beside it before it is replaced
+    #[arg(long, env = "GANGPLANK_TLS_SERVER_CA", value_name = "FILE")]
+    tls_server_ca: Option<PathBuf>,
+
     /// What clients may do, and which pages they may see, in TOML; nothing without a rule. Read again when it changes
     #[arg(long, env = "GANGPLANK_AUTHORIZATION_POLICY", value_name = "FILE")]
     authorization_policy: Option<PathBuf>,
@@ -147,6 +152,18 @@ pub enum Tls {
     OwnCa,
 }
 
+impl Tls {
+    /// Whether machines join, by certificates of a CA of gangplank's own.
+    #[must_use]
+    pub const fn is_joined(&self) -> bool {
+        match self {
+            Self::Off => false,
+            Self::Files(files) => files.server_ca.is_some(),
+            Self::OwnCa => true,
+        }
+    }
+}
+
 /// Who may connect, and do what.
 #[derive(Debug, Clone)]
 pub struct SecurityConfig {
@@ -172,12 +189,13 @@ impl SecurityArgs {
             tls_cert,
             tls_key,
             tls_client_ca,
+            tls_server_ca,
             authorization_policy,
             authorization,
             authorization_stale,
             insecure,
         } = self;
-        let tls = tls_files(tls_cert, tls_key, tls_client_ca, kubernetes)?;
+        let tls = tls_files(tls_cert, tls_key, tls_client_ca, tls_server_ca, kubernetes)?;
         let listeners = secured(listeners, &insecure)?;
         let need_tls = |of: &[(SocketAddr, ListenerSecurity)]| of.iter().any(|(_, how)| *how == ListenerSecurity::Tls);
         let (grpc_tls, admin_tls) = (need_tls(&listeners.grpc), need_tls(&listeners.admin));
@@ -189,8 +207,12 @@ impl SecurityArgs {
         let authorization = source_of_rights(authorization, authorization_policy, kubernetes)?;
         // Pages may be seen by whoever has a certificate.
         let pages_only = admin_tls && !grpc_tls;
+        // Machines that joined may do what their tokens say.
+        let joined_only = |files: &TlsFiles| files.client_ca.is_none() && files.server_ca.is_some();
         ensure!(
-            !matches!(tls, Tls::Files(_)) || authorization != Authorization::Plaintext || pages_only,
+            !matches!(&tls, Tls::Files(files) if !joined_only(files))
+                || authorization != Authorization::Plaintext
+                || pages_only,
             "--tls-cert: nothing says what clients may do: give --authorization-policy FILE, or --kubernetes"
         );
         ensure!(
@@ -229,18 +251,25 @@ fn tls_files(
     cert: Option<PathBuf>,
     key: Option<PathBuf>,
     client_ca: Option<PathBuf>,
+    server_ca: Option<PathBuf>,
     tokens: bool,
 ) -> anyhow::Result<Option<TlsFiles>> {
     match (cert, key) {
         (Some(cert), Some(key)) => {
             ensure!(
-                client_ca.is_some() || tokens,
-                "--tls-cert: needs --tls-client-ca FILE, or --kubernetes for tokens, or no client has an identity"
+                client_ca.is_some() || server_ca.is_some() || tokens,
+                "--tls-cert: needs --tls-client-ca FILE, or --kubernetes for tokens, or --tls-server-ca FILE for machines that \
+                 join, or no client has an identity"
             );
-            Ok(Some(TlsFiles { cert, key, client_ca }))
+            Ok(Some(TlsFiles { cert, key, client_ca, server_ca }))
         }
         (None, None) => {
             ensure!(client_ca.is_none(), "--tls-client-ca: means nothing without --tls-cert and --tls-key");
+            ensure!(
+                server_ca.is_none(),
+                "--tls-server-ca: means nothing without --tls-cert and --tls-key: a server without them has a CA of its own \
+                 where it listens beyond loopback, and machines join that"
+            );
             Ok(None)
         }
         (Some(_), None) => bail!("--tls-cert: needs --tls-key FILE"),

@@ -111,7 +111,10 @@ impl<'a> ReviewSpecRef<'a> {
 
     fn new(identity: &'a Identity, verb: AccessVerb, target: AccessTarget<'a>) -> Self {
         let origin = match identity.source {
-            IdentitySource::Certificate | IdentitySource::Token | IdentitySource::Loopback => AUTHENTICATED,
+            IdentitySource::Certificate
+            | IdentitySource::Registrant
+            | IdentitySource::Token
+            | IdentitySource::Loopback => AUTHENTICATED,
             IdentitySource::Anonymous => UNAUTHENTICATED,
         };
         Self { user: &identity.user, groups: &identity.groups, origin, verb: verb.as_str(), target }

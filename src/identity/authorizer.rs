@@ -175,6 +175,11 @@ impl Authorizer {
         }
         let denied = |why: &str| Err(NotAllowed::Denied(Denied(format!("{identity} may not {page}{why}"))));
         let decided = match &self.rules {
+            AuthorizationMode::Policy(file) if identity.source == IdentitySource::Registrant => {
+                let policy = file.policy.load();
+                let named = policy.decide_named_page(identity, page).then(Instant::now);
+                named.map_or_else(|| denied(": its join token allows no pages, and no rule names it"), Ok)
+            }
             _ if joining::is_registrant(identity) => denied(": its join token allows no pages"),
             AuthorizationMode::Policy(file) => {
                 file.policy.load().decide_page(identity, page).map(|()| Instant::now()).map_err(NotAllowed::from)
@@ -258,7 +263,7 @@ impl Authorizer {
     pub fn allows_all(&self, identity: &Identity) -> bool {
         match identity.source {
             IdentitySource::Loopback | IdentitySource::Anonymous => self.plaintext,
-            IdentitySource::Certificate | IdentitySource::Token => false,
+            IdentitySource::Certificate | IdentitySource::Registrant | IdentitySource::Token => false,
         }
     }
 

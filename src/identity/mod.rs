@@ -49,6 +49,7 @@ use crate::{
     kubernetes::api::Reviews,
     metrics::{AuthenticationFailure, IdentityMetrics},
     model::Registrant,
+    net::tls::CertificateSigner,
 };
 
 /// The user of a plaintext connection over loopback.
@@ -73,14 +74,24 @@ pub struct Identity {
 /// How an identity was authenticated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum IdentitySource {
-    /// By a client certificate.
+    /// By a client certificate, of `--tls-client-ca` or of this server's own.
     Certificate,
+    /// By a client certificate with which a machine joined.
+    Registrant,
     /// By a token that Kubernetes has reviewed.
     Token,
     /// By a plaintext connection over loopback.
     Loopback,
     /// Not at all, on a listener of `--insecure`.
     Anonymous,
+}
+
+impl IdentitySource {
+    /// Whether it ends when a certificate does.
+    #[must_use]
+    pub const fn is_certificate(self) -> bool {
+        matches!(self, Self::Certificate | Self::Registrant)
+    }
 }
 
 impl fmt::Display for Identity {
@@ -104,8 +115,13 @@ pub enum Credentials {
     InsecurePlaintext,
     /// TLS without a client certificate.
     NoCertificate,
-    /// TLS with a client certificate that the client CA has signed, in DER.
-    Certificate(CertificateDer<'static>),
+    /// TLS with a client certificate that was checked.
+    Certificate {
+        /// In DER.
+        der: CertificateDer<'static>,
+        /// The CA that has signed it.
+        signer: CertificateSigner,
+    },
     /// A call with a token: it is the token's user, whatever its connection has shown.
     Token {
         /// The token.
@@ -129,6 +145,9 @@ pub enum Unauthenticated {
     /// Its time is over.
     #[error("the client certificate has expired")]
     Expired,
+    /// The time of one between it and the CA is over.
+    #[error("an intermediate certificate that the client has shown has expired")]
+    IntermediateExpired,
     /// The CA that has signed it is not among the client CAs any more.
     #[error("the client certificate is not of the client CA any more")]
     Untrusted,
@@ -163,12 +182,23 @@ impl Unauthenticated {
     }
 }
 
+impl From<&rustls::Error> for Unauthenticated {
+    /// Of a certificate that was good, and is not any more. Its own end is looked at beforehand.
+    fn from(err: &rustls::Error) -> Self {
+        use rustls::CertificateError::{Expired, ExpiredContext};
+        match err {
+            rustls::Error::InvalidCertificate(Expired | ExpiredContext { .. }) => Self::IntermediateExpired,
+            _ => Self::Untrusted,
+        }
+    }
+}
+
 impl From<&Unauthenticated> for AuthenticationFailure {
     fn from(err: &Unauthenticated) -> Self {
         match err {
             Unauthenticated::NoCredentials => Self::NoCredentials,
             Unauthenticated::Certificate(_) => Self::BadCertificate,
-            Unauthenticated::Expired => Self::Expired,
+            Unauthenticated::Expired | Unauthenticated::IntermediateExpired => Self::Expired,
             Unauthenticated::Untrusted => Self::Untrusted,
             Unauthenticated::Revoked => Self::Revoked,
             Unauthenticated::NotBearer
@@ -183,14 +213,14 @@ impl From<&Unauthenticated> for AuthenticationFailure {
 /// Makes identities.
 #[derive(Debug, Clone, Default)]
 pub struct Authenticator {
-    /// With a CA of its own: who joined, and nobody else has a certificate.
+    /// Who joined. Nobody else has a certificate of the own CA.
     registrants: Option<Arc<RegistrantStore>>,
     /// `None` where no token is taken.
     tokens: Option<Arc<TokenReviews>>,
 }
 
 impl Authenticator {
-    /// Knows who joined, with a CA of its own.
+    /// Knows who joined, with a CA that signs for them.
     #[must_use]
     pub const fn new(registrants: Option<Arc<RegistrantStore>>) -> Self {
         Self { registrants, tokens: None }
@@ -218,7 +248,7 @@ impl Authenticator {
             Credentials::LoopbackPlaintext => Identity::without_groups(LOOPBACK_USER, IdentitySource::Loopback),
             Credentials::InsecurePlaintext => Identity::without_groups(ANONYMOUS_USER, IdentitySource::Anonymous),
             Credentials::NoCertificate => return Err(Unauthenticated::NoCredentials),
-            Credentials::Certificate(der) => certificate::identity(der)?,
+            Credentials::Certificate { der, .. } => certificate::identity(der)?,
             Credentials::Token { token, peer } => {
                 return self.tokens.as_ref().ok_or(Unauthenticated::TokensNotTaken)?.identity(token, *peer).await;
             }
@@ -226,10 +256,22 @@ impl Authenticator {
         if identity.expires.is_some_and(|expires| expires <= now) {
             return Err(Unauthenticated::Expired);
         }
-        if let (Some(registrants), IdentitySource::Certificate) = (&self.registrants, identity.source) {
-            registrants.identify(&identity.user).await?;
-        }
-        Ok(Arc::new(identity))
+        let (Some(registrants), Credentials::Certificate { signer, .. }) = (&self.registrants, credentials) else {
+            return Ok(Arc::new(identity));
+        };
+        let source = match signer {
+            CertificateSigner::OwnCa if registrants.is_server(&identity.user) => IdentitySource::Certificate,
+            // Nobody but who joined, whatever the certificate says.
+            CertificateSigner::OwnCa => {
+                registrants.identify(&identity.user).await?;
+                IdentitySource::Registrant
+            }
+            CertificateSigner::ClientCa if joining::is_registrant_name(&identity.user) => {
+                return Err(Unauthenticated::Certificate("has the name (CN) of a machine that joined".into()));
+            }
+            CertificateSigner::ClientCa => IdentitySource::Certificate,
+        };
+        Ok(Arc::new(Identity { source, ..identity }))
     }
 
     /// Ready when `token`, which was `identity`'s, is not any more. Asks again at intervals.
@@ -246,7 +288,7 @@ impl Authenticator {
     /// When its registrant was revoked since.
     pub fn check(&self, identity: &Identity) -> Result<(), Unauthenticated> {
         match &self.registrants {
-            Some(registrants) if identity.source == IdentitySource::Certificate => registrants.check(&identity.user),
+            Some(registrants) if identity.source == IdentitySource::Registrant => registrants.check(&identity.user),
             _ => Ok(()),
         }
     }

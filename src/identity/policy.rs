@@ -224,6 +224,12 @@ impl Policy {
         Err(Denied(format!("{identity} may not {page}")))
     }
 
+    /// Whether a rule with the name of `identity`, and not of everybody, allows it to see a page.
+    pub(super) fn decide_named_page(&self, identity: &Identity, page: &PageAccess<'_>) -> bool {
+        self.rules()
+            .any(|rule| rule.users.iter().any(|user| *user == *identity.user) && rule.holds_for_page(identity, page))
+    }
+
     pub(super) fn decide(&self, identity: &Identity, access: &Access<'_>) -> Result<(), Denied> {
         let mut elsewhere = false;
         for rule in self.rules().filter(|rule| rule.holds_for(identity, access)) {

@@ -114,6 +114,15 @@ impl ServerAddress {
         }
     }
 
+    /// The IP address or the name, without brackets or port.
+    #[must_use]
+    pub fn host(&self) -> String {
+        match &self.host {
+            Address::Ip(ip) => ip.to_string(),
+            Address::Name(name) => name.to_string(),
+        }
+    }
+
     /// Where gRPC listens there, 1..=65535.
     #[must_use]
     pub const fn port(&self) -> u16 {

@@ -27,7 +27,7 @@ use crate::{
         joining::RegistrantStore,
     },
     metrics::{AuthenticationFailure, IdentityMetrics},
-    net::tls::{Alpn, ServerTls, ServerTlsStream},
+    net::tls::{Alpn, PeerCertificates, ServerTls, ServerTlsStream},
 };
 
 /// The first octet of a TLS connection: a handshake record (RFC 8446 §5.1). HTTP begins with a letter.
@@ -137,7 +137,10 @@ impl Security {
         };
         let credentials = match &certificates {
             None => Credentials::NoCertificate,
-            Some(chain) => chain.first().cloned().map_or(Credentials::NoCertificate, Credentials::Certificate),
+            Some(PeerCertificates { chain, signer }) => {
+                let shown = chain.first().map(|der| Credentials::Certificate { der: der.clone(), signer: *signer });
+                shown.unwrap_or(Credentials::NoCertificate)
+            }
         };
         let (ended, peer) = self.peer(address, &credentials).await;
         let watch = certificates.map(|certificates| CertificateWatch {

@@ -11,9 +11,9 @@ use tokio::{sync::watch, time::sleep};
 use tracing::debug;
 
 use crate::{
-    identity::{Authenticator, Identity, IdentitySource, Unauthenticated},
+    identity::{Authenticator, Identity, Unauthenticated},
     metrics::{AuthenticationFailure, IdentityMetrics},
-    net::tls::{PeerCertificates, ServerTls},
+    net::tls::{PeerCertificates, ServerTls, changed},
 };
 
 /// How often a certificate's time is looked at. Not one long sleep: the clock may be set.
@@ -42,7 +42,7 @@ impl Peer {
 
     /// Ready when the identity ends. `None` if it lasts as long as the connection.
     pub(crate) fn end(&self) -> Option<impl Future<Output = Unauthenticated> + Send + use<>> {
-        let can_end = self.identity.as_ref().is_ok_and(|identity| identity.source == IdentitySource::Certificate);
+        let can_end = self.identity.as_ref().is_ok_and(|identity| identity.source.is_certificate());
         let mut ended = self.ended.clone();
         can_end.then_some(async move {
             let err = ended.wait_for(Option::is_some).await.ok().and_then(|ended| ended.clone());
@@ -76,19 +76,26 @@ impl CertificateWatch {
             return sleep(UNKNOWN_LIFETIME).await;
         }
         let expires = self.identity.as_ref().and_then(|identity| identity.expires);
+        let mut next_end = self.certificates.next_end(SystemTime::now());
         let mut changes = self.tls.changes();
         let mut revocations = self.authenticator.changes();
         // The CA may have changed since the handshake.
         let mut check = true;
         loop {
-            let expired = expires.is_some_and(|expires| expires <= SystemTime::now());
+            let now = SystemTime::now();
+            let expired = expires.is_some_and(|expires| expires <= now);
+            // An intermediate certificate may have ended.
+            if next_end.is_some_and(|end| end <= now) {
+                check = true;
+                next_end = self.certificates.next_end(now);
+            }
             let err = if expired {
                 Some(Unauthenticated::Expired)
             } else if let Some(Err(err)) = self.identity.as_ref().map(|identity| self.authenticator.check(identity)) {
                 Some(err)
             } else if check && let Err(err) = self.tls.check(&self.certificates) {
                 debug!(%err, "a client certificate is not good any more");
-                Some(Unauthenticated::Untrusted)
+                Some(Unauthenticated::from(&err))
             } else {
                 None
             };
@@ -97,7 +104,7 @@ impl CertificateWatch {
                 self.ended.send_replace(Some(err));
                 return pending().await;
             }
-            let left = expires.and_then(|expires| expires.duration_since(SystemTime::now()).ok());
+            let left = next_end.and_then(|end| end.duration_since(now).ok());
             tokio::select! {
                 changed = changes.changed() => check = changed.is_ok(),
                 () = changed(&mut revocations) => check = false,
@@ -105,14 +112,4 @@ impl CertificateWatch {
             }
         }
     }
-}
-
-/// Ready when what `changes` follows has changed; never without it.
-async fn changed(changes: &mut Option<watch::Receiver<u64>>) {
-    if let Some(changes) = changes
-        && changes.changed().await.is_ok()
-    {
-        return;
-    }
-    pending::<()>().await;
 }

@@ -15,6 +15,7 @@ use super::{
 use crate::support::{
     http,
     https::{Answer, HttpsClient},
+    secrets,
     server::Server,
     wait_until,
 };
@@ -71,6 +72,7 @@ pub(crate) fn beyond(server: &Server) -> SocketAddr {
 
 /// A client that trusts the CA of the server, and shows this.
 pub(super) fn client(ca: &TestCa, shown: Option<&Credential>) -> HttpsClient {
+    shown.iter().for_each(|shown| secrets::remember(&shown.key));
     HttpsClient::new(&ca.pem, shown.map(|shown| (shown.cert.as_str(), shown.key.as_str())))
 }
 
@@ -149,7 +151,7 @@ fn no_page_is_shown_without_an_identity_or_a_right() {
         assert!(log.contains(part), "{part} in {log}");
     }
     assert!(log.contains("admin over TLS: /livez and /readyz answer everybody"), "{log}");
-    assert!(!log.contains("PRIVATE KEY") && !log.contains("Bearer any"), "{log}");
+    assert!(!log.contains("Bearer any"), "{log}");
     // Plaintext over loopback stays as it is; beyond it nothing is said in plaintext.
     assert_eq!(http::get(server.admin, "/api/v1/services").0, 200);
     assert!(plaintext_status(to).is_none(), "in plaintext");
@@ -313,6 +315,43 @@ fn machine_that_joined_sees_no_page() {
     let revoked = joined.get(to, "/metrics", &[]).expect("answered");
     assert_challenged(&revoked, "revoked");
     assert!(revoked.body.contains("was revoked"), "{revoked:?}");
+}
+
+/// With a CA of its own and a policy: a machine sees the pages of a rule with its name, and of no other rule.
+#[test]
+fn machine_that_a_rule_names_sees_its_pages() {
+    let files = tempfile::tempdir().expect("a directory");
+    let everybody = "[[rule]]\nusers = ['*']\npaths = ['*']\n";
+    let policy = super::flag_file(files.path(), "policy.toml", everybody);
+    let more = ["--authorization-policy", &policy];
+    let server = Server::start_with(&[&joining::FLAGS[..], &BEYOND, &more].concat());
+    let [monitor, other] = std::array::from_fn(|_| Machine::joined(&create_token(&server, &["-n", "shop"])));
+    let ca = std::fs::read_to_string(server.data_dir().join("ca.crt")).expect("a CA");
+    let client = |of: &Machine| HttpsClient::new(&ca, Some((&of.file("client.crt"), &of.file("client.key"))));
+    let (shown, other) = (client(&monitor), client(&other));
+    let status = |who: &HttpsClient, path: &str| who.get(beyond(&server), path, &[]).expect("answered").status;
+    for (path, open) in pages() {
+        assert_eq!(status(&shown, &path), if open { 200 } else { 403 }, "{path}");
+    }
+    assert!(!server.stderr().contains("only /livez and /readyz answer here"), "{}", server.stderr());
+
+    let config: serde_json::Value = serde_json::from_str(&monitor.file("client.json")).expect("JSON");
+    let name = config["registrant"].as_str().expect("a name");
+    super::flag_file(
+        files.path(),
+        "policy.toml",
+        &format!("{everybody}\n[[rule]]\nusers = ['{name}']\npaths = ['/metrics']\n"),
+    );
+    wait_until("the policy is in force", || (status(&shown, "/metrics") == 200).then_some(()));
+    for (path, open) in pages() {
+        let seen = open || path == "/metrics";
+        assert_eq!(
+            (status(&shown, &path), status(&other, &path)),
+            (if seen { 200 } else { 403 }, if open { 200 } else { 403 })
+        );
+    }
+    assert!(server.run(&["registrants", "revoke", name]).status.success());
+    assert_challenged(&shown.get(beyond(&server), "/metrics", &[]).expect("answered"), "revoked");
 }
 
 #[test]

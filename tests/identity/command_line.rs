@@ -3,7 +3,7 @@
 use std::process::{Command, Output};
 
 use super::{Credential, SecuredServer, TestCa};
-use crate::support::server::BINARY;
+use crate::support::{secrets, server::BINARY};
 
 impl SecuredServer {
     /// Runs a command that shows `credential` to the server.
@@ -11,6 +11,7 @@ impl SecuredServer {
         let mut command = Command::new(BINARY);
         command.args(arguments).env("GANGPLANK_SERVER", self.url()).env("GANGPLANK_CACERT", self.file(ca));
         if let Some(Credential { cert, key }) = credential {
+            secrets::remember(key);
             command.env("GANGPLANK_CERT", self.write("client.crt", cert));
             command.env("GANGPLANK_KEY", self.write("client.key", key));
         }

@@ -6,6 +6,7 @@ mod command_line;
 mod joining;
 mod matrix;
 mod own_ca;
+mod own_certificate;
 pub(crate) mod ownership;
 pub(crate) mod pki;
 mod quotas;
@@ -20,11 +21,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 
 use self::pki::{Credential, TestCa};
-use crate::support::server::Server;
+use crate::support::{secrets, server::Server};
 
 /// The policy of the tests: `vm-1` owns shop/web at addresses of 10.1.0.0/16, the group `ops` may read all.
 const POLICY: &str = "\
@@ -91,6 +93,26 @@ impl SecuredServer {
     }
 }
 
+impl TestCa {
+    /// One whose certificate and key somebody has.
+    fn stolen(cert: &str, key: &str) -> Self {
+        let key = KeyPair::from_pem(key).expect("a key");
+        Self { pem: cert.to_owned(), issuer: Issuer::from_ca_cert_pem(cert, key).expect("a CA") }
+    }
+
+    /// A CA that this one has signed, valid from `begin` to `end`, in seconds from now.
+    fn intermediate(&self, begin: i64, end: i64) -> Self {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = pki::name(&format!("intermediate CA {:x}", fastrand::u64(..)), &[]);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.not_before = pki::from_now(begin).into();
+        params.not_after = pki::from_now(end).into();
+        let key = KeyPair::generate().expect("a key");
+        let pem = params.signed_by(&key, &self.issuer).expect("signed").pem();
+        Self { pem, issuer: Issuer::new(params, key) }
+    }
+}
+
 fn url(server: SocketAddr) -> String {
     format!("https://localhost:{}", server.port())
 }
@@ -105,6 +127,7 @@ pub(crate) fn security_flags(ca: &TestCa, files: &Path, policy: &str) -> Vec<Str
 /// The same without a policy.
 fn tls_flags(ca: &TestCa, files: &Path) -> Vec<String> {
     let own = ca.sign("gangplank", &[]);
+    secrets::remember(&own.key);
     [
         ["--tls-cert".to_owned(), flag_file(files, "server.crt", &own.cert)],
         ["--tls-key".to_owned(), flag_file(files, "server.key", &own.key)],
@@ -127,7 +150,10 @@ pub(crate) async fn connect(
 ) -> Result<Channel, tonic::transport::Error> {
     let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&ca.pem));
     let tls = match credential {
-        Some(credential) => tls.identity(credential.identity()),
+        Some(credential) => {
+            secrets::remember(&credential.key);
+            tls.identity(credential.identity())
+        }
         None => tls,
     };
     Endpoint::from_shared(url(to))?.tls_config(tls)?.connect().await

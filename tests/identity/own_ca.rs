@@ -1,11 +1,19 @@
 //! A server without certificate files that listens beyond loopback: it has a CA of its own.
 
-use std::{fs, os::unix::fs::PermissionsExt as _};
+use std::{fs, os::unix::fs::PermissionsExt as _, process::Command};
 
+use tempfile::TempDir;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
-use crate::support::server::{Process, Server};
+use super::{
+    joining::{Machine, connect_to, token_of},
+    streams::LongStream,
+};
+use crate::support::{
+    server::{BINARY, Process, Server},
+    wait_until,
+};
 
 /// Beside loopback, where the tests connect.
 pub(super) const FLAGS: [&str; 4] = ["--grpc-listen", "0.0.0.0:0", "--advertise", "gangplank.example.com"];
@@ -38,8 +46,27 @@ async fn server_without_files_has_a_certificate_of_its_own_ca() {
 
     let server = server.restart();
     assert_eq!(read(&server, "ca.crt"), ca, "the CA is the same after a restart");
-    let log = server.stderr();
-    assert!(!log.contains("PRIVATE KEY"), "{log}");
+}
+
+/// A certificate of the server lives for 90 days; here for 460 s, of which it has 160 s left when it is made: it is renewed at two
+/// thirds, after some 7 s, again and again.
+#[tokio::test(flavor = "multi_thread")]
+async fn stream_is_held_while_the_certificate_of_the_server_is_renewed() {
+    let data = TempDir::new().expect("a directory");
+    let server =
+        Process::serve_with_variable(("GANGPLANK_TEST_SERVER_LIFETIME_S", "460"), data.path(), &super::joining::FLAGS);
+    let (_, [grpc, ..]) = server.ready();
+    let mut create = Command::new(BINARY);
+    create.args(["token", "create", "-n", "shop"]).env("GANGPLANK_SERVER", format!("http://{grpc}"));
+    let machine = Machine::joined(&token_of(&create.output().expect("the binary can be run")));
+    let mut stream = LongStream::on(connect_to(grpc, machine.tls()).await).await.expect("a good stream");
+    let renewals = || server.stderr().matches("the certificate, the key or the client CA has changed").count();
+    for renewal in 1..=2 {
+        wait_until("the certificate is renewed", || (renewals() >= renewal).then_some(()));
+        assert_eq!(stream.say(&format!("10.1.0.{}", renewal + 1)).await.expect("the stream goes on"), 201);
+        let new = connect_to(grpc, machine.tls()).await;
+        LongStream::on(new).await.expect("a new connection has the new one");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use tonic::transport::Identity;
 
 pub(crate) struct TestCa {
     pub(crate) pem: String,
-    issuer: Issuer<'static, KeyPair>,
+    pub(crate) issuer: Issuer<'static, KeyPair>,
 }
 
 /// A certificate and its key, in PEM.
@@ -52,12 +52,12 @@ impl TestCa {
     }
 }
 
-fn from_now(seconds: i64) -> SystemTime {
+pub(crate) fn from_now(seconds: i64) -> SystemTime {
     let by = Duration::from_secs(seconds.unsigned_abs());
     if seconds < 0 { SystemTime::now() - by } else { SystemTime::now() + by }
 }
 
-fn name(user: &str, groups: &[&str]) -> DistinguishedName {
+pub(crate) fn name(user: &str, groups: &[&str]) -> DistinguishedName {
     let mut name = DistinguishedName::new();
     name.push(DnType::CommonName, user);
     // One attribute each: rcgen keeps one of a type, so one group is what a test can have.

@@ -20,7 +20,10 @@ const DOWN: &[(&str, &[&str])] = &[
     ("dns", &["metrics", "model", "net", "zone"]),
     ("grpc", &["identity", "metrics", "model", "net", "registry", "security"]),
     ("security", &["identity", "metrics", "net"]),
-    ("identity", &["kubernetes::api", "kubernetes::secrets", "metrics", "model", "net::backoff", "net::peer_group"]),
+    (
+        "identity",
+        &["kubernetes::api", "kubernetes::secrets", "metrics", "model", "net::backoff", "net::peer_group", "net::tls"],
+    ),
     ("admin", &["identity", "metrics", "model", "net", "registry", "security", "zone"]),
     ("kubernetes", &["metrics", "model", "net::backoff", "registry", "replicas"]),
     ("registry", &["metrics", "model", "replicas", "store", "zone"]),
@@ -62,7 +65,7 @@ const PLACES: &[(&str, &[&str])] = &[
     ("tokio", &["main", "app", "admin", "cli", "dns", "grpc", "identity", "kubernetes", "net", "registry", "security"]),
     ("toml", &["identity"]),
     ("tonic", &["grpc"]),
-    ("x509_parser", &["identity"]),
+    ("x509_parser", &["identity", "net::tls"]),
 ];
 
 /// Files that may contain `unsafe`: the program that counts allocations.

@@ -12,6 +12,7 @@ pub(crate) mod https;
 pub(crate) mod ledger;
 pub(crate) mod namespace;
 pub(crate) mod proxy;
+pub(crate) mod secrets;
 pub(crate) mod server;
 pub(crate) mod stream;
 pub(crate) mod tools;

@@ -16,7 +16,7 @@ use std::{
 
 use tempfile::TempDir;
 
-use super::WAIT_TIMEOUT;
+use super::{WAIT_TIMEOUT, secrets};
 
 /// The binary under test.
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_gangplank");
@@ -287,6 +287,9 @@ impl Drop for Process {
         let _ = self.child.wait();
         if thread::panicking() {
             println!("gangplank said:\n{}", self.stderr());
+        } else {
+            // Of every test, with whatever it did.
+            secrets::assert_none_in("the log of a server", &self.stderr());
         }
     }
 }

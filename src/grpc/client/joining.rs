@@ -24,13 +24,13 @@ use super::{CONNECT_TIMEOUT, ClientError, ClientTls, call, refused, servers::inn
 use crate::{
     grpc::proto::gangplank::join::v1::{
         CreateTokenRequest, JoinRequest, JoinResponse, ListRegistrantsRequest, ListTokensRequest, Registrant,
-        RenewRequest, RevokeRegistrantRequest, RevokeRegistrantResponse, RevokeTokenRequest, Scope, Token,
-        joining_client::JoiningClient, registrants_client::RegistrantsClient,
+        RenewRequest, RenewResponse, RevokeRegistrantRequest, RevokeRegistrantResponse, RevokeTokenRequest, Scope,
+        Token, joining_client::JoiningClient, registrants_client::RegistrantsClient,
     },
     identity::{
         joining::{
-            ClientCertificate, InvalidToken, JoinToken, ScopeSpec, TokenId, certificate_to_pem, new_request,
-            request_with,
+            ClientCertificate, InvalidToken, JoinToken, ScopeSpec, TokenId, certificate_to_pem, certificates_from_pem,
+            new_request, request_with,
         },
         private_file,
     },
@@ -148,7 +148,7 @@ impl JoinedMachine {
             };
             let url = format!("https://{address}");
             // A machine that joins the same server again keeps its key, and with it its name.
-            let earlier = earlier.as_ref().filter(|earlier| earlier.ca == ca);
+            let earlier = earlier.as_ref().filter(|earlier| earlier.trusts(&ca));
             let kept = earlier.and_then(|earlier| Some((earlier.key.clone(), request_with(&earlier.key).ok()?)));
             let (key, request) = match kept {
                 Some(kept) => kept,
@@ -173,7 +173,8 @@ impl JoinedMachine {
                 }
                 Err(err) => return Err(err.into()),
             };
-            let JoinResponse { registrant, certificate, scope } = joined.into_inner();
+            let JoinResponse { registrant, certificate, scope, server_ca } = joined.into_inner();
+            let ca = valid_ca(server_ca).unwrap_or(ca);
             let Scope { namespace, service, .. } = scope.unwrap_or_default();
             let mut servers: Vec<String> = token.addresses.iter().map(|address| format!("https://{address}")).collect();
             // The one that was reached comes first.
@@ -199,7 +200,7 @@ impl JoinedMachine {
             [(KEY_FILE, &key), (CERTIFICATE_FILE, &certificate_pem), (CA_FILE, &ca), (CONFIG_FILE, &json)]
         {
             let path = dir.join(name);
-            private_file::write(&path, text.as_bytes()).map_err(|err| file(&path, err))?;
+            write(&path, text)?;
         }
         let certificate = client_certificate(dir, &certificate_pem)?;
         Ok(Self { dir: dir.to_owned(), config, ca, key, certificate_pem, certificate })
@@ -225,6 +226,12 @@ impl JoinedMachine {
         let (ca, key, certificate_pem) = (needed(CA_FILE)?, needed(KEY_FILE)?, needed(CERTIFICATE_FILE)?);
         let certificate = client_certificate(dir, &certificate_pem)?;
         Ok(Some(Self { dir: dir.to_owned(), config, ca, key, certificate_pem, certificate }))
+    }
+
+    /// Whether it trusts this CA, in PEM.
+    fn trusts(&self, ca: &str) -> bool {
+        let known = certificates_from_pem(&self.ca).unwrap_or_default();
+        certificates_from_pem(ca).is_some_and(|all| all.iter().any(|ca| known.contains(ca)))
     }
 
     /// The URLs of the server.
@@ -288,12 +295,17 @@ impl JoinedMachine {
             });
             match renewed.await.unwrap_or_else(|late| Err(ClientError::late(url, late))) {
                 Ok(renewed) => {
-                    let pem = certificate_to_pem(&renewed.into_inner().certificate);
-                    let path = self.dir.join(CERTIFICATE_FILE);
+                    let RenewResponse { certificate, server_ca } = renewed.into_inner();
+                    let pem = certificate_to_pem(&certificate);
                     // Read before it is written: an answer that is no certificate must not replace the one that works.
                     self.certificate = client_certificate(&self.dir, &pem)?;
-                    private_file::write(&path, pem.as_bytes()).map_err(|err| file(&path, err))?;
+                    write(&self.dir.join(CERTIFICATE_FILE), &pem)?;
                     self.certificate_pem = pem;
+                    // Before the server's certificate is replaced by one of another CA, it tells that.
+                    if let Some(ca) = valid_ca(server_ca).filter(|ca| *ca != self.ca) {
+                        write(&self.dir.join(CA_FILE), &ca)?;
+                        self.ca = ca;
+                    }
                     return Ok(());
                 }
                 Err(err) if err.is_of_one_server() => last = Some(err),
@@ -307,13 +319,21 @@ impl JoinedMachine {
 
 /// The CA of a server, in PEM, if its key is the one that the token names and it has signed the server's certificate.
 async fn verified_ca(address: &ServerAddress, token: &JoinToken) -> Result<String, String> {
-    let host = address.ip().map(|ip| ip.to_string()).or_else(|| address.name()).unwrap_or_default();
-    let fetched = timeout(CONNECT_TIMEOUT, fetch_pinned_ca(&host, address.port(), token.ca)).await;
+    let fetched = timeout(CONNECT_TIMEOUT, fetch_pinned_ca(&address.host(), address.port(), token.ca)).await;
     match fetched {
         Ok(Ok(ca)) => Ok(certificate_to_pem(&ca)),
         Ok(Err(err)) => Err(innermost(&err)),
         Err(_) => Err("no answer".into()),
     }
+}
+
+/// The CAs that a server has told, if they are some.
+fn valid_ca(pem: String) -> Option<String> {
+    certificates_from_pem(&pem).is_some().then_some(pem)
+}
+
+fn write(path: &Path, text: &str) -> Result<(), JoinError> {
+    private_file::write(path, text.as_bytes()).map_err(|err| file(path, err))
 }
 
 fn client_certificate(dir: &Path, pem: &str) -> Result<ClientCertificate, JoinError> {

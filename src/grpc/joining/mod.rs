@@ -63,7 +63,7 @@ fn registrants(security: &Security) -> Result<Arc<RegistrantStore>, Status> {
 
 fn no_ca() -> Status {
     Status::failed_precondition(
-        "this server has no CA of its own, so nobody joins it: it has --tls-cert, or listens on loopback only",
+        "this server has no CA of its own, so nobody joins it: it has --tls-cert without --tls-server-ca, or listens on loopback only",
     )
 }
 
@@ -80,11 +80,17 @@ fn status(err: JoiningError) -> Status {
         | JoiningError::Expired => Status::unauthenticated(text),
         JoiningError::Revoked => Status::permission_denied(text),
         JoiningError::Request(_) | JoiningError::Field { .. } => Status::invalid_argument(text),
-        JoiningError::Full(_) => Status::resource_exhausted(text),
+        JoiningError::Full(_) | JoiningError::TooMany => Status::resource_exhausted(text),
         JoiningError::NoAddress => Status::failed_precondition(text),
         JoiningError::Unavailable(_) | JoiningError::Ca(CaError::Pending(_)) => Status::unavailable(text),
         JoiningError::Damaged { .. } | JoiningError::Store { .. } | JoiningError::Ca(_) => Status::internal(text),
     }
+}
+
+/// What a machine that joined trusts, in PEM.
+fn server_ca(security: &Security) -> String {
+    let ca = security.tls.as_ref().and_then(|tls| tls.server_ca());
+    ca.map(|ca| ca.pem).unwrap_or_default()
 }
 
 fn scope_from_proto(WireScope { namespace, service, verbs, addresses }: WireScope) -> Result<Scope, Status> {
@@ -109,8 +115,8 @@ impl Joining for JoiningService {
         };
         let Joined { user, certificate, scope } = self.tell(peer, joined, JoinResult::Joined)?;
         info!(peer = %peer, registrant = user, host, scope = %scope, "joined");
-        let scope = Some(scope_to_proto(&scope));
-        Ok(Response::new(JoinResponse { registrant: user, certificate: certificate.to_vec(), scope }))
+        let (scope, server_ca) = (Some(scope_to_proto(&scope)), server_ca(&self.context.security));
+        Ok(Response::new(JoinResponse { registrant: user, certificate: certificate.to_vec(), scope, server_ca }))
     }
 
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewResponse>, Status> {
@@ -119,6 +125,7 @@ impl Joining for JoiningService {
         let renewed = registrants.renew(&certificate, &certificate_request, wall_clock()).await;
         let Joined { user, certificate, scope: _ } = self.tell(peer, renewed, JoinResult::Renewed)?;
         info!(peer = %peer, registrant = user, "renewed the certificate");
-        Ok(Response::new(RenewResponse { certificate: certificate.to_vec() }))
+        let server_ca = server_ca(&self.context.security);
+        Ok(Response::new(RenewResponse { certificate: certificate.to_vec(), server_ca }))
     }
 }

@@ -22,10 +22,10 @@ use crate::{
         },
     },
     identity::{
-        AccessResource, AccessVerb,
+        AccessResource, AccessVerb, PublicKeyHash,
         joining::{JoinedRegistrant, RegistrantStore, Scope, Token, TokenId},
     },
-    model::{Namespace, wall_clock},
+    model::{Namespace, ServerAddress, wall_clock},
 };
 
 /// How long a token is good, unless its creator says otherwise.
@@ -44,6 +44,25 @@ impl RegistrantsService {
 
     fn table(&self) -> Result<Arc<RegistrantStore>, Status> {
         registrants(&self.context.security)
+    }
+
+    /// By what machines know this server. `None` while it has no certificate.
+    ///
+    /// # Errors
+    /// When no machine would, because the certificate is for other names.
+    fn server_hash(&self, own: &[ServerAddress], others: &[ServerAddress]) -> Result<Option<PublicKeyHash>, Status> {
+        let Some((tls, ca)) = self.context.security.tls.as_ref().and_then(|tls| Some((tls, tls.server_ca()?))) else {
+            return Ok(None);
+        };
+        let is_for = |address: &ServerAddress| tls.is_for(&address.host());
+        if own.is_empty() || own.iter().chain(others).any(is_for) {
+            return Ok(Some(ca.hash));
+        }
+        Err(Status::failed_precondition(format!(
+            "machines would refuse this server: its certificate is not for {}. Start it with --advertise NAME, a name in the \
+             certificate",
+            ServerAddress::choice(own)
+        )))
     }
 
     /// What is to be deleted, if the caller may delete it. Only who may delete all learns that it is not there, and nobody else
@@ -128,7 +147,8 @@ impl Registrants for RegistrantsService {
         // A machine that joins by this process looks for the one that writes when this one is gone.
         let writer = self.context.registry.status().watch_holder().borrow().clone();
         let others = writer.as_ref().map_or(&[][..], |writer| &writer.addresses);
-        let created = table.create_token(scope, &creator, ttl, uses.max(1), others, wall_clock()).await;
+        let server = self.server_hash(table.addresses(), others)?;
+        let created = table.create_token(scope, &creator, (ttl, uses.max(1)), server, others, wall_clock()).await;
         let (token, description) = created.map_err(status)?;
         info!(user = %caller.identity(), token = %token.id, scope = %description.scope, uses = description.uses, "created a join token");
         let description = token_to_proto(token.id, &description);

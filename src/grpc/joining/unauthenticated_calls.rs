@@ -20,7 +20,8 @@ use super::no_ca;
 use crate::{grpc::call_limiter::CallLimiter, identity::joining::RegistrantStore, metrics::JoinResult};
 
 /// The calls, by path.
-const PATHS: [&str; 2] = ["/gangplank.join.v1.Joining/Join", "/gangplank.join.v1.Joining/Renew"];
+const JOIN: &str = "/gangplank.join.v1.Joining/Join";
+const RENEW: &str = "/gangplank.join.v1.Joining/Renew";
 
 /// Such calls at once. Each checks one signature and syncs one file.
 const MAX_CALLS: usize = 64;
@@ -55,7 +56,7 @@ impl UnauthenticatedCalls {
 
     /// Whether a call needs no identity.
     pub(in crate::grpc) fn contains(path: &str) -> bool {
-        PATHS.contains(&path)
+        path == JOIN || path == RENEW
     }
 
     /// Makes the call, if `peer` may make another one now.
@@ -66,7 +67,9 @@ impl UnauthenticatedCalls {
         request: Request<Body>,
     ) -> Result<Response<Body>, Infallible> {
         let Some(registrants) = &self.registrants else { return Ok(no_ca().into_http()) };
-        if !registrants.admit(peer) {
+        let is_renewal = request.uri().path() == RENEW;
+        let admitted = if is_renewal { registrants.admit_renewal(peer) } else { registrants.admit(peer) };
+        if !admitted {
             return Ok(Status::resource_exhausted("too many calls without an identity: try again later").into_http());
         }
         let busy = || {

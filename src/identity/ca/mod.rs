@@ -6,7 +6,7 @@ mod current;
 mod directory;
 
 use std::{
-    fmt, io,
+    env, fmt, io,
     net::IpAddr,
     path::PathBuf,
     time::{Duration, SystemTime},
@@ -28,6 +28,9 @@ const CA_LIFETIME: Duration = days(3650);
 /// How long a certificate of the server is valid. It is renewed at two thirds of this.
 const SERVER_LIFETIME: Duration = days(90);
 
+/// Names the seconds of [`SERVER_LIFETIME`] for a test, in a debug build.
+const TEST_SERVER_LIFETIME: &str = "GANGPLANK_TEST_SERVER_LIFETIME_S";
+
 /// How much earlier than now a certificate begins: the clocks of clients differ.
 const MAX_CLOCK_SKEW: Duration = Duration::from_secs(300);
 
@@ -39,6 +42,11 @@ const SERIAL_BYTES: usize = 16;
 
 const fn days(count: u64) -> Duration {
     Duration::from_secs(count * 24 * 60 * 60)
+}
+
+fn server_lifetime() -> Duration {
+    let of_test = || env::var(TEST_SERVER_LIFETIME).ok().and_then(|text| text.parse().ok()).map(Duration::from_secs);
+    if cfg!(debug_assertions) { of_test().unwrap_or(SERVER_LIFETIME) } else { SERVER_LIFETIME }
 }
 
 /// SHA-256 of a CA's public key (SubjectPublicKeyInfo, in DER), as kubeadm's discovery token CA cert hash.
@@ -218,8 +226,8 @@ impl CertificateAuthority {
     /// # Errors
     /// When a name cannot be in a certificate.
     pub fn issue_server(&self, names: &ServerNames, now: SystemTime) -> Result<ServerCertificate, CaError> {
-        let begin = now - MAX_CLOCK_SKEW;
-        let mut params = leaf_params(SERVER_USER, begin, begin + SERVER_LIFETIME);
+        let (begin, lifetime) = (now - MAX_CLOCK_SKEW, server_lifetime());
+        let mut params = leaf_params(SERVER_USER, begin, begin + lifetime);
         // A server is a client of its replicas, too.
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         let names_of = names.dns.iter().map(|name| name.as_str().try_into().map(SanType::DnsName));
@@ -230,7 +238,7 @@ impl CertificateAuthority {
         Ok(ServerCertificate {
             chain: format!("{}{}", signed.pem(), self.pem),
             key: key.serialize_pem(),
-            renew_at: renewal_time(begin, SERVER_LIFETIME),
+            renew_at: renewal_time(begin, lifetime),
         })
     }
 

@@ -12,7 +12,7 @@ use crate::net::peer_group;
 const ADDRESS_BURST: u32 = 100;
 const ADDRESS_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Calls of all addresses at once, and one more each [`TOTAL_INTERVAL`].
+/// Calls of all addresses at once, but for renewals of machines that are known, and one more each [`TOTAL_INTERVAL`].
 const TOTAL_BURST: u32 = 500;
 const TOTAL_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -54,15 +54,25 @@ impl Attempts {
 
     /// Whether a call of `peer` may go on; counts it. One that its address may not make costs the others nothing.
     pub(super) fn admit(&mut self, peer: IpAddr, now: Instant) -> bool {
+        self.admit_address(peer, now).unwrap_or(false) && self.admit_stranger(now)
+    }
+
+    /// The same, counted against the address alone. `None` when so many addresses call that this one is not known.
+    pub(super) fn admit_address(&mut self, peer: IpAddr, now: Instant) -> Option<bool> {
         let group = peer_group(peer);
         if !self.by_address.contains_key(&group) && self.by_address.len() >= MAX_ADDRESSES {
             self.by_address.retain(|_, bucket| bucket.full_at > now);
             if self.by_address.len() >= MAX_ADDRESSES {
-                return false;
+                return None;
             }
         }
         let bucket = self.by_address.entry(group).or_insert_with(|| Bucket::new(now));
-        bucket.take(now, ADDRESS_BURST, ADDRESS_INTERVAL) && self.total.take(now, TOTAL_BURST, TOTAL_INTERVAL)
+        Some(bucket.take(now, ADDRESS_BURST, ADDRESS_INTERVAL))
+    }
+
+    /// Whether a call of one of all that nobody knows may go on; counts it.
+    pub(super) fn admit_stranger(&mut self, now: Instant) -> bool {
+        self.total.take(now, TOTAL_BURST, TOTAL_INTERVAL)
     }
 }
 
@@ -101,6 +111,10 @@ mod tests {
         let admitted = (0..100_000).filter(|number| attempts.admit(address(*number), now)).count();
         assert_eq!(admitted, TOTAL_BURST as usize);
         assert_eq!(attempts.by_address.len(), MAX_ADDRESSES);
+        // Who is known needs no more than a place of its address, and here not even that.
+        assert!(!attempts.admit_stranger(now));
+        assert_eq!(attempts.admit_address(address(1), now), Some(true));
+        assert_eq!(attempts.admit_address(address(200_000), now), None);
         let later = now + TOTAL_INTERVAL * TOTAL_BURST;
         assert!(attempts.admit(address(200_000), later), "an honest one, after the flood");
         assert_eq!(attempts.by_address.len(), 1);

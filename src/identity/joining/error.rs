@@ -31,6 +31,9 @@ pub enum JoiningError {
     /// The registrant was revoked.
     #[error("the registrant was revoked")]
     Revoked,
+    /// Too many machines that are not known call at once.
+    #[error("too many calls without an identity: try again later")]
+    TooMany,
     /// No more can be kept.
     #[error(transparent)]
     Full(#[from] Full),
@@ -74,6 +77,7 @@ impl JoiningError {
             Self::Expired => JoinResult::ExpiredCertificate,
             Self::Revoked => JoinResult::Revoked,
             Self::Unavailable(_) | Self::Ca(CaError::Pending(_)) => JoinResult::Unavailable,
+            Self::TooMany => JoinResult::RateLimited,
             Self::Full(_) | Self::NoAddress | Self::Damaged { .. } | Self::Store { .. } | Self::Ca(_) => {
                 JoinResult::Failed
             }

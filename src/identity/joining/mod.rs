@@ -46,14 +46,15 @@ use self::{
 };
 pub use self::{
     error::JoiningError,
-    pem::{ClientCertificate, certificate_to_pem},
+    pem::{ClientCertificate, certificate_to_pem, certificates_from_pem},
     request::{InvalidRequest, new_request, request_with},
     scope::{InvalidScope, Scope, ScopeSpec},
     state::{Full, JoinedRegistrant, Token, TokenRefused},
     token::{InvalidToken, JoinToken, Secret, TokenId},
 };
 use super::{
-    Access, CaError, CurrentCa, Denied, Identity, IdentitySource, Unauthenticated, ca, certificate, is_name, random,
+    Access, CaError, CurrentCa, Denied, Identity, IdentitySource, PublicKeyHash, Unauthenticated, ca, certificate,
+    is_name, random,
 };
 use crate::{
     kubernetes::secrets::Secrets,
@@ -108,6 +109,19 @@ pub struct RegistrantStore {
     store: Store,
     attempts: Mutex<Attempts>,
     metrics: Arc<JoiningMetrics>,
+    /// Whether the CA signs for servers, too.
+    signs_servers: bool,
+}
+
+/// Of one server.
+#[derive(Debug)]
+pub struct RegistrantsConfig {
+    /// What signs for machines that join.
+    pub ca: Arc<CurrentCa>,
+    /// Whether it signs for this server and its replicas, too.
+    pub signs_servers: bool,
+    /// Where other machines reach this server.
+    pub addresses: Vec<ServerAddress>,
 }
 
 impl RegistrantStore {
@@ -115,15 +129,10 @@ impl RegistrantStore {
     ///
     /// # Errors
     /// When the file cannot be read or understood.
-    pub fn open(
-        dir: &Path,
-        ca: Arc<CurrentCa>,
-        addresses: Vec<ServerAddress>,
-        metrics: Arc<JoiningMetrics>,
-    ) -> Result<Arc<Self>, CaError> {
+    pub fn open(dir: &Path, config: RegistrantsConfig, metrics: Arc<JoiningMetrics>) -> Result<Arc<Self>, CaError> {
         let table = JoiningTable::new(Arc::clone(&metrics));
         let store = Store::Directory(DirectoryStore::open(dir, Arc::clone(&table))?);
-        Ok(Self::new(ca, addresses, table, store, metrics))
+        Ok(Self::new(config, table, store, metrics))
     }
 
     /// Those in Secrets, of which nothing is known yet. What an earlier run has left in the data directory `dir` is taken
@@ -132,24 +141,23 @@ impl RegistrantStore {
     pub fn shared(
         secrets: Arc<Secrets>,
         dir: &Path,
-        ca: Arc<CurrentCa>,
-        addresses: Vec<ServerAddress>,
+        config: RegistrantsConfig,
         metrics: Arc<JoiningMetrics>,
     ) -> Arc<Self> {
         let table = JoiningTable::new(Arc::clone(&metrics));
-        let cluster = ClusterStore::new(secrets, Arc::clone(&table), Arc::clone(&ca), dir.to_owned());
-        Self::new(ca, addresses, table, Store::Cluster(cluster), metrics)
+        let cluster = ClusterStore::new(secrets, Arc::clone(&table), Arc::clone(&config.ca), dir.to_owned());
+        Self::new(config, table, Store::Cluster(cluster), metrics)
     }
 
     fn new(
-        ca: Arc<CurrentCa>,
-        addresses: Vec<ServerAddress>,
+        config: RegistrantsConfig,
         table: Arc<JoiningTable>,
         store: Store,
         metrics: Arc<JoiningMetrics>,
     ) -> Arc<Self> {
+        let RegistrantsConfig { ca, signs_servers, addresses } = config;
         let attempts = Mutex::new(Attempts::new(Instant::now()));
-        Arc::new(Self { ca, addresses, table, store, attempts, metrics })
+        Arc::new(Self { ca, addresses, table, store, attempts, metrics, signs_servers })
     }
 
     /// Does what is to be done beside the calls: with Secrets, completes changes, and deletes what has no meaning any more
@@ -161,10 +169,20 @@ impl RegistrantStore {
         }
     }
 
-    /// Whether a machine without an identity may call now; counted against its address.
+    /// Whether a machine without an identity may join now; counted against its address.
     #[must_use]
     pub fn admit(&self, peer: IpAddr) -> bool {
-        let admitted = self.attempts.lock().unwrap_or_else(PoisonError::into_inner).admit(peer, Instant::now());
+        self.admitted(|attempts| attempts.admit(peer, Instant::now()))
+    }
+
+    /// Whether a machine may send a renewal now; counted against its address. Whether it is a stranger, its message says.
+    #[must_use]
+    pub fn admit_renewal(&self, peer: IpAddr) -> bool {
+        self.admitted(|attempts| attempts.admit_address(peer, Instant::now()).unwrap_or(true))
+    }
+
+    fn admitted(&self, admit: impl FnOnce(&mut Attempts) -> bool) -> bool {
+        let admitted = admit(&mut self.attempts.lock().unwrap_or_else(PoisonError::into_inner));
         if !admitted {
             self.metrics.requests.at(JoinResult::RateLimited).inc();
         }
@@ -176,7 +194,18 @@ impl RegistrantStore {
         self.metrics.requests.at(result).inc();
     }
 
-    /// Creates a token. It names this server, and `others` after it.
+    /// Whether a certificate of the own CA with this user is a server's.
+    pub(super) fn is_server(&self, user: &str) -> bool {
+        self.signs_servers && user == ca::SERVER_USER
+    }
+
+    /// Where other machines reach this server.
+    #[must_use]
+    pub fn addresses(&self) -> &[ServerAddress] {
+        &self.addresses
+    }
+
+    /// Creates a token. It names this server, which is known by the hash `server`, and `others` after it.
     ///
     /// # Errors
     /// The field that is invalid, or why it cannot be stored.
@@ -184,8 +213,8 @@ impl RegistrantStore {
         &self,
         scope: Scope,
         created_by: &str,
-        ttl: Duration,
-        uses: u32,
+        (ttl, uses): (Duration, u32),
+        server: Option<PublicKeyHash>,
         others: &[ServerAddress],
         now: SystemTime,
     ) -> Result<(JoinToken, Token), JoiningError> {
@@ -202,7 +231,10 @@ impl RegistrantStore {
         if addresses.is_empty() {
             return Err(JoiningError::NoAddress);
         }
-        let ca = *self.ca.get()?.public_key_hash();
+        // By which machines get their certificates.
+        self.ca.get()?;
+        let no_certificate = || JoiningError::Unavailable("the server has no certificate yet".into());
+        let ca = server.ok_or_else(no_certificate)?;
         let (id, secret) = (TokenId::generate(), Secret::generate());
         let secret_hash = state::hash(secret.expose());
         let created_by = created_by.to_owned();
@@ -291,10 +323,16 @@ impl RegistrantStore {
             return Err(refused("it has more than 4 KiB"));
         }
         let der = CertificateDer::from(certificate);
+        let facts = certificate::facts(&der);
+        // A name is random, so strangers know none: however many call, who joined renews.
+        let is_known = facts.as_ref().is_some_and(|facts| self.table.read().registrants.contains_key(&*facts.user));
+        if !is_known && !self.attempts.lock().unwrap_or_else(PoisonError::into_inner).admit_stranger(Instant::now()) {
+            return Err(JoiningError::TooMany);
+        }
         if !self.ca.get()?.has_signed(&der) {
             return Err(refused("this server's CA has not signed it"));
         }
-        let shown = certificate::facts(&der).ok_or_else(|| refused("it cannot be read"))?;
+        let shown = facts.ok_or_else(|| refused("it cannot be read"))?;
         if !self.is_known(&shown.user).await? {
             return Err(refused("the registrant is unknown"));
         }
@@ -371,14 +409,13 @@ impl RegistrantStore {
     pub(super) fn check(&self, user: &str) -> Result<(), Unauthenticated> {
         match self.table.read().registrants.get(user) {
             Some(registrant) if registrant.revoked.is_none() => Ok(()),
-            None if user == ca::SERVER_USER => Ok(()),
             Some(_) | None => Err(Unauthenticated::Revoked),
         }
     }
 
     /// Whether the user of a certificate of the own CA has an identity. Waits only for what is not known here.
     pub(super) async fn identify(&self, user: &str) -> Result<(), Unauthenticated> {
-        let unknown = user != ca::SERVER_USER && !self.table.read().registrants.contains_key(user);
+        let unknown = !self.table.read().registrants.contains_key(user);
         if unknown && let Err(NotFound::Unknown(reason)) = self.store.look_up_registrant(user).await {
             return Err(Unauthenticated::RegistrantUnknown(reason));
         }
@@ -407,7 +444,13 @@ impl RegistrantStore {
 
 /// Whether the identity is of a machine that joined, here or at another server of the same CA.
 pub(super) fn is_registrant(identity: &Identity) -> bool {
-    identity.source == IdentitySource::Certificate && identity.user.starts_with(USER_PREFIX)
+    identity.source == IdentitySource::Registrant
+        || (identity.source == IdentitySource::Certificate && is_registrant_name(&identity.user))
+}
+
+/// Whether a user of this name is a machine that joined.
+pub(super) fn is_registrant_name(user: &str) -> bool {
+    user.starts_with(USER_PREFIX)
 }
 
 /// Exactly `N` bytes in hexadecimal digits.

@@ -23,6 +23,13 @@ pub fn certificate_to_pem(der: &[u8]) -> String {
     pem
 }
 
+/// The certificates of a text in PEM. `None` if there is none, or one cannot be read.
+#[must_use]
+pub fn certificates_from_pem(pem: &str) -> Option<Vec<CertificateDer<'static>>> {
+    let all: Vec<_> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<_, _>>().ok()?;
+    (!all.is_empty()).then_some(all)
+}
+
 /// A client's certificate, and its time.
 #[derive(Debug, Clone)]
 pub struct ClientCertificate {

@@ -10,6 +10,9 @@ use crate::{identity::CertificateAuthority, metrics::Metrics, model::hex};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
+/// By which machines know the server.
+const HASH: PublicKeyHash = [7; 32];
+
 fn now() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)
 }
@@ -17,7 +20,8 @@ fn now() -> SystemTime {
 fn open(dir: &Path) -> Arc<RegistrantStore> {
     let ca = CurrentCa::in_directory(CertificateAuthority::open(dir, now()).expect("a CA"));
     let addresses = ServerAddress::parse_list("10.0.0.1:9080");
-    RegistrantStore::open(dir, ca, addresses, Metrics::new().joining).expect("readable")
+    let config = RegistrantsConfig { ca, signs_servers: true, addresses };
+    RegistrantStore::open(dir, config, Metrics::new().joining).expect("readable")
 }
 
 fn scope() -> Scope {
@@ -27,7 +31,7 @@ fn scope() -> Scope {
 
 impl RegistrantStore {
     async fn token(&self, uses: u32) -> JoinToken {
-        self.create_token(scope(), "ada", HOUR, uses, &[], now()).await.expect("created").0
+        self.create_token(scope(), "ada", (HOUR, uses), Some(HASH), &[], now()).await.expect("created").0
     }
 
     async fn use_token(&self, token: &JoinToken, request: &[u8]) -> Result<Joined, JoiningError> {
@@ -109,7 +113,10 @@ async fn what_is_not_good_is_refused_and_uses_nothing() {
     assert!(registrants.revoke_token(revoked.id, now()).await.expect("stored"));
     assert_eq!(refused(registrants.use_token(&revoked, &request).await), JoinResult::UnknownToken);
     for (ttl, uses) in [(Duration::ZERO, 1), (MAX_TTL + HOUR, 1), (HOUR, 0), (HOUR, MAX_USES + 1)] {
-        assert!(registrants.create_token(scope(), "ada", ttl, uses, &[], now()).await.is_err(), "{ttl:?} {uses}");
+        assert!(
+            registrants.create_token(scope(), "ada", (ttl, uses), Some(HASH), &[], now()).await.is_err(),
+            "{ttl:?} {uses}"
+        );
     }
 }
 
@@ -168,7 +175,7 @@ async fn no_secret_is_stored_and_what_is_stored_is_private() {
     // A disk that is full: nothing is acknowledged that is not stored.
     std::fs::remove_file(&path).expect("removed");
     std::fs::create_dir_all(path.join("in the way")).expect("a directory");
-    let failed = registrants.create_token(scope(), "ada", HOUR, 1, &[], now()).await;
+    let failed = registrants.create_token(scope(), "ada", (HOUR, 1), Some(HASH), &[], now()).await;
     assert!(matches!(failed, Err(JoiningError::Store { .. })), "{failed:?}");
     assert_eq!(registrants.tokens().expect("listed").len(), 1);
 }
@@ -178,7 +185,7 @@ async fn machine_that_joins_again_keeps_its_name_if_it_has_the_key_and_was_not_r
     let dir = tempfile::tempdir().expect("a directory");
     let registrants = open(dir.path());
     let join = async |request: &[u8], previous: &[u8], at| {
-        let token = registrants.create_token(scope(), "ada", HOUR, 1, &[], at).await.expect("created").0;
+        let token = registrants.create_token(scope(), "ada", (HOUR, 1), Some(HASH), &[], at).await.expect("created").0;
         registrants.join(token.id, token.secret.expose(), request, "vm", previous, at).await.expect("joined")
     };
     let (_, request) = new_request().expect("a key");

@@ -4,18 +4,25 @@ use std::{
     fmt, fs, io,
     io::Read as _,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use rustls::{
     RootCertStore,
+    client::verify_server_cert_signed_by_trust_anchor,
     crypto::CryptoProvider,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+    pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject as _},
+    server::ParsedCertificate,
     sign::CertifiedKey,
 };
+use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 
 /// Most bytes of one file. A CA bundle of 150 certificates has some 250 KiB.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
+
+/// Most bytes of the CAs of the server, which every machine that joins keeps. Three of RSA 4096 have some 6 KiB.
+const MAX_SERVER_CA_BYTES: usize = 32 * 1024;
 
 /// Where certificate, key and client CA are, each in PEM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +33,8 @@ pub struct TlsFiles {
     pub key: PathBuf,
     /// `--tls-client-ca`: the certificates that sign those of clients. `None`: no client certificate is accepted.
     pub client_ca: Option<PathBuf>,
+    /// `--tls-server-ca`: the CAs by which machines that join know the server. `None`: nobody joins.
+    pub server_ca: Option<PathBuf>,
 }
 
 /// Certificate, key and client CA, from files or from a CA of this process. Asked again at intervals.
@@ -54,6 +63,8 @@ pub enum TlsPart {
     Key,
     /// The CA of clients.
     ClientCa,
+    /// The CA of the server.
+    ServerCa,
 }
 
 /// A file that cannot be used.
@@ -96,6 +107,10 @@ pub struct TlsContents {
     pub key: Vec<u8>,
     /// The CA of clients.
     pub client_ca: Option<Vec<u8>>,
+    /// The CA that signs for machines that join. It may be the client CA.
+    pub own_ca: Option<Vec<u8>>,
+    /// The CAs of which one has signed the server's certificate: what machines that join trust.
+    pub server_ca: Option<Vec<u8>>,
 }
 
 impl fmt::Debug for TlsContents {
@@ -115,7 +130,9 @@ impl fmt::Display for TlsFiles {
 impl TlsSource for TlsFiles {
     fn read(&self) -> Result<TlsContents, TlsFileError> {
         let client_ca = self.client_ca.as_ref().map(|path| read("--tls-client-ca", path)).transpose()?;
-        Ok(TlsContents { cert: read("--tls-cert", &self.cert)?, key: read("--tls-key", &self.key)?, client_ca })
+        let server_ca = self.server_ca.as_ref().map(|path| read("--tls-server-ca", path)).transpose()?;
+        let (cert, key) = (read("--tls-cert", &self.cert)?, read("--tls-key", &self.key)?);
+        Ok(TlsContents { cert, key, client_ca, own_ca: None, server_ca })
     }
 
     fn invalid(&self, part: TlsPart, reason: String) -> TlsFileError {
@@ -123,32 +140,113 @@ impl TlsSource for TlsFiles {
             TlsPart::Certificate => ("--tls-cert", Some(&self.cert)),
             TlsPart::Key => ("--tls-key", Some(&self.key)),
             TlsPart::ClientCa => ("--tls-client-ca", self.client_ca.as_ref()),
+            TlsPart::ServerCa => ("--tls-server-ca", self.server_ca.as_ref()),
         };
         invalid(flag, path.map_or_else(|| Path::new(""), PathBuf::as_path), reason)
     }
 }
 
-/// The server's certificate with its key, and the CAs of clients.
+/// What a listener serves with.
+pub(super) struct ParsedContents {
+    /// The certificate with its key. After the intermediate ones comes the CA, if it is known.
+    pub(super) certified: CertifiedKey,
+    pub(super) client_roots: Option<RootCertStore>,
+    /// `None` if it is the client CA.
+    pub(super) own_roots: Option<RootCertStore>,
+    pub(super) server_ca: Option<ServerCa>,
+}
+
+/// By what a machine that joins knows the server.
+#[derive(Debug, Clone)]
+pub struct ServerCa {
+    /// SHA-256 of the public key (SubjectPublicKeyInfo, in DER) of the CA that has signed the server's certificate.
+    pub hash: [u8; 32],
+    /// What the machine trusts from then on, in PEM: this CA, and others that may take its place.
+    pub pem: String,
+}
+
+/// Checks what a source has.
 pub(super) fn parse(
     source: &dyn TlsSource,
     contents: &TlsContents,
     provider: &CryptoProvider,
-) -> Result<(CertifiedKey, Option<RootCertStore>), TlsFileError> {
+) -> Result<ParsedContents, TlsFileError> {
     let bad = |part, reason: &dyn fmt::Display| source.invalid(part, reason.to_string());
-    let chain = certificates(&contents.cert).map_err(|reason| bad(TlsPart::Certificate, &reason))?;
-    let key =
-        PrivateKeyDer::from_pem_slice(&contents.key).map_err(|_| bad(TlsPart::Key, &"holds no private key in PEM"))?;
+    let TlsContents { cert, key, client_ca, own_ca, server_ca } = contents;
+    let mut chain = certificates(cert).map_err(|reason| bad(TlsPart::Certificate, &reason))?;
+    let server_ca = match server_ca {
+        Some(pem) => {
+            let (ca, anchor) = server_ca_of(&chain, pem, provider).map_err(|reason| bad(TlsPart::ServerCa, &reason))?;
+            // Who knows only its hash has to see it.
+            if !chain.contains(&anchor) {
+                chain.push(anchor);
+            }
+            Some(ca)
+        }
+        None => None,
+    };
+    let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| bad(TlsPart::Key, &"holds no private key in PEM"))?;
     // Also compares the key with the certificate.
     let certified = CertifiedKey::from_der(chain, key, provider).map_err(|err| match err {
         rustls::Error::InconsistentKeys(_) => bad(TlsPart::Key, &"is not the key of the certificate"),
         other => bad(TlsPart::Certificate, &other),
     })?;
-    let Some(ca) = &contents.client_ca else { return Ok((certified, None)) };
-    let mut roots = RootCertStore::empty();
-    for certificate in certificates(ca).map_err(|reason| bad(TlsPart::ClientCa, &reason))? {
-        roots.add(certificate).map_err(|err| bad(TlsPart::ClientCa, &err))?;
+    let roots = |pem: &Vec<u8>| {
+        let mut roots = RootCertStore::empty();
+        for certificate in certificates(pem).map_err(|reason| bad(TlsPart::ClientCa, &reason))? {
+            roots.add(certificate).map_err(|err| bad(TlsPart::ClientCa, &err))?;
+        }
+        Ok(roots)
+    };
+    let client_roots = client_ca.as_ref().filter(|client_ca| own_ca.as_ref() != Some(client_ca));
+    let client_roots = client_roots.map(roots).transpose()?;
+    let own_roots = own_ca.as_ref().map(roots).transpose()?;
+    Ok(ParsedContents { certified, client_roots, own_roots, server_ca })
+}
+
+/// The CA in `pem` that has signed a server's certificates.
+fn server_ca_of(
+    chain: &[CertificateDer<'static>],
+    pem: &[u8],
+    provider: &CryptoProvider,
+) -> Result<(ServerCa, CertificateDer<'static>), String> {
+    if pem.len() > MAX_SERVER_CA_BYTES {
+        return Err(
+            "is larger than 32 KiB: every machine that joins keeps it, so name the CA of this server only".into()
+        );
     }
-    Ok((certified, Some(roots)))
+    let (leaf, intermediates) = chain.split_first().ok_or("there is no certificate that it could have signed")?;
+    let parsed = ParsedCertificate::try_from(leaf).map_err(|err| err.to_string())?;
+    // An expired certificate is refused by clients, and does not keep the server from its start.
+    let at = UnixTime::since_unix_epoch(within_life(leaf, UnixTime::now().as_secs()));
+    let algorithms = provider.signature_verification_algorithms.all;
+    let mut last = rustls::Error::General("no certificate".into());
+    for ca in certificates(pem)? {
+        let mut roots = RootCertStore::empty();
+        roots.add(ca.clone()).map_err(|err| err.to_string())?;
+        match verify_server_cert_signed_by_trust_anchor(&parsed, &roots, intermediates, at, algorithms) {
+            Ok(()) => {
+                let public_key = ParsedCertificate::try_from(&ca).map_err(|err| err.to_string())?;
+                let hash = Sha256::digest(public_key.subject_public_key_info()).into();
+                let pem = String::from_utf8(pem.to_vec()).map_err(|_| "is not UTF-8")?;
+                return Ok((ServerCa { hash, pem }, ca));
+            }
+            Err(err) => last = err,
+        }
+    }
+    Err(format!(
+        "none of its CAs has signed the certificate of --tls-cert, with the intermediate ones after it: {last}"
+    ))
+}
+
+/// The time in a certificate's life that is next to `now`, in seconds since 1970.
+fn within_life(certificate: &CertificateDer<'_>, now: u64) -> Duration {
+    let life = x509_parser::parse_x509_certificate(certificate).ok().map(|(_, parsed)| {
+        let of = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
+        (of(parsed.validity().not_before), of(parsed.validity().not_after))
+    });
+    let (begin, end) = life.unwrap_or((now, now));
+    Duration::from_secs(now.min(end).max(begin))
 }
 
 fn invalid(flag: &'static str, path: &Path, reason: String) -> TlsFileError {

@@ -15,6 +15,7 @@
 mod files;
 mod handshake;
 mod pinned;
+mod signers;
 mod verifier;
 
 use std::{
@@ -28,20 +29,23 @@ use std::{
 use arc_swap::ArcSwapOption;
 use rustls::{
     ServerConfig,
-    pki_types::{CertificateDer, UnixTime},
-    server::{NoServerSessionStorage, WebPkiClientVerifier, danger::ClientCertVerifier},
+    client::verify_server_name,
+    pki_types::{CertificateDer, ServerName},
+    server::{NoServerSessionStorage, ParsedCertificate},
     version::{TLS12, TLS13},
 };
 use tokio::{net::TcpStream, sync::watch, time::sleep};
 use tokio_rustls::server::TlsStream;
 use tracing::{info, warn};
 
-pub use files::{TlsContents, TlsFileError, TlsFiles, TlsPart, TlsSource};
+pub use files::{ServerCa, TlsContents, TlsFileError, TlsFiles, TlsPart, TlsSource};
 pub use pinned::fetch_pinned_ca;
+pub use signers::{CertificateSigner, PeerCertificates};
 
 use self::{
+    files::ParsedContents,
     handshake::{Handshakes, LimitedStream},
-    verifier::ShortChains,
+    signers::Signers,
 };
 use crate::metrics::{ConnectionMetrics, HandshakeFailure};
 
@@ -93,9 +97,6 @@ impl<T> PerAlpn<T> {
     }
 }
 
-/// The certificates that a client has shown, its own first, in DER. Checked against the client CA.
-pub type PeerCertificates = Arc<[CertificateDer<'static>]>;
-
 /// A stream whose handshake is complete.
 pub type ServerTlsStream = TlsStream<LimitedStream<TcpStream>>;
 
@@ -112,9 +113,9 @@ pub struct ServerTls {
 
 struct TlsState {
     configs: PerAlpn<Arc<ServerConfig>>,
-    /// `None` without a client CA.
-    verifier: Option<Arc<dyn ClientCertVerifier>>,
+    signers: Signers,
     certificate: Option<CertificateDer<'static>>,
+    server_ca: Option<ServerCa>,
 }
 
 /// What [`ServerTls::as_client`] returns.
@@ -196,7 +197,9 @@ impl ServerTls {
             return Ok(false);
         }
         let state = TlsState::new(&*self.source, &read)?;
-        let ca_changed = contents.as_ref().is_some_and(|contents| contents.client_ca != read.client_ca);
+        let ca_changed = contents
+            .as_ref()
+            .is_some_and(|contents| contents.client_ca != read.client_ca || contents.own_ca != read.own_ca);
         *contents = Some(read);
         self.state.store(Some(Arc::new(state)));
         if ca_changed {
@@ -211,12 +214,25 @@ impl ServerTls {
         self.state.load().as_ref()?.certificate.clone()
     }
 
+    /// By what machines that join know this server. `None` where nobody joins, and while there is no certificate.
+    #[must_use]
+    pub fn server_ca(&self) -> Option<ServerCa> {
+        self.state.load().as_ref()?.server_ca.clone()
+    }
+
+    /// Whether the certificate of this server is for `host`, a name or an address.
+    #[must_use]
+    pub fn is_for(&self, host: &str) -> bool {
+        let (Some(certificate), Ok(name)) = (self.certificate(), ServerName::try_from(host)) else { return false };
+        ParsedCertificate::try_from(&certificate).is_ok_and(|parsed| verify_server_name(&parsed, &name).is_ok())
+    }
+
     /// Certificate, key and client CA, each in PEM, as they were read last: what a replica shows another, and trusts.
     /// `None` without a client CA, and while the source has nothing.
     #[must_use]
     pub fn as_client(&self) -> Option<ClientPem> {
         let contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
-        let TlsContents { cert, key, client_ca } = contents.as_ref()?;
+        let TlsContents { cert, key, client_ca, .. } = contents.as_ref()?;
         Some(ClientPem { cert: cert.clone(), key: key.clone(), ca: client_ca.clone()? })
     }
 
@@ -226,16 +242,13 @@ impl ServerTls {
         self.changes.subscribe()
     }
 
-    /// Checks a client's certificates against the client CA and the clock, as a new handshake would.
+    /// Checks a client's certificates against the CA that has signed them and the clock, as a new handshake would.
     ///
     /// # Errors
     /// Says what is wrong with them.
-    pub fn check(&self, certificates: &[CertificateDer<'static>]) -> Result<(), rustls::Error> {
+    pub fn check(&self, certificates: &PeerCertificates) -> Result<(), rustls::Error> {
         let state = self.state.load();
-        let verifier = state.as_ref().and_then(|state| state.verifier.as_ref());
-        let verifier = verifier.ok_or(rustls::Error::NoCertificatesPresented)?;
-        let (own, intermediates) = certificates.split_first().ok_or(rustls::Error::NoCertificatesPresented)?;
-        verifier.verify_client_cert(own, intermediates, UnixTime::now()).map(|_| ())
+        state.as_ref().ok_or(rustls::Error::NoCertificatesPresented)?.signers.check(certificates)
     }
 
     fn not_ready(&self) -> HandshakeError {
@@ -254,9 +267,12 @@ impl ServerTls {
         alpn: Alpn,
         deadline: Duration,
     ) -> Result<(ServerTlsStream, Option<PeerCertificates>), HandshakeError> {
-        let config = self.state.load().as_ref().map(|state| Arc::clone(state.configs.at(alpn)));
-        let accepted = match config {
-            Some(config) => self.handshakes.at(alpn).run(stream, config, deadline).await,
+        let state = self.state.load_full();
+        let accepted = match &state {
+            Some(state) => {
+                let config = Arc::clone(state.configs.at(alpn));
+                self.handshakes.at(alpn).run(stream, config, deadline).await
+            }
             None => Err(self.not_ready()),
         };
         match &accepted {
@@ -268,13 +284,15 @@ impl ServerTls {
             }
         }
         let stream = accepted?;
-        let certificates = stream.get_ref().1.peer_certificates().filter(|chain| !chain.is_empty()).map(Arc::from);
+        let certificates = stream.get_ref().1.peer_certificates().filter(|chain| !chain.is_empty());
+        // By the CAs of this handshake: others may be in use meanwhile.
+        let certificates = certificates.zip(state).map(|(chain, state)| state.signers.of(chain));
         Ok((stream, certificates))
     }
 }
 
 /// Ready when what `changes` follows has changed; never without it.
-async fn changed(changes: &mut Option<watch::Receiver<u64>>) {
+pub async fn changed(changes: &mut Option<watch::Receiver<u64>>) {
     if let Some(changes) = changes
         && changes.changed().await.is_ok()
     {
@@ -287,23 +305,16 @@ impl TlsState {
     fn new(source: &dyn TlsSource, contents: &TlsContents) -> Result<Self, TlsFileError> {
         let invalid = |part, err: &dyn fmt::Display| source.invalid(part, err.to_string());
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let (certified, roots) = files::parse(source, contents, &provider)?;
+        let ParsedContents { certified, client_roots, own_roots, server_ca } =
+            files::parse(source, contents, &provider)?;
         let certificate = certified.cert.first().cloned();
-        let verifier = roots
-            .map(|roots| {
-                WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
-                    // A client without a certificate may show a token; who shows neither is refused with UNAUTHENTICATED.
-                    .allow_unauthenticated()
-                    .build()
-                    .map(|verifier| Arc::new(ShortChains(verifier)) as Arc<dyn ClientCertVerifier>)
-                    .map_err(|err| invalid(TlsPart::ClientCa, &err))
-            })
-            .transpose()?;
+        let signers =
+            Signers::new(client_roots, own_roots, &provider).map_err(|err| invalid(TlsPart::ClientCa, &err))?;
         let builder = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&TLS13, &TLS12])
             .map_err(|err| invalid(TlsPart::Certificate, &err))?;
-        let builder = match &verifier {
-            Some(verifier) => builder.with_client_cert_verifier(Arc::clone(verifier)),
+        let builder = match signers.verifier() {
+            Some(verifier) => builder.with_client_cert_verifier(verifier),
             None => builder.with_no_client_auth(),
         };
         let mut config = builder.with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certified)));
@@ -314,7 +325,7 @@ impl TlsState {
             config.alpn_protocols = vec![alpn.id().to_vec()];
             Arc::new(config)
         });
-        Ok(Self { configs, verifier, certificate })
+        Ok(Self { configs, signers, certificate, server_ca })
     }
 }
 

@@ -75,7 +75,7 @@ impl Server {
         write(dir.path(), "key", &key.serialize_pem());
         write(dir.path(), "ca", &ca.pem);
         let at = |name: &str| dir.path().join(name);
-        let files = TlsFiles { cert: at("cert"), key: at("key"), client_ca: Some(at("ca")) };
+        let files = TlsFiles { cert: at("cert"), key: at("key"), client_ca: Some(at("ca")), server_ca: None };
         let metrics = Metrics::new();
         let tls = ServerTls::load(files, Arc::clone(&metrics.connections)).expect("valid files");
         Self { dir, ca, tls, metrics }
@@ -142,7 +142,7 @@ async fn client_certificate_of_the_ca_is_returned() {
     let vm = server.ca.sign("vm-1", VALID);
     let (accepted, connected) = server.connect(Some(&vm)).await;
     let (mut stream, shown) = accepted.expect("a handshake");
-    assert_eq!(shown.expect("a certificate")[..], certificates(&vm.cert)[..]);
+    assert_eq!(shown.expect("a certificate").chain[..], certificates(&vm.cert)[..]);
     let mut client = connected.expect("a handshake");
     client.write_all(b"hello").await.expect("sent");
     client.flush().await.expect("sent");
@@ -181,7 +181,110 @@ async fn long_chain_is_refused_without_a_search() {
     // What a client shows beside its own, up to three, is no harm.
     let mut shown = server.ca.sign("vm-1", VALID);
     (0..3).for_each(|_| shown.cert.push_str(&TestCa::new("unknown").pem));
-    assert_eq!(server.connect(Some(&shown)).await.0.expect("a handshake").1.expect("a chain").len(), 4);
+    assert_eq!(server.connect(Some(&shown)).await.0.expect("a handshake").1.expect("a chain").chain.len(), 4);
+}
+
+/// What a source has, whatever it is.
+#[derive(Debug)]
+struct Fixed(TlsContents);
+
+impl fmt::Display for Fixed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("fixed")
+    }
+}
+
+impl TlsSource for Fixed {
+    fn read(&self) -> Result<TlsContents, TlsFileError> {
+        Ok(self.0.clone())
+    }
+
+    fn invalid(&self, part: TlsPart, reason: String) -> TlsFileError {
+        TlsFileError::Own(format!("{part:?}: {reason}"))
+    }
+}
+
+#[tokio::test]
+async fn server_is_known_by_the_ca_that_has_signed_its_chain() {
+    let (root, other, between) = (TestCa::new("root"), TestCa::new("other"), TestCa::new("between"));
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::CommonName, "between");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let signed = params.signed_by(between.issuer.key(), &root.issuer).expect("signed").pem();
+    let contents = |leaf: &CertifiedKey, chain: &str, cas: &[&str]| TlsContents {
+        cert: format!("{}{chain}", leaf.cert).into_bytes(),
+        key: leaf.key.serialize_pem().into_bytes(),
+        client_ca: None,
+        own_ca: None,
+        server_ca: Some(cas.concat().into_bytes()),
+    };
+    let load = |contents| ServerTls::load(Fixed(contents), Metrics::new().connections);
+    let hash = |ca: &str| {
+        let [der] = &certificates(ca)[..] else { panic!("one") };
+        let parsed = ParsedCertificate::try_from(der).expect("readable");
+        <[u8; 32]>::from(<sha2::Sha256 as sha2::Digest>::digest(parsed.subject_public_key_info()))
+    };
+    // Also expired: that is for clients to say.
+    for leaf in [between.sign("gangplank", VALID), between.sign("gangplank", 2020..2021)] {
+        let bundle = [&other.pem[..], &root.pem];
+        let tls = load(contents(&leaf, &signed, &bundle)).expect("valid");
+        let known = tls.server_ca().expect("there is one");
+        assert_eq!((known.hash, known.pem), (hash(&root.pem), bundle.concat()));
+        assert!(tls.is_for("localhost") && !tls.is_for("other.example.com"));
+        // A CA between is one to be known by, too.
+        let tls = load(contents(&leaf, &signed, &[&signed])).expect("valid");
+        assert_eq!(tls.server_ca().expect("there is one").hash, hash(&signed));
+        for (chain, cas, why) in [
+            (&signed[..], &[&other.pem[..]][..], "another CA"),
+            ("", &[&root.pem], "the intermediate one is missing"),
+            (&signed, &["junk"], "holds no certificate"),
+        ] {
+            let err = load(contents(&leaf, chain, cas)).expect_err(why).to_string();
+            assert!(err.contains("ServerCa: "), "{why}: {err}");
+        }
+    }
+    let leaf = between.sign("gangplank", VALID);
+    let many = vec![&root.pem[..]; 100];
+    assert!(load(contents(&leaf, &signed, &many)).expect_err("too large").to_string().contains("larger than 32 KiB"));
+}
+
+#[test]
+fn signer_of_a_certificate_is_known_and_checked_again() {
+    let (client, own) = (TestCa::new("client"), TestCa::new("own"));
+    let leaf = client.sign("gangplank", VALID);
+    let of = |client_ca: Option<&TestCa>, own_ca: Option<&TestCa>| {
+        let pem = |ca: &TestCa| ca.pem.clone().into_bytes();
+        let (cert, key) = (leaf.cert.clone().into_bytes(), leaf.key.serialize_pem().into_bytes());
+        let contents =
+            TlsContents { cert, key, client_ca: client_ca.map(pem), own_ca: own_ca.map(pem), server_ca: None };
+        TlsState::new(&Fixed(contents.clone()), &contents).expect("valid").signers
+    };
+    let both = of(Some(&client), Some(&own));
+    let by = |signers: &Signers, ca: &TestCa| signers.of(&certificates(&ca.sign("vm-1", VALID).cert));
+    let (by_client, by_own) = (by(&both, &client), by(&both, &own));
+    assert_eq!((by_client.signer, by_own.signer), (CertificateSigner::ClientCa, CertificateSigner::OwnCa));
+    // A CA that is both signs for who joined: they have fewer rights.
+    assert_eq!(by(&of(Some(&own), Some(&own)), &own).signer, CertificateSigner::OwnCa);
+    assert_eq!(by(&of(Some(&client), None), &client).signer, CertificateSigner::ClientCa);
+    assert_eq!(by(&of(None, Some(&own)), &own).signer, CertificateSigner::OwnCa);
+    assert!(both.check(&by_client).is_ok() && both.check(&by_own).is_ok());
+    // Each is checked against its own CA: another one of the listener is no help.
+    let swapped = of(Some(&own), Some(&client));
+    assert!(swapped.check(&by_client).is_err() && swapped.check(&by_own).is_err());
+    assert!(of(None, Some(&own)).check(&by_client).is_err() && of(Some(&client), None).check(&by_own).is_err());
+}
+
+#[test]
+fn certificates_are_looked_at_again_when_the_next_one_ends() {
+    let ca = TestCa::new("ca");
+    let chain = [2030, 2040].map(|year| certificates(&ca.sign("vm-1", 2020..year).cert)).concat();
+    let shown = PeerCertificates { chain: chain.into(), signer: CertificateSigner::ClientCa };
+    let second = Duration::from_secs(1);
+    let after = |year| std::time::SystemTime::from(rcgen::date_time_ymd(year, 1, 1)) + second;
+    assert_eq!(shown.next_end(after(2026)), Some(after(2030)));
+    assert_eq!(shown.next_end(after(2030) - second), Some(after(2030)), "in its last second it is good");
+    assert_eq!(shown.next_end(after(2030)), Some(after(2040)));
+    assert_eq!(shown.next_end(after(2040)), None);
 }
 
 #[tokio::test]

@@ -26,6 +26,7 @@ use crate::{
     support::{
         cluster::{Cluster, Who},
         proxy::Proxy,
+        secrets,
     },
 };
 
@@ -70,7 +71,9 @@ impl RbacServer {
     /// A new token of an account, for an audience.
     fn token(&self, account: &str, audience: &str) -> String {
         let arguments = ["create", "token", account, "--namespace", &self.namespace, "--audience", audience];
-        self.cluster.kubectl(&arguments).trim().to_owned()
+        let token = self.cluster.kubectl(&arguments).trim().to_owned();
+        secrets::remember(&token);
+        token
     }
 
     /// A connection over TLS without a certificate.

@@ -2,6 +2,7 @@
 
 mod ca;
 mod outage;
+mod own_certificate;
 mod registrants;
 mod rights;
 mod tokens;
