@@ -1,6 +1,7 @@
 //! Several gangplanks with one CA, whose tokens and registrants are Secrets of a real API server.
 
 mod ca;
+mod matrix;
 mod outage;
 mod own_certificate;
 mod registrants;
