@@ -58,6 +58,10 @@ impl CoreDns {
         Self::start(program, &corefile)
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The file that it reads.
     pub(crate) fn corefile(&self) -> PathBuf {
         self.dir.path().join("Corefile")

@@ -1,5 +1,5 @@
 //! Figures of the mirror and of replicas: our own DNS beside CoreDNS' kubernetes plugin on the slices that we write, a restore
-//! from slices alone, a take-over beside client-go's leader election, and what followers and slices cost.
+//! from slices alone, the way through CoreDNS, a take-over beside client-go's leader election, and what followers and slices cost.
 //!
 //! Figures are printed and never asserted: a timed test is flaky by design. The assertion is that
 //! everything arrives. `GANGPLANK_MIRROR_FIGURES` sets the rounds; `make mirror-figures` takes 200
@@ -8,6 +8,7 @@
 mod load;
 mod stored;
 mod take_over;
+mod through_coredns;
 mod visible;
 
 use std::{
