@@ -241,33 +241,33 @@ fn writer_that_stops_without_the_api_server_names_what_it_keeps() {
 fn copy_from_the_middle_of_a_term_that_went_on_alone_brings_nothing_back() {
     let Some(lock) = ClusterLock::take() else { return };
     let proxy = Proxy::start(lock.cluster);
-    let first = writer(&proxy, &lock, "copied", ["10.16.7.1", "10.16.7.2"]);
-    make_namespace(lock.cluster, &mut Stream::open(first.grpc), "copied-gone");
-    assert_eq!(first.register("copied-gone", "web", "10.16.7.9"), 201);
+    let first = writer(&proxy, &lock, "mid-term", ["10.16.7.1", "10.16.7.2"]);
+    make_namespace(lock.cluster, &mut Stream::open(first.grpc), "mid-term-gone");
+    assert_eq!(first.register("mid-term-gone", "web", "10.16.7.9"), 201);
     // That Kubernetes has it is journaled with one of the next batches; until then it is in the outbox.
-    (0..3).for_each(|_| assert_eq!(first.register("copied", "web", "10.16.7.2"), 200));
+    (0..3).for_each(|_| assert_eq!(first.register("mid-term", "web", "10.16.7.2"), 200));
     let data = copy(first.data_dir());
     // No slice is left that tells of the removal.
-    assert_eq!(first.remove("copied-gone", "web", "10.16.7.9"), 204);
-    delete_namespace(lock.cluster, "copied-gone");
-    assert_eq!(first.remove("copied", "web", "10.16.7.1"), 204);
+    assert_eq!(first.remove("mid-term-gone", "web", "10.16.7.9"), 204);
+    delete_namespace(lock.cluster, "mid-term-gone");
+    assert_eq!(first.remove("mid-term", "web", "10.16.7.1"), 204);
     first.terminate();
 
     // The copy accepts more changes than the writer made, and has a higher generation then.
     let away = proxy.inject(Fault::Drop, |_| true);
     let alone = Replica::start(proxy.kubeconfig(), data);
     let accepted: Vec<String> = (11..31).map(|last| format!("10.16.7.{last}")).collect();
-    wait_until("it accepts", || (alone.register("copied", "web", &accepted[0]) == 202).then_some(()));
-    accepted.iter().skip(1).for_each(|address| assert_eq!(alone.register("copied", "web", address), 202));
+    wait_until("it accepts", || (alone.register("mid-term", "web", &accepted[0]) == 202).then_some(()));
+    accepted.iter().skip(1).for_each(|address| assert_eq!(alone.register("mid-term", "web", address), 202));
     let data = alone.kill();
     away.lift();
     let again = Replica::start(proxy.kubeconfig(), data);
     again.wait_until_it_writes();
     let mut held: Vec<&str> = accepted.iter().map(String::as_str).chain(["10.16.7.2"]).collect();
     held.sort_unstable();
-    wait_for_addresses(lock.cluster, "copied", "web", &held);
-    assert_eq!(a(&again, "copied-gone"), [""; 0], "it was removed, and that was acknowledged");
-    make_namespace(lock.cluster, &mut Stream::open(again.grpc), "copied-gone");
-    assert_eq!(again.register("copied-gone", "web", "10.16.7.8"), 201);
-    assert_eq!(addresses(lock.cluster, "copied-gone", "web"), ["10.16.7.8"]);
+    wait_for_addresses(lock.cluster, "mid-term", "web", &held);
+    assert_eq!(a(&again, "mid-term-gone"), [""; 0], "it was removed, and that was acknowledged");
+    make_namespace(lock.cluster, &mut Stream::open(again.grpc), "mid-term-gone");
+    assert_eq!(again.register("mid-term-gone", "web", "10.16.7.8"), 201);
+    assert_eq!(addresses(lock.cluster, "mid-term-gone", "web"), ["10.16.7.8"]);
 }
