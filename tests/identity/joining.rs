@@ -13,7 +13,7 @@ use gangplank::{
         gangplank::join::v1::{
             JoinRequest, RenewRequest, Scope, joining_client::JoiningClient, registrants_client::RegistrantsClient,
         },
-        registry::{RegistrationMsg, service_registry_client::ServiceRegistryClient},
+        registry::service_registry_client::ServiceRegistryClient,
     },
     identity::joining::{JoinToken, Secret, TokenId, new_request},
     model::ServerAddress,
@@ -24,7 +24,7 @@ use tonic::{
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
 };
 
-use super::matrix::END_TIMEOUT;
+use super::matrix::{END_TIMEOUT, register_and_stay};
 use crate::support::{
     http, secrets,
     server::{BINARY, Process, Server},
@@ -202,16 +202,7 @@ fn policy_does_not_widen_the_scope_and_says_who_creates_tokens() {
 async fn revoked_registrant_loses_its_streams_and_comes_back_by_no_way() {
     let server = Server::start_with(&FLAGS);
     let machine = Machine::joined(&create_token(&server, &["-n", "shop", "--service", "web"]));
-    let channel = connect(&server, machine.tls()).await;
-    let message = RegistrationMsg {
-        namespace: "shop".into(),
-        service_name: "web".into(),
-        ipaddress: "10.1.0.7".into(),
-        ..RegistrationMsg::default()
-    };
-    let messages = futures::StreamExt::chain(futures::stream::iter([message]), futures::stream::pending());
-    let mut answers =
-        ServiceRegistryClient::new(channel).registration_event(messages).await.expect("answered").into_inner();
+    let mut answers = register_and_stay(connect(&server, machine.tls()).await, "shop", "10.1.0.7").await;
     assert_eq!(answers.message().await.expect("a good stream").expect("one answer").status, 201);
 
     let name = String::from_utf8(server.run(&["registrants", "ls", "-A", "-o", "name"]).stdout).expect("UTF-8");

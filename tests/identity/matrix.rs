@@ -320,21 +320,29 @@ async fn plaintext_over_loopback_stays_as_it_is() {
 /// How long a stream may go on after its right or its identity has ended.
 pub(super) const END_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// Registers an instance of web on a stream that stays open. Returns the answers, of which the first is not read.
+pub(super) async fn register_and_stay(
+    channel: tonic::transport::Channel,
+    namespace: &str,
+    address: &str,
+) -> tonic::Streaming<RegistrationResponse> {
+    let message = RegistrationMsg {
+        namespace: namespace.into(),
+        service_name: "web".into(),
+        ipaddress: address.into(),
+        ..RegistrationMsg::default()
+    };
+    let messages = futures::StreamExt::chain(futures::stream::iter([message]), futures::stream::pending());
+    ServiceRegistryClient::new(channel).registration_event(messages).await.expect("answered").into_inner()
+}
+
 /// A call of a stream of registrations that stays open after its first answer.
 pub(super) async fn open_stream(
     secured: &SecuredServer,
     credential: &Credential,
 ) -> tonic::Streaming<RegistrationResponse> {
-    let channel = secured.connect(Some(credential)).await.expect("a handshake");
-    let message = RegistrationMsg {
-        namespace: "shop".into(),
-        service_name: "web".into(),
-        ipaddress: "10.1.0.7".into(),
-        ..RegistrationMsg::default()
-    };
-    let messages = futures::StreamExt::chain(futures::stream::iter([message]), futures::stream::pending());
     let mut answers =
-        ServiceRegistryClient::new(channel).registration_event(messages).await.expect("answered").into_inner();
+        register_and_stay(secured.connect(Some(credential)).await.expect("a handshake"), "shop", "10.1.0.7").await;
     let first = answers.message().await.expect("a good stream").expect("one answer");
     assert!(first.status == 201 || first.status == 200, "{first:?}");
     answers

@@ -3,7 +3,7 @@
 use std::{fs, time::Instant};
 
 use gangplank::{
-    grpc::proto::registry::{RegistrationMsg, ServiceInfo, service_registry_client::ServiceRegistryClient},
+    grpc::proto::registry::{ServiceInfo, service_registry_client::ServiceRegistryClient},
     identity::joining::JoinToken,
     model::ServerAddress,
 };
@@ -16,7 +16,7 @@ use tonic::{
 use super::{
     Credential, POLICY, SecuredServer, TestCa, flag_file,
     joining::{Machine, connect_to, create_token},
-    matrix::END_TIMEOUT,
+    matrix::{END_TIMEOUT, register_and_stay},
     security_flags,
 };
 use crate::support::{
@@ -83,16 +83,7 @@ async fn machine_joins_a_server_of_the_operators_ca_and_keeps_its_scope() {
         assert_eq!(shown(&own.sign(user, groups)).await, Err(Code::Unauthenticated), "{user}");
     }
 
-    let channel = connect_to(server.grpc, machine.tls()).await;
-    let message = RegistrationMsg {
-        namespace: "shop".into(),
-        service_name: "web".into(),
-        ipaddress: "10.1.0.7".into(),
-        ..RegistrationMsg::default()
-    };
-    let messages = futures::StreamExt::chain(futures::stream::iter([message]), futures::stream::pending());
-    let mut answers =
-        ServiceRegistryClient::new(channel).registration_event(messages).await.expect("answered").into_inner();
+    let mut answers = register_and_stay(connect_to(server.grpc, machine.tls()).await, "shop", "10.1.0.7").await;
     assert_eq!(answers.message().await.expect("a good stream").expect("one answer").status, 201);
     assert!(server.run(&["registrants", "revoke", name.trim()]).status.success());
     let begun = Instant::now();

@@ -2,15 +2,15 @@
 
 use std::time::Instant;
 
-use gangplank::grpc::proto::{
-    gangplank::v1::{WatchRequest, discovery_client::DiscoveryClient},
-    registry::{RegistrationMsg, service_registry_client::ServiceRegistryClient},
-};
+use gangplank::grpc::proto::gangplank::v1::{WatchRequest, discovery_client::DiscoveryClient};
 use tonic::Code;
 
 use super::{Machine, Replica, Shared, empty, names};
 use crate::{
-    identity::{joining::connect_to, matrix::END_TIMEOUT},
+    identity::{
+        joining::connect_to,
+        matrix::{END_TIMEOUT, register_and_stay},
+    },
     support::wait_until,
 };
 
@@ -75,15 +75,8 @@ async fn machine_that_is_revoked_on_one_replica_has_no_identity_on_any() {
     let (writer, follower) = shared.writer_and_follower();
     shop(&shared, &writer, "revoked-shop");
     let machine = writer.joined(&["-n", "revoked-shop", "--service", "web"]);
-    let message = RegistrationMsg {
-        namespace: "revoked-shop".into(),
-        service_name: "web".into(),
-        ipaddress: "10.17.2.1".into(),
-        ..RegistrationMsg::default()
-    };
-    let messages = futures::StreamExt::chain(futures::stream::iter([message]), futures::stream::pending());
-    let mut registry = ServiceRegistryClient::new(connect_to(writer.grpc, machine.tls()).await);
-    let mut answers = registry.registration_event(messages).await.expect("answered").into_inner();
+    let mut answers =
+        register_and_stay(connect_to(writer.grpc, machine.tls()).await, "revoked-shop", "10.17.2.1").await;
     assert_eq!(answers.message().await.expect("a good stream").expect("one answer").status, 201);
     let mut discovery = DiscoveryClient::new(connect_to(follower.grpc, machine.tls()).await);
     let watch = WatchRequest { namespace: "revoked-shop".into(), service: "web".into(), ..WatchRequest::default() };
