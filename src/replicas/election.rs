@@ -383,7 +383,7 @@ impl Election {
         self.known_term = self.known_term.max(term);
         match &self.role {
             Role::Writer { term: mine } if term > *mine => {
-                // If the Lease names this process all the same, a hand wrote the slice. Then nobody else can hold the Lease, and this process
+                // If the Lease names this process all the same, somebody has edited the slice. Then nobody else can hold the Lease, and this process
                 // has stopped to write: it takes it at once, with a higher term than the slice's, and lists.
                 self.resume = true;
                 self.depose(Deposed::Outranked(term))

@@ -3,7 +3,7 @@
 //! A process whose lists fail, for a missing right or an answer that is too large, can renew the Lease all the same: without a
 //! limit nobody would write.
 
-use std::{env, sync::LazyLock, time::Duration};
+use std::{env, time::Duration};
 
 use crate::replicas::time::BootTime;
 
@@ -67,9 +67,8 @@ impl TakeOverLimit {
 }
 
 fn first_limit() -> Duration {
-    static OF_A_TEST: LazyLock<Option<Duration>> =
-        LazyLock::new(|| Some(Duration::from_millis(env::var(TEST_LIMIT).ok()?.parse().expect("milliseconds"))));
-    OF_A_TEST.filter(|_| cfg!(debug_assertions)).unwrap_or(MAX_TAKE_OVER)
+    let of_test = || env::var(TEST_LIMIT).ok().and_then(|text| text.parse().ok()).map(Duration::from_millis);
+    if cfg!(debug_assertions) { of_test().unwrap_or(MAX_TAKE_OVER) } else { MAX_TAKE_OVER }
 }
 
 #[cfg(test)]
