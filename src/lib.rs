@@ -41,8 +41,8 @@
 //!     server for its calls and pages. Only the two calls with which a machine joins, and the pages that
 //!     probes ask for, need no identity.
 //!
-//! Not implemented yet, and where it will go: probes set readiness (`health`), names of instances
-//! are resolved (`upstream`), encrypted DNS joins UDP and TCP in [`dns`].
+//! Not implemented yet, and where it will go: probes set readiness (`health`), names of
+//! instances are registered and answered ([`upstream`] looks them up), encrypted DNS joins UDP and TCP in [`dns`].
 
 pub mod admin;
 pub mod app;
@@ -61,4 +61,5 @@ pub mod replicas;
 pub mod security;
 pub mod store;
 pub mod telemetry;
+pub mod upstream;
 pub mod zone;

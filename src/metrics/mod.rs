@@ -16,6 +16,7 @@ mod mirror;
 mod process;
 mod registry;
 mod store;
+mod upstream;
 
 use std::sync::Arc;
 
@@ -33,6 +34,7 @@ pub use lists::ListMetrics;
 pub use mirror::{BlockedService, MirrorMetrics, RequestOutcome, Verb};
 pub use registry::{CommandOutcome, HandOverResult, RefusalReason, RegistryMetrics};
 pub use store::StoreMetrics;
+pub use upstream::{LookupResult, NameState, UpstreamMetrics};
 
 /// Every metric of the process.
 #[derive(Debug)]
@@ -57,6 +59,8 @@ pub struct Metrics {
     pub kubernetes: KubernetesMetrics,
     /// The Kubernetes mirror.
     pub mirror: MirrorMetrics,
+    /// Lookups of instances that are names.
+    pub upstream: UpstreamMetrics,
     all: Registry,
 }
 
@@ -77,6 +81,7 @@ impl Metrics {
             store: StoreMetrics::register(&mut all),
             kubernetes: KubernetesMetrics::register(&mut all),
             mirror: MirrorMetrics::register(&mut all),
+            upstream: UpstreamMetrics::register(&mut all),
             all,
         }
     }

@@ -58,7 +58,7 @@ impl Address {
 
     /// Why pods cannot reach `ip`: it means something else on every machine, or no machine. `None`
     /// when they can.
-    pub(super) fn unreachable(ip: IpAddr) -> Option<&'static str> {
+    pub(crate) fn unreachable(ip: IpAddr) -> Option<&'static str> {
         match ip {
             IpAddr::V4(v4) => unreachable_v4(v4),
             IpAddr::V6(v6) => unreachable_v6(v6),

@@ -16,6 +16,7 @@ mod name;
 mod port;
 mod registrant;
 mod replica;
+mod resolution;
 mod server_address;
 mod service;
 mod stamp;
@@ -35,6 +36,7 @@ pub use name::{DnsName, Label, MAX_LABEL, MAX_WIRE_NAME, NameError, Namespace, S
 pub use port::{Port, PortError, PortSet, PortSpec, Ports, Protocol};
 pub use registrant::{Registrant, RegistrantError, RegistrantPool};
 pub use replica::{Replica, ReplicaRole};
+pub use resolution::{MAX_RESOLVED, NameStatus, Resolution, ResolvedAddresses};
 pub use server_address::{ServerAddress, ServerAddressError};
 pub use service::{Service, Timeline};
 pub use stamp::{HybridClock, Stamp};
