@@ -22,11 +22,22 @@ run: ## start the server with its defaults: gRPC 9080, DNS 1053, admin 9153, all
 release: ## build target/release/gangplank, optimised
 	cargo build --release --locked
 
+# Linked with everything it needs, glibc too, so that it runs in an empty image and on every Linux of this architecture.
+host = $(shell rustc -vV | sed -n 's/^host: //p')
+.PHONY: static
+static: ## build target/static/gangplank, optimised, which needs no library
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --bin gangplank --target $(host)
+	install -D $(target)/$(host)/release/gangplank target/static/gangplank
+
+.PHONY: image
+image: static ## pack it into an image, target/static/gangplank.tar (OCI), without a container engine
+	deploy/image.py target/static/gangplank gangplank:$$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1) target/static/gangplank.tar
+
 # Runs against Kubernetes 1.36, or against 1.35 with GANGPLANK_TEST_KUBERNETES=1.35; `make older`
 # runs only the tests that need Kubernetes, against 1.35.
 .PHONY: test
 test: lint doc deny ## everything that CI runs: lints, docs, licences, benches compile, all tests
-	tests/tools/install.sh dns libc python go coredns kubernetes
+	tests/tools/install.sh dns libc python go coredns kubernetes helm
 	cargo test --locked --benches --no-run
 	cargo test --locked --bench allocations
 	cargo test --locked --no-fail-fast

@@ -4,6 +4,7 @@ mod clients;
 mod cluster;
 mod coredns;
 mod crash;
+mod deploy;
 mod docs;
 mod hygiene;
 mod identity;

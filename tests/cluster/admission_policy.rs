@@ -116,7 +116,7 @@ fn admission_policy_admits_headless_objects_only() {
 fn admission_policy_limits_the_account_to_its_own_secrets() {
     let Some(cluster) = Cluster::shared() else { return };
     cluster.create_namespace("policy-secrets");
-    let rights = include_str!("../../deploy/rbac-own-ca.yaml");
+    let rights = include_str!("../../deploy/kustomize/rbac-own-ca.yaml");
     cluster.apply(&in_namespace(rights, "policy-secrets"));
     let secrets = "/api/v1/namespaces/policy-secrets/secrets";
     let secret = |name: &str, kind: &str| {

@@ -7,7 +7,7 @@ use std::{
     fs,
     io::{BufRead as _, BufReader},
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Child, Stdio},
     sync::mpsc::{self, Receiver, RecvTimeoutError},
     thread,
     time::{Duration, Instant},
@@ -28,7 +28,6 @@ use crate::support::{
     coredns::CoreDns,
     dns::{Over, answers},
     proxy::{Fault, Proxy},
-    server::BINARY,
     tools::{self, ROOT},
     wait_until,
 };
@@ -140,25 +139,6 @@ fn service_account_has_the_rights_it_needs_and_no_others() {
     }
     let (status, said) = gangplank(cluster, "GET", "/api/v1/namespaces/gangplank/secrets", None);
     assert_eq!(status, 200, "{said}");
-}
-
-#[test]
-fn manifest_of_two_replicas_is_accepted() {
-    let Some(cluster) = Cluster::shared() else { return };
-    let manifest = Path::new(ROOT).join("deploy/gangplank.yaml");
-    let manifest = manifest.to_str().expect("a path in UTF-8");
-    let accepted = cluster.kubectl(&["apply", "--dry-run=server", "-o", "json", "-f", manifest]);
-    let accepted: Value = serde_json::from_str(&accepted).expect("JSON");
-    let items = accepted["items"].as_array().expect("a list");
-    assert_eq!(items[0]["spec"].get("selector"), None, "the slices are the writer's");
-    let deployment = items.iter().find(|item| item["kind"] == "Deployment").expect("it is there");
-    let container = &deployment["spec"]["template"]["spec"]["containers"][0];
-    let arguments = container["args"].as_array().expect("a list").iter().map(|one| one.as_str().expect("text"));
-    // Every flag before --help has to be one that gangplank knows.
-    let help = Command::new(BINARY).args(arguments).arg("--help").output().expect("the binary can be run");
-    assert!(help.status.success(), "{help:?}");
-    assert!(container["args"].as_array().expect("a list").contains(&"--grpc-service=gangplank".into()));
-    assert_eq!(items[0]["metadata"]["name"], "gangplank");
 }
 
 #[test]

@@ -35,7 +35,7 @@ use crate::support::{
 pub(super) const FLAGS: [&str; 4] = ["--grpc-listen", "0.0.0.0:0", "--advertise", "localhost"];
 
 /// A machine with a configuration directory and nothing else.
-pub(super) struct Machine(pub(super) TempDir);
+pub(crate) struct Machine(pub(super) TempDir);
 
 impl Machine {
     pub(super) fn new() -> Self {
@@ -53,7 +53,7 @@ impl Machine {
     }
 
     /// Runs what must succeed, and returns what it prints.
-    pub(super) fn succeed(&self, arguments: &[&str]) -> String {
+    pub(crate) fn succeed(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
         assert!(output.status.success(), "{arguments:?}: {output:?}");
         String::from_utf8(output.stdout).expect("UTF-8")
@@ -68,7 +68,7 @@ impl Machine {
         said
     }
 
-    pub(super) fn joined(token: &str) -> Self {
+    pub(crate) fn joined(token: &str) -> Self {
         let machine = Self::new();
         machine.succeed(&["join", token, "--no-timer"]);
         secrets::remember(&machine.file("client.key"));

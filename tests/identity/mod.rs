@@ -3,7 +3,7 @@
 mod addresses;
 pub(crate) mod admin;
 mod command_line;
-mod joining;
+pub(crate) mod joining;
 mod matrix;
 mod own_ca;
 mod own_certificate;

@@ -3,7 +3,7 @@
 #
 #   tests/tools/install.sh            everything the tests use
 #   tests/tools/install.sh dns go     only these: dns (dig, nslookup, kdig, drill, knotd, curl), libc (a lookup by glibc's
-#                                     and by musl's resolver), python, go, coredns, kubernetes (etcd, kube-apiserver, kube-controller-manager, kubectl), deny,
+#                                     and by musl's resolver), python, go, coredns, kubernetes (etcd, kube-apiserver, kube-controller-manager, kubectl), helm, deny,
 #                                     election (only if asked for: a comparison of `make mirror-figures`)
 #
 # GANGPLANK_TEST_KUBERNETES chooses the release of Kubernetes, here and for the tests: 1.36 unless set, or 1.35.
@@ -144,6 +144,21 @@ install_kubernetes() {
     mark_done "kubernetes-$release" "${inputs[@]}"
 }
 
+# Helm, which renders the chart, and the definition of the ServiceMonitor in it.
+install_helm() {
+    local version=v4.3.1 operator=github.com/prometheus-operator/prometheus-operator@v0.85.0 folder
+    done_for helm "$sources/install.sh" && return
+    say "Helm $version: about two minutes of compiling"
+    (
+        cd "$tools"
+        export CGO_ENABLED=0 GOBIN=$bin GOFLAGS=-buildvcs=false
+        go install -ldflags '-s -w' "helm.sh/helm/v4/cmd/helm@$version"
+    )
+    folder=$(go mod download -json "$operator" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
+    install -m 644 "$folder/example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml" "$tools/servicemonitors.yaml"
+    mark_done helm "$sources/install.sh"
+}
+
 # A candidate of client-go's leader election.
 install_election() {
     local inputs=("$sources"/election/* "$sources/install.sh")
@@ -161,10 +176,10 @@ install_deny() {
     cargo install --quiet --locked --root "$tools" "cargo-deny@$version"
 }
 
-if [ $# -eq 0 ]; then set -- dns libc python go coredns kubernetes deny; fi
+if [ $# -eq 0 ]; then set -- dns libc python go coredns kubernetes helm deny; fi
 for tool in "$@"; do
     case $tool in
-        dns | libc | python | go | coredns | kubernetes | deny | election) "install_$tool" ;;
-        *) say "no tool is called $tool: dns, libc, python, go, coredns, kubernetes, deny or election" && exit 2 ;;
+        dns | libc | python | go | coredns | kubernetes | helm | deny | election) "install_$tool" ;;
+        *) say "no tool is called $tool: dns, libc, python, go, coredns, kubernetes, helm, deny or election" && exit 2 ;;
     esac
 done

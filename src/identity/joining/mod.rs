@@ -401,7 +401,7 @@ impl RegistrantStore {
     /// Whether what is not known here does not exist.
     fn listed(&self) -> Result<(), JoiningError> {
         let unknown = "the Secrets of tokens and registrants are not listed yet: Kubernetes does not answer, or does not let \
-                       this account list and watch secrets, as deploy/rbac-own-ca.yaml does";
+                       this account list and watch secrets, as deploy/kustomize/rbac-own-ca.yaml does";
         if self.table.is_complete() { Ok(()) } else { Err(JoiningError::Unavailable(unknown.into())) }
     }
 

@@ -104,7 +104,7 @@ impl LeaseWatch {
         if forbidden && !self.forbidden {
             warn!(
                 lease = NAME, %err,
-                "this account may not watch the Lease: a hand-over takes up to 2 s; grant it as deploy/rbac.yaml does; \
+                "this account may not watch the Lease: a hand-over takes up to 2 s; grant it as deploy/kustomize/rbac.yaml does; \
                  retrying"
             );
         }

@@ -35,7 +35,7 @@ pub(super) fn failed(lease: &str, err: &ApiError) {
     if matches!(err, ApiError::Forbidden(_)) {
         error!(
             lease, %err,
-            "this account may not get, create and update the Lease; grant it as deploy/rbac.yaml does; retrying"
+            "this account may not get, create and update the Lease; grant it as deploy/kustomize/rbac.yaml does; retrying"
         );
     } else {
         warn!(lease, %err, "the Lease cannot be read or written; retrying");

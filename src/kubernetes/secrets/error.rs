@@ -5,7 +5,7 @@
 pub enum SecretError {
     /// The account lacks a right.
     #[error(
-        "Kubernetes does not let this account {verb} secrets in the namespace {namespace}, which deploy/rbac-own-ca.yaml grants: {reason}"
+        "Kubernetes does not let this account {verb} secrets in the namespace {namespace}, which deploy/kustomize/rbac-own-ca.yaml grants: {reason}"
     )]
     Forbidden {
         /// The verb of the right.

@@ -55,7 +55,7 @@ impl WatchHealth<'_> {
                 self.forbidden = true;
                 tracing::error!(
                     "the Kubernetes API server {server} does not let this account list and watch {resource}: {err}; \
-                     grant it as deploy/rbac.yaml does; retrying"
+                     grant it as deploy/kustomize/rbac.yaml does; retrying"
                 );
             }
             return;

@@ -67,14 +67,14 @@ impl Shared {
         let lock = ClusterLock::take()?;
         let cluster = lock.cluster;
         cluster.create_namespace(namespace);
-        cluster.apply(&in_namespace(include_str!("../../../deploy/rbac.yaml"), namespace));
+        cluster.apply(&in_namespace(include_str!("../../../deploy/kustomize/rbac.yaml"), namespace));
         cluster.release_lease_in(namespace);
         let (namespace, kubeconfig) = (namespace.to_owned(), cluster.kubeconfig_for_gangplank());
         Some(Self { cluster, namespace, kubeconfig, _lock: lock })
     }
 
     fn grant(&self) {
-        self.cluster.apply(&in_namespace(include_str!("../../../deploy/rbac-own-ca.yaml"), &self.namespace));
+        self.cluster.apply(&in_namespace(include_str!("../../../deploy/kustomize/rbac-own-ca.yaml"), &self.namespace));
     }
 
     fn flags(&self, kubeconfig: &Path) -> Vec<String> {

@@ -26,8 +26,7 @@ fn missing_right_is_named_and_all_else_works() {
     });
     let found = answers(replica.dns, Over::Udp, "web.no-secrets-shop.svc.cluster.local.", RecordType::A);
     assert_eq!(found, ["10.17.5.1"]);
-    let right =
-        "does not let this account get secrets in the namespace no-secrets-right, which deploy/rbac-own-ca.yaml grants";
+    let right = "does not let this account get secrets in the namespace no-secrets-right, which deploy/kustomize/rbac-own-ca.yaml grants";
     assert!(replica.log().contains(right), "{}", replica.log());
     let said = replica.fail(&["token", "create"]);
     assert!(said.contains(right), "{said}");

@@ -45,7 +45,7 @@ fn recreated_namespace_gets_its_services_and_slices_back() {
 fn namespaces_are_created_if_configured() {
     let Some(harness) = MirrorHarness::with_controllers(&["--create-namespaces"]) else { return };
     let cluster = harness.cluster;
-    // Without the right that deploy/rbac.yaml leaves out, it is accepted and not mirrored.
+    // Without the right that deploy/kustomize/rbac.yaml leaves out, it is accepted and not mirrored.
     let (code, said) = harness.register("made-here", "web", "10.31.0.1", "http=8080");
     assert!(code == Some(0) && said.contains("accepted, not in Kubernetes yet"), "{said}");
     wait_until("it is shown", || {

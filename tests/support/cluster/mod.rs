@@ -67,7 +67,7 @@ pub(crate) struct Cluster {
 pub(crate) enum Who {
     /// `system:masters`: may do everything.
     Admin,
-    /// The ServiceAccount of `deploy/rbac.yaml`.
+    /// The ServiceAccount of `deploy/kustomize/rbac.yaml`.
     Gangplank,
 }
 
@@ -162,8 +162,8 @@ impl Cluster {
 
     /// Does what an operator does: applies `deploy/`, and creates a token of the account.
     fn install_gangplank(&mut self) {
-        let deploy = Path::new(ROOT).join("deploy");
-        for file in ["rbac.yaml", "rbac-endpoints-object.yaml", "rbac-own-ca.yaml", "admission-policy.yaml"] {
+        let deploy = Path::new(ROOT).join("deploy/kustomize");
+        for file in ["rbac.yaml", "endpoints-object/rbac.yaml", "rbac-own-ca.yaml", "admission-policy.yaml"] {
             self.apply(&fs::read_to_string(deploy.join(file)).expect("it is in the repository"));
         }
         let token = self.kubectl(&["create", "token", "gangplank", "--namespace=gangplank", "--duration=24h"]);
@@ -292,6 +292,14 @@ impl Cluster {
         let path = self.watchdog.folder().join(format!("gangplank-{number}.kubeconfig"));
         self.pki.write_token_kubeconfig(&path, server, &self.token);
         self.release_lease();
+        path
+    }
+
+    /// A kubeconfig of whoever has this token.
+    pub(crate) fn kubeconfig_with_token(&self, token: &str) -> PathBuf {
+        let number = self.files.fetch_add(1, Ordering::Relaxed);
+        let path = self.watchdog.folder().join(format!("token-{number}.kubeconfig"));
+        self.pki.write_token_kubeconfig(&path, &self.api_server_url(), token);
         path
     }
 
