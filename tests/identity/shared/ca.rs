@@ -1,14 +1,21 @@
 //! One CA for all of them.
 
-use std::{fs, os::unix::fs::PermissionsExt as _};
+use std::{fs, os::unix::fs::PermissionsExt as _, time::Instant};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use gangplank::identity::joining::JoinToken;
+use gangplank::{
+    grpc::proto::gangplank::v1::{WatchRequest, discovery_client::DiscoveryClient, watch_response::Event},
+    identity::joining::JoinToken,
+};
 use serde_json::json;
+use tonic::Code;
 
-use super::{Machine, Shared, decoded, empty, lead};
+use super::{Machine, Shared, decoded, empty, lead, registrants::shop};
 use crate::{
-    identity::joining::{FLAGS, token_of},
+    identity::{
+        joining::{FLAGS, connect_to, token_of},
+        matrix::{END_TIMEOUT, register_and_stay},
+    },
     support::{
         server::{Process, Server},
         wait_until,
@@ -115,24 +122,57 @@ fn ca_of_a_data_directory_moves_into_the_secret_and_its_machines_go_on() {
     assert_eq!(shared.secrets("registrant").len(), 1);
 }
 
-#[test]
-fn who_deletes_the_secret_gets_another_ca_that_every_process_follows() {
+#[tokio::test(flavor = "multi_thread")]
+async fn who_deletes_the_secret_gets_another_ca_that_every_process_follows() {
     let Some(shared) = Shared::start("rotated-ca") else { return };
     let first = shared.replica();
-    let machine = first.joined(&["-n", "shop"]);
+    first.wait_until_it_writes();
+    shop(&shared, &first, "rotated-shop");
+    let machine = first.joined(&["-n", "rotated-shop"]);
+    let mut answers = register_and_stay(connect_to(first.grpc, machine.tls()).await, "rotated-shop", "10.17.3.1").await;
+    assert_eq!(answers.message().await.expect("a good stream").expect("one answer").status, 201);
+    let mut discovery = DiscoveryClient::new(connect_to(first.grpc, machine.tls()).await);
+    let watch = WatchRequest { namespace: "rotated-shop".into(), service: "web".into(), ..WatchRequest::default() };
+    let mut events = discovery.watch(watch).await.expect("it may").into_inner();
     let old = shared.ca();
     assert_eq!(shared.admin("DELETE", &shared.path("gangplank-ca"), None).0, 200);
     wait_until("it says so", || first.log().contains("was deleted: its CA is used until").then_some(()));
     machine.succeed(&["renew", "--now"]);
+    // Open streams go on meanwhile: what is registered now, they tell.
+    first.succeed(&["register", "rotated-shop/web", "10.17.3.2"]);
+    loop {
+        let seen = events.message().await.expect("a good stream").expect("it goes on");
+        if let Some(Event::Change(change)) = seen.event
+            && change.instance.is_some_and(|instance| instance.address == "10.17.3.2")
+        {
+            break;
+        }
+    }
     let second = shared.replica();
     assert_ne!(shared.ca(), old);
     wait_until("the first one follows", || first.log().contains("holds another CA than before").then_some(()));
+    // With the CA they end, and say why.
+    let begun = Instant::now();
+    let registering = tokio::time::timeout(2 * END_TIMEOUT, answers.message()).await.expect("it ends");
+    let watching = async {
+        loop {
+            if let Err(ended) = events.message().await {
+                break ended;
+            }
+        }
+    };
+    let watching = tokio::time::timeout(2 * END_TIMEOUT, watching).await.expect("it ends");
+    assert!(begun.elapsed() < END_TIMEOUT, "after {:?}", begun.elapsed());
+    for ended in [registering.expect_err("no more answers"), watching] {
+        let expected = "the client certificate is not of the client CA any more";
+        assert_eq!((ended.code(), ended.message()), (Code::Unauthenticated, expected));
+    }
     wait_until("no certificate of the old CA is good", || {
         machine.fail(&["renew", "--now"]).contains("UnknownIssuer").then_some(())
     });
     lead(&machine, &[second.grpc]);
     assert!(machine.fail(&["renew", "--now"]).contains("UnknownIssuer"));
-    first.joined(&["-n", "shop"]).succeed(&["renew", "--now"]);
+    first.joined(&["-n", "rotated-shop"]).succeed(&["renew", "--now"]);
     // A process that has the copy of the old one does not bring it back.
     let data = first.kill();
     let again = shared.begin(&shared.kubeconfig, data);

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Makes the namespace `name`, and waits until the one that writes knows it.
-fn shop(shared: &Shared, writer: &Replica, name: &str) {
+pub(super) fn shop(shared: &Shared, writer: &Replica, name: &str) {
     shared.cluster.create_namespace(name);
     wait_until("the namespace is known", || {
         writer.run(&["register", "first", "10.9.9.9", "-n", name]).status.success().then_some(())
