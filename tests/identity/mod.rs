@@ -13,6 +13,7 @@ mod quotas;
 mod rbac;
 mod shared;
 mod streams;
+mod trust;
 mod walk;
 
 use std::{
@@ -21,7 +22,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{CertificateParams, Issuer, KeyPair};
 use tempfile::TempDir;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 
@@ -100,16 +101,26 @@ impl TestCa {
         Self { pem: cert.to_owned(), issuer: Issuer::from_ca_cert_pem(cert, key).expect("a CA") }
     }
 
-    /// A CA that this one has signed, valid from `begin` to `end`, in seconds from now.
-    fn intermediate(&self, begin: i64, end: i64) -> Self {
-        let mut params = CertificateParams::default();
-        params.distinguished_name = pki::name(&format!("intermediate CA {:x}", fastrand::u64(..)), &[]);
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.not_before = pki::from_now(begin).into();
-        params.not_after = pki::from_now(end).into();
-        let key = KeyPair::generate().expect("a key");
+    /// A CA that this one has signed, with what `change` makes of its certificate.
+    fn intermediate_with(&self, change: impl FnOnce(&mut CertificateParams)) -> Self {
+        let (mut params, key) = pki::ca_params("intermediate CA");
+        change(&mut params);
         let pem = params.signed_by(&key, &self.issuer).expect("signed").pem();
         Self { pem, issuer: Issuer::new(params, key) }
+    }
+
+    /// The same with this one as the intermediate certificate.
+    fn sign_with_chain(&self, user: &str, groups: &[&str]) -> Credential {
+        let Credential { cert, key } = self.sign(user, groups);
+        Credential { cert: format!("{cert}{}", self.pem), key }
+    }
+
+    /// A CA that this one has signed, valid from `begin` to `end`, in seconds from now.
+    fn intermediate(&self, begin: i64, end: i64) -> Self {
+        self.intermediate_with(|params| {
+            params.not_before = pki::from_now(begin).into();
+            params.not_after = pki::from_now(end).into();
+        })
     }
 }
 

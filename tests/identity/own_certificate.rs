@@ -26,7 +26,7 @@ use crate::support::{
 };
 
 /// A server whose CA signs for servers and for clients, and which machines join too.
-fn start(policy: &str) -> SecuredServer {
+pub(super) fn start(policy: &str) -> SecuredServer {
     let (ca, files) = (TestCa::new(), tempfile::tempdir().expect("a directory"));
     let mut flags = security_flags(&ca, files.path(), policy);
     flags.extend(["--tls-server-ca".into(), flag_file(files.path(), "server-ca.crt", &ca.pem)]);
@@ -40,7 +40,7 @@ fn tls(ca: &str, credential: &Credential) -> ClientTlsConfig {
     ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca)).identity(credential.identity())
 }
 
-async fn registered(channel: Channel) -> Result<u32, Code> {
+pub(super) async fn registered(channel: Channel) -> Result<u32, Code> {
     let info = ServiceInfo {
         namespace: "shop".into(),
         service_name: "web".into(),

@@ -26,11 +26,13 @@ impl Credential {
 
 impl TestCa {
     pub(crate) fn new() -> Self {
-        let mut params = CertificateParams::default();
-        // A name of its own: one that trusts another CA of the same name finds a bad signature instead.
-        params.distinguished_name = name(&format!("test CA {:x}", fastrand::u64(..)), &[]);
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let key = KeyPair::generate().expect("a key");
+        Self::with(|_| {})
+    }
+
+    /// With what `change` makes of its certificate.
+    pub(crate) fn with(change: impl FnOnce(&mut CertificateParams)) -> Self {
+        let (mut params, key) = ca_params("test CA");
+        change(&mut params);
         let pem = params.self_signed(&key).expect("a CA").pem();
         Self { pem, issuer: Issuer::new(params, key) }
     }
@@ -50,6 +52,14 @@ impl TestCa {
         let cert = params.signed_by(&key, &self.issuer).expect("signed").pem();
         Credential { cert, key: key.serialize_pem() }
     }
+}
+
+/// A name of its own: one that trusts another CA of the same name finds a bad signature instead.
+pub(super) fn ca_params(kind: &str) -> (CertificateParams, KeyPair) {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = name(&format!("{kind} {:x}", fastrand::u64(..)), &[]);
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    (params, KeyPair::generate().expect("a key"))
 }
 
 pub(crate) fn from_now(seconds: i64) -> SystemTime {

@@ -19,11 +19,11 @@ use gangplank::grpc::proto::{
 /// A stream of registrations on which more is said later.
 pub(super) struct LongStream {
     messages: tokio::sync::mpsc::UnboundedSender<RegistrationMsg>,
-    answers: tonic::Streaming<RegistrationResponse>,
+    pub(super) answers: tonic::Streaming<RegistrationResponse>,
 }
 
 impl LongStream {
-    async fn open(secured: &SecuredServer, credential: &Credential) -> Self {
+    pub(super) async fn open(secured: &SecuredServer, credential: &Credential) -> Self {
         Self::on(secured.connect(Some(credential)).await.expect("a handshake")).await.expect("a good stream")
     }
 
@@ -53,7 +53,7 @@ fn message(address: &str) -> RegistrationMsg {
 }
 
 /// The status with which a stream ends.
-async fn end(mut answers: tonic::Streaming<RegistrationResponse>) -> Status {
+pub(super) async fn end(mut answers: tonic::Streaming<RegistrationResponse>) -> Status {
     let begun = Instant::now();
     let ended = tokio::time::timeout(2 * END_TIMEOUT, answers.message()).await.expect("it ends");
     assert!(begun.elapsed() < END_TIMEOUT, "after {:?}", begun.elapsed());

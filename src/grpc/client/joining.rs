@@ -29,13 +29,13 @@ use crate::{
     },
     identity::{
         joining::{
-            ClientCertificate, InvalidToken, JoinToken, ScopeSpec, TokenId, certificate_to_pem, certificates_from_pem,
-            new_request, request_with,
+            ClientCertificate, InvalidToken, JoinToken, ScopeSpec, TokenId, certificates_from_pem, new_request,
+            request_with,
         },
         private_file,
     },
     model::ServerAddress,
-    net::tls::fetch_pinned_ca,
+    net::tls::{certificate_to_pem, fetch_pinned_ca},
 };
 
 const KEY_FILE: &str = "client.key";

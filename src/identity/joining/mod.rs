@@ -46,7 +46,7 @@ use self::{
 };
 pub use self::{
     error::JoiningError,
-    pem::{ClientCertificate, certificate_to_pem, certificates_from_pem},
+    pem::{ClientCertificate, certificates_from_pem},
     request::{InvalidRequest, new_request, request_with},
     scope::{InvalidScope, Scope, ScopeSpec},
     state::{Full, JoinedRegistrant, Token, TokenRefused},

@@ -2,26 +2,9 @@
 
 use std::time::{Duration, SystemTime};
 
-use base64::{Engine as _, engine::general_purpose::STANDARD};
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 
 use crate::identity::certificate;
-
-/// Characters of a line (RFC 7468 §2).
-const LINE: usize = 64;
-
-/// A certificate in PEM.
-#[must_use]
-pub fn certificate_to_pem(der: &[u8]) -> String {
-    let text = STANDARD.encode(der);
-    let mut pem = String::from("-----BEGIN CERTIFICATE-----\n");
-    for line in text.as_bytes().chunks(LINE) {
-        pem.extend(line.iter().copied().map(char::from));
-        pem.push('\n');
-    }
-    pem.push_str("-----END CERTIFICATE-----\n");
-    pem
-}
 
 /// The certificates of a text in PEM. `None` if there is none, or one cannot be read.
 #[must_use]
@@ -61,6 +44,7 @@ impl ClientCertificate {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::tls::certificate_to_pem;
 
     #[test]
     fn certificate_is_read_as_it_was_written() {

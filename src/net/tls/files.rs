@@ -4,9 +4,10 @@ use std::{
     fmt, fs, io,
     io::Read as _,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use rustls::{
     RootCertStore,
     client::verify_server_cert_signed_by_trust_anchor,
@@ -17,12 +18,16 @@ use rustls::{
 };
 use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
+use x509_parser::prelude::{X509Certificate, X509Version};
 
 /// Most bytes of one file. A CA bundle of 150 certificates has some 250 KiB.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
 
 /// Most bytes of the CAs of the server, which every machine that joins keeps. Three of RSA 4096 have some 6 KiB.
 const MAX_SERVER_CA_BYTES: usize = 32 * 1024;
+
+/// Characters of a line in PEM (RFC 7468 §2).
+const PEM_LINE: usize = 64;
 
 /// Where certificate, key and client CA are, each in PEM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -93,7 +98,7 @@ pub enum TlsFileError {
         flag: &'static str,
         /// The file.
         path: PathBuf,
-        /// What is wrong. Never a part of the file.
+        /// What is wrong. Of the file never more than the name in a certificate.
         reason: String,
     },
 }
@@ -150,10 +155,40 @@ impl TlsSource for TlsFiles {
 pub(super) struct ParsedContents {
     /// The certificate with its key. After the intermediate ones comes the CA, if it is known.
     pub(super) certified: CertifiedKey,
+    /// `None` also if all of them have ended.
     pub(super) client_roots: Option<RootCertStore>,
-    /// `None` if it is the client CA.
+    /// As `client_roots`. They may be the same file: then they are here only.
     pub(super) own_roots: Option<RootCertStore>,
     pub(super) server_ca: Option<ServerCa>,
+    pub(super) ends: CaEnds,
+}
+
+/// When the CAs of clients end. rustls does not look at it (RFC 5280 §6.1: a trust anchor is a name and a key).
+#[derive(Default)]
+pub(super) struct CaEnds {
+    /// How many have.
+    pub(super) ended: usize,
+    /// When the last of these did, in seconds since 1970.
+    last: Option<u64>,
+    /// When the next one does.
+    next: Option<u64>,
+}
+
+impl CaEnds {
+    fn count(&mut self, end: u64, now: u64) {
+        if end < now {
+            self.ended += 1;
+            self.last = self.last.max(Some(end));
+        } else {
+            self.next = Some(self.next.map_or(end, |next| next.min(end)));
+        }
+    }
+
+    /// Whether others have ended at `now`. Also fewer: the clock may be set back.
+    pub(super) fn differ(&self, now: SystemTime) -> bool {
+        let now = seconds(now);
+        self.next.is_some_and(|end| end < now) || self.last.is_some_and(|end| end >= now)
+    }
 }
 
 /// By what a machine that joins knows the server.
@@ -170,6 +205,7 @@ pub(super) fn parse(
     source: &dyn TlsSource,
     contents: &TlsContents,
     provider: &CryptoProvider,
+    now: SystemTime,
 ) -> Result<ParsedContents, TlsFileError> {
     let bad = |part, reason: &dyn fmt::Display| source.invalid(part, reason.to_string());
     let TlsContents { cert, key, client_ca, own_ca, server_ca } = contents;
@@ -191,17 +227,29 @@ pub(super) fn parse(
         rustls::Error::InconsistentKeys(_) => bad(TlsPart::Key, &"is not the key of the certificate"),
         other => bad(TlsPart::Certificate, &other),
     })?;
-    let roots = |pem: &Vec<u8>| {
-        let mut roots = RootCertStore::empty();
-        for certificate in certificates(pem).map_err(|reason| bad(TlsPart::ClientCa, &reason))? {
-            roots.add(certificate).map_err(|err| bad(TlsPart::ClientCa, &err))?;
-        }
-        Ok(roots)
+    let mut ends = CaEnds::default();
+    let mut roots = |pem: &Vec<u8>| {
+        let roots = client_roots(pem, seconds(now), &mut ends).map_err(|reason| bad(TlsPart::ClientCa, &reason))?;
+        Ok(Some(roots).filter(|roots| !roots.is_empty()))
     };
     let client_roots = client_ca.as_ref().filter(|client_ca| own_ca.as_ref() != Some(client_ca));
-    let client_roots = client_roots.map(roots).transpose()?;
-    let own_roots = own_ca.as_ref().map(roots).transpose()?;
-    Ok(ParsedContents { certified, client_roots, own_roots, server_ca })
+    let client_roots = client_roots.map(&mut roots).transpose()?.flatten();
+    let own_roots = own_ca.as_ref().map(&mut roots).transpose()?.flatten();
+    Ok(ParsedContents { certified, client_roots, own_roots, server_ca, ends })
+}
+
+/// The CAs in `pem` that have not ended at `now`, in seconds since 1970.
+fn client_roots(pem: &[u8], now: u64, ends: &mut CaEnds) -> Result<RootCertStore, String> {
+    let mut roots = RootCertStore::empty();
+    for ca in authorities(pem)? {
+        let (_, end) = life(&ca).unwrap_or((now, now));
+        ends.count(end, now);
+        if end < now {
+            continue;
+        }
+        roots.add(ca).map_err(|err| err.to_string())?;
+    }
+    Ok(roots)
 }
 
 /// The CA in `pem` that has signed a server's certificates.
@@ -221,15 +269,17 @@ fn server_ca_of(
     let at = UnixTime::since_unix_epoch(within_life(leaf, UnixTime::now().as_secs()));
     let algorithms = provider.signature_verification_algorithms.all;
     let mut last = rustls::Error::General("no certificate".into());
-    for ca in certificates(pem)? {
+    let all = authorities(pem)?;
+    for ca in &all {
         let mut roots = RootCertStore::empty();
         roots.add(ca.clone()).map_err(|err| err.to_string())?;
         match verify_server_cert_signed_by_trust_anchor(&parsed, &roots, intermediates, at, algorithms) {
             Ok(()) => {
-                let public_key = ParsedCertificate::try_from(&ca).map_err(|err| err.to_string())?;
+                let public_key = ParsedCertificate::try_from(ca).map_err(|err| err.to_string())?;
                 let hash = Sha256::digest(public_key.subject_public_key_info()).into();
-                let pem = String::from_utf8(pem.to_vec()).map_err(|_| "is not UTF-8")?;
-                return Ok((ServerCa { hash, pem }, ca));
+                // Written anew: whatever else is in the file, a key perhaps, is told to nobody.
+                let pem = all.iter().map(|ca| certificate_to_pem(ca)).collect();
+                return Ok((ServerCa { hash, pem }, ca.clone()));
             }
             Err(err) => last = err,
         }
@@ -241,12 +291,20 @@ fn server_ca_of(
 
 /// The time in a certificate's life that is next to `now`, in seconds since 1970.
 fn within_life(certificate: &CertificateDer<'_>, now: u64) -> Duration {
-    let life = x509_parser::parse_x509_certificate(certificate).ok().map(|(_, parsed)| {
-        let of = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
-        (of(parsed.validity().not_before), of(parsed.validity().not_after))
-    });
-    let (begin, end) = life.unwrap_or((now, now));
+    let (begin, end) = life(certificate).unwrap_or((now, now));
     Duration::from_secs(now.min(end).max(begin))
+}
+
+/// The first and the last second of a certificate's life, since 1970. `None` if it cannot be read.
+fn life(certificate: &CertificateDer<'_>) -> Option<(u64, u64)> {
+    let parsed = x509_parser::parse_x509_certificate(certificate).ok()?.1;
+    let of = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
+    Some((of(parsed.validity().not_before), of(parsed.validity().not_after)))
+}
+
+/// Seconds since 1970.
+fn seconds(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 fn invalid(flag: &'static str, path: &Path, reason: String) -> TlsFileError {
@@ -268,4 +326,46 @@ fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
         .collect::<Result<_, _>>()
         .map_err(|err| format!("is not valid PEM: {err}"))?;
     if all.is_empty() { Err("holds no certificate in PEM".into()) } else { Ok(all) }
+}
+
+/// The certificates in `pem`, each of a CA. rustls does not look: whoever had the key of any other certificate here could sign
+/// for everybody.
+fn authorities(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+    let all = certificates(pem)?;
+    for certificate in &all {
+        let parsed =
+            x509_parser::parse_x509_certificate(certificate).map_err(|_| "holds a certificate that cannot be read")?.1;
+        check_authority(&parsed)
+            .map_err(|reason| format!("holds the certificate of {}, {reason}", parsed.subject()))?;
+    }
+    Ok(all)
+}
+
+/// Whether a certificate may sign others (RFC 5280 §4.2.1.9 and §4.2.1.3).
+fn check_authority(certificate: &X509Certificate<'_>) -> Result<(), &'static str> {
+    // One of version 1 cannot say so. No server and no client has one: rustls refuses them.
+    let is_old = certificate.version() == X509Version::V1 && certificate.subject() == certificate.issuer();
+    if !is_old && !certificate.is_ca() {
+        return Err("which is not one of a CA (basicConstraints without CA:TRUE)");
+    }
+    match certificate.key_usage() {
+        Ok(Some(usage)) if !usage.value.key_cert_sign() => {
+            Err("whose key may not sign others (keyUsage without keyCertSign)")
+        }
+        Ok(_) => Ok(()),
+        Err(_) => Err("whose keyUsage cannot be read"),
+    }
+}
+
+/// A certificate in PEM (RFC 7468).
+#[must_use]
+pub fn certificate_to_pem(der: &[u8]) -> String {
+    let text = STANDARD.encode(der);
+    let mut pem = String::from("-----BEGIN CERTIFICATE-----\n");
+    for line in text.as_bytes().chunks(PEM_LINE) {
+        pem.extend(line.iter().copied().map(char::from));
+        pem.push('\n');
+    }
+    pem.push_str("-----END CERTIFICATE-----\n");
+    pem
 }

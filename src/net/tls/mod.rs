@@ -22,8 +22,8 @@ use std::{
     convert::Infallible,
     fmt,
     future::pending,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
 };
 
 use arc_swap::ArcSwapOption;
@@ -38,12 +38,12 @@ use tokio::{net::TcpStream, sync::watch, time::sleep};
 use tokio_rustls::server::TlsStream;
 use tracing::{info, warn};
 
-pub use files::{ServerCa, TlsContents, TlsFileError, TlsFiles, TlsPart, TlsSource};
+pub use files::{ServerCa, TlsContents, TlsFileError, TlsFiles, TlsPart, TlsSource, certificate_to_pem};
 pub use pinned::fetch_pinned_ca;
 pub use signers::{CertificateSigner, PeerCertificates};
 
 use self::{
-    files::ParsedContents,
+    files::{CaEnds, ParsedContents},
     handshake::{Handshakes, LimitedStream},
     signers::Signers,
 };
@@ -116,6 +116,7 @@ struct TlsState {
     signers: Signers,
     certificate: Option<CertificateDer<'static>>,
     server_ca: Option<ServerCa>,
+    ends: CaEnds,
 }
 
 /// What [`ServerTls::as_client`] returns.
@@ -188,24 +189,50 @@ impl ServerTls {
 
     /// Reads the source once. Returns whether it has changed.
     fn reload(&self) -> Result<bool, TlsFileError> {
+        let now = SystemTime::now();
+        // First: whatever can be read.
+        self.drop_ended_cas(now)?;
         let read = match self.source.read() {
             Err(TlsFileError::Pending(_)) => return Ok(false),
             read => read?,
         };
-        let mut contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut contents = self.contents();
         if contents.as_ref() == Some(&read) {
             return Ok(false);
         }
-        let state = TlsState::new(&*self.source, &read)?;
+        self.put_in_use(&read, now)?;
         let ca_changed = contents
             .as_ref()
             .is_some_and(|contents| contents.client_ca != read.client_ca || contents.own_ca != read.own_ca);
         *contents = Some(read);
-        self.state.store(Some(Arc::new(state)));
         if ca_changed {
             self.changes.send_modify(|count| *count += 1);
         }
         Ok(true)
+    }
+
+    /// Goes on without the CAs of clients that have ended.
+    fn drop_ended_cas(&self, now: SystemTime) -> Result<(), TlsFileError> {
+        let differ = self.state.load().as_ref().is_some_and(|state| state.ends.differ(now));
+        let contents = self.contents();
+        if differ && let Some(contents) = &*contents {
+            self.put_in_use(contents, now)?;
+            self.changes.send_modify(|count| *count += 1);
+        }
+        Ok(())
+    }
+
+    fn put_in_use(&self, contents: &TlsContents, now: SystemTime) -> Result<(), TlsFileError> {
+        let state = TlsState::new(&*self.source, contents, now)?;
+        if state.ends.ended > 0 {
+            warn!(count = state.ends.ended, source = %self.source, "TLS: CAs of clients have expired; what they have signed is refused");
+        }
+        self.state.store(Some(Arc::new(state)));
+        Ok(())
+    }
+
+    fn contents(&self) -> MutexGuard<'_, Option<TlsContents>> {
+        self.contents.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The certificate of this server, without the intermediate ones; `None` while there is none.
@@ -231,7 +258,7 @@ impl ServerTls {
     /// `None` without a client CA, and while the source has nothing.
     #[must_use]
     pub fn as_client(&self) -> Option<ClientPem> {
-        let contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
+        let contents = self.contents();
         let TlsContents { cert, key, client_ca, .. } = contents.as_ref()?;
         Some(ClientPem { cert: cert.clone(), key: key.clone(), ca: client_ca.clone()? })
     }
@@ -271,7 +298,9 @@ impl ServerTls {
         let accepted = match &state {
             Some(state) => {
                 let config = Arc::clone(state.configs.at(alpn));
-                self.handshakes.at(alpn).run(stream, config, deadline).await
+                let accepted = self.handshakes.at(alpn).run(stream, config, deadline).await;
+                // By the CAs of this handshake: others may be in use meanwhile.
+                accepted.and_then(|stream| state.with_certificates(stream))
             }
             None => Err(self.not_ready()),
         };
@@ -283,11 +312,7 @@ impl ServerTls {
                 self.metrics.handshakes_failed.at(err.reason).inc();
             }
         }
-        let stream = accepted?;
-        let certificates = stream.get_ref().1.peer_certificates().filter(|chain| !chain.is_empty());
-        // By the CAs of this handshake: others may be in use meanwhile.
-        let certificates = certificates.zip(state).map(|(chain, state)| state.signers.of(chain));
-        Ok((stream, certificates))
+        accepted
     }
 }
 
@@ -302,11 +327,11 @@ pub async fn changed(changes: &mut Option<watch::Receiver<u64>>) {
 }
 
 impl TlsState {
-    fn new(source: &dyn TlsSource, contents: &TlsContents) -> Result<Self, TlsFileError> {
+    fn new(source: &dyn TlsSource, contents: &TlsContents, now: SystemTime) -> Result<Self, TlsFileError> {
         let invalid = |part, err: &dyn fmt::Display| source.invalid(part, err.to_string());
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let ParsedContents { certified, client_roots, own_roots, server_ca } =
-            files::parse(source, contents, &provider)?;
+        let ParsedContents { certified, client_roots, own_roots, server_ca, ends } =
+            files::parse(source, contents, &provider, now)?;
         let certificate = certified.cert.first().cloned();
         let signers =
             Signers::new(client_roots, own_roots, &provider).map_err(|err| invalid(TlsPart::ClientCa, &err))?;
@@ -325,7 +350,20 @@ impl TlsState {
             config.alpn_protocols = vec![alpn.id().to_vec()];
             Arc::new(config)
         });
-        Ok(Self { configs, signers, certificate, server_ca })
+        Ok(Self { configs, signers, certificate, server_ca, ends })
+    }
+
+    /// The stream of a complete handshake, and what certificates the client has shown in it.
+    fn with_certificates(
+        &self,
+        stream: ServerTlsStream,
+    ) -> Result<(ServerTlsStream, Option<PeerCertificates>), HandshakeError> {
+        let shown = stream.get_ref().1.peer_certificates().filter(|chain| !chain.is_empty());
+        let certificates = shown.map(|chain| self.signers.of(chain)).transpose();
+        let bad =
+            |err: rustls::Error| HandshakeError { reason: HandshakeFailure::BadCertificate, detail: err.to_string() };
+        let certificates = certificates.map_err(bad)?;
+        Ok((stream, certificates))
     }
 }
 

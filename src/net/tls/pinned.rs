@@ -21,6 +21,9 @@ use tokio_rustls::TlsConnector;
 
 use super::Alpn;
 
+/// Most certificates with the key of the CA that are tried.
+const MAX_PINNED: usize = 4;
+
 /// Completes a handshake with the server at `host` and `port`, and returns the CA's certificate that it shows, in DER: the
 /// one whose public key (SubjectPublicKeyInfo) has this SHA-256, after the server's certificate was checked against it.
 ///
@@ -72,16 +75,23 @@ impl ServerCertVerifier for PinnedCa {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let ca = intermediates.iter().find(|certificate| self.is_pinned(certificate));
-        let ca = ca.ok_or(Error::InvalidCertificate(CertificateError::UnknownIssuer))?;
-        let mut roots = RootCertStore::empty();
-        roots.add(ca.clone())?;
-        let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&self.provider))
-            .build()
-            .map_err(|err| Error::General(err.to_string()))?;
-        let verified = verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)?;
-        *self.found.lock().unwrap_or_else(PoisonError::into_inner) = Some(ca.clone().into_owned());
-        Ok(verified)
+        let mut err = Error::InvalidCertificate(CertificateError::UnknownIssuer);
+        // Two CAs may have one key, for instance one that another CA has signed, too.
+        for ca in intermediates.iter().filter(|certificate| self.is_pinned(certificate)).take(MAX_PINNED) {
+            let mut roots = RootCertStore::empty();
+            roots.add(ca.clone())?;
+            let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&self.provider))
+                .build()
+                .map_err(|err| Error::General(err.to_string()))?;
+            match verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
+                Ok(verified) => {
+                    *self.found.lock().unwrap_or_else(PoisonError::into_inner) = Some(ca.clone().into_owned());
+                    return Ok(verified);
+                }
+                Err(refused) => err = refused,
+            }
+        }
+        Err(err)
     }
 
     fn verify_tls12_signature(

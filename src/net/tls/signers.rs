@@ -80,14 +80,18 @@ impl Signers {
 
     /// Which CA has signed certificates that [`Signers::verifier`] has accepted. What both have signed is of the own CA, which
     /// gives fewer rights.
-    pub(super) fn of(&self, chain: &[CertificateDer<'static>]) -> PeerCertificates {
-        let is_own = match (&self.client, &self.own) {
-            (_, None) => false,
-            (None, Some(_)) => true,
-            (Some(_), Some(own)) => verify(own, chain).is_ok(),
-        };
-        let signer = if is_own { CertificateSigner::OwnCa } else { CertificateSigner::ClientCa };
-        PeerCertificates { chain: chain.into(), signer }
+    ///
+    /// # Errors
+    /// When neither has: a certificate has ended a moment ago. Then it is not known whose they are.
+    pub(super) fn of(&self, chain: &[CertificateDer<'static>]) -> Result<PeerCertificates, Error> {
+        let of = |signer| PeerCertificates { chain: chain.into(), signer };
+        let (own, client) = (of(CertificateSigner::OwnCa), of(CertificateSigner::ClientCa));
+        match (&self.own, &self.client) {
+            (Some(_), None) => Ok(own),
+            (Some(_), Some(_)) if self.check(&own).is_ok() => Ok(own),
+            (Some(_), Some(_)) => self.check(&client).map(|()| client),
+            (None, _) => Ok(client),
+        }
     }
 
     /// Checks certificates again, against the CA that has signed them.

@@ -2,7 +2,9 @@
 
 use std::{fs, io, net::SocketAddr, path::Path};
 
-use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+};
 use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer, ServerName},
@@ -33,8 +35,14 @@ struct CertifiedKey {
 
 impl TestCa {
     fn new(name: &str) -> Self {
+        Self::ends(name, 4000)
+    }
+
+    /// Valid until the first day of `year`.
+    fn ends(name: &str, year: i32) -> Self {
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, name);
+        params.not_after = rcgen::date_time_ymd(year, 1, 1);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().expect("a key");
         let pem = params.self_signed(&key).expect("a CA").pem();
@@ -231,6 +239,10 @@ async fn server_is_known_by_the_ca_that_has_signed_its_chain() {
         let known = tls.server_ca().expect("there is one");
         assert_eq!((known.hash, known.pem), (hash(&root.pem), bundle.concat()));
         assert!(tls.is_for("localhost") && !tls.is_for("other.example.com"));
+        // A key beside them, as in a file for another program, is told to nobody.
+        let key = root.issuer.key().serialize_pem();
+        let tls = load(contents(&leaf, &signed, &[&other.pem, &key, &root.pem])).expect("valid");
+        assert_eq!(tls.server_ca().expect("there is one").pem, bundle.concat());
         // A CA between is one to be known by, too.
         let tls = load(contents(&leaf, &signed, &[&signed])).expect("valid");
         assert_eq!(tls.server_ca().expect("there is one").hash, hash(&signed));
@@ -257,10 +269,11 @@ fn signer_of_a_certificate_is_known_and_checked_again() {
         let (cert, key) = (leaf.cert.clone().into_bytes(), leaf.key.serialize_pem().into_bytes());
         let contents =
             TlsContents { cert, key, client_ca: client_ca.map(pem), own_ca: own_ca.map(pem), server_ca: None };
-        TlsState::new(&Fixed(contents.clone()), &contents).expect("valid").signers
+        TlsState::new(&Fixed(contents.clone()), &contents, SystemTime::now()).expect("valid").signers
     };
     let both = of(Some(&client), Some(&own));
-    let by = |signers: &Signers, ca: &TestCa| signers.of(&certificates(&ca.sign("vm-1", VALID).cert));
+    let of_ca = |signers: &Signers, ca: &TestCa| signers.of(&certificates(&ca.sign("vm-1", VALID).cert));
+    let by = |signers: &Signers, ca: &TestCa| of_ca(signers, ca).expect("one of them has signed it");
     let (by_client, by_own) = (by(&both, &client), by(&both, &own));
     assert_eq!((by_client.signer, by_own.signer), (CertificateSigner::ClientCa, CertificateSigner::OwnCa));
     // A CA that is both signs for who joined: they have fewer rights.
@@ -268,10 +281,83 @@ fn signer_of_a_certificate_is_known_and_checked_again() {
     assert_eq!(by(&of(Some(&client), None), &client).signer, CertificateSigner::ClientCa);
     assert_eq!(by(&of(None, Some(&own)), &own).signer, CertificateSigner::OwnCa);
     assert!(both.check(&by_client).is_ok() && both.check(&by_own).is_ok());
+    // What the handshake has accepted and neither has signed any more is nobody's, and not the client CA's.
+    assert!(of_ca(&both, &TestCa::new("other")).is_err());
     // Each is checked against its own CA: another one of the listener is no help.
     let swapped = of(Some(&own), Some(&client));
     assert!(swapped.check(&by_client).is_err() && swapped.check(&by_own).is_err());
     assert!(of(None, Some(&own)).check(&by_client).is_err() && of(Some(&client), None).check(&by_own).is_err());
+}
+
+/// Whoever has the key of a certificate in these files can sign for everybody.
+#[test]
+fn certificate_that_may_not_sign_is_no_ca() {
+    let ca = TestCa::new("ca");
+    let leaf = ca.sign("gangplank", VALID);
+    let own = |is_ca, key_usages| {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, "own");
+        (params.is_ca, params.key_usages) = (is_ca, key_usages);
+        params.self_signed(&KeyPair::generate().expect("a key")).expect("a certificate").pem()
+    };
+    let any = BasicConstraints::Unconstrained;
+    let load = |client_ca: &str, server_ca: &str| {
+        let bytes = |text: &str| Some(text.as_bytes().to_vec());
+        let contents = TlsContents {
+            cert: leaf.cert.clone().into_bytes(),
+            key: leaf.key.serialize_pem().into_bytes(),
+            client_ca: bytes(client_ca),
+            own_ca: None,
+            server_ca: bytes(server_ca),
+        };
+        ServerTls::load(Fixed(contents), Metrics::new().connections)
+    };
+    assert!(load(&own(IsCa::Ca(any), vec![KeyUsagePurpose::KeyCertSign]), &ca.pem).is_ok());
+    for (certificate, why) in [
+        (leaf.cert.clone(), "CN=gangplank, which is not one of a CA"),
+        (own(IsCa::NoCa, Vec::new()), "CN=own, which is not one of a CA"),
+        (own(IsCa::ExplicitNoCa, Vec::new()), "CN=own, which is not one of a CA"),
+        (own(IsCa::Ca(any), vec![KeyUsagePurpose::DigitalSignature]), "CN=own, whose key may not sign others"),
+    ] {
+        // One is enough, whatever is beside it.
+        let beside = format!("{}{certificate}", ca.pem);
+        for (part, loaded) in [("ClientCa", load(&beside, &ca.pem)), ("ServerCa", load(&ca.pem, &beside))] {
+            let err = loaded.expect_err(why).to_string();
+            assert!(err.contains(part) && err.contains(why), "{why}: {err}");
+        }
+    }
+}
+
+#[test]
+fn ca_that_has_ended_signs_for_nobody() {
+    let (long, short) = (TestCa::new("long"), TestCa::ends("short", 2030));
+    let leaf = long.sign("gangplank", VALID);
+    let at = |year, cas: &[&TestCa]| {
+        let contents = TlsContents {
+            cert: leaf.cert.clone().into_bytes(),
+            key: leaf.key.serialize_pem().into_bytes(),
+            client_ca: Some(cas.iter().map(|ca| ca.pem.as_str()).collect::<String>().into_bytes()),
+            own_ca: None,
+            server_ca: None,
+        };
+        let now = rcgen::date_time_ymd(year, 1, 1).into();
+        TlsState::new(&Fixed(contents.clone()), &contents, now).expect("valid")
+    };
+    let knows = |state: &TlsState, ca: &TestCa| {
+        let shown = certificates(&ca.sign("vm-1", VALID).cert);
+        state.signers.check(&PeerCertificates { chain: shown.into(), signer: CertificateSigner::ClientCa }).is_ok()
+    };
+    let (before, after) = (at(2029, &[&short, &long]), at(2031, &[&short, &long]));
+    assert!(knows(&before, &short) && knows(&before, &long));
+    assert!(!knows(&after, &short) && knows(&after, &long));
+    assert_eq!((before.ends.ended, after.ends.ended), (0, 1));
+    let end = SystemTime::from(rcgen::date_time_ymd(2030, 1, 1));
+    let second = Duration::from_secs(1);
+    assert!(!before.ends.differ(end) && before.ends.differ(end + second));
+    assert!(!after.ends.differ(end + second) && after.ends.differ(end), "the clock was set back");
+    // Without any, nobody is asked for a certificate, and the server goes on.
+    let none = at(2031, &[&short]);
+    assert!(!knows(&none, &short) && none.signers.verifier().is_none());
 }
 
 #[test]
