@@ -7,13 +7,12 @@
 use std::{
     collections::{HashMap, HashSet},
     mem,
-    net::IpAddr,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use tokio::sync::{Notify, oneshot};
 
-use crate::model::{ServiceKey, UnixMillis};
+use crate::model::{Address, ServiceKey, UnixMillis};
 
 /// Which services are behind: their latest change is not in Kubernetes.
 #[derive(Debug)]
@@ -77,8 +76,8 @@ struct ServiceProgress {
 #[derive(Debug)]
 struct Waiter {
     generation: u64,
-    /// The address that was registered or removed; `None` for a host name, which is in no slice.
-    address: Option<IpAddr>,
+    /// The address that was registered or removed.
+    address: Address,
     sender: oneshot::Sender<()>,
 }
 
@@ -86,12 +85,12 @@ struct Waiter {
 #[derive(Debug, Default)]
 struct PartialConfirmation {
     generation: u64,
-    outdated: HashSet<IpAddr>,
+    outdated: HashSet<Address>,
 }
 
 impl PartialConfirmation {
-    fn covers(&self, generation: u64, address: Option<IpAddr>) -> bool {
-        generation <= self.generation && address.is_none_or(|address| !self.outdated.contains(&address))
+    fn covers(&self, generation: u64, address: &Address) -> bool {
+        generation <= self.generation && !self.outdated.contains(address)
     }
 }
 
@@ -227,13 +226,13 @@ impl MirrorProgress {
 
     /// Records that Kubernetes has the slices of `service` up to `generation`, except those with
     /// `outdated` addresses. The service stays behind until the mirror confirms all of it.
-    pub fn confirm_slices(&self, service: &ServiceKey, generation: u64, outdated: HashSet<IpAddr>) {
+    pub fn confirm_slices(&self, service: &ServiceKey, generation: u64, outdated: HashSet<Address>) {
         let mut unmirrored = self.lock();
         let Some(progress) = unmirrored.services.get_mut(service) else { return };
         progress.partial = PartialConfirmation { generation, outdated };
         let (reached, waiters): (Vec<_>, Vec<_>) = mem::take(&mut progress.waiters)
             .into_iter()
-            .partition(|waiter| progress.partial.covers(waiter.generation, waiter.address));
+            .partition(|waiter| progress.partial.covers(waiter.generation, &waiter.address));
         progress.waiters = waiters;
         drop(unmirrored);
         for waiter in reached {
@@ -247,14 +246,14 @@ impl MirrorProgress {
         &self,
         service: &ServiceKey,
         generation: u64,
-        address: Option<IpAddr>,
+        address: Address,
     ) -> impl Future<Output = ()> + Send + use<> {
         let receiver = {
             let mut unmirrored = self.lock();
             unmirrored.services.get_mut(service).and_then(|progress| {
                 // A generation after the last change of the service has the same slices.
                 let generation = generation.min(progress.generation);
-                if progress.partial.covers(generation, address) {
+                if progress.partial.covers(generation, &address) {
                     return None;
                 }
                 if progress.waiters.len() == progress.waiters.capacity() {
@@ -345,6 +344,10 @@ mod tests {
         Validator { zone_wire_len: 15, names_allowed: false }.service("prod", name).expect("valid")
     }
 
+    fn name() -> Address {
+        Address::parse("db.example.com").expect("a name")
+    }
+
     fn changed(services: &[&str]) -> DirtyServices {
         DirtyServices { changed: services.iter().map(|service| key(service)).collect(), ..DirtyServices::default() }
     }
@@ -383,8 +386,8 @@ mod tests {
         assert_eq!(mirror_progress.take_dirty().now_or_never(), None);
         assert_eq!(mirror_progress.lag(), MirrorLag { services: 2, since: Some(UnixMillis(1)) });
 
-        let mut seven = Box::pin(mirror_progress.confirmed(&key("web"), 7, None));
-        let mut eight = Box::pin(mirror_progress.confirmed(&key("web"), 8, None));
+        let mut seven = Box::pin(mirror_progress.confirmed(&key("web"), 7, name()));
+        let mut eight = Box::pin(mirror_progress.confirmed(&key("web"), 8, name()));
         assert!(mirror_progress.confirm(&key("web"), 7));
         assert_eq!((seven.as_mut().now_or_never(), eight.as_mut().now_or_never()), (Some(()), None));
         mirror_progress.mark_dirty([(key("web"), 9, UnixMillis(4))], []);
@@ -392,7 +395,7 @@ mod tests {
         assert!(mirror_progress.confirm(&key("web"), 9));
         assert_eq!(eight.now_or_never(), Some(()));
         assert!(!mirror_progress.confirm(&key("web"), 9), "it was not behind any more");
-        assert_eq!(mirror_progress.confirmed(&key("web"), 9, None).now_or_never(), Some(()));
+        assert_eq!(mirror_progress.confirmed(&key("web"), 9, name()).now_or_never(), Some(()));
         assert_eq!(mirror_progress.lag().services, 1);
     }
 
@@ -402,7 +405,7 @@ mod tests {
         mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1))], []);
         let mut patient = Vec::new();
         for n in 0..10_000 {
-            let waits = Box::pin(mirror_progress.confirmed(&key("web"), 7, None));
+            let waits = Box::pin(mirror_progress.confirmed(&key("web"), 7, name()));
             if n % 100 == 0 {
                 patient.push(waits);
             }
@@ -417,28 +420,31 @@ mod tests {
     fn nothing_is_behind_without_a_mirror() {
         let mirror_progress = MirrorProgress::new(false);
         mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1))], []);
-        assert_eq!(mirror_progress.confirmed(&key("web"), 7, None).now_or_never(), Some(()));
+        assert_eq!(mirror_progress.confirmed(&key("web"), 7, name()).now_or_never(), Some(()));
         assert_eq!(mirror_progress.lag(), MirrorLag::default());
     }
 
     #[test]
     fn registration_waits_for_its_own_slice_only() {
         let mirror_progress = MirrorProgress::new(true);
-        let [refused, accepted] = ["10.0.0.1", "10.0.0.2"].map(|text| text.parse::<IpAddr>().ok());
+        let [refused, accepted] = ["10.0.0.1", "10.0.0.2"].map(|text| Address::parse(text).expect("an address"));
         mirror_progress.mark_dirty([(key("web"), 7, UnixMillis(1))], []);
         let waiters = || {
-            [refused, accepted, None].map(|address| mirror_progress.confirmed(&key("web"), 7, address).now_or_never())
+            [&refused, &accepted, &name()]
+                .map(Address::clone)
+                .map(|address| mirror_progress.confirmed(&key("web"), 7, address).now_or_never())
         };
         assert_eq!(waiters(), [None; 3]);
-        let mut early = [refused, accepted].map(|address| Box::pin(mirror_progress.confirmed(&key("web"), 7, address)));
-        mirror_progress.confirm_slices(&key("web"), 7, refused.into_iter().collect());
+        let mut early = [refused.clone(), accepted.clone()]
+            .map(|address| Box::pin(mirror_progress.confirmed(&key("web"), 7, address)));
+        mirror_progress.confirm_slices(&key("web"), 7, [refused.clone()].into());
         assert_eq!(early.each_mut().map(|waiter| waiter.as_mut().now_or_never()), [None, Some(())]);
         // The same holds for later waiters, and for a later generation that did not change the service.
         assert_eq!(waiters(), [None, Some(()), Some(())]);
-        assert_eq!(mirror_progress.confirmed(&key("web"), 9, accepted).now_or_never(), Some(()));
+        assert_eq!(mirror_progress.confirmed(&key("web"), 9, accepted.clone()).now_or_never(), Some(()));
         assert_eq!(mirror_progress.lag().services, 1, "the service is behind nevertheless");
         mirror_progress.mark_dirty([(key("web"), 8, UnixMillis(1))], []);
-        assert_eq!(mirror_progress.confirmed(&key("web"), 8, accepted).now_or_never(), None);
+        assert_eq!(mirror_progress.confirmed(&key("web"), 8, accepted.clone()).now_or_never(), None);
         assert!(mirror_progress.confirm(&key("web"), 8));
         assert_eq!(waiters(), [Some(()); 3]);
     }

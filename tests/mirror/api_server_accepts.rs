@@ -165,7 +165,7 @@ fn generated(cases: usize) -> Vec<(ServiceKey, CowTree<Arc<Instance>>)> {
         let Ok(key) = VALIDATOR.service(namespace, &name) else { continue };
         let accepted =
             specs.iter().filter_map(|spec| VALIDATOR.instance(&key, spec, UnixMillis(1_700_000_000_123)).ok());
-        // A name of a host is no address: it does not stand in a slice.
+        // DNS names are not tried here.
         let accepted = accepted.filter(|instance| instance.address().ip().is_some());
         let table: CowTree<Arc<Instance>> = accepted.take(OF_A_SERVICE).map(Arc::new).collect();
         if !table.is_empty() && names.insert(key.clone()) {
@@ -194,6 +194,7 @@ fn objects(services: &[(ServiceKey, CowTree<Arc<Instance>>)]) -> Vec<Value> {
             service_uid: uid,
             max_endpoints: 100,
             publish_not_ready: false,
+            flatten_names: false,
             tombstones: &tombstones,
             stamps,
             occupied: &occupied,

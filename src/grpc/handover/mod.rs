@@ -156,7 +156,7 @@ impl HandOverService {
                 let (result, details) = match answer {
                     WordAnswer::Now(result, details) => (result, details),
                     WordAnswer::Mirrored(result, word) => {
-                        let address = word.id.address.ip();
+                        let address = word.id.address.clone();
                         let confirmed = registry.mirror_progress().confirmed(&word.service, generation, address);
                         match timeout_at(until, confirmed).await {
                             Ok(()) => (result, String::new()),

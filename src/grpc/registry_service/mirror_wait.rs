@@ -10,7 +10,6 @@
 
 use std::{
     future::{Ready, ready},
-    net::IpAddr,
     time::Duration,
 };
 
@@ -29,7 +28,7 @@ const MIRROR_TIMEOUT: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct MirrorWait {
     /// The service, the address of its slice, and the deadline; `None` without a mirror.
-    wanted: Option<(ServiceKey, Option<IpAddr>, Instant)>,
+    wanted: Option<(ServiceKey, Address, Instant)>,
 }
 
 impl MirrorWait {
@@ -43,11 +42,7 @@ impl MirrorWait {
             Command::Unregister { service, address, .. } => (service, address),
             Command::SetReady { service, id, .. } => (service, &id.address),
         };
-        let ip = match address {
-            Address::Ip(ip) => Some(*ip),
-            Address::Name(_) => None,
-        };
-        Self { wanted: Some((service.clone(), ip, Instant::now() + MIRROR_TIMEOUT)) }
+        Self { wanted: Some((service.clone(), address.clone(), Instant::now() + MIRROR_TIMEOUT)) }
     }
 
     /// Returns true when Kubernetes has the change of `generation`, or certainly no instance to remove, and false after the

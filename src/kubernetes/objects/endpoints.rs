@@ -115,7 +115,7 @@ fn subsets(instances: &CowTree<Arc<Instance>>, publish_not_ready: bool) -> (Vec<
                 assigned.insert((at, ip));
                 let address = EndpointAddress {
                     ip: ip.to_string(),
-                    hostname: hostname(instance, ip).map(Into::into),
+                    hostname: hostname(instance, Some(ip)).map(Into::into),
                     node_name: instance.node_name().map(ToString::to_string),
                     target_ref: None,
                 };

@@ -4,14 +4,14 @@
 //! to leave its slice. But no endpoint may be missing because of a refusal: what the refused write
 //! was to add stays in its present slice.
 
-use std::{
-    collections::{HashSet, VecDeque},
-    net::IpAddr,
-};
+use std::collections::{HashSet, VecDeque};
 
-use crate::kubernetes::{
-    api::ApiError,
-    objects::slices::{ObservedSlice, SliceWrite},
+use crate::{
+    kubernetes::{
+        api::ApiError,
+        objects::slices::{ObservedSlice, SliceWrite},
+    },
+    model::Address,
 };
 
 /// One write of a plan, and the slice as it is before.
@@ -21,27 +21,27 @@ pub(super) struct PlannedWrite<'a> {
 }
 
 impl PlannedWrite<'_> {
-    fn addresses_before(&self) -> &[IpAddr] {
+    fn addresses_before(&self) -> &[Address] {
         self.before.map_or(&[], |before| &before.addresses)
     }
 
     /// Whether it removes one of `addresses` from its slice.
-    fn removes_any(&self, addresses: &HashSet<IpAddr>) -> bool {
-        let mut affected = self.addresses_before().iter().filter(|ip| addresses.contains(ip)).peekable();
+    fn removes_any(&self, addresses: &HashSet<Address>) -> bool {
+        let mut affected = self.addresses_before().iter().filter(|address| addresses.contains(address)).peekable();
         affected.peek().is_some() && {
-            let after: HashSet<IpAddr> = self.write.addresses().collect();
-            affected.any(|ip| !after.contains(ip))
+            let after: HashSet<Address> = self.write.addresses().collect();
+            affected.any(|address| !after.contains(address))
         }
     }
 
     /// The addresses in its slice, before or after it.
-    fn addresses(&self) -> impl Iterator<Item = IpAddr> {
-        self.addresses_before().iter().copied().chain(self.write.addresses())
+    fn addresses(&self) -> impl Iterator<Item = Address> {
+        self.addresses_before().iter().cloned().chain(self.write.addresses())
     }
 
     /// The addresses that it adds to its slice.
-    fn added(&self) -> impl Iterator<Item = IpAddr> {
-        self.write.addresses().filter(|ip| !self.addresses_before().contains(ip))
+    fn added(&self) -> impl Iterator<Item = Address> {
+        self.write.addresses().filter(|address| !self.addresses_before().contains(address))
     }
 }
 
@@ -51,9 +51,9 @@ pub(super) struct RefusedWrites {
     /// The first refusal.
     pub(super) err: Option<ApiError>,
     /// Addresses that are not in their new slices because of a refusal.
-    missing: HashSet<IpAddr>,
+    missing: HashSet<Address>,
     /// All addresses in slices that are not as planned, before or after.
-    pub(super) outdated: HashSet<IpAddr>,
+    pub(super) outdated: HashSet<Address>,
     /// Whether the slice without addresses, which has the tombstones, is not as planned.
     pub(super) tombstones: bool,
 }

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     kubernetes::{
         api::{ApiError, Preconditions},
-        cache::ObservedState,
+        cache::{ObservedState, ServiceState},
         objects::slices::{ObservedSlice, PlanOptions, SliceStamps, SliceWrite, plan},
     },
     model::{CowTree, ServiceKey, UnixMillis},
@@ -50,7 +50,7 @@ impl Reconciler {
         self.api.confirmed().await;
         if refused.tombstones {
             // A removal is in Kubernetes with its tombstone only. So no word on these addresses is confirmed.
-            refused.outdated.extend(desired.tombstones.iter().filter_map(|one| one.id.address.ip()));
+            refused.outdated.extend(desired.tombstones.iter().map(|one| one.id.address.clone()));
         }
         self.registry.mirror_progress().confirm_slices(desired.service, desired.generation, refused.outdated);
         refused.err.map_or(Ok(()), Err)
@@ -63,6 +63,7 @@ impl Reconciler {
             service_uid: uid,
             max_endpoints: self.options.max_endpoints,
             publish_not_ready: self.options.publish_not_ready,
+            flatten_names: matches!(observed.service, ServiceState::Joined { .. }),
             tombstones: desired.tombstones,
             stamps: SliceStamps {
                 term: self.term,

@@ -3,13 +3,12 @@
 use std::{
     fmt::Write as _,
     hash::{Hash, Hasher},
-    net::IpAddr,
 };
 
 use k8s_openapi::api::discovery::v1::EndpointPort;
 use sha2::{Digest as _, Sha256};
 
-use crate::model::{Port, PortSpec, Ports, Protocol, ServiceKey};
+use crate::model::{Address, Port, PortSpec, Ports, Protocol, ServiceKey};
 
 /// Most ports of a slice that are read. An instance within its 2 KiB has fewer than 160, so gangplank
 /// never wrote a longer list; Kubernetes allows 20 000.
@@ -25,13 +24,19 @@ pub enum Family {
     V4,
     /// IPv6
     V6,
+    /// DNS names
+    Fqdn,
 }
 
 impl Family {
-    /// The family of `ip`.
+    /// The family of `address`.
     #[must_use]
-    pub fn of(ip: IpAddr) -> Self {
-        if ip.is_ipv4() { Self::V4 } else { Self::V6 }
+    pub fn of(address: &Address) -> Self {
+        match address {
+            Address::Ip(ip) if ip.is_ipv4() => Self::V4,
+            Address::Ip(_) => Self::V6,
+            Address::Name(_) => Self::Fqdn,
+        }
     }
 
     /// As a slice's `addressType`.
@@ -40,12 +45,13 @@ impl Family {
         match self {
             Self::V4 => "IPv4",
             Self::V6 => "IPv6",
+            Self::Fqdn => "FQDN",
         }
     }
 
-    /// The family of a slice's `addressType`; `None` for `FQDN`.
+    /// The family of a slice's `addressType`; `None` for one that Kubernetes did not have yet.
     pub(super) fn parse(text: &str) -> Option<Self> {
-        [Self::V4, Self::V6].into_iter().find(|family| family.as_str() == text)
+        [Self::V4, Self::V6, Self::Fqdn].into_iter().find(|family| family.as_str() == text)
     }
 }
 
@@ -208,9 +214,10 @@ mod tests {
         let none = SliceGroup { family: Family::V6, ports: Ports::default(), part: None };
         let dns = ports(&[(53, Protocol::Udp, "dns"), (53, Protocol::Tcp, "dns"), (80, Protocol::Tcp, "")]);
         let udp = SliceGroup { family: Family::V4, ports: dns, part: Some(Protocol::Udp) };
-        let named = [(&http, 0), (&http, 1), (&none, 0), (&udp, 0)];
+        let name = SliceGroup { family: Family::Fqdn, ports: ports(&[(5432, Protocol::Tcp, "sql")]), part: None };
+        let named = [(&http, 0), (&http, 1), (&none, 0), (&udp, 0), (&name, 0)];
         let named: Vec<String> = named.iter().map(|(group, index)| group.slice_name(&web, *index)).collect();
-        assert_eq!(named, ["web-b1a4f60fc2", "web-3683dd6482", "web-2efd22a1d4", "web-f21eab269b"]);
+        assert_eq!(named, ["web-b1a4f60fc2", "web-3683dd6482", "web-2efd22a1d4", "web-f21eab269b", "web-d3c13ac267"]);
         assert!(named.iter().all(|name| is_slice_name(&web, name)));
         for other in
             ["web", "web-", "web-0123456789a", "web-012345678", "web-012345678G", "we-0123456789", "web0123456789"]

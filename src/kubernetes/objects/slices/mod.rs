@@ -11,8 +11,9 @@
 //!
 //! The removals of a service that are remembered are in a slice of their own, without endpoints.
 //!
-//! Instances that are DNS names are not mirrored: an FQDN slice is deprecated, and two of them
-//! make CoreDNS answer two CNAMEs. Readiness is rendered but not part of the record.
+//! Instances that are DNS names are in slices of type FQDN, which few consumers read: CoreDNS answers with a CNAME for each
+//! ready endpoint, beside whatever addresses the service has. So such an endpoint is ready only where its name is all that
+//! the service has. Readiness is rendered but not part of the record.
 
 mod group;
 mod observed;

@@ -1,6 +1,6 @@
 //! A slice of ours as last observed in the cluster, in the few bytes that the cache keeps of it.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::collections::BTreeMap;
 
 use k8s_openapi::{
     api::discovery::v1::{Endpoint, EndpointPort, EndpointSlice},
@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     kubernetes::objects::names,
-    model::{Namespace, Ports, ServiceKey, ServiceName},
+    model::{Address, Namespace, Ports, ServiceKey, ServiceName},
 };
 
 /// The highest term that is accepted. Terms grow by one for each data directory; a higher one that
@@ -45,7 +45,7 @@ pub struct ObservedSlice {
     /// name.
     pub group: Option<SliceGroup>,
     /// The addresses in it, in order, each once.
-    pub addresses: Box<[IpAddr]>,
+    pub addresses: Box<[Address]>,
     /// The digest of its content if gangplank would write the same; `None` if somebody else changed
     /// one of our fields.
     pub digest: Option<ContentDigest>,
@@ -81,8 +81,7 @@ impl ObservedSlice {
         let tombstones = tombstones::is_of_tombstones(slice);
         let family = Family::parse(&slice.address_type).filter(|_| !tombstones);
         let group = family.filter(|_| is_slice_name(&service, &name)).and_then(|family| group_of(slice, family));
-        let mut addresses: Vec<IpAddr> =
-            slice.endpoints.iter().flat_map(|one| &one.addresses).filter_map(|text| text.parse().ok()).collect();
+        let mut addresses: Vec<Address> = addresses_of(&slice.endpoints).collect();
         // Sorted and without duplicates, because the plan searches and counts them.
         addresses.sort_unstable();
         addresses.dedup();
@@ -163,6 +162,11 @@ pub(in crate::kubernetes) fn service_of(meta: &ObjectMeta) -> Option<ServiceKey>
     Some(ServiceKey::new(namespace, ServiceName::parse(name).ok()?))
 }
 
+/// The addresses of `endpoints` that an instance can have.
+pub(super) fn addresses_of(endpoints: &[Endpoint]) -> impl Iterator<Item = Address> {
+    endpoints.iter().flat_map(|one| &one.addresses).filter_map(|text| Address::parse(text).ok())
+}
+
 fn group_of(slice: &EndpointSlice, family: Family) -> Option<SliceGroup> {
     let ports = Ports::parse(&port_specs(slice.ports.as_deref().unwrap_or_default()).ok()?).ok()?;
     let whole = match annotation(&slice.metadata, names::PORTS) {
@@ -180,8 +184,8 @@ fn untouched(slice: &EndpointSlice, service: &ServiceKey, name: &str, group: &Sl
     let endpoints =
         slice.endpoints.iter().map(|endpoint| endpoint_of(endpoint, &mut annotations)).collect::<Option<Vec<_>>>()?;
     // Strictly: the same address twice is no slice of ours.
-    if !endpoints.is_sorted_by(|a, b| a.ip < b.ip)
-        || endpoints.iter().any(|endpoint| Family::of(endpoint.ip) != group.family)
+    if !endpoints.is_sorted_by(|a, b| a.address < b.address)
+        || endpoints.iter().any(|endpoint| Family::of(&endpoint.address) != group.family)
     {
         return None;
     }
@@ -205,7 +209,7 @@ fn untouched(slice: &EndpointSlice, service: &ServiceKey, name: &str, group: &Sl
 fn endpoint_of<'a>(endpoint: &'a Endpoint, annotations: &mut InstancesAnnotation) -> Option<SliceEndpoint<'a>> {
     let [address] = &endpoint.addresses[..] else { return None };
     Some(SliceEndpoint {
-        ip: address.parse().ok()?,
+        address: Address::parse(address).ok()?,
         ready: endpoint.conditions.as_ref()?.ready?,
         hostname: endpoint.hostname.as_deref().map(Into::into),
         node: endpoint.node_name.as_deref(),

@@ -13,7 +13,6 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    net::IpAddr,
     sync::Arc,
 };
 
@@ -21,13 +20,13 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 
 use super::{
     group::{Family, PortList, SliceGroup},
-    observed::ObservedSlice,
-    record::{MAX_ENTRY_BYTES, MAX_PORT_LIST_BYTES, registrant_bytes},
+    observed::{ObservedSlice, addresses_of},
+    record::{EXTRA_NAME_BYTES, MAX_ENTRY_BYTES, MAX_PORT_LIST_BYTES, registrant_bytes},
     render::{SliceEndpoint, SliceStamps, digest, render},
     tombstones,
 };
 use crate::{
-    model::{CowTree, Instance, ServiceKey},
+    model::{Address, CowTree, DnsName, Instance, ServiceKey},
     replicas::tombstones::Tombstones,
 };
 
@@ -55,6 +54,8 @@ pub struct PlanOptions<'a> {
     pub max_endpoints: usize,
     /// Instances that are not ready are shown as ready: CoreDNS ignores `publishNotReadyAddresses`.
     pub publish_not_ready: bool,
+    /// No name is shown as ready, not even one that is alone in the service: others have addresses there.
+    pub flatten_names: bool,
     /// The removals that are remembered.
     pub tombstones: &'a Tombstones,
     /// The stamps of every slice that is written.
@@ -92,12 +93,12 @@ impl SliceWrite {
     }
 
     /// The endpoints of the slice after the write.
-    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+    pub fn addresses(&self) -> impl Iterator<Item = Address> {
         let endpoints = match self {
             Self::Create(slice) | Self::Replace(slice) => &slice.endpoints[..],
             Self::Delete { .. } => &[],
         };
-        endpoints.iter().flat_map(|one| &one.addresses).filter_map(|text| text.parse().ok())
+        addresses_of(endpoints)
     }
 }
 
@@ -126,14 +127,19 @@ pub fn plan<'a>(
             None => writes.delete(slice),
         }
     }
+    let alias = alias(options, instances);
     let mut new_names = HashSet::new();
     for (group, members) in grouped(instances) {
         let slices = by_group.remove(&group).unwrap_or_default();
         let mut names = (0..).map(|index| group.slice_name(options.service, index));
         for assignment in assign(options, &members, slices) {
             let endpoints = assignment.members.iter().map(|&at| {
-                let (ip, instance) = members[at];
-                SliceEndpoint::of(instance, ip, options.publish_not_ready)
+                let instance = members[at];
+                let is_shown = match instance.address() {
+                    Address::Ip(_) => true,
+                    Address::Name(name) => alias == Some(name),
+                };
+                SliceEndpoint::of(instance, is_shown && is_served(options, instance))
             });
             let endpoints: Vec<SliceEndpoint<'_>> = endpoints.collect();
             if let Some(slice) = assignment.slice {
@@ -150,6 +156,22 @@ pub fn plan<'a>(
     // What is left has the ports of no instance.
     by_group.into_values().flatten().for_each(|slice| writes.delete(slice));
     writes.in_order()
+}
+
+/// Whether an instance is ready to consumers. As Kubernetes does it for pods: `publishNotReadyAddresses` of the Service makes
+/// every endpoint ready.
+fn is_served(options: &PlanOptions<'_>, instance: &Instance) -> bool {
+    instance.ready() || options.publish_not_ready
+}
+
+/// The name that all served instances have, by which the service is an alias of it. CoreDNS answers a CNAME for each ready
+/// name, so there must be no other and no address (RFC 1034 §3.6.2).
+fn alias<'a>(options: &PlanOptions<'_>, instances: &'a CowTree<Arc<Instance>>) -> Option<&'a DnsName> {
+    let mut served = instances.iter().filter(|instance| is_served(options, instance));
+    let first = served.next().filter(|_| !options.flatten_names)?.address();
+    // IP addresses are before names, so this ends at once in a service without names.
+    let Address::Name(name) = first else { return None };
+    served.all(|instance| instance.address() == first).then_some(name)
 }
 
 /// The writes, by when they may be made.
@@ -251,25 +273,21 @@ fn stamp(slice: &mut EndpointSlice, stamps: SliceStamps<'_>) {
     annotations.extend(stamps.annotations().map(|(key, value)| (key.to_owned(), value)));
 }
 
-/// An instance with its address.
-type GroupMember<'a> = (IpAddr, &'a Instance);
-
 /// The instances by group, each in order of address. An instance with split ports is in several.
-fn grouped(instances: &CowTree<Arc<Instance>>) -> Vec<(SliceGroup, Vec<GroupMember<'_>>)> {
-    let mut groups: Vec<(SliceGroup, Vec<GroupMember<'_>>)> = Vec::new();
+fn grouped(instances: &CowTree<Arc<Instance>>) -> Vec<(SliceGroup, Vec<&Instance>)> {
+    let mut groups: Vec<(SliceGroup, Vec<&Instance>)> = Vec::new();
     // Most instances of a service have the same ports, so groups are made once for each list.
     let mut known: HashMap<(Family, PortList<'_>), std::ops::Range<usize>, foldhash::fast::RandomState> =
         HashMap::default();
     for instance in instances {
-        let Some(ip) = instance.address().ip() else { continue };
-        let family = Family::of(ip);
+        let family = Family::of(instance.address());
         let range = known.entry((family, PortList(instance.ports()))).or_insert_with(|| {
             let first = groups.len();
             groups.extend(SliceGroup::all(family, instance.ports()).into_iter().map(|group| (group, Vec::new())));
             first..groups.len()
         });
         for (_, members) in &mut groups[range.clone()] {
-            members.push((ip, &**instance));
+            members.push(&**instance);
         }
     }
     groups
@@ -290,7 +308,7 @@ struct Assignment<'a> {
 /// Assigns every member of a group to a slice. `members` are in order of address.
 fn assign<'a>(
     options: &PlanOptions<'_>,
-    members: &[GroupMember<'_>],
+    members: &[&Instance],
     mut slices: Vec<&'a ObservedSlice>,
 ) -> Vec<Assignment<'a>> {
     let entry_bytes = entry_bytes(members);
@@ -300,9 +318,9 @@ fn assign<'a>(
     let stays = slices.into_iter().map(|slice| {
         let capacity = capacity(options, Some(slice), entry_bytes);
         let mut stay = Vec::new();
-        for ip in &slice.addresses {
+        for address in &slice.addresses {
             if stay.len() < capacity
-                && let Ok(at) = members.binary_search_by_key(ip, |member| member.0)
+                && let Ok(at) = members.binary_search_by_key(&address, |instance| instance.address())
                 && !std::mem::replace(&mut assigned[at], true)
             {
                 stay.push(at);
@@ -337,9 +355,11 @@ fn assign<'a>(
 
 /// Most bytes of an entry in the annotation of a group's slices. In coarse steps, because a longer registrant may make
 /// room for fewer endpoints, and then each slice that has more is written anew.
-fn entry_bytes(members: &[GroupMember<'_>]) -> usize {
-    let longest = members.iter().map(|(_, instance)| registrant_bytes(instance.registrant())).max();
-    MAX_ENTRY_BYTES + longest.filter(|&bytes| bytes > 0).map_or(0, |bytes| bytes.next_power_of_two().max(128))
+fn entry_bytes(members: &[&Instance]) -> usize {
+    let longest = members.iter().map(|instance| registrant_bytes(instance.registrant())).max();
+    let name = members.first().is_some_and(|instance| instance.address().ip().is_none());
+    let address = MAX_ENTRY_BYTES + if name { EXTRA_NAME_BYTES } else { 0 };
+    address + longest.filter(|&bytes| bytes > 0).map_or(0, |bytes| bytes.next_power_of_two().max(128))
 }
 
 /// How many endpoints a slice may have: fewer than usual if long registrants, or annotations of others, use much of what

@@ -67,6 +67,10 @@ pub fn read_slice(slice: &EndpointSlice, validator: &Validator) -> (Vec<Arc<Inst
     let mut skip = |address: Option<&str>, reason: String| {
         skipped.push(SkippedEndpoint { slice: name.into(), address: address.map(Into::into), reason });
     };
+    let Some(family) = Family::parse(&slice.address_type) else {
+        skip(None, format!("addressType {:?} is unknown", slice.address_type));
+        return (instances, skipped);
+    };
     let ports = match ports_of(slice) {
         Ok((ports, doubt)) => {
             if let Some(doubt) = doubt {
@@ -93,7 +97,7 @@ pub fn read_slice(slice: &EndpointSlice, validator: &Validator) -> (Vec<Arc<Inst
                 skip(Some(address), format!("annotation {}: {err}: the defaults are used", names::INSTANCES));
                 InstanceAnnotation::default()
             });
-            match instance(validator, endpoint, address, &ports, attributes, created) {
+            match instance(validator, family, endpoint, address, &ports, attributes, created) {
                 // The API server lets an address be in one slice twice.
                 Ok(instance) if known.insert(instance.id()) => instances.push(Arc::new(instance)),
                 Ok(_) => {}
@@ -137,6 +141,7 @@ fn specs(ports: &Ports) -> Vec<PortSpec> {
 
 fn instance(
     validator: &Validator,
+    family: Family,
     endpoint: &Endpoint,
     address: &str,
     ports: &[PortSpec],
@@ -146,7 +151,15 @@ fn instance(
     let InstanceAnnotation { weight, priority, registered, stamp, registrant } = attributes;
     let hostname = endpoint.hostname.as_deref().unwrap_or_default();
     // The label that spells the own address is the default of an instance without a host name.
-    let ip = validator.address(address).map_err(|err| err.to_string())?.ip();
+    // A name was registered where names are looked up. It stays registered, and in its slice, where they are not.
+    let ip = if family == Family::Fqdn {
+        if Address::parse(address).is_ok_and(|address| address.ip().is_some()) {
+            return Err("an IP address is no DNS name".into());
+        }
+        None
+    } else {
+        validator.address(address).map_err(|err| err.to_string())?.ip()
+    };
     let own = ip.is_some() && parse_dashed_label(hostname.as_bytes()) == ip;
     let spec = InstanceSpec {
         address: address.into(),
@@ -173,7 +186,7 @@ fn created(slice: &EndpointSlice) -> UnixMillis {
 /// As much is used as can be answered. An endpoint is ready unless it says otherwise (as CoreDNS
 /// has it); ports with an invalid or missing number or an invalid name are left out, and so are
 /// those that no longer fit an instance's 2 KiB; an invalid hostname or node name is dropped;
-/// addresses that pods cannot reach are left out. An endpoint with several addresses is an instance for each.
+/// addresses that pods cannot reach are left out, and so are DNS names. An endpoint with several addresses is an instance for each.
 #[must_use]
 pub fn read_foreign_slice(slice: &EndpointSlice, validator: &Validator) -> Vec<Arc<Instance>> {
     let ports = usable_ports(slice.ports.as_deref().unwrap_or_default());
@@ -182,7 +195,7 @@ pub fn read_foreign_slice(slice: &EndpointSlice, validator: &Validator) -> Vec<A
     for endpoint in &slice.endpoints {
         let ready = endpoint.conditions.as_ref().and_then(|conditions| conditions.ready).unwrap_or(true);
         for text in &endpoint.addresses {
-            let Ok(address) = validator.address(text) else { continue };
+            let Ok(address @ Address::Ip(_)) = validator.address(text) else { continue };
             let spec = InstanceSpec {
                 address: text.clone(),
                 ports: ports.clone(),

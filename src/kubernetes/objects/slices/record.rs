@@ -14,17 +14,20 @@
 //!
 //! Unknown fields are ignored, so that a later version can add some.
 
-use std::{collections::HashMap, net::IpAddr};
+use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::group::MAX_PORTS;
-use crate::model::{PortSpec, Ports, Protocol, Registrant, RegistrantPool, Stamp, UnixMillis, Weight};
+use crate::model::{Address, PortSpec, Ports, Protocol, Registrant, RegistrantPool, Stamp, UnixMillis, Weight};
 
-/// Most bytes of one entry with its comma and without its registrant: 41 of the address in quotes, 67 of the stamp and 80 of the
-/// rest.
+/// Most bytes of the entry of an IP address with its comma and without its registrant: 41 of the address in quotes, 67 of the
+/// stamp and 80 of the rest.
 pub(super) const MAX_ENTRY_BYTES: usize = 192;
+
+/// Most bytes that the entry of a DNS name, of 253 characters, takes more than that.
+pub(super) const EXTRA_NAME_BYTES: usize = 253 - 39;
 
 /// Most bytes that the registrant adds to an entry.
 pub(super) fn registrant_bytes(registrant: Option<&Registrant>) -> usize {
@@ -65,9 +68,9 @@ struct EntryJson<'a> {
 }
 
 /// The annotation for these instances; those with default attributes are left out.
-pub(super) fn instances_json<'a>(records: impl Iterator<Item = (IpAddr, &'a InstanceAnnotation)>) -> String {
+pub(super) fn instances_json<'a>(records: impl Iterator<Item = (&'a Address, &'a InstanceAnnotation)>) -> String {
     let not_default = records.filter(|(_, record)| **record != InstanceAnnotation::default());
-    let entries = not_default.map(|(ip, record)| {
+    let entries = not_default.map(|(address, record)| {
         let InstanceAnnotation { weight, priority, registered, stamp, registrant } = record;
         let weight = Some(*weight).filter(|weight| *weight != Weight::default());
         let entry = EntryJson {
@@ -77,12 +80,21 @@ pub(super) fn instances_json<'a>(records: impl Iterator<Item = (IpAddr, &'a Inst
             stamp: (*stamp != Stamp::default()).then_some([stamp.clock, stamp.term, stamp.generation]),
             registrant: registrant.as_ref().map(Registrant::as_str),
         };
-        (ip, entry)
+        (AsText(address), entry)
     });
     let mut text = Vec::new();
     let mut serializer = serde_json::Serializer::new(&mut text);
     serde::Serializer::collect_map(&mut serializer, entries).expect("numbers under addresses are JSON");
     String::from_utf8(text).expect("JSON is UTF-8")
+}
+
+/// An address as a key of JSON.
+struct AsText<'a>(&'a Address);
+
+impl Serialize for AsText<'_> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self.0)
+    }
 }
 
 /// A parsed annotation of a slice.
@@ -196,7 +208,7 @@ mod tests {
     /// These texts exist in clusters: later versions must read them.
     #[test]
     fn json_of_the_annotations_is_stable() {
-        let ip = |text: &str| text.parse::<IpAddr>().expect("an address");
+        let ip = |text: &str| Address::parse(text).expect("an address");
         let stamp = Stamp { clock: 1_700_000_000_123_000, term: 3, generation: 1_700_000_042 };
         let records = [
             (ip("10.0.0.1"), InstanceAnnotation { stamp, ..record(0.5, 3, 1_700_000_000_123) }),
@@ -205,7 +217,7 @@ mod tests {
             (ip("10.0.0.4"), record(0.0, 65_535, 0)),
             (ip("10.0.0.5"), InstanceAnnotation { registrant: registrant("vm-1"), ..record(1.0, 0, 7) }),
         ];
-        let text = instances_json(records.iter().map(|(ip, record)| (*ip, record)));
+        let text = instances_json(records.iter().map(|(ip, record)| (ip, record)));
         assert_eq!(
             text,
             r#"{"10.0.0.1":{"weight":0.5,"priority":3,"registered":1700000000123,"stamp":[1700000000123000,3,1700000042]},"10.0.0.3":{"weight":0.1,"registered":7},"10.0.0.4":{"weight":0.0,"priority":65535},"10.0.0.5":{"registered":7,"registrant":"vm-1"}}"#
@@ -214,7 +226,7 @@ mod tests {
         for (ip, record) in records {
             assert_eq!(read.get(&ip.to_string()), Ok(record));
         }
-        assert_eq!(instances_json([(ip("10.0.0.1"), &InstanceAnnotation::default())].into_iter()), "{}");
+        assert_eq!(instances_json([(&ip("10.0.0.1"), &InstanceAnnotation::default())].into_iter()), "{}");
         let mut later =
             InstancesAnnotation::read(Some(r#"{"10.0.0.1":{"priority":4,"colour":"red"}}"#)).expect("an object");
         assert_eq!(later.get("10.0.0.1"), Ok(record(1.0, 4, 0)));
@@ -264,15 +276,20 @@ mod tests {
 
     #[test]
     fn largest_entry_is_within_its_limit() {
-        let longest: IpAddr = "2001:1db8:1234:5678:9abc:def0:1234:5678".parse().expect("an address");
+        let longest = Address::parse("2001:1db8:1234:5678:9abc:def0:1234:5678").expect("an address");
+        let label = |length: usize| "n".repeat(length);
+        let longest_name = format!("{0}.{0}.{0}.{1}", label(63), label(61));
+        let longest_name = Address::parse(&longest_name).expect("253 characters are a name");
         for weight in [1.234_567_9e-38, 654.999_94, 1e-45, f32::MIN_POSITIVE] {
             let stamp = Stamp { clock: u64::MAX, term: u64::MAX, generation: u64::MAX };
             for name in ["", "vm-1", r#"a"b\c\\"#, "é"] {
                 let registrant = registrant(name);
                 let most = MAX_ENTRY_BYTES + registrant_bytes(registrant.as_ref());
                 let longest_entry = InstanceAnnotation { stamp, registrant, ..record(weight, u16::MAX, u64::MAX) };
-                let text = instances_json([(longest, &longest_entry)].into_iter());
+                let text = instances_json([(&longest, &longest_entry)].into_iter());
                 assert!(text.len() <= most, "{text}");
+                let text = instances_json([(&longest_name, &longest_entry)].into_iter());
+                assert!(text.len() <= most + EXTRA_NAME_BYTES, "{text}");
             }
         }
     }
@@ -280,9 +297,9 @@ mod tests {
     proptest! {
         #[test]
         fn every_weight_is_read_back_bit_for_bit(bits in 0u32..=655f32.to_bits()) {
-            let ip: IpAddr = "10.0.0.1".parse().expect("an address");
+            let ip = Address::parse("10.0.0.1").expect("an address");
             let record = record(f32::from_bits(bits), 0, 0);
-            let text = instances_json([(ip, &record)].into_iter());
+            let text = instances_json([(&ip, &record)].into_iter());
             let read = InstancesAnnotation::read(Some(&text)).expect("an object").get("10.0.0.1").expect("valid");
             prop_assert_eq!(read.weight.get().to_bits(), bits);
         }

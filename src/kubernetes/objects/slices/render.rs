@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     kubernetes::objects::names,
-    model::{DashedLabel, Instance, Registrant, ServiceKey, UnixMillis, view::Rfc3339},
+    model::{Address, DashedLabel, Instance, Registrant, ServiceKey, UnixMillis, view::Rfc3339},
 };
 
 /// Annotations that are set when a slice is written. They alone are no reason to write it.
@@ -56,7 +56,7 @@ impl ContentDigest {
 /// One endpoint.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct SliceEndpoint<'a> {
-    pub(super) ip: IpAddr,
+    pub(super) address: Address,
     pub(super) ready: bool,
     pub(super) hostname: Option<Cow<'a, str>>,
     pub(super) node: Option<&'a str>,
@@ -64,13 +64,12 @@ pub(super) struct SliceEndpoint<'a> {
 }
 
 impl<'a> SliceEndpoint<'a> {
-    /// The endpoint of an instance at `ip`.
-    pub(super) fn of(instance: &'a Instance, ip: IpAddr, publish_not_ready: bool) -> Self {
+    /// The endpoint of an instance.
+    pub(super) fn of(instance: &'a Instance, ready: bool) -> Self {
         Self {
-            ip,
-            // As Kubernetes does it for pods: `publishNotReadyAddresses` of the Service makes every endpoint ready.
-            ready: instance.ready() || publish_not_ready,
-            hostname: hostname(instance, ip),
+            address: instance.address().clone(),
+            ready,
+            hostname: hostname(instance, instance.address().ip()),
             node: instance.node_name().map(|name| name.as_str()),
             record: InstanceAnnotation {
                 weight: instance.weight(),
@@ -84,7 +83,7 @@ impl<'a> SliceEndpoint<'a> {
 
     fn endpoint(&self) -> Endpoint {
         Endpoint {
-            addresses: vec![self.ip.to_string()],
+            addresses: vec![self.address.to_string()],
             conditions: Some(EndpointConditions { ready: Some(self.ready), ..EndpointConditions::default() }),
             hostname: self.hostname.as_deref().map(Into::into),
             node_name: self.node.map(Into::into),
@@ -98,11 +97,13 @@ impl<'a> SliceEndpoint<'a> {
 /// Without one CoreDNS derives it from the address, as gangplank's own DNS does, with one
 /// difference: an address that begins or ends in `::` gets a label that begins or ends with a
 /// dash, which glibc and Go refuse to look up. Such endpoints get an explicit one.
-pub(in crate::kubernetes) fn hostname(instance: &Instance, ip: IpAddr) -> Option<Cow<'_, str>> {
+///
+/// `ip` is `None` for a DNS name.
+pub(in crate::kubernetes) fn hostname(instance: &Instance, ip: Option<IpAddr>) -> Option<Cow<'_, str>> {
     if let Some(label) = instance.host_name() {
         return Some(Cow::Borrowed(label.as_str()));
     }
-    let IpAddr::V6(v6) = ip else { return None };
+    let Some(ip @ IpAddr::V6(v6)) = ip else { return None };
     let (first, last) = (v6.segments()[0], v6.segments()[7]);
     // `::` at an end means that the segment there is 0.
     if first != 0 && last != 0 {
@@ -142,7 +143,7 @@ pub(super) fn render(
     group: &SliceGroup,
     endpoints: &[SliceEndpoint<'_>],
 ) -> EndpointSlice {
-    let records = endpoints.iter().map(|endpoint| (endpoint.ip, &endpoint.record));
+    let records = endpoints.iter().map(|endpoint| (&endpoint.address, &endpoint.record));
     let mut annotations = BTreeMap::from([(names::INSTANCES.to_owned(), instances_json(records))]);
     if group.part.is_some() {
         annotations.insert(names::PORTS.to_owned(), ports_json(&group.ports));
@@ -190,11 +191,12 @@ pub(super) fn digest(uid: &str, group: &SliceGroup, endpoints: &[SliceEndpoint<'
         text(&mut content, port.name.as_ref().map(|name| name.as_str()));
     }
     // Without `..`: a field that is added does not compile until it is digested, or its changes would never be written.
-    for SliceEndpoint { ip, ready, hostname, node, record } in endpoints {
-        // No length: the address family is digested above, and decides it.
-        match ip {
-            IpAddr::V4(v4) => content.extend(v4.octets()),
-            IpAddr::V6(v6) => content.extend(v6.octets()),
+    for SliceEndpoint { address, ready, hostname, node, record } in endpoints {
+        // No length of IP addresses: the family is digested above, and decides it.
+        match address {
+            Address::Ip(IpAddr::V4(v4)) => content.extend(v4.octets()),
+            Address::Ip(IpAddr::V6(v6)) => content.extend(v6.octets()),
+            Address::Name(name) => text(&mut content, Some(name.as_str())),
         }
         content.push(u8::from(*ready));
         text(&mut content, hostname.as_deref());

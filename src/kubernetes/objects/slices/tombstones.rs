@@ -61,7 +61,7 @@ fn json(tombstones: &Tombstones) -> String {
     for one in tombstones.iter() {
         let Stamp { clock, term, generation } = one.stamp;
         let comma = if text.len() > 1 { "," } else { "" };
-        // Addresses and ports have no character that JSON escapes.
+        // Addresses, names and ports have no character that JSON escapes.
         write!(text, "{comma}\"{}\":[{clock},{term},{generation}]", one.id).expect("a String takes everything");
     }
     text.push('}');
@@ -150,10 +150,12 @@ mod tests {
         let mut tombstones = Tombstones::default();
         let dns = &[(53, UDP, "dns"), (8080, Protocol::Tcp, "http")];
         let specs = [spec("10.0.0.1", HTTP), spec("10.0.0.1", &[]), spec("2001:db8::1", dns), spec("2001:db8::2", &[])];
-        for (spec, clock) in specs.iter().zip(1_700_000_000_000_000..) {
+        let names = [spec("db.example.com", dns), spec("db.example.com", &[])];
+        for (spec, clock) in specs.iter().chain(&names).zip(1_700_000_000_000_000..) {
             assert!(tombstones.insert(instance(spec).id(), Stamp { clock, term: 3, generation: 42 }));
         }
-        for (address, clock) in ["10.0.0.3", "2001:db8::3"].into_iter().zip(1_700_000_000_000_010..) {
+        for (address, clock) in ["10.0.0.3", "2001:db8::3", "mail.example.com"].into_iter().zip(1_700_000_000_000_010..)
+        {
             let id = InstanceId { address: VALIDATOR.address(address).expect("valid"), ports: PortSet::every() };
             assert!(tombstones.insert(id, Stamp { clock, term: 3, generation: 42 }));
         }
@@ -170,7 +172,7 @@ mod tests {
         let text = annotation(&slice.metadata, names::TOMBSTONES).expect("written");
         assert_eq!(
             text,
-            r#"{"10.0.0.1":[1700000000000001,3,42],"10.0.0.1:8080":[1700000000000000,3,42],"10.0.0.3:*":[1700000000000010,3,42],"[2001:db8::1]:8080,53/UDP":[1700000000000002,3,42],"2001:db8::2":[1700000000000003,3,42],"[2001:db8::3]:*":[1700000000000011,3,42]}"#
+            r#"{"10.0.0.1":[1700000000000001,3,42],"10.0.0.1:8080":[1700000000000000,3,42],"10.0.0.3:*":[1700000000000010,3,42],"[2001:db8::1]:8080,53/UDP":[1700000000000002,3,42],"2001:db8::2":[1700000000000003,3,42],"[2001:db8::3]:*":[1700000000000011,3,42],"db.example.com":[1700000000000005,3,42],"db.example.com:8080,53/UDP":[1700000000000004,3,42],"mail.example.com:*":[1700000000000012,3,42]}"#
         );
         assert_eq!(read_tombstones(&slice), Some(written.clone()));
         assert_eq!(untouched(&slice, &web(), &name(&web(), 0)), Some(digest(&written)));

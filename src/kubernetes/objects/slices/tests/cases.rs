@@ -1,6 +1,6 @@
 //! Single cases, each with its reason.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
 use k8s_openapi::{
     api::discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice},
@@ -143,8 +143,11 @@ fn every_external_edit_is_detected_and_reverted() {
         InstanceSpec { host_name: "a".into(), node_name: "vm-1".into(), weight: Some(2.0), ..spec("10.0.0.1", HTTP) };
     let half =
         InstanceSpec { host_name: "a".into(), node_name: "vm-1".into(), weight: Some(2.0), ..spec("10.0.0.1", DNS) };
-    for (one, ports) in [(host, HTTP), (half, DNS)] {
-        let instances = table(&[one, spec("10.0.0.2", ports)]);
+    let name = InstanceSpec { node_name: "vm-1".into(), weight: Some(2.0), ..spec("db.example.com", HTTP) };
+    for (one, others) in
+        [(host, spec("10.0.0.2", HTTP)), (half, spec("10.0.0.2", DNS)), (name, spec("db.example.com", DNS))]
+    {
+        let instances = table(&[one, others]);
         with_request(100, &[], |request| {
             let mut fresh = Cluster::default();
             fresh.sync(request, &instances);
@@ -356,6 +359,87 @@ fn foreign_slices_are_read_as_far_as_dns_can_answer() {
         ..slice
     };
     assert_eq!(read_foreign_slice(&crowded, &VALIDATOR).len(), 5, "its ports are cut to what an instance carries");
+}
+
+#[test]
+fn name_is_ready_only_where_it_is_all_that_the_service_has() {
+    let db = || spec("db.example.com", HTTP);
+    let unready = |spec| Arc::new((*instance(&spec)).clone().with_ready(false));
+    let with = |instances: &[Arc<Instance>], flatten_names, publish_not_ready| {
+        let table: CowTree<Arc<Instance>> = instances.iter().cloned().collect();
+        let mut cluster = Cluster::default();
+        with_request(100, &[], |request| {
+            let request = PlanOptions { flatten_names, publish_not_ready, ..*request };
+            cluster.sync(&request, &table);
+            cluster.assert_shows(&request, &table);
+            assert_eq!(read_back(&cluster), as_recorded(&table));
+        });
+        let ready = cluster.slices.values().flat_map(|slice| &slice.endpoints);
+        let ready = ready.filter(|row| row.conditions.as_ref().and_then(|conditions| conditions.ready) == Some(true));
+        ready.flat_map(|row| row.addresses.clone()).collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>()
+    };
+    let one = [instance(&db())];
+    assert_eq!(with(&one, false, false), ["db.example.com"]);
+    assert_eq!(with(&one, true, false), [""; 0], "others have addresses there");
+    let ports = [instance(&db()), instance(&spec("db.example.com", &[(80, TCP, "")]))];
+    assert_eq!(with(&ports, false, false), ["db.example.com"], "one name with two lists of ports");
+    let names = [instance(&db()), instance(&spec("mail.example.com", HTTP))];
+    assert_eq!(with(&names, false, false), [""; 0], "two CNAMEs are no answer");
+    let mixed = [instance(&db()), instance(&spec("10.0.0.1", HTTP))];
+    assert_eq!(with(&mixed, false, false), ["10.0.0.1"]);
+    let last = [instance(&db()), unready(spec("10.0.0.1", HTTP)), unready(spec("mail.example.com", HTTP))];
+    assert_eq!(with(&last, false, false), ["db.example.com"], "the others are not served");
+    assert_eq!(with(&last, false, true), ["10.0.0.1"]);
+    assert_eq!(with(&[unready(db())], false, false), [""; 0]);
+    assert_eq!(with(&[unready(db())], false, true), ["db.example.com"]);
+}
+
+#[test]
+fn largest_names_are_within_the_limits_of_kubernetes() {
+    let name = |at: u32| format!("{0}.{0}.{0}.n{at:04}{1}", "n".repeat(63), "n".repeat(56));
+    let one = |at: u32| {
+        let spec = InstanceSpec { weight: Some(1.234_567_9e-38), priority: u16::MAX, ..spec(&name(at), DNS) };
+        Arc::new(VALIDATOR.instance(&web(), &spec, UnixMillis(u64::MAX)).expect("valid"))
+    };
+    let instances: CowTree<Arc<Instance>> = (0..1000).map(one).collect();
+    let mut cluster = Cluster::default();
+    with_request(1000, &[], |request| {
+        cluster.sync(request, &instances);
+        cluster.assert_shows(request, &instances);
+        assert_eq!(read_back(&cluster), as_recorded(&instances));
+        assert_eq!(cluster.sync(request, &instances), 0);
+    });
+}
+
+/// A process that looks no names up keeps those that are registered, and those of other writers are never answered with.
+#[test]
+fn names_are_read_from_our_slices_only() {
+    let nobody = Validator { names_allowed: false, ..VALIDATOR };
+    let mut cluster = Cluster::default();
+    let host = InstanceSpec { host_name: "db".into(), ..spec("db.example.com", DNS) };
+    let instances = table(&[host, spec("mail.example.com", HTTP)]);
+    with_request(100, &[], |request| cluster.sync(request, &instances));
+    assert_eq!(cluster.slices.len(), 3, "a slice for each protocol, and one of the other ports");
+    assert!(cluster.slices.values().all(|slice| slice.address_type == "FQDN"));
+    let (read_by_nobody, skipped) = read(cluster.slices.values(), &nobody);
+    assert_eq!((read_by_nobody.len(), skipped), (2, Vec::new()));
+    for slice in cluster.slices.values_mut() {
+        assert_eq!(read_foreign_slice(slice, &VALIDATOR), []);
+        // The API server takes both.
+        for wrong in ["10.0.0.1", "db"] {
+            slice.endpoints[0].addresses[0] = wrong.into();
+            let (none, skipped) = read_slice(slice, &VALIDATOR);
+            assert_eq!((none, skipped.len()), (Vec::new(), 1), "{skipped:?}");
+        }
+        // What somebody wrote by hand is not what gangplank would write: it is repaired.
+        slice.endpoints[0].addresses[0] = "mail.example.com.".into();
+        assert!(ObservedSlice::read(slice).expect("ours").digest.is_none());
+    }
+    with_request(100, &[], |request| {
+        cluster.sync(request, &instances);
+        cluster.assert_shows(request, &instances);
+        assert_eq!(read_back(&cluster), as_recorded(&instances));
+    });
 }
 
 #[test]

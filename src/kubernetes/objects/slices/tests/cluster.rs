@@ -91,11 +91,25 @@ impl Cluster {
         endpoints.flat_map(|endpoint| endpoint.addresses.clone()).collect()
     }
 
+    /// The slices of names, and whether one of their endpoints is ready.
+    pub(super) fn names(&self) -> BTreeMap<String, bool> {
+        let slices = self.slices.iter().filter(|(_, slice)| slice.address_type == "FQDN");
+        let is_ready = |row: &Endpoint| row.conditions.as_ref().and_then(|conditions| conditions.ready) == Some(true);
+        slices.map(|(name, slice)| (name.clone(), slice.endpoints.iter().any(is_ready))).collect()
+    }
+
     /// That the slices show exactly `instances`: looked at without the code that wrote them.
     pub(super) fn assert_shows(&self, request: &PlanOptions<'_>, instances: &CowTree<Arc<Instance>>) {
         let mut expected = 0;
+        let served: HashSet<String> = instances
+            .iter()
+            .filter(|instance| instance.ready() || request.publish_not_ready)
+            .map(|instance| instance.address().to_string())
+            .collect();
+        let flat = served.len() > 1 || request.flatten_names;
         for instance in instances.iter() {
-            let Some(ip) = instance.address().ip() else { continue };
+            let address = instance.address().to_string();
+            let ip = instance.address().ip();
             let ports: Vec<(Protocol, u16, String)> = instance
                 .ports()
                 .as_slice()
@@ -119,16 +133,16 @@ impl Cluster {
                     let whole = slice.metadata.annotations.as_ref().is_some_and(|all| all.contains_key(names::PORTS));
                     ports == list && whole == split
                 });
-                let rows = there.flat_map(|slice| &slice.endpoints).filter(|row| row.addresses == [ip.to_string()]);
+                let rows = there.flat_map(|slice| &slice.endpoints).filter(|row| row.addresses == [address.clone()]);
                 let rows: Vec<_> = rows.collect();
                 // An instance with other split ports may have the same half.
-                assert!(rows.len() == 1 || split && !rows.is_empty(), "{ip}: {} rows", rows.len());
+                assert!(rows.len() == 1 || split && !rows.is_empty(), "{address}: {} rows", rows.len());
                 assert!(rows.iter().any(|row| {
                     let ready = row.conditions.as_ref().and_then(|conditions| conditions.ready);
                     let host = instance.host_name().map(ToString::to_string);
-                    ready == Some(instance.ready() || request.publish_not_ready)
+                    ready == Some((instance.ready() || request.publish_not_ready) && (ip.is_some() || !flat))
                         && row.node_name == instance.node_name().map(ToString::to_string)
-                        && (row.hostname == host || host.is_none() && row.hostname.as_deref() == dashed(ip).as_deref())
+                        && (row.hostname == host || host.is_none() && row.hostname == ip.and_then(dashed))
                 }));
             }
         }
@@ -165,11 +179,15 @@ fn assert_accepted(slice: &EndpointSlice) {
     for OwnerReference { api_version, kind, name, uid, .. } in metadata.owner_references.iter().flatten() {
         assert!([api_version, kind, name, uid].iter().all(|text| !text.is_empty()));
     }
-    assert!(["IPv4", "IPv6"].contains(&&**address_type));
+    assert!(["IPv4", "IPv6", "FQDN"].contains(&&**address_type));
     assert!(endpoints.len() <= 1000);
     for Endpoint { addresses, hostname, node_name, .. } in endpoints {
         assert!((1..=100).contains(&addresses.len()));
         for text in addresses {
+            if address_type == "FQDN" {
+                assert!(is_subdomain(text) && text.contains('.') && text.split('.').all(is_label), "{text}");
+                continue;
+            }
             let ip: IpAddr = text.parse().expect("an address");
             assert_eq!(ip.to_string(), *text, "not canonical");
             assert_eq!(ip.is_ipv4(), address_type == "IPv4");
