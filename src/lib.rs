@@ -41,8 +41,11 @@
 //!     server for its calls and pages. Only the two calls with which a machine joins, and the pages that
 //!     probes ask for, need no identity.
 //!
-//! Not implemented yet, and where it will go: probes set readiness (`health`), names of
-//! instances are registered and answered ([`upstream`] looks them up), encrypted DNS joins UDP and TCP in [`dns`].
+//! 12. **Names ahead of need.** An instance may be a DNS name. [`upstream`] looks it up before anybody asks, and the
+//!     registry's writer publishes what it leads to like any other change, so that a query still reads memory only.
+//!
+//! Not implemented yet, and where it will go: probes set readiness (`health`), the addresses of names are written into
+//! EndpointSlices ([`kubernetes`]), encrypted DNS joins UDP and TCP in [`dns`].
 
 pub mod admin;
 pub mod app;

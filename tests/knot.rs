@@ -5,22 +5,16 @@
 //! Known differences, which are not queried: ANY (RFC 8482 lets a server choose), and names in a
 //! reverse zone that are shorter than an address and have no instance below them.
 
-use std::{
-    fmt::Write as _,
-    fs,
-    io::{BufRead as _, BufReader},
-    net::{SocketAddr, TcpListener, UdpSocket},
-    process::{Child, Command, Stdio},
-};
+use std::{fmt::Write as _, net::SocketAddr};
 
 use gangplank::grpc::proto::registry::{
     NamedPort, Protocol, ServiceInfo, service_registry_client::ServiceRegistryClient,
 };
 use hickory_proto::rr::{Record, RecordType};
-use tempfile::TempDir;
 
 use crate::support::{
     dns::{Over, ask},
+    knot::Knot,
     server::Server,
     tools,
 };
@@ -41,54 +35,6 @@ const TYPES: [RecordType; 8] = [
     RecordType::NS,
     RecordType::MX,
 ];
-
-/// knotd, killed on drop.
-struct Knot {
-    child: Child,
-    address: SocketAddr,
-    _dir: TempDir,
-}
-
-impl Knot {
-    fn start(knotd: &std::path::Path, zones: &[(&str, String)]) -> Self {
-        let dir = TempDir::new().expect("a temporary directory can be made");
-        let at = dir.path().display();
-        // knotd cannot report a port that the kernel chose, so it gets one that was free a moment ago.
-        let free = TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let address = free.local_addr().expect("it is bound");
-        drop((UdpSocket::bind(address).expect("it is free for both"), free));
-        let (ip, port) = (address.ip(), address.port());
-        let mut config = format!(
-            "server:\n  rundir: \"{at}\"\n  listen: {ip}@{port}\ndatabase:\n  storage: \"{at}\"\n\
-             log:\n  - target: stderr\n    any: info\nzone:\n"
-        );
-        for (zone, records) in zones {
-            fs::write(dir.path().join(zone), records).expect("it can be written");
-            writeln!(config, "  - domain: {zone}\n    storage: \"{at}\"\n    file: \"{zone}\"").expect("a String");
-        }
-        let file = dir.path().join("knot.conf");
-        fs::write(&file, config).expect("it can be written");
-        let command = Command::new(knotd).arg("-c").arg(&file).stdin(Stdio::null()).stderr(Stdio::piped()).spawn();
-        let mut child = command.expect("knotd can be run");
-        let mut said = Vec::new();
-        for line in BufReader::new(child.stderr.take().expect("stderr is piped")).lines().map_while(Result::ok) {
-            let started = line.contains("server started");
-            said.push(line);
-            if started {
-                return Self { child, address, _dir: dir };
-            }
-        }
-        let _ = child.wait();
-        panic!("knotd does not start:\n{}", said.join("\n"));
-    }
-}
-
-impl Drop for Knot {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 /// One registration of `service.prod`, and the records that it gives, in the zone and in reverse.
 fn registration(service: &str, n: u8, rng: &mut fastrand::Rng) -> (ServiceInfo, String, String) {

@@ -41,6 +41,7 @@ impl BenchZone {
             reverse_zones: Vec::new(),
             ns_addresses: Vec::new(),
             publish_not_ready: false,
+            flatten_names: false,
         });
         zone.set_ready();
         Self { zone, publisher, services: HashMap::new(), generation: 0 }

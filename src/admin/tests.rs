@@ -44,6 +44,7 @@ impl TestAdmin {
             reverse_zones: Vec::new(),
             ns_addresses: Vec::new(),
             publish_not_ready: false,
+            flatten_names: false,
         };
         let (zone, _publisher) = Zone::new(config);
         let metrics = Arc::new(Metrics::new());

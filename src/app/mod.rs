@@ -37,9 +37,10 @@ use crate::{
     metrics::Metrics,
     model::{ServerAddress, test_clock_offset},
     net::{self, ConnectionCaps, DescriptorBudget},
-    registry::{self, OutboxWord, Unrecovered},
+    registry::{self, OutboxWord, RegistryHandle, Unrecovered},
     store::{self, DataDir, RecoveryProgress},
-    zone::{Publisher, Zone, ZoneConfig},
+    upstream::Lookups,
+    zone::{NameChange, Publisher, Zone, ZoneConfig},
 };
 
 /// How long all parts may take to end after the stop.
@@ -163,6 +164,7 @@ impl BoundServer {
         // Without `..`, so that an unused setting does not compile. `bind` uses those with `_`.
         let Config {
             zone,
+            upstream,
             validator,
             store,
             registry,
@@ -257,6 +259,14 @@ impl BoundServer {
         let admin = admin::run(admin, pages, admin_connections, stop_answers.clone());
         parts.spawn("the admin listeners", net::run_on_runtime("admin", ADMIN_THREADS, admin)?);
 
+        if let Some(options) = upstream {
+            let lookups = Lookups::new(options, Arc::clone(&metrics))?;
+            let (registry, stop) = (registry.clone(), stop_answers.clone());
+            parts.spawn("the lookups of names", async move {
+                let _ = stop.run_until_cancelled(look_up_names(lookups, registry)).await;
+                Ok::<_, Infallible>(())
+            });
+        }
         if let Some(shared) = shared {
             let stop = stop_answers.clone();
             let follow = async move { stop.run_until_cancelled(shared.ca.run()).await };
@@ -336,6 +346,28 @@ impl BoundServer {
                 "accepted changes that Kubernetes lacks: {left}, each is in the log; they are in the data directory, and count when \
                  a process starts on it"
             )),
+        }
+    }
+}
+
+/// Looks up the names that are instances, and has what they lead to served. Ends with the registry.
+async fn look_up_names(mut lookups: Lookups, registry: RegistryHandle) {
+    loop {
+        tokio::select! {
+            changes = registry.names().changes() => {
+                for NameChange { name, used } in changes {
+                    if used {
+                        lookups.want(name);
+                    } else {
+                        lookups.forget(&name);
+                    }
+                }
+            }
+            statuses = lookups.next() => {
+                if registry.resolved(statuses).await.is_err() {
+                    return;
+                }
+            }
         }
     }
 }
@@ -448,6 +480,7 @@ mod tests {
             reverse_zones: Vec::new(),
             ns_addresses: ns.iter().map(|ip| ip.parse().expect("an address")).collect(),
             publish_not_ready: false,
+            flatten_names: false,
         };
         let reachable: Vec<IpAddr> = zone(&["10.0.0.2", "10.0.0.3"]).ns_addresses;
         assert_eq!(with_name_servers(zone(&[]), &reachable).ns_addresses, reachable);

@@ -11,13 +11,14 @@ use super::{
     output::{Format, NONE, OutputArgs, Table, age, percent, print, print_json, print_yaml},
 };
 use crate::model::{
-    Port, Protocol, Registrant, Service, ServiceKey,
+    DnsName, NameStatus, Port, Protocol, Registrant, Resolution, Service, ServiceKey,
     view::{Rfc3339, ServiceView, ServicesView, TrafficShares},
 };
 
 pub(super) const EXAMPLES: &str = "\
 Ports are written as --port takes them. SHARE is the part of traffic that an
 instance should get: its weight over the sum of all ready instances.
+An instance that is a DNS name has a second table: what it leads to now.
 -o json and -o yaml give one service as an object, and several as
 {\"services\": [...]}, in the shape of the server's /api/v1.
 
@@ -60,7 +61,16 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
         (Some(service), Some(namespace)) => {
             let key = key(namespace, &service.name)?;
             match servers.read(async |client| client.service(&key).await).await? {
-                Some(found) => show_service(&key, &found, format),
+                Some(found) => {
+                    show_service(&key, &found, format)?;
+                    if matches!(format, None | Some(Format::Wide))
+                        && found.instances.iter().any(|one| one.address().name().is_some())
+                    {
+                        let names = servers.read(async |client| client.names(&key).await).await?;
+                        print(&format!("\n{}", names_table(&names, format, SystemTime::now())))?;
+                    }
+                    Ok(())
+                }
                 None => Err(not_found(&key.to_string())),
             }
         }
@@ -180,6 +190,30 @@ fn instances_table(services: &[(ServiceKey, Service)], format: Option<Format>, n
             row.push(age(instance.registered(), now));
             table.row(row);
         }
+    }
+    table.render()
+}
+
+/// What DNS names lead to that are instances.
+fn names_table(names: &[(DnsName, NameStatus)], format: Option<Format>, now: SystemTime) -> String {
+    let mut table = Table::new(&["DNS-NAME", "ADDRESSES", "TTL", "ANSWERED", "ERROR"], &["ERROR", "ADDRESSES"], format);
+    for (name, NameStatus { resolution, answered, error }) in names {
+        let (addresses, ttl) = match &**resolution {
+            Resolution::Unavailable => ("unresolved".to_owned(), None),
+            Resolution::NxDomain => ("NXDOMAIN".to_owned(), None),
+            Resolution::Addresses(found) if found.is_empty() => (NONE.to_owned(), None),
+            Resolution::Addresses(found) => {
+                let addresses: Vec<String> = found.iter().map(|ip| ip.to_string()).collect();
+                (addresses.join(","), Some(found.ttl))
+            }
+        };
+        table.row(vec![
+            name.to_string(),
+            addresses,
+            ttl.map_or_else(|| NONE.to_owned(), |ttl| format!("{ttl}s")),
+            answered.map_or_else(|| "never".to_owned(), |answered| age(answered, now)),
+            error.as_deref().unwrap_or(NONE).to_owned(),
+        ]);
     }
     table.render()
 }

@@ -3,6 +3,7 @@
 mod advertise;
 mod quotas;
 mod security;
+mod upstream;
 
 use std::{
     env,
@@ -23,6 +24,7 @@ use crate::{
     registry,
     security::ListenerSecurity,
     store,
+    upstream::UpstreamOptions,
     zone::ZoneConfig,
 };
 
@@ -33,6 +35,7 @@ pub use self::{
 use self::{
     quotas::QuotaArgs,
     security::{Listeners, SecurityArgs},
+    upstream::UpstreamArgs,
 };
 
 /// Largest `--ttl` in seconds. Clients cache a removed instance for that long.
@@ -126,6 +129,9 @@ pub struct ServeArgs {
     /// Serve instances that are not ready too
     #[arg(long, env = "GANGPLANK_PUBLISH_NOT_READY", value_parser = FalseyValueParser::new())]
     publish_not_ready: bool,
+
+    #[command(flatten)]
+    upstream: UpstreamArgs,
 
     /// The name server identifier, NSID (RFC 5001) [default: the host name]
     #[arg(long, env = "GANGPLANK_NSID", value_name = "TEXT")]
@@ -252,6 +258,8 @@ pub struct Config {
     pub dns: DnsConfig,
     /// The zone; without addresses of its name server if no flag gives them.
     pub zone: ZoneConfig,
+    /// How DNS names that are instances are looked up; `None`: no instance is a name.
+    pub upstream: Option<UpstreamOptions>,
     /// Parses and checks registrations.
     pub validator: Validator,
     /// Where registrations are kept.
@@ -290,6 +298,7 @@ impl ServeArgs {
             reverse_zone,
             ns_address,
             publish_not_ready,
+            upstream,
             nsid,
             security,
             kubernetes,
@@ -384,7 +393,9 @@ impl ServeArgs {
         // Knows cgroup quotas and the affinity mask: in a container it is not the number of the machine's cores.
         let threads = dns_threads.or_else(|| thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
 
-        let validator = Validator { zone_wire_len: origin.wire_len(), names_allowed: false };
+        let flatten_names = upstream.flatten_names;
+        let upstream = upstream.check(&origin, ttl)?;
+        let validator = Validator { zone_wire_len: origin.wire_len(), names_allowed: upstream.is_some() };
         let policy = registry::NamespacePolicy { create_namespaces };
 
         Ok(Config {
@@ -407,8 +418,9 @@ impl ServeArgs {
                     pipelined: tcp_pipelined,
                 },
             },
+            upstream,
             validator,
-            zone: ZoneConfig { origin, ttl, reverse_zones, ns_addresses: ns_address, publish_not_ready },
+            zone: ZoneConfig { origin, ttl, reverse_zones, ns_addresses: ns_address, publish_not_ready, flatten_names },
             data_dir: data_dir.map_or_else(default_data_dir, Ok)?,
             store: store::StoreOptions { accept_loss, segment_bytes, outbox: kubernetes },
             registry: registry::RegistryOptions {
@@ -427,6 +439,7 @@ impl ServeArgs {
                 requests_per_second: kubernetes_qps,
                 linger: service_linger,
                 publish_not_ready,
+                flatten_names,
                 validator,
             }),
             advertise,

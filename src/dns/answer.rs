@@ -10,7 +10,7 @@ use super::{
     wire::{WireWriter, WriteResult},
 };
 use crate::{
-    model::{Rcode, RecordType},
+    model::{Rcode, RecordType, Resolution},
     zone::{Apex, Hit, Lookup, ZoneReader},
 };
 
@@ -39,6 +39,8 @@ const OPT_FIXED: usize = 11;
 const EXTENDED_ERROR: u16 = 15;
 /// "Not Ready" (RFC 8914 §4.15).
 const NOT_READY: u16 = 14;
+/// "Network Error" (RFC 8914 §4.24): no upstream server answers for a name that is an instance.
+const NETWORK_ERROR: u16 = 23;
 /// Octets of that option.
 const EXTENDED_ERROR_LEN: usize = 6;
 
@@ -137,16 +139,26 @@ enum AnswerContent<'z> {
     Records(Hit<'z>),
     /// No records but the SOA: NOERROR or NXDOMAIN.
     Negative(Rcode, Apex),
-    /// An error, without records.
-    Error(Rcode),
+    /// An error, without records, and what the extended error says of it.
+    Error(Rcode, Option<u16>),
 }
 
 impl AnswerContent<'_> {
     fn rcode(&self) -> Rcode {
         match self {
+            // RFC 6604 §2: the code says how the last name of the chain was found.
+            Self::Records(Hit::Cname(alias, asked))
+                if *alias.resolution == Resolution::NxDomain && *asked != Some(RecordType::Cname) =>
+            {
+                Rcode::NxDomain
+            }
             Self::Records(_) => Rcode::NoError,
-            Self::Negative(rcode, _) | Self::Error(rcode) => *rcode,
+            Self::Negative(rcode, _) | Self::Error(rcode, _) => *rcode,
         }
+    }
+
+    fn extended_error(&self) -> Option<u16> {
+        if let Self::Error(_, error) = self { *error } else { None }
     }
 }
 
@@ -155,7 +167,12 @@ impl<'m> Query<'m, '_> {
         let Question { name, qtype, end, edns, .. } = self.question;
         let content = self.content();
         let rcode = content.rcode();
-        let opt = edns.map(|edns| OptRecord { dnssec_ok: edns.dnssec_ok, nsid: self.nsid(&edns, out.len()), rcode });
+        let opt = edns.map(|edns| OptRecord {
+            dnssec_ok: edns.dnssec_ok,
+            nsid: self.nsid(&edns, out.len()),
+            rcode,
+            error: content.extended_error(),
+        });
         // OPT has its room reserved: RFC 6891 §6.1.1 wants it in every answer to a query with one, also in a truncated one.
         let mut w = WireWriter::new(out, opt.as_ref().map_or(0, OptRecord::len));
         // The header comes last, when the counts are known. The question is copied octet by octet: resolvers that vary its case
@@ -165,7 +182,7 @@ impl<'m> Query<'m, '_> {
         match &content {
             AnswerContent::Records(hit) => renderer.hit(hit),
             AnswerContent::Negative(_, apex) => renderer.negative(*apex),
-            AnswerContent::Error(_) => {}
+            AnswerContent::Error(..) => {}
         }
         let ResponseRenderer { mut w, sections, .. } = renderer;
         w.release();
@@ -190,19 +207,20 @@ impl<'m> Query<'m, '_> {
         // Before anything else: what a later version means by the rest of its query is not known.
         if edns.is_some_and(|edns| edns.version > 0) {
             // RFC 6891 §6.1.3: the only version is 0.
-            return AnswerContent::Error(Rcode::BadVers);
+            return AnswerContent::Error(Rcode::BadVers, None);
         }
         if transfer || !CLASSES.contains(qclass) {
-            return AnswerContent::Error(Rcode::Refused);
+            return AnswerContent::Error(Rcode::Refused, None);
         }
         match self.zone.lookup(name, rtype) {
             Lookup::Hit(hit) => AnswerContent::Records(hit),
             Lookup::NoData(apex) => AnswerContent::Negative(Rcode::NoError, apex),
             Lookup::NxDomain(apex) => AnswerContent::Negative(Rcode::NxDomain, apex),
             // This server does not recurse, so it knows nothing of other zones.
-            Lookup::OutOfZone => AnswerContent::Error(Rcode::Refused),
+            Lookup::OutOfZone => AnswerContent::Error(Rcode::Refused, None),
             // A resolver tries again after SERVFAIL. NXDOMAIN would be cached, for services that are about to be back.
-            Lookup::NotReady => AnswerContent::Error(Rcode::ServFail),
+            Lookup::NotReady => AnswerContent::Error(Rcode::ServFail, Some(NOT_READY)),
+            Lookup::Unavailable => AnswerContent::Error(Rcode::ServFail, Some(NETWORK_ERROR)),
         }
     }
 
@@ -219,15 +237,13 @@ struct OptRecord<'m> {
     dnssec_ok: bool,
     nsid: Option<&'m [u8]>,
     rcode: Rcode,
+    /// A code of RFC 8914.
+    error: Option<u16>,
 }
 
 impl OptRecord<'_> {
-    fn not_ready(&self) -> bool {
-        self.rcode == Rcode::ServFail
-    }
-
     fn len(&self) -> usize {
-        let error = if self.not_ready() { EXTENDED_ERROR_LEN } else { 0 };
+        let error = if self.error.is_some() { EXTENDED_ERROR_LEN } else { 0 };
         OPT_FIXED + self.nsid.map_or(0, |nsid| 4 + nsid.len()) + error
     }
 
@@ -245,10 +261,10 @@ impl OptRecord<'_> {
             w.u16(u16::try_from(nsid.len()).unwrap_or(0))?;
             w.put(nsid)?;
         }
-        if self.not_ready() {
+        if let Some(error) = self.error {
             w.u16(EXTENDED_ERROR)?;
             w.u16(2)?;
-            w.u16(NOT_READY)?;
+            w.u16(error)?;
         }
         Ok(())
     }

@@ -10,8 +10,10 @@ use super::{
     wire::{HostName, NoSpace, OwnerName, WireWriter, WriteResult},
 };
 use crate::{
-    model::{RecordType, cow_tree::Row},
-    zone::{AddressRecord, Addresses, Apex, Hit, PtrRecord, QName, Rrset, ServiceRecords, SrvRecord, ZoneReader},
+    model::{RecordType, Resolution, cow_tree::Row},
+    zone::{
+        AddressRecord, Addresses, Alias, Apex, Hit, PtrRecord, QName, Rrset, ServiceRecords, SrvRecord, ZoneReader,
+    },
 };
 
 /// The implemented version of Kubernetes' DNS specification, as TXT.
@@ -61,8 +63,23 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
         let ttl = self.zone.ttl();
         let owner = self.asked();
         match *hit {
-            Hit::A(set) => self.addresses(owner, RecordType::A, set),
-            Hit::Aaaa(set) => self.addresses(owner, RecordType::Aaaa, set),
+            Hit::A(set, ttl) => self.addresses(owner, RecordType::A, set, ttl),
+            Hit::Aaaa(set, ttl) => self.addresses(owner, RecordType::Aaaa, set, ttl),
+            Hit::Cname(Alias { target, resolution }, asked) => {
+                let target_at = self.w.len() + FIXED;
+                let written = self.w.record(owner, RecordType::Cname, ttl, |w| w.name(target));
+                if self.answered(written).is_ok()
+                    && let Resolution::Addresses(found) = resolution
+                {
+                    // RFC 1034 §3.6.2: who follows an alias gets what it leads to in the same answer. Resolvers of pods do not ask again.
+                    let owner = OwnerName { at: target_at, name: HostName { target: None, service: &[] } };
+                    match asked {
+                        Some(RecordType::A) => self.resolved(owner, RecordType::A, &found.v4, found.ttl),
+                        Some(RecordType::Aaaa) => self.resolved(owner, RecordType::Aaaa, &found.v6, found.ttl),
+                        _ => {}
+                    }
+                }
+            }
             Hit::Srv(set, records) => self.srv(set, records),
             Hit::Ptr(set, ip) => self.ptr(set, ip),
             Hit::Version => {
@@ -136,16 +153,33 @@ impl<'r> ResponseRenderer<'r, '_, '_> {
         })
     }
 
-    fn addresses<I: Ip>(&mut self, owner: OwnerName<'_>, rtype: RecordType, set: Rrset<'_, AddressRecord<I>>)
-    where
+    fn addresses<I: Ip>(
+        &mut self,
+        owner: OwnerName<'_>,
+        rtype: RecordType,
+        set: Rrset<'_, AddressRecord<I>>,
+        max_ttl: u32,
+    ) where
         AddressRecord<I>: Row,
     {
-        let ttl = self.zone.ttl();
+        let ttl = self.zone.ttl().min(max_ttl);
         // Ends at the first record that does not fit; `answered` has set TC then.
         let _ = set.visit_from(set.draw(self.rng), |row| {
             let written = row.ip.with_octets(|octets| self.w.record(owner, rtype, ttl, |w| w.put(octets)));
             self.answered(written)
         });
+    }
+
+    /// The addresses of a name outside of the zone, beginning with any of them.
+    fn resolved<I: Ip>(&mut self, owner: OwnerName<'_>, rtype: RecordType, addresses: &[I], max_ttl: u32) {
+        let ttl = self.zone.ttl().min(max_ttl);
+        let (before, from) = addresses.split_at(self.rng.usize(0..addresses.len().max(1)));
+        for ip in from.iter().chain(before) {
+            let written = ip.with_octets(|octets| self.w.record(owner, rtype, ttl, |w| w.put(octets)));
+            if self.answered(written).is_err() {
+                return;
+            }
+        }
     }
 
     fn srv(&mut self, set: Rrset<'r, SrvRecord>, records: &'r ServiceRecords) {

@@ -5,7 +5,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use crate::{
-    model::{DashedLabel, RecordType},
+    model::{DashedLabel, DnsName, RecordType},
     zone::HostLabel,
 };
 
@@ -129,9 +129,16 @@ impl<'o> WireWriter<'o> {
         match host.target {
             Some(HostLabel::Dashed(ip)) => self.dashed(*ip)?,
             Some(HostLabel::Registered(label)) => self.label(label.as_str().as_bytes())?,
+            Some(HostLabel::External(name)) => return self.name(name),
             None => {}
         }
         self.put(host.service)
+    }
+
+    /// A whole name, without compression.
+    pub(super) fn name(&mut self, name: &DnsName) -> WriteResult {
+        name.labels().try_for_each(|label| self.label(label.as_bytes()))?;
+        self.put(&[0])
     }
 
     /// The label of an address with dashes. IPv4 has its own encoder, because most SRV records have such a

@@ -71,6 +71,8 @@ pub struct KubernetesOptions {
     pub linger: Duration,
     /// Show instances that are not ready as ready.
     pub publish_not_ready: bool,
+    /// A DNS name that is alone in its service is no alias: its slice shows it as not ready.
+    pub flatten_names: bool,
     /// Checks what is read from slices.
     pub validator: Validator,
 }
@@ -255,6 +257,7 @@ impl Kubernetes {
             requests_per_second,
             linger,
             publish_not_ready,
+            flatten_names,
             validator,
         } = self.options;
         let options = mirror::MirrorOptions {
@@ -263,6 +266,7 @@ impl Kubernetes {
             endpoints_object,
             linger,
             publish_not_ready,
+            flatten_names,
             validator,
         };
         let events = Recorder::new(self.client.clone(), reporter(&host));

@@ -26,11 +26,12 @@ pub struct Method {
 
 impl Method {
     /// Every method that is served.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::new("unary", "registry.ServiceRegistry", "Register"),
         Self::new("unary", "registry.ServiceRegistry", "UnRegister"),
         Self::new("bidi_stream", "registry.ServiceRegistry", "RegistrationEvent"),
         Self::new("unary", "gangplank.v1.Discovery", "GetService"),
+        Self::new("unary", "gangplank.v1.Discovery", "GetNames"),
         Self::new("unary", "gangplank.v1.Discovery", "GetServicesByMethod"),
         Self::new("server_stream", "gangplank.v1.Discovery", "ListServices"),
         Self::new("server_stream", "gangplank.v1.Discovery", "Watch"),

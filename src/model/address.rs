@@ -65,6 +65,15 @@ impl Address {
         }
     }
 
+    /// The DNS name, if it is one.
+    #[must_use]
+    pub fn name(&self) -> Option<&DnsName> {
+        match self {
+            Self::Ip(_) => None,
+            Self::Name(name) => Some(name),
+        }
+    }
+
     /// The IP address, if it is one.
     #[must_use]
     pub fn ip(&self) -> Option<IpAddr> {

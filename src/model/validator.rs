@@ -23,7 +23,7 @@ const MAX_PORT_NAME: usize = MAX_LABEL - 1;
 pub struct Validator {
     /// Octets of the zone's name in a message: what is left of 255 is for the service.
     pub zone_wire_len: usize,
-    /// Whether the address of an instance may be a DNS name. Resolving names is not implemented.
+    /// Whether the address of an instance may be a DNS name: the server looks names up.
     pub names_allowed: bool,
 }
 
@@ -57,7 +57,7 @@ impl Validator {
             Address::Name(_) if !self.names_allowed => Err(InvalidInstance::new(
                 Field::Address,
                 &format_args!(
-                    "{address} is a DNS name, and this server looks none up: that needs --upstream, which is not there yet"
+                    "{address} is a DNS name, and this server looks none up: it has to be started with --upstream"
                 ),
             )),
             Address::Name(_) => Ok(()),

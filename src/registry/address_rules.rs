@@ -65,6 +65,13 @@ impl AddressRules {
         }
     }
 
+    /// Whether an address may not be served that a registered name leads to: it is denied, or a Service's. Whoever may register
+    /// the name does not own what it leads to, so this holds for everybody.
+    pub(super) fn denies_resolved(&self, ip: IpAddr) -> bool {
+        let networks = || self.denied.iter().chain(self.service_ranges.iter().flatten());
+        [Some(ip), translated(ip)].into_iter().flatten().any(|ip| networks().any(|network| network.contains(&ip)))
+    }
+
     /// Why `by` may not register `address` under `service`. `--deny-addresses` holds for everybody; who may do all is bound by
     /// nothing else.
     pub(super) fn refuse(&self, service: &ServiceKey, address: &Address, by: &Requester) -> Option<AddressRefusal> {

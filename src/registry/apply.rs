@@ -16,10 +16,10 @@ use std::{
 
 use indexmap::IndexMap;
 
-use super::{Batch, Catalog, Event, Feed, MirrorProgress, staged::StagedChanges};
+use super::{Batch, Catalog, Event, Feed, MirrorProgress, RegisteredNames, staged::StagedChanges};
 use crate::{
     metrics::Metrics,
-    model::{CowTree, Instance, InstanceChange, Service, ServiceKey, UnixMillis},
+    model::{CowTree, DnsName, Instance, InstanceChange, NameStatus, Service, ServiceKey, UnixMillis},
     replicas::tombstones::Tombstones,
     zone::{Publisher, ServiceChange},
 };
@@ -31,6 +31,7 @@ pub(super) struct Applier {
     catalog: Arc<Catalog>,
     feed: Arc<Feed>,
     mirror_progress: Arc<MirrorProgress>,
+    names: Arc<RegisteredNames>,
     metrics: Arc<Metrics>,
     /// The SOA serial: the catalog's generation, or that of the process that is followed.
     serial: u64,
@@ -63,9 +64,20 @@ impl Applier {
         catalog: Arc<Catalog>,
         feed: Arc<Feed>,
         mirror_progress: Arc<MirrorProgress>,
+        names: Arc<RegisteredNames>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { publisher, catalog, feed, mirror_progress, metrics, serial: 0, foreign: HashMap::new(), merging: false }
+        Self {
+            publisher,
+            catalog,
+            feed,
+            mirror_progress,
+            names,
+            metrics,
+            serial: 0,
+            foreign: HashMap::new(),
+            merging: false,
+        }
     }
 
     /// Fills an empty registry with the stored services and tombstones, as `generation`. The feed begins after that
@@ -91,6 +103,7 @@ impl Applier {
             self.publisher.publish(generation, &[change]);
             self.catalog.set(service, after);
         }
+        self.names.apply(self.publisher.take_name_changes());
         self.set_serial(generation);
         self.catalog.set_generation(generation);
         self.feed.start_after(generation);
@@ -164,6 +177,7 @@ impl Applier {
         let published: Vec<ServiceChange<'_>> =
             visible.map(|(service, staged)| ServiceChange { service, changes: &staged.changes }).collect();
         self.publisher.publish(serial, &published);
+        self.names.apply(self.publisher.take_name_changes());
         self.serial = serial;
         self.metrics.registry.set_unservable(self.publisher.unservable());
         // Before the services: the mirror must not see an instance gone without its tombstone.
@@ -211,6 +225,13 @@ impl Applier {
         if !tree.is_empty() {
             self.foreign.insert(service, tree);
         }
+    }
+
+    /// Makes visible how the lookups of `name` stand. Nothing was registered: there is no generation, as with foreign
+    /// endpoints.
+    pub(super) fn resolve(&mut self, name: &DnsName, status: NameStatus) {
+        self.publisher.resolve(name, &status.resolution);
+        self.names.set_status(name, status);
     }
 
     /// Sets in the zone whether a namespace exists. Each call must be a change, because the zone counts

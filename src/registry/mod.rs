@@ -37,6 +37,7 @@ mod follow;
 mod merge;
 mod mirror_progress;
 mod mirror_records;
+mod names;
 mod outbox;
 mod quota;
 mod recover;
@@ -63,6 +64,7 @@ pub use feed::{Batch, Event, Feed, Lagged, Subscription};
 pub use follow::{FollowedServices, TakeOverTurn};
 pub use merge::{LateSlice, MergeAck, MergeOutcome};
 pub use mirror_progress::{Askers, DirtyServices, MirrorLag, MirrorProgress};
+pub use names::RegisteredNames;
 pub use outbox::{OutboxPage, OutboxWord};
 pub use quota::{AnnotatedQuota, InstanceQuotas, QuotaExceeded};
 pub use recover::{RegistryOptions, Unrecovered, new};
@@ -74,7 +76,7 @@ pub use snapshot::{List, ListError, ListPermit, Snapshot, Snapshots};
 pub use status::{LeaseHolder, Phase, Status, StoodDown};
 pub use writer::Writer;
 
-use crate::model::{Address, Instance, InstanceId, PortSet, Registrant, ServiceKey, UnixMillis};
+use crate::model::{Address, DnsName, Instance, InstanceId, NameStatus, PortSet, Registrant, ServiceKey, UnixMillis};
 pub(crate) use crate::store::DirectoryTerm;
 
 /// Most commands in one submission; the caller splits longer ones.
@@ -218,6 +220,8 @@ enum WriterMessage {
     Merge(merge::MergeRequest),
     /// This process writes under another term.
     Term(TermRequest),
+    /// How the lookups of some names stand.
+    Resolved(Vec<(DnsName, NameStatus)>),
 }
 
 /// A term without a comparison, and who waits until it is journaled.
@@ -248,6 +252,7 @@ pub struct RegistryHandle {
     status: Status,
     mirror_progress: Arc<MirrorProgress>,
     refused_words: Arc<RefusedWords>,
+    names: Arc<RegisteredNames>,
     /// Requests of [`merge`](Self::merge) take turns, in the order of their calls.
     merges: Arc<Semaphore>,
 }
@@ -348,6 +353,20 @@ impl RegistryHandle {
     #[must_use]
     pub fn refused_words(&self) -> &RefusedWords {
         &self.refused_words
+    }
+
+    /// The DNS names that are instances.
+    #[must_use]
+    pub fn names(&self) -> &Arc<RegisteredNames> {
+        &self.names
+    }
+
+    /// Makes visible how the lookups of names stand. Addresses that may not be registered are left out.
+    ///
+    /// # Errors
+    /// When the writer has ended.
+    pub async fn resolved(&self, statuses: Vec<(DnsName, NameStatus)>) -> Result<(), Unavailable> {
+        self.queue.send(WriterMessage::Resolved(statuses)).await.map_err(|_| self.status.refusal())
     }
 
     /// The registered services, for readers.

@@ -8,9 +8,9 @@ use tokio::sync::{Semaphore, mpsc};
 use tracing::{error, info, warn};
 
 use super::{
-    Catalog, Feed, InstanceQuotas, MirrorProgress, NamespacePolicy, QUEUE_LEN, RefusedWords, RegistryHandle, Snapshots,
-    Status, Writer, WriterMessage, apply::Applier, batch_limit::BatchLimit, commit::Committer, decide::Decider,
-    mirror_records::MirrorRecords, restore::LocalState, stamper::Stamper,
+    Catalog, Feed, InstanceQuotas, MirrorProgress, NamespacePolicy, QUEUE_LEN, RefusedWords, RegisteredNames,
+    RegistryHandle, Snapshots, Status, Writer, WriterMessage, apply::Applier, batch_limit::BatchLimit,
+    commit::Committer, decide::Decider, mirror_records::MirrorRecords, restore::LocalState, stamper::Stamper,
 };
 use crate::{
     metrics::Metrics,
@@ -43,6 +43,7 @@ pub struct Unrecovered {
     status: Status,
     mirror_progress: Arc<MirrorProgress>,
     refused_words: Arc<RefusedWords>,
+    names: Arc<RegisteredNames>,
     metrics: Arc<Metrics>,
     options: RegistryOptions,
 }
@@ -56,6 +57,7 @@ pub fn new(options: RegistryOptions, metrics: Arc<Metrics>) -> (RegistryHandle, 
     let status = Status::new();
     let mirror_progress = Arc::new(MirrorProgress::new(options.kubernetes.is_some()));
     let refused_words = Arc::<RefusedWords>::default();
+    let names = Arc::<RegisteredNames>::default();
     let handle = RegistryHandle {
         queue: sender,
         catalog: Arc::clone(&catalog),
@@ -64,9 +66,10 @@ pub fn new(options: RegistryOptions, metrics: Arc<Metrics>) -> (RegistryHandle, 
         status: status.clone(),
         mirror_progress: Arc::clone(&mirror_progress),
         refused_words: Arc::clone(&refused_words),
+        names: Arc::clone(&names),
         merges: Arc::new(Semaphore::new(1)),
     };
-    (handle, Unrecovered { queue, catalog, feed, status, mirror_progress, refused_words, metrics, options })
+    (handle, Unrecovered { queue, catalog, feed, status, mirror_progress, refused_words, names, metrics, options })
 }
 
 /// What the records of a store amount to.
@@ -101,6 +104,7 @@ impl Unrecovered {
             status,
             mirror_progress,
             refused_words,
+            names,
             metrics,
             options: RegistryOptions { max_instances, quotas, deny_addresses, kubernetes },
         } = self;
@@ -148,8 +152,14 @@ impl Unrecovered {
                  accepted before the API server answers, or the clock is set"
             );
         }
-        let mut applier =
-            Applier::new(publisher, Arc::clone(&catalog), feed, Arc::clone(&mirror_progress), Arc::clone(&metrics));
+        let mut applier = Applier::new(
+            publisher,
+            Arc::clone(&catalog),
+            feed,
+            Arc::clone(&mirror_progress),
+            names,
+            Arc::clone(&metrics),
+        );
         applier.load(generation, services, tombstones);
         let local = kubernetes.is_some().then_some(LocalState {
             term,

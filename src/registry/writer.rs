@@ -239,7 +239,8 @@ impl Writer {
                 | WriterMessage::Term(_)
                 | WriterMessage::Outbox(_)
                 | WriterMessage::HandedOver(_)
-                | WriterMessage::Merge(_) => {
+                | WriterMessage::Merge(_)
+                | WriterMessage::Resolved(_) => {
                     then = Some(message);
                     break;
                 }
@@ -269,6 +270,7 @@ impl Writer {
             Some(WriterMessage::Outbox(request)) => self.outbox(request),
             Some(WriterMessage::HandedOver(words)) => self.handed_over(words),
             Some(WriterMessage::Merge(request)) => self.merge(request),
+            Some(WriterMessage::Resolved(statuses)) => self.resolved(statuses),
             _ => {}
         }
         self.metrics.registry.set_outbox(self.mirror_records.outbox_len());

@@ -4,13 +4,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{
     ZoneReader,
+    names::Alias,
     qname::QName,
     records::{AddressRecord, SrvRecord},
     reverse::PtrRecord,
     rrset::Rrset,
     service::{Addresses, ServiceRecords},
 };
-use crate::model::{Protocol, RecordType};
+use crate::model::{Protocol, RecordType, Resolution};
 
 /// The type of a question; `None` is one of which there is nothing here (RFC 3597).
 type QuestionType = Option<RecordType>;
@@ -33,15 +34,19 @@ pub(crate) enum Lookup<'v> {
     OutOfZone,
     /// A name in the zone, before the zone is ready.
     NotReady,
+    /// A service of which nothing is known but names that could not be looked up.
+    Unavailable,
 }
 
 /// The RRset that a question finds.
 #[derive(Debug)]
 pub(crate) enum Hit<'v> {
-    /// IPv4 addresses.
-    A(Rrset<'v, AddressRecord<Ipv4Addr>>),
-    /// IPv6 addresses.
-    Aaaa(Rrset<'v, AddressRecord<Ipv6Addr>>),
+    /// IPv4 addresses, and most seconds that they may be cached.
+    A(Rrset<'v, AddressRecord<Ipv4Addr>>, u32),
+    /// IPv6 addresses, likewise.
+    Aaaa(Rrset<'v, AddressRecord<Ipv6Addr>>, u32),
+    /// A service that is one name, and the type that was asked for: of the target's addresses only those are needed.
+    Cname(Alias<'v>, QuestionType),
     /// Ports, and the service where their targets' addresses are.
     Srv(Rrset<'v, SrvRecord>, &'v ServiceRecords),
     /// Host names of the address.
@@ -199,7 +204,18 @@ fn in_service<'v>(
     // Compared as octets: names in questions are in lower case already.
     let protocol = |index| Protocol::ALL.into_iter().find(|p| p.srv_label().as_bytes() == name.label(index));
     match below {
-        0 => addresses(records.addresses(), apex, rtype),
+        0 => match records.alias() {
+            // RFC 2181 §10.1: nothing else is at the name of an alias, so a question of any type gets it.
+            Some(alias) => match *alias.resolution {
+                Resolution::Unavailable if !takes(rtype, RecordType::Cname) => Lookup::Unavailable,
+                _ => Lookup::Hit(Hit::Cname(alias, rtype)),
+            },
+            // What could not be looked up may have addresses: NODATA would be cached. Beside others it is left out.
+            None if records.is_unavailable() && (takes(rtype, RecordType::A) || takes(rtype, RecordType::Aaaa)) => {
+                Lookup::Unavailable
+            }
+            None => addresses(records.addresses(), apex, rtype),
+        },
         // Labels of hosts have no underscore, so a name is never both.
         1 => match (records.host(name.label(0)), protocol(0)) {
             (Some(found), _) => addresses(found, apex, rtype),
@@ -222,8 +238,8 @@ fn in_service<'v>(
 fn addresses(found: Addresses<'_>, apex: Apex, rtype: QuestionType) -> Lookup<'_> {
     match found {
         // RFC 8482 §4.1: any one RRset is a good answer to ANY, which keeps it small.
-        Addresses { v4: Some(v4), .. } if takes(rtype, RecordType::A) => Lookup::Hit(Hit::A(v4)),
-        Addresses { v6: Some(v6), .. } if takes(rtype, RecordType::Aaaa) => Lookup::Hit(Hit::Aaaa(v6)),
+        Addresses { v4: Some(v4), ttl, .. } if takes(rtype, RecordType::A) => Lookup::Hit(Hit::A(v4, ttl)),
+        Addresses { v6: Some(v6), ttl, .. } if takes(rtype, RecordType::Aaaa) => Lookup::Hit(Hit::Aaaa(v6, ttl)),
         _ => Lookup::NoData(apex),
     }
 }

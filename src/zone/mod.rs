@@ -12,6 +12,8 @@
 //! No packets here: `dns` renders the records.
 
 mod lookup;
+mod name_index;
+mod names;
 mod publish;
 mod qname;
 mod records;
@@ -37,6 +39,8 @@ use foldhash::fast::RandomState;
 use papaya::{Equivalent, HashMap, HashMapRef, LocalGuard};
 
 pub(crate) use lookup::{Apex, Hit, Lookup};
+pub use name_index::NameChange;
+pub(crate) use names::Alias;
 pub use publish::{Publisher, ServiceChange};
 pub(crate) use qname::QName;
 pub(crate) use records::{AddressRecord, HostLabel, SrvRecord};
@@ -60,6 +64,8 @@ pub struct ZoneConfig {
     pub ns_addresses: Vec<IpAddr>,
     /// Serve instances that are not ready.
     pub publish_not_ready: bool,
+    /// A DNS name that is the only instance of a service is not an alias (CNAME): its addresses are served at once.
+    pub flatten_names: bool,
 }
 
 /// What queries are answered from. Shared; reading takes no lock.
@@ -94,11 +100,12 @@ struct Settings {
     reverse_zones: Vec<(IpAddr, u8)>,
     name_server: ServiceRecords,
     publish_not_ready: bool,
+    flatten_names: bool,
 }
 
 impl Settings {
     fn new(config: ZoneConfig) -> Self {
-        let ZoneConfig { origin, ttl, reverse_zones, ns_addresses, publish_not_ready } = config;
+        let ZoneConfig { origin, ttl, reverse_zones, ns_addresses, publish_not_ready, flatten_names } = config;
         let mut wire = Vec::with_capacity(origin.wire_len());
         for label in origin.labels() {
             wire.push(u8::try_from(label.len()).expect("a label has at most 63 octets"));
@@ -113,6 +120,7 @@ impl Settings {
             reverse_zones,
             name_server: ServiceRecords::of_addresses(&ns_addresses),
             publish_not_ready,
+            flatten_names,
         }
     }
 }

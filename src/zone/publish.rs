@@ -6,12 +6,14 @@ use std::{
 };
 
 use super::{
-    Zone,
+    NameChange, Zone,
+    name_index::NameIndex,
+    names::NameRow,
     records::HostLabel,
     reverse::PtrRecord,
     update::{NameLimit, RecordsUpdate, ServedInstance},
 };
-use crate::model::{Instance, InstanceChange, ServiceKey};
+use crate::model::{Address, DnsName, Instance, InstanceChange, Resolution, ServiceKey};
 
 /// Everything that changed under one service.
 #[derive(Debug, Clone, Copy)]
@@ -27,11 +29,12 @@ pub struct ServiceChange<'a> {
 #[derive(Debug)]
 pub struct Publisher {
     zone: Arc<Zone>,
+    names: NameIndex,
 }
 
 impl Publisher {
     pub(super) fn new(zone: Arc<Zone>) -> Self {
-        Self { zone }
+        Self { zone, names: NameIndex::default() }
     }
 
     /// Reserves space for so many services, and for `instances` at an address each, so that no map
@@ -51,13 +54,32 @@ impl Publisher {
         self.zone.serial.store(generation as u32, Ordering::Release);
     }
 
+    /// Makes visible what `name` leads to, in every service that has it as an instance.
+    pub fn resolve(&mut self, name: &DnsName, resolution: &Arc<Resolution>) {
+        let zone = &*self.zone;
+        let pinned = zone.services.pin();
+        for service in &self.names.resolve(name, resolution) {
+            // Not served: it is not ready, or its name does not fit.
+            let Some(old) = pinned.get(service) else { continue };
+            let mut update = RecordsUpdate::new(old.clone(), zone.limit(service), zone.settings.flatten_names);
+            update.resolve(name, resolution);
+            // Neither the service nor a host with a PTR record comes or goes with this.
+            pinned.insert(service.clone(), update.finish());
+        }
+    }
+
+    /// The names that are instances now, and those that are none any more, since the last call.
+    pub fn take_name_changes(&mut self) -> Vec<NameChange> {
+        self.names.take_changes()
+    }
+
     /// Sets whether a namespace exists in Kubernetes, also without a registered service. Must be called once
     /// for each change, because calls are counted.
     pub fn set_namespace(&mut self, name: &str, exists: bool) {
         if exists {
-            self.count_namespace_in(name);
+            self.zone.count_namespace_in(name);
         } else {
-            self.count_namespace_out(name);
+            self.zone.count_namespace_out(name);
         }
     }
 
@@ -72,19 +94,22 @@ impl Publisher {
         self.zone.unservable()
     }
 
-    fn publish_service(&self, change: &ServiceChange<'_>) {
+    fn publish_service(&mut self, change: &ServiceChange<'_>) {
         let ServiceChange { service, changes } = *change;
-        let zone = &*self.zone;
-        let limit = NameLimit::new(service, zone.settings.origin.len());
+        let Self { zone, names } = self;
+        let zone = Arc::clone(zone);
+        let limit = zone.limit(service);
         let services = zone.services.pin();
         // Stays valid when it is replaced below: `services` is pinned until the end.
         let old = services.get(service);
 
-        let mut update = RecordsUpdate::new(old.cloned().unwrap_or_default());
+        let mut update = RecordsUpdate::new(old.cloned().unwrap_or_default(), limit, zone.settings.flatten_names);
+        let publish_not_ready = zone.settings.publish_not_ready;
         let mut touched: Vec<(IpAddr, HostLabel)> = Vec::with_capacity(changes.len());
         for change in changes {
-            self.count_unservable(service, change, limit);
-            let served = |instance| ServedInstance::new(instance, limit, zone.settings.publish_not_ready);
+            zone.count_unservable(service, change, limit);
+            publish_name(names, service, change, &mut update, |instance| limit.serves(instance, publish_not_ready));
+            let served = |instance| ServedInstance::new(instance, limit, publish_not_ready);
             let (before, after) = (change.before.as_deref().and_then(served), change.after.as_deref().and_then(served));
             // Counted in before counted out, so that records that stay are changed in place.
             after.iter().for_each(|served| update.add(served));
@@ -115,12 +140,12 @@ impl Publisher {
             // RFC 8020: a resolver that has cached NXDOMAIN for the namespace denies all its services. So
             // the namespace is added before its first service, and removed after its last.
             (false, false) => {
-                self.count_namespace_in(service.namespace());
+                zone.count_namespace_in(service.namespace());
                 services.insert(service.clone(), new);
             }
             (true, true) => {
                 services.remove(service);
-                self.count_namespace_out(service.namespace());
+                zone.count_namespace_out(service.namespace());
             }
         }
         // 3. Host names that the service no longer has.
@@ -128,16 +153,52 @@ impl Publisher {
             zone.reverse.remove(ip, &PtrRecord::new(service, &host));
         }
     }
+}
+
+/// Counts the instance of a change in and out, if it is a name.
+fn publish_name(
+    names: &mut NameIndex,
+    service: &ServiceKey,
+    change: &InstanceChange,
+    update: &mut RecordsUpdate,
+    is_served: impl Fn(&Instance) -> bool,
+) {
+    let InstanceChange { before, after } = change;
+    // In before out: a name that stays is not forgotten in between. It is looked up before it is ready, too.
+    if let Some(instance) = after
+        && let Address::Name(name) = instance.address()
+    {
+        let resolution = names.add(name, service);
+        if is_served(instance) {
+            update.put_name(NameRow { instance: Arc::clone(instance), resolution });
+        } else {
+            update.remove_name(&instance.key());
+        }
+    }
+    if let Some(instance) = before
+        && let Address::Name(name) = instance.address()
+    {
+        if after.is_none() {
+            update.remove_name(&instance.key());
+        }
+        names.remove(name, service);
+    }
+}
+
+impl Zone {
+    fn limit(&self, service: &ServiceKey) -> NameLimit {
+        NameLimit::new(service, self.settings.origin.len())
+    }
 
     fn count_namespace_in(&self, namespace: &str) {
-        let namespaces = self.zone.namespaces.pin();
+        let namespaces = self.namespaces.pin();
         // Not atomic, and need not be: there is one publisher.
         let count = namespaces.get(namespace).copied().unwrap_or(0);
         namespaces.insert(namespace.into(), count + 1);
     }
 
     fn count_namespace_out(&self, namespace: &str) {
-        let namespaces = self.zone.namespaces.pin();
+        let namespaces = self.namespaces.pin();
         match namespaces.get(namespace).copied().unwrap_or(0) {
             0 | 1 => {
                 namespaces.remove(namespace);
@@ -156,7 +217,7 @@ impl Publisher {
             change.after.as_deref().filter(unservable).is_some(),
         );
         // Relaxed: a number for metrics and the log, written by one thread.
-        let counter = &self.zone.unservable.instances;
+        let counter = &self.unservable.instances;
         if before && !after {
             counter.fetch_sub(1, Ordering::Relaxed);
         }
@@ -164,7 +225,7 @@ impl Publisher {
             counter.fetch_add(1, Ordering::Relaxed);
         }
         if after && let Some(instance) = &change.after {
-            let mut example = self.zone.unservable.example.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut example = self.unservable.example.lock().unwrap_or_else(PoisonError::into_inner);
             example.get_or_insert_with(|| format!("{service} {}", instance.id()));
         }
     }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::rrset::SmallTree;
-use crate::model::{CowTree, DashedLabel, Instance, Label, Protocol, Weight, cow_tree::Row};
+use crate::model::{CowTree, DashedLabel, DnsName, Instance, Label, Protocol, Weight, cow_tree::Row};
 
 /// Whether an instance is counted in or out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,7 +20,7 @@ pub(super) enum CountOp {
 }
 
 impl CountOp {
-    fn count(self, count: &mut u32) {
+    pub(super) fn count(self, count: &mut u32) {
         // Saturating: a count that is wrong by one must not wrap and keep a record for ever.
         *count = match self {
             Self::Add => count.saturating_add(1),
@@ -43,8 +43,8 @@ pub(crate) struct AddressRecord<I> {
     pub(crate) ip: I,
     /// Instances at the address without a registered host label: they are found under its dashes.
     pub(super) dashed: u32,
-    /// Instances at the address.
-    instances: u32,
+    /// Instances at the address; a name that leads to it is one.
+    pub(super) instances: u32,
     /// The sum of their weights, in [`Weight::units`].
     units: u64,
 }
@@ -109,6 +109,8 @@ pub(crate) enum HostLabel {
     Dashed(IpAddr),
     /// The registered host label.
     Registered(Label),
+    /// No label: the whole name of the host, outside of the service.
+    External(DnsName),
 }
 
 /// [`HostLabel`] borrowed.
@@ -118,6 +120,8 @@ pub(crate) enum HostLabelRef<'a> {
     Dashed(IpAddr),
     /// The registered host label.
     Registered(&'a str),
+    /// The whole name of the host.
+    External(&'a str),
 }
 
 impl HostLabel {
@@ -135,6 +139,7 @@ impl HostLabel {
         match self {
             Self::Dashed(ip) => DashedLabel::new(*ip).as_bytes().len(),
             Self::Registered(label) => label.as_str().len(),
+            Self::External(name) => name.as_str().len(),
         }
     }
 
@@ -144,6 +149,7 @@ impl HostLabel {
         match self {
             Self::Dashed(ip) => HostLabelRef::Dashed(*ip),
             Self::Registered(label) => HostLabelRef::Registered(label.as_str()),
+            Self::External(name) => HostLabelRef::External(name.as_str()),
         }
     }
 }

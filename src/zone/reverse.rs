@@ -31,8 +31,9 @@ impl PtrRecord {
     /// The host with the label `host` under `service`.
     pub(super) fn new(service: &ServiceKey, host: &HostLabel) -> Self {
         let host = match host {
-            HostLabel::Dashed(_) => None,
             HostLabel::Registered(label) => Some(Box::new(label.clone())),
+            // Only hosts with an address of their own are here, which no name outside of the zone is.
+            HostLabel::Dashed(_) | HostLabel::External(_) => None,
         };
         Self { service: service.clone(), host }
     }

@@ -46,12 +46,26 @@ impl<R: Row> SmallTree<R> {
 
     /// Whether `accept` takes the first row whose key is not below `key`.
     pub(super) fn any_from(&self, key: &R::Key<'_>, accept: impl Fn(&R) -> bool) -> bool {
+        let mut accepted = false;
+        self.visit_from(key, |row| {
+            accepted = accept(row);
+            false
+        });
+        accepted
+    }
+
+    /// Calls `visit` with the rows in order, from the first whose key is not below `key`, as long as it returns true.
+    pub(super) fn visit_from(&self, key: &R::Key<'_>, mut visit: impl FnMut(&R) -> bool) {
         match self {
-            Self::None => false,
-            Self::One(row) => row.order(key).is_ge() && accept(row),
+            Self::None => {}
+            Self::One(row) => {
+                if row.order(key).is_ge() {
+                    visit(row);
+                }
+            }
             Self::Many(table) => {
-                let first = table.visit_from(key, &mut |row| ControlFlow::Break(accept(row)));
-                matches!(first, ControlFlow::Break(true))
+                let mut step = |row: &R| if visit(row) { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };
+                let _ = table.visit_from(key, &mut step);
             }
         }
     }

@@ -9,6 +9,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{
+    names::{Alias, NameSet},
     records::{AddressRecord, HostLabel, HostRecords, PortRecords, SrvRecord},
     rrset::{Rrset, SmallTree},
 };
@@ -27,6 +28,8 @@ pub(crate) struct ServiceRecords {
 pub(super) struct ExtraRecords {
     pub(super) v6: SmallTree<AddressRecord<Ipv6Addr>>,
     pub(super) hosts: SmallTree<HostRecords>,
+    /// Instances that are DNS names.
+    pub(super) names: Option<Box<NameSet>>,
 }
 
 /// The addresses of one name, at least one of either family.
@@ -36,6 +39,8 @@ pub(crate) struct Addresses<'v> {
     pub(crate) v4: Option<Rrset<'v, AddressRecord<Ipv4Addr>>>,
     /// IPv6.
     pub(crate) v6: Option<Rrset<'v, AddressRecord<Ipv6Addr>>>,
+    /// Most seconds that they may be cached, beside the zone's TTL.
+    pub(crate) ttl: u32,
 }
 
 impl ServiceRecords {
@@ -53,20 +58,41 @@ impl ServiceRecords {
 
     /// Whether no served instance is left.
     pub(super) fn is_empty(&self) -> bool {
-        // Ports need no look: whatever has a port has an address.
+        // Ports need no look: whatever has a port has an address or is a name.
         self.v4.is_empty() && self.extra.is_none()
     }
 
-    /// The addresses of the service's own name.
+    /// The addresses of the service's own name, if it is not an alias.
     #[must_use]
     pub(crate) fn addresses(&self) -> Addresses<'_> {
-        Addresses { v4: self.v4.rrset(), v6: self.extra.as_ref().and_then(|extra| extra.v6.rrset()) }
+        let ttl = self.names().map_or(u32::MAX, NameSet::ttl);
+        Addresses { v4: self.v4.rrset(), v6: self.extra.as_ref().and_then(|extra| extra.v6.rrset()), ttl }
+    }
+
+    /// What the service's own name is an alias of.
+    pub(super) fn alias(&self) -> Option<Alias<'_>> {
+        self.names()?.alias()
+    }
+
+    /// Whether no address is known because some name could not be looked up.
+    pub(super) fn is_unavailable(&self) -> bool {
+        self.v4.is_empty()
+            && self.extra.as_ref().is_some_and(|extra| {
+                extra.v6.is_empty() && extra.names.as_ref().is_some_and(|names| names.is_unavailable())
+            })
+    }
+
+    fn names(&self) -> Option<&NameSet> {
+        self.extra.as_ref()?.names.as_deref()
     }
 
     /// The addresses of the host with this label.
     pub(super) fn host(&self, label: &[u8]) -> Option<Addresses<'_>> {
         // A registered label may spell the address of another machine: it is found when no instance has that address.
-        parse_dashed_label(label).and_then(|ip| self.dashed(ip)).or_else(|| self.registered_host(label))
+        parse_dashed_label(label)
+            .and_then(|ip| self.dashed(ip))
+            .or_else(|| self.registered_host(label))
+            .or_else(|| self.names()?.host(label))
     }
 
     /// The addresses of an SRV target of this service.
@@ -75,6 +101,8 @@ impl ServiceRecords {
         match target {
             HostLabel::Dashed(ip) => self.dashed(*ip),
             HostLabel::Registered(label) => self.registered_host(label.as_str().as_bytes()),
+            // RFC 2181 §5.4.1: a server does not speak for names outside of its zone.
+            HostLabel::External(_) => None,
         }
     }
 
@@ -83,18 +111,18 @@ impl ServiceRecords {
             IpAddr::V4(ip) => {
                 // Where all instances of the address registered labels, the name with dashes does not exist.
                 let record = self.v4.get(&ip).filter(|record| record.dashed > 0)?;
-                Some(Addresses { v4: Some(Rrset::one(record)), v6: None })
+                Some(Addresses { v4: Some(Rrset::one(record)), v6: None, ttl: u32::MAX })
             }
             IpAddr::V6(ip) => {
                 let record = self.extra.as_ref()?.v6.get(&ip).filter(|record| record.dashed > 0)?;
-                Some(Addresses { v4: None, v6: Some(Rrset::one(record)) })
+                Some(Addresses { v4: None, v6: Some(Rrset::one(record)), ttl: u32::MAX })
             }
         }
     }
 
     fn registered_host(&self, label: &[u8]) -> Option<Addresses<'_>> {
         let host = self.extra.as_ref()?.hosts.get(&label)?;
-        Some(Addresses { v4: host.v4.rrset(), v6: host.v6.rrset() })
+        Some(Addresses { v4: host.v4.rrset(), v6: host.v6.rrset(), ttl: u32::MAX })
     }
 
     /// The SRV records of a port name.
@@ -112,6 +140,7 @@ impl ServiceRecords {
     pub(super) fn has_host(&self, ip: IpAddr, label: &HostLabel) -> bool {
         match label {
             HostLabel::Dashed(_) => self.dashed(ip).is_some(),
+            HostLabel::External(_) => false,
             HostLabel::Registered(label) => {
                 let host = self.extra.as_ref().and_then(|extra| extra.hosts.get(&label.as_str().as_bytes()));
                 host.is_some_and(|host| match ip {

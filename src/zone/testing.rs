@@ -5,9 +5,9 @@ use std::{
     sync::Arc,
 };
 
-use super::{Publisher, ServiceChange, ServiceRecords, Zone, ZoneConfig, rrset::SmallTree};
+use super::{NameChange, Publisher, ServiceChange, ServiceRecords, Zone, ZoneConfig, rrset::SmallTree};
 pub(crate) use crate::model::testing::{instance, key, spec};
-use crate::model::{DnsName, Instance, InstanceChange, InstanceKey, InstanceSpec, Service, ServiceKey};
+use crate::model::{DnsName, Instance, InstanceChange, InstanceKey, InstanceSpec, Resolution, Service, ServiceKey};
 
 /// The zone's configuration in most tests.
 pub(crate) fn config() -> ZoneConfig {
@@ -17,6 +17,7 @@ pub(crate) fn config() -> ZoneConfig {
         reverse_zones: Vec::new(),
         ns_addresses: Vec::new(),
         publish_not_ready: false,
+        flatten_names: false,
     }
 }
 
@@ -26,6 +27,8 @@ pub(crate) struct TestZone {
     pub(crate) zone: Arc<Zone>,
     publisher: Publisher,
     services: BTreeMap<ServiceKey, Service>,
+    resolutions: BTreeMap<DnsName, Arc<Resolution>>,
+    name_changes: Vec<NameChange>,
     generation: u64,
 }
 
@@ -33,7 +36,14 @@ impl TestZone {
     /// Nothing registered, and not ready.
     pub(crate) fn loading(config: ZoneConfig) -> Self {
         let (zone, publisher) = Zone::new(config);
-        Self { zone, publisher, services: BTreeMap::new(), generation: 0 }
+        Self {
+            zone,
+            publisher,
+            services: BTreeMap::new(),
+            resolutions: BTreeMap::new(),
+            name_changes: Vec::new(),
+            generation: 0,
+        }
     }
 
     /// Nothing registered, and ready.
@@ -86,6 +96,30 @@ impl TestZone {
         self.generation += 1;
         let change = ServiceChange { service, changes: &changes };
         self.publisher.publish(self.generation, &[change]);
+        let changes = self.publisher.take_name_changes();
+        for NameChange { name, used } in &changes {
+            // As whoever looks names up: one that is used again is looked up again.
+            if *used {
+                self.resolutions.insert(name.clone(), Arc::default());
+            } else {
+                self.resolutions.remove(name);
+            }
+        }
+        self.name_changes.extend(changes);
+    }
+
+    /// Sets what a name leads to, if an instance has it.
+    pub(crate) fn resolve(&mut self, name: &str, resolution: Resolution) {
+        let (name, resolution) = (DnsName::parse(name).expect("a name"), Arc::new(resolution));
+        self.publisher.resolve(&name, &resolution);
+        if let Some(known) = self.resolutions.get_mut(&name) {
+            *known = resolution;
+        }
+    }
+
+    /// The names that came into use, or are not used any more, since the last call.
+    pub(crate) fn take_name_changes(&mut self) -> Vec<NameChange> {
+        std::mem::take(&mut self.name_changes)
     }
 
     /// Publishes nothing but a generation.
@@ -100,6 +134,9 @@ impl TestZone {
         for (service, known) in &self.services {
             let all: Vec<_> = known.instances.iter().map(|instance| (Arc::clone(instance), true)).collect();
             fresh.change(service, &all);
+        }
+        for (name, resolution) in &self.resolutions {
+            fresh.publisher.resolve(name, resolution);
         }
         fresh
     }

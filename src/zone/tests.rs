@@ -9,14 +9,28 @@ use super::{
     Hit, Lookup, QName, ZoneConfig,
     testing::{TestZone, ZoneContents, config, instance, key, spec},
 };
-use crate::model::{Instance, InstanceSpec, RecordType, cow_tree::COMPARISONS};
+use crate::model::{Instance, InstanceSpec, RecordType, Resolution, ResolvedAddresses, cow_tree::COMPARISONS};
+
+/// The DNS names among [`any_instance`].
+const NAMES: [&str; 2] = ["db.example.com", "gw.example.net"];
+
+/// What one of [`NAMES`] leads to from now on, addresses of instances among it.
+fn any_resolution() -> impl Strategy<Value = (&'static str, Resolution)> {
+    let ips = prop::sample::subsequence(vec!["10.0.0.1", "192.0.2.7", "192.0.2.9", "2001:db8::1"], 0..5);
+    let found = (ips, 0u32..9).prop_map(|(ips, ttl)| {
+        let ips = ips.into_iter().map(|ip| ip.parse().expect("an address"));
+        Resolution::Addresses(ResolvedAddresses::new(ips, ttl))
+    });
+    let resolution = prop_oneof![1 => Just(Resolution::Unavailable), 1 => Just(Resolution::NxDomain), 4 => found];
+    (prop::sample::select(NAMES.to_vec()), resolution)
+}
 
 /// One registration among few addresses, names and ports, so that they meet often.
 fn any_instance() -> impl Strategy<Value = (InstanceSpec, bool)> {
     let address = prop_oneof![
         (1u8..6).prop_map(|n| format!("10.0.0.{n}")),
         (1u8..4).prop_map(|n| format!("2001:db8::{n}")),
-        Just("db.example.com".to_owned()),
+        prop::sample::select(NAMES.to_vec()).prop_map(ToOwned::to_owned),
     ];
     let host = prop_oneof![3 => Just(""), 2 => Just("a"), 1 => Just("b"), 1 => Just("own")];
     let ports = prop::sample::subsequence(vec!["http:80", "web:80/udp", "http:81", "9", "dns:53/udp"], 0..4);
@@ -38,17 +52,21 @@ fn any_instance() -> impl Strategy<Value = (InstanceSpec, bool)> {
 proptest! {
     #[test]
     fn incremental_changes_equal_a_rebuild(
-        publish_not_ready in any::<bool>(),
+        (publish_not_ready, flatten_names) in any::<(bool, bool)>(),
         batches in prop::collection::vec(
-            (0usize..3, prop::collection::vec((any_instance(), prop::bool::weighted(0.6)), 1..6)),
+            (
+                0usize..3,
+                prop::collection::vec((any_instance(), prop::bool::weighted(0.6)), 1..6),
+                prop::option::of(any_resolution()),
+            ),
             1..40,
         ),
     ) {
         let services = ["web.prod", "db.prod", "web.test"].map(key);
-        let config = ZoneConfig { publish_not_ready, ..config() };
+        let config = ZoneConfig { publish_not_ready, flatten_names, ..config() };
         let mut world = TestZone::new(config.clone());
         let mut seen = Vec::new();
-        for (index, steps) in batches {
+        for (index, steps, resolution) in batches {
             let service = &services[index];
             let steps: Vec<(Arc<Instance>, bool)> = steps
                 .into_iter()
@@ -59,6 +77,9 @@ proptest! {
                 .collect();
             world.change(service, &steps);
             seen.extend(steps.into_iter().map(|(instance, _)| (index, instance)));
+            if let Some((name, resolution)) = resolution {
+                world.resolve(name, resolution);
+            }
             prop_assert_eq!(ZoneContents::of(&world.zone), ZoneContents::of(&world.rebuilt(config.clone()).zone));
         }
         for (index, instance) in seen {
@@ -267,7 +288,7 @@ fn names_that_do_not_fit_a_longer_zone_are_not_served() {
     let lookup = |text: &str, rtype| {
         let name = QName::from_text(text).expect("valid");
         match reader.lookup(&name, Some(rtype)) {
-            Lookup::Hit(Hit::A(rrset)) => rrset.len(),
+            Lookup::Hit(Hit::A(rrset, _)) => rrset.len(),
             Lookup::Hit(Hit::Srv(rrset, _)) => rrset.len(),
             Lookup::Hit(Hit::Ptr(rrset, _)) => rrset.len(),
             _ => 0,

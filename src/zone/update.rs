@@ -4,14 +4,15 @@
 //! or under a shorter zone. Such names are left out here, so that no answer ever carries one; what
 //! does fit is served.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
 use super::{
+    names::{NameRow, NameSet, count_resolved},
     records::{CountOp, HostLabel, HostRecords, PortRecords, SrvRecord, count_address},
     rrset::SmallTree,
     service::{ExtraRecords, ServiceRecords},
 };
-use crate::model::{Address, Instance, MAX_LABEL, MAX_WIRE_NAME, Port, ServiceKey};
+use crate::model::{Address, DnsName, Instance, InstanceKey, MAX_LABEL, MAX_WIRE_NAME, Port, Resolution, ServiceKey};
 
 /// Octets that no label, and no `_port._proto` of a name that fits a label, exceeds: 64 and a
 /// `_sctp` with its length octet.
@@ -29,6 +30,11 @@ impl NameLimit {
     pub(super) fn new(service: &ServiceKey, origin: usize) -> Self {
         // The dot in the key counts for one of the two length octets.
         Self { service: service.as_str().len() + 1 + "svc".len() + 1 + origin }
+    }
+
+    /// Whether `instance` is served: it is ready, and the service's own name fits.
+    pub(super) fn serves(self, instance: &Instance, publish_not_ready: bool) -> bool {
+        (instance.ready() || publish_not_ready) && self.fits(0)
     }
 
     /// Whether so many octets before the service's name fit.
@@ -51,9 +57,12 @@ impl NameLimit {
 
     /// Whether a name of `instance` is not served because it does not fit.
     pub(super) fn leaves_out(self, instance: &Instance) -> bool {
-        let Address::Ip(ip) = *instance.address() else { return false };
         // Asked for every change: the label is made only where there may not be room for it.
-        let fits_host = self.fits(MAX_PREFIX) || self.fits_host(&HostLabel::of(instance, ip));
+        let fits_host = self.fits(MAX_PREFIX)
+            || match instance.address() {
+                Address::Ip(ip) => self.fits_host(&HostLabel::of(instance, *ip)),
+                Address::Name(_) => instance.host_name().is_none_or(|label| self.fits(1 + label.as_str().len())),
+            };
         !fits_host || !instance.ports().as_slice().iter().all(|port| self.fits_port(port))
     }
 }
@@ -69,11 +78,11 @@ pub(super) struct ServedInstance<'i> {
 }
 
 impl<'i> ServedInstance<'i> {
-    /// `None` when the instance is not served: it is not ready, it is a DNS name (which is not looked
-    /// up here), or not even the service's own name fits.
+    /// `None` when the instance is not served by its own address: it is a DNS name, or it is not
+    /// [served](NameLimit::serves) at all.
     pub(super) fn new(instance: &'i Instance, limit: NameLimit, publish_not_ready: bool) -> Option<Self> {
         let Address::Ip(ip) = *instance.address() else { return None };
-        if !(instance.ready() || publish_not_ready) || !limit.fits(0) {
+        if !limit.serves(instance, publish_not_ready) {
             return None;
         }
         let host = Some(HostLabel::of(instance, ip)).filter(|label| limit.fits_host(label));
@@ -84,11 +93,14 @@ impl<'i> ServedInstance<'i> {
 /// A change of a service's records, on a copy of them.
 pub(super) struct RecordsUpdate {
     records: ServiceRecords,
+    limit: NameLimit,
+    /// A name that is alone in its service is not an alias, but its addresses.
+    flatten: bool,
 }
 
 impl RecordsUpdate {
-    pub(super) fn new(records: ServiceRecords) -> Self {
-        Self { records }
+    pub(super) fn new(records: ServiceRecords, limit: NameLimit, flatten: bool) -> Self {
+        Self { records, limit, flatten }
     }
 
     /// Counts an instance in.
@@ -101,8 +113,51 @@ impl RecordsUpdate {
         self.count(CountOp::Remove, served);
     }
 
+    /// Counts an instance in that is a name, in place of the one with the same identity.
+    pub(super) fn put_name(&mut self, row: NameRow) {
+        let plain = self.plain();
+        let names = self.extra().names.get_or_insert_with(|| Box::new(NameSet::beside(plain)));
+        let before = names.put(row.clone());
+        self.count_name(CountOp::Add, &row);
+        before.iter().for_each(|before| self.count_name(CountOp::Remove, before));
+    }
+
+    /// Counts an instance out that is a name.
+    pub(super) fn remove_name(&mut self, key: &InstanceKey<'_>) {
+        if let Some(before) = self.names().and_then(|names| names.remove(key)) {
+            self.count_name(CountOp::Remove, &before);
+        }
+    }
+
+    /// Sets what `name` leads to, for all of its instances that are counted in.
+    pub(super) fn resolve(&mut self, name: &DnsName, resolution: &Arc<Resolution>) {
+        let address = Address::Name(name.clone());
+        let rows = self.names().map(|names| names.of(&address)).unwrap_or_default();
+        for row in rows {
+            self.put_name(NameRow { resolution: Arc::clone(resolution), ..row });
+        }
+    }
+
     /// The new records.
-    pub(super) fn finish(self) -> ServiceRecords {
+    pub(super) fn finish(mut self) -> ServiceRecords {
+        let flatten = self.flatten;
+        if let Some(names) = self.names().filter(|names| names.alias != names.wants_alias(flatten)) {
+            let rows: Vec<NameRow> = names.rows.iter().cloned().collect();
+            rows.iter().for_each(|row| self.count_name(CountOp::Remove, row));
+            if let Some(names) = self.names() {
+                names.alias = !names.alias;
+            }
+            rows.iter().for_each(|row| self.count_name(CountOp::Add, row));
+        }
+        // Removed with the last of its rows: the value must equal one that is built anew, and few services should pay for it.
+        if let Some(extra) = &mut self.records.extra {
+            if extra.names.as_ref().is_some_and(|names| names.rows.is_empty()) {
+                extra.names = None;
+            }
+            if extra.v6.is_empty() && extra.hosts.is_empty() && extra.names.is_none() {
+                self.records.extra = None;
+            }
+        }
         self.records
     }
 
@@ -114,6 +169,9 @@ impl RecordsUpdate {
             IpAddr::V4(ip) => count_address(&mut self.records.v4, ip, op, units, dashed),
             IpAddr::V6(ip) => count_address(&mut self.extra().v6, ip, op, units, dashed),
         }
+        if let Some(names) = self.names() {
+            op.count(&mut names.plain);
+        }
         // The target of an SRV record is a host, so an instance without a host name has no ports here.
         if let Some(host) = host {
             self.count_host(op, host, *ip, units);
@@ -121,9 +179,31 @@ impl RecordsUpdate {
                 self.count_port(op, instance, host, port, units);
             }
         }
-        // Removed with the last of its rows: the value must equal one that is built anew, and few services should pay for it.
-        if self.records.extra.as_ref().is_some_and(|extra| extra.v6.is_empty() && extra.hosts.is_empty()) {
-            self.records.extra = None;
+    }
+
+    /// Counts the records of an instance that is a name.
+    fn count_name(&mut self, op: CountOp, row: &NameRow) {
+        let (limit, instance) = (self.limit, &*row.instance);
+        let Some(names) = self.names() else { return };
+        let (alias, addresses) = (names.alias, row.resolution.addresses());
+        // Among others, one that leads nowhere is left out.
+        if !alias && addresses.is_none() {
+            return;
+        }
+        let units = u64::from(instance.weight().units());
+        if let Some(addresses) = addresses {
+            if let Some(label) = instance.host_name().filter(|label| limit.fits(1 + label.as_str().len())) {
+                names.count_host(op, label, addresses, units);
+            }
+            if !alias {
+                let (records, mut extra) = (&mut self.records.v4, self.records.extra.take());
+                count_resolved(op, records, &mut extra.get_or_insert_default().v6, addresses, units);
+                self.records.extra = extra;
+            }
+        }
+        let target = HostLabel::External(row.name().clone());
+        for port in instance.ports().as_slice().iter().filter(|port| limit.fits_port(port)) {
+            self.count_port(op, instance, &target, port, units);
         }
     }
 
@@ -152,7 +232,21 @@ impl RecordsUpdate {
         });
     }
 
+    /// Instances with an IP address, of a service that has no others yet.
+    fn plain(&self) -> u32 {
+        if self.records.extra.as_ref().is_some_and(|extra| extra.names.is_some()) {
+            return 0;
+        }
+        let v4 = self.records.v4.iter().map(|record| record.instances);
+        let v6 = self.records.extra.iter().flat_map(|extra| extra.v6.iter()).map(|record| record.instances);
+        v4.chain(v6).sum()
+    }
+
     fn extra(&mut self) -> &mut ExtraRecords {
         self.records.extra.get_or_insert_default()
+    }
+
+    fn names(&mut self) -> Option<&mut NameSet> {
+        self.records.extra.as_mut()?.names.as_deref_mut()
     }
 }

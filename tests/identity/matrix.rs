@@ -42,6 +42,7 @@ pub(super) const CALLS: &[(&str, Without)] = &[
     ("/registry.ServiceRegistry/UnRegister", Without::Forbidden),
     ("/registry.ServiceRegistry/RegistrationEvent", Without::Forbidden),
     ("/gangplank.v1.Discovery/GetService", Without::PermissionDenied),
+    ("/gangplank.v1.Discovery/GetNames", Without::PermissionDenied),
     ("/gangplank.v1.Discovery/GetServicesByMethod", Without::PermissionDenied),
     ("/gangplank.v1.Discovery/ListServices", Without::PermissionDenied),
     ("/gangplank.v1.Discovery/Watch", Without::PermissionDenied),
@@ -186,7 +187,8 @@ pub(super) fn request(path: &str) -> Vec<u8> {
             ..RegistrationMsg::default()
         }
         .encode_to_vec(),
-        Some("GetService") => {
+        // The same fields.
+        Some("GetService" | "GetNames") => {
             gangplank::grpc::proto::gangplank::v1::GetServiceRequest { namespace: "other".into(), name: "web".into() }
                 .encode_to_vec()
         }

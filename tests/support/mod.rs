@@ -9,6 +9,7 @@ pub(crate) mod coredns;
 pub(crate) mod dns;
 pub(crate) mod http;
 pub(crate) mod https;
+pub(crate) mod knot;
 pub(crate) mod ledger;
 pub(crate) mod namespace;
 pub(crate) mod proxy;

@@ -220,13 +220,6 @@ fn service_without_a_ready_instance_is_nxdomain_unless_unready_are_published() {
 }
 
 #[test]
-fn instances_that_are_dns_names_have_no_records_yet() {
-    let mut zone = TestZone::new(config());
-    zone.add("web.prod", &spec("db.example.com", &["http:80"]));
-    assert_no_name(&zone, "web.prod.svc.cluster.local.", A, ZONE);
-}
-
-#[test]
 fn unknown_names_are_nxdomain() {
     let zone = sample_zone();
     for name in [

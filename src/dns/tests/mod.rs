@@ -4,6 +4,7 @@
 mod behaviour;
 mod fuzz;
 mod messages;
+mod names;
 mod oracle;
 mod records;
 mod reverse;
@@ -15,7 +16,7 @@ use proptest::prelude::*;
 
 use super::{Context, MAX_TCP, MAX_UDP, Transport, answer};
 use crate::{
-    model::InstanceSpec,
+    model::{InstanceSpec, Resolution, ResolvedAddresses},
     zone::{
         ZoneConfig,
         testing::{TestZone, config, spec},
@@ -222,6 +223,7 @@ fn any_registrations() -> impl Strategy<Value = Vec<Registration>> {
     let address = prop_oneof![
         3 => (1u8..8).prop_map(|n| format!("10.20.0.{n}")),
         1 => (1u8..4).prop_map(|n| format!("2001:db8:0:{n}::")),
+        1 => prop::sample::select(NAMES.to_vec()).prop_map(ToOwned::to_owned),
     ];
     let service = prop::sample::select(vec!["web.prod", "db.prod", "web.test"]);
     let host = prop::sample::select(vec!["", "", "a", "b"]);
@@ -232,6 +234,20 @@ fn any_registrations() -> impl Strategy<Value = Vec<Registration>> {
         (service, InstanceSpec { host_name: host.into(), weight, priority, ..spec(&address, &ports) }, ready)
     });
     prop::collection::vec(one, 0..20)
+}
+
+/// The names among [`any_registrations`].
+const NAMES: [&str; 2] = ["gw.example.com", "pg.example.net"];
+
+/// What each of [`NAMES`] may lead to, addresses of instances too.
+fn any_resolutions() -> impl Strategy<Value = [Resolution; 2]> {
+    let ips =
+        prop::sample::subsequence(vec!["10.20.0.1", "192.0.2.9", "192.0.2.1", "2001:db8:0:1::", "2001:db8::9"], 0..5);
+    let found = (ips, 0u32..9).prop_map(|(ips, ttl)| {
+        let ips = ips.into_iter().map(|ip| ip.parse().expect("an address"));
+        Resolution::Addresses(ResolvedAddresses::new(ips, ttl))
+    });
+    prop::array::uniform2(prop_oneof![1 => Just(Resolution::Unavailable), 1 => Just(Resolution::NxDomain), 4 => found])
 }
 
 /// Registers all of them.

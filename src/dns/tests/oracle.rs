@@ -6,16 +6,16 @@ use std::net::IpAddr;
 use super::*;
 use crate::{
     dns::render::MAX_PTR,
-    model::{DashedLabel, RecordType},
-    zone::{Addresses, Apex, Hit, HostLabel, Lookup, QName, ZoneReader},
+    model::{DashedLabel, RecordType, Resolution},
+    zone::{Addresses, Alias, Apex, Hit, HostLabel, Lookup, QName, ZoneReader},
 };
 use hickory_proto::{
     op::{Edns, MessageType, OpCode, Query, ResponseCode},
     rr::{
         DNSClass, Name, RData, Record,
         rdata::{
-            A as RdataA, AAAA as RdataAaaa, NS as RdataNs, PTR as RdataPtr, SOA as RdataSoa, SRV as RdataSrv,
-            TXT as RdataTxt,
+            A as RdataA, AAAA as RdataAaaa, CNAME as RdataCname, NS as RdataNs, PTR as RdataPtr, SOA as RdataSoa,
+            SRV as RdataSrv, TXT as RdataTxt, opt::EdnsOption,
         },
     },
 };
@@ -71,24 +71,51 @@ impl Oracle<'_, '_> {
     fn hit(&mut self, hit: &Hit<'_>) {
         let (asked, ttl) = (self.asked.clone(), self.view.ttl());
         match hit {
-            Hit::A(set) => {
-                self.message.answers = self.addresses(&asked, Addresses { v4: Some(*set), v6: None });
+            Hit::A(set, ttl) => {
+                self.message.answers = self.addresses(&asked, Addresses { v4: Some(*set), v6: None, ttl: *ttl });
             }
-            Hit::Aaaa(set) => {
-                self.message.answers = self.addresses(&asked, Addresses { v4: None, v6: Some(*set) });
+            Hit::Aaaa(set, ttl) => {
+                self.message.answers = self.addresses(&asked, Addresses { v4: None, v6: Some(*set), ttl: *ttl });
+            }
+            Hit::Cname(Alias { target, resolution }, qtype) => {
+                let target = name(&format!("{target}."));
+                self.message.answers = vec![self.record(&asked, ttl, RData::CNAME(RdataCname(target.clone())))];
+                let Resolution::Addresses(found) = resolution else { return };
+                let ips: Vec<IpAddr> = found.iter().collect();
+                let family = |v4: bool| ips.iter().copied().filter(move |ip| ip.is_ipv4() == v4).collect::<Vec<_>>();
+                let mut ips = match qtype {
+                    Some(RecordType::A) => family(true),
+                    Some(RecordType::Aaaa) => family(false),
+                    _ => return,
+                };
+                let first = self.rng.usize(0..ips.len().max(1));
+                ips.rotate_left(first);
+                let ttl = ttl.min(found.ttl);
+                let data = |ip| match ip {
+                    IpAddr::V4(ip) => RData::A(RdataA(ip)),
+                    IpAddr::V6(ip) => RData::AAAA(RdataAaaa(ip)),
+                };
+                let records = ips.into_iter().map(|ip| self.record(&target, ttl, data(ip)));
+                let records: Vec<_> = records.collect();
+                self.message.answers.extend(records);
             }
             Hit::Srv(set, records) => {
                 let service = asked.trim_to(asked.num_labels() as usize - 2).to_lowercase();
                 let rows: Vec<_> = set.wrap_from(set.draw(&mut self.rng)).collect();
                 let mut seen: Vec<&HostLabel> = Vec::new();
                 for row in &rows {
-                    let target = name(&format!("{}.{service}", host_label(&row.target)));
+                    let target = match &row.target {
+                        HostLabel::External(target) => name(&format!("{target}.")),
+                        label => name(&format!("{}.{service}", host_label(label))),
+                    };
                     let data = RdataSrv::new(row.priority, row.srv_weight(), row.port, target.clone());
                     self.message.answers.push(self.record(&asked, ttl, RData::SRV(data)));
                     if !seen.contains(&&row.target) {
                         seen.push(&row.target);
-                        let found = records.target(&row.target).expect("the target exists");
-                        let records = self.addresses(&target, found);
+                        let found = records.target(&row.target);
+                        assert!(found.is_some() || matches!(row.target, HostLabel::External(_)), "the target exists");
+                        let records = found.into_iter().flat_map(|found| self.addresses(&target, found));
+                        let records: Vec<_> = records.collect();
                         self.message.additionals.extend(records);
                     }
                 }
@@ -119,6 +146,7 @@ fn host_label(target: &HostLabel) -> String {
     match target {
         HostLabel::Dashed(ip) => DashedLabel::new(*ip).to_string(),
         HostLabel::Registered(label) => label.to_string(),
+        HostLabel::External(name) => name.to_string(),
     }
 }
 
@@ -138,7 +166,11 @@ fn expected(zone: &TestZone, text: &str, qtype: u16, seed: u64, edns: bool) -> V
     let (rcode, authoritative) = match view.lookup(&qname, RecordType::from_number(qtype)) {
         Lookup::Hit(hit) => {
             oracle.hit(&hit);
-            (ResponseCode::NoError, true)
+            let denied = |alias: &Alias<'_>| *alias.resolution == Resolution::NxDomain && qtype != 5;
+            match hit {
+                Hit::Cname(alias, _) if denied(&alias) => (ResponseCode::NXDomain, true),
+                _ => (ResponseCode::NoError, true),
+            }
         }
         Lookup::NoData(apex) => {
             oracle.message.authorities = vec![oracle.soa(apex)];
@@ -149,13 +181,17 @@ fn expected(zone: &TestZone, text: &str, qtype: u16, seed: u64, edns: bool) -> V
             (ResponseCode::NXDomain, true)
         }
         Lookup::OutOfZone => (ResponseCode::Refused, false),
-        Lookup::NotReady => (ResponseCode::ServFail, false),
+        Lookup::NotReady | Lookup::Unavailable => (ResponseCode::ServFail, false),
     };
     let mut message = oracle.message;
     message.metadata.response_code = rcode;
     message.metadata.authoritative = authoritative;
     if edns {
+        let unavailable = matches!(view.lookup(&qname, RecordType::from_number(qtype)), Lookup::Unavailable);
         let mut edns = Edns::new();
+        if unavailable {
+            edns.options_mut().insert(EdnsOption::Unknown(15, 23u16.to_be_bytes().into()));
+        }
         edns.set_max_payload(1232);
         edns.set_version(0);
         message.set_edns(edns);
@@ -164,16 +200,19 @@ fn expected(zone: &TestZone, text: &str, qtype: u16, seed: u64, edns: bool) -> V
 }
 
 fn any_zone() -> impl Strategy<Value = TestZone> {
-    (any_registrations(), prop::sample::select(vec![0, 5, 3600]), any::<bool>()).prop_map(
-        |(registrations, ttl, reverse)| {
+    let flags = (any::<bool>(), prop::bool::weighted(0.3));
+    (any_registrations(), any_resolutions(), prop::sample::select(vec![0, 5, 3600]), flags).prop_map(
+        |(registrations, resolutions, ttl, (reverse, flatten_names))| {
             let network = ("10.20.0.0".parse().expect("valid"), 21);
             let mut zone = TestZone::new(ZoneConfig {
                 ttl,
                 reverse_zones: if reverse { vec![network] } else { Vec::new() },
                 ns_addresses: vec!["192.0.2.53".parse::<IpAddr>().expect("valid")],
+                flatten_names,
                 ..config()
             });
             register(&mut zone, &registrations);
+            NAMES.into_iter().zip(resolutions).for_each(|(name, resolution)| zone.resolve(name, resolution));
             zone
         },
     )
@@ -203,7 +242,7 @@ proptest! {
     fn hickory_encodes_the_same_message(
         zone in any_zone(),
         names in prop::collection::vec((any_name(), any::<u64>()), 1..12),
-        qtype in prop::sample::select(vec![A, AAAA, SRV, PTR, TXT, SOA, NS, ANY, MX]),
+        qtype in prop::sample::select(vec![A, AAAA, SRV, PTR, TXT, SOA, NS, ANY, MX, 5]),
         edns in any::<bool>(),
     ) {
         for (text, seed) in names {

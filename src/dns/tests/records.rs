@@ -92,12 +92,14 @@ proptest! {
 
     #[test]
     fn list_of_records_gets_the_same_answers(
-        registrations in any_registrations(),
+        mut registrations in any_registrations(),
         names in prop::collection::vec(any_name(), 1..12),
         rtype in prop::sample::select(vec![A, AAAA, SRV, PTR, TXT, SOA, NS, MX]),
     ) {
         let ns_addresses = vec!["192.0.2.53".parse().expect("valid")];
         let mut zone = TestZone::new(ZoneConfig { ns_addresses, ..config() });
+        // What names give is compared in `names.rs`.
+        registrations.retain(|(_, spec, _)| !NAMES.contains(&spec.address.as_str()));
         register(&mut zone, &registrations);
         let list = RecordSet::of(&registrations);
         for name in names {

@@ -31,10 +31,10 @@ pub use self::{
     token::TokenError,
 };
 use super::{
-    convert::{change_from_proto, port_to_proto, service_from_proto},
+    convert::{change_from_proto, name_from_proto, port_to_proto, service_from_proto},
     proto::{
         gangplank::v1::{
-            GetServiceRequest, ListServicesRequest, Restart, WatchRequest, WatchResponse,
+            GetNamesRequest, GetServiceRequest, ListServicesRequest, Restart, WatchRequest, WatchResponse,
             discovery_client::DiscoveryClient, restart::Reason, watch_response::Event,
         },
         registry::{RegistrationResult, ServiceInfo, service_registry_client::ServiceRegistryClient},
@@ -42,7 +42,7 @@ use super::{
     writer_hint,
 };
 pub use crate::identity::joining::{ScopeSpec, TokenId};
-use crate::model::{Instance, InstanceSpec, ServerAddress, Service, ServiceKey, Timeline};
+use crate::model::{DnsName, Instance, InstanceSpec, NameStatus, ServerAddress, Service, ServiceKey, Timeline};
 
 /// How long a connection may take to open.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -352,6 +352,20 @@ impl Client {
         };
         let service = answer.service.ok_or_else(|| ClientError::InvalidResponse("no service in it".into()))?;
         service_from_proto(service).map(|(_, service)| Some(service))
+    }
+
+    /// What those instances of a service lead to that are DNS names, each name once, in order. None if the server is too old
+    /// to know.
+    ///
+    /// # Errors
+    /// When the call itself fails.
+    pub async fn names(&mut self, key: &ServiceKey) -> Result<Vec<(DnsName, NameStatus)>, ClientError> {
+        let request = GetNamesRequest { namespace: key.namespace().to_owned(), name: key.name().to_owned() };
+        match self.discovery.get_names(call(request)).await {
+            Ok(answer) => answer.into_inner().names.into_iter().map(name_from_proto).collect(),
+            Err(status) if status.code() == Code::Unimplemented => Ok(Vec::new()),
+            Err(status) => Err(refused(&self.url, status)),
+        }
     }
 
     /// All services in order, or those of one namespace.

@@ -1,6 +1,6 @@
 //! The messages of the readers' service: services, instances and changes, in both directions.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use prost_types::Timestamp;
 
@@ -8,11 +8,14 @@ use super::port_to_proto;
 use crate::{
     grpc::{
         client::{ChangeKind, ClientError, WatchEvent},
-        proto::{gangplank::v1, registry::Protocol as WireProtocol},
+        proto::{
+            gangplank::v1::{self, resolved_name::State},
+            registry::Protocol as WireProtocol,
+        },
     },
     model::{
-        Instance, InstanceChange, InstanceSpec, PortSpec, Protocol, RegistrantPool, Service, ServiceKey, Timeline,
-        UnixMillis, invariants,
+        DnsName, Instance, InstanceChange, InstanceSpec, NameStatus, PortSpec, Protocol, RegistrantPool, Resolution,
+        ResolvedAddresses, Service, ServiceKey, Timeline, UnixMillis, invariants,
     },
 };
 
@@ -60,6 +63,43 @@ fn instance_to_proto(instance: &Instance) -> v1::Instance {
         registered: Some(timestamp(instance.registered())),
         registrant: instance.registrant().map_or_else(String::new, ToString::to_string),
     }
+}
+
+/// How the lookups of a name stand.
+pub(in crate::grpc) fn name_to_proto(name: &DnsName, status: &NameStatus) -> v1::ResolvedName {
+    let NameStatus { resolution, answered, error } = status;
+    let found = resolution.addresses();
+    let state = match **resolution {
+        Resolution::Unavailable => State::Unavailable,
+        Resolution::NxDomain => State::NxDomain,
+        Resolution::Addresses(_) => State::Resolved,
+    };
+    v1::ResolvedName {
+        name: name.to_string(),
+        state: state.into(),
+        addresses: found.map(|found| found.iter().map(|ip| ip.to_string()).collect()).unwrap_or_default(),
+        ttl: found.map_or(0, |found| found.ttl),
+        answered: answered.map(timestamp),
+        error: error.as_deref().unwrap_or_default().to_owned(),
+    }
+}
+
+/// How the lookups of a name stand, as the server says.
+pub(in crate::grpc) fn name_from_proto(message: v1::ResolvedName) -> Result<(DnsName, NameStatus), ClientError> {
+    let v1::ResolvedName { name, state, addresses, ttl, answered, error } = message;
+    let invalid = |what: &str| ClientError::InvalidResponse(format!("{what} of a name"));
+    let parsed = DnsName::parse(&name).map_err(|_| invalid("the text"))?;
+    let addresses = addresses.iter().map(|ip| ip.parse().map_err(|_| invalid("an address")));
+    let addresses: Vec<IpAddr> = addresses.collect::<Result<_, _>>()?;
+    let resolution = match State::try_from(state) {
+        Ok(State::NxDomain) => Resolution::NxDomain,
+        Ok(State::Resolved) => Resolution::Addresses(ResolvedAddresses::new(addresses, ttl)),
+        // A state of a later version is not one that this one knows to be good.
+        _ => Resolution::Unavailable,
+    };
+    let answered = answered.map(|at| millis(Some(at)));
+    let error = (!error.is_empty()).then(|| error.into());
+    Ok((parsed, NameStatus { resolution: Arc::new(resolution), answered, error }))
 }
 
 /// The service as one message, of unbounded size.

@@ -14,8 +14,8 @@ mod response;
 use std::sync::Arc;
 
 pub(super) use discovery::{
-    MAX_INSTANCES_PER_MESSAGE, change_from_proto, change_to_proto, protocol_from_proto, service_from_proto,
-    service_part, service_to_proto,
+    MAX_INSTANCES_PER_MESSAGE, change_from_proto, change_to_proto, name_from_proto, name_to_proto, protocol_from_proto,
+    service_from_proto, service_part, service_to_proto,
 };
 pub(super) use handover::{word_from_proto, word_to_proto};
 pub(super) use replica::{replica_from_proto, replica_to_proto};

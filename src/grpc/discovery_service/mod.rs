@@ -22,9 +22,9 @@ use super::{
     caller::Caller,
     convert::{self, MAX_INSTANCES_PER_MESSAGE},
     proto::gangplank::v1::{
-        GetReplicaRequest, GetReplicaResponse, GetServiceRequest, GetServiceResponse, GetServicesByMethodRequest,
-        GetServicesByMethodResponse, ListServicesRequest, ListServicesResponse, WatchRequest, WatchResponse,
-        discovery_server::Discovery, restart::Reason,
+        GetNamesRequest, GetNamesResponse, GetReplicaRequest, GetReplicaResponse, GetServiceRequest,
+        GetServiceResponse, GetServicesByMethodRequest, GetServicesByMethodResponse, ListServicesRequest,
+        ListServicesResponse, WatchRequest, WatchResponse, discovery_server::Discovery, restart::Reason,
     },
     writer_hint,
 };
@@ -119,6 +119,19 @@ impl Discovery for DiscoveryService {
             response.extensions_mut().insert(permit);
         }
         Ok(response)
+    }
+
+    async fn get_names(&self, request: Request<GetNamesRequest>) -> Result<Response<GetNamesResponse>, Status> {
+        self.ready()?;
+        let caller = Caller::of(&request)?;
+        let GetNamesRequest { namespace, name } = request.into_inner();
+        let key = self.service(&namespace, &name)?;
+        caller.may_call(AccessVerb::Get, Some(key.namespace()), Some(key.name())).await?;
+        let registry = &self.context.registry;
+        let statuses =
+            registry.catalog().get(&key).into_iter().flat_map(|service| registry.names().statuses_of(&service));
+        let names = statuses.map(|(name, status)| convert::name_to_proto(&name, &status)).collect();
+        Ok(Response::new(GetNamesResponse { names }))
     }
 
     async fn get_services_by_method(

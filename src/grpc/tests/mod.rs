@@ -94,6 +94,7 @@ impl Registry {
             reverse_zones: Vec::new(),
             ns_addresses: Vec::new(),
             publish_not_ready: false,
+            flatten_names: false,
         };
         let (_, publisher) = Zone::new(config);
         let data_dir = DataDir::lock(self.dir.path()).expect("no other process has it");

@@ -56,6 +56,7 @@ pub(super) struct MirrorOptions {
     pub(super) endpoints_object: bool,
     pub(super) linger: Duration,
     pub(super) publish_not_ready: bool,
+    pub(super) flatten_names: bool,
     /// Checks what is read from slices.
     pub(super) validator: Validator,
 }

@@ -51,7 +51,8 @@ impl TestRegistry {
         );
         let origin = DnsName::parse("cluster.local").expect("a name");
         let (reverse_zones, ns_addresses) = (Vec::new(), Vec::new());
-        let config = ZoneConfig { origin, ttl: 5, reverse_zones, ns_addresses, publish_not_ready: false };
+        let config =
+            ZoneConfig { origin, ttl: 5, reverse_zones, ns_addresses, publish_not_ready: false, flatten_names: false };
         let (zone, publisher) = Zone::new(config);
         let data_dir = DataDir::lock(dir.path()).expect("no other process has it");
         let writer = unrecovered
@@ -238,7 +239,8 @@ fn with_kubernetes(dir: &TempDir) -> (TestRegistry, Arc<Zone>) {
     let (handle, unrecovered) = new(options, Arc::clone(&metrics));
     let origin = DnsName::parse("cluster.local").expect("a name");
     let (reverse_zones, ns_addresses) = (Vec::new(), Vec::new());
-    let config = ZoneConfig { origin, ttl: 5, reverse_zones, ns_addresses, publish_not_ready: false };
+    let config =
+        ZoneConfig { origin, ttl: 5, reverse_zones, ns_addresses, publish_not_ready: false, flatten_names: false };
     let (zone, publisher) = Zone::new(config);
     let data_dir = DataDir::lock(dir.path()).expect("no other process has it");
     let options = store::StoreOptions { outbox: true, ..store::StoreOptions::default() };
@@ -451,7 +453,7 @@ fn stored_instance_that_the_policy_refuses_now_is_served() {
     assert!(held.instances.iter().map(unstamped).eq(stored.iter().cloned()));
     let name = QName::from_text("1web.prod.svc.cluster.local").expect("a name");
     let reader = zone.pin();
-    let Lookup::Hit(Hit::A(rrset)) = reader.lookup(&name, Some(RecordType::A)) else { panic!("it is served") };
+    let Lookup::Hit(Hit::A(rrset, _)) = reader.lookup(&name, Some(RecordType::A)) else { panic!("it is served") };
     assert_eq!(rrset.len(), 3);
     drop(reader);
 

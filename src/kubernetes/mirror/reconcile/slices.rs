@@ -63,7 +63,7 @@ impl Reconciler {
             service_uid: uid,
             max_endpoints: self.options.max_endpoints,
             publish_not_ready: self.options.publish_not_ready,
-            flatten_names: matches!(observed.service, ServiceState::Joined { .. }),
+            flatten_names: self.options.flatten_names || matches!(observed.service, ServiceState::Joined { .. }),
             tombstones: desired.tombstones,
             stamps: SliceStamps {
                 term: self.term,
