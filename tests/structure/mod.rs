@@ -13,7 +13,10 @@ use crate::support::tools::ROOT;
 /// allows only that item. `app` joins everything and is not here.
 const DOWN: &[(&str, &[&str])] = &[
     ("main", &["app", "cli", "config", "telemetry"]),
-    ("config", &["dns", "grpc", "identity", "kubernetes", "model", "net", "registry", "security", "store", "zone"]),
+    (
+        "config",
+        &["dns", "grpc", "identity", "kubernetes", "model", "net", "registry", "security", "store", "upstream", "zone"],
+    ),
     ("telemetry", &[]),
     ("cli", &["coredns", "grpc::client", "kubernetes::api", "model"]),
     ("coredns", &["model"]),
