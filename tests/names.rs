@@ -158,7 +158,7 @@ fn names_that_lead_where_they_must_not_are_not_followed() {
     };
     expect("rebind", ResponseCode::NoError, &["rebind.example.com. 5 IN A 192.0.2.1"]);
     expect("meta", ResponseCode::NoError, &[]);
-    expect("denied", ResponseCode::NoError, &[]);
+    expect("denied", ResponseCode::ServFail, &[]);
     // Through CoreDNS this would ask gangplank itself.
     expect("own", ResponseCode::ServFail, &[]);
 }

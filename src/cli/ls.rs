@@ -67,7 +67,10 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
                         && found.instances.iter().any(|one| one.address().name().is_some())
                     {
                         let names = servers.read(async |client| client.names(&key).await).await?;
-                        print(&format!("\n{}", names_table(&names, format, SystemTime::now())))?;
+                        // A server that is too old to know says nothing.
+                        if !names.is_empty() {
+                            print(&format!("\n{}", names_table(&names, format, SystemTime::now())))?;
+                        }
                     }
                     Ok(())
                 }

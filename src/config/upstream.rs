@@ -40,7 +40,12 @@ impl UpstreamArgs {
     pub(super) fn check(self, zone: &DnsName, max_ttl: u32) -> anyhow::Result<Option<UpstreamOptions>> {
         let Self { upstream, upstream_stale: stale, flatten_names: _ } = self;
         ensure!(stale <= MAX_STALE, "--upstream-stale: must be at most {}", humantime::format_duration(MAX_STALE));
-        let servers = upstream.iter().map(|text| parse_server(text)).collect::<anyhow::Result<Vec<_>>>()?;
+        // An empty variable is one that was left out.
+        let servers = upstream
+            .iter()
+            .filter(|text| !text.is_empty())
+            .map(|text| parse_server(text))
+            .collect::<anyhow::Result<Vec<_>>>()?;
         Ok((!servers.is_empty()).then(|| UpstreamOptions { servers, stale, max_ttl, zone: zone.clone() }))
     }
 }

@@ -148,7 +148,8 @@ impl AnswerContent<'_> {
         match self {
             // RFC 6604 §2: the code says how the last name of the chain was found.
             Self::Records(Hit::Cname(alias, asked))
-                if *alias.resolution == Resolution::NxDomain && *asked != Some(RecordType::Cname) =>
+                if *alias.resolution == Resolution::NxDomain
+                    && !matches!(asked, Some(RecordType::Cname | RecordType::Any)) =>
             {
                 Rcode::NxDomain
             }

@@ -65,6 +65,24 @@ impl Address {
         }
     }
 
+    /// The IPv4 address to which a gateway of the network may translate an IPv6 one: NAT64 (RFC 6052 §2.1, RFC 8215), 6to4 (RFC 3056
+    /// §2), or IPv4-compatible (RFC 4291 §2.5.5.1). One that is IPv4-mapped is IPv4 from the start.
+    #[must_use]
+    pub(crate) fn translated(ip: IpAddr) -> Option<IpAddr> {
+        let IpAddr::V6(ip) = ip else { return None };
+        let [a, b, c, d] = match ip.segments() {
+            [0x64, 0xff9b, 0, 0, 0, 0, ..] | [0x64, 0xff9b, 1, ..] | [0, 0, 0, 0, 0, 0, ..] => {
+                *ip.octets().last_chunk()?
+            }
+            [0x2002, ..] => {
+                let [_, _, a, b, c, d, ..] = ip.octets();
+                [a, b, c, d]
+            }
+            _ => return None,
+        };
+        Some(Ipv4Addr::new(a, b, c, d).into())
+    }
+
     /// The DNS name, if it is one.
     #[must_use]
     pub fn name(&self) -> Option<&DnsName> {
@@ -108,7 +126,10 @@ fn unreachable_v6(ip: Ipv6Addr) -> Option<&'static str> {
     } else if ip.is_unicast_link_local() {
         Some("link-local")
     } else {
-        None
+        // A gateway would lead there. Low IPv6 addresses such as ::abcd spell one in 0.0.0.0/8, to which nothing translates.
+        let translated =
+            Address::translated(ip.into()).filter(|ip| !matches!(ip, IpAddr::V4(v4) if v4.octets()[0] == 0));
+        translated.and_then(Address::unreachable)
     }
 }
 
@@ -246,6 +267,11 @@ mod tests {
             "::",
             "::1",
             "fe80::1",
+            // A gateway translates these to loopback and link-local addresses.
+            "64:ff9b::169.254.169.254",
+            "64:ff9b:1::127.0.0.1",
+            "2002:7f00:1::1",
+            "::127.0.0.1",
             "febf::1",
             "ff02::1",
             "ff0e::1",

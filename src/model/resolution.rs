@@ -7,7 +7,7 @@ use std::{
 
 use super::instance::UnixMillis;
 
-/// Most addresses of one family that are taken from the answer for a name: what a message over UDP
+/// Most addresses of one family that are taken from the answer for a name: about what a message over UDP
 /// holds. Of more, the lowest are taken, so that all replicas take the same.
 pub const MAX_RESOLVED: usize = 64;
 

@@ -1,11 +1,7 @@
 //! Which addresses may be registered: an EndpointSlice that points where it should not makes the cluster's own proxies reach
 //! what its writer could not (Kubernetes, CVE-2021-25740).
 
-use std::{
-    collections::HashMap,
-    net::{IpAddr, Ipv4Addr},
-    sync::Arc,
-};
+use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 
@@ -67,16 +63,20 @@ impl AddressRules {
 
     /// Whether an address may not be served that a registered name leads to: it is denied, or a Service's. Whoever may register
     /// the name does not own what it leads to, so this holds for everybody.
+    ///
+    /// While the ranges of Services are not known, any address may be in one.
     pub(super) fn denies_resolved(&self, ip: IpAddr) -> bool {
-        let networks = || self.denied.iter().chain(self.service_ranges.iter().flatten());
-        [Some(ip), translated(ip)].into_iter().flatten().any(|ip| networks().any(|network| network.contains(&ip)))
+        let Some(service_ranges) = &self.service_ranges else { return true };
+        let networks = || self.denied.iter().chain(service_ranges);
+        let leads_to = [Some(ip), Address::translated(ip)];
+        leads_to.into_iter().flatten().any(|ip| networks().any(|network| network.contains(&ip)))
     }
 
     /// Why `by` may not register `address` under `service`. `--deny-addresses` holds for everybody; who may do all is bound by
     /// nothing else.
     pub(super) fn refuse(&self, service: &ServiceKey, address: &Address, by: &Requester) -> Option<AddressRefusal> {
         let ip = address.ip();
-        let leads_to = [ip, ip.and_then(translated)];
+        let leads_to = [ip, ip.and_then(Address::translated)];
         let within = |networks: &[IpNet]| {
             networks.iter().copied().find(|one| leads_to.iter().flatten().any(|ip| one.contains(ip)))
         };
@@ -100,21 +100,6 @@ impl AddressRules {
         let is_allowed = |ip: IpAddr| allowed.iter().any(|pattern| pattern.contains(ip, *peer));
         (!ip.is_some_and(is_allowed)).then(|| AddressRefusal::Annotation(Arc::clone(text)))
     }
-}
-
-/// The IPv4 address to which a gateway of the network may translate an IPv6 one: NAT64 (RFC 6052 §2.1), 6to4 (RFC 3056 §2), or
-/// IPv4-compatible (RFC 4291 §2.5.5.1). One that is IPv4-mapped is IPv4 from the start.
-fn translated(ip: IpAddr) -> Option<IpAddr> {
-    let IpAddr::V6(ip) = ip else { return None };
-    let [a, b, c, d] = match ip.segments() {
-        [0x64, 0xff9b, 0, 0, 0, 0, ..] | [0, 0, 0, 0, 0, 0, ..] => *ip.octets().last_chunk()?,
-        [0x2002, ..] => {
-            let [_, _, a, b, c, d, ..] = ip.octets();
-            [a, b, c, d]
-        }
-        _ => return None,
-    };
-    Some(Ipv4Addr::new(a, b, c, d).into())
 }
 
 #[cfg(test)]
@@ -161,6 +146,20 @@ mod tests {
         }
         assert_eq!(refuse(&rules, "10.96.0.1", &Requester::Unrestricted), None, "as before");
         assert_eq!(refuse(&AddressRules::new(false), "10.96.0.1", &vm()), None, "without Kubernetes");
+    }
+
+    /// Whoever registers a name does not own what it leads to, so nothing is served on trust.
+    #[test]
+    fn names_lead_to_no_denied_address_and_to_no_service() {
+        let ip = |text: &str| text.parse().expect("an address");
+        let mut rules = AddressRules::new(true);
+        rules.set_denied(networks(&["198.51.100.0/24"]));
+        assert!(rules.denies_resolved(ip("192.0.2.1")), "the ranges of Services are not known yet");
+        rules.set_service_ranges(networks(&["10.96.0.0/12"]));
+        for denied in ["10.96.0.1", "64:ff9b::10.96.0.1", "198.51.100.1", "2002:c633:6401::1"] {
+            assert!(rules.denies_resolved(ip(denied)), "{denied}");
+        }
+        assert!(!rules.denies_resolved(ip("192.0.2.1")));
     }
 
     #[test]

@@ -229,9 +229,14 @@ impl Applier {
 
     /// Makes visible how the lookups of `name` stand. Nothing was registered: there is no generation, as with foreign
     /// endpoints.
-    pub(super) fn resolve(&mut self, name: &DnsName, status: NameStatus) {
-        self.publisher.resolve(name, &status.resolution);
-        self.names.set_status(name, status);
+    pub(super) fn resolve(&mut self, name: &DnsName, served: NameStatus, looked_up: NameStatus) {
+        self.publisher.resolve(name, &served.resolution);
+        self.names.set_status(name, served, looked_up);
+    }
+
+    /// The names that are instances.
+    pub(super) fn names(&self) -> &RegisteredNames {
+        &self.names
     }
 
     /// Sets in the zone whether a namespace exists. Each call must be a change, because the zone counts

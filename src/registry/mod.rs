@@ -361,7 +361,7 @@ impl RegistryHandle {
         &self.names
     }
 
-    /// Makes visible how the lookups of names stand. Addresses that may not be registered are left out.
+    /// Makes visible how the lookups of names stand. Denied addresses, and those of the cluster's Services, are left out.
     ///
     /// # Errors
     /// When the writer has ended.

@@ -225,6 +225,7 @@ impl Writer {
                     facts_cost += cost;
                     facts.into_iter().for_each(|fact| self.learn(fact));
                 }
+                WriterMessage::Resolved(statuses) => self.resolved(statuses),
                 WriterMessage::Mirrored(services) => self.mirror_records.confirmed(services, Instant::now()),
                 // Earlier decisions must be applied first: the comparison reads the catalog, and the
                 // journaled records filter its result.
@@ -239,8 +240,7 @@ impl Writer {
                 | WriterMessage::Term(_)
                 | WriterMessage::Outbox(_)
                 | WriterMessage::HandedOver(_)
-                | WriterMessage::Merge(_)
-                | WriterMessage::Resolved(_) => {
+                | WriterMessage::Merge(_) => {
                     then = Some(message);
                     break;
                 }
@@ -270,7 +270,6 @@ impl Writer {
             Some(WriterMessage::Outbox(request)) => self.outbox(request),
             Some(WriterMessage::HandedOver(words)) => self.handed_over(words),
             Some(WriterMessage::Merge(request)) => self.merge(request),
-            Some(WriterMessage::Resolved(statuses)) => self.resolved(statuses),
             _ => {}
         }
         self.metrics.registry.set_outbox(self.mirror_records.outbox_len());
@@ -349,7 +348,7 @@ impl Writer {
             ClusterFact::Addresses { namespace, addresses } => {
                 self.decider.facts().addresses.set_annotated(namespace, addresses);
             }
-            ClusterFact::ServiceRanges(ranges) => self.decider.facts().addresses.set_service_ranges(ranges),
+            ClusterFact::ServiceRanges(ranges) => self.set_service_ranges(ranges),
             ClusterFact::NamespacesComplete => self.decider.facts().namespaces_are_complete(),
             ClusterFact::Service { service, foreign } => self.decider.facts().set_foreign(service, foreign),
             ClusterFact::Endpoints { service, instances } => self.applier.set_foreign_endpoints(service, instances),

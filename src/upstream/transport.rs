@@ -217,7 +217,7 @@ impl DnsUdpSocket for ConnectedSocket {
         Poll::Ready(Ok((octets.filled().len(), self.server)))
     }
 
-    /// As the default, and also woken by an ICMP error, which tokio does not count as readable.
+    /// Also returns ICMP errors; the default waits on, because `poll_recv` of tokio is not woken by them.
     fn recv_from<'s, 'o, 'f>(
         &'s self,
         octets: &'o mut [u8],

@@ -221,6 +221,8 @@ fn in_service<'v>(
             (Some(found), _) => addresses(found, apex, rtype),
             // RFC 8020: `_tcp` is above the SRV names.
             (None, Some(protocol)) if records.has_srv(protocol) => Lookup::NoData(apex),
+            (None, Some(_)) if records.is_unavailable() => Lookup::Unavailable,
+            (None, None) if records.is_unknown_host(name.label(0)) => Lookup::Unavailable,
             _ => Lookup::NxDomain(apex),
         },
         _ => {
@@ -229,6 +231,8 @@ fn in_service<'v>(
                 // The protocol is part of the key: `_http._udp` is not `_http._tcp`.
                 Some(rrset) if takes(rtype, RecordType::Srv) => Lookup::Hit(Hit::Srv(rrset, records)),
                 Some(_) => Lookup::NoData(apex),
+                // The ports of what could not be looked up are left out until it is.
+                None if records.is_unavailable() => Lookup::Unavailable,
                 None => Lookup::NxDomain(apex),
             }
         }

@@ -2,7 +2,7 @@
 //! need in the services' records.
 
 use std::{
-    collections::{BTreeMap, HashMap, hash_map::Entry},
+    collections::{BTreeMap, HashMap},
     sync::Arc,
 };
 
@@ -20,7 +20,10 @@ pub struct NameChange {
 #[derive(Debug, Default)]
 pub(super) struct NameIndex {
     names: HashMap<DnsName, NameUse>,
-    changes: Vec<NameChange>,
+    /// Came into use since the last [`take_changes`](Self::take_changes).
+    added: Vec<DnsName>,
+    /// Lost their last instance since then, and may have another by now.
+    emptied: Vec<DnsName>,
 }
 
 #[derive(Debug, Default)]
@@ -34,7 +37,7 @@ impl NameIndex {
     /// Counts an instance of `service` in; returns what its name leads to.
     pub(super) fn add(&mut self, name: &DnsName, service: &ServiceKey) -> Arc<Resolution> {
         if !self.names.contains_key(name) {
-            self.changes.push(NameChange { name: name.clone(), used: true });
+            self.added.push(name.clone());
         }
         let uses = self.names.entry(name.clone()).or_default();
         *uses.services.entry(service.clone()).or_default() += 1;
@@ -43,8 +46,7 @@ impl NameIndex {
 
     /// Counts an instance of `service` out.
     pub(super) fn remove(&mut self, name: &DnsName, service: &ServiceKey) {
-        let Entry::Occupied(mut uses) = self.names.entry(name.clone()) else { return };
-        let services = &mut uses.get_mut().services;
+        let Some(NameUse { services, .. }) = self.names.get_mut(name) else { return };
         if let Some(count) = services.get_mut(service) {
             *count -= 1;
             if *count == 0 {
@@ -52,8 +54,7 @@ impl NameIndex {
             }
         }
         if services.is_empty() {
-            uses.remove();
-            self.changes.push(NameChange { name: name.clone(), used: false });
+            self.emptied.push(name.clone());
         }
     }
 
@@ -67,8 +68,38 @@ impl NameIndex {
         uses.services.keys().cloned().collect()
     }
 
-    /// The changes since the last call, in their order.
+    /// The changes since the last call. A name that moved from one service to another has none, and keeps what is known of it.
     pub(super) fn take_changes(&mut self) -> Vec<NameChange> {
-        std::mem::take(&mut self.changes)
+        let mut changes: Vec<NameChange> = self.added.drain(..).map(|name| NameChange { name, used: true }).collect();
+        for name in std::mem::take(&mut self.emptied) {
+            if self.names.get(&name).is_some_and(|uses| uses.services.is_empty()) {
+                self.names.remove(&name);
+                changes.push(NameChange { name, used: false });
+            }
+        }
+        changes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::testing::key;
+
+    /// Otherwise a restart of its registrant would lose the last good answer while no upstream server answers.
+    #[test]
+    fn name_that_moves_in_one_batch_keeps_what_is_known_of_it() {
+        let name = DnsName::parse("pg.example.com").expect("a name");
+        let mut index = NameIndex::default();
+        index.add(&name, &key("db.prod"));
+        assert_eq!(index.take_changes(), [NameChange { name: name.clone(), used: true }]);
+        let known = Arc::new(Resolution::NxDomain);
+        assert_eq!(index.resolve(&name, &known), [key("db.prod")]);
+        index.remove(&name, &key("db.prod"));
+        assert_eq!(index.add(&name, &key("web.prod")), known);
+        assert_eq!(index.take_changes(), []);
+        index.remove(&name, &key("web.prod"));
+        assert_eq!(index.take_changes(), [NameChange { name: name.clone(), used: false }]);
+        assert_eq!(index.resolve(&name, &known), []);
     }
 }

@@ -35,6 +35,14 @@ pub(super) struct NameSet {
     ttls: SmallTree<TtlCount>,
     /// Instances whose names could not be looked up.
     unavailable: u32,
+    /// Their host labels.
+    unknown_hosts: SmallTree<LabelCount>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct LabelCount {
+    label: Label,
+    instances: u32,
 }
 
 /// One served instance, and what its name leads to.
@@ -110,6 +118,11 @@ impl NameSet {
         self.unavailable > 0
     }
 
+    /// Whether nothing is known of the addresses of some name with this host label.
+    pub(super) fn is_unknown_host(&self, label: &[u8]) -> bool {
+        self.unknown_hosts.get(&label).is_some()
+    }
+
     /// Most seconds that the addresses of the service may be cached.
     pub(super) fn ttl(&self) -> u32 {
         self.ttls.iter().next().map_or(u32::MAX, |lowest| lowest.ttl)
@@ -124,8 +137,8 @@ impl NameSet {
     /// Puts a row in; returns the one with the same identity.
     pub(super) fn put(&mut self, row: NameRow) -> Option<NameRow> {
         let before = self.rows.get(&row.key()).cloned();
-        self.count_resolution(CountOp::Add, &row.resolution);
-        before.iter().for_each(|before| self.count_resolution(CountOp::Remove, &before.resolution));
+        self.count_resolution(CountOp::Add, &row);
+        before.iter().for_each(|before| self.count_resolution(CountOp::Remove, before));
         self.rows.put(row);
         before
     }
@@ -133,14 +146,21 @@ impl NameSet {
     /// Takes the row of an instance out.
     pub(super) fn remove(&mut self, key: &InstanceKey<'_>) -> Option<NameRow> {
         let before = self.rows.get(key).cloned()?;
-        self.count_resolution(CountOp::Remove, &before.resolution);
+        self.count_resolution(CountOp::Remove, &before);
         self.rows.remove(key);
         Some(before)
     }
 
-    fn count_resolution(&mut self, op: CountOp, resolution: &Resolution) {
-        if *resolution == Resolution::Unavailable {
+    fn count_resolution(&mut self, op: CountOp, NameRow { instance, resolution }: &NameRow) {
+        if **resolution == Resolution::Unavailable {
             op.count(&mut self.unavailable);
+            if let Some(label) = instance.host_name() {
+                let new = || LabelCount { label: label.clone(), instances: 0 };
+                self.unknown_hosts.update(&label.as_str().as_bytes(), new, |row| {
+                    op.count(&mut row.instances);
+                    row.instances > 0
+                });
+            }
         }
         if let Some(ResolvedAddresses { ttl, .. }) = resolution.addresses() {
             self.ttls.update(
@@ -207,5 +227,17 @@ impl Row for TtlCount {
 
     fn order(&self, key: &u32) -> Ordering {
         self.ttl.cmp(key)
+    }
+}
+
+impl Row for LabelCount {
+    type Key<'a> = &'a [u8];
+
+    fn key(&self) -> &[u8] {
+        self.label.as_str().as_bytes()
+    }
+
+    fn order(&self, key: &&[u8]) -> Ordering {
+        self.key().cmp(*key)
     }
 }

@@ -134,7 +134,7 @@ impl HostLabel {
         }
     }
 
-    /// Octets of the label without its length octet, 1..=63.
+    /// Octets of the label without its length octet, 1..=63; of a whole name up to 253.
     pub(super) fn len(&self) -> usize {
         match self {
             Self::Dashed(ip) => DashedLabel::new(*ip).as_bytes().len(),

@@ -76,10 +76,17 @@ impl ServiceRecords {
 
     /// Whether no address is known because some name could not be looked up.
     pub(super) fn is_unavailable(&self) -> bool {
+        // An alias has its ports, whatever its target leads to.
         self.v4.is_empty()
+            && self.alias().is_none()
             && self.extra.as_ref().is_some_and(|extra| {
                 extra.v6.is_empty() && extra.names.as_ref().is_some_and(|names| names.is_unavailable())
             })
+    }
+
+    /// Whether a name with this host label could not be looked up.
+    pub(super) fn is_unknown_host(&self, label: &[u8]) -> bool {
+        self.names().is_some_and(|names| names.is_unknown_host(label))
     }
 
     fn names(&self) -> Option<&NameSet> {

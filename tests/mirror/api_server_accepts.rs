@@ -165,8 +165,6 @@ fn generated(cases: usize) -> Vec<(ServiceKey, CowTree<Arc<Instance>>)> {
         let Ok(key) = VALIDATOR.service(namespace, &name) else { continue };
         let accepted =
             specs.iter().filter_map(|spec| VALIDATOR.instance(&key, spec, UnixMillis(1_700_000_000_123)).ok());
-        // DNS names are not tried here.
-        let accepted = accepted.filter(|instance| instance.address().ip().is_some());
         let table: CowTree<Arc<Instance>> = accepted.take(OF_A_SERVICE).map(Arc::new).collect();
         if !table.is_empty() && names.insert(key.clone()) {
             count += table.len();

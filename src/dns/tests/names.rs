@@ -54,6 +54,7 @@ fn alias_without_addresses_has_the_code_of_its_target() {
     let zone = alone(Resolution::NxDomain);
     assert!(matches!(ask(&zone, A), (3, 1, _)));
     assert!(matches!(ask(&zone, CNAME), (0, 1, _)), "the alias itself exists");
+    assert!(matches!(ask(&zone, ANY), (0, 1, _)), "RFC 1034 §4.3.2: any type matches the alias");
     let zone = alone(addresses(&[], 60));
     assert!(matches!(ask(&zone, A), (0, 1, _)));
     let zone = alone(Resolution::Unavailable);
@@ -102,6 +103,15 @@ fn unresolved_name_among_others_is_left_out() {
         assert_no_data(&zone, DB, AAAA, "cluster.local.");
         assert_eq!(answers(&zone, "_pg._tcp.db.prod.svc.cluster.local.", SRV).len(), 1);
     }
+    // Unknown is not absent: NXDOMAIN would be cached.
+    let mut zone = alone(Resolution::Unavailable);
+    zone.add("db.prod", &InstanceSpec { host_name: "main".into(), ..spec("other.example.com", &["pg:5432"]) });
+    for (name, qtype) in
+        [(DB.to_owned(), A), (format!("main.{DB}"), A), (format!("_tcp.{DB}"), A), (format!("_pg._tcp.{DB}"), SRV)]
+    {
+        assert_eq!(exchange(&zone, &query_for(&name, qtype)).rcode(), 2, "{name}");
+    }
+    assert_no_name(&zone, &format!("none.{DB}"), A, "cluster.local.");
     // Two names of which nothing is known: whether there is an address is not known either.
     let mut zone = alone(Resolution::Unavailable);
     zone.add("db.prod", &spec("other.example.com", &[]));

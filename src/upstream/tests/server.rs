@@ -2,7 +2,10 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use hickory_proto::{
@@ -48,6 +51,7 @@ type React = dyn FnMut(&Message, Over) -> Reaction + Send;
 struct Shared {
     react: Mutex<Box<React>>,
     asked: Mutex<Vec<Asked>>,
+    keeps_record: AtomicBool,
 }
 
 impl Shared {
@@ -56,7 +60,9 @@ impl Shared {
         let query = question.queries.first().expect("with a question");
         let name = query.name().to_string();
         let asked = Asked { name, kind: query.query_type(), id: question.metadata.id, from, at: Instant::now() };
-        self.asked.lock().expect("no panic").push(asked);
+        if self.keeps_record.load(Ordering::Relaxed) {
+            self.asked.lock().expect("no panic").push(asked);
+        }
         (self.react.lock().expect("no panic"))(&question, over)
     }
 }
@@ -77,7 +83,8 @@ impl Server {
             }
         };
         let address = udp.local_addr().expect("bound");
-        let shared = Arc::new(Shared { react: Mutex::new(Box::new(react)), asked: Mutex::default() });
+        let shared =
+            Arc::new(Shared { react: Mutex::new(Box::new(react)), asked: Mutex::default(), keeps_record: true.into() });
         let mut tasks = JoinSet::new();
         let state = Arc::clone(&shared);
         tasks.spawn(async move {
@@ -113,6 +120,11 @@ impl Server {
     /// From now on it reacts so.
     pub(super) fn set(&self, react: impl FnMut(&Message, Over) -> Reaction + Send + 'static) {
         *self.shared.react.lock().expect("no panic") = Box::new(react);
+    }
+
+    /// Forgets what it is asked from now on.
+    pub(super) fn keep_no_record(&self) {
+        self.shared.keeps_record.store(false, Ordering::Relaxed);
     }
 
     pub(super) fn asked(&self) -> Vec<Asked> {
