@@ -42,7 +42,6 @@ const SETS: [Values<'static>; 6] = [
         "metricsReaders[0].name=prometheus",
         "metricsReaders[0].namespace=monitoring",
         "admin.hosts={gangplank.example.com}",
-        "check.enabled=true",
     ],
     &[
         "tls.secretName=server",
@@ -60,7 +59,6 @@ const SETS: [Values<'static>; 6] = [
         "podLabels.c=d",
         "serviceAccount.annotations.e=f",
         "extraArgs={--drain=5s}",
-        "check.enabled=true",
     ],
 ];
 

@@ -151,7 +151,7 @@ fn unknown_and_contradictory_values_are_refused() {
         "podDisruptionBudget.minAvailable=1",
         "resources.request.cpu=1",
         "affinity.node=x",
-        "check.wait=true",
+        "check.enabled=true",
         "metricsReaders[0].account=x",
     ];
     for value in unknown {
