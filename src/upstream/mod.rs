@@ -50,6 +50,10 @@ use crate::{
 /// Most names that are looked up at one time. Each has a socket per family, and one more for each retransmission.
 pub const MAX_LOOKUPS: usize = 64;
 
+/// How many of these may be of names whose last lookup failed, or that were never looked up. A server that does not answer takes
+/// seconds of each, and must not delay the names that are well.
+const MAX_DOUBTFUL: usize = 48;
+
 /// Most names that [`Lookups::next`] returns at once.
 pub const MAX_BATCH: usize = 1024;
 
@@ -78,11 +82,13 @@ pub struct Lookups {
     rules: Rules,
     metrics: Arc<Metrics>,
     names: HashMap<DnsName, Entry>,
-    /// Names that wait for their first lookup.
+    /// Names that wait for their first lookup, and those whose last one failed when there was no room for the next.
     waiting: VecDeque<(DnsName, u64)>,
     /// Names that wait for their next lookup.
     timers: DelayQueue<DnsName>,
     running: FuturesUnordered<BoxFuture<'static, Ended>>,
+    /// How many of `running` count to [`MAX_DOUBTFUL`].
+    doubtful: usize,
     /// Names that [`Lookups::next`] returns next; each once.
     changed: VecDeque<(DnsName, u64)>,
     last_id: u64,
@@ -101,6 +107,7 @@ struct Entry {
 struct Ended {
     name: DnsName,
     id: u64,
+    doubtful: bool,
     outcome: Outcome,
     took: Duration,
 }
@@ -132,6 +139,7 @@ impl Lookups {
             timers: DelayQueue::new(),
             running: FuturesUnordered::new(),
             changed: VecDeque::new(),
+            doubtful: 0,
             last_id: 0,
         })
     }
@@ -191,35 +199,46 @@ impl Lookups {
     /// Begins lookups that are due, and returns whether it began one.
     fn begin(&mut self, cx: &mut Context<'_>) -> bool {
         let before = self.running.len();
-        while self.running.len() < MAX_LOOKUPS {
-            let (name, id) = if let Some(first) = self.waiting.pop_front() {
-                first
-            } else if let Poll::Ready(Some(due)) = self.timers.poll_expired(cx) {
-                let name = due.into_inner();
-                let entry = self.names.get_mut(&name).expect("forget() removes the timer with the name");
-                entry.timer = None;
-                (name, entry.id)
-            } else {
-                break;
-            };
+        while self.doubtful < MAX_DOUBTFUL
+            && self.running.len() < MAX_LOOKUPS
+            && let Some((name, id)) = self.waiting.pop_front()
+        {
             if self.names.get(&name).is_some_and(|entry| entry.id == id) {
-                self.running.push(self.lookup(name, id));
+                self.doubtful += 1;
+                self.running.push(self.lookup(name, id, true));
+            }
+        }
+        while self.running.len() < MAX_LOOKUPS
+            && let Poll::Ready(Some(due)) = self.timers.poll_expired(cx)
+        {
+            let name = due.into_inner();
+            let entry = self.names.get_mut(&name).expect("forget() removes the timer with the name");
+            entry.timer = None;
+            let id = entry.id;
+            if !entry.tracked.is_doubtful() {
+                self.running.push(self.lookup(name, id, false));
+            } else if self.doubtful < MAX_DOUBTFUL {
+                self.doubtful += 1;
+                self.running.push(self.lookup(name, id, true));
+            } else {
+                self.waiting.push_back((name, id));
             }
         }
         self.running.len() > before
     }
 
-    fn lookup(&self, name: DnsName, id: u64) -> BoxFuture<'static, Ended> {
+    fn lookup(&self, name: DnsName, id: u64, doubtful: bool) -> BoxFuture<'static, Ended> {
         let (servers, zone, timing) = (Arc::clone(&self.servers), Arc::clone(&self.zone), self.rules.timing);
         Box::pin(async move {
             let begun = Instant::now();
             let outcome = look_up(&servers, &absolute(&name), &zone, &timing).await;
-            Ended { name, id, outcome, took: begun.elapsed() }
+            Ended { name, id, doubtful, outcome, took: begun.elapsed() }
         })
     }
 
     fn end(&mut self, ended: Ended) {
-        let Ended { name, id, outcome, took } = ended;
+        let Ended { name, id, doubtful, outcome, took } = ended;
+        self.doubtful -= usize::from(doubtful);
         // Forgotten meanwhile, and perhaps wanted again.
         let Some(entry) = self.names.get_mut(&name).filter(|entry| entry.id == id) else { return };
         let (status, state) = (entry.tracked.status().clone(), entry.tracked.state());

@@ -56,6 +56,11 @@ impl TrackedName {
         &self.status
     }
 
+    /// Whether the last lookup failed, so that the next one may take long.
+    pub(super) fn is_doubtful(&self) -> bool {
+        self.failures > 0
+    }
+
     /// What the metrics count it as.
     pub(super) fn state(&self) -> NameState {
         match &*self.status.resolution {

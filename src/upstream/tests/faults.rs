@@ -391,6 +391,29 @@ async fn silent_first_server_does_not_delay_every_lookup() {
     assert!((1..40).contains(&tried.len()), "{} of 200 lookups waited for the silent server", tried.len());
 }
 
+/// One registrant may have thousands of names that no server answers for.
+#[tokio::test]
+async fn names_that_nobody_answers_for_do_not_delay_the_others() {
+    const SILENT: usize = 1000;
+    let zone = Zone::shared(&[("good.test.", 1, "192.0.2.1")]);
+    let answers = Arc::clone(&zone);
+    let server = Server::start(move |question, over| {
+        let is_good = question.queries[0].name().to_string() == "good.test.";
+        if is_good { answers.lock().expect("no panic").react(question, over) } else { Vec::new() }
+    })
+    .await;
+    let mut lookups = lookups(options(&[&server]), Timing::faster(FASTER));
+    let good = name("good.test");
+    lookups.want(good.clone());
+    until(&mut lookups, &good, |status| status.error.is_none()).await;
+    (0..SILENT).for_each(|n| lookups.want(name(&format!("n{n}.test"))));
+    zone.lock().expect("no panic").records = vec![record("good.test.", 1, "192.0.2.2")];
+    let changed = addresses(&["192.0.2.2"], 1);
+    until(&mut lookups, &good, |status| *status.resolution == changed).await;
+    let asked = in_order(&server.asked()).len();
+    assert!(asked < SILENT / 2, "{asked} silent names were asked for before the good one was looked up again");
+}
+
 #[tokio::test]
 async fn lookups_at_one_time_are_bounded() {
     let silent = Server::start(|_, _| Vec::new()).await;
