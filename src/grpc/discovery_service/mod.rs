@@ -30,8 +30,8 @@ use super::{
 };
 use crate::{
     identity::AccessVerb,
-    model::{Field, InvalidInstance, Namespace, ServiceKey},
-    registry::{ListError, Phase, Unavailable},
+    model::{Field, InvalidInstance, Namespace, Service, ServiceKey},
+    registry::{ListError, ListPermit, Phase, Unavailable},
 };
 
 type ResponseStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -71,6 +71,14 @@ impl DiscoveryService {
         })
     }
 
+    /// A permit for one message about all instances of a service, which may be as large as a list.
+    async fn permit_for(&self, service: &Service) -> Result<Option<Arc<ListPermit>>, Status> {
+        Ok(match service.instances.len() {
+            ..=MAX_INSTANCES_PER_MESSAGE => None,
+            _ => Some(Arc::new(self.context.registry.snapshots().permit().await.map_err(list_error)?)),
+        })
+    }
+
     fn filter(&self, namespace: String, service: &str) -> Result<Filter, Status> {
         match (namespace.as_str(), service) {
             ("", "") => Ok(Filter::All),
@@ -81,6 +89,13 @@ impl DiscoveryService {
             (namespace, service) => self.service(namespace, service).map(Filter::Service),
         }
     }
+}
+
+/// A response that holds its permit until the client has read it: `TrackedRoutes` takes it out.
+fn with_permit<T>(message: T, permit: Option<Arc<ListPermit>>) -> Response<T> {
+    let mut response = Response::new(message);
+    permit.map(|permit| response.extensions_mut().insert(permit));
+    response
 }
 
 /// The status of a list that cannot be sent now. The client may retry.
@@ -107,18 +122,9 @@ impl Discovery for DiscoveryService {
         let service =
             catalog.get(&key).ok_or_else(|| Status::not_found(format!("nothing is registered under {key}")))?;
         let generation = generation.max(service.generation);
-        // A large service is one message as large as a list, so it needs a list's permit.
-        let permit = match service.instances.len() {
-            ..=MAX_INSTANCES_PER_MESSAGE => None,
-            _ => Some(Arc::new(self.context.registry.snapshots().permit().await.map_err(list_error)?)),
-        };
+        let permit = self.permit_for(&service).await?;
         let service = Some(convert::service_to_proto(&key, &service));
-        let mut response = Response::new(GetServiceResponse { service, generation });
-        if let Some(permit) = permit {
-            // `TrackedRoutes` holds the permit until the client has read the message.
-            response.extensions_mut().insert(permit);
-        }
-        Ok(response)
+        Ok(with_permit(GetServiceResponse { service, generation }, permit))
     }
 
     async fn get_names(&self, request: Request<GetNamesRequest>) -> Result<Response<GetNamesResponse>, Status> {
@@ -128,10 +134,13 @@ impl Discovery for DiscoveryService {
         let key = self.service(&namespace, &name)?;
         caller.may_call(AccessVerb::Get, Some(key.namespace()), Some(key.name())).await?;
         let registry = &self.context.registry;
-        let statuses =
-            registry.catalog().get(&key).into_iter().flat_map(|service| registry.names().statuses_of(&service));
+        let Some(service) = registry.catalog().get(&key) else {
+            return Ok(Response::new(GetNamesResponse::default()));
+        };
+        let permit = self.permit_for(&service).await?;
+        let statuses = registry.names().statuses_of(&service).into_iter();
         let names = statuses.map(|(name, status)| convert::name_to_proto(&name, &status)).collect();
-        Ok(Response::new(GetNamesResponse { names }))
+        Ok(with_permit(GetNamesResponse { names }, permit))
     }
 
     async fn get_services_by_method(
