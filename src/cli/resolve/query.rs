@@ -30,6 +30,12 @@ const MAX_UDP_ATTEMPTS: usize = 2;
 /// Octets of the largest UDP answer, as EDNS announces it (DNS flag day 2020).
 const MAX_UDP_ANSWER: u16 = 1232;
 
+/// Option "extended DNS error" (RFC 8914).
+const EXTENDED_ERROR: u16 = 15;
+
+/// "Network Error" (RFC 8914 §4.24).
+pub(in crate::cli) const NETWORK_ERROR: u16 = 23;
+
 /// A server's answer.
 #[derive(Debug)]
 pub(in crate::cli) struct Reply {
@@ -47,6 +53,14 @@ impl Reply {
             .edns
             .as_ref()
             .map_or_else(|| ResponseCode::from_low(low), |edns| ResponseCode::from(edns.rcode_high(), low))
+    }
+
+    /// Why the server failed (RFC 8914), if the answer says so.
+    pub(in crate::cli) fn extended_error(&self) -> Option<u16> {
+        match self.message.edns.as_ref()?.option(EdnsCode::from(EXTENDED_ERROR))? {
+            EdnsOption::Unknown(_, octets) => Some(u16::from_be_bytes(*octets.first_chunk()?)),
+            _ => None,
+        }
     }
 
     /// The name server identifier (RFC 5001), if the answer has one.

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::{
     compare::{Difference, Found, compare, matched},
-    query::{QueryError, Reply},
+    query::{NETWORK_ERROR, QueryError, Reply},
 };
 use crate::cli::{
     error::{CommandError, ErrorKind},
@@ -126,6 +126,11 @@ impl ResolveReport {
             match reply.rcode() {
                 // Whether anything was found is decided over all questions: a service may have one family only.
                 ResponseCode::NoError | ResponseCode::NXDomain => {}
+                ResponseCode::ServFail if reply.extended_error() == Some(NETWORK_ERROR) => {
+                    return Err(failure
+                        .hint("an instance is a DNS name, and the server could not look it up; what it leads to:")
+                        .hint("gangplank ls SERVICE -n NAMESPACE"));
+                }
                 ResponseCode::ServFail => {
                     return Err(failure.hint("it may still be loading:  curl http://127.0.0.1:9153/readyz"));
                 }
@@ -261,8 +266,13 @@ impl ResolveView {
         }
         let mut answers = Table::new(&titles, &["ANSWER"], format);
         let found: Vec<Found<'_>> = self.questions.iter().flat_map(QuestionView::found).collect();
+        let mut aliases = BTreeSet::new();
         for found in &found {
-            answers.row(self.answer_row(found, wide));
+            let row = self.answer_row(found, wide);
+            // The answers for A and for AAAA begin with the same alias.
+            if found.answer().r#type != "CNAME" || aliases.insert(row.clone()) {
+                answers.row(row);
+            }
         }
         let mut titles = vec!["QUESTION", "TYPE", "RCODE", "BY", "FROM", "MS"];
         if self.via.is_some() {
