@@ -14,7 +14,7 @@ use std::{
 };
 
 use super::{
-    records::{AddressRecord, CountOp, HostRecords, count_address},
+    records::{AddressRecord, CountOp, HostRecords, NumberCount, count_address},
     rrset::SmallTree,
     service::Addresses,
 };
@@ -32,7 +32,7 @@ pub(super) struct NameSet {
     /// What the names with a host label lead to. An instance with an IP address and the same label hides them.
     hosts: SmallTree<HostRecords>,
     /// The TTLs of the names that have addresses, and how many instances have each.
-    ttls: SmallTree<TtlCount>,
+    ttls: SmallTree<NumberCount<u32>>,
     /// Instances whose names could not be looked up.
     unavailable: u32,
     /// Their host labels.
@@ -50,12 +50,6 @@ struct LabelCount {
 pub(super) struct NameRow {
     pub(super) instance: Arc<Instance>,
     pub(super) resolution: Arc<Resolution>,
-}
-
-#[derive(Debug, Clone, PartialEq)]
-struct TtlCount {
-    ttl: u32,
-    instances: u32,
 }
 
 /// The name that a service's own name is an alias of.
@@ -125,7 +119,7 @@ impl NameSet {
 
     /// Most seconds that the addresses of the service may be cached.
     pub(super) fn ttl(&self) -> u32 {
-        self.ttls.iter().next().map_or(u32::MAX, |lowest| lowest.ttl)
+        self.ttls.iter().next().map_or(u32::MAX, |lowest| lowest.number)
     }
 
     /// The addresses under a registered host label.
@@ -165,7 +159,7 @@ impl NameSet {
         if let Some(ResolvedAddresses { ttl, .. }) = resolution.addresses() {
             self.ttls.update(
                 ttl,
-                || TtlCount { ttl: *ttl, instances: 0 },
+                || NumberCount { number: *ttl, instances: 0 },
                 |row| {
                     op.count(&mut row.instances);
                     row.instances > 0
@@ -215,18 +209,6 @@ impl Row for NameRow {
 
     fn order(&self, key: &InstanceKey<'_>) -> Ordering {
         self.instance.key().cmp(key)
-    }
-}
-
-impl Row for TtlCount {
-    type Key<'a> = u32;
-
-    fn key(&self) -> u32 {
-        self.ttl
-    }
-
-    fn order(&self, key: &u32) -> Ordering {
-        self.ttl.cmp(key)
     }
 }
 

@@ -166,27 +166,30 @@ pub(crate) struct SrvRecord {
     /// Instances with that priority.
     at_priority: u32,
     /// Instances with a higher priority. Boxed, because instances of one record seldom differ.
-    higher: Option<Box<CowTree<PriorityCount>>>,
+    higher: Option<Box<CowTree<NumberCount<u16>>>>,
     /// The sum of their weights, in [`Weight::units`].
     units: u64,
 }
 
-/// How many instances of a record have one priority.
+/// How many instances have one number: a priority, or a TTL.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct PriorityCount {
-    priority: u16,
-    instances: u32,
+pub(super) struct NumberCount<N> {
+    pub(super) number: N,
+    pub(super) instances: u32,
 }
 
-impl Row for PriorityCount {
-    type Key<'a> = u16;
+impl<N: Copy + Ord> Row for NumberCount<N> {
+    type Key<'a>
+        = N
+    where
+        N: 'a;
 
-    fn key(&self) -> u16 {
-        self.priority
+    fn key(&self) -> N {
+        self.number
     }
 
-    fn order(&self, key: &u16) -> Ordering {
-        self.priority.cmp(key)
+    fn order(&self, key: &N) -> Ordering {
+        self.number.cmp(key)
     }
 }
 
@@ -222,7 +225,7 @@ impl SrvRecord {
     fn add_priority(&mut self, priority: u16) {
         if self.at_priority == 0 || priority < self.priority {
             // The priority that was the lowest is one of the higher ones from now on.
-            let former = PriorityCount { priority: self.priority, instances: self.at_priority };
+            let former = NumberCount { number: self.priority, instances: self.at_priority };
             if former.instances > 0 {
                 self.higher.get_or_insert_default().put(former);
             }
@@ -244,13 +247,13 @@ impl SrvRecord {
         if self.at_priority == 0
             && let Some(next) = self.next_priority()
         {
-            (self.priority, self.at_priority) = (next.priority, next.instances);
+            (self.priority, self.at_priority) = (next.number, next.instances);
         }
     }
 
     fn count_higher(&mut self, op: CountOp, priority: u16) {
         let higher = self.higher.get_or_insert_default();
-        let mut count = higher.get(&priority).copied().unwrap_or(PriorityCount { priority, instances: 0 });
+        let mut count = higher.get(&priority).copied().unwrap_or(NumberCount { number: priority, instances: 0 });
         op.count(&mut count.instances);
         if count.instances > 0 {
             higher.put(count);
@@ -261,12 +264,12 @@ impl SrvRecord {
     }
 
     /// Takes the lowest of the higher priorities out.
-    fn next_priority(&mut self) -> Option<PriorityCount> {
+    fn next_priority(&mut self) -> Option<NumberCount<u16>> {
         let higher = self.higher.as_mut()?;
         let ControlFlow::Break(next) = higher.visit_from(&0, &mut |count| ControlFlow::Break(*count)) else {
             return None;
         };
-        higher.remove(&next.priority);
+        higher.remove(&next.number);
         self.drop_empty_tree();
         Some(next)
     }
