@@ -37,7 +37,7 @@ image: static ## pack it into an image, target/static/gangplank.tar (OCI), witho
 # runs only the tests that need Kubernetes, against 1.35.
 .PHONY: test
 test: lint doc deny ## everything that CI runs: lints, docs, licences, benches compile, all tests
-	tests/tools/install.sh dns libc python go coredns kubernetes helm
+	tests/tools/install.sh dns libc python go coredns kubernetes helm promtool
 	cargo test --locked --benches --no-run
 	cargo test --locked --bench allocations
 	cargo test --locked --no-fail-fast

@@ -15,6 +15,7 @@ mod listeners;
 mod longer_zone;
 mod metrics;
 mod mirror;
+mod monitoring;
 mod names;
 mod process;
 mod read_your_writes;

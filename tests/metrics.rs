@@ -22,10 +22,10 @@ const PREFIXES: [&str; 3] = ["gangplank_", "grpc_server_", "process_"];
 const OPERATIONS: &str = "docs/operations.md";
 
 /// Labels by name, as a scrape has them or as a page has them.
-type Metrics<'t> = BTreeMap<&'t str, BTreeSet<&'t str>>;
+pub(crate) type Metrics<'t> = BTreeMap<&'t str, BTreeSet<&'t str>>;
 
 /// A server that has had traffic of every kind.
-fn busy_server() -> Server {
+pub(crate) fn busy_server() -> Server {
     let server = Server::start();
     server.register("prod", "web", "10.0.0.1", "http=8080");
     server.register("prod", "web", "10.0.0.1", "http=8080");
@@ -41,7 +41,7 @@ fn busy_server() -> Server {
 }
 
 /// The metrics of a scrape under the names that people write: a histogram's is that of its family.
-fn scraped(text: &str) -> Metrics<'_> {
+pub(crate) fn scraped(text: &str) -> Metrics<'_> {
     let kinds: BTreeMap<&str, &str> =
         text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' ')).collect();
     let mut metrics = Metrics::new();

@@ -11,7 +11,7 @@ use crate::support::{
     wait_until,
 };
 
-/// Values of which each object is accepted. The operator's ServiceMonitor is in one of them.
+/// Values of which each object is accepted. The operator's ServiceMonitor and PrometheusRule are in one of them.
 const SETS: [Values<'static>; 6] = [
     &[],
     &["replicas=1", "persistence.enabled=true", "persistence.storageClassName=fast"],
@@ -39,6 +39,10 @@ const SETS: [Values<'static>; 6] = [
     &[
         "serviceMonitor.enabled=true",
         "serviceMonitor.labels.release=prometheus",
+        "alerts.enabled=true",
+        "alerts.labels.release=prometheus",
+        "dashboard.enabled=true",
+        "dashboard.labels.team=dns",
         "metricsReaders[0].name=prometheus",
         "metricsReaders[0].namespace=monitoring",
         "admin.hosts={gangplank.example.com}",
@@ -95,13 +99,15 @@ fn pods(objects: &[Value], namespace: &str) -> Vec<Value> {
 #[test]
 fn every_rendered_object_is_accepted_in_a_restricted_namespace() {
     let (Some(cluster), Some(_)) = (Cluster::shared(), tools::require("helm")) else { return };
-    let monitors = Path::new(ROOT).join("target/tools/servicemonitors.yaml");
-    let monitors = fs::read_to_string(monitors).expect("it was installed with Helm");
-    // With less than `apply` adds, which would be too long for an annotation.
-    let _ = cluster.kubectl_as(&cluster.kubeconfig_admin(), &["create", "-f", "-"], &monitors);
-    wait_until("ServiceMonitors are served", || {
-        cluster.kubectl_as(&cluster.kubeconfig_admin(), &["get", "servicemonitors", "-A"], "").ok()
-    });
+    for kind in ["servicemonitors", "prometheusrules"] {
+        let definition = Path::new(ROOT).join(format!("target/tools/{kind}.yaml"));
+        let definition = fs::read_to_string(definition).expect("it was installed with Helm");
+        // With less than `apply` adds, which would be too long for an annotation.
+        let _ = cluster.kubectl_as(&cluster.kubeconfig_admin(), &["create", "-f", "-"], &definition);
+        wait_until("the operator's objects are served", || {
+            cluster.kubectl_as(&cluster.kubeconfig_admin(), &["get", kind, "-A"], "").ok()
+        });
+    }
     let namespace = "deploy-accepted";
     restricted_namespace(cluster, namespace);
     for values in SETS {

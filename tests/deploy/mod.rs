@@ -130,6 +130,37 @@ fn component_of_endpoints_is_the_value_of_the_chart() {
 }
 
 #[test]
+fn component_of_monitoring_is_the_values_of_the_chart() {
+    let Some(cluster) = Cluster::shared() else { return };
+    let values: Values<'_> = &["alerts.enabled=true", "dashboard.enabled=true"];
+    let Some(chart) = rendered("gangplank", "gangplank", values) else { return };
+    let folder = tempfile::tempdir_in(Path::new(ROOT).join("target")).expect("a directory");
+    let overlay = "resources: [../../deploy/kustomize]\ncomponents: [../../deploy/monitoring]\n";
+    std::fs::write(folder.path().join("kustomization.yaml"), overlay).expect("written");
+    let overlay = objects(&cluster.kubectl(&["kustomize", folder.path().to_str().expect("UTF-8")]));
+    let file =
+        |name: &str| std::fs::read_to_string(Path::new(ROOT).join("deploy/monitoring").join(name)).expect("text");
+    let alerts: Value = serde_yaml_ng::from_str(&file("alerts.yaml")).expect("YAML");
+    let plain = rendered("gangplank", "gangplank", &[]).expect("Helm is there");
+    for (objects, from) in [(&chart, "the chart"), (&overlay, "the overlay")] {
+        let find = |wanted: &str| objects.iter().find(|object| id(object) == wanted);
+        let rules = find("PrometheusRule gangplank gangplank").unwrap_or_else(|| panic!("{from} has the alerts"));
+        assert_eq!(rules["spec"], alerts, "{from}");
+        let dashboard = find("ConfigMap gangplank gangplank-dashboard").unwrap_or_else(|| panic!("{from} has it"));
+        assert_eq!(dashboard["metadata"]["labels"]["grafana_dashboard"], "1", "{from}");
+        assert_eq!(
+            dashboard["data"]["gangplank.json"].as_str().map(str::trim_end),
+            Some(file("dashboard.json").trim_end())
+        );
+    }
+    assert!(names(&plain, "PrometheusRule").is_empty() && names(&plain, "ConfigMap").is_empty(), "only on wish");
+    let runbook = ["alerts.enabled=true", "alerts.runbook=https://wiki.example.com/ops"];
+    let linked = rendered("gangplank", "gangplank", &runbook).expect("Helm is there");
+    let rules = of_kind(&linked, "PrometheusRule")[0]["spec"].to_string();
+    assert!(rules.contains("https://wiki.example.com/ops#gangplankdown") && !rules.contains("docs/operations.md"));
+}
+
+#[test]
 fn unknown_and_contradictory_values_are_refused() {
     let unknown = [
         "replicaz=2",
@@ -142,6 +173,8 @@ fn unknown_and_contradictory_values_are_refused() {
         "admin.host=x",
         "log.level=debug",
         "serviceMonitor.scheme=http",
+        "alerts.runbookUrl=x",
+        "dashboard.folder=x",
         "networkPolicy.from=x",
         "networkPolicy.grpcFrom[0].cidr=10.1.0.0/16",
         "networkPolicy.grpcFrom[0].ipBlock.cidrs=10.1.0.0/16",
@@ -162,6 +195,7 @@ fn unknown_and_contradictory_values_are_refused() {
         "replicas=0",
         "replicas=two",
         "ttl=3601",
+        "alerts.runbook=docs/operations.md",
         "image.pullPolicy=Sometimes",
         "grpc.service.type=ExternalName",
         "networkPolicy.grpcFrom[0].ipBlock.cidr=10.1.0.0",

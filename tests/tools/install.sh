@@ -3,7 +3,7 @@
 #
 #   tests/tools/install.sh            everything the tests use
 #   tests/tools/install.sh dns go     only these: dns (dig, nslookup, kdig, drill, knotd, curl), libc (a lookup by glibc's
-#                                     and by musl's resolver), python, go, coredns, kubernetes (etcd, kube-apiserver, kube-controller-manager, kubectl), helm, deny,
+#                                     and by musl's resolver), python, go, coredns, kubernetes (etcd, kube-apiserver, kube-controller-manager, kubectl), helm, promtool, deny,
 #                                     election (only if asked for: a comparison of `make mirror-figures`)
 #
 # GANGPLANK_TEST_KUBERNETES chooses the release of Kubernetes, here and for the tests: 1.36 unless set, or 1.35.
@@ -21,8 +21,9 @@ mkdir -p "$bin"
 
 say() { printf 'tools: %s\n' "$*" >&2; }
 
-# done_for NAME FILE...: whether NAME was installed from exactly these files; mark_done says that it was.
-stamp() { cat "${@:2}" | sha256sum | cut -d' ' -f1; }
+# done_for NAME FILE...: whether NAME was installed by its function as it is now, from exactly these files; mark_done says that
+# it was. What is after a `-` in NAME is a release.
+stamp() { { declare -f unpack "install_${1%%-*}"; cat /dev/null "${@:2}"; } | sha256sum | cut -d' ' -f1; }
 done_for() { [ "$(cat "$tools/.$1.done" 2>/dev/null)" = "$(stamp "$@")" ]; }
 mark_done() { stamp "$@" >"$tools/.$1.done"; }
 
@@ -44,7 +45,7 @@ unpack() {
 # Debian's DNS clients, Knot DNS and curl, unpacked beside their libraries; a wrapper in bin/ finds those.
 install_dns() {
     local root=$tools/debian name
-    done_for dns "$sources/install.sh" && return
+    done_for dns && return
     say "dig, nslookup, kdig, drill, knotd, curl: from Debian's packages"
     unpack "$root" bind9-dnsutils knot-dnsutils ldnsutils knot curl
     for name in bin/dig bin/nslookup bin/kdig bin/drill sbin/knotd bin/curl; do
@@ -54,12 +55,12 @@ LD_LIBRARY_PATH="$root/usr/lib/$(dpkg-architecture -qDEB_HOST_MULTIARCH 2>/dev/n
 WRAPPER
         chmod +x "$bin/${name#*/}"
     done
-    mark_done dns "$sources/install.sh"
+    mark_done dns
 }
 
 # One C program, linked with glibc and with musl. musl's own compiler wrapper has absolute paths.
 install_libc() {
-    local inputs=("$sources/c/lookup.c" "$sources/install.sh") root=$tools/musl
+    local inputs=("$sources/c/lookup.c") root=$tools/musl
     done_for libc "${inputs[@]}" && return
     say "a lookup by glibc and by musl, which is from Debian's packages"
     unpack "$root" musl-dev
@@ -74,7 +75,7 @@ install_libc() {
 
 # grpcio in a virtual environment, with stubs generated from the frozen contract and from ours.
 install_python() {
-    local inputs=("$sources/python/requirements.txt" "$sources/contract/registry.proto" proto/registry.proto "$sources/install.sh")
+    local inputs=("$sources/python/requirements.txt" "$sources/contract/registry.proto" proto/registry.proto)
     done_for python "${inputs[@]}" && return
     say "the Python registrant: grpcio and its generated stubs"
     python3 -m venv "$tools/venv"
@@ -90,7 +91,7 @@ install_python() {
 
 # The Go tool, compiled against stubs that are generated from the frozen contract.
 install_go() {
-    local inputs=("$sources"/go/* "$sources/contract/registry.proto" "$sources/install.sh")
+    local inputs=("$sources"/go/* "$sources/contract/registry.proto")
     done_for go "${inputs[@]}" && return
     install_python # for its protoc
     say "the Go registrant and resolver"
@@ -112,10 +113,10 @@ install_go() {
 # CoreDNS, to stand in front of gangplank.
 install_coredns() {
     local version=v1.15.0
-    done_for coredns "$sources/install.sh" && return
+    done_for coredns && return
     say "CoreDNS $version: about two minutes of compiling"
     (cd "$tools" && CGO_ENABLED=0 GOBIN=$bin GOFLAGS=-buildvcs=false go install -ldflags '-s -w' "github.com/coredns/coredns@$version")
-    mark_done coredns "$sources/install.sh"
+    mark_done coredns
 }
 
 # A control plane: etcd and three programs of Kubernetes, each release in a folder of its own. The module in
@@ -124,7 +125,7 @@ install_kubernetes() {
     local release=${GANGPLANK_TEST_KUBERNETES:-1.36}
     local module=$sources/kubernetes/$release out=$tools/kubernetes-$release
     [ -d "$module" ] || { say "GANGPLANK_TEST_KUBERNETES=$release: there is no $module; take 1.36 or 1.35" && exit 2; }
-    local inputs=("$module"/* "$sources/install.sh")
+    local inputs=("$module"/*)
     done_for "kubernetes-$release" "${inputs[@]}" && return
     local version
     version=$(awk '$1 == "k8s.io/kubernetes" {print $2}' "$module/go.mod")
@@ -144,10 +145,10 @@ install_kubernetes() {
     mark_done "kubernetes-$release" "${inputs[@]}"
 }
 
-# Helm, which renders the chart, and the definition of the ServiceMonitor in it.
+# Helm, which renders the chart, and the definitions of the ServiceMonitor and the PrometheusRule in it.
 install_helm() {
     local version=v4.3.1 operator=github.com/prometheus-operator/prometheus-operator@v0.85.0 folder
-    done_for helm "$sources/install.sh" && return
+    done_for helm && return
     say "Helm $version: about two minutes of compiling"
     (
         cd "$tools"
@@ -156,12 +157,26 @@ install_helm() {
     )
     folder=$(go mod download -json "$operator" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
     install -m 644 "$folder/example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml" "$tools/servicemonitors.yaml"
-    mark_done helm "$sources/install.sh"
+    install -m 644 "$folder/example/prometheus-operator-crd/monitoring.coreos.com_prometheusrules.yaml" "$tools/prometheusrules.yaml"
+    mark_done helm
+}
+
+# promtool, which checks and tests the alerts. The module in prometheus/ says which version.
+install_promtool() {
+    local inputs=("$sources"/prometheus/*)
+    done_for promtool "${inputs[@]}" && return
+    say "promtool: about three minutes of compiling"
+    (
+        cd "$sources/prometheus"
+        export CGO_ENABLED=0 GOFLAGS='-mod=readonly -buildvcs=false'
+        go build -ldflags '-s -w' -o "$bin/promtool" github.com/prometheus/prometheus/cmd/promtool
+    )
+    mark_done promtool "${inputs[@]}"
 }
 
 # A candidate of client-go's leader election.
 install_election() {
-    local inputs=("$sources"/election/* "$sources/install.sh")
+    local inputs=("$sources"/election/*)
     done_for election "${inputs[@]}" && return
     say "leader election of client-go"
     (cd "$sources/election" && CGO_ENABLED=0 GOFLAGS='-mod=readonly -buildvcs=false' go build -ldflags '-s -w' -o "$bin/election" .)
@@ -176,10 +191,10 @@ install_deny() {
     cargo install --quiet --locked --root "$tools" "cargo-deny@$version"
 }
 
-if [ $# -eq 0 ]; then set -- dns libc python go coredns kubernetes helm deny; fi
+if [ $# -eq 0 ]; then set -- dns libc python go coredns kubernetes helm promtool deny; fi
 for tool in "$@"; do
     case $tool in
-        dns | libc | python | go | coredns | kubernetes | helm | deny | election) "install_$tool" ;;
-        *) say "no tool is called $tool: dns, libc, python, go, coredns, kubernetes, helm, deny or election" && exit 2 ;;
+        dns | libc | python | go | coredns | kubernetes | helm | promtool | deny | election) "install_$tool" ;;
+        *) say "no tool is called $tool: dns, libc, python, go, coredns, kubernetes, helm, promtool, deny or election" && exit 2 ;;
     esac
 done
