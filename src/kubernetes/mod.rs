@@ -71,7 +71,7 @@ pub struct KubernetesOptions {
     pub linger: Duration,
     /// Show instances that are not ready as ready.
     pub publish_not_ready: bool,
-    /// A DNS name that is alone in its service is no alias: its slice shows it as not ready.
+    /// A DNS name that is alone in its service is no alias: its addresses are shown.
     pub flatten_names: bool,
     /// Checks what is read from slices.
     pub validator: Validator,

@@ -230,8 +230,10 @@ impl Applier {
     /// Makes visible how the lookups of `name` stand. Nothing was registered: there is no generation, as with foreign
     /// endpoints.
     pub(super) fn resolve(&mut self, name: &DnsName, served: NameStatus, looked_up: NameStatus) {
-        self.publisher.resolve(name, &served.resolution);
+        let services = self.publisher.resolve(name, &served.resolution);
         self.names.set_status(name, served, looked_up);
+        // After the status, which the mirror reads.
+        self.mirror_progress.mark_resolved(services);
     }
 
     /// The names that are instances.

@@ -41,11 +41,14 @@ pub struct DirtyServices {
     pub repeated: Vec<ServiceKey>,
     /// They changed by words of other processes.
     pub merged: Vec<ServiceKey>,
+    /// DNS names that are instances of them lead elsewhere. Nothing was registered: they are not behind.
+    pub resolved: HashSet<ServiceKey>,
 }
 
 impl DirtyServices {
-    fn all(&self) -> impl Iterator<Item = &ServiceKey> {
-        let Self { changed, repeated, merged } = self;
+    /// All that are behind.
+    fn behind(&self) -> impl Iterator<Item = &ServiceKey> {
+        let Self { changed, repeated, merged, resolved: _ } = self;
         changed.iter().chain(repeated).chain(merged)
     }
 }
@@ -154,6 +157,15 @@ impl MirrorProgress {
         }
     }
 
+    /// Marks services with a DNS name that leads elsewhere.
+    pub(super) fn mark_resolved(&self, services: Vec<ServiceKey>) {
+        if self.mirrored && !services.is_empty() {
+            // A set, because nobody takes them while another process writes.
+            self.lock().dirty.resolved.extend(services);
+            self.changed.notify_one();
+        }
+    }
+
     fn mark(&self, marked: impl Iterator<Item = ((ServiceKey, u64, UnixMillis), Queued)>) {
         let mut unmirrored = self.lock();
         let Unmirrored { services, dirty } = &mut *unmirrored;
@@ -189,7 +201,7 @@ impl MirrorProgress {
                 let mut unmirrored = self.lock();
                 let Unmirrored { services, dirty } = &mut *unmirrored;
                 let dirty = mem::take(dirty);
-                for service in dirty.all() {
+                for service in dirty.behind() {
                     services.entry(service.clone()).and_modify(|progress| progress.queued = Queued::No);
                 }
                 dirty

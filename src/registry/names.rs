@@ -92,6 +92,13 @@ impl RegisteredNames {
         self.names.pin().get(name).map(|entry| Arc::clone(&entry.served))
     }
 
+    /// What `name` leads to; `None` if no instance has the name, or its first lookup has not ended.
+    #[must_use]
+    pub fn resolution(&self, name: &DnsName) -> Option<Arc<Resolution>> {
+        let status = self.status(name)?;
+        (*status != NameStatus::default()).then(|| Arc::clone(&status.resolution))
+    }
+
     /// The statuses of the names that are instances of `service`, each once, in order.
     #[must_use]
     pub fn statuses_of(&self, service: &Service) -> Vec<(DnsName, Arc<NameStatus>)> {

@@ -54,11 +54,13 @@ impl Publisher {
         self.zone.serial.store(generation as u32, Ordering::Release);
     }
 
-    /// Makes visible what `name` leads to, in every service that has it as an instance.
-    pub fn resolve(&mut self, name: &DnsName, resolution: &Arc<Resolution>) {
+    /// Makes visible what `name` leads to, in every service that has it as an instance. Returns those services; none when it
+    /// led there before.
+    pub fn resolve(&mut self, name: &DnsName, resolution: &Arc<Resolution>) -> Vec<ServiceKey> {
         let zone = &*self.zone;
         let pinned = zone.services.pin();
-        for service in &self.names.resolve(name, resolution) {
+        let services = self.names.resolve(name, resolution);
+        for service in &services {
             // Not served: it is not ready, or its name does not fit.
             let Some(old) = pinned.get(service) else { continue };
             let mut update = RecordsUpdate::new(old.clone(), zone.limit(service), zone.settings.flatten_names);
@@ -66,6 +68,7 @@ impl Publisher {
             // Neither the service nor a host with a PTR record comes or goes with this.
             pinned.insert(service.clone(), update.finish());
         }
+        services
     }
 
     /// The names that are instances now, and those that are none any more, since the last call.

@@ -4,7 +4,11 @@
 //! Every run generates anew; a case that fails is printed whole. `GANGPLANK_ACCEPTED_CASES` says how
 //! many instances are tried, and `GANGPLANK_TEST_KUBERNETES=1.35` before which Kubernetes.
 
-use std::{collections::HashSet, env, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    env,
+    sync::Arc,
+};
 
 use gangplank::{
     kubernetes::objects::{
@@ -193,6 +197,7 @@ fn objects(services: &[(ServiceKey, CowTree<Arc<Instance>>)]) -> Vec<Value> {
             max_endpoints: 100,
             publish_not_ready: false,
             flatten_names: false,
+            resolutions: &HashMap::new(),
             tombstones: &tombstones,
             stamps,
             occupied: &occupied,

@@ -14,6 +14,7 @@ mod handover;
 mod kill_cycles;
 mod late_writes;
 mod lease;
+mod names;
 mod ownership;
 mod quotas;
 mod replica;

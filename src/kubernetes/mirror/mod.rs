@@ -36,6 +36,9 @@ const BLOCKED_BACKOFF: Duration = Duration::from_secs(30);
 /// themselves every few seconds share the writes of their slices. Short beside the second for which an answer waits.
 const REPEAT_DELAY: Duration = Duration::from_millis(300);
 
+/// How long the mirror waits for more names of a service that lead elsewhere: a service of many names is written once.
+const RESOLVED_DELAY: Duration = Duration::from_secs(1);
+
 const GAUGE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Longest note of an Event, in characters (events.k8s.io allows 1024 bytes).
@@ -141,7 +144,7 @@ impl Mirror {
 
         let mirror_progress = Arc::clone(registry.mirror_progress());
         // What was unmirrored at the start: nobody waits for that any more.
-        let DirtyServices { changed, repeated, merged } =
+        let DirtyServices { changed, repeated, merged, resolved: _ } =
             mirror_progress.take_dirty().now_or_never().unwrap_or_default();
         self.add(changed.into_iter().chain(repeated).chain(merged), Priority::Resync);
         let cluster = Arc::clone(&self.reconciler.cache);
@@ -176,12 +179,13 @@ impl Mirror {
         }
     }
 
-    fn dirty(&mut self, DirtyServices { changed, repeated, merged }: DirtyServices) {
+    fn dirty(&mut self, DirtyServices { changed, repeated, merged, resolved }: DirtyServices) {
         self.add(changed, Priority::Live);
         // Another process keeps them until they are written, and no registrant waits.
         self.add(merged, Priority::Merged);
         let now = Instant::now();
         repeated.into_iter().for_each(|service| self.queue.add_within(service, Priority::Live, REPEAT_DELAY, now));
+        resolved.into_iter().for_each(|service| self.queue.add_within(service, Priority::Edited, RESOLVED_DELAY, now));
     }
 
     fn add(&mut self, services: impl IntoIterator<Item = ServiceKey>, priority: Priority) {

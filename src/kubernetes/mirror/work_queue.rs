@@ -65,7 +65,7 @@ const MAX_DEBOUNCE: Duration = Duration::from_millis(100);
 pub(super) enum Priority {
     /// A registration changed, and somebody may wait for the answer.
     Live,
-    /// Somebody else changed its objects.
+    /// Somebody else changed its objects, or a DNS name among its instances leads elsewhere.
     Edited,
     /// The last reconcile failed.
     Retry,

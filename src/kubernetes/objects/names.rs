@@ -50,6 +50,9 @@ pub const INSTANCES: &str = "gangplank.dev/instances";
 /// as JSON.
 pub const PORTS: &str = "gangplank.dev/ports";
 
+/// Annotation of a slice that holds the addresses of DNS names, as they were looked up: no instances. Its value is `true`.
+pub const RESOLVED: &str = "gangplank.dev/resolved";
+
 /// Annotation of the slice of tombstones: the removals of a service that are remembered, as JSON.
 pub const TOMBSTONES: &str = "gangplank.dev/tombstones";
 

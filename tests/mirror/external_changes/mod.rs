@@ -105,7 +105,7 @@ fn first_name(namespace: &str, service: &str) -> String {
     let key = Validator { zone_wire_len: 15, names_allowed: false }.service(namespace, service).expect("valid names");
     let http = PortSpec { number: 8080, protocol: Protocol::Tcp, name: "http".into() };
     let ports = Ports::parse(&[http]).expect("a valid port");
-    SliceGroup { family: Family::V4, ports, part: None }.slice_name(&key, 0)
+    SliceGroup { family: Family::V4, ports, part: None, resolved: false }.slice_name(&key, 0)
 }
 
 impl MirrorHarness {

@@ -22,7 +22,9 @@ pub(super) struct PlannedWrite<'a> {
 
 impl PlannedWrite<'_> {
     fn addresses_before(&self) -> &[Address] {
-        self.before.map_or(&[], |before| &before.addresses)
+        // Those that names lead to are nobody's registration.
+        let of_instances = |slice: &&ObservedSlice| slice.group.as_ref().is_none_or(|group| !group.resolved);
+        self.before.filter(of_instances).map_or(&[], |before| &before.addresses)
     }
 
     /// Whether it removes one of `addresses` from its slice.
@@ -73,7 +75,8 @@ impl RefusedWrites {
             Err(err) if is_refusal(&err) => {
                 self.missing.extend(planned.added());
                 self.outdated.extend(planned.addresses());
-                self.tombstones |= planned.addresses().next().is_none();
+                self.tombstones |=
+                    planned.write.has_tombstones() || planned.before.is_some_and(|before| before.tombstones);
                 self.err.get_or_insert(err);
                 Ok(true)
             }

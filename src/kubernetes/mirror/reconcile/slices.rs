@@ -1,6 +1,9 @@
 //! Writes of the EndpointSlices.
 
-use std::collections::{HashMap, VecDeque};
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+};
 
 use futures::{StreamExt as _, stream};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -16,7 +19,7 @@ use crate::{
         cache::{ObservedState, ServiceState},
         objects::slices::{ObservedSlice, PlanOptions, SliceStamps, SliceWrite, plan},
     },
-    model::{CowTree, ServiceKey, UnixMillis},
+    model::{CowTree, DnsName, Instance, Resolution, ServiceKey, UnixMillis},
     replicas::tombstones::Tombstones,
 };
 
@@ -56,14 +59,27 @@ impl Reconciler {
         refused.err.map_or(Ok(()), Err)
     }
 
+    /// What the names among `instances` lead to; without those whose first lookup has not ended.
+    fn resolutions(&self, instances: &CowTree<Arc<Instance>>) -> HashMap<DnsName, Arc<Resolution>> {
+        let resolution = |name: &DnsName| match self.registry.names().resolution(name) {
+            // Without --upstream no lookup will ever end.
+            None if !self.options.validator.names_allowed => Some(Arc::default()),
+            found => found,
+        };
+        let names = instances.iter().filter_map(|instance| instance.address().name());
+        names.filter_map(|name| Some((name.clone(), resolution(name)?))).collect()
+    }
+
     /// The writes that make the slices match.
     fn plan(&self, desired: &DesiredState<'_>, observed: &ObservedState, uid: &str) -> Vec<SliceWrite> {
+        let resolutions = self.resolutions(desired.instances);
         let options = PlanOptions {
             service: desired.service,
             service_uid: uid,
             max_endpoints: self.options.max_endpoints,
             publish_not_ready: self.options.publish_not_ready,
             flatten_names: self.options.flatten_names || matches!(observed.service, ServiceState::Joined { .. }),
+            resolutions: &resolutions,
             tombstones: desired.tombstones,
             stamps: SliceStamps {
                 term: self.term,

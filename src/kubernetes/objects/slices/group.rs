@@ -69,12 +69,14 @@ pub struct SliceGroup {
     pub ports: Ports,
     /// The slice has the ports of this protocol only; `None`: it has them all.
     pub part: Option<Protocol>,
+    /// Its slices have the addresses that DNS names lead to, which are not instances. They never share a slice with those.
+    pub resolved: bool,
 }
 
 impl SliceGroup {
     /// The groups of instances with `ports`: one, or one for each protocol.
     pub(in crate::kubernetes) fn all(family: Family, ports: &Ports) -> Vec<Self> {
-        let group = |part| Self { family, ports: ports.clone(), part };
+        let group = |part| Self { family, ports: ports.clone(), part, resolved: false };
         if !must_be_split(ports) {
             return vec![group(None)];
         }
@@ -86,10 +88,10 @@ impl SliceGroup {
     /// has them. `None` if gangplank writes no such slice.
     pub(super) fn of_slice(family: Family, ports: Ports, whole: Option<Ports>) -> Option<Self> {
         let Some(whole) = whole else {
-            return (!must_be_split(&ports)).then_some(Self { family, ports, part: None });
+            return (!must_be_split(&ports)).then_some(Self { family, ports, part: None, resolved: false });
         };
         let part = ports.as_slice().first()?.protocol;
-        let group = Self { family, ports: whole, part: Some(part) };
+        let group = Self { family, ports: whole, part: Some(part), resolved: false };
         // A slice with an annotation that its ports contradict was edited by somebody.
         (must_be_split(&group.ports) && group.slice_ports().eq(ports.as_slice())).then_some(group)
     }
@@ -104,7 +106,7 @@ impl SliceGroup {
     /// The hash is the first ten hexadecimal digits of SHA-256 over lines of text, each with its
     /// line feed: `gangplank.dev/slice/1`, the family (`IPv4`), for each port in order of
     /// protocol and number `<protocol> <number> <name>` (`TCP 8080 http`; the name may be empty),
-    /// for a part `part <protocol>`, and `index <index>`. It never changes: another name would
+    /// for a part `part <protocol>`, for addresses of names `resolved`, and `index <index>`. It never changes: another name would
     /// rewrite every slice in every cluster.
     #[must_use]
     pub fn slice_name(&self, service: &ServiceKey, index: u32) -> String {
@@ -118,6 +120,9 @@ impl SliceGroup {
         }
         if let Some(part) = self.part {
             line(format_args!("part {part}\n"));
+        }
+        if self.resolved {
+            line(format_args!("resolved\n"));
         }
         line(format_args!("index {index}\n"));
         slice_name(service, &text)
@@ -178,7 +183,7 @@ pub(super) fn port_spec(port: &EndpointPort) -> Result<PortSpec, String> {
 
 impl Hash for SliceGroup {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        (self.family, self.part).hash(state);
+        (self.family, self.part, self.resolved).hash(state);
         PortList(&self.ports).hash(state);
     }
 }
@@ -210,14 +215,35 @@ mod tests {
     fn slice_names_never_change() {
         let web =
             ServiceKey::new(Namespace::parse("prod").expect("a label"), ServiceName::parse("web").expect("a label"));
-        let http = SliceGroup { family: Family::V4, ports: ports(&[(8080, Protocol::Tcp, "http")]), part: None };
-        let none = SliceGroup { family: Family::V6, ports: Ports::default(), part: None };
+        let http = SliceGroup {
+            family: Family::V4,
+            ports: ports(&[(8080, Protocol::Tcp, "http")]),
+            part: None,
+            resolved: false,
+        };
+        let none = SliceGroup { family: Family::V6, ports: Ports::default(), part: None, resolved: false };
         let dns = ports(&[(53, Protocol::Udp, "dns"), (53, Protocol::Tcp, "dns"), (80, Protocol::Tcp, "")]);
-        let udp = SliceGroup { family: Family::V4, ports: dns, part: Some(Protocol::Udp) };
-        let name = SliceGroup { family: Family::Fqdn, ports: ports(&[(5432, Protocol::Tcp, "sql")]), part: None };
-        let named = [(&http, 0), (&http, 1), (&none, 0), (&udp, 0), (&name, 0)];
+        let udp = SliceGroup { family: Family::V4, ports: dns, part: Some(Protocol::Udp), resolved: false };
+        let name = SliceGroup {
+            family: Family::Fqdn,
+            ports: ports(&[(5432, Protocol::Tcp, "sql")]),
+            part: None,
+            resolved: false,
+        };
+        let resolved = SliceGroup { family: Family::V4, resolved: true, ..name.clone() };
+        let named = [(&http, 0), (&http, 1), (&none, 0), (&udp, 0), (&name, 0), (&resolved, 0)];
         let named: Vec<String> = named.iter().map(|(group, index)| group.slice_name(&web, *index)).collect();
-        assert_eq!(named, ["web-b1a4f60fc2", "web-3683dd6482", "web-2efd22a1d4", "web-f21eab269b", "web-d3c13ac267"]);
+        assert_eq!(
+            named,
+            [
+                "web-b1a4f60fc2",
+                "web-3683dd6482",
+                "web-2efd22a1d4",
+                "web-f21eab269b",
+                "web-d3c13ac267",
+                "web-da8bb399b5"
+            ]
+        );
         assert!(named.iter().all(|name| is_slice_name(&web, name)));
         for other in
             ["web", "web-", "web-0123456789a", "web-012345678", "web-012345678G", "we-0123456789", "web0123456789"]
@@ -231,7 +257,7 @@ mod tests {
         let plain = ports(&[(53, Protocol::Udp, "dns"), (53, Protocol::Tcp, "dns-tcp"), (80, Protocol::Tcp, "")]);
         assert_eq!(
             SliceGroup::all(Family::V4, &plain),
-            [SliceGroup { family: Family::V4, ports: plain.clone(), part: None }]
+            [SliceGroup { family: Family::V4, ports: plain.clone(), part: None, resolved: false }]
         );
         let twice = ports(&[(53, Protocol::Udp, "dns"), (53, Protocol::Tcp, "dns"), (80, Protocol::Tcp, "")]);
         let parts = SliceGroup::all(Family::V6, &twice);

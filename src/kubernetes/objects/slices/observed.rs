@@ -140,8 +140,9 @@ impl ForeignMetadata {
 }
 
 /// Annotations that only gangplank writes.
-const OUR_ANNOTATIONS: [&str; 8] = [
+const OUR_ANNOTATIONS: [&str; 9] = [
     names::INSTANCES,
+    names::RESOLVED,
     names::PORTS,
     names::TERM,
     names::GENERATION,
@@ -167,20 +168,30 @@ pub(super) fn addresses_of(endpoints: &[Endpoint]) -> impl Iterator<Item = Addre
     endpoints.iter().flat_map(|one| &one.addresses).filter_map(|text| Address::parse(text).ok())
 }
 
+/// Whether the slice holds addresses that DNS names lead to, whatever the marker's value is: no instances.
+pub(super) fn is_resolved(slice: &EndpointSlice) -> bool {
+    annotation(&slice.metadata, names::RESOLVED).is_some()
+}
+
 fn group_of(slice: &EndpointSlice, family: Family) -> Option<SliceGroup> {
     let ports = Ports::parse(&port_specs(slice.ports.as_deref().unwrap_or_default()).ok()?).ok()?;
     let whole = match annotation(&slice.metadata, names::PORTS) {
         None => None,
         Some(text) => Some(read_ports(text).ok()?),
     };
-    SliceGroup::of_slice(family, ports, whole)
+    let resolved = is_resolved(slice);
+    SliceGroup::of_slice(family, ports, whole).map(|group| SliceGroup { resolved, ..group })
 }
 
 /// The digest of a slice in which every field of ours is as it would be written again from what
 /// can be read in it; `None` for any other.
 fn untouched(slice: &EndpointSlice, service: &ServiceKey, name: &str, group: &SliceGroup) -> Option<ContentDigest> {
     let meta = &slice.metadata;
-    let mut annotations = InstancesAnnotation::read(annotation(meta, names::INSTANCES)).ok()?;
+    let mut annotations = if group.resolved {
+        InstancesAnnotation::default()
+    } else {
+        InstancesAnnotation::read(annotation(meta, names::INSTANCES)).ok()?
+    };
     let endpoints =
         slice.endpoints.iter().map(|endpoint| endpoint_of(endpoint, &mut annotations)).collect::<Option<Vec<_>>>()?;
     // Strictly: the same address twice is no slice of ours.
@@ -197,7 +208,9 @@ fn untouched(slice: &EndpointSlice, service: &ServiceKey, name: &str, group: &Sl
     let same = owners.next().is_none()
         && again.metadata.owner_references.as_deref() == Some(std::slice::from_ref(owner))
         && labels(service).into_iter().all(|(key, value)| label(meta, key) == Some(value))
-        && [names::INSTANCES, names::PORTS].into_iter().all(|key| annotation(meta, key) == again_annotation(key))
+        && [names::INSTANCES, names::PORTS, names::RESOLVED]
+            .into_iter()
+            .all(|key| annotation(meta, key) == again_annotation(key))
         && [names::TERM, names::GENERATION].into_iter().all(|key| stamp(meta, key).is_some())
         && [names::UPDATED, names::WRITER].into_iter().all(|key| annotation(meta, key).is_some())
         && slice.endpoints == again.endpoints

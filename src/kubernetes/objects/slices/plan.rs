@@ -13,6 +13,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    ops::Range,
     sync::Arc,
 };
 
@@ -20,13 +21,13 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 
 use super::{
     group::{Family, PortList, SliceGroup},
-    observed::{ObservedSlice, addresses_of},
+    observed::{ObservedSlice, addresses_of, is_resolved},
     record::{EXTRA_NAME_BYTES, MAX_ENTRY_BYTES, MAX_PORT_LIST_BYTES, registrant_bytes},
     render::{SliceEndpoint, SliceStamps, digest, render},
     tombstones,
 };
 use crate::{
-    model::{Address, CowTree, DnsName, Instance, ServiceKey},
+    model::{Address, CowTree, DnsName, Instance, InstanceId, InstanceKey, Resolution, ServiceKey},
     replicas::tombstones::Tombstones,
 };
 
@@ -54,8 +55,11 @@ pub struct PlanOptions<'a> {
     pub max_endpoints: usize,
     /// Instances that are not ready are shown as ready: CoreDNS ignores `publishNotReadyAddresses`.
     pub publish_not_ready: bool,
-    /// No name is shown as ready, not even one that is alone in the service: others have addresses there.
+    /// A name that is alone in the service is shown by its addresses, too: others have addresses there, or it is wanted so.
     pub flatten_names: bool,
+    /// What the names lead to. Of one that is missing nothing is known yet: while it is served, the slices of what names lead
+    /// to stay as they are.
+    pub resolutions: &'a HashMap<DnsName, Arc<Resolution>>,
     /// The removals that are remembered.
     pub tombstones: &'a Tombstones,
     /// The stamps of every slice that is written.
@@ -92,13 +96,22 @@ impl SliceWrite {
         }
     }
 
-    /// The endpoints of the slice after the write.
+    /// The addresses of instances in the slice after the write.
     pub fn addresses(&self) -> impl Iterator<Item = Address> {
         let endpoints = match self {
-            Self::Create(slice) | Self::Replace(slice) => &slice.endpoints[..],
-            Self::Delete { .. } => &[],
+            Self::Create(slice) | Self::Replace(slice) if !is_resolved(slice) => &slice.endpoints[..],
+            _ => &[],
         };
         addresses_of(endpoints)
+    }
+
+    /// Whether the slice holds tombstones after the write.
+    #[must_use]
+    pub fn has_tombstones(&self) -> bool {
+        match self {
+            Self::Create(slice) | Self::Replace(slice) => tombstones::is_of_tombstones(slice),
+            Self::Delete { .. } => false,
+        }
     }
 }
 
@@ -129,12 +142,22 @@ pub fn plan<'a>(
     }
     let alias = alias(options, instances);
     let mut new_names = HashSet::new();
-    for (group, members) in grouped(instances) {
+    let names_resolved = match alias {
+        Some(_) => Vec::new(),
+        None => resolved(options, instances).unwrap_or_else(|| {
+            by_group.retain(|group, _| !group.resolved);
+            Vec::new()
+        }),
+    };
+    for (group, members) in grouped(instances).into_iter().chain(names_resolved) {
         let slices = by_group.remove(&group).unwrap_or_default();
         let mut names = (0..).map(|index| group.slice_name(options.service, index));
         for assignment in assign(options, &members, slices) {
             let endpoints = assignment.members.iter().map(|&at| {
-                let instance = members[at];
+                let (address, instance) = &members[at];
+                if group.resolved {
+                    return SliceEndpoint::resolved(instance, address.clone());
+                }
                 let is_shown = match instance.address() {
                     Address::Ip(_) => true,
                     Address::Name(name) => alias == Some(name),
@@ -172,6 +195,31 @@ fn alias<'a>(options: &PlanOptions<'_>, instances: &'a CowTree<Arc<Instance>>) -
     // IP addresses are before names, so this ends at once in a service without names.
     let Address::Name(name) = first else { return None };
     served.all(|instance| instance.address() == first).then_some(name)
+}
+
+/// The addresses of the names that are served, by group, each in order and once. An address that is served as an instance
+/// with the same ports is left out. `None` while nothing is known of one of the names.
+fn resolved<'a>(
+    options: &PlanOptions<'_>,
+    instances: &'a CowTree<Arc<Instance>>,
+) -> Option<Vec<(SliceGroup, Vec<GroupMember<'a>>)>> {
+    let mut groups = Groups::default();
+    for instance in instances.iter().filter(|instance| is_served(options, instance)) {
+        let Address::Name(name) = instance.address() else { continue };
+        let resolution = options.resolutions.get(name)?;
+        for ip in resolution.addresses().into_iter().flat_map(|found| found.iter()) {
+            let id = InstanceId { address: Address::Ip(ip), ports: instance.ports().set() };
+            if !instances.get(&InstanceKey::from(&id)).is_some_and(|plain| is_served(options, plain)) {
+                groups.add(id.address, instance, true);
+            }
+        }
+    }
+    for (_, members) in &mut groups.groups {
+        // Several names may lead to one address: the first counts.
+        members.sort_by(|a, b| a.0.cmp(&b.0));
+        members.dedup_by(|a, b| a.0 == b.0);
+    }
+    Some(groups.groups)
 }
 
 /// The writes, by when they may be made.
@@ -273,24 +321,36 @@ fn stamp(slice: &mut EndpointSlice, stamps: SliceStamps<'_>) {
     annotations.extend(stamps.annotations().map(|(key, value)| (key.to_owned(), value)));
 }
 
+/// An instance with its address, or with one that its name leads to.
+type GroupMember<'a> = (Address, &'a Instance);
+
 /// The instances by group, each in order of address. An instance with split ports is in several.
-fn grouped(instances: &CowTree<Arc<Instance>>) -> Vec<(SliceGroup, Vec<&Instance>)> {
-    let mut groups: Vec<(SliceGroup, Vec<&Instance>)> = Vec::new();
-    // Most instances of a service have the same ports, so groups are made once for each list.
-    let mut known: HashMap<(Family, PortList<'_>), std::ops::Range<usize>, foldhash::fast::RandomState> =
-        HashMap::default();
-    for instance in instances {
-        let family = Family::of(instance.address());
-        let range = known.entry((family, PortList(instance.ports()))).or_insert_with(|| {
+fn grouped(instances: &CowTree<Arc<Instance>>) -> Vec<(SliceGroup, Vec<GroupMember<'_>>)> {
+    let mut groups = Groups::default();
+    instances.iter().for_each(|instance| groups.add(instance.address().clone(), instance, false));
+    groups.groups
+}
+
+#[derive(Default)]
+struct Groups<'a> {
+    groups: Vec<(SliceGroup, Vec<GroupMember<'a>>)>,
+    /// Most instances of a service have the same ports, so groups are made once for each list.
+    known: HashMap<(Family, PortList<'a>), Range<usize>, foldhash::fast::RandomState>,
+}
+
+impl<'a> Groups<'a> {
+    fn add(&mut self, address: Address, instance: &'a Instance, resolved: bool) {
+        let (family, groups) = (Family::of(&address), &mut self.groups);
+        let range = self.known.entry((family, PortList(instance.ports()))).or_insert_with(|| {
             let first = groups.len();
-            groups.extend(SliceGroup::all(family, instance.ports()).into_iter().map(|group| (group, Vec::new())));
+            let parts = SliceGroup::all(family, instance.ports()).into_iter();
+            groups.extend(parts.map(|group| (SliceGroup { resolved, ..group }, Vec::new())));
             first..groups.len()
         });
         for (_, members) in &mut groups[range.clone()] {
-            members.push(&**instance);
+            members.push((address.clone(), instance));
         }
     }
-    groups
 }
 
 /// A slice and the members of its group that are in it, by index, in order.
@@ -308,7 +368,7 @@ struct Assignment<'a> {
 /// Assigns every member of a group to a slice. `members` are in order of address.
 fn assign<'a>(
     options: &PlanOptions<'_>,
-    members: &[&Instance],
+    members: &[GroupMember<'_>],
     mut slices: Vec<&'a ObservedSlice>,
 ) -> Vec<Assignment<'a>> {
     let entry_bytes = entry_bytes(members);
@@ -320,7 +380,7 @@ fn assign<'a>(
         let mut stay = Vec::new();
         for address in &slice.addresses {
             if stay.len() < capacity
-                && let Ok(at) = members.binary_search_by_key(&address, |instance| instance.address())
+                && let Ok(at) = members.binary_search_by_key(&address, |(address, _)| address)
                 && !std::mem::replace(&mut assigned[at], true)
             {
                 stay.push(at);
@@ -355,9 +415,9 @@ fn assign<'a>(
 
 /// Most bytes of an entry in the annotation of a group's slices. In coarse steps, because a longer registrant may make
 /// room for fewer endpoints, and then each slice that has more is written anew.
-fn entry_bytes(members: &[&Instance]) -> usize {
-    let longest = members.iter().map(|instance| registrant_bytes(instance.registrant())).max();
-    let name = members.first().is_some_and(|instance| instance.address().ip().is_none());
+fn entry_bytes(members: &[GroupMember<'_>]) -> usize {
+    let longest = members.iter().map(|(_, instance)| registrant_bytes(instance.registrant())).max();
+    let name = members.first().is_some_and(|(address, _)| address.ip().is_none());
     let address = MAX_ENTRY_BYTES + if name { EXTRA_NAME_BYTES } else { 0 };
     address + longest.filter(|&bytes| bytes > 0).map_or(0, |bytes| bytes.next_power_of_two().max(128))
 }

@@ -15,7 +15,7 @@ use k8s_openapi::api::discovery::v1::{Endpoint, EndpointPort, EndpointSlice};
 
 use super::{
     group::{Family, SliceGroup, port_spec, port_specs},
-    observed::annotation,
+    observed::{annotation, is_resolved},
     record::{InstanceAnnotation, InstancesAnnotation, read_ports},
 };
 use crate::{
@@ -60,7 +60,8 @@ impl fmt::Display for SkippedEndpoint {
 pub fn read_slice(slice: &EndpointSlice, validator: &Validator) -> (Vec<Arc<Instance>>, Vec<SkippedEndpoint>) {
     let meta = &slice.metadata;
     let (mut instances, mut skipped) = (Vec::new(), Vec::new());
-    if meta.deletion_timestamp.is_some() {
+    // The addresses of a name are not instances: the name is, and has a slice of its own.
+    if meta.deletion_timestamp.is_some() || is_resolved(slice) {
         return (instances, skipped);
     }
     let name = meta.name.as_deref().unwrap_or_default();

@@ -81,6 +81,17 @@ impl<'a> SliceEndpoint<'a> {
         }
     }
 
+    /// An address that the name of `instance` leads to. The slice has no record of the instance.
+    pub(super) fn resolved(instance: &'a Instance, address: Address) -> Self {
+        Self {
+            ready: true,
+            hostname: hostname(instance, address.ip()),
+            address,
+            node: instance.node_name().map(|name| name.as_str()),
+            record: InstanceAnnotation::default(),
+        }
+    }
+
     fn endpoint(&self) -> Endpoint {
         Endpoint {
             addresses: vec![self.address.to_string()],
@@ -144,7 +155,11 @@ pub(super) fn render(
     endpoints: &[SliceEndpoint<'_>],
 ) -> EndpointSlice {
     let records = endpoints.iter().map(|endpoint| (&endpoint.address, &endpoint.record));
-    let mut annotations = BTreeMap::from([(names::INSTANCES.to_owned(), instances_json(records))]);
+    let mut annotations = BTreeMap::from([if group.resolved {
+        (names::RESOLVED.to_owned(), "true".to_owned())
+    } else {
+        (names::INSTANCES.to_owned(), instances_json(records))
+    }]);
     if group.part.is_some() {
         annotations.insert(names::PORTS.to_owned(), ports_json(&group.ports));
     }
@@ -183,7 +198,7 @@ pub(super) fn digest(uid: &str, group: &SliceGroup, endpoints: &[SliceEndpoint<'
         content.extend(text.unwrap_or_default().as_bytes());
     };
     text(&mut content, Some(uid));
-    content.extend([group.family as u8, group.part.map_or(0, |part| 1 + part as u8)]);
+    content.extend([group.family as u8, group.part.map_or(0, |part| 1 + part as u8), u8::from(group.resolved)]);
     content.extend(u32::try_from(group.ports.as_slice().len()).unwrap_or(u32::MAX).to_le_bytes());
     for port in group.ports.as_slice() {
         content.push(port.protocol as u8);

@@ -208,7 +208,12 @@ fn stamps_and_foreign_metadata_cause_no_write_and_are_kept() {
 #[test]
 fn occupied_slice_name_is_skipped() {
     let instances = table(&[spec("10.0.0.1", HTTP)]);
-    let group = SliceGroup { family: Family::V4, ports: instance(&spec("10.0.0.1", HTTP)).ports().clone(), part: None };
+    let group = SliceGroup {
+        family: Family::V4,
+        ports: instance(&spec("10.0.0.1", HTTP)).ports().clone(),
+        part: None,
+        resolved: false,
+    };
     let first = group.slice_name(&web(), 0);
     with_request(100, &[&first], |request| {
         let mut cluster = Cluster::default();
@@ -380,18 +385,44 @@ fn name_is_ready_only_where_it_is_all_that_the_service_has() {
     };
     let one = [instance(&db())];
     assert_eq!(with(&one, false, false), ["db.example.com"]);
-    assert_eq!(with(&one, true, false), [""; 0], "others have addresses there");
+    let found = ["10.0.0.1", "10.0.0.77", "2001:db8::77"];
+    assert_eq!(with(&one, true, false), found, "others have addresses there");
     let ports = [instance(&db()), instance(&spec("db.example.com", &[(80, TCP, "")]))];
     assert_eq!(with(&ports, false, false), ["db.example.com"], "one name with two lists of ports");
     let names = [instance(&db()), instance(&spec("mail.example.com", HTTP))];
-    assert_eq!(with(&names, false, false), [""; 0], "two CNAMEs are no answer");
+    let of_both = ["10.0.0.1", "10.0.0.77", "10.0.0.78", "2001:db8::77"];
+    assert_eq!(with(&names, false, false), of_both, "two CNAMEs are no answer");
     let mixed = [instance(&db()), instance(&spec("10.0.0.1", HTTP))];
-    assert_eq!(with(&mixed, false, false), ["10.0.0.1"]);
+    assert_eq!(with(&mixed, false, false), found);
     let last = [instance(&db()), unready(spec("10.0.0.1", HTTP)), unready(spec("mail.example.com", HTTP))];
     assert_eq!(with(&last, false, false), ["db.example.com"], "the others are not served");
-    assert_eq!(with(&last, false, true), ["10.0.0.1"]);
+    assert_eq!(with(&last, false, true), of_both);
     assert_eq!(with(&[unready(db())], false, false), [""; 0]);
     assert_eq!(with(&[unready(db())], false, true), ["db.example.com"]);
+}
+
+/// A process that has just begun to write would empty slices that consumers use.
+#[test]
+fn what_names_lead_to_stays_while_nothing_is_known_of_one() {
+    let mut cluster = Cluster::default();
+    let mixed = table(&[spec("10.0.0.9", HTTP), spec("db.example.com", HTTP)]);
+    let more = table(&[spec("10.0.0.9", HTTP), spec("db.example.com", HTTP), spec("mail.example.com", HTTP)]);
+    with_request(100, &[], |request| {
+        cluster.sync(request, &mixed);
+        let before = cluster.resolved();
+        assert_eq!(before.len(), 2, "a slice for each family");
+        let unknown = PlanOptions { resolutions: &HashMap::new(), ..*request };
+        assert_eq!(cluster.sync(&unknown, &mixed), 0);
+        cluster.sync(&unknown, &more);
+        assert_eq!(cluster.resolved(), before);
+        assert_eq!(read_back(&cluster), as_recorded(&more), "the instances are written");
+
+        let none =
+            ["db.example.com", "mail.example.com"].map(|name| (DnsName::parse(name).expect("a name"), Arc::default()));
+        let nowhere = PlanOptions { resolutions: &none.into(), ..*request };
+        cluster.sync(&nowhere, &more);
+        assert_eq!(cluster.resolved().len(), 0, "it is known that they lead nowhere");
+    });
 }
 
 #[test]
@@ -418,7 +449,9 @@ fn names_are_read_from_our_slices_only() {
     let mut cluster = Cluster::default();
     let host = InstanceSpec { host_name: "db".into(), ..spec("db.example.com", DNS) };
     let instances = table(&[host, spec("mail.example.com", HTTP)]);
-    with_request(100, &[], |request| cluster.sync(request, &instances));
+    with_request(100, &[], |request| {
+        cluster.sync(&PlanOptions { resolutions: &HashMap::new(), ..*request }, &instances)
+    });
     assert_eq!(cluster.slices.len(), 3, "a slice for each protocol, and one of the other ports");
     assert!(cluster.slices.values().all(|slice| slice.address_type == "FQDN"));
     let (read_by_nobody, skipped) = read(cluster.slices.values(), &nobody);

@@ -2,7 +2,7 @@
 //! without the code that wrote it.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     net::IpAddr,
     sync::Arc,
 };
@@ -15,7 +15,7 @@ use k8s_openapi::{
 use super::super::{ObservedSlice, PlanOptions, SliceWrite, plan};
 use crate::{
     kubernetes::objects::names,
-    model::{CowTree, Instance, Protocol},
+    model::{Address, CowTree, Instance, Protocol},
 };
 
 /// The slices of a namespace, which keeps the rules of an API server.
@@ -91,6 +91,53 @@ impl Cluster {
         endpoints.flat_map(|endpoint| endpoint.addresses.clone()).collect()
     }
 
+    /// That `slices` show the addresses of names where the service is no alias, and no more.
+    fn assert_resolved(
+        &self,
+        request: &PlanOptions<'_>,
+        instances: &CowTree<Arc<Instance>>,
+        flat: bool,
+        slices: &[&EndpointSlice],
+    ) {
+        let served = || instances.iter().filter(|one| one.ready() || request.publish_not_ready);
+        let plain: HashSet<_> = served().map(|one| (one.address().to_string(), one.ports().set())).collect();
+        let mut expected: BTreeSet<(String, Vec<(Protocol, u16)>)> = BTreeSet::new();
+        for instance in served().filter(|_| flat) {
+            let Address::Name(name) = instance.address() else { continue };
+            let found = request.resolutions.get(name).and_then(|resolution| resolution.addresses());
+            for ip in found.into_iter().flat_map(|found| found.iter()).map(|ip| ip.to_string()) {
+                let ports = instance.ports().as_slice().iter().map(|port| (port.protocol, port.number));
+                if plain.contains(&(ip.clone(), instance.ports().set())) {
+                    continue;
+                }
+                let ports: Vec<_> = ports.collect();
+                if ports.is_empty() {
+                    expected.insert((ip.clone(), ports.clone()));
+                }
+                expected.extend(ports.into_iter().map(|port| (ip.clone(), vec![port])));
+            }
+        }
+        let mut shown = BTreeSet::new();
+        for slice in slices {
+            assert!(!slice.metadata.annotations.as_ref().expect("ours").contains_key(names::INSTANCES));
+            for row in &slice.endpoints {
+                assert_eq!(row.conditions.as_ref().and_then(|conditions| conditions.ready), Some(true));
+                let ports: Vec<_> = slice.ports.iter().flatten().map(plain_port).map(|port| (port.0, port.1)).collect();
+                if ports.is_empty() {
+                    shown.insert((row.addresses[0].clone(), ports.clone()));
+                }
+                shown.extend(ports.into_iter().map(|port| (row.addresses[0].clone(), vec![port])));
+            }
+        }
+        assert_eq!(shown, expected);
+    }
+
+    /// The slices of the addresses of names.
+    pub(super) fn resolved(&self) -> BTreeMap<String, Vec<Endpoint>> {
+        let slices = self.slices.iter().filter(|(_, slice)| is_resolved(slice));
+        slices.map(|(name, slice)| (name.clone(), slice.endpoints.clone())).collect()
+    }
+
     /// The slices of names, and whether one of their endpoints is ready.
     pub(super) fn names(&self) -> BTreeMap<String, bool> {
         let slices = self.slices.iter().filter(|(_, slice)| slice.address_type == "FQDN");
@@ -128,7 +175,7 @@ impl Cluster {
             };
             expected += lists.len();
             for list in lists {
-                let there = self.slices.values().filter(|slice| {
+                let there = self.slices.values().filter(|slice| !is_resolved(slice)).filter(|slice| {
                     let ports: Vec<_> = slice.ports.iter().flatten().map(plain_port).collect();
                     let whole = slice.metadata.annotations.as_ref().is_some_and(|all| all.contains_key(names::PORTS));
                     ports == list && whole == split
@@ -146,11 +193,18 @@ impl Cluster {
                 }));
             }
         }
-        assert_eq!(self.slices.values().map(|slice| slice.endpoints.len()).sum::<usize>(), expected);
+        let (resolved, of_instances): (Vec<_>, Vec<_>) = self.slices.values().partition(|slice| is_resolved(slice));
+        assert_eq!(of_instances.iter().map(|slice| slice.endpoints.len()).sum::<usize>(), expected);
+        self.assert_resolved(request, instances, flat, &resolved);
         for slice in self.slices.values() {
             assert!((1..=request.max_endpoints).contains(&slice.endpoints.len()));
         }
     }
+}
+
+/// Whether the slice is marked as one of addresses of names.
+pub(super) fn is_resolved(slice: &EndpointSlice) -> bool {
+    slice.metadata.annotations.as_ref().is_some_and(|all| all.get(names::RESOLVED).is_some_and(|value| value == "true"))
 }
 
 /// The label that has to be stated for an address, by the rule itself.

@@ -1,7 +1,7 @@
 //! Random services and changes, and slices of any content.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     sync::Arc,
 };
 
@@ -90,7 +90,7 @@ proptest! {
                 };
                 let request = PlanOptions { stamps: stamps(index as u64), ..request };
                 let there = cluster.addresses();
-                let names_before = cluster.names();
+                let (names_before, resolved_before) = (cluster.names(), cluster.resolved());
                 let moments = cluster.moments(&request, &instances);
                 let writes = moments.len();
                 if let Some(last) = moments.last() {
@@ -105,6 +105,11 @@ proptest! {
                 let names_now = cluster.names();
                 let alone = |slices: &BTreeMap<String, bool>| slices.values().any(|ready| *ready);
                 let most = most + if alone(&names_before) == alone(&names_now) { 0 } else { names_now.len() };
+                // And what names lead to is shown elsewhere, or not at all.
+                let resolved_now = cluster.resolved();
+                let slices: BTreeSet<&String> = resolved_before.keys().chain(resolved_now.keys()).collect();
+                let changed = slices.into_iter().filter(|name| resolved_before.get(*name) != resolved_now.get(*name));
+                let most = most + changed.count();
                 prop_assert!(writes <= most, "{writes} writes for one change of {most} endpoints");
                 cluster.assert_shows(&request, &instances);
                 prop_assert_eq!(read_back(&cluster), as_recorded(&instances));

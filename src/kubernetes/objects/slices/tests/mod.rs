@@ -4,7 +4,7 @@ mod cases;
 mod cluster;
 mod generated;
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 
@@ -12,7 +12,10 @@ use cluster::Cluster;
 
 use super::*;
 use crate::kubernetes::objects::names;
-use crate::model::{CowTree, Instance, InstanceSpec, PortSpec, Protocol, ServiceKey, UnixMillis, Validator};
+use crate::model::{
+    CowTree, DnsName, Instance, InstanceSpec, PortSpec, Protocol, Resolution, ResolvedAddresses, ServiceKey,
+    UnixMillis, Validator,
+};
 use crate::replicas::tombstones::Tombstones;
 
 pub(in crate::kubernetes) use crate::model::testing::VALIDATOR;
@@ -54,6 +57,19 @@ fn stamps(generation: u64) -> SliceStamps<'static> {
     SliceStamps { term: 7, generation, updated: UnixMillis(1_700_000_000_123), writer: "gangplank-0" }
 }
 
+/// What the names of the tests lead to: an address that is an instance too, one that both have, and one of their own.
+fn resolutions() -> HashMap<DnsName, Arc<Resolution>> {
+    let names = [
+        ("db.example.com", &["10.0.0.1", "10.0.0.77", "2001:db8::77"][..]),
+        ("mail.example.com", &["10.0.0.77", "10.0.0.78"]),
+    ];
+    let resolution = |addresses: &[&str]| {
+        let addresses = addresses.iter().map(|text| text.parse().expect("an address"));
+        Arc::new(Resolution::Addresses(ResolvedAddresses::new(addresses, 5)))
+    };
+    names.map(|(name, addresses)| (DnsName::parse(name).expect("a name"), resolution(addresses))).into()
+}
+
 /// Calls `test` with a request for [`web`].
 fn with_request<T>(max_endpoints: usize, occupied: &[&str], test: impl FnOnce(&PlanOptions<'_>) -> T) -> T {
     let service = web();
@@ -64,6 +80,7 @@ fn with_request<T>(max_endpoints: usize, occupied: &[&str], test: impl FnOnce(&P
         max_endpoints,
         publish_not_ready: false,
         flatten_names: false,
+        resolutions: &resolutions(),
         tombstones: &Tombstones::default(),
         stamps: stamps(1),
         occupied: &occupied,
