@@ -6,6 +6,7 @@ mod machine;
 mod rights;
 
 use std::{
+    net::SocketAddr,
     path::Path,
     process::{Command, Stdio},
 };
@@ -288,6 +289,19 @@ fn network_policy_lets_in_who_is_named() {
 }
 
 /// Every flag is one that this gangplank knows.
+/// For DNS `[::]` is IPv6 alone, and a pod may have either family, or both.
+#[test]
+fn dns_is_answered_over_either_family() {
+    let Some(chart) = rendered("gangplank", "gangplank", &[]) else { return };
+    let listen: Vec<SocketAddr> = arguments(&chart)
+        .iter()
+        .filter_map(|argument| argument.strip_prefix("--dns-listen="))
+        .map(|address| address.parse().expect("an address and a port"))
+        .collect();
+    assert!(listen.iter().all(|address| address.ip().is_unspecified() && address.port() == 1053), "{listen:?}");
+    assert!([true, false].iter().all(|&ipv4| listen.iter().any(|address| address.is_ipv4() == ipv4)), "{listen:?}");
+}
+
 #[test]
 fn flags_of_the_chart_are_known() {
     let values: Values<'_> = &[
