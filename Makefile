@@ -107,6 +107,15 @@ mirror-figures: ## our DNS beside CoreDNS, a take-over beside client-go's, what 
 	tests/tools/install.sh election
 	GANGPLANK_MIRROR_FIGURES=200 cargo test --locked --test integration mirror::figures -- --nocapture --test-threads 1
 
+# In namespaces of its own: the machine keeps its links, routes and mounts, also when this is killed (tests/node/run).
+# GANGPLANK_NODE_BINARY=FILE takes a static binary that is there already.
+.PHONY: node
+node: ## the chart on a real node with kubelet, containerd, kube-proxy and pods; needs root
+	tests/node/install.sh
+	@[ -n "$$GANGPLANK_NODE_BINARY" ] || $(MAKE) static
+	cargo test --locked --test integration --no-run
+	tests/node/run cargo test --locked --offline --test integration -- --ignored --nocapture --test-threads 1
+
 .PHONY: older
 older: ## the Kubernetes tests on the previous release, 1.35 (built the first time: about ten minutes)
 	GANGPLANK_TEST_KUBERNETES=1.35 tests/tools/install.sh dns coredns kubernetes

@@ -17,7 +17,7 @@ use tempfile::TempDir;
 
 use crate::{
     identity::pki::TestCa,
-    mirror,
+    mirror, node,
     support::{
         server::{BINARY, Server},
         tools::{self, ROOT},
@@ -58,6 +58,13 @@ fn docs_operations() {
 #[test]
 fn docs_architecture() {
     replay("docs/architecture.md", &["dig"]);
+}
+
+/// On a real node.
+#[test]
+#[ignore = "needs root and containerd: make node"]
+fn docs_install() {
+    node::replay("docs/install.md");
 }
 
 /// Rows of the form "file | functions | …".
@@ -156,12 +163,12 @@ fn every_make_command_that_a_page_names_exists() {
 
 /// One command and what the page says it prints.
 #[derive(Debug, PartialEq, Eq)]
-struct Step {
-    line: usize,
-    command: String,
+pub(crate) struct Step {
+    pub(crate) line: usize,
+    pub(crate) command: String,
     /// Whether it is typed on a machine that joins.
-    vm: bool,
-    printed: Vec<String>,
+    pub(crate) vm: bool,
+    pub(crate) printed: Vec<String>,
 }
 
 fn replay(page: &str, needed: &[&str]) {
@@ -290,7 +297,7 @@ impl Page {
 }
 
 /// The commands of all `console` blocks. A line that ends in `\` goes on in the next.
-fn steps(page: &str) -> Vec<Step> {
+pub(crate) fn steps(page: &str) -> Vec<Step> {
     let mut steps: Vec<Step> = Vec::new();
     let (mut inside, mut open) = (false, false);
     for (number, line) in (1..).zip(page.lines()) {
@@ -321,12 +328,12 @@ fn server_variables(server: Option<&Server>) -> Vec<(&'static str, String)> {
 }
 
 /// The join token in what was printed.
-fn printed_token(text: &str) -> Option<String> {
+pub(crate) fn printed_token(text: &str) -> Option<String> {
     text.split_whitespace().find(|word| word.starts_with("gp1.")).map(str::to_owned)
 }
 
 /// A command with `token` in the place of the page's.
-fn with_token(command: &str, token: Option<&str>) -> String {
+pub(crate) fn with_token(command: &str, token: Option<&str>) -> String {
     let real = |word| if str::starts_with(word, "gp1.") { token.unwrap_or(word) } else { word };
     command.split(' ').map(real).collect::<Vec<_>>().join(" ")
 }
@@ -353,7 +360,7 @@ fn as_documented(printed: &str, server: &Server) -> String {
 }
 
 /// A line without what differs from run to run.
-fn masked(line: &str) -> String {
+pub(crate) fn masked(line: &str) -> String {
     let word = |word: &str| {
         let bare = word.trim_matches(|c: char| "\",:;()".contains(c));
         let digits = bare.chars().filter(char::is_ascii_digit).count();

@@ -17,6 +17,7 @@ mod metrics;
 mod mirror;
 mod monitoring;
 mod names;
+mod node;
 mod process;
 mod read_your_writes;
 mod rfc8906;
