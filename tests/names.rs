@@ -91,6 +91,23 @@ fn name_alone_is_an_alias_that_follows_its_upstream() {
     let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
     let row = listed.lines().find(|line| line.starts_with("pg.example.com")).expect("the name has a row");
     assert!(row.contains("192.0.2.8") && !row.ends_with("<none>"), "{listed}");
+    let listed = server.run(&["ls", "prod/db", "-o", "json"]).stdout;
+    let listed: serde_json::Value = serde_json::from_slice(&listed).expect("JSON");
+    let name = &listed["names"][0];
+    assert_eq!((&name["name"], &name["state"]), (&"pg.example.com".into(), &"resolved".into()), "{listed}");
+    assert_eq!(name["addresses"], serde_json::json!(["192.0.2.8"]), "{listed}");
+    assert!(name["answered"].is_string() && name["error"].is_string(), "{listed}");
+    assert!(listed["instances"].is_array() && listed["namespace"] == "prod", "{listed}");
+    // `resolve` has them beside what DNS answers.
+    let resolved = server.run(&["resolve", "prod/db"]).stdout;
+    let resolved = String::from_utf8_lossy(&resolved).into_owned();
+    assert!(
+        resolved.lines().any(|line| line.starts_with("pg.example.com") && line.contains("192.0.2.8")),
+        "{resolved}"
+    );
+    let resolved = server.run(&["resolve", "prod/db", "-o", "json"]).stdout;
+    let resolved: serde_json::Value = serde_json::from_slice(&resolved).expect("JSON");
+    assert_eq!(resolved["names"][0]["addresses"], name["addresses"], "{resolved}");
     assert_eq!(said(&server, DB, RecordType::A).1, mixed);
     // A restart begins without: the others are served, a name alone is not known.
     server.register("prod", "alone", "pg.example.com", "pg=5432");

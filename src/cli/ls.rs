@@ -8,11 +8,12 @@ use std::{
 use super::{
     args::{ScopeArgs, ServerArgs, ServiceArg, check_namespace, key},
     error::{CommandError, ErrorKind},
+    names::{names_of, names_table},
     output::{Format, NONE, OutputArgs, Table, age, percent, print, print_json, print_yaml},
 };
 use crate::model::{
-    DnsName, NameStatus, Port, Protocol, Registrant, Resolution, Service, ServiceKey,
-    view::{Rfc3339, ServiceView, ServicesView, TrafficShares},
+    DnsName, NameStatus, Port, Protocol, Registrant, Service, ServiceKey,
+    view::{NameViews, NamedServiceView, Rfc3339, ServiceView, ServicesView, TrafficShares},
 };
 
 pub(super) const EXAMPLES: &str = "\
@@ -62,17 +63,8 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
             let key = key(namespace, &service.name)?;
             match servers.read(async |client| client.service(&key).await).await? {
                 Some(found) => {
-                    show_service(&key, &found, format)?;
-                    if matches!(format, None | Some(Format::Wide))
-                        && found.instances.iter().any(|one| one.address().name().is_some())
-                    {
-                        let names = servers.read(async |client| client.names(&key).await).await?;
-                        // A server that is too old to know says nothing.
-                        if !names.is_empty() {
-                            print(&format!("\n{}", names_table(&names, format, SystemTime::now())))?;
-                        }
-                    }
-                    Ok(())
+                    let names = names_of(servers, &key, &found).await?;
+                    show_service(&key, &found, &names, format)
                 }
                 None => Err(not_found(&key.to_string())),
             }
@@ -112,12 +104,23 @@ fn show_services(services: &[(ServiceKey, Service)], format: Option<Format>) -> 
     }
 }
 
-fn show_service(key: &ServiceKey, service: &Service, format: Option<Format>) -> Result<(), CommandError> {
-    let view = ServiceView { key, service };
+fn show_service(
+    key: &ServiceKey,
+    service: &Service,
+    names: &[(DnsName, NameStatus)],
+    format: Option<Format>,
+) -> Result<(), CommandError> {
+    let view = NamedServiceView { service: ServiceView { key, service }, names: NameViews(names) };
     match format {
         Some(Format::Json) => print_json(&view),
         Some(Format::Yaml) => print_yaml(&view),
-        _ => show_instances(&[(key.clone(), service.clone())], format),
+        _ => {
+            show_instances(&[(key.clone(), service.clone())], format)?;
+            if names.is_empty() || format == Some(Format::Name) {
+                return Ok(());
+            }
+            print(&format!("\n{}", names_table(names, format, SystemTime::now())))
+        }
     }
 }
 
@@ -193,30 +196,6 @@ fn instances_table(services: &[(ServiceKey, Service)], format: Option<Format>, n
             row.push(age(instance.registered(), now));
             table.row(row);
         }
-    }
-    table.render()
-}
-
-/// What DNS names lead to that are instances.
-fn names_table(names: &[(DnsName, NameStatus)], format: Option<Format>, now: SystemTime) -> String {
-    let mut table = Table::new(&["DNS-NAME", "ADDRESSES", "TTL", "ANSWERED", "ERROR"], &["ERROR", "ADDRESSES"], format);
-    for (name, NameStatus { resolution, answered, error }) in names {
-        let (addresses, ttl) = match &**resolution {
-            Resolution::Unavailable => ("unresolved".to_owned(), None),
-            Resolution::NxDomain => ("NXDOMAIN".to_owned(), None),
-            Resolution::Addresses(found) if found.is_empty() => (NONE.to_owned(), None),
-            Resolution::Addresses(found) => {
-                let addresses: Vec<String> = found.iter().map(|ip| ip.to_string()).collect();
-                (addresses.join(","), Some(found.ttl))
-            }
-        };
-        table.row(vec![
-            name.to_string(),
-            addresses,
-            ttl.map_or_else(|| NONE.to_owned(), |ttl| format!("{ttl}s")),
-            answered.map_or_else(|| "never".to_owned(), |answered| age(answered, now)),
-            error.as_deref().unwrap_or(NONE).to_owned(),
-        ]);
     }
     table.render()
 }

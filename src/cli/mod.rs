@@ -14,6 +14,7 @@ mod join;
 mod joined;
 mod ls;
 mod mutation;
+mod names;
 mod output;
 mod register;
 mod registrants;

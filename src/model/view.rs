@@ -13,14 +13,23 @@
 //! }
 //! ```
 //!
+//! A service with instances that are DNS names has the field `names` beside `instances`, where the server looks names up:
+//!
+//! ```json
+//! "names": [{"name": "db.example.com", "state": "resolved", "addresses": ["192.0.2.7"], "ttl": 5,
+//!            "answered": "2026-11-21T10:00:00.000Z", "error": null}]
+//! ```
+//!
+//! `state` is `resolved`, `unresolved` or `nxdomain`; `ttl` is in seconds; `answered` is `null` before the first answer.
+//!
 //! A list is `{"services": […]}`. They borrow what they show and allocate nothing of its size,
 //! so that a list of a million services can be written piece by piece.
 
-use std::fmt;
+use std::{fmt, net::IpAddr};
 
 use serde::{Serialize, Serializer, ser::SerializeStruct as _};
 
-use super::{Instance, Port, Registrant, Service, ServiceKey, Timeline, UnixMillis};
+use super::{DnsName, Instance, NameStatus, Port, Registrant, Resolution, Service, ServiceKey, Timeline, UnixMillis};
 
 /// A service with its instances.
 #[derive(Debug, Clone, Copy)]
@@ -41,6 +50,58 @@ impl Serialize for ServiceView<'_> {
         fields.serialize_field("created", &service.created().map(Rfc3339))?;
         fields.serialize_field("instances", &InstanceList(service))?;
         fields.end()
+    }
+}
+
+/// A service with what the names among its instances lead to.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct NamedServiceView<'a> {
+    /// The service.
+    #[serde(flatten)]
+    pub service: ServiceView<'a>,
+    /// Its names. Without any the field is not there.
+    #[serde(skip_serializing_if = "NameViews::is_empty")]
+    pub names: NameViews<'a>,
+}
+
+/// What names lead to.
+#[derive(Debug, Clone, Copy)]
+pub struct NameViews<'a>(pub &'a [(DnsName, NameStatus)]);
+
+impl NameViews<'_> {
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl Serialize for NameViews<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct NameView<'a> {
+            name: DisplayText<'a, DnsName>,
+            state: &'static str,
+            addresses: Vec<IpAddr>,
+            ttl: Option<u32>,
+            answered: Option<Rfc3339>,
+            error: Option<&'a str>,
+        }
+        serializer.collect_seq(self.0.iter().map(|(name, status)| {
+            let (state, found) = match &*status.resolution {
+                Resolution::Unavailable => ("unresolved", None),
+                Resolution::NxDomain => ("nxdomain", None),
+                Resolution::Addresses(found) => ("resolved", Some(found)),
+            };
+            NameView {
+                name: DisplayText(name),
+                state,
+                addresses: found.map_or_else(Vec::new, |found| found.iter().collect()),
+                ttl: found.map(|found| found.ttl),
+                answered: status.answered.map(Rfc3339),
+                error: status.error.as_deref(),
+            }
+        }))
     }
 }
 

@@ -16,11 +16,12 @@ use tokio::time::timeout;
 use super::{
     args::{NamespaceArgs, ServerArgs, port},
     error::{CommandError, ErrorKind},
+    names::names_of,
     output::OutputArgs,
 };
 use crate::{
     grpc::client::Servers,
-    model::{PortSpec, Protocol, ServiceKey},
+    model::{DnsName, NameStatus, PortSpec, Protocol, Service, ServiceKey},
 };
 use name::QueryTarget;
 use query::QueryError;
@@ -30,7 +31,8 @@ pub(super) const EXAMPLES: &str = "\
 Short names are completed: web, prod/web and web.prod mean
 web.NAMESPACE.svc.ZONE; an IP address asks for its PTR. A service is asked for
 A, AAAA and the SRV of its named ports: those of --port-name, or those that
-the server at --server knows, if it runs.
+the server at --server knows, if it runs. It says too what DNS names lead to
+that are instances: addresses, TTL, age, and the error of the last lookup.
 
 With --via, a second server is asked the same at the same time, such as the
 CoreDNS of the cluster that forwards to the first. What differs is marked:
@@ -49,8 +51,8 @@ Exit codes: 0 there are records; 1 no answer, SERVFAIL or REFUSED, or with
 --via other records or another response code; 2 wrong usage; 3 no such name,
 or no such record";
 
-/// How long to wait for the registry's list of ports; without it SRV records are not asked for.
-const NAMED_PORTS_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long to wait for what the registry knows; without it SRV records are not asked for.
+const REGISTRY_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -113,13 +115,11 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
     let connection = server.readers().await.ok();
     let joined = connection.as_ref().and_then(|connection| connection.namespace());
     let target = QueryTarget::complete(&name, namespace.get(joined), &zone)?;
-    let ports = match &target {
-        QueryTarget::Service(_, key) if types.is_empty() && ports.is_empty() => match &connection {
-            Some(connection) => named_ports(&connection.servers, key).await,
-            None => ports,
-        },
-        _ => ports,
+    let Registered { ports: registered, names } = match (&target, &connection) {
+        (QueryTarget::Service(_, key), Some(connection)) => registered(&connection.servers, key).await,
+        _ => Registered::default(),
     };
+    let ports = if types.is_empty() && ports.is_empty() { registered } else { ports };
     let mut asked = Vec::new();
     for (name, kind) in questions(&target, &types, &ports)? {
         let through = async {
@@ -132,7 +132,7 @@ pub(super) async fn run(args: Args) -> Result<(), CommandError> {
         let reply = direct.map_err(|err| query_failed(dns, &name, kind, &err))?;
         asked.push(AnsweredQuestion { name, kind, reply, via });
     }
-    let report = ResolveReport { server: dns, via, asked };
+    let report = ResolveReport { server: dns, via, asked, names };
     report.print(output.output)?;
     report.result()
 }
@@ -160,11 +160,25 @@ fn questions(
     Ok(questions)
 }
 
-/// The named ports of a service, as the registry knows them. None if it does not answer: this
-/// command is about DNS and works without the registry.
-async fn named_ports(servers: &Servers, key: &ServiceKey) -> Vec<PortName> {
-    let service = timeout(NAMED_PORTS_TIMEOUT, servers.read(async |client| client.service(key).await)).await;
-    let Ok(Ok(Some(service))) = service else { return Vec::new() };
+/// What the registry knows of a service.
+#[derive(Debug, Default)]
+struct Registered {
+    ports: Vec<PortName>,
+    names: Vec<(DnsName, NameStatus)>,
+}
+
+/// The named ports of a service, and what the names lead to that are its instances. None if the registry does not answer: this
+/// command is about DNS and works without it.
+async fn registered(servers: &Servers, key: &ServiceKey) -> Registered {
+    let read = async {
+        let service = servers.read(async |client| client.service(key).await).await.ok()??;
+        let names = names_of(servers, key, &service).await.unwrap_or_default();
+        Some(Registered { ports: named_ports(&service), names })
+    };
+    timeout(REGISTRY_TIMEOUT, read).await.ok().flatten().unwrap_or_default()
+}
+
+fn named_ports(service: &Service) -> Vec<PortName> {
     let ports = service.instances.iter().flat_map(|instance| instance.ports().as_slice());
     let mut names: Vec<_> = ports.filter_map(|port| Some((port.name.as_ref()?.as_str(), port.protocol))).collect();
     names.sort_unstable();

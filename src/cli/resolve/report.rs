@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
+    time::SystemTime,
 };
 
 use hickory_proto::{
@@ -15,9 +16,13 @@ use super::{
     compare::{Difference, Found, compare, matched},
     query::{NETWORK_ERROR, QueryError, Reply},
 };
-use crate::cli::{
-    error::{CommandError, ErrorKind},
-    output::{Format, NONE, Table, percent, print, print_json, print_yaml},
+use crate::{
+    cli::{
+        error::{CommandError, ErrorKind},
+        names::names_table,
+        output::{Format, NONE, Table, percent, print, print_json, print_yaml},
+    },
+    model::{DnsName, NameStatus, view::NameViews},
 };
 
 /// A query and its answer.
@@ -36,15 +41,19 @@ pub(super) struct ResolveReport {
     pub(super) server: SocketAddr,
     pub(super) via: Option<SocketAddr>,
     pub(super) asked: Vec<AnsweredQuestion>,
+    /// What the names lead to that are instances of the service, as the registry knows it.
+    pub(super) names: Vec<(DnsName, NameStatus)>,
 }
 
 /// The report as JSON and YAML. Fields are added, never renamed.
 #[derive(Debug, Serialize)]
-pub(super) struct ResolveView {
+pub(super) struct ResolveView<'a> {
     server: SocketAddr,
     #[serde(skip_serializing_if = "Option::is_none")]
     via: Option<SocketAddr>,
     questions: Vec<QuestionView>,
+    #[serde(skip_serializing_if = "NameViews::is_empty")]
+    names: NameViews<'a>,
 }
 
 #[derive(Debug, Serialize)]
@@ -104,16 +113,22 @@ impl ResolveReport {
     pub(super) fn print(&self, format: Option<Format>) -> Result<(), CommandError> {
         let view = self.view();
         match format {
-            None | Some(Format::Wide) => print(&view.tables(format)),
+            None | Some(Format::Wide) => {
+                print(&view.tables(format))?;
+                if self.names.is_empty() {
+                    return Ok(());
+                }
+                print(&format!("\n{}", names_table(&self.names, format, SystemTime::now())))
+            }
             Some(Format::Json) => print_json(&view),
             Some(Format::Yaml) => print_yaml(&view),
             Some(Format::Name) => print(&view.names()),
         }
     }
 
-    pub(super) fn view(&self) -> ResolveView {
+    pub(super) fn view(&self) -> ResolveView<'_> {
         let questions = self.asked.iter().map(question_view).collect();
-        ResolveView { server: self.server, via: self.via, questions }
+        ResolveView { server: self.server, via: self.via, questions, names: NameViews(&self.names) }
     }
 
     /// An error if no query found a record, or if the two servers gave other records: the first failure, else
@@ -128,7 +143,7 @@ impl ResolveReport {
                 ResponseCode::NoError | ResponseCode::NXDomain => {}
                 ResponseCode::ServFail if reply.extended_error() == Some(NETWORK_ERROR) => {
                     return Err(failure
-                        .hint("an instance is a DNS name, and the server could not look it up; what it leads to:")
+                        .hint("an instance is a DNS name, and the server could not look it up; why:")
                         .hint("gangplank ls SERVICE -n NAMESPACE"));
                 }
                 ResponseCode::ServFail => {
@@ -249,7 +264,7 @@ fn srv_view(record: &Record, reply: &Reply) -> Option<SrvView> {
     })
 }
 
-impl ResolveView {
+impl ResolveView<'_> {
     /// Two tables: the records, and which server answered which query.
     pub(super) fn tables(&self, format: Option<Format>) -> String {
         let wide = format == Some(Format::Wide);

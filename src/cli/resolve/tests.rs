@@ -68,7 +68,7 @@ impl FakeDnsServer {
             let reply = query::query(self.address, &name, *kind, false).await.expect("an answer");
             asked.push(AnsweredQuestion { name, kind: *kind, reply, via: None });
         }
-        ResolveReport { server: self.address, via: None, asked }
+        ResolveReport { server: self.address, via: None, asked, names: Vec::new() }
     }
 
     /// One question to this server, and to another one.
