@@ -56,6 +56,11 @@ fn docs_operations() {
 }
 
 #[test]
+fn docs_troubleshooting() {
+    replay("docs/troubleshooting.md", &[]);
+}
+
+#[test]
 fn docs_architecture() {
     replay("docs/architecture.md", &["dig"]);
 }

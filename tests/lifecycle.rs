@@ -17,6 +17,7 @@ use crate::support::{
     dns::{Over, answers, ask},
     http,
     server::{BINARY, Process, Server},
+    small_disk::SmallDisk,
 };
 
 const WEB: &str = "web.prod.svc.cluster.local.";
@@ -239,7 +240,7 @@ fn segment_cut_after_a_clean_stop_refuses_to_start() {
 #[test]
 fn read_only_file_system_serves_dns_and_refuses_registrations() {
     let Some(disk) = SmallDisk::mount() else { return };
-    let data = disk.0.path().join("data");
+    let data = disk.path().join("data");
     let run = |grpc: SocketAddr, address: &str| {
         Command::new(BINARY)
             .args(["register", "web", address, "-n", "prod", "--server", &format!("http://{grpc}")])
@@ -253,7 +254,7 @@ fn read_only_file_system_serves_dns_and_refuses_registrations() {
     assert_eq!(process.terminate().code(), Some(0));
 
     let remount = |how: &str| {
-        let mounted = Command::new("mount").args(["-o", &format!("remount,{how}")]).arg(disk.0.path()).status();
+        let mounted = Command::new("mount").args(["-o", &format!("remount,{how}")]).arg(disk.path()).status();
         assert!(mounted.expect("it was mounted with this command").success());
     };
     remount("ro");
@@ -284,34 +285,10 @@ fn read_only_file_system_serves_dns_and_refuses_registrations() {
     assert!(run(grpc, "10.0.0.2").status.success());
 }
 
-/// A file system of half a megabyte, unmounted on drop.
-struct SmallDisk(TempDir);
-
-impl SmallDisk {
-    /// Needs the right to mount; where that is missing the test says so, and fails in CI.
-    fn mount() -> Option<Self> {
-        let dir = TempDir::new().expect("a temporary directory");
-        let mounted =
-            Command::new("mount").args(["-t", "tmpfs", "-o", "size=512k", "gangplank-test"]).arg(dir.path()).output();
-        if mounted.as_ref().is_ok_and(|output| output.status.success()) {
-            return Some(Self(dir));
-        }
-        assert!(std::env::var_os("CI").is_none(), "this test has to mount a small file system: {mounted:?}");
-        eprintln!("a small file system cannot be mounted here, so this test checked nothing: {mounted:?}");
-        None
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("--lazy").arg(self.0.path()).status();
-    }
-}
-
 #[test]
 fn full_disk_stops_registrations_until_a_restart_and_not_dns() {
     let Some(disk) = SmallDisk::mount() else { return };
-    let mut process = Process::serve(disk.0.path(), &["--drain", "0s"]);
+    let mut process = Process::serve(disk.path(), &["--drain", "0s"]);
     let (_, [grpc, dns, admin]) = process.ready();
     let client = |arguments: &[&str]| {
         Command::new(BINARY)
@@ -324,7 +301,7 @@ fn full_disk_stops_registrations_until_a_restart_and_not_dns() {
     let register = |address: &str| client(&["register", "web", address, "--port", "http=8080", "-n", "prod"]);
     assert!(register("10.0.0.1").status.success());
 
-    let filler = disk.0.path().join("filler");
+    let filler = disk.path().join("filler");
     let full = fs::write(&filler, vec![1; 1 << 20]);
     assert!(full.is_err(), "a megabyte does not fit");
     // The rest of the last page still has room for a few records.
@@ -352,7 +329,7 @@ fn full_disk_stops_registrations_until_a_restart_and_not_dns() {
     wait_for("the log says what to do", || process.stderr().contains("restart"));
 
     assert_eq!(process.terminate().code(), Some(0));
-    let process = Process::serve(disk.0.path(), &["--drain", "0s"]);
+    let process = Process::serve(disk.path(), &["--drain", "0s"]);
     let (_, [_, dns, _]) = process.ready();
     assert_eq!(answers(dns, Over::Tcp, WEB, RecordType::A), acknowledged);
 }

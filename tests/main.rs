@@ -1,5 +1,6 @@
 //! All integration tests, in one binary. Files are named by what they test.
 
+mod check;
 mod clients;
 mod cluster;
 mod coredns;

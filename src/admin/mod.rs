@@ -5,10 +5,12 @@
 //! on connections, and deadlines for peers that send or read too slowly, keep it open for probes.
 
 mod access;
+pub mod client;
 mod host;
 mod json;
 mod pages;
 mod readiness;
+mod status;
 
 use std::{future::pending, io, net::TcpListener as StdTcpListener, pin::pin, sync::Arc, time::Duration};
 
@@ -29,6 +31,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use self::pages::PageContents;
+pub use self::status::{KubernetesFlags, ProcessOptions};
 use crate::{
     metrics::{ListenerKind, Metrics},
     net::{self, ConnectionLimiter, EvictionPolicy, Permit, Signal, tls::Alpn},
@@ -54,6 +57,8 @@ pub struct Admin {
     pub hosts: Vec<String>,
     /// A process on standby whose answers may be older than this is not ready. `None`: any age is.
     pub max_staleness: Option<Duration>,
+    /// What the process was started with.
+    pub options: ProcessOptions,
 }
 
 /// Limits on connections.

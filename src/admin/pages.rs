@@ -17,6 +17,7 @@ use super::{
     host::{self, AllowedHosts},
     json,
     readiness::Readiness,
+    status::ProcessStatus,
 };
 use crate::{
     model::{Namespace, ServiceKey, ServiceName},
@@ -46,7 +47,7 @@ pub(super) enum PageContents {
 }
 
 /// All pages. The router, the index, and who may see what are made of this.
-pub(super) const PAGES: [Page; 9] = [
+pub(super) const PAGES: [Page; 10] = [
     Page {
         path: "/",
         shows: "this list",
@@ -82,6 +83,12 @@ pub(super) const PAGES: [Page; 9] = [
         shows: "what this process is among the replicas, JSON",
         contents: PageContents::Operation,
         handler: || get(replica),
+    },
+    Page {
+        path: "/api/v1/status",
+        shows: "zone, clock, disk, mirror and flags, for gangplank check, JSON",
+        contents: PageContents::Operation,
+        handler: || get(status),
     },
     Page {
         path: "/api/v1/services",
@@ -196,6 +203,10 @@ fn show(readiness: &Readiness, uri: &Uri, headers: &HeaderMap) -> Response {
 
 async fn replica(State(admin): State<Admin>) -> Response {
     axum::Json(admin.status.describe(&admin.metrics)).into_response()
+}
+
+async fn status(State(admin): State<Admin>) -> Response {
+    axum::Json(ProcessStatus::of(&admin)).into_response()
 }
 
 /// The list has no parameters. Unknown ones are refused: a client must not take an unfiltered list for a

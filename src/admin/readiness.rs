@@ -2,36 +2,39 @@
 
 use std::{fmt::Write as _, time::Duration};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::Admin;
 use crate::registry::Phase;
 
 /// One condition of a readiness page.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub(super) struct Check {
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Check {
     /// Stable: `dns` or `registrations`.
-    id: &'static str,
-    ready: bool,
+    pub id: String,
+    /// Whether it holds.
+    pub ready: bool,
     /// The fault and its remedy; `None` if ready.
     #[serde(skip_serializing_if = "Option::is_none")]
-    reason: Option<String>,
+    pub reason: Option<String>,
     /// On standby, how old the answers may be, in seconds.
     #[serde(rename = "age_seconds", skip_serializing_if = "Option::is_none")]
-    age: Option<f64>,
+    pub age: Option<f64>,
 }
 
 impl Check {
-    fn new(id: &'static str, fault: Option<String>) -> Self {
-        Self { id, ready: fault.is_none(), reason: fault, age: None }
+    fn new(id: &str, fault: Option<String>) -> Self {
+        Self { id: id.to_owned(), ready: fault.is_none(), reason: fault, age: None }
     }
 }
 
 /// The content of a readiness page.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub(super) struct Readiness {
-    ready: bool,
-    checks: Vec<Check>,
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Readiness {
+    /// Whether all conditions hold.
+    pub ready: bool,
+    /// The conditions.
+    pub checks: Vec<Check>,
 }
 
 impl Readiness {

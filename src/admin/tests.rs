@@ -57,6 +57,7 @@ impl TestAdmin {
             metrics,
             hosts: vec!["admin.example".into()],
             max_staleness: None,
+            options: ProcessOptions::default(),
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");

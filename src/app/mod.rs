@@ -30,7 +30,7 @@ use self::{
     parts::Parts,
 };
 use crate::{
-    admin::{self, Admin},
+    admin::{self, Admin, KubernetesFlags, ProcessOptions},
     config::{Config, Tls},
     dns, grpc,
     kubernetes::{Kubernetes, api::Reviews},
@@ -209,6 +209,12 @@ impl BoundServer {
             }
             None => None,
         };
+        let kubernetes_flags = kubernetes.as_ref().map(|options| KubernetesFlags {
+            lease_namespace: options.lease_namespace.clone(),
+            create_namespaces: options.create_namespaces,
+            endpoints_object: options.endpoints_object,
+            own_ca: shared.is_some(),
+        });
         let security = security::create(security, own, reviews, &metrics)?;
         let kubernetes = match kubernetes {
             Some(options) => {
@@ -254,6 +260,7 @@ impl BoundServer {
             security: Arc::clone(&security),
             hosts: admin_hosts,
             max_staleness,
+            options: ProcessOptions { data_dir: directory.clone(), kubernetes: kubernetes_flags },
         };
         let admin = admin.into_iter().zip(admin_security.into_iter().map(|(_, how)| how)).collect();
         let admin = admin::run(admin, pages, admin_connections, stop_answers.clone());

@@ -1,6 +1,9 @@
 //! Arguments that several subcommands share, and how their texts are parsed.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
 
 use super::{
     error::{CommandError, ErrorKind},
@@ -65,6 +68,11 @@ impl ServerConnection {
 }
 
 impl ServerArgs {
+    /// When the certificate of this machine ends, if it joined; also of one that can no longer be renewed.
+    pub(super) fn machine_expires(&self) -> Option<SystemTime> {
+        self.config_dir.load().ok().flatten().map(|machine| machine.expires())
+    }
+
     /// The servers, for commands that read.
     pub(super) async fn readers(self) -> Result<ServerConnection, CommandError> {
         self.connection(Duration::ZERO).await

@@ -31,7 +31,7 @@ pub(super) struct CommandError {
     message: String,
     /// What to do or type next, one line each.
     hints: Vec<String>,
-    /// Standard output is closed (`gangplank ls | head`): the reader has left, not an error.
+    /// Nothing is printed: all was said on standard output, or that is closed (`gangplank ls | head`), which is no error.
     silent: bool,
 }
 
@@ -44,6 +44,11 @@ impl CommandError {
     pub(super) fn hint(mut self, line: impl Into<String>) -> Self {
         self.hints.push(line.into());
         self
+    }
+
+    /// An exit code for which all was said on standard output.
+    pub(super) const fn said(kind: ErrorKind) -> Self {
+        Self { kind, message: String::new(), hints: Vec::new(), silent: true }
     }
 
     /// Prints the error to standard error and returns the exit code.

@@ -1,4 +1,4 @@
-//! The command line: one file per subcommand. All but `coredns` are clients of a running server.
+//! The command line: one file per subcommand. All but `coredns` and `check` are only clients of a running server.
 //!
 //! Results go to standard output, errors alone to standard error. The exit codes do not depend on
 //! `-o`: 0 done, 1 failed or refused, 2 usage, 3 not found, 4 the wait of a command that waits has expired.
@@ -7,6 +7,7 @@
 //! register at every start, and a unit must not fail because the registration outlived it.
 
 mod args;
+mod check;
 mod coredns;
 mod deregister;
 mod error;
@@ -60,6 +61,9 @@ pub enum Subcommand {
     /// Ask a DNS server what clients would get
     #[command(after_help = resolve::EXAMPLES)]
     Resolve(resolve::Args),
+    /// Check everything from the process to the cluster's DNS; say what is wrong and what to type next
+    #[command(after_help = check::EXAMPLES)]
+    Check(Box<check::Args>),
     /// Put gangplank behind the cluster's CoreDNS: print the configuration, apply it, remove it
     #[command(after_help = coredns::EXAMPLES)]
     Coredns(Box<coredns::Args>),
@@ -78,6 +82,7 @@ pub async fn run(subcommand: Subcommand) -> ExitCode {
         Subcommand::Registrants(args) => registrants::run(args).await,
         Subcommand::Replicas(args) => replicas::run(args).await,
         Subcommand::Resolve(args) => resolve::run(args).await,
+        Subcommand::Check(args) => check::run(*args).await,
         Subcommand::Coredns(args) => coredns::run(*args).await,
     };
     match result {
@@ -113,7 +118,7 @@ mod tests {
             let help = command.get_after_help().expect("an after_help").to_string();
             assert!(help.contains(&format!("gangplank {}", command.get_name())), "{help}");
             assert!(help.contains("Exit codes:"), "{help}");
-            assert!(help.lines().all(|line| line.len() <= 80), "{help}");
+            assert!(help.lines().all(|line| line.chars().count() <= 80), "{help}");
         }
     }
 

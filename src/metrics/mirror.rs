@@ -136,6 +136,12 @@ impl MirrorMetrics {
         self.request_seconds.observe(took.as_secs_f64());
     }
 
+    /// Services that are blocked for this reason.
+    #[must_use]
+    pub fn blocked_services(&self, reason: BlockedService) -> u64 {
+        self.blocked.at(reason).get()
+    }
+
     /// One more service is blocked, or one fewer.
     pub fn blocked(&self, reason: BlockedService, more: bool) {
         let gauge = self.blocked.at(reason);

@@ -87,7 +87,8 @@ impl ReplicaStatus {
     }
 
     /// What this process is.
-    pub(super) fn role(&self) -> ReplicaRole {
+    #[must_use]
+    pub fn role(&self) -> ReplicaRole {
         self.role.borrow().role
     }
 

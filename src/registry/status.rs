@@ -238,7 +238,8 @@ impl Status {
     }
 
     /// Whether nothing may be accepted for the clock's sake.
-    pub(super) fn is_clock_wrong(&self) -> bool {
+    #[must_use]
+    pub fn is_clock_wrong(&self) -> bool {
         self.clock_is_wrong.load(Ordering::Relaxed)
     }
 

@@ -15,6 +15,7 @@ pub(crate) mod namespace;
 pub(crate) mod proxy;
 pub(crate) mod secrets;
 pub(crate) mod server;
+pub(crate) mod small_disk;
 pub(crate) mod stream;
 pub(crate) mod tools;
 

@@ -138,7 +138,7 @@ fn wait(text: &str) -> Result<Duration, String> {
     if parsed > MAX_TIMEOUT { Err("must be at most 1 hour".into()) } else { Ok(parsed) }
 }
 
-fn config_map_key(text: &str) -> Result<ConfigMapKey, String> {
+pub(super) fn config_map_key(text: &str) -> Result<ConfigMapKey, String> {
     let (namespace, name) = text.split_once('/').ok_or("a ConfigMap is written NAMESPACE/NAME")?;
     let valid = |text: &str| DnsName::parse(text).map_err(|err| format!("{text:?}: {err}"));
     valid(namespace)?;

@@ -2,12 +2,15 @@
 
 use serde::Serialize;
 
-use super::report::{AnswerView, ReplyView};
+use super::{
+    query::Reply,
+    report::{AnswerView, ReplyView, reply_view},
+};
 
 /// In what an answer differs from that of the server that was asked directly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Difference {
+pub(in crate::cli) enum Difference {
     Rcode,
     Records,
     /// The same records, of which some have another TTL: a cache counts it down, CoreDNS has a TTL of its own for what
@@ -19,7 +22,7 @@ pub(super) enum Difference {
 
 impl Difference {
     /// Whether a client gets something else, and not only from elsewhere or for another time.
-    pub(super) fn is_wrong(self) -> bool {
+    pub(in crate::cli) fn is_wrong(self) -> bool {
         matches!(self, Self::Rcode | Self::Records)
     }
 
@@ -93,6 +96,11 @@ pub(super) fn matched<'a>(direct: &'a [AnswerView], via: &'a [AnswerView]) -> Ve
 fn is_same(one: &AnswerView, other: &AnswerView) -> bool {
     let same = |one: &str, other: &str| one.eq_ignore_ascii_case(other);
     one.r#type == other.r#type && same(&one.name, &other.name) && same(&one.data, &other.data)
+}
+
+/// In what a reply differs from that of the server that was asked directly.
+pub(in crate::cli) fn differences(direct: &Reply, via: &Reply) -> Vec<Difference> {
+    compare(&reply_view(direct), &reply_view(via))
 }
 
 /// In what `via` differs.

@@ -1,9 +1,9 @@
 //! `gangplank resolve`: shows what clients get from a DNS server, and, beside it, from one that asks it in turn.
 
-mod compare;
+pub(super) mod compare;
 mod name;
 pub(super) mod query;
-mod report;
+pub(super) mod report;
 
 use std::{
     net::{IpAddr, SocketAddr},

@@ -215,7 +215,7 @@ fn question_view(asked: &AnsweredQuestion) -> QuestionView {
     QuestionView { name: name.to_string(), r#type: kind.to_string(), reply: direct, via }
 }
 
-fn reply_view(reply: &Reply) -> ReplyView {
+pub(super) fn reply_view(reply: &Reply) -> ReplyView {
     ReplyView {
         rcode: rcode(reply.rcode()),
         authoritative: reply.message.metadata.authoritative,
@@ -390,7 +390,7 @@ impl QuestionView {
 }
 
 /// As `dig` writes it: `NOERROR`, `NXDOMAIN`, ….
-fn rcode(code: ResponseCode) -> String {
+pub(in crate::cli) fn rcode(code: ResponseCode) -> String {
     match code {
         ResponseCode::NoError => "NOERROR".into(),
         ResponseCode::FormErr => "FORMERR".into(),

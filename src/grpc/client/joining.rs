@@ -15,10 +15,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
-use tonic::{
-    service::interceptor::InterceptedService,
-    transport::{Channel, Identity},
-};
+use tonic::{service::interceptor::InterceptedService, transport::Channel};
 
 use super::{CONNECT_TIMEOUT, ClientError, ClientTls, call, refused, servers::innermost, token::ShowToken};
 use crate::{
@@ -273,7 +270,7 @@ impl JoinedMachine {
     /// What it trusts and shows.
     #[must_use]
     pub fn tls(&self) -> ClientTls {
-        let identity = Identity::from_pem(&self.certificate_pem, &self.key);
+        let identity = (self.certificate_pem.clone().into_bytes(), self.key.clone().into_bytes());
         ClientTls::new(self.ca.clone().into_bytes(), Some(identity))
     }
 

@@ -3,6 +3,7 @@
 //! [`Client::connect`] dials, so that an unreachable server is an error there and not at the first call.
 //! The client does not retry; [`Servers`] looks for a server that takes a call.
 
+mod certificates;
 mod joining;
 mod replicas;
 mod servers;
@@ -18,17 +19,18 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use self::{
-    joining::RegistrantCalls,
-    servers::innermost,
-    token::{ShowToken, is_loopback},
-};
 pub use self::{
+    certificates::{Validity, shown_certificate},
     joining::{JoinError, JoinedMachine, RegistrantView, TokenView},
     replicas::FoundReplicas,
     servers::{Attempt, Servers},
     tls::{ClientTls, ClientTlsError, ClientTlsFiles},
     token::TokenError,
+};
+use self::{
+    joining::RegistrantCalls,
+    servers::innermost,
+    token::{ShowToken, is_loopback},
 };
 use super::{
     convert::{change_from_proto, name_from_proto, port_to_proto, service_from_proto},

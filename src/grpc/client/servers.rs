@@ -86,7 +86,9 @@ impl Servers {
         &self.urls
     }
 
-    pub(super) const fn tls(&self) -> &ClientTls {
+    /// What they are known by, and shown.
+    #[must_use]
+    pub const fn tls(&self) -> &ClientTls {
         &self.tls
     }
 

@@ -5,9 +5,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use http::HeaderValue;
 use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
-use super::token::ShowToken;
+use super::token::{ShowToken, TokenError};
+use crate::net::tls::ClientCredentials;
 
 /// The files of a client, each in PEM except the token.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -25,14 +27,14 @@ pub struct ClientTlsFiles {
 /// What a client trusts and shows. The default speaks plaintext only.
 #[derive(Clone, Default)]
 pub struct ClientTls {
-    config: Option<ClientTlsConfig>,
+    pem: Option<ClientCredentials>,
     token: ShowToken,
 }
 
 impl fmt::Debug for ClientTls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Without what it holds: a key is in it.
-        f.debug_struct("ClientTls").field("https", &self.config.is_some()).finish_non_exhaustive()
+        f.debug_struct("ClientTls").field("https", &self.pem.is_some()).finish_non_exhaustive()
     }
 }
 
@@ -65,28 +67,42 @@ impl ClientTls {
         let token = ShowToken::from_file(token.clone());
         let identity = match (cert, key) {
             (None, None) => None,
-            (Some(cert), Some(key)) => Some(Identity::from_pem(read(cert)?, read(key)?)),
+            (Some(cert), Some(key)) => Some((read(cert)?, read(key)?)),
             (Some(_), None) | (None, Some(_)) => return Err(ClientTlsError::Incomplete),
         };
         let Some(ca) = ca else {
-            return if identity.is_some() { Err(ClientTlsError::NoCa) } else { Ok(Self { config: None, token }) };
+            return if identity.is_some() { Err(ClientTlsError::NoCa) } else { Ok(Self { pem: None, token }) };
         };
         Ok(Self { token, ..Self::new(read(ca)?, identity) })
     }
 
-    /// Trusts the CAs in `ca`, in PEM, and shows `identity`.
-    pub(in crate::grpc) fn new(ca: Vec<u8>, identity: Option<Identity>) -> Self {
-        let config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca));
-        let config = match identity {
-            Some(identity) => config.identity(identity),
-            None => config,
-        };
-        Self { config: Some(config), token: ShowToken::default() }
+    /// Trusts the CAs in `ca`, in PEM, and shows the certificate and key of `identity`, in PEM too.
+    pub(in crate::grpc) fn new(ca: Vec<u8>, identity: Option<(Vec<u8>, Vec<u8>)>) -> Self {
+        Self { pem: Some(ClientCredentials { ca, identity }), token: ShowToken::default() }
     }
 
     /// The configuration for `https`; `None` if there is no CA to know a server by.
     pub(in crate::grpc) fn config(&self) -> Option<ClientTlsConfig> {
-        self.config.clone()
+        let ClientCredentials { ca, identity } = self.pem.as_ref()?;
+        let config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca));
+        Some(match identity {
+            Some((cert, key)) => config.identity(Identity::from_pem(cert, key)),
+            None => config,
+        })
+    }
+
+    /// The same for other protocols.
+    #[must_use]
+    pub const fn pem(&self) -> Option<&ClientCredentials> {
+        self.pem.as_ref()
+    }
+
+    /// The value of `Authorization` that shows the token; `None` without one.
+    ///
+    /// # Errors
+    /// When the token cannot be read.
+    pub fn authorization(&self) -> Result<Option<HeaderValue>, TokenError> {
+        self.token.header()
     }
 
     pub(super) const fn token(&self) -> &ShowToken {

@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use http::Uri;
+use http::{HeaderValue, Uri};
 use tonic::{
     Request, Status,
     metadata::{Ascii, MetadataValue},
@@ -51,6 +51,14 @@ impl ShowToken {
     /// When there is one that cannot be shown.
     pub(super) fn is_there(&self) -> Result<bool, TokenError> {
         Ok(self.read()?.is_some())
+    }
+
+    /// The value of `Authorization` for HTTP.
+    pub(super) fn header(&self) -> Result<Option<HeaderValue>, TokenError> {
+        let Some(value) = self.read()? else { return Ok(None) };
+        let mut value = HeaderValue::from_bytes(value.as_bytes()).expect("metadata in ASCII is a header");
+        value.set_sensitive(true);
+        Ok(Some(value))
     }
 
     /// The value of `authorization`. A file of a few hundred bytes in memory, so that reading it blocks nobody.

@@ -222,7 +222,7 @@ async fn connect(holder: &LeaseHolder, tls: Option<&ServerTls>) -> Option<Channe
             Endpoint::from_shared(format!("{scheme}://{address}")).ok()?.connect_timeout(CONNECT_TIMEOUT);
         if let Some(tls) = tls {
             let ClientPem { cert, key, ca } = tls.as_client()?;
-            let tls = ClientTls::new(ca, Some(tonic::transport::Identity::from_pem(cert, key)));
+            let tls = ClientTls::new(ca, Some((cert, key)));
             endpoint = endpoint.tls_config(tls.config()?).ok()?;
         }
         match timeout(CONNECT_TIMEOUT, endpoint.connect()).await {

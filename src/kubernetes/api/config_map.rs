@@ -94,6 +94,10 @@ impl ConfigMapClient {
         Ok(Self { client, server })
     }
 
+    pub(super) const fn of(client: Client, server: String) -> Self {
+        Self { client, server }
+    }
+
     /// URL of the API server, for messages.
     #[must_use]
     pub fn server(&self) -> &str {

@@ -5,6 +5,7 @@
 
 mod config_map;
 mod fence;
+mod inspection;
 mod rate_limiter;
 mod retry_after;
 mod reviews;
@@ -27,6 +28,7 @@ use tokio::time::{Instant, timeout};
 
 pub use self::config_map::{ConfigMapClient, ConfigMapError, ConfigMapKey, ConfigMapText};
 pub(super) use self::fence::{Fence, boot_time};
+pub use self::inspection::{AccessRight, ApiServerSeen, InspectionError, Inspector};
 pub(super) use self::rate_limiter::RateLimiter;
 pub use self::reviews::{AccessAttributes, AccessTarget, ReviewError, ReviewedToken, Reviews};
 use crate::metrics::{Metrics, RequestOutcome, Verb};

@@ -12,6 +12,7 @@
 //!
 //! Which names a certificate holds, and what they may do, is not decided here.
 
+mod client;
 mod files;
 mod handshake;
 mod pinned;
@@ -38,6 +39,7 @@ use tokio::{net::TcpStream, sync::watch, time::sleep};
 use tokio_rustls::server::TlsStream;
 use tracing::{info, warn};
 
+pub use client::{ClientCredentials, Validity, connect_tls};
 pub use files::{ServerCa, TlsContents, TlsFileError, TlsFiles, TlsPart, TlsSource, certificate_to_pem};
 pub use pinned::fetch_pinned_ca;
 pub use signers::{CertificateSigner, PeerCertificates};

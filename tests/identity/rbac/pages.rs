@@ -104,10 +104,13 @@ fn pages_are_shown_to_whom_rbac_allows_them() {
     }
     let expected = [
         "prometheus /metrics",
-        // Of these three every account of a cluster may get the path: the ClusterRole system:discovery.
+        // Of these every account of a cluster may get the path: the ClusterRole system:discovery.
         "prometheus /api/v1/replica",
         "reader /api/v1/replica",
         "web /api/v1/replica",
+        "prometheus /api/v1/status",
+        "reader /api/v1/status",
+        "web /api/v1/status",
         "reader /api/v1/namespaces/shop/services",
         "reader /api/v1/namespaces/shop/services/web",
     ];
