@@ -6,7 +6,7 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use gangplank::{
     app, cli,
     config::ServeArgs,
@@ -38,12 +38,15 @@ enum CliCommand {
     },
     #[command(flatten)]
     Client(Box<cli::Subcommand>),
+    #[command(flatten)]
+    Generator(cli::Generator),
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
     match Gangplank::parse().command {
         CliCommand::Client(subcommand) => cli::run(*subcommand).await,
+        CliCommand::Generator(generator) => cli::generate(&generator, Gangplank::command()),
         CliCommand::Serve { serve, log } => match run(*serve, &log).await {
             Ok(()) => ExitCode::SUCCESS,
             Err(err) => {

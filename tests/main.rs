@@ -19,6 +19,7 @@ mod mirror;
 mod monitoring;
 mod names;
 mod node;
+mod package;
 mod process;
 mod read_your_writes;
 mod rfc8906;

@@ -8,12 +8,14 @@
 
 mod args;
 mod check;
+mod completions;
 mod coredns;
 mod deregister;
 mod error;
 mod join;
 mod joined;
 mod ls;
+mod man;
 mod mutation;
 mod names;
 mod output;
@@ -69,6 +71,26 @@ pub enum Subcommand {
     Coredns(Box<coredns::Args>),
 }
 
+/// The subcommands that print what packages install. They describe the whole command line.
+#[derive(Debug, clap::Subcommand)]
+pub enum Generator {
+    /// Print the completion script of a shell
+    #[command(after_help = completions::EXAMPLES)]
+    Completions(completions::Args),
+    /// Print the manual page of a command, or write those of all
+    #[command(after_help = man::EXAMPLES)]
+    Man(man::Args),
+}
+
+/// Runs a generator for `command`, the whole command line, and returns the exit code.
+pub fn generate(generator: &Generator, command: clap::Command) -> ExitCode {
+    let result = match generator {
+        Generator::Completions(args) => completions::run(args, command),
+        Generator::Man(args) => man::run(args, command),
+    };
+    result.map_or_else(|err| err.report(), |()| ExitCode::SUCCESS)
+}
+
 /// Runs a subcommand, prints its result or its error, and returns the exit code.
 pub async fn run(subcommand: Subcommand) -> ExitCode {
     let result = match subcommand {
@@ -100,7 +122,15 @@ mod tests {
     #[derive(Debug, Parser)]
     struct TestCli {
         #[command(subcommand)]
-        command: Subcommand,
+        command: TestCommand,
+    }
+
+    #[derive(Debug, clap::Subcommand)]
+    enum TestCommand {
+        #[command(flatten)]
+        Client(Box<Subcommand>),
+        #[command(flatten)]
+        Generator(Generator),
     }
 
     fn exit_of(line: &str) -> i32 {
@@ -128,7 +158,9 @@ mod tests {
             let help = command.get_after_help().expect("an after_help").to_string();
             let examples = help.lines().map(str::trim).filter(|line| line.starts_with("gangplank "));
             for example in examples.filter(|line| !line.contains('|')) {
-                if let Err(err) = TestCli::try_parse_from(example.split_whitespace()) {
+                // Without where its output goes.
+                let words = example.split_whitespace().take_while(|word| !word.starts_with('>'));
+                if let Err(err) = TestCli::try_parse_from(words) {
                     panic!("{example}: {err}");
                 }
             }
