@@ -29,6 +29,11 @@ static: ## build target/static/gangplank, optimised, which needs no library
 	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --bin gangplank --target $(host)
 	install -D $(target)/$(host)/release/gangplank target/static/gangplank
 
+.PHONY: deb
+deb: static ## pack it into target/static/gangplank.deb with its unit, manual pages and completions
+	tests/tools/install.sh deb
+	deploy/deb.sh target/static/gangplank target/static/gangplank.deb --target $(host)
+
 .PHONY: image
 image: static ## pack it into an image, target/static/gangplank.tar (OCI), without a container engine
 	deploy/image.py target/static/gangplank gangplank:$$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1) target/static/gangplank.tar
@@ -37,7 +42,7 @@ image: static ## pack it into an image, target/static/gangplank.tar (OCI), witho
 # runs only the tests that need Kubernetes, against 1.35.
 .PHONY: test
 test: lint doc deny ## everything that CI runs: lints, docs, licences, benches compile, all tests
-	tests/tools/install.sh dns libc python go coredns kubernetes helm promtool
+	tests/tools/install.sh dns libc python go coredns kubernetes helm promtool deb
 	cargo test --locked --benches --no-run
 	cargo test --locked --bench allocations
 	cargo test --locked --no-fail-fast

@@ -1,12 +1,16 @@
-//! What a package installs beside the program: completions and manual pages.
+//! What a package installs beside the program, completions and manual pages, and the Debian package itself.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
-    process::{Command, Stdio},
+    path::Path,
+    process::{Command, Output, Stdio},
 };
 
-use crate::support::{server::BINARY, tools};
+use crate::support::{
+    server::BINARY,
+    tools::{self, ROOT, stdout},
+};
 
 fn gangplank(arguments: &[&str]) -> String {
     let output = Command::new(BINARY).args(arguments).stdin(Stdio::null()).output().expect("it can be run");
@@ -128,4 +132,103 @@ fn pages_are_set_without_a_warning() {
         }
     }
     assert!(with_examples > 10, "{with_examples} pages have examples");
+}
+
+/// Runs `script` as root of a copy of this machine, whose parts are in memory and go with it, and which has `file` as
+/// `/tmp/package.deb`. `None` where the kernel does not allow that, which is reported.
+fn in_a_copy_of_the_machine(script: &str, file: &Path) -> Option<Output> {
+    // Not one overlay over `/`: what is mounted below it cannot be taken along.
+    let enter = r#"
+        scratch=$1 root=$1/root
+        mount -t tmpfs none "$scratch" &&
+        mkdir -p "$scratch"/{upper,work} "$root"/{usr,etc,var/lib,var/log,dev,proc,run,tmp} &&
+        mount -t overlay none -o "lowerdir=/usr,upperdir=$scratch/upper,workdir=$scratch/work" "$root/usr" &&
+        mount -t proc none "$root/proc" && touch "$root/dev/null" && mount --bind /dev/null "$root/dev/null" &&
+        cp -P /bin /sbin /lib* "$root/" && cp -r /var/lib/dpkg "$root/var/lib/" && cp "$2" "$root/tmp/package.deb" || exit 77
+        cp -r /etc/. "$root/etc/" 2>/dev/null || true # without what only the real root may read
+        # Such an overlay cannot rename folders, which dpkg does with new ones.
+        dpkg-deb --fsys-tarfile "$2" | tar -tf - | grep '/$' | (cd "$root" && xargs mkdir -p)
+        exec chroot "$root" bash -euc "$3""#;
+    let scratch = tempfile::tempdir().expect("a directory");
+    let mut unshare = Command::new("unshare");
+    unshare.args(["--map-root-user", "--mount", "--pid", "--fork", "bash", "-c", enter, "bash"]).arg(scratch.path());
+    unshare.arg(file).arg(script).env("LC_ALL", "C").env("DEBIAN_FRONTEND", "noninteractive");
+    let output = unshare.stdin(Stdio::null()).output().expect("there is an unshare");
+    if [Some(77), Some(1)].contains(&output.status.code()) && output.stdout.is_empty() {
+        tools::not_run(&format!("no copy of this machine: {}", String::from_utf8_lossy(&output.stderr)));
+        return None;
+    }
+    Some(output)
+}
+
+#[test]
+fn debian_package_is_installed_and_purged() {
+    let Some(_) = tools::require("cargo-deb") else { return };
+    if Command::new("dpkg-deb").arg("--version").output().is_err() {
+        return tools::not_run("dpkg is missing");
+    }
+    let folder = tempfile::tempdir().expect("a directory");
+    let package = folder.path().join("gangplank.deb");
+    // The program of these tests, so that nothing is built.
+    let made = Command::new(Path::new(ROOT).join("deploy/deb.sh"))
+        .args([Path::new(BINARY), &package])
+        .args(["--fast", "--profile", "dev"])
+        .stdin(Stdio::null())
+        .output()
+        .expect("it can be run");
+    assert!(made.status.success(), "{made:?}");
+    let dpkg = |arguments: &[&str]| stdout(Path::new("dpkg-deb"), arguments.iter().map(Path::new).chain([&*package]));
+    let fields = dpkg(&["--info"]);
+    for field in [
+        "Package: gangplank".to_owned(),
+        format!("Version: {}-1", env!("CARGO_PKG_VERSION")),
+        "Section: net".into(),
+        "Description: DNS inside Kubernetes".into(),
+    ] {
+        assert!(fields.contains(&field), "{field}: {fields}");
+    }
+    // That of these tests is linked with glibc; the one of `make deb` needs nothing.
+    assert!(fields.contains("Depends: libc6"), "{fields}");
+    // The unit is stopped before it is removed, and an update restarts it if it runs.
+    for script in ["postinst", "prerm", "postrm"] {
+        assert!(fields.contains(script), "{script}: {fields}");
+    }
+    let listed = dpkg(&["--contents"]);
+    let files: BTreeMap<&str, &str> = listed
+        .lines()
+        .filter(|line| !line.ends_with('/'))
+        .map(|line| (line.rsplit_once(" ./").expect("a path").1, &line[..10]))
+        .collect();
+    let pages = files.keys().filter(|file| file.starts_with("usr/share/man/man1/gangplank")).count();
+    assert!(pages > 15, "{pages} pages: {listed}");
+    for (file, mode) in [
+        ("usr/bin/gangplank", "-rwxr-xr-x"),
+        ("etc/default/gangplank", "-rw-r--r--"),
+        ("usr/lib/systemd/system/gangplank.service", "-rw-r--r--"),
+        ("usr/share/man/man1/gangplank-token-create.1.gz", "-rw-r--r--"),
+        ("usr/share/bash-completion/completions/gangplank", "-rw-r--r--"),
+        ("usr/share/zsh/vendor-completions/_gangplank", "-rw-r--r--"),
+        ("usr/share/fish/vendor_completions.d/gangplank.fish", "-rw-r--r--"),
+        ("usr/share/doc/gangplank/copyright", "-rw-r--r--"),
+        ("usr/share/doc/gangplank/changelog.Debian.gz", "-rw-r--r--"),
+        ("usr/share/doc/gangplank/examples/alerts.yaml", "-rw-r--r--"),
+    ] {
+        assert_eq!(files.get(file), Some(&mode), "{file}: {listed}");
+    }
+    let script = r#"
+        exec 2>&1
+        dpkg --no-triggers --install /tmp/package.deb && dpkg --verify gangplank && dpkg-query --show --showformat='${Status}\n' gangplank
+        gangplank --version
+        set -a && . /etc/default/gangplank && gangplank serve --help >/tmp/help
+        echo '# ours' >>/etc/default/gangplank && mkdir -p /var/lib/gangplank
+        dpkg --no-triggers --remove gangplank && tail -1 /etc/default/gangplank && ! test -e /usr/bin/gangplank
+        dpkg --no-triggers --purge gangplank && ! test -e /etc/default/gangplank && test -d /var/lib/gangplank
+        ! dpkg-query --listfiles gangplank >/dev/null 2>&1 && echo purged"#;
+    let Some(output) = in_a_copy_of_the_machine(script, &package) else { return };
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    let version = format!("gangplank {}", env!("CARGO_PKG_VERSION"));
+    for line in ["install ok installed", &version, "# ours", "purged"] {
+        assert!(said.lines().any(|said| said == line), "no {line} in {said}");
+    }
 }

@@ -3,7 +3,7 @@
 #
 #   tests/tools/install.sh            everything the tests use
 #   tests/tools/install.sh dns go     only these: dns (dig, nslookup, kdig, drill, knotd, curl), libc (a lookup by glibc's
-#                                     and by musl's resolver), python, go, coredns, kubernetes (etcd, kube-apiserver, kube-controller-manager, kubectl), helm, promtool, deny,
+#                                     and by musl's resolver), python, go, coredns, kubernetes (etcd, kube-apiserver, kube-controller-manager, kubectl), helm, promtool, deny, deb,
 #                                     election (only if asked for: a comparison of `make mirror-figures`)
 #
 # GANGPLANK_TEST_KUBERNETES chooses the release of Kubernetes, here and for the tests: 1.36 unless set, or 1.35.
@@ -191,10 +191,18 @@ install_deny() {
     cargo install --quiet --locked --root "$tools" "cargo-deny@$version"
 }
 
-if [ $# -eq 0 ]; then set -- dns libc python go coredns kubernetes helm promtool deny; fi
+# cargo-deb, which packs the Debian package.
+install_deb() {
+    local version=3.8.0
+    [ "$("$bin/cargo-deb" --version 2>/dev/null)" = "cargo-deb $version" ] && return
+    say "cargo-deb: about two minutes of compiling"
+    cargo install --quiet --locked --root "$tools" "cargo-deb@$version"
+}
+
+if [ $# -eq 0 ]; then set -- dns libc python go coredns kubernetes helm promtool deny deb; fi
 for tool in "$@"; do
     case $tool in
-        dns | libc | python | go | coredns | kubernetes | helm | promtool | deny | election) "install_$tool" ;;
-        *) say "no tool is called $tool: dns, libc, python, go, coredns, kubernetes, helm, promtool, deny or election" && exit 2 ;;
+        dns | libc | python | go | coredns | kubernetes | helm | promtool | deny | deb | election) "install_$tool" ;;
+        *) say "no tool is called $tool: dns, libc, python, go, coredns, kubernetes, helm, promtool, deny, deb or election" && exit 2 ;;
     esac
 done
